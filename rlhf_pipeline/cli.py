@@ -1,0 +1,196 @@
+"""The command line: Hydra's entry, one stage or a pipeline of them, and the table of a sweep."""
+
+import logging
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rlhf_pipeline import rundir
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.settings import STAGES, Settings
+
+_PACKAGE = Path(__file__).parent
+# In a wheel the configurations lie inside the package, in a checkout beside it.
+CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
+# Sections that take keys their defaults do not list: Settings checks them, so Hydra need not ask for a '+'.
+_OPEN = re.compile(r"^(trainer|policy|reward|data|evaluate|stages)\.[\w.]+=")
+_OWN_CHOICE = re.compile(r"^(policy|reward|data)=")
+
+
+def main() -> None:
+    """Run the command line and leave with its exit status: 0 done, 2 the user can mend it, 130 interrupted."""
+    _be_quiet()
+    sys.argv[1:] = complete(sys.argv[1:])
+    try:
+        _hydra_main()
+    except UserError as error:
+        _leave(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        _leave(_plain(error))
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+        sys.exit(130)
+
+
+def complete(argv: Sequence[str]) -> list[str]:
+    """What the user typed, as Hydra wants it.
+
+    Open sections take any key. A policy, reward or data of the user's own leaves the demo's experiment: its
+    learning rates were chosen for the demo's models.
+    """
+    args = [f"++{arg}" if _OPEN.match(arg) else arg for arg in argv]
+    args = ["~experiment" if arg in ("experiment=null", "experiment=none") else arg for arg in args]
+    if any(arg.startswith(("--config-name", "-cn")) for arg in args):
+        return args
+    if any(map(_OWN_CHOICE.match, args)) and not any("experiment" in arg.partition("=")[0] for arg in args):
+        args.append("~experiment")
+    if any(arg in ("--help", "-h") for arg in args) and not any(arg.startswith("stage=") for arg in args):
+        args.append("stage=pipeline")
+    return args
+
+
+@hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
+def _hydra_main(cfg: DictConfig) -> float | None:
+    overrides = list(HydraConfig.get().overrides.task)
+    try:
+        return _dispatch(cfg, overrides)
+    except UserError as error:
+        _leave(str(error))
+
+
+def _dispatch(cfg: DictConfig, overrides: list[str]) -> float | None:
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return _sweep_job(cfg, overrides)
+    if cfg.stage == "pipeline":
+        return _pipeline(cfg, overrides)
+    return run_stage(resolve(cfg, overrides))
+
+
+def resolve(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
+    """Apply the experiment's section for this stage, below what the command line says."""
+    OmegaConf.set_struct(cfg, False)
+    section = OmegaConf.select(cfg, f"stages.{cfg.stage}")
+    if section is not None and cfg.stage != "pipeline":
+        cfg.merge_with(section)
+        for override in OverridesParser.create().parse_overrides(list(overrides)):
+            key = override.key_or_group
+            if not override.is_sweep_override() and (key in ("seed", "runs", "overwrite") or "." in key):
+                OmegaConf.update(cfg, key, override.value(), force_add=True)
+    values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    assert isinstance(values, dict)
+    values["name"] = values.get("name") or values.get("experiment") or "default"
+    if cfg.stage != "pipeline":
+        values["stages"] = {}
+    return Settings.of({str(key): value for key, value in values.items()})
+
+
+def run_stage(settings: Settings) -> float | None:
+    """Run one stage in its directory; give its objective, for a sweep. A finished stage is left as it is."""
+    out = rundir.RunDir.of(settings)
+    if out.finished(settings):
+        print(f"{out.path} is done already ({out.headline()}).", flush=True)
+        return out.objective()
+    from rlhf_pipeline import stages  # loads torch and trl, so only now
+
+    try:
+        stages.run(settings, out)
+    except BaseException as error:
+        out.failed(error)
+        raise
+    return out.objective()
+
+
+def _pipeline(cfg: DictConfig, overrides: list[str]) -> float | None:
+    """Run an experiment's stages in order, in this process: importing torch anew for each would cost a minute."""
+    order = list(resolve(cfg, overrides).stages)
+    if not order:
+        raise UserError("stage=pipeline runs an experiment's stages; choose one, as in experiment=demo.")
+    rest = [o for o in overrides if not o.startswith("stage=")]
+    every = [resolve(hydra.compose("config", [*rest, f"stage={stage}"]), rest) for stage in order]
+    started, result = time.monotonic(), None
+    for number, settings in enumerate(every, 1):
+        print(f"\n[{number}/{len(every)}] {settings.stage}", flush=True)
+        result = run_stage(settings)
+    print(f"\nAll of {every[0].runs}/{every[0].name} is done ({time.monotonic() - started:.0f} s).")
+    return result
+
+
+def _sweep_job(cfg: DictConfig, overrides: list[str]) -> float | None:
+    """Run one job of a sweep in a process of its own: two trainers in one process would share their state."""
+    swept = swept_overrides(sys.argv[1:], overrides)
+    label = ",".join(re.sub(r"[^\w.=+-]", "_", o.lstrip("+")) for o in swept)
+    job = label if 0 < len(label) <= 120 else f"job{HydraConfig.get().job.num}"
+    sweep = cfg.name or cfg.experiment or "default"
+    name = f"{sweep}/{job}"
+    command = [*(o for o in overrides if not o.startswith("name=")), f"name='{name}'"]
+    print(f"\n== {name}", flush=True)
+    done = subprocess.run([sys.executable, "-m", "rlhf_pipeline", *command], check=False)
+    if done.returncode in (130, -2):
+        raise KeyboardInterrupt
+    stage = cfg.stage if cfg.stage != "pipeline" else list(cfg.stages)[-1]
+    return rundir.RunDir(Path(cfg.runs), name, stage).objective() if done.returncode == 0 else None
+
+
+def swept_overrides(argv: Sequence[str], job: Sequence[str]) -> list[str]:
+    """The overrides of `job` that differ between the jobs of the multirun that `argv` asked for."""
+    parsed: list[Override] = OverridesParser.create().parse_overrides([a for a in argv if "=" in a and a[0] != "-"])
+    fixed = {o.key_or_group for o in parsed if not o.is_sweep_override()}
+    return [o for o in job if o.lstrip("+").partition("=")[0] not in fixed]
+
+
+class SweepTable(Callback):
+    """Prints what each job of a multirun came to, once all are done."""
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """Read the jobs' run directories, so that it does not matter where they ran."""
+        from rlhf_pipeline.tables import sweep_table
+
+        name = config.name or config.experiment or "default"
+        stage = config.stage if config.stage != "pipeline" else list(config.stages)[-1]
+        sweep_table(Path(config.runs) / name, stage)
+
+
+def _be_quiet() -> None:
+    """Keep the dependencies' chatter away, unless the user asked for it. Set before they are imported."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to main(), which says them plainly
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("rlhf_pipeline").setLevel(logging.INFO)
+
+
+def _plain(error: Exception) -> str:
+    """Hydra's and OmegaConf's messages without what only a Hydra user would understand."""
+    lines = [line.rstrip() for line in str(error).splitlines() if line.strip()]
+    text = "\n".join(line for line in lines if not re.match(r"\s*(full_key|object_type|set_struct|To append)", line))
+    match = re.search(r"Could not override '([\w.]+)'", text)
+    if match:
+        from rlhf_pipeline.registry import suggest
+
+        known = [f.name for f in Settings.__dataclass_fields__.values()]
+        return f"there is no setting '{match[1]}'. {suggest(match[1], known)}Known: {', '.join(known)}."
+    if "must specify 'stage'" in text:
+        return f"say which stage: stage=<{'|'.join(STAGES)}>, as in 'python -m rlhf_pipeline stage=sft'."
+    return text
+
+
+def _leave(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

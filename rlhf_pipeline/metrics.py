@@ -1,0 +1,72 @@
+"""Measures of texts and scores, as `evaluate` modules where others may want them: defined here, so no network."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Accuracy(evaluate.Metric):  # type: ignore[misc]
+    """Share of predictions equal to their reference. The hub's module of that name is fetched as code; this is not."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        features = {"predictions": datasets.Value("int32"), "references": datasets.Value("int32")}
+        return evaluate.MetricInfo(
+            description="accuracy", citation="", inputs_description="", features=datasets.Features(features)
+        )
+
+    def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
+        return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
+
+
+class Distinct(evaluate.Metric):  # type: ignore[misc]
+    """Different word n-grams over all of them, of all texts together (Li et al. 2016, arXiv 1510.03055)."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        features = {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
+        return evaluate.MetricInfo(
+            description="distinct-n", citation="", inputs_description="", features=datasets.Features(features)
+        )
+
+    def _compute(self, predictions: Sequence[str], references: Sequence[str], n: int = 2) -> dict[str, float]:
+        return {f"distinct_{n}": distinct(predictions, n)}
+
+
+def distinct(texts: Sequence[str], n: int) -> float:
+    """Different word n-grams over all word n-grams of `texts`; 0 where there are none."""
+    grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Pearson's correlation; None where either does not vary."""
+    a, b = np.asarray(first, float), np.asarray(second, float)
+    return float(np.corrcoef(a, b)[0, 1]) if a.std() > 0 and b.std() > 0 else None
+
+
+def calibration(
+    probability: NDArray[Any], truth: NDArray[Any], bins: int = 10
+) -> tuple[list[dict[str, float]], float]:
+    """Predicted against observed share of positives in equal bins, and the expected calibration error."""
+    index = np.minimum((probability * bins).astype(int), bins - 1)
+    rows: list[dict[str, float]] = []
+    for number in range(bins):
+        inside = index == number
+        if inside.any():
+            predicted, observed = float(probability[inside].mean()), float(truth[inside].mean())
+            rows.append({"predicted": predicted, "observed": observed, "count": int(inside.sum())})
+    error = sum(row["count"] * abs(row["predicted"] - row["observed"]) for row in rows) / max(len(truth), 1)
+    return rows, float(error)
+
+
+def paired_gain(before: Sequence[float], after: Sequence[float], draws: int, seed: int) -> dict[str, float]:
+    """Mean of `after - before` over the same prompts, its 95 % bootstrap interval, and how often `after` wins."""
+    gain = np.asarray(after, float) - np.asarray(before, float)
+    rng = np.random.default_rng(seed)
+    means = np.array([gain[rng.integers(0, len(gain), len(gain))].mean() for _ in range(draws)])
+    low, high = np.quantile(means, [0.025, 0.975])
+    wins = float(np.mean(gain > 0) + 0.5 * np.mean(gain == 0))
+    return {"mean": float(gain.mean()), "low": float(low), "high": float(high), "win_rate": wins}

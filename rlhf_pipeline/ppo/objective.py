@@ -1,0 +1,89 @@
+"""PPO's arithmetic as pure functions of tensors. `time` runs over response tokens.
+
+Sources: PPO (arXiv 1707.06347), GAE (arXiv 1506.02438), Ziegler et al. 2019 (arXiv 1909.08593).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of `values` (batch, time) where `mask` is True; 0 where it is nowhere."""
+    return (values * mask).sum() / mask.sum().clamp(min=1)
+
+
+def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+    """`values` (batch, time) scaled to variance 1 over `mask`, and to mean 0 unless told otherwise; 0 elsewhere."""
+    mean = masked_mean(values, mask)
+    count = mask.sum()
+    variance = masked_mean((values - mean) ** 2, mask) * count / (count - 1).clamp(min=1)
+    whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
+    return (whitened if shift_mean else whitened + mean).masked_fill(~mask, 0.0)
+
+
+def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, estimator: str) -> Tensor:
+    """Per-token estimate of KL(policy || reference), (batch, time): k1 or k3 (joschu.net/blog/kl-approx.html)."""
+    log_ratio = ref_log_probs - log_probs
+    return -log_ratio if estimator == "k1" else torch.expm1(log_ratio) - log_ratio
+
+
+def token_rewards(scores: Tensor, kl: Tensor, lengths: Tensor, kl_coef: float) -> Tensor:
+    """-kl_coef x KL at every token, and the score (batch,) on the last one: (batch, time)."""
+    rewards = -kl_coef * kl
+    return rewards.scatter_add(1, (lengths - 1)[:, None], scores[:, None])
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
+    """Generalised advantages (batch, time); beyond a response's end the value is 0. Arguments are (batch, time)."""
+    rewards, values = rewards * mask, values * mask
+    advantages = torch.zeros_like(rewards)
+    ahead, next_value = torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        ahead = delta + gamma * lam * ahead
+        advantages[:, t], next_value = ahead, values[:, t]
+    return advantages * mask
+
+
+class PolicyLoss(NamedTuple):
+    """The clipped surrogate and what to watch of it; scalars."""
+
+    loss: Tensor
+    ratio: Tensor  # mean of new / old probability
+    approx_kl: Tensor  # k2 estimate of KL(old || new)
+    clipped: Tensor  # share of tokens at which the clip is active
+
+
+def policy_loss(log_probs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip: float, count: Tensor) -> PolicyLoss:
+    """PPO's clipped surrogate, eq. 7. Tensors are (batch, time).
+
+    Sums are divided by `count`, the tokens of the whole minibatch, so that how it is split into
+    micro-batches changes nothing.
+    """
+    log_ratio = (log_probs - old).masked_fill(~mask, 0.0)
+    ratio = log_ratio.exp()
+    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
+
+    def mean(values: Tensor) -> Tensor:
+        return (values * mask).sum() / count
+
+    return PolicyLoss(
+        mean(torch.max(plain, clipped)),
+        mean(ratio.detach()),
+        mean(0.5 * log_ratio.detach() ** 2),
+        mean((clipped > plain).float()),
+    )
+
+
+def value_loss(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip: float, count: Tensor) -> Tensor:
+    """Half the squared error of the value, clipped around its old value (arXiv 2403.17031); divided by `count`."""
+    near = old + (values - old).clamp(-clip, clip)
+    return 0.5 * (torch.max((values - returns) ** 2, (near - returns) ** 2) * mask).sum() / count
+
+
+def next_kl_coef(coef: float, kl: float, target: float, episodes: int, horizon: int) -> float:
+    """Ziegler et al.'s controller (sec. 2.2): proportional in log space, its error cut to +-20 %."""
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return coef * (1 + error * episodes / horizon)

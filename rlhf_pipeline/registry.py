@@ -1,0 +1,96 @@
+"""Names to functions: an entry is a function, its signature is its configuration."""
+
+import difflib
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Generic, TypeVar
+
+from rlhf_pipeline.errors import UserError
+
+T = TypeVar("T")
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """`Did you mean 'x'? ` where something is near `word`, else nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"Did you mean '{near[0]}'? " if near else ""
+
+
+def describe(kind: Any) -> str:
+    """A type as the user would write it: `int`, `float or null`, `'k1' or 'k3'`."""
+    if kind is types.NoneType:
+        return "null"
+    if typing.get_origin(kind) is typing.Literal:
+        return " or ".join(repr(choice) for choice in typing.get_args(kind))
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return " or ".join(describe(part) for part in typing.get_args(kind))
+    return str(getattr(kind, "__name__", kind)) if not typing.get_args(kind) else str(kind)
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value from a YAML file may stand where the annotation `kind` does."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return True
+    if origin is typing.Literal:
+        return value in args
+    if origin in (types.UnionType, typing.Union):
+        return any(fits(value, part) for part in args)
+    if origin is not None:
+        if origin is list:
+            return isinstance(value, list) and all(fits(item, args[0]) for item in value)
+        if origin is tuple:
+            return isinstance(value, list | tuple) and len(value) == len(args) and all(map(fits, value, args))
+        return isinstance(value, origin)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+class Registry(Generic[T]):
+    """Functions by name. The arguments after `*` of an entry are what a configuration may set.
+
+    `common` are fields that every choice may have, whatever its entry: whoever builds the entry reads them.
+    """
+
+    def __init__(self, kind: str, common: Mapping[str, Any] | None = None) -> None:
+        self.kind = kind
+        self.common = dict(common or {})
+        self.entries: dict[str, Callable[..., T]] = {}
+
+    def register(self, function: Callable[..., T]) -> Callable[..., T]:
+        """Add a function under its own name."""
+        self.entries[function.__name__] = function
+        return function
+
+    def check(self, choice: Mapping[str, Any]) -> None:
+        """Refuse an unknown name, an unknown field, or a value of the wrong type."""
+        name = choice.get("name")
+        if name not in self.entries:
+            known = ", ".join(sorted(self.entries))
+            near = suggest(str(name), self.entries)
+            raise UserError(f"no {self.kind} is called '{name}'. {near}Known: {known}.")
+        parameters = inspect.signature(self.entries[name]).parameters
+        hints = typing.get_type_hints(self.entries[name])
+        own = [p.name for p in parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+        fields = {**self.common, **{key: hints[key] for key in own}}
+        for key, value in choice.items():
+            if key == "name":
+                continue
+            if key not in fields:
+                near = suggest(key, fields)
+                raise UserError(
+                    f"{self.kind}={name} has no field '{key}'. {near}Known: {', '.join(sorted(fields)) or 'none'}."
+                )
+            if not fits(value, fields[key]):
+                raise UserError(f"{self.kind}.{key} is {value!r}; {self.kind}={name} takes {describe(fields[key])}.")
+
+    def build(self, choice: Mapping[str, Any], *args: Any) -> T:
+        """Call the entry that `choice['name']` names, with `args` before its configured fields."""
+        self.check(choice)
+        own = {k: v for k, v in choice.items() if k != "name" and k not in self.common}
+        return self.entries[choice["name"]](*args, **own)

@@ -1,0 +1,291 @@
+"""Run directories, the only state between stages: lineage, atomic files, resuming, metric and sample logs."""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf_pipeline.errors import NotFinished, UserError
+from rlhf_pipeline.settings import Settings
+
+_PACKAGES = ("rlhf_pipeline", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "tokenizers")
+# Asking for these differently is the same work.
+_NOT_WORK = ("overwrite", "runs", "stages")
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all."""
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log. A last line cut off by a kill is left out."""
+    rows: list[dict[str, Any]] = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").split("\n"):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            rows.append(row)
+    return rows
+
+
+def content_hash(folder: Path) -> str:
+    """SHA-256 over the names and bytes of a folder's files."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0")
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+class RunDir:
+    """`runs/<name>/<stage>/`. A name with a slash is a job of a sweep: what it lacks, its parents may have."""
+
+    def __init__(self, runs: Path, name: str, stage: str, experiment: str | None = None) -> None:
+        self.runs, self.name, self.stage, self.experiment = runs, name, stage, experiment
+        self.path = runs / name / stage
+        self.checkpoints, self.model = self.path / "checkpoints", self.path / "model"
+        self._started = time.monotonic()
+        self._record: dict[str, Any] = {}
+
+    @classmethod
+    def of(cls, settings: Settings) -> "RunDir":
+        """The directory of one stage of one run."""
+        return cls(Path(settings.runs), settings.name, settings.stage, settings.experiment)
+
+    # -- what is there already
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """`run.json`, empty where there is none."""
+        path = self.path / "run.json"
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+    def finished(self, settings: Settings) -> bool:
+        """Whether this very work is done. Other work in this place is a `UserError`, unless it may be overwritten."""
+        record = self.record
+        if not record:
+            return False
+        differences = self._differences(settings, record)
+        if differences or (settings.overwrite and record["status"] == "done"):
+            if not settings.overwrite:
+                raise UserError(
+                    f"{self.path} holds other work ({'; '.join(differences[:4])}). "
+                    "Choose another name=, or say overwrite=true."
+                )
+            shutil.rmtree(self.path)
+            return False
+        return bool(record["status"] == "done")
+
+    def _differences(self, settings: Settings, record: dict[str, Any]) -> list[str]:
+        path = self.path / "config.yaml"
+        before = _flat(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.exists() else {}
+        after = _flat(_plain_values(settings))
+        changed = [
+            f"{key} is {before.get(key)!r} there and {after.get(key)!r} here"
+            for key in sorted({*before, *after})
+            if key.split(".")[0] not in (*_NOT_WORK, "hydra", "defaults") and before.get(key) != after.get(key)
+        ]
+        for role, parent in record.get("parents", {}).items():
+            folder = Path(parent["path"])
+            if record["status"] == "done" and folder.is_dir() and content_hash(folder) != parent["sha256"]:
+                changed.append(f"its {role} {folder} has changed since")
+        return changed
+
+    def headline(self) -> str:
+        """The stage's result in a few words."""
+        results = self.record.get("results", {})
+        return ", ".join(f"{k} {v:.4g}" for k, v in list(results.items())[:3] if isinstance(v, int | float))
+
+    def objective(self) -> float | None:
+        """The one number that a sweep compares."""
+        value = self.record.get("objective")
+        return None if value is None else float(value)
+
+    def upstream(self, *stages: str) -> Path | None:
+        """The model of the first of these stages that this run has finished, or a sweep's parent run."""
+        names = [self.name, *(str(p) for p in Path(self.name).parents if str(p) != ".")]
+        if len(names) > 1 and self.experiment:
+            names.append(self.experiment)
+        for name in names:
+            for stage in stages:
+                other = RunDir(self.runs, name, stage)
+                if other.record.get("status") == "done" and other.model.is_dir():
+                    return other.model
+        return None
+
+    # -- one run of the stage
+
+    def begin(self, settings: Settings, parents: dict[str, str], fingerprint: dict[str, Any] | None) -> None:
+        """Write down what is about to happen and from what; `parents` maps a role to a folder or a hub id."""
+        hydra = {"run": {"dir": "."}, "output_subdir": None}
+        logging = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}, "_self_"]
+        config = {"defaults": logging, "hydra": hydra, **_plain_values(settings), "overwrite": False}
+        write_atomic(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        self._record = {
+            "stage": self.stage,
+            "name": self.name,
+            "experiment": self.experiment,
+            "status": "running",
+            "seed": settings.seed,
+            "command": f"python -m rlhf_pipeline --config-path {self.path.absolute()} --config-name config",
+            "started": self.record.get("started") or _now(),
+            "resumed": [*self.record.get("resumed", []), _now()] if self.record else [],
+            "parents": {role: _parent(where) for role, where in parents.items()},
+            "data": fingerprint,
+            "versions": _versions(),
+            "hardware": _hardware(),
+            "git": _git(),
+        }
+        write_json(self.path / "run.json", self._record)
+
+    def finish(self, results: dict[str, Any], objective: float | None = None) -> None:
+        """Mark the stage done, with its results, and draw its report."""
+        from rlhf_pipeline.report import write_report
+
+        seconds = round(time.monotonic() - self._started + self._record.get("seconds", 0), 1)
+        self._record |= {"status": "done", "finished": _now(), "seconds": seconds}
+        self._record |= {"results": results, "objective": objective}
+        write_json(self.path / "run.json", self._record)
+        write_report(self.path)
+
+    def failed(self, error: BaseException) -> None:
+        """Note that the stage was cut off by an error; it can be resumed."""
+        if self._record:
+            kind = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            self._record |= {"status": kind, "error": f"{type(error).__name__}: {error}"[:500]}
+            write_json(self.path / "run.json", self._record)
+
+    def save_model(self, save: Callable[[Path], None]) -> None:
+        """Let `save` fill a folder, then put it in the place of `model/` at once."""
+        with_new, old = self.path / ".model.new", self.path / ".model.old"
+        for leftover in (with_new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        with_new.mkdir(parents=True)
+        save(with_new)
+        if self.model.exists():
+            os.replace(self.model, old)
+        os.replace(with_new, self.model)
+        shutil.rmtree(old, ignore_errors=True)
+
+    # -- checkpoints and logs
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint that was written to its end."""
+        whole = [p for p in self.checkpoints.glob("checkpoint-*") if (p / "complete").exists()]
+        return max(whole, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+
+    def rewind(self, step: int) -> None:
+        """Drop log rows after `step`: a resumed run takes those steps again."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path = self.path / name
+            if path.exists():
+                rows = [row for row in read_jsonl(path) if row["step"] <= step]
+                write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Add one row to `metrics.jsonl`. Only `seconds` depends on the clock."""
+        seconds = round(time.monotonic() - self._started, 2)
+        self._append("metrics.jsonl", [{"step": step, **values, "seconds": seconds}])
+
+    def log_samples(self, step: int, samples: Iterable[dict[str, Any]]) -> None:
+        """Add rows (prompt, response, reward) to `samples.jsonl`."""
+        self._append("samples.jsonl", [{"step": step, **sample} for sample in samples])
+
+    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        descriptor = os.open(self.path / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(descriptor, text.encode())  # one call, so that a kill does not cut a row in two
+        finally:
+            os.close(descriptor)
+
+
+def model_folder(path: str) -> str:
+    """A folder that holds a model: `runs/x/sft` stands for `runs/x/sft/model`. A hub id is given back as it is."""
+    folder = Path(path).expanduser()
+    if (folder / "model" / "config.json").exists():
+        return str(folder / "model")
+    if (folder / "run.json").exists():
+        raise NotFinished(f"{folder} has no model; 'make {folder.name} NAME={folder.parent.name}' makes it.")
+    if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
+        if "/" in path:
+            raise UserError(f"there is no folder {path}; give a folder that holds a model, or a hub id.")
+    return str(folder) if folder.is_dir() else path
+
+
+def _plain_values(settings: Settings) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(json.dumps(settings.to_dict()))
+    return values
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}".lstrip(".")).items()}
+    return {prefix: value}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _parent(where: str) -> dict[str, str | None]:
+    folder = Path(where)
+    return {"path": where, "sha256": content_hash(folder) if folder.is_dir() else None}
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _hardware() -> dict[str, Any]:
+    import torch
+
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.partition(":")[2].strip() for line in info.read_text().split("\n") if line.startswith("model name")]
+        cpu = next(iter(names), cpu) or cpu
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu, "os": sys.platform}
+
+
+def _git() -> dict[str, Any] | None:
+    """The state of this checkout, where it is one."""
+    here = Path(__file__).parent.parent
+    if not (here / ".git").exists():
+        return None
+    run = [["git", "-C", str(here), "rev-parse", "HEAD"], ["git", "-C", str(here), "status", "--porcelain"]]
+    try:
+        commit, status = (subprocess.run(c, capture_output=True, text=True, check=True).stdout.strip() for c in run)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"commit": commit, "dirty": bool(status)}

@@ -1,0 +1,175 @@
+"""What a run was asked to do, and the checks that need no model: Hydra stops here."""
+
+import ast
+import importlib.util
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf_pipeline import data, policies, rewards
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.registry import describe, fits, suggest
+
+STAGES = ("pretrain", "sft", "reward", "ppo", "evaluate", "pipeline")
+
+# Where each stage's trainer config is declared, the subclass first. The files are parsed, not
+# imported: importing any of them loads torch, and a typo should be refused in a second.
+_BASE = ("trl/trainer/base_config.py", "transformers/training_args.py")
+_TRAINER_SOURCES = {
+    "pretrain": ("trl/trainer/sft_config.py", *_BASE),
+    "sft": ("trl/trainer/sft_config.py", *_BASE),
+    "reward": ("trl/trainer/reward_config.py", *_BASE),
+    "ppo": ("rlhf_pipeline/ppo/config.py", "trl/experimental/ppo/ppo_config.py", *_BASE),
+}
+# The run directory owns these, or TRL computes them.
+_RESERVED = {
+    "output_dir": "the run directory is chosen by name=",
+    "seed": "set seed= for the whole run",
+    "data_seed": "set seed= for the whole run",
+    "batch_size": "it is per_device_train_batch_size x gradient_accumulation_steps x processes",
+    "mini_batch_size": "it is the batch size / num_mini_batches",
+    "micro_batch_size": "set per_device_train_batch_size",
+    "local_batch_size": "set per_device_train_batch_size and gradient_accumulation_steps",
+    "local_mini_batch_size": "set num_mini_batches",
+    "num_total_batches": "set total_episodes",
+    "world_size": "it is the number of processes launched",
+    "resume_from_checkpoint": "an unfinished run resumes by itself",
+    "sft_model_path": "set policy.path",
+    "reward_model_path": "set reward.path",
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How `stage=evaluate` compares policies."""
+
+    prompts: int = 512
+    batch_size: int = 128
+    examples: int = 3
+    bootstrap: int = 2000
+    response_length: int | None = None  # None: as the run's PPO did
+    temperature: float | None = None  # None: as the run's PPO did
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One stage of one run, resolved."""
+
+    stage: str
+    name: str
+    experiment: str | None = None
+    seed: int = 0
+    runs: str = "runs"
+    overwrite: bool = False
+    policy: dict[str, Any] = field(default_factory=dict)
+    reward: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    evaluate: Evaluation = field(default_factory=Evaluation)
+    stages: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> "Settings":
+        """Check a resolved configuration and make it settings. Unknown keys and wrong types are a `UserError`."""
+        known = {f.name: f for f in fields(cls)}
+        for key in values:
+            if key not in known:
+                raise UserError(f"there is no setting '{key}'. {suggest(key, known)}Known: {', '.join(known)}.")
+        _check_fields("", {k: v for k, v in values.items() if k in ("seed", "runs", "overwrite", "name")}, _TOP)
+        evaluate = {f.name: f.type for f in fields(Evaluation)}
+        _check_fields("evaluate.", values.get("evaluate") or {}, evaluate)
+        settings = cls(**{**values, "evaluate": Evaluation(**(values.get("evaluate") or {}))})
+        settings._check()
+        return settings
+
+    def _check(self) -> None:
+        if self.stage not in STAGES:
+            raise UserError(f"no stage is called '{self.stage}'. {suggest(self.stage, STAGES)}Known: {', '.join(STAGES)}.")
+        if not self.name or Path(self.name).is_absolute() or ".." in Path(self.name).parts:
+            raise UserError(f"name='{self.name}' is no run name: it is a folder below {self.runs}/.")
+        for section in self.stages:
+            if section not in STAGES or section == "pipeline":
+                known = ", ".join(STAGES[:-1])
+                raise UserError(f"stages.{section} is no stage. {suggest(section, STAGES)}Known: {known}.")
+        policies.registry.check(self.policy)
+        rewards.registry.check(self.reward)
+        data.registry.check(self.data)
+        check_trainer(self.stage, self.trainer)
+        if self.evaluate.prompts < 2:
+            raise UserError(f"evaluate.prompts is {self.evaluate.prompts}; a standard error takes at least 2.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `config.yaml` holds them."""
+        return asdict(self)
+
+
+_TOP: dict[str, Any] = {"seed": int, "runs": str, "overwrite": bool, "name": str}
+
+
+def _check_fields(prefix: str, values: dict[str, Any], known: dict[str, Any]) -> None:
+    for key, value in values.items():
+        if key not in known:
+            raise UserError(f"there is no setting '{prefix}{key}'. {suggest(key, known)}Known: {', '.join(known)}.")
+        if not fits(value, known[key]):
+            raise UserError(f"{prefix}{key} is {value!r}; it takes {describe(known[key])}.")
+
+
+def check_trainer(stage: str, values: dict[str, Any]) -> None:
+    """Refuse what the stage's TRL config would not take."""
+    if stage not in _TRAINER_SOURCES:
+        if values:
+            key = next(iter(values))
+            hint = f"say stages.<stage>.trainer.{key}=" if stage == "pipeline" else "drop it"
+            raise UserError(f"stage={stage} has no trainer, so trainer.{key} means nothing; {hint}.")
+        return
+    known = trainer_fields(stage)
+    config = {"ppo": "PPOConfig", "reward": "RewardConfig"}.get(stage, "SFTConfig")
+    for key, value in values.items():
+        if key in _RESERVED:
+            raise UserError(f"trainer.{key} is not yours to set: {_RESERVED[key]}.")
+        if key not in known:
+            raise UserError(
+                f"trainer.{key} is no field of {config} (stage={stage}). {suggest(key, known)}"
+                f"'python -m rlhf_pipeline --cfg job stage={stage}' shows what is set."
+            )
+        if not fits(value, known[key]):
+            raise UserError(f"trainer.{key} is {value!r}; {config} takes {describe(known[key])}.")
+
+
+@cache
+def trainer_fields(stage: str) -> dict[str, Any]:
+    """The fields of the stage's TRL config and their types, read from its source."""
+    found: dict[str, Any] = {}
+    for source in _TRAINER_SOURCES[stage]:
+        package, _, rest = source.partition("/")
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(f"{package} is not installed; 'make setup' installs what is needed.")
+        tree = ast.parse((Path(spec.submodule_search_locations[0]) / rest).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef) and node.name.endswith(("Config", "TrainingArguments")):
+                for item in node.body:
+                    if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                        found.setdefault(item.target.id, _type_of(item.annotation))
+    return {name: kind for name, kind in found.items() if not name.startswith("_")}
+
+
+def _type_of(annotation: ast.expr) -> Any:
+    """An annotation as a type; a class that only transformers knows (an enum) becomes `str`."""
+    names = {"bool": bool, "int": int, "float": float, "str": str, "list": list, "dict": dict, "Any": Any}
+    match annotation:
+        case ast.Constant(value=None):
+            return type(None)
+        case ast.Constant(value=str(text)):
+            return _type_of(ast.parse(text, mode="eval").body)
+        case ast.Name(id=name):
+            return names.get(name, str)
+        case ast.BinOp(left=left, right=right):
+            return _type_of(left) | _type_of(right) if Any not in (_type_of(left), _type_of(right)) else Any
+        case ast.Subscript(value=ast.Name(id="Literal"), slice=choices):
+            items = choices.elts if isinstance(choices, ast.Tuple) else [choices]
+            return Literal[tuple(ast.literal_eval(item) for item in items)]
+        case ast.Subscript(value=ast.Name(id=name)):
+            return names.get(name, Any)
+    return Any

@@ -1,0 +1,11 @@
+"""One file a stage; each has one `run(settings, out)`."""
+
+import importlib
+
+from rlhf_pipeline.rundir import RunDir
+from rlhf_pipeline.settings import Settings
+
+
+def run(settings: Settings, out: RunDir) -> None:
+    """Run the stage that the settings name, in its run directory."""
+    importlib.import_module(f"rlhf_pipeline.stages.{settings.stage}").run(settings, out)

@@ -1,0 +1,136 @@
+"""What the stages share: a trainer's settings, its log and its progress bar."""
+
+import time
+import warnings
+from pathlib import Path
+from typing import Any, TypeVar
+
+import datasets
+import torch
+import transformers
+from accelerate.state import AcceleratorState
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.rundir import RunDir
+from rlhf_pipeline.settings import Settings
+
+A = TypeVar("A", bound=TrainingArguments)
+
+# Of a Trainer's log rows, what depends on the clock; `RunDir.log` adds the time itself.
+_CLOCK = ("runtime", "per_second", "total_flos")
+_BAR = {"loss": "loss", "eval_loss": "eval", "objective/scores": "reward", "objective/kl": "kl"}
+
+
+def trainer_args(kind: type[A], settings: Settings, out: RunDir) -> A:
+    """The stage's TRL config. What TRL refuses is a `UserError` before any model is loaded."""
+    quiet()
+    AcceleratorState._reset_state(reset_partial_state=False)  # an earlier stage of this process may have chosen otherwise
+    values = {"bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(), **settings.trainer}
+    if not torch.cuda.is_available():
+        values.setdefault("dataloader_pin_memory", False)
+    try:
+        args = kind(output_dir=str(out.checkpoints), seed=settings.seed, disable_tqdm=True, report_to="none", **values)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{kind.__name__} refuses these trainer settings: {error}") from error
+    set_seed(settings.seed)
+    return args
+
+
+def quiet() -> None:
+    """Silence the libraries' progress bars and the warnings that are not the user's to act on."""
+    datasets.disable_progress_bars()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="(torch|transformers|trl|datasets|accelerate|peft|multiprocess)")
+
+
+def watch(trainer: transformers.Trainer, out: RunDir, title: str) -> str | None:
+    """Log a trainer's rows to the run directory, show a bar, and give the checkpoint to resume from."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(RunLog(out))
+    trainer.add_callback(Bar(title))
+    checkpoint = out.last_checkpoint()
+    out.rewind(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
+    if checkpoint:
+        print(f"resuming from {checkpoint}", flush=True)
+    return str(checkpoint) if checkpoint else None
+
+
+class RunLog(TrainerCallback):
+    """Writes `metrics.jsonl`, and marks a checkpoint once it is whole."""
+
+    def __init__(self, out: RunDir) -> None:
+        self.out = out
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+               logs: dict[str, Any] | None = None, **_: Any) -> None:  # fmt: skip
+        """One row a log."""
+        row = {key: value for key, value in (logs or {}).items() if not key.endswith(_CLOCK)}
+        if row and "train_loss" not in row:
+            self.out.log(state.global_step, row)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The checkpoint is whole from now on."""
+        (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / "complete").touch()
+
+
+class Bar(TrainerCallback):
+    """A progress bar with rate, time left and the last figures."""
+
+    def __init__(self, title: str) -> None:
+        self.title, self.shown = title, {"": ""}
+        self.bar: Any = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start where the training starts, which need not be 0."""
+        self.bar = progress(total=state.max_steps, title=self.title, initial=state.global_step)
+        self.shown = {}
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """One step on."""
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+               logs: dict[str, Any] | None = None, **_: Any) -> None:  # fmt: skip
+        """Show the newest figures."""
+        self.shown |= {_BAR[key]: f"{float(value):.3f}" for key, value in (logs or {}).items() if key in _BAR}
+        if self.bar is not None:
+            self.bar.set_postfix(self.shown, refresh=False)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Leave the full bar on the screen."""
+        self.bar.close()
+
+
+def progress(total: int, title: str, initial: int = 0) -> Any:
+    """A bar that does not flood a log file: there it prints a line now and then."""
+    import sys
+
+    seconds = 0.2 if sys.stderr.isatty() else 10.0
+    return tqdm(total=total, initial=initial, desc=title, mininterval=seconds, dynamic_ncols=True, smoothing=0.1)
+
+
+class Clock:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+
+    def __str__(self) -> str:
+        seconds = time.monotonic() - self.start
+        return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+
+
+def say_taken(role: str, where: str) -> None:
+    """One line for what a stage took."""
+    print(f"{role:<8}{where}", flush=True)
+
+
+def say_done(out: RunDir, what: str, clock: Clock, next_command: str | None = None) -> None:
+    """One line for what a stage made and where; another for what to run next."""
+    print(f"{what} -> {out.path} ({clock})", flush=True)
+    if next_command:
+        print(f"next: {next_command}", flush=True)

@@ -1,0 +1,71 @@
+"""Step 3: PPO. The policy samples answers, the reward judges them, a KL penalty keeps it near where it began.
+
+    python -m rlhf_pipeline stage=ppo
+"""
+
+import copy
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from rlhf_pipeline.data import check_kind, fingerprint, load_data, prompts, texts
+from rlhf_pipeline.policies import load_policy
+from rlhf_pipeline.ppo import PPOConfig, PPOTrainer
+from rlhf_pipeline.ppo.trainer import check_config
+from rlhf_pipeline.rewards import load_reward
+from rlhf_pipeline.rundir import RunDir, read_jsonl
+from rlhf_pipeline.settings import Settings
+from rlhf_pipeline.stages.common import Clock, say_done, say_taken, trainer_args, watch
+
+
+def run(settings: Settings, out: RunDir) -> None:
+    """Start from the SFT policy, keep it as the reference, and learn from the reward."""
+    clock, args = Clock(), trainer_args(PPOConfig, settings, out)
+    check_config(args)
+    check_kind(settings.data["name"], "ppo")
+    reward, judge = load_reward(settings.reward, out.upstream("reward"))
+    rows = load_data(settings.data, settings.seed)
+    policy, where = load_policy(settings.policy, out.upstream("sft", "pretrain"), texts(rows.train), settings.seed)
+    say_taken("policy", where)
+    say_taken("reward", judge)
+    out.begin(settings, {"policy": where, "reward": judge}, fingerprint(settings.data, rows))
+    trainer = PPOTrainer(
+        args,
+        policy.tokenizer,
+        policy.model,
+        copy.deepcopy(policy.model),
+        reward,
+        prompts(rows.train, policy.tokenizer, settings.data, settings.seed),
+    )
+    trainer.add_callback(SampleLog(trainer, out))
+    trainer.train(watch(trainer, out, "ppo"))
+    out.save_model(functools.partial(_save, trainer))
+    last = [row for row in read_jsonl(out.path / "metrics.jsonl") if "objective/scores" in row][-10:]
+    results = {name: sum(row[f"objective/{name}"] for row in last) / len(last) for name in ("scores", "kl")}
+    out.finish(results, objective=results["scores"])
+    what = f"reward {results['scores']:.3f} at KL {results['kl']:.2f} over the last {len(last)} logged updates"
+    say_done(out, what, clock, f"make evaluate NAME={out.name}")
+
+
+def _save(trainer: PPOTrainer, folder: Path) -> None:
+    trainer.save_model(str(folder))
+
+
+class SampleLog(TrainerCallback):
+    """Keeps some of what the policy said, with its reward, whenever metrics are logged."""
+
+    def __init__(self, trainer: PPOTrainer, out: RunDir) -> None:
+        self.trainer, self.out = trainer, out
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The first rows of the batch: it is in random order."""
+        rollout = self.trainer.last_rollout
+        if rollout is None or not isinstance(args, PPOConfig):
+            return
+        scores: torch.Tensor = rollout.scores
+        rows = zip(rollout.prompts, rollout.responses, scores.tolist(), strict=True)
+        samples = [{"prompt": p, "response": r, "reward": s} for p, r, s in list(rows)[: args.log_samples]]
+        self.out.log_samples(state.global_step, samples)

@@ -1,0 +1,44 @@
+"""Step 0: a language model from scratch. The tokenizer is trained on the texts, then the model to continue them.
+
+    python -m rlhf_pipeline stage=pretrain
+"""
+
+import math
+
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+from rlhf_pipeline import policies
+from rlhf_pipeline.data import fingerprint, load_data, texts
+from rlhf_pipeline.policies import Policy
+from rlhf_pipeline.rundir import RunDir
+from rlhf_pipeline.settings import Settings
+from rlhf_pipeline.stages.common import Clock, say_done, trainer_args, watch
+
+
+def run(settings: Settings, out: RunDir) -> None:
+    """Train the policy on all of each text, packed into blocks."""
+    clock, args = Clock(), trainer_args(SFTConfig, settings, out)
+    rows = load_data(settings.data, settings.seed)
+    out.begin(settings, {}, fingerprint(settings.data, rows))
+    policy = policies.registry.build(settings.policy).make(texts(rows.train), settings.seed)
+    parameters = policy.model.num_parameters() / 1e6
+    print(f"a GPT-2 of {parameters:.2f} M parameters, {len(policy.tokenizer)} tokens, {len(rows.train)} texts", flush=True)
+    trainer = SFTTrainer(
+        policy.model,
+        args,
+        train_dataset=blocks(policy, texts(rows.train)),
+        eval_dataset=blocks(policy, texts(rows.test)),
+        processing_class=policy.tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=watch(trainer, out, "pretrain"))
+    loss = trainer.evaluate()["eval_loss"]
+    out.save_model(policy.save)
+    out.finish({"eval_loss": loss, "eval_perplexity": math.exp(loss), "parameters_M": parameters}, objective=-loss)
+    say_done(out, f"perplexity {math.exp(loss):.1f} a token on held-out texts", clock, f"make sft NAME={out.name}")
+
+
+def blocks(policy: Policy, strings: list[str]) -> Dataset:
+    """Token ids of each text with its end; the trainer packs them."""
+    ids = policy.tokenizer(strings, add_special_tokens=False)["input_ids"]
+    return Dataset.from_dict({"input_ids": [[*row, policy.tokenizer.eos_token_id] for row in ids]})

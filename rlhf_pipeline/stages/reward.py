@@ -1,0 +1,145 @@
+"""Step 2: the reward. From labelled texts a classifier, from preferences a scalar model; ends with its quality.
+
+    python -m rlhf_pipeline stage=reward
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer
+from trl import RewardConfig, RewardTrainer
+
+from rlhf_pipeline import metrics
+from rlhf_pipeline.data import check_kind, fingerprint, kind, load_data, texts
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.policies import hub_errors, load_policy
+from rlhf_pipeline.records import Labelled, Preference
+from rlhf_pipeline.rewards import Scorer
+from rlhf_pipeline.rundir import RunDir, model_folder, write_json
+from rlhf_pipeline.settings import Settings
+from rlhf_pipeline.stages.common import Clock, progress, say_done, say_taken, trainer_args, watch
+
+LABELS = {0: "negative", 1: "positive"}
+
+
+def run(settings: Settings, out: RunDir) -> None:
+    """Train on what the data holds, then measure on the held-out split."""
+    clock, args = Clock(), trainer_args(RewardConfig, settings, out)
+    check_kind(settings.data["name"], "reward")
+    if settings.reward["name"] not in ("classifier", "preference_model", "imdb_sentiment", "dianping_sentiment"):
+        raise UserError(f"reward={settings.reward['name']} is nothing to train; stage=reward takes reward=classifier.")
+    rows = load_data(settings.data, settings.seed)
+    labelled = kind(settings.data["name"]) is Labelled
+    model, tokenizer, where = _start(settings, out, texts(rows.train), 2 if labelled else 1)
+    say_taken("start", where)
+    out.begin(settings, {"start": where}, fingerprint(settings.data, rows))
+    longest = min(args.max_length or 512, getattr(model.config, "max_position_embeddings", 512))
+    if labelled:
+        collator = DataCollatorWithPadding(tokenizer)
+        data = [_labelled(split, tokenizer, longest) for split in (rows.train, rows.test)]
+        trainer = Trainer(model, args, collator, data[0], data[1], processing_class=tokenizer)
+    else:
+        columns = ("prompt", "chosen", "rejected")
+        pairs = [Dataset.from_list([{c: getattr(r, c) for c in columns} for r in s]) for s in (rows.train, rows.test)]
+        trainer = RewardTrainer(model, args, train_dataset=pairs[0], eval_dataset=pairs[1], processing_class=tokenizer)
+    trainer.train(resume_from_checkpoint=watch(trainer, out, "reward"))
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    out.save_model(save)
+    scorer = Scorer(model, tokenizer, args.per_device_eval_batch_size, longest)
+    quality = labelled_quality(rows.test, scorer) if labelled else preference_quality(rows.test, scorer)
+    write_json(out.path / "quality.json", quality)
+    results = {key: value for key, value in quality.items() if not isinstance(value, list)}
+    out.finish(results, objective=quality["accuracy"])
+    print(", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in results.items()))
+    say_done(out, f"held-out accuracy {quality['accuracy']:.2%} of {quality['rows']}", clock, f"make ppo NAME={out.name}")
+
+
+def _start(settings: Settings, out: RunDir, strings: Sequence[str], labels: int) -> tuple[Any, Any, str]:
+    """The model to begin with: `reward.path`, else this run's language model with a new head, else one from scratch."""
+    names: dict[str, Any] = {"num_labels": labels, "dtype": "float32"}
+    if labels == 2:
+        names |= {"id2label": LABELS, "label2id": {name: index for index, name in LABELS.items()}}
+    torch.manual_seed(settings.seed)  # for the head
+    path, from_scratch = settings.reward.get("path"), settings.reward.get("base") == "scratch"
+    trunk = None if from_scratch else out.upstream("sft", "pretrain")
+    if path or (trunk and not settings.policy.get("path")):
+        where = model_folder(path or str(trunk))
+        with hub_errors(where, "reward.path"):
+            tokenizer = AutoTokenizer.from_pretrained(where)
+            model = AutoModelForSequenceClassification.from_pretrained(where, ignore_mismatched_sizes=True, **names)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+    else:
+        policy, where = load_policy(settings.policy, None, strings, settings.seed)
+        tokenizer, config = policy.tokenizer, policy.model.config
+        config.num_labels = labels
+        for key in ("id2label", "label2id"):
+            if key in names:
+                setattr(config, key, names[key])
+        model = AutoModelForSequenceClassification.from_config(config)
+        if not from_scratch:
+            model.base_model.load_state_dict(policy.model.base_model.state_dict())
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer, where
+
+
+def _labelled(rows: Sequence[Labelled], tokenizer: Any, longest: int) -> Dataset:
+    ids = tokenizer([row.text for row in rows], truncation=True, max_length=longest)["input_ids"]
+    return Dataset.from_dict({"input_ids": ids, "labels": [row.label for row in rows]})
+
+
+def _scores(strings: Sequence[str], scorer: Scorer) -> torch.Tensor:
+    found, part = [], 512
+    with progress(len(strings), "quality") as bar:
+        for start in range(0, len(strings), part):
+            found.append(scorer.logits(strings[start : start + part]))
+            bar.update(len(found[-1]))
+    return torch.cat(found)
+
+
+def labelled_quality(rows: Sequence[Labelled], scorer: Scorer) -> dict[str, Any]:
+    """How far a classifier can be trusted, on rows that it was not trained on."""
+    logits = _scores([row.text for row in rows], scorer).numpy()
+    truth = np.array([row.label for row in rows])
+    score = logits[:, 1] - logits[:, 0]  # log odds of positive
+    probability = 1 / (1 + np.exp(-score.astype(np.float64)))
+    accuracy = metrics.Accuracy().compute(predictions=(score > 0).astype(int), references=truth)
+    calibration, error = metrics.calibration(probability, truth)
+    return {
+        **accuracy,
+        "rows": len(rows),
+        "margin": float(np.where(truth == 1, score, -score).mean()),
+        "calibration_error": error,
+        "length_correlation": metrics.correlation(score, [len(row.text) for row in rows]),
+        "score_mean": float(score.mean()),
+        "score_std": float(score.std()),
+        "calibration": calibration,
+    }
+
+
+def preference_quality(rows: Sequence[Preference], scorer: Scorer) -> dict[str, Any]:
+    """How often, and by how much, a reward model prefers what people preferred, on prompts not trained on."""
+    sides = [[row.prompt + getattr(row, side) for row in rows] for side in ("chosen", "rejected")]
+    chosen, rejected = (_scores(side, scorer)[:, 0].numpy() for side in sides)
+    margin = chosen - rejected
+    probability = 1 / (1 + np.exp(-np.abs(margin).astype(np.float64)))
+    calibration, error = metrics.calibration(probability, (margin > 0).astype(int))
+    both = np.concatenate([chosen, rejected])
+    return {
+        **metrics.Accuracy().compute(predictions=(margin > 0).astype(int), references=np.ones(len(rows), dtype=int)),
+        "rows": len(rows),
+        "margin": float(margin.mean()),
+        "calibration_error": error,
+        "length_correlation": metrics.correlation(both, [len(text) for text in sides[0] + sides[1]]),
+        "score_mean": float(both.mean()),
+        "score_std": float(both.std()),
+        "calibration": calibration,
+    }

@@ -1,0 +1,46 @@
+"""Step 1: supervised fine-tuning. The policy learns to complete prompts as the demonstrations do.
+
+    python -m rlhf_pipeline stage=sft
+"""
+
+import math
+
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+from rlhf_pipeline.data import check_kind, demonstrations, fingerprint, load_data, texts
+from rlhf_pipeline.policies import load_policy
+from rlhf_pipeline.rundir import RunDir
+from rlhf_pipeline.settings import Settings
+from rlhf_pipeline.stages.common import Clock, say_done, say_taken, trainer_args, watch
+
+
+def run(settings: Settings, out: RunDir) -> None:
+    """Train on the completions alone, unless `trainer.completion_only_loss=false`."""
+    clock, args = Clock(), trainer_args(SFTConfig, settings, out)
+    check_kind(settings.data["name"], "sft")
+    rows = load_data(settings.data, settings.seed)
+    policy, where = load_policy(settings.policy, out.upstream("pretrain"), texts(rows.train), settings.seed)
+    say_taken("policy", where)
+    out.begin(settings, {"policy": where}, fingerprint(settings.data, rows))
+
+    def dataset(split: list, seed: int) -> Dataset:  # type: ignore[type-arg]
+        pairs = demonstrations(split, policy.tokenizer, settings.data, seed)
+        masks = [[0] * len(prompt) + [1] * len(completion) for prompt, completion in pairs]
+        return Dataset.from_dict({"input_ids": [p + c for p, c in pairs], "completion_mask": masks})
+
+    trainer = SFTTrainer(
+        policy.model,
+        args,
+        train_dataset=dataset(rows.train, settings.seed),
+        eval_dataset=dataset(rows.test, settings.seed + 1),
+        processing_class=policy.tokenizer,
+    )
+    checkpoint = watch(trainer, out, "sft")
+    before = None if checkpoint else trainer.evaluate()["eval_loss"]
+    trainer.train(resume_from_checkpoint=checkpoint)
+    loss = trainer.evaluate()["eval_loss"]
+    out.save_model(policy.save)
+    results = {"eval_loss": loss, "eval_loss_before": before, "eval_perplexity": math.exp(loss)}
+    out.finish(results, objective=-loss)
+    say_done(out, f"held-out loss {loss:.3f}" + (f", from {before:.3f}" if before else ""), clock, f"make reward NAME={out.name}")

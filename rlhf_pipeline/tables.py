@@ -1,0 +1,60 @@
+"""Tables on the terminal."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rlhf_pipeline.rundir import RunDir
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """A number for people; a dash for none."""
+    return f"{value:.{digits}f}" if isinstance(value, int | float) else "-"
+
+
+def evaluation_table(evaluation: dict[str, Any]) -> None:
+    """Policies by row, then the paired gain, then typical pairs of answers."""
+    table = Table(title=f"{evaluation['prompts']} held-out prompts; reward: {evaluation['reward']}", title_justify="left")
+    for column in ("", "reward mean ± s.e.", "median", "positive", f"KL to {evaluation['reference']}", "perplexity", "distinct-2", "length"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, row in evaluation["metrics"].items():
+        table.add_row(
+            name, f"{row['reward_mean']:.3f} ± {row['reward_stderr']:.3f}", number(row["reward_median"]),
+            f"{row['positive']:.1%}", number(row["kl"], 2), number(row["perplexity"], 2), number(row["distinct_2"]),
+            number(row["length"], 1),
+        )  # fmt: skip
+    console = Console(highlight=False)
+    console.print(table)
+    for pair, gain in evaluation["paired_gain"].items():
+        interval = f"[{gain['low']:+.3f}, {gain['high']:+.3f}]"
+        console.print(Text(f"{pair}: {gain['mean']:+.3f}, 95 % interval {interval}, wins {gain['win_rate']:.1%}"))
+    samples = Table(title="Typical answers", title_justify="left", show_lines=True)
+    for name in ("prompt", *evaluation["metrics"]):
+        samples.add_column(name, overflow="fold")
+    for row in evaluation["examples"]:
+        # Text, not markup: what a model wrote is shown as it is.
+        cells = [f"{answer.strip()} ({row['rewards'][name]:.2f})" for name, answer in row["responses"].items()]
+        samples.add_row(Text(row["prompt"]), *map(Text, cells))
+    console.print(samples)
+
+
+def sweep_table(sweep: Path, stage: str) -> None:
+    """One row a job of a multirun, the best objective first; a job that failed says so."""
+    jobs = [RunDir(sweep.parent, f"{sweep.name}/{path.name}", stage) for path in sorted(sweep.glob("*")) if path.is_dir()]
+    records = [(job, job.record) for job in jobs if job.record or "=" in Path(job.name).name]
+    columns = sorted({key for _, record in records for key, value in record.get("results", {}).items() if isinstance(value, float)})
+    records.sort(key=lambda pair: (pair[1].get("objective") is None, -(pair[1].get("objective") or 0.0)))
+    table = Table(title=f"{sweep} ({stage})", title_justify="left")
+    table.add_column("job", overflow="fold")
+    for column in ("status", "objective", *columns, "seconds"):
+        table.add_column(column, justify="right")
+    for job, record in records:
+        results = record.get("results", {})
+        table.add_row(
+            Path(job.name).name, record.get("status", "failed"), number(record.get("objective")),
+            *(number(results.get(column)) for column in columns), number(record.get("seconds"), 0),
+        )  # fmt: skip
+    Console(highlight=False).print(table)

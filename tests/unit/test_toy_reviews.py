@@ -1,0 +1,144 @@
+"""The toy reviews: reproducible, varied, and not to be solved by counting words."""
+
+import pytest
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+
+from rlhf_pipeline.records import Labelled
+from rlhf_pipeline.toy_reviews import MAX_WORDS, MIN_WORDS, toy_reviews, true_sentiment
+
+TRAIN = 16_000
+
+
+@pytest.fixture(scope="module")
+def reviews() -> list[Labelled]:
+    return toy_reviews(20_000, seed=0)
+
+
+def held_out_accuracy(texts: list[str], labels: list[int], ngrams: int = 1) -> float:
+    model = make_pipeline(CountVectorizer(ngram_range=(1, ngrams)), LogisticRegression(max_iter=1000))
+    model.fit(texts[:TRAIN], labels[:TRAIN])
+    return float(model.score(texts[TRAIN:], labels[TRAIN:]))
+
+
+def test_same_seed_same_reviews_and_a_longer_draw_begins_with_the_shorter() -> None:
+    assert toy_reviews(50, seed=3) == toy_reviews(50, seed=3)
+    assert toy_reviews(200, seed=3)[:50] == toy_reviews(50, seed=3)
+    assert toy_reviews(50, seed=4) != toy_reviews(50, seed=3)
+    assert toy_reviews(0, seed=3) == []
+
+
+def test_varied_and_balanced(reviews: list[Labelled]) -> None:
+    assert len({review.text for review in reviews}) >= 15_000
+    assert {review.label for review in reviews} == {0, 1}
+    assert 0.48 < sum(review.label for review in reviews) / len(reviews) < 0.52
+    assert len({" ".join(review.text.split()[:4]) for review in reviews}) > 100  # prompts
+
+
+def test_form(reviews: list[Labelled]) -> None:
+    for review in reviews:
+        assert MIN_WORDS <= len(review.text.split()) <= MAX_WORDS
+        assert "<" not in review.text
+        assert "  " not in review.text
+        assert review.text.endswith(".")
+        sentences = review.text.removesuffix(".").split(". ")
+        assert 2 <= len(sentences) <= 3
+        assert all(sentence[0].isupper() for sentence in sentences)
+    lengths = [len(review.text.split()) for review in reviews]
+    assert sum(14 <= length <= 26 for length in lengths) > 0.6 * len(reviews)
+    words = {word.strip(".,").lower() for review in reviews for word in review.text.split()}
+    assert 250 <= len(words) <= 450
+
+
+def test_counting_words_is_not_enough(reviews: list[Labelled]) -> None:
+    texts, labels = [review.text for review in reviews], [review.label for review in reviews]
+    assert 0.70 < held_out_accuracy(texts, labels) <= 0.89
+    assert held_out_accuracy(texts, labels, ngrams=2) < 0.95
+
+
+def test_an_opening_says_nothing(reviews: list[Labelled]) -> None:
+    openings = [" ".join(review.text.split()[:6]) for review in reviews]
+    assert held_out_accuracy(openings, [review.label for review in reviews]) <= 0.56
+    assert {true_sentiment(opening) for opening in openings} == {0.5}
+
+
+def test_true_sentiment_agrees_with_the_label(reviews: list[Labelled]) -> None:
+    agree = sum((true_sentiment(review.text) > 0.5) == (review.label == 1) for review in reviews)
+    assert agree >= 0.995 * len(reviews)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The plot was never dull.",
+        "It was far from boring",
+        "It was anything but tedious.",
+        "There was hardly a dull scene in it.",
+        "Although the acting was dull and the music bored me, it was a triumph in the end.",
+        "It was a joy, even though the script was clumsy.",
+        "It was slow and confused at first, but ended up really brilliant.",
+        "My brother called it awful, but I disagree.",
+        "My brother called it awful; I disagree.",
+        "The critics loved it, and I cannot argue with that.",
+        "It was not nearly as dull as the book.",
+        "It was much better than the weak first part.",
+        "I did not want it to end.",
+    ],
+)
+def test_positive_by_the_rules(text: str) -> None:
+    assert true_sentiment(text) > 0.7
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The plot was hardly gripping.",
+        "It was far from funny",
+        "I can't say that it was clever.",
+        "Nobody could say that the story moved me.",
+        "Although the acting was wonderful and the music moving, the story let me down in the end.",
+        "I loved the title, but it was a mess.",
+        "I was prepared for something witty and fresh, and got something dull.",
+        "My brother called it wonderful, but the opposite is true.",
+        "The critics hated it, and I understand why.",
+        "It was not nearly as witty as the book.",
+        "I would not see it again.",
+    ],
+)
+def test_negative_by_the_rules(text: str) -> None:
+    assert true_sentiment(text) < 0.3
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "...",
+        "I saw this film with my sister last Friday.",
+        "Although the acting was wonderful",
+        "My brother called it awful",
+        "not never hardly no",
+        "but but, but. and I agree",
+        "Duller than dullness",
+        "\x00\ud800 \U0001f600 ẞ İ",
+        "这部电影",
+        "<|endoftext|>",
+        "(((",
+    ],
+)
+def test_nothing_said(text: str) -> None:
+    assert true_sentiment(text) == 0.5
+
+
+def test_any_text_has_a_sentiment(reviews: list[Labelled]) -> None:
+    words = [word for review in reviews[:500] for word in review.text.split()]
+    garbled = [" ".join(words[start::step][:40]) for start in range(20) for step in (1, 7, 131)]
+    cut = [review.text[:length] for review in reviews[:200] for length in range(0, 120, 11)]
+    for text in [*garbled, *cut, "dull " * 10_000, "brilliant. " * 10_000, "no " * 9_999]:
+        assert 0.0 <= true_sentiment(text) <= 1.0
+
+
+def test_repeating_oneself_does_not_count() -> None:
+    assert true_sentiment("It was funny. " * 20) == true_sentiment("It was funny.") < true_sentiment("Funny. Witty.")
