@@ -27,9 +27,10 @@ class Splits(Generic[R]):
     test: list[R]
 
 
+# `limit` cuts both splits, `test_limit` the held-out one alone.
 # `prompt_tokens`: how many tokens of a text are the prompt, drawn per row from first to last, both included.
 registry: Registry[Splits[Any]] = Registry(
-    "data", {"limit": int | None, "min_characters": int, "prompt_tokens": tuple[int, int]}
+    "data", {"limit": int | None, "test_limit": int | None, "min_characters": int, "prompt_tokens": tuple[int, int]}
 )
 
 # What each stage can make something of.
@@ -115,8 +116,10 @@ def load_data(choice: dict[str, Any], seed: int) -> Splits[Any]:
         random.Random(f"rows {seed}").shuffle(rows)
     limit = choice.get("limit")
     if not train[:limit] or not test[:limit]:
-        raise UserError(f"data={choice['name']} has {len(train)} rows to learn from and {len(test)} to hold out; both are needed.")
-    return Splits(train[:limit], test[:limit])
+        raise UserError(
+            f"data={choice['name']} has {len(train)} rows to learn from and {len(test)} to hold out; both are needed."
+        )
+    return Splits(train[:limit], test[:limit][: choice.get("test_limit")])
 
 
 def fingerprint(choice: dict[str, Any], splits: Splits[Any]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The one exception that the command line prints without a traceback.
 
-    Exception
-      UserError        the user can mend it: exit status 2, one message
-        NotFinished    an earlier stage has not made what this one needs
+Exception
+  UserError        the user can mend it: exit status 2, one message
+    NotFinished    an earlier stage has not made what this one needs
 """
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import datasets
 import evaluate
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 
 class Accuracy(evaluate.Metric):  # type: ignore[misc]
@@ -41,15 +41,13 @@ def distinct(texts: Sequence[str], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-def correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
+def correlation(first: ArrayLike, second: ArrayLike) -> float | None:
     """Pearson's correlation; None where either does not vary."""
     a, b = np.asarray(first, float), np.asarray(second, float)
     return float(np.corrcoef(a, b)[0, 1]) if a.std() > 0 and b.std() > 0 else None
 
 
-def calibration(
-    probability: NDArray[Any], truth: NDArray[Any], bins: int = 10
-) -> tuple[list[dict[str, float]], float]:
+def calibration(probability: NDArray[Any], truth: NDArray[Any], bins: int = 10) -> tuple[list[dict[str, float]], float]:
     """Predicted against observed share of positives in equal bins, and the expected calibration error."""
     index = np.minimum((probability * bins).astype(int), bins - 1)
     rows: list[dict[str, float]] = []

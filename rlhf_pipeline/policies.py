@@ -28,7 +28,9 @@ class Policy:
 class Source(Protocol):
     """What a policy's entry gives: how to open it from a folder or hub id, or to make it from texts."""
 
-    path: str | None
+    @property
+    def path(self) -> str | None:
+        """Where the entry's own model lies; None where it has none."""
 
     def open(self, path: str) -> Policy:
         """The policy that lies at `path`."""
@@ -59,7 +61,9 @@ class _Pretrained:
         return open_policy(path)
 
     def make(self, texts: Sequence[str], seed: int) -> Policy:
-        raise UserError(f"stage=pretrain makes a policy from scratch, and {self.path} is made already. Use policy=gpt2_scratch.")
+        raise UserError(
+            f"stage=pretrain makes a policy from scratch, and {self.path} is made already. Use policy=gpt2_scratch."
+        )
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,9 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int, positions: int) -> "P
 
     specials = ["<|endoftext|>", "<|pad|>"]
     if vocabulary < 256 + len(specials):
-        raise UserError(f"policy.vocabulary is {vocabulary}; a byte-level one has at least {256 + len(specials)} tokens.")
+        raise UserError(
+            f"policy.vocabulary is {vocabulary}; a byte-level one has at least {256 + len(specials)} tokens."
+        )
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

@@ -52,13 +52,13 @@ def classifier(
     text: Seen = "prompt_response",
     batch_size: int = 64,
     max_length: int = 512,
-    base: Literal["policy", "scratch"] = "policy",
+    base: Literal["policy", "encoder"] = "policy",
     size: Literal["tiny", "mini", "small"] = "tiny",
 ) -> Reward:
     """A text classifier's score of the class that is *named* `label`, whatever its index or case.
 
     `base` and `size` say what stage=reward trains where no `path` is given: the language model of this run
-    with a head (GPT-1's way), or an encoder from scratch.
+    with a head (GPT-1's way), or an encoder from scratch, of that size.
     """
     where = path or where
     if where is None:
@@ -93,7 +93,14 @@ def dianping_sentiment(
     max_length: int = 512,
 ) -> Reward:
     """A Chinese RoBERTa trained on Dianping reviews, of the response alone."""
-    return _classifier_reward(path or where or "liam168/c2-roberta-base-finetuned-dianping-chinese", label, scale, text, batch_size, max_length)
+    return _classifier_reward(
+        path or where or "liam168/c2-roberta-base-finetuned-dianping-chinese",
+        label,
+        scale,
+        text,
+        batch_size,
+        max_length,
+    )
 
 
 @registry.register
@@ -195,9 +202,15 @@ class Scorer:
         """(len(texts), classes). Sorted by length inside, so that little is padded; the end of a long text is cut."""
         import torch
 
-        ids = [row[: self.max_length] for row in self.tokenizer(list(texts), truncation=False)["input_ids"]] if texts else []
+        ids = (
+            [row[: self.max_length] for row in self.tokenizer(list(texts), truncation=False)["input_ids"]]
+            if texts
+            else []
+        )
         # A text of no tokens still gets a score: that of the token that ends one.
-        empty = [self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else self.tokenizer.sep_token_id]
+        empty = [
+            self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else self.tokenizer.sep_token_id
+        ]
         ids = [row or empty for row in ids]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         found = torch.zeros(len(ids), self.labels)
@@ -205,7 +218,9 @@ class Scorer:
             part = order[start : start + self.batch_size]
             batch = self.tokenizer.pad({"input_ids": [ids[i] for i in part]}, padding_side="right", return_tensors="pt")
             with torch.no_grad():
-                out = self.model(**{k: v.to(self.model.device) for k, v in batch.items() if k in ("input_ids", "attention_mask")})
+                out = self.model(
+                    **{k: v.to(self.model.device) for k, v in batch.items() if k in ("input_ids", "attention_mask")}
+                )
             found[part] = out.logits.float().cpu()
         return found
 
@@ -220,7 +235,9 @@ def class_named(labels: dict[int, str], wanted: str, where: str) -> int:
     names = {index: short.get(str(name).lower(), str(name).lower()) for index, name in labels.items()}
     found = [index for index, name in names.items() if name == short.get(wanted.lower(), wanted.lower())]
     if len(found) != 1:
-        raise UserError(f"{where} has no class named '{wanted}'; reward.label= takes one of: {', '.join(labels.values())}.")
+        raise UserError(
+            f"{where} has no class named '{wanted}'; reward.label= takes one of: {', '.join(labels.values())}."
+        )
     return int(found[0])
 
 

@@ -272,7 +272,9 @@ def _hardware() -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [line.partition(":")[2].strip() for line in info.read_text().split("\n") if line.startswith("model name")]
+        names = [
+            line.partition(":")[2].strip() for line in info.read_text().split("\n") if line.startswith("model name")
+        ]
         cpu = next(iter(names), cpu) or cpu
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu, "os": sys.platform}

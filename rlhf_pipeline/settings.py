@@ -85,7 +85,9 @@ class Settings:
 
     def _check(self) -> None:
         if self.stage not in STAGES:
-            raise UserError(f"no stage is called '{self.stage}'. {suggest(self.stage, STAGES)}Known: {', '.join(STAGES)}.")
+            raise UserError(
+                f"no stage is called '{self.stage}'. {suggest(self.stage, STAGES)}Known: {', '.join(STAGES)}."
+            )
         if not self.name or Path(self.name).is_absolute() or ".." in Path(self.name).parts:
             raise UserError(f"name='{self.name}' is no run name: it is a folder below {self.runs}/.")
         for section in self.stages:

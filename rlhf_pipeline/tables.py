@@ -17,8 +17,19 @@ def number(value: Any, digits: int = 3) -> str:
 
 def evaluation_table(evaluation: dict[str, Any]) -> None:
     """Policies by row, then the paired gain, then typical pairs of answers."""
-    table = Table(title=f"{evaluation['prompts']} held-out prompts; reward: {evaluation['reward']}", title_justify="left")
-    for column in ("", "reward mean ± s.e.", "median", "positive", f"KL to {evaluation['reference']}", "perplexity", "distinct-2", "length"):
+    table = Table(
+        title=f"{evaluation['prompts']} held-out prompts; reward: {evaluation['reward']}", title_justify="left"
+    )
+    for column in (
+        "",
+        "reward mean ± s.e.",
+        "median",
+        "positive",
+        f"KL to {evaluation['reference']}",
+        "perplexity",
+        "distinct-2",
+        "length",
+    ):
         table.add_column(column, justify="right" if column else "left")
     for name, row in evaluation["metrics"].items():
         table.add_row(
@@ -43,9 +54,13 @@ def evaluation_table(evaluation: dict[str, Any]) -> None:
 
 def sweep_table(sweep: Path, stage: str) -> None:
     """One row a job of a multirun, the best objective first; a job that failed says so."""
-    jobs = [RunDir(sweep.parent, f"{sweep.name}/{path.name}", stage) for path in sorted(sweep.glob("*")) if path.is_dir()]
+    jobs = [
+        RunDir(sweep.parent, f"{sweep.name}/{path.name}", stage) for path in sorted(sweep.glob("*")) if path.is_dir()
+    ]
     records = [(job, job.record) for job in jobs if job.record or "=" in Path(job.name).name]
-    columns = sorted({key for _, record in records for key, value in record.get("results", {}).items() if isinstance(value, float)})
+    columns = sorted(
+        {key for _, record in records for key, value in record.get("results", {}).items() if isinstance(value, float)}
+    )
     records.sort(key=lambda pair: (pair[1].get("objective") is None, -(pair[1].get("objective") or 0.0)))
     table = Table(title=f"{sweep} ({stage})", title_justify="left")
     table.add_column("job", overflow="fold")

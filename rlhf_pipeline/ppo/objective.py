@@ -56,7 +56,9 @@ class PolicyLoss(NamedTuple):
     clipped: Tensor  # share of tokens at which the clip is active
 
 
-def policy_loss(log_probs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip: float, count: Tensor) -> PolicyLoss:
+def policy_loss(
+    log_probs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip: float, count: Tensor
+) -> PolicyLoss:
     """PPO's clipped surrogate, eq. 7. Tensors are (batch, time).
 
     Sums are divided by `count`, the tokens of the whole minibatch, so that how it is split into

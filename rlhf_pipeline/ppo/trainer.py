@@ -18,9 +18,8 @@ from trl.experimental.ppo import PPOTrainer as TRLPPOTrainer
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.ppo.config import PPOConfig
-from rlhf_pipeline.ppo.objective import gae, kl_estimate, masked_mean, next_kl_coef, policy_loss, token_rewards
+from rlhf_pipeline.ppo.objective import gae, kl_estimate, masked_mean, next_kl_coef, policy_loss, token_rewards, whiten
 from rlhf_pipeline.ppo.objective import value_loss as clipped_value_loss
-from rlhf_pipeline.ppo.objective import whiten
 from rlhf_pipeline.ppo.rollout import PolicyWithValueHead, Rollout, TextReward, roll_out
 from rlhf_pipeline.sampling import Batch, Sampling
 
@@ -35,6 +34,13 @@ class PPOTrainer(TRLPPOTrainer):  # type: ignore[misc]
     derived from (seed, update), so a resumed run repeats what an unbroken one would have done.
     """
 
+    # Narrower than Trainer's own declarations: these are never None here.
+    args: PPOConfig
+    model: PolicyWithValueHead
+    processing_class: PreTrainedTokenizerBase
+    optimizer: Any
+    lr_scheduler: Any
+
     def __init__(
         self,
         args: PPOConfig,
@@ -47,11 +53,15 @@ class PPOTrainer(TRLPPOTrainer):  # type: ignore[misc]
     ) -> None:
         rows = check_config(args)
         if len(prompts) < rows:
-            raise UserError(f"{len(prompts)} prompts do not fill one batch of {rows}; lower trainer.per_device_train_batch_size.")
+            raise UserError(
+                f"{len(prompts)} prompts do not fill one batch of {rows}; lower trainer.per_device_train_batch_size."
+            )
         positions = getattr(model.config, "max_position_embeddings", math.inf)
         longest = max(map(len, prompts)) + args.response_length
         if longest > positions:
-            raise UserError(f"a prompt and its response take up to {longest} tokens, and the policy has {positions} positions.")
+            raise UserError(
+                f"a prompt and its response take up to {longest} tokens, and the policy has {positions} positions."
+            )
         for part in (model, ref_model):
             for module in part.modules():
                 if isinstance(module, torch.nn.Dropout):
@@ -118,10 +128,19 @@ class PPOTrainer(TRLPPOTrainer):  # type: ignore[misc]
         for _ in range(args.num_ppo_epochs):
             for minibatch in torch.randperm(self.batch_rows, generator=order).split(rows):
                 stats.append(self._step(rollout, advantages, returns, minibatch.to(mask.device)))
-        names = ("loss/policy_avg", "val/ratio", "policy/approxkl_avg", "policy/clipfrac_avg", "loss/value_avg", "grad_norm")
+        names = (
+            "loss/policy_avg",
+            "val/ratio",
+            "policy/approxkl_avg",
+            "policy/clipfrac_avg",
+            "loss/value_avg",
+            "grad_norm",
+        )
         means = dict(zip(names, torch.stack(stats).mean(0).tolist(), strict=True))
         if not all(math.isfinite(value) for value in means.values()):
-            raise UserError(f"PPO diverged at update {update + 1}: {means}. Lower trainer.learning_rate or raise trainer.kl_coef.")
+            raise UserError(
+                f"PPO diverged at update {update + 1}: {means}. Lower trainer.learning_rate or raise trainer.kl_coef."
+            )
         sequence_kl = float(kl.sum(1).mean())
         first_entropy = -masked_mean(rollout.log_probs, mask)
         stats_of_update = {
@@ -222,7 +241,9 @@ def check_config(args: PPOConfig) -> int:
             raise UserError(f"trainer.{name}={getattr(args, name)} is not carried out by stage=ppo yet; leave it out.")
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
     if rows % args.num_mini_batches:
-        raise UserError(f"a batch of {rows} rows does not divide into trainer.num_mini_batches={args.num_mini_batches}.")
+        raise UserError(
+            f"a batch of {rows} rows does not divide into trainer.num_mini_batches={args.num_mini_batches}."
+        )
     if args.min_response_length is not None and not 1 <= args.min_response_length <= args.response_length:
         raise UserError(
             f"trainer.min_response_length is {args.min_response_length}; it takes 1 to response_length ({args.response_length})."

@@ -27,7 +27,9 @@ _BAR = {"loss": "loss", "eval_loss": "eval", "objective/scores": "reward", "obje
 def trainer_args(kind: type[A], settings: Settings, out: RunDir) -> A:
     """The stage's TRL config. What TRL refuses is a `UserError` before any model is loaded."""
     quiet()
-    AcceleratorState._reset_state(reset_partial_state=False)  # an earlier stage of this process may have chosen otherwise
+    AcceleratorState._reset_state(
+        reset_partial_state=False
+    )  # an earlier stage of this process may have chosen otherwise
     values = {"bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(), **settings.trainer}
     if not torch.cuda.is_available():
         values.setdefault("dataloader_pin_memory", False)

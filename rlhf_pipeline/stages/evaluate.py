@@ -1,6 +1,6 @@
 """Before and after: every policy of the run on the same held-out prompts, by the same reward.
 
-    python -m rlhf_pipeline stage=evaluate
+python -m rlhf_pipeline stage=evaluate
 """
 
 import dataclasses
@@ -62,7 +62,9 @@ def run(settings: Settings, out: RunDir) -> None:
                 policy, opened[reference], base, reward, asked, limits, sampling, settings, bar.update
             )
     names = list(answers)
-    gain = metrics.paired_gain(answers[names[0]].rewards, answers[names[-1]].rewards, settings.evaluate.bootstrap, settings.seed)
+    gain = metrics.paired_gain(
+        answers[names[0]].rewards, answers[names[-1]].rewards, settings.evaluate.bootstrap, settings.seed
+    )
     gain_over_reference = metrics.paired_gain(
         answers[reference].rewards, answers[names[-1]].rewards, settings.evaluate.bootstrap, settings.seed
     )
@@ -99,9 +101,7 @@ def policies_of(out: RunDir) -> tuple[dict[str, str], str]:
     return paths, reference
 
 
-def sampling_of(
-    out: RunDir, asked: Evaluation, policy: Policy, count: int, seed: int
-) -> tuple[Sampling, torch.Tensor]:
+def sampling_of(out: RunDir, asked: Evaluation, policy: Policy, count: int, seed: int) -> tuple[Sampling, torch.Tensor]:
     """How to sample: as the run's PPO did, but for what `evaluate.*` sets; and each response's limit (count,)."""
     from rlhf_pipeline.ppo.config import PPOConfig
     from rlhf_pipeline.ppo.trainer import make_sampling
@@ -114,9 +114,7 @@ def sampling_of(
             values[key] = getattr(asked, key)
     args = PPOConfig(output_dir=str(out.checkpoints), **{"temperature": 1.0, "stop_token": "eos", **values})
     shortest = min(args.min_response_length or args.response_length, args.response_length)
-    limits = torch.randint(
-        shortest, args.response_length + 1, (count,), generator=torch.Generator().manual_seed(seed)
-    )
+    limits = torch.randint(shortest, args.response_length + 1, (count,), generator=torch.Generator().manual_seed(seed))
     return make_sampling(args, policy.tokenizer), limits
 
 

@@ -1,6 +1,6 @@
 """Step 3: PPO. The policy samples answers, the reward judges them, a KL penalty keeps it near where it began.
 
-    python -m rlhf_pipeline stage=ppo
+python -m rlhf_pipeline stage=ppo
 """
 
 import copy

@@ -1,6 +1,6 @@
 """Step 0: a language model from scratch. The tokenizer is trained on the texts, then the model to continue them.
 
-    python -m rlhf_pipeline stage=pretrain
+python -m rlhf_pipeline stage=pretrain
 """
 
 import math
@@ -23,7 +23,9 @@ def run(settings: Settings, out: RunDir) -> None:
     out.begin(settings, {}, fingerprint(settings.data, rows))
     policy = policies.registry.build(settings.policy).make(texts(rows.train), settings.seed)
     parameters = policy.model.num_parameters() / 1e6
-    print(f"a GPT-2 of {parameters:.2f} M parameters, {len(policy.tokenizer)} tokens, {len(rows.train)} texts", flush=True)
+    print(
+        f"a GPT-2 of {parameters:.2f} M parameters, {len(policy.tokenizer)} tokens, {len(rows.train)} texts", flush=True
+    )
     trainer = SFTTrainer(
         policy.model,
         args,

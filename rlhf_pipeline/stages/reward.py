@@ -1,6 +1,6 @@
 """Step 2: the reward. From labelled texts a classifier, from preferences a scalar model; ends with its quality.
 
-    python -m rlhf_pipeline stage=reward
+python -m rlhf_pipeline stage=reward
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+    Trainer,
+)
 from trl import RewardConfig, RewardTrainer
 
 from rlhf_pipeline import metrics
@@ -23,6 +30,8 @@ from rlhf_pipeline.rundir import RunDir, model_folder, write_json
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.stages.common import Clock, progress, say_done, say_taken, trainer_args, watch
 
+# layers, width, heads of an encoder from scratch
+ENCODERS = {"tiny": (2, 128, 4), "mini": (4, 256, 4), "small": (6, 512, 8)}
 LABELS = {0: "negative", 1: "positive"}
 
 
@@ -59,36 +68,67 @@ def run(settings: Settings, out: RunDir) -> None:
     results = {key: value for key, value in quality.items() if not isinstance(value, list)}
     out.finish(results, objective=quality["accuracy"])
     print(", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in results.items()))
-    say_done(out, f"held-out accuracy {quality['accuracy']:.2%} of {quality['rows']}", clock, f"make ppo NAME={out.name}")
+    say_done(
+        out, f"held-out accuracy {quality['accuracy']:.2%} of {quality['rows']}", clock, f"make ppo NAME={out.name}"
+    )
 
 
 def _start(settings: Settings, out: RunDir, strings: Sequence[str], labels: int) -> tuple[Any, Any, str]:
-    """The model to begin with: `reward.path`, else this run's language model with a new head, else one from scratch."""
-    names: dict[str, Any] = {"num_labels": labels, "dtype": "float32"}
+    """The model to begin with: `reward.path`, an encoder from scratch, or this run's language model with a new head."""
+    names: dict[str, Any] = {"num_labels": labels}
     if labels == 2:
         names |= {"id2label": LABELS, "label2id": {name: index for index, name in LABELS.items()}}
     torch.manual_seed(settings.seed)  # for the head
-    path, from_scratch = settings.reward.get("path"), settings.reward.get("base") == "scratch"
-    trunk = None if from_scratch else out.upstream("sft", "pretrain")
-    if path or (trunk and not settings.policy.get("path")):
-        where = model_folder(path or str(trunk))
-        with hub_errors(where, "reward.path"):
-            tokenizer = AutoTokenizer.from_pretrained(where)
-            model = AutoModelForSequenceClassification.from_pretrained(where, ignore_mismatched_sizes=True, **names)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-    else:
+    upstream = out.upstream("sft", "pretrain")
+    path = settings.reward.get("path")
+    if path is None and settings.reward.get("base") == "encoder":
+        tokenizer = load_policy(settings.policy, upstream, strings, settings.seed)[0].tokenizer
+        size = settings.reward.get("size", "tiny")
+        torch.manual_seed(settings.seed)
+        return _encoder(tokenizer, size, names), tokenizer, f"an encoder from scratch ({size})"
+    if path is None and upstream is None and settings.policy.get("path") is None:
         policy, where = load_policy(settings.policy, None, strings, settings.seed)
-        tokenizer, config = policy.tokenizer, policy.model.config
-        config.num_labels = labels
-        for key in ("id2label", "label2id"):
-            if key in names:
-                setattr(config, key, names[key])
-        model = AutoModelForSequenceClassification.from_config(config)
-        if not from_scratch:
-            model.base_model.load_state_dict(policy.model.base_model.state_dict())
+        if where.endswith("untrained"):
+            config = policy.model.config
+            config.update(names)
+            return AutoModelForSequenceClassification.from_config(config), policy.tokenizer, where
+        path = where
+    where = model_folder(path or settings.policy.get("path") or str(upstream))
+    with hub_errors(where, "reward.path"):
+        tokenizer = AutoTokenizer.from_pretrained(where)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            where, dtype="float32", ignore_mismatched_sizes=True, **names
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer, where
+
+
+def _encoder(tokenizer: Any, size: str, names: dict[str, Any]) -> Any:
+    """A small ModernBERT (arXiv 2412.13663) that pools the mean: it learns from little more quickly than one token does."""
+    layers, width, heads = ENCODERS[size]
+    config = ModernBertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=512,
+        local_attention=64,
+        global_attn_every_n_layers=2,
+        classifier_pooling="mean",
+        embedding_dropout=0.1,
+        mlp_dropout=0.1,
+        classifier_dropout=0.1,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        cls_token_id=None,
+        sep_token_id=None,
+        **names,
+    )
+    return ModernBertForSequenceClassification(config)
 
 
 def _labelled(rows: Sequence[Labelled], tokenizer: Any, longest: int) -> Dataset:

@@ -1,6 +1,6 @@
 """Step 1: supervised fine-tuning. The policy learns to complete prompts as the demonstrations do.
 
-    python -m rlhf_pipeline stage=sft
+python -m rlhf_pipeline stage=sft
 """
 
 import math
@@ -43,4 +43,9 @@ def run(settings: Settings, out: RunDir) -> None:
     out.save_model(policy.save)
     results = {"eval_loss": loss, "eval_loss_before": before, "eval_perplexity": math.exp(loss)}
     out.finish(results, objective=-loss)
-    say_done(out, f"held-out loss {loss:.3f}" + (f", from {before:.3f}" if before else ""), clock, f"make reward NAME={out.name}")
+    say_done(
+        out,
+        f"held-out loss {loss:.3f}" + (f", from {before:.3f}" if before else ""),
+        clock,
+        f"make reward NAME={out.name}",
+    )

@@ -1,0 +1,43 @@
+# Every command of the README, one line each. `make help` lists them.
+PYTHON ?= python3
+VENV ?= .venv
+NAME ?= demo
+ARGS ?=
+BIN := $(VENV)/bin
+RUN := $(BIN)/python -m rlhf_pipeline
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo pretrain sft reward ppo evaluate pipeline test check clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@echo '  Variables: NAME=demo (the run), ARGS="trainer.kl_coef=0.1 ..." (more settings), PYTHON=python3.12, VENV=.venv'
+
+setup: $(VENV)/.ready  ## make the virtual environment with the tested versions
+
+# Made anew when the versions change; the mark is written last, so a half-made environment is not taken for a whole one.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"Python {v[0]}.{v[1]} is not supported; say PYTHON=python3.11, python3.12 or python3.13")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: setup  ## all steps on the built-in reviews, offline, in minutes
+	$(RUN) stage=pipeline experiment=demo name=$(NAME) $(ARGS)
+
+pretrain sft reward ppo evaluate: setup  ## one stage of a run: make ppo NAME=demo
+	$(RUN) stage=$@ name=$(NAME) $(ARGS)
+
+pipeline: setup  ## an experiment's stages in order: make pipeline NAME=imdb ARGS="experiment=imdb_sentiment"
+	$(RUN) stage=pipeline name=$(NAME) $(ARGS)
+
+test: setup  ## the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## remove the virtual environment and caches; runs/ is kept
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
