@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_pipeline import rundir
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.registry import suggest
 from rlhf_pipeline.settings import STAGES, Settings
 
 _PACKAGE = Path(__file__).parent
@@ -78,7 +79,12 @@ def _dispatch(cfg: DictConfig, overrides: list[str]) -> float | None:
         return _sweep_job(cfg, overrides)
     if cfg.stage == "pipeline":
         return _pipeline(cfg, overrides)
-    return run_stage(resolve(cfg, overrides))
+    order = list(cfg.stages)
+    objective = run_stage(resolve(cfg, overrides))
+    if cfg.stage in order[:-1]:
+        rest = " ".join(o for o in overrides if o.partition("=")[0] in ("experiment", "name"))
+        print(f"next: python -m rlhf_pipeline stage={order[order.index(cfg.stage) + 1]} {rest}".rstrip())
+    return objective
 
 
 def resolve(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
@@ -91,7 +97,9 @@ def resolve(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
             key = override.key_or_group
             if not override.is_sweep_override() and (key in ("seed", "runs", "overwrite") or "." in key):
                 OmegaConf.update(cfg, key, override.value(), force_add=True)
-    values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    for key in sorted(OmegaConf.missing_keys(cfg)):
+        raise UserError(f"{key} is not set; say {key}=...")
+    values = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(values, dict)
     values["name"] = values.get("name") or values.get("experiment") or "default"
     if cfg.stage != "pipeline":
@@ -179,11 +187,14 @@ def _be_quiet() -> None:
 def _plain(error: Exception) -> str:
     """Hydra's and OmegaConf's messages without what only a Hydra user would understand."""
     lines = [line.rstrip() for line in str(error).splitlines() if line.strip()]
+    missing = re.search(r"Could not find '(\w+)/([^']*)'", lines[0])
+    if missing and len(lines) > 2:
+        known = [line.strip() for line in lines[2:] if line[0] == "\t" and "provider=" not in line]
+        near = suggest(missing[2], known)
+        return f"no {missing[1]} is called '{missing[2]}'. {near}Known: {', '.join(known)}."
     text = "\n".join(line for line in lines if not re.match(r"\s*(full_key|object_type|set_struct|To append)", line))
     match = re.search(r"Could not override '([\w.]+)'", text)
     if match:
-        from rlhf_pipeline.registry import suggest
-
         known = [f.name for f in Settings.__dataclass_fields__.values()]
         return f"there is no setting '{match[1]}'. {suggest(match[1], known)}Known: {', '.join(known)}."
     if "must specify 'stage'" in text:

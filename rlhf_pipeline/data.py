@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from rlhf_pipeline import formats
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.hub import explained
 from rlhf_pipeline.records import Demonstration, Labelled, Preference, Row, Text
 from rlhf_pipeline.registry import Registry
 
@@ -187,7 +188,7 @@ def _whole(row: Row) -> str:
 
 
 def _split(rows: list[R], share: float, seed: int, key: Callable[[R], str] = _whole) -> Splits[R]:
-    """Hold out a share of the groups that `key` makes, by a hash, so that a row's side does not depend on the others."""
+    """Hold out a share of the groups that `key` makes; by a hash, so a row's side is its own affair."""
     if not 0 < share < 1:
         raise UserError(f"data.test_share is {share}; it takes a number between 0 and 1.")
 
@@ -200,11 +201,5 @@ def _split(rows: list[R], share: float, seed: int, key: Callable[[R], str] = _wh
 def _from_hub(path: str) -> Any:
     import datasets
 
-    try:
+    with explained(path, "data.path"):
         return datasets.load_dataset(path)
-    except Exception as error:  # the client raises a dozen kinds for a hub that is not there
-        reason = (str(error) or type(error).__name__).split("\n")[0][:160]
-        raise UserError(
-            f"the data set {path} could not be had from the hub ({reason}). Set HF_ENDPOINT to a mirror, "
-            "give data.path= a local copy, or run the offline demo: make demo."
-        ) from error

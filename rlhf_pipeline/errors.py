@@ -1,8 +1,8 @@
-"""The one exception that the command line prints without a traceback.
+"""The exceptions that the command line prints without a traceback.
 
 Exception
-  UserError        the user can mend it: exit status 2, one message
-    NotFinished    an earlier stage has not made what this one needs
+  UserError             the user can mend it: exit status 2, one message
+    NotFinishedError    an earlier stage has not made what this one needs
 """
 
 
@@ -10,5 +10,5 @@ class UserError(Exception):
     """Something the user can mend. The message names the thing, what is allowed and the fix."""
 
 
-class NotFinished(UserError):
+class NotFinishedError(UserError):
     """What an earlier stage should have made is not there."""

@@ -231,7 +231,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    import pyarrow.parquet as parquet  # type: ignore[import-untyped]  # slow to import, and few files are Parquet
+    import pyarrow.parquet as parquet  # slow to import, and few files are Parquet
 
     number = 0
     try:

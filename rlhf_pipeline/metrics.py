@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 
-class Accuracy(evaluate.Metric):  # type: ignore[misc]
+class Accuracy(evaluate.Metric):
     """Share of predictions equal to their reference. The hub's module of that name is fetched as code; this is not."""
 
     def _info(self) -> evaluate.MetricInfo:
@@ -22,7 +22,7 @@ class Accuracy(evaluate.Metric):  # type: ignore[misc]
         return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
 
 
-class Distinct(evaluate.Metric):  # type: ignore[misc]
+class Distinct(evaluate.Metric):
     """Different word n-grams over all of them, of all texts together (Li et al. 2016, arXiv 1510.03055)."""
 
     def _info(self) -> evaluate.MetricInfo:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.hub import explained, open_pretrained
 from rlhf_pipeline.registry import Registry
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ class _FromScratch:
         return open_policy(path)
 
     def make(self, texts: Sequence[str], seed: int) -> Policy:
+        if self.path is not None:
+            raise UserError("stage=pretrain starts from nothing; drop policy.path, or go on from it with stage=sft.")
         import torch
         from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -149,9 +152,9 @@ def open_policy(path: str) -> Policy:
     from rlhf_pipeline.rundir import model_folder
 
     where = model_folder(path)
-    with hub_errors(where, "policy.path"):
+    with explained(where, "policy.path"):
         tokenizer = AutoTokenizer.from_pretrained(where)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype="float32")
+    model = open_pretrained(AutoModelForCausalLM, where, "policy.path")
     settle_special_tokens(model, tokenizer)
     return Policy(model, tokenizer)
 
@@ -203,21 +206,3 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int, positions: int) -> "P
         model_max_length=positions,
         clean_up_tokenization_spaces=False,
     )
-
-
-class hub_errors:  # noqa: N801 - reads as a statement
-    """Turns the failures of opening a model into one line that says what to do."""
-
-    def __init__(self, where: str, setting: str) -> None:
-        self.where, self.setting = where, setting
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, OSError | ValueError):
-            reason = (str(error) or type(error).__name__).strip().split("\n")[0][:200]
-            raise UserError(
-                f"{self.setting}={self.where} could not be opened ({reason}). Give a local folder or a hub id; behind a "
-                "firewall set HF_ENDPOINT to a mirror; with no network run the offline demo: make demo."
-            ) from error

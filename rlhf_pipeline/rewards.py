@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlhf_pipeline.errors import NotFinished, UserError
+from rlhf_pipeline.errors import NotFinishedError, UserError
+from rlhf_pipeline.hub import explained, open_pretrained
 from rlhf_pipeline.registry import Registry, suggest
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ class Reward:
 
 registry: Registry[Reward] = Registry("reward")
 
+# What stage=reward can train.
+TRAINABLE = ("classifier", "preference_model", "imdb_sentiment", "dianping_sentiment")
+
 Scale = Literal["logit", "probability", "log_odds"]
 Seen = Literal["response", "prompt_response"]
 
@@ -62,7 +66,7 @@ def classifier(
     """
     where = path or where
     if where is None:
-        raise NotFinished("reward=classifier has no model yet; run stage=reward first, or give reward.path=.")
+        raise NotFinishedError("reward=classifier has no model yet; run stage=reward first, or give reward.path=.")
     return _classifier_reward(where, label, scale, text, batch_size, max_length)
 
 
@@ -110,7 +114,9 @@ def preference_model(
     """A reward model trained on preferences by stage=reward: the scalar of its head."""
     where = path or where
     if where is None:
-        raise NotFinished("reward=preference_model has no model yet; run stage=reward first, or give reward.path=.")
+        raise NotFinishedError(
+            "reward=preference_model has no model yet; run stage=reward first, or give reward.path=."
+        )
     scorer = Scorer.open(where, batch_size, max_length)
     if scorer.labels != 1:
         raise UserError(f"{where} is a classifier of {scorer.labels} classes; a preference model has one score.")
@@ -134,7 +140,8 @@ def python(where: str | None, *, path: str) -> Reward:
     if not source.is_file():
         raise UserError(f"reward.path={path}: there is no file {file!r}; write it as my_rewards.py:politeness.")
     spec = importlib.util.spec_from_file_location(source.stem, source)
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not callable(getattr(module, function, None)):
@@ -145,7 +152,7 @@ def python(where: str | None, *, path: str) -> Reward:
 
 @registry.register
 def length(where: str | None, *, target: int = 20) -> Reward:
-    """Closeness of a response's length to `target` words: 0 at the target, falling by 1 as it is missed by all of it."""
+    """Closeness of a response's length to `target` words: 0 at the target, -1 where it is missed by all of it."""
     return Reward(lambda _, answers: [-abs(len(a.split()) - target) / target for a in answers], "length", -0.5)
 
 
@@ -189,13 +196,12 @@ class Scorer:
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        from rlhf_pipeline.policies import hub_errors
         from rlhf_pipeline.rundir import model_folder
 
         where = model_folder(path)
-        with hub_errors(where, "reward.path"):
+        with explained(where, "reward.path"):
             tokenizer = AutoTokenizer.from_pretrained(where)
-            model = AutoModelForSequenceClassification.from_pretrained(where, dtype="float32")
+        model = open_pretrained(AutoModelForSequenceClassification, where, "reward.path")
         return cls(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, batch_size, max_length)
 
     def logits(self, texts: Sequence[str]) -> "Tensor":

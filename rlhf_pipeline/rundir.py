@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from rlhf_pipeline.errors import NotFinished, UserError
+from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.settings import Settings
 
 _PACKAGES = ("rlhf_pipeline", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "tokenizers")
@@ -88,6 +88,9 @@ class RunDir:
         record = self.record
         if not record:
             return False
+        if record["status"] != "done" and not self.last_checkpoint() and not self.model.exists():
+            shutil.rmtree(self.path)  # it came to nothing
+            return False
         differences = self._differences(settings, record)
         if differences or (settings.overwrite and record["status"] == "done"):
             if not settings.overwrite:
@@ -100,8 +103,7 @@ class RunDir:
         return bool(record["status"] == "done")
 
     def _differences(self, settings: Settings, record: dict[str, Any]) -> list[str]:
-        path = self.path / "config.yaml"
-        before = _flat(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.exists() else {}
+        before = _flat(self.config())
         after = _flat(_plain_values(settings))
         changed = [
             f"{key} is {before.get(key)!r} there and {after.get(key)!r} here"
@@ -124,17 +126,27 @@ class RunDir:
         value = self.record.get("objective")
         return None if value is None else float(value)
 
-    def upstream(self, *stages: str) -> Path | None:
-        """The model of the first of these stages that this run has finished, or a sweep's parent run."""
+    def upstream(self, *stages: str, choice: tuple[str, str] | None = None) -> Path | None:
+        """The model of the first of these stages that this run has finished, or a sweep's parent run.
+
+        With `choice`, say ("policy", "gpt2"), only one that was made from that entry: another is not meant.
+        """
         names = [self.name, *(str(p) for p in Path(self.name).parents if str(p) != ".")]
         if len(names) > 1 and self.experiment:
             names.append(self.experiment)
         for name in names:
             for stage in stages:
                 other = RunDir(self.runs, name, stage)
-                if other.record.get("status") == "done" and other.model.is_dir():
+                if other.record.get("status") != "done" or not other.model.is_dir():
+                    continue
+                if choice is None or other.config()[choice[0]]["name"] == choice[1]:
                     return other.model
         return None
+
+    def config(self) -> dict[str, Any]:
+        """`config.yaml`, empty where there is none."""
+        path = self.path / "config.yaml"
+        return dict(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
     # -- one run of the stage
 
@@ -229,11 +241,12 @@ def model_folder(path: str) -> str:
     if (folder / "model" / "config.json").exists():
         return str(folder / "model")
     if (folder / "run.json").exists():
-        raise NotFinished(f"{folder} has no model; 'make {folder.name} NAME={folder.parent.name}' makes it.")
-    if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
-        if "/" in path:
-            raise UserError(f"there is no folder {path}; give a folder that holds a model, or a hub id.")
-    return str(folder) if folder.is_dir() else path
+        raise NotFinishedError(f"{folder} has no model; 'make {folder.name} NAME={folder.parent.name}' makes it.")
+    if folder.is_dir():
+        return str(folder)
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:  # no hub id looks like this
+        raise UserError(f"there is no folder {path}; give a folder that holds a model, or a hub id.")
+    return path
 
 
 def _plain_values(settings: Settings) -> dict[str, Any]:

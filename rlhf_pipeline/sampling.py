@@ -151,7 +151,7 @@ def sample(
         )  # fmt: skip
         probabilities = sampling.adjust_from(out.logits[:, -1:], step)[:, 0].softmax(-1)
         cumulative = probabilities.cumsum(-1)
-        # Rounding keeps the total from being exactly 1; staying below it keeps a token of probability 0 from being drawn.
+        # The total is 1 but for rounding; staying below it keeps a token of probability 0 from being drawn.
         total = cumulative[:, -1:]
         height = torch.minimum(uniforms[step][:, None] * total, total.nextafter(torch.zeros_like(total)))
         inputs = torch.searchsorted(cumulative, height, right=True)

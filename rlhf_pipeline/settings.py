@@ -98,6 +98,10 @@ class Settings:
         rewards.registry.check(self.reward)
         data.registry.check(self.data)
         check_trainer(self.stage, self.trainer)
+        data.check_kind(self.data["name"], self.stage)
+        if self.stage == "reward" and self.reward["name"] not in rewards.TRAINABLE:
+            fitting = ", ".join(rewards.TRAINABLE)
+            raise UserError(f"reward={self.reward['name']} is nothing to train; stage=reward takes one of: {fitting}.")
         if self.evaluate.prompts < 2:
             raise UserError(f"evaluate.prompts is {self.evaluate.prompts}; a standard error takes at least 2.")
 

@@ -15,29 +15,25 @@ def number(value: Any, digits: int = 3) -> str:
     return f"{value:.{digits}f}" if isinstance(value, int | float) else "-"
 
 
+def _console() -> Console:
+    """The terminal; where there is none, as in a log file, wide enough for the tables."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=100)
+
+
 def evaluation_table(evaluation: dict[str, Any]) -> None:
     """Policies by row, then the paired gain, then typical pairs of answers."""
-    table = Table(
-        title=f"{evaluation['prompts']} held-out prompts; reward: {evaluation['reward']}", title_justify="left"
-    )
-    for column in (
-        "",
-        "reward mean ± s.e.",
-        "median",
-        "positive",
-        f"KL to {evaluation['reference']}",
-        "perplexity",
-        "distinct-2",
-        "length",
-    ):
-        table.add_column(column, justify="right" if column else "left")
+    title = f"{evaluation['prompts']} held-out prompts; reward: {evaluation['reward']}; KL to {evaluation['reference']}"
+    table = Table(title=title, title_justify="left")
+    for column in ("", "reward", "± s.e.", "median", "positive", "KL", "perplexity", "distinct-2", "length"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for name, row in evaluation["metrics"].items():
         table.add_row(
-            name, f"{row['reward_mean']:.3f} ± {row['reward_stderr']:.3f}", number(row["reward_median"]),
+            name, number(row["reward_mean"]), number(row["reward_stderr"]), number(row["reward_median"]),
             f"{row['positive']:.1%}", number(row["kl"], 2), number(row["perplexity"], 2), number(row["distinct_2"]),
             number(row["length"], 1),
         )  # fmt: skip
-    console = Console(highlight=False)
+    console = _console()
     console.print(table)
     for pair, gain in evaluation["paired_gain"].items():
         interval = f"[{gain['low']:+.3f}, {gain['high']:+.3f}]"
@@ -72,4 +68,4 @@ def sweep_table(sweep: Path, stage: str) -> None:
             Path(job.name).name, record.get("status", "failed"), number(record.get("objective")),
             *(number(results.get(column)) for column in columns), number(record.get("seconds"), 0),
         )  # fmt: skip
-    Console(highlight=False).print(table)
+    _console().print(table)

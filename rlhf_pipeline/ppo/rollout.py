@@ -57,7 +57,7 @@ def roll_out(
     batch = sample(model.policy, prompts, limits, sampling, generator)
     width, device = batch.responses.shape[1], batch.tokens.device
     found = torch.zeros(3, len(prompts), width, device=device)
-    for index in torch.arange(len(prompts), device=device).split(rows_at_once):
+    for index in torch.split(torch.arange(len(prompts), device=device), rows_at_once):
         part = batch.rows(index)
         mask = part.response_mask
         mine, values = model(part, sampling)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_callback import TrainerState
 from trl.experimental.ppo import PPOTrainer as TRLPPOTrainer
 
@@ -27,7 +27,7 @@ from rlhf_pipeline.sampling import Batch, Sampling
 _NOT_CARRIED_OUT = ("bf16", "fp16", "gradient_checkpointing", "model_adapter_name", "ref_adapter_name", "push_to_hub")
 
 
-class PPOTrainer(TRLPPOTrainer):  # type: ignore[misc]
+class PPOTrainer(TRLPPOTrainer):
     """TRL's PPOTrainer under its own name, with the loop replaced.
 
     `reward` takes prompts and responses as text. `prompts` are lists of token ids. Every random draw is
@@ -40,6 +40,7 @@ class PPOTrainer(TRLPPOTrainer):  # type: ignore[misc]
     processing_class: PreTrainedTokenizerBase
     optimizer: Any
     lr_scheduler: Any
+    control: TrainerControl
 
     def __init__(
         self,
@@ -74,7 +75,7 @@ class PPOTrainer(TRLPPOTrainer):  # type: ignore[misc]
         self.kl_coef = args.kl_coef
         self.last_rollout: Rollout | None = None
 
-    def train(self, resume_from_checkpoint: str | None = None) -> None:  # type: ignore[override]
+    def train(self, resume_from_checkpoint: str | None = None) -> None:
         """Run PPO until `total_episodes`, from a checkpoint where one is given."""
         args = self.args
         episodes = args.total_episodes or int(args.num_train_epochs * len(self.prompts))
@@ -126,7 +127,7 @@ class PPOTrainer(TRLPPOTrainer):  # type: ignore[misc]
         order = torch.Generator().manual_seed(derive_seed(args.seed, "minibatches", update))
         rows = self.batch_rows // args.num_mini_batches
         for _ in range(args.num_ppo_epochs):
-            for minibatch in torch.randperm(self.batch_rows, generator=order).split(rows):
+            for minibatch in torch.split(torch.randperm(self.batch_rows, generator=order), rows):
                 stats.append(self._step(rollout, advantages, returns, minibatch.to(mask.device)))
         names = (
             "loss/policy_avg",
@@ -164,7 +165,7 @@ class PPOTrainer(TRLPPOTrainer):  # type: ignore[misc]
         total = torch.zeros(5, device=lengths.device)
         # Rows of like length together: a micro-batch is as wide as its longest row.
         by_length = minibatch[lengths[minibatch].argsort(stable=True)]
-        for index in by_length.split(args.per_device_train_batch_size):
+        for index in torch.split(by_length, args.per_device_train_batch_size):
             part: Batch = rollout.batch.rows(index)
             mask, width = part.response_mask, part.responses.shape[1]
             old, old_values = rollout.log_probs[index, :width], rollout.values[index, :width]
@@ -197,7 +198,7 @@ class PPOTrainer(TRLPPOTrainer):  # type: ignore[misc]
 
     # -- checkpoints: whole or not there
 
-    def _save_checkpoint(self) -> None:  # type: ignore[override]
+    def _save_checkpoint(self) -> None:
         folder = Path(self.args.output_dir)
         name = f"checkpoint-{self.state.global_step}"
         temporary = folder / f".{name}"
@@ -246,7 +247,8 @@ def check_config(args: PPOConfig) -> int:
         )
     if args.min_response_length is not None and not 1 <= args.min_response_length <= args.response_length:
         raise UserError(
-            f"trainer.min_response_length is {args.min_response_length}; it takes 1 to response_length ({args.response_length})."
+            f"trainer.min_response_length is {args.min_response_length}; it takes 1 to {args.response_length}, "
+            "the response_length."
         )
     return rows
 

@@ -131,8 +131,6 @@ def say_taken(role: str, where: str) -> None:
     print(f"{role:<8}{where}", flush=True)
 
 
-def say_done(out: RunDir, what: str, clock: Clock, next_command: str | None = None) -> None:
-    """One line for what a stage made and where; another for what to run next."""
+def say_done(out: RunDir, what: str, clock: Clock) -> None:
+    """One line for what a stage made, where, and in what time."""
     print(f"{what} -> {out.path} ({clock})", flush=True)
-    if next_command:
-        print(f"next: {next_command}", flush=True)

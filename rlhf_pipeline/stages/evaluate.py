@@ -4,6 +4,7 @@ python -m rlhf_pipeline stage=evaluate
 """
 
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,8 +14,8 @@ import torch
 import yaml
 
 from rlhf_pipeline import metrics
-from rlhf_pipeline.data import check_kind, fingerprint, load_data, prompts, texts
-from rlhf_pipeline.errors import NotFinished
+from rlhf_pipeline.data import fingerprint, load_data, prompts, texts
+from rlhf_pipeline.errors import NotFinishedError
 from rlhf_pipeline.policies import Policy, load_policy
 from rlhf_pipeline.rewards import Reward, load_reward
 from rlhf_pipeline.rundir import RunDir, write_json
@@ -40,9 +41,8 @@ def run(settings: Settings, out: RunDir) -> None:
     """Sample from each policy, then reward, KL to the reference, perplexity under the base model, diversity."""
     quiet()
     clock = Clock()
-    check_kind(settings.data["name"], "evaluate")
-    paths, reference = policies_of(out)
-    reward, judge = load_reward(settings.reward, out.upstream("reward"))
+    paths, reference = policies_of(out, settings.policy["name"])
+    reward, judge = load_reward(settings.reward, out.upstream("reward", choice=("reward", settings.reward["name"])))
     rows = load_data(settings.data, settings.seed)
     opened = {name: load_policy({**settings.policy, "path": path}, None, texts(rows.train), settings.seed)[0]
               for name, path in paths.items()}  # fmt: skip
@@ -87,14 +87,19 @@ def run(settings: Settings, out: RunDir) -> None:
     say_done(out, f"{len(names)} policies on {len(asked)} held-out prompts", clock)
 
 
-def policies_of(out: RunDir) -> tuple[dict[str, str], str]:
+def policies_of(out: RunDir, policy: str) -> tuple[dict[str, str], str]:
     """The run's policies from first to last by name, and the name of PPO's reference."""
     trained = {"base": "pretrain", "sft": "sft", "ppo": "ppo"}
-    paths = {name: str(found) for name, stage in trained.items() if (found := out.upstream(stage))}
+    paths = {
+        name: str(found) for name, stage in trained.items() if (found := out.upstream(stage, choice=("policy", policy)))
+    }
     if not paths:
-        raise NotFinished(f"{out.runs / out.name} has no policy to evaluate; 'make ppo NAME={out.name}' makes one.")
+        raise NotFinishedError(
+            f"{out.runs / out.name} has no policy to evaluate; 'make ppo NAME={out.name}' makes one."
+        )
     ppo = out.upstream("ppo")
-    parent = RunDir(ppo.parents[2], ppo.parents[1].name, "ppo").record["parents"]["policy"]["path"] if ppo else None
+    record = json.loads((ppo.parent / "run.json").read_text(encoding="utf-8")) if ppo else {}
+    parent = record["parents"]["policy"]["path"] if record else None
     if parent and parent not in paths.values() and not parent.endswith(", untrained"):
         paths = {"base": parent, **{name: path for name, path in paths.items() if name == "ppo"}}
     reference = next((name for name, path in paths.items() if path == parent), list(paths)[-1 if not ppo else 0])
@@ -182,7 +187,7 @@ def sample_row(seen: Sequence[str], answers: dict[str, Answers], index: int) -> 
 
 def typical(seen: Sequence[str], answers: dict[str, Answers], count: int) -> list[dict[str, Any]]:
     """Prompts whose reward changed as the median did: typical, not the best."""
-    first, last = list(answers)[0], list(answers)[-1]
+    first, *_, last = answers
     gain = np.array(answers[last].rewards) - np.array(answers[first].rewards)
     near = np.argsort(np.abs(gain - np.median(gain)), kind="stable")[:count]
     return [sample_row(seen, answers, int(index)) for index in near]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rlhf_pipeline.data import check_kind, fingerprint, load_data, prompts, texts
+from rlhf_pipeline.data import fingerprint, load_data, prompts, texts
 from rlhf_pipeline.policies import load_policy
 from rlhf_pipeline.ppo import PPOConfig, PPOTrainer
 from rlhf_pipeline.ppo.trainer import check_config
@@ -25,10 +25,14 @@ def run(settings: Settings, out: RunDir) -> None:
     """Start from the SFT policy, keep it as the reference, and learn from the reward."""
     clock, args = Clock(), trainer_args(PPOConfig, settings, out)
     check_config(args)
-    check_kind(settings.data["name"], "ppo")
-    reward, judge = load_reward(settings.reward, out.upstream("reward"))
+    reward, judge = load_reward(settings.reward, out.upstream("reward", choice=("reward", settings.reward["name"])))
     rows = load_data(settings.data, settings.seed)
-    policy, where = load_policy(settings.policy, out.upstream("sft", "pretrain"), texts(rows.train), settings.seed)
+    policy, where = load_policy(
+        settings.policy,
+        out.upstream("sft", "pretrain", choice=("policy", settings.policy["name"])),
+        texts(rows.train),
+        settings.seed,
+    )
     say_taken("policy", where)
     say_taken("reward", judge)
     out.begin(settings, {"policy": where, "reward": judge}, fingerprint(settings.data, rows))
@@ -47,7 +51,7 @@ def run(settings: Settings, out: RunDir) -> None:
     results = {name: sum(row[f"objective/{name}"] for row in last) / len(last) for name in ("scores", "kl")}
     out.finish(results, objective=results["scores"])
     what = f"reward {results['scores']:.3f} at KL {results['kl']:.2f} over the last {len(last)} logged updates"
-    say_done(out, what, clock, f"make evaluate NAME={out.name}")
+    say_done(out, what, clock)
 
 
 def _save(trainer: PPOTrainer, folder: Path) -> None:

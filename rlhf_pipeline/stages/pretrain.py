@@ -37,7 +37,7 @@ def run(settings: Settings, out: RunDir) -> None:
     loss = trainer.evaluate()["eval_loss"]
     out.save_model(policy.save)
     out.finish({"eval_loss": loss, "eval_perplexity": math.exp(loss), "parameters_M": parameters}, objective=-loss)
-    say_done(out, f"perplexity {math.exp(loss):.1f} a token on held-out texts", clock, f"make sft NAME={out.name}")
+    say_done(out, f"perplexity {math.exp(loss):.1f} a token on held-out texts", clock)
 
 
 def blocks(policy: Policy, strings: list[str]) -> Dataset:

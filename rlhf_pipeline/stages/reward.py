@@ -21,9 +21,9 @@ from transformers import (
 from trl import RewardConfig, RewardTrainer
 
 from rlhf_pipeline import metrics
-from rlhf_pipeline.data import check_kind, fingerprint, kind, load_data, texts
-from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.policies import hub_errors, load_policy
+from rlhf_pipeline.data import fingerprint, kind, load_data, texts
+from rlhf_pipeline.hub import explained, open_pretrained
+from rlhf_pipeline.policies import load_policy
 from rlhf_pipeline.records import Labelled, Preference
 from rlhf_pipeline.rewards import Scorer
 from rlhf_pipeline.rundir import RunDir, model_folder, write_json
@@ -38,9 +38,6 @@ LABELS = {0: "negative", 1: "positive"}
 def run(settings: Settings, out: RunDir) -> None:
     """Train on what the data holds, then measure on the held-out split."""
     clock, args = Clock(), trainer_args(RewardConfig, settings, out)
-    check_kind(settings.data["name"], "reward")
-    if settings.reward["name"] not in ("classifier", "preference_model", "imdb_sentiment", "dianping_sentiment"):
-        raise UserError(f"reward={settings.reward['name']} is nothing to train; stage=reward takes reward=classifier.")
     rows = load_data(settings.data, settings.seed)
     labelled = kind(settings.data["name"]) is Labelled
     model, tokenizer, where = _start(settings, out, texts(rows.train), 2 if labelled else 1)
@@ -67,10 +64,8 @@ def run(settings: Settings, out: RunDir) -> None:
     write_json(out.path / "quality.json", quality)
     results = {key: value for key, value in quality.items() if not isinstance(value, list)}
     out.finish(results, objective=quality["accuracy"])
-    print(", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in results.items()))
-    say_done(
-        out, f"held-out accuracy {quality['accuracy']:.2%} of {quality['rows']}", clock, f"make ppo NAME={out.name}"
-    )
+    print(", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in results.items() if v is not None))
+    say_done(out, f"held-out accuracy {quality['accuracy']:.2%} of {quality['rows']}", clock)
 
 
 def _start(settings: Settings, out: RunDir, strings: Sequence[str], labels: int) -> tuple[Any, Any, str]:
@@ -79,7 +74,7 @@ def _start(settings: Settings, out: RunDir, strings: Sequence[str], labels: int)
     if labels == 2:
         names |= {"id2label": LABELS, "label2id": {name: index for index, name in LABELS.items()}}
     torch.manual_seed(settings.seed)  # for the head
-    upstream = out.upstream("sft", "pretrain")
+    upstream = out.upstream("sft", "pretrain", choice=("policy", settings.policy["name"]))
     path = settings.reward.get("path")
     if path is None and settings.reward.get("base") == "encoder":
         tokenizer = load_policy(settings.policy, upstream, strings, settings.seed)[0].tokenizer
@@ -94,11 +89,11 @@ def _start(settings: Settings, out: RunDir, strings: Sequence[str], labels: int)
             return AutoModelForSequenceClassification.from_config(config), policy.tokenizer, where
         path = where
     where = model_folder(path or settings.policy.get("path") or str(upstream))
-    with hub_errors(where, "reward.path"):
+    with explained(where, "reward.path"):
         tokenizer = AutoTokenizer.from_pretrained(where)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            where, dtype="float32", ignore_mismatched_sizes=True, **names
-        )
+    model = open_pretrained(
+        AutoModelForSequenceClassification, where, "reward.path", ignore_mismatched_sizes=True, **names
+    )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -106,7 +101,7 @@ def _start(settings: Settings, out: RunDir, strings: Sequence[str], labels: int)
 
 
 def _encoder(tokenizer: Any, size: str, names: dict[str, Any]) -> Any:
-    """A small ModernBERT (arXiv 2412.13663) that pools the mean: it learns from little more quickly than one token does."""
+    """A small ModernBERT (arXiv 2412.13663) that pools the mean: with little data it learns faster so."""
     layers, width, heads = ENCODERS[size]
     config = ModernBertConfig(
         vocab_size=len(tokenizer),

@@ -8,7 +8,7 @@ import math
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from rlhf_pipeline.data import check_kind, demonstrations, fingerprint, load_data, texts
+from rlhf_pipeline.data import demonstrations, fingerprint, load_data, texts
 from rlhf_pipeline.policies import load_policy
 from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.settings import Settings
@@ -18,9 +18,13 @@ from rlhf_pipeline.stages.common import Clock, say_done, say_taken, trainer_args
 def run(settings: Settings, out: RunDir) -> None:
     """Train on the completions alone, unless `trainer.completion_only_loss=false`."""
     clock, args = Clock(), trainer_args(SFTConfig, settings, out)
-    check_kind(settings.data["name"], "sft")
     rows = load_data(settings.data, settings.seed)
-    policy, where = load_policy(settings.policy, out.upstream("pretrain"), texts(rows.train), settings.seed)
+    policy, where = load_policy(
+        settings.policy,
+        out.upstream("pretrain", choice=("policy", settings.policy["name"])),
+        texts(rows.train),
+        settings.seed,
+    )
     say_taken("policy", where)
     out.begin(settings, {"policy": where}, fingerprint(settings.data, rows))
 
@@ -47,5 +51,4 @@ def run(settings: Settings, out: RunDir) -> None:
         out,
         f"held-out loss {loss:.3f}" + (f", from {before:.3f}" if before else ""),
         clock,
-        f"make reward NAME={out.name}",
     )
