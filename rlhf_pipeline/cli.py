@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rlhf_pipeline import rundir
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.registry import suggest
-from rlhf_pipeline.settings import STAGES, Settings
+from rlhf_pipeline.settings import STAGES, Settings, check_sections
 
 _PACKAGE = Path(__file__).parent
 # In a wheel the configurations lie inside the package, in a checkout beside it.
@@ -90,6 +90,7 @@ def _dispatch(cfg: DictConfig, overrides: list[str]) -> float | None:
 def resolve(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
     """Apply the experiment's section for this stage, below what the command line says."""
     OmegaConf.set_struct(cfg, False)
+    check_sections(str(name) for name in cfg.stages)
     section = OmegaConf.select(cfg, f"stages.{cfg.stage}")
     if section is not None and cfg.stage != "pipeline":
         cfg.merge_with(section)

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -90,10 +91,6 @@ class Settings:
             )
         if not self.name or Path(self.name).is_absolute() or ".." in Path(self.name).parts:
             raise UserError(f"name='{self.name}' is no run name: it is a folder below {self.runs}/.")
-        for section in self.stages:
-            if section not in STAGES or section == "pipeline":
-                known = ", ".join(STAGES[:-1])
-                raise UserError(f"stages.{section} is no stage. {suggest(section, STAGES)}Known: {known}.")
         policies.registry.check(self.policy)
         rewards.registry.check(self.reward)
         data.registry.check(self.data)
@@ -108,6 +105,14 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `config.yaml` holds them."""
         return asdict(self)
+
+
+def check_sections(stages: Iterable[str]) -> None:
+    """Refuse a section of `stages` that is no stage."""
+    for section in stages:
+        if section not in STAGES[:-1]:
+            known = ", ".join(STAGES[:-1])
+            raise UserError(f"stages.{section} is no stage. {suggest(section, STAGES[:-1])}Known: {known}.")
 
 
 _TOP: dict[str, Any] = {"seed": int, "runs": str, "overwrite": bool, "name": str}

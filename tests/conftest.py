@@ -1,0 +1,115 @@
+"""What the tests share: the command line as a function, a miniature run, and the real data where there is some."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+# As the command line sets them; before anything imports the libraries.
+os.environ.update(
+    HYDRA_FULL_ERROR="1", HF_HUB_DISABLE_TELEMETRY="1", TRL_EXPERIMENTAL_SILENCE="1", TRANSFORMERS_VERBOSITY="error"
+)
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models here are too small to share out
+
+ROOT = Path(__file__).parents[1]
+CommandLine = Callable[..., int]
+
+# The demo at a size that takes seconds.
+MINIATURE = (
+    "data.limit=300",
+    "policy.vocabulary=400",
+    "++stages.pretrain.trainer.num_train_epochs=1",
+    "++stages.pretrain.trainer.save_steps=5",
+    "++stages.sft.data.limit=200",
+    "++stages.sft.trainer.save_steps=2",
+    "++stages.reward.trainer.num_train_epochs=1",
+    "++stages.reward.trainer.save_steps=4",
+    "++stages.ppo.trainer.total_episodes=96",
+    "++stages.ppo.trainer.per_device_train_batch_size=8",
+    "++stages.ppo.trainer.response_length=8",
+    "++stages.ppo.trainer.save_steps=2",
+    "evaluate.prompts=24",
+)
+
+
+@pytest.fixture(scope="session")
+def command_line() -> CommandLine:
+    """`rlhf_pipeline ARGS` in this process, in the current folder; gives the exit status."""
+    from rlhf_pipeline import cli
+
+    def call(*args: str) -> int:
+        before, sys.argv = sys.argv, ["rlhf_pipeline", *args]
+        try:
+            cli.main()
+        except SystemExit as leaving:
+            return int(leaving.code or 0)
+        finally:
+            sys.argv = before
+        return 0
+
+    return call
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def miniature(tmp_path_factory: pytest.TempPathFactory, command_line: CommandLine) -> Path:
+    """The folder of a finished miniature run of the demo. Tests read it; those that change it copy it first."""
+    folder, before = tmp_path_factory.mktemp("miniature"), Path.cwd()
+    os.chdir(folder)
+    try:
+        assert command_line("stage=pipeline", *MINIATURE) == 0
+    finally:
+        os.chdir(before)
+    return folder / "runs" / "demo"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data that RLHF_SHARED names; without it the test is skipped."""
+    folder = os.environ.get("RLHF_SHARED")
+    if not folder:
+        pytest.skip("RLHF_SHARED names no folder of real data")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def hub(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a process that finds a stand-in for the hub on loopback."""
+    root = tmp_path_factory.mktemp("hub")
+    make = [sys.executable, str(shared / "hub" / "make_root.py"), str(root), str(shared / "data")]
+    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+    made = subprocess.run(make, capture_output=True, text=True, env={**environment, "HUB_WIDTH": "48"}, check=False)
+    assert made.returncode == 0, made.stderr
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with (root / "requests.log").open("w") as log:
+        server = subprocess.Popen([sys.executable, str(shared / "hub" / "hub.py"), str(root), str(port)], stderr=log)
+        try:
+            for _ in range(100):
+                with socket.socket() as probe:
+                    if probe.connect_ex(("127.0.0.1", port)) == 0:
+                        break
+                time.sleep(0.1)
+            home = tmp_path_factory.mktemp("hf_home")
+            yield {
+                **environment,
+                "HF_ENDPOINT": f"http://127.0.0.1:{port}",
+                "HF_HOME": str(home),
+                "REQUESTS_LOG": str(root / "requests.log"),
+            }
+        finally:
+            server.terminate()
+            server.wait()

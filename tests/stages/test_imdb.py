@@ -1,0 +1,81 @@
+"""IMDB: the real reviews in their original layout, and the classic demo under the models' hub ids."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import CommandLine
+
+from rlhf_pipeline.rewards import load_reward
+from rlhf_pipeline.rundir import read_jsonl
+
+
+def test_everything_from_the_reviews_in_miniature(shared: Path, workplace: Path, command_line: CommandLine) -> None:
+    small = shared / "data" / "imdb" / "aclImdb_small.tar.gz"
+    args = ["stage=pipeline", "experiment=imdb_from_scratch", f"data.path={small}", "data.limit=64", "evaluate.prompts=32"]
+    args += ["stages.pretrain.trainer.num_train_epochs=1", "stages.reward.trainer.num_train_epochs=1"]
+    args += ["stages.ppo.trainer.total_episodes=32", "stages.ppo.trainer.per_device_train_batch_size=16"]
+    assert command_line(*args, "policy.vocabulary=600") == 0
+    run = workplace / "runs" / "imdb_from_scratch"
+    evaluation = json.loads((run / "evaluate" / "evaluation.json").read_text())
+    assert list(evaluation["metrics"]) == ["base", "ppo"]
+    assert evaluation["reference"] == "base"
+    assert json.loads((run / "reward" / "quality.json").read_text())["rows"] == 64
+    lengths = [row["val/response_length"] for row in read_jsonl(run / "ppo" / "metrics.jsonl")]
+    assert all(length <= 24 for length in lengths)
+
+
+def test_the_classic_demo_by_its_hub_ids(hub: dict[str, str], workplace: Path) -> None:
+    small = ["stages.ppo.trainer.total_episodes=16", "stages.ppo.trainer.per_device_train_batch_size=4"]
+    command = [sys.executable, "-m", "rlhf_pipeline", "stage=pipeline", "experiment=imdb_sentiment", "data.limit=100"]
+    done = subprocess.run(
+        [*command, *small, "evaluate.prompts=16"], capture_output=True, text=True, env=hub, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    asked = Path(hub["REQUESTS_LOG"]).read_text()
+    for name in ("lvwerra/gpt2-imdb", "lvwerra/distilbert-imdb", "datasets/stanfordnlp/imdb"):
+        assert name in asked
+    run = workplace / "runs" / "imdb_sentiment"
+    config = yaml.safe_load((run / "ppo" / "config.yaml").read_text())
+    assert config["data"]["min_characters"] == 200
+    rows = read_jsonl(run / "ppo" / "metrics.jsonl")
+    assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
+    assert rows[0]["objective/kl_coef"] == 0.2
+    assert rows[1]["objective/kl_coef"] == pytest.approx(0.2 * (1 - 0.2 * 8 / 10_000))
+    for sample in read_jsonl(run / "ppo" / "samples.jsonl"):
+        assert sample["prompt"]
+    evaluation = json.loads((run / "evaluate" / "evaluation.json").read_text())
+    assert list(evaluation["metrics"]) == ["base", "ppo"]
+    assert 4 <= evaluation["metrics"]["base"]["length"] <= 15
+
+
+def test_the_class_is_found_by_name_whatever_its_index_or_case(
+    miniature: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    swapped = workplace / "swapped"
+    shutil.copytree(miniature / "reward" / "model", swapped)
+    config = json.loads((swapped / "config.json").read_text())
+    config["id2label"], config["label2id"] = {"0": "POSITIVE", "1": "NEGATIVE"}, {"POSITIVE": 0, "NEGATIVE": 1}
+    (swapped / "config.json").write_text(json.dumps(config))
+    texts = (["It was"] * 2, [" wonderful.", " dull."])
+    choice = {"name": "classifier", "scale": "logit"}
+    usual, _ = load_reward({**choice, "path": str(miniature / "reward" / "model"), "label": "negative"}, None)
+    other, _ = load_reward({**choice, "path": str(swapped)}, None)
+    assert usual(*texts) == pytest.approx(other(*texts))
+
+
+def test_a_hub_that_cannot_be_reached_is_said_in_one_line(workplace: Path) -> None:
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(workplace / "home")}
+    environment.pop("HF_HUB_OFFLINE", None)
+    command = [sys.executable, "-m", "rlhf_pipeline", "stage=ppo", "experiment=imdb_sentiment"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=240)
+    assert done.returncode == 2
+    assert "could not be opened" in done.stderr
+    assert "HF_ENDPOINT" in done.stderr
+    assert "Traceback" not in done.stderr

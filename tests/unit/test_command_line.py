@@ -1,0 +1,149 @@
+"""What the command line refuses, in what words and how soon; what it makes of experiments and overrides."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, CommandLine
+from hydra import compose, initialize_config_dir
+
+from rlhf_pipeline import cli
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.settings import Settings, trainer_fields
+
+REFUSED = {
+    "stage=sfd": ["no stage is called 'sfd'", "Did you mean 'sft'", "pretrain"],
+    "stage=sft policy=gpt3": ["no policy is called 'gpt3'", "Did you mean 'gpt2'"],
+    "stage=sft trainer.learning_rat=1": ["trainer.learning_rat is no field of SFTConfig", "'learning_rate'"],
+    "stage=sft trainer.learning_rate=fast": ["trainer.learning_rate is 'fast'", "takes float"],
+    "stage=ppo trainer.kl_estimator=k2": ["trainer.kl_estimator is 'k2'", "'k1' or 'k3'"],
+    "stage=ppo trainer.bf16=maybe": ["trainer.bf16 is 'maybe'", "bool or null"],
+    "stage=sft trainer.output_dir=x": ["trainer.output_dir is not yours to set", "name="],
+    "stage=evaluate trainer.learning_rate=1": ["stage=evaluate has no trainer"],
+    "stage=pipeline trainer.learning_rate=1": ["say stages.<stage>.trainer.learning_rate="],
+    "stage=sft policy.sise=tiny": ["policy=gpt2_scratch has no field 'sise'", "Did you mean 'size'"],
+    "stage=sft policy.size=huge": ["policy.size is 'huge'", "'tiny'"],
+    "stage=sft data=text": ["data.path is not set"],
+    "stage=pretrain data=preferences data.path=x": ["holds rows of Preference", "toy_reviews"],
+    "stage=reward reward=length": ["is nothing to train", "classifier"],
+    "stage=evaluate evaluate.promts=9": ["no setting 'evaluate.promts'", "'prompts'"],
+    "stage=evaluate evaluate.prompts=1": ["evaluate.prompts is 1"],
+    "stage=sft nam=x": ["no setting 'nam'", "Did you mean 'name'"],
+    "stage=sft +kl.taget=6": ["no setting 'kl'"],
+    "stage=sft seed=one": ["seed is 'one'", "takes int"],
+    "stage=sft name=../x": ["is no run name"],
+    "stage=sft stages.sfd.trainer.seed=1": ["stages.sfd is no stage"],
+    "": ["say which stage: stage=<pretrain|"],
+    "stage=pipeline policy=gpt2": ["choose one, as in experiment=demo"],
+}
+
+
+@pytest.mark.parametrize("asked", REFUSED)
+def test_what_is_wrong_is_named_with_what_is_near(
+    asked: str, command_line: CommandLine, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line(*asked.split()) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    for part in REFUSED[asked]:
+        assert part in said
+    assert "Traceback" not in said
+    assert not (workplace / "runs").exists()
+
+
+@pytest.mark.parametrize("asked", ["--help", "stage=sft trainer.learning_rat=1", "stage=ppo --cfg job"])
+def test_refusals_and_help_load_no_torch(asked: str) -> None:
+    code = (
+        "import sys; sys.argv = ['rlhf_pipeline', *sys.argv[1:]]\n"
+        "from rlhf_pipeline import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "print('torch' in sys.modules, 'trl' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *asked.split()], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip().endswith("False False"), done.stdout + done.stderr
+
+
+def test_an_own_choice_leaves_the_demos_experiment() -> None:
+    assert cli.complete(["stage=sft", "policy=gpt2"]) == ["stage=sft", "policy=gpt2", "~experiment"]
+    assert cli.complete(["stage=sft", "policy=gpt2", "experiment=demo"])[-1] == "experiment=demo"
+    assert cli.complete(["stage=sft", "trainer.max_steps=3"]) == ["stage=sft", "++trainer.max_steps=3"]
+
+
+def settings(*overrides: str) -> Settings:
+    """What the command line would run."""
+    args = cli.complete(overrides)
+    with initialize_config_dir(str(cli.CONF), version_base="1.3"):
+        return cli.resolve(compose("config", args), args)
+
+
+def test_an_experiments_section_goes_over_the_stage_and_below_the_command_line() -> None:
+    assert settings("stage=sft", "policy=gpt2").trainer["learning_rate"] == 5e-5
+    assert settings("stage=sft").trainer["learning_rate"] == 5e-4
+    assert settings("stage=sft", "trainer.learning_rate=3e-3").trainer["learning_rate"] == 3e-3
+    assert settings("stage=sft").data["limit"] == 10000
+    assert settings("stage=sft", "data.limit=7").data["limit"] == 7
+
+
+def test_the_name_is_the_experiments_unless_given() -> None:
+    assert settings("stage=sft").name == "demo"
+    assert settings("stage=sft", "name=mine").name == "mine"
+    assert settings("stage=sft", "policy=gpt2").name == "default"
+
+
+def test_every_experiment_resolves_at_each_of_its_stages() -> None:
+    experiments = sorted(path.stem for path in (cli.CONF / "experiment").glob("*.yaml"))
+    assert {"demo", "imdb_from_scratch", "imdb_sentiment"} <= set(experiments)
+    for experiment in experiments:
+        stages = settings("stage=pipeline", f"experiment={experiment}").stages
+        for stage in stages:
+            assert settings(f"stage={stage}", f"experiment={experiment}").stage == stage
+
+
+def test_the_classic_imdb_settings_are_the_notebooks() -> None:
+    trainer = settings("stage=ppo", "experiment=imdb_sentiment").trainer
+    batch = trainer["per_device_train_batch_size"] * trainer["gradient_accumulation_steps"]
+    assert (batch, trainer["num_ppo_epochs"], trainer["learning_rate"]) == (256, 4, 1.41e-5)
+    assert (trainer["kl_coef"], trainer["kl_target"], trainer["kl_horizon"]) == (0.2, 6.0, 10_000)
+    assert (trainer["min_response_length"], trainer["response_length"]) == (4, 15)
+    assert trainer["total_episodes"] == 79 * 256
+
+
+def test_every_group_file_names_an_entry_of_its_registry() -> None:
+    from rlhf_pipeline import data, policies, rewards
+
+    for kind, registry in (("policy", policies.registry), ("reward", rewards.registry), ("data", data.registry)):
+        files = {path.stem for path in (cli.CONF / kind).glob("*.yaml")}
+        assert files == set(registry.entries), kind
+
+
+def test_one_name_in_all_places() -> None:
+    stages = {path.stem for path in (ROOT / "rlhf_pipeline" / "stages").glob("*.py")} - {"__init__", "common"}
+    assert stages | {"pipeline"} == {path.stem for path in (cli.CONF / "stage").glob("*.yaml")}
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(f"\n{' '.join(['pretrain', 'sft', 'reward', 'ppo', 'evaluate'])}: setup" in makefile for _ in stages)
+    for readme in ("README.md", "README.zh-CN.md"):
+        assert all(f"stage={stage}" in (ROOT / readme).read_text() for stage in stages), readme
+
+
+def test_the_fields_of_trls_configs_are_found_without_importing_them() -> None:
+    from trl import RewardConfig, SFTConfig
+
+    from rlhf_pipeline.ppo import PPOConfig
+
+    for stage, config in (("sft", SFTConfig), ("reward", RewardConfig), ("ppo", PPOConfig)):
+        declared = {name for name, field in config.__dataclass_fields__.items() if field.init}
+        assert declared - set(trainer_fields(stage)) == set()
+
+
+def test_swept_overrides_are_those_that_differ() -> None:
+    argv = ["-m", "stage=ppo", "name=s", "++trainer.kl_coef=0.1,0.2", "seed=range(2)"]
+    job = ["stage=ppo", "name=s", "++trainer.kl_coef=0.1", "seed=1"]
+    assert cli.swept_overrides(argv, job) == ["++trainer.kl_coef=0.1", "seed=1"]
+
+
+
+def test_settings_refuse_what_they_do_not_know() -> None:
+    with pytest.raises(UserError, match="no setting 'bogus'"):
+        Settings.of({"stage": "sft", "name": "x", "bogus": 1})

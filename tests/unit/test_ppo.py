@@ -1,0 +1,246 @@
+"""The sampling distribution, batches of unequal length, and the PPO trainer."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
+
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.policies import train_tokenizer
+from rlhf_pipeline.ppo import PPOConfig, PPOTrainer
+from rlhf_pipeline.ppo.trainer import make_sampling, prompts_of_update
+from rlhf_pipeline.sampling import Sampling, log_probs, sample
+
+TEXTS = ["the film was good and the cast was fine", "the plot was bad and nobody liked it"] * 20
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return train_tokenizer(TEXTS, 300, 64)
+
+
+def tiny_policy(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> GPT2LMHeadModel:
+    """A policy far from uniform, so that distributions can differ."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=64, n_layer=2, n_embd=32, n_head=2, initializer_range=0.3,
+        bos_token_id=0, eos_token_id=0, pad_token_id=1,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).eval()
+
+
+PROMPTS = [[5, 9, 11], [7], [20, 21, 22, 23, 24], [30, 8]]
+
+
+def test_sampled_tokens_obey_the_distribution(tokenizer: PreTrainedTokenizerBase) -> None:
+    policy = tiny_policy(tokenizer)
+    banned = tuple(range(100, 290))
+    sampling = Sampling(0.7, stop_ids=(0, 3), min_length=4, suppressed_ids=banned)
+    batch = sample(policy, PROMPTS * 50, torch.full((200,), 9), sampling, torch.Generator().manual_seed(0))
+    said = batch.responses[batch.response_mask]
+    assert not torch.isin(said, torch.tensor(banned)).any()
+    stops = torch.isin(batch.responses, torch.tensor([0, 3])) & batch.response_mask
+    assert not stops[:, :3].any()
+    last = torch.arange(batch.responses.shape[1]) == (batch.response_lengths - 1)[:, None]
+    assert (stops <= last).all(), "a response goes on after its stop"
+    assert ((batch.response_lengths == 9) | stops.any(1)).all(), "a response ends before limit and stop"
+
+
+def test_frequencies_of_drawn_tokens_are_the_models_probabilities(tokenizer: PreTrainedTokenizerBase) -> None:
+    policy = tiny_policy(tokenizer)
+    sampling = Sampling(1.0)
+    batch = sample(policy, [PROMPTS[0]] * 4000, torch.ones(4000, dtype=torch.long), sampling, torch.Generator())
+    counts = torch.bincount(batch.responses[:, 0], minlength=len(tokenizer)) / 4000
+    with torch.no_grad():
+        expected = policy(torch.tensor([PROMPTS[0]])).logits[0, -1].softmax(-1)
+    assert (counts - expected).abs().max() < 0.015
+    assert expected.max() > 0.03
+
+
+def test_a_padded_batch_equals_its_rows_alone(tokenizer: PreTrainedTokenizerBase) -> None:
+    policy, sampling = tiny_policy(tokenizer), Sampling(0.8, stop_ids=(0,), min_length=2)
+    batch = sample(policy, PROMPTS, torch.tensor([8, 3, 5, 1]), sampling, torch.Generator().manual_seed(1))
+    together = log_probs(policy, batch, sampling)
+    for row in range(4):
+        alone = batch.rows(torch.tensor([row]))
+        assert alone.prompt_width == len(PROMPTS[row])
+        length = int(batch.response_lengths[row])
+        torch.testing.assert_close(log_probs(policy, alone, sampling)[0], together[row, :length], rtol=1e-4, atol=1e-5)
+
+
+def test_log_probs_are_of_the_distribution_that_is_sampled(tokenizer: PreTrainedTokenizerBase) -> None:
+    policy, sampling = tiny_policy(tokenizer), Sampling(0.5, stop_ids=(0,), min_length=3, suppressed_ids=(4, 5, 6))
+    batch = sample(policy, [PROMPTS[0]], torch.tensor([5]), sampling, torch.Generator().manual_seed(2))
+    ids, expected = PROMPTS[0].copy(), []
+    for step, token in enumerate(batch.responses[0].tolist()):
+        with torch.no_grad():
+            logits = policy(torch.tensor([ids])).logits[0, -1] / 0.5
+        logits[[4, 5, 6]] = float("-inf")
+        if step < 3:
+            logits[0] = float("-inf")
+        expected.append(logits.log_softmax(-1)[token].item())
+        ids.append(token)
+    torch.testing.assert_close(log_probs(policy, batch, sampling)[0], torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+def good_share(prompts: object, responses: list[str]) -> list[float]:
+    """A reward that a policy can learn: the share of the letter o."""
+    return [text.count("o") / max(len(text), 1) for text in responses]
+
+
+def trainer(tokenizer: PreTrainedTokenizerBase, folder: Path, **options: object) -> PPOTrainer:
+    """A trainer of a tiny policy towards `good_share`."""
+    values: dict[str, object] = {
+        "total_episodes": 64, "per_device_train_batch_size": 8, "num_ppo_epochs": 2, "learning_rate": 1e-3,
+        "response_length": 6, "temperature": 1.0, "stop_token": "eos", "disable_tqdm": True, "report_to": "none",
+        "save_steps": 100,
+    }  # fmt: skip
+    args = PPOConfig(output_dir=str(folder), **{**values, **options})
+    policy = tiny_policy(tokenizer)
+    return PPOTrainer(args, tokenizer, policy, copy.deepcopy(policy), good_share, PROMPTS * 8)
+
+
+def stats_of_first_update(ppo: PPOTrainer) -> dict[str, float]:
+    """One update, as `train` makes it."""
+    ppo.create_optimizer_and_scheduler(num_training_steps=1)
+    return ppo._learn(ppo._roll_out(0), 0)
+
+
+def weights(ppo: PPOTrainer) -> torch.Tensor:
+    """All of the policy's and the value head's weights in one vector."""
+    return torch.cat([p.detach().flatten() for p in ppo.model.parameters()])
+
+
+def test_ratio_is_one_and_kl_zero_at_first_whatever_the_sampling(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    word = tokenizer.convert_ids_to_tokens(40)
+    ppo = trainer(
+        tokenizer, tmp_path, learning_rate=0.0, suppress_tokens=[word], min_new_tokens=3, temperature=0.6
+    )
+    stats = stats_of_first_update(ppo)
+    assert stats["val/ratio"] == pytest.approx(1, abs=1e-6)
+    assert stats["objective/kl"] == 0
+    assert stats["policy/approxkl_avg"] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_accumulation_changes_nothing(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, rows: int) -> None:
+    whole = trainer(tokenizer, tmp_path, max_grad_norm=0)
+    split = trainer(tokenizer, tmp_path, max_grad_norm=0, per_device_train_batch_size=rows, gradient_accumulation_steps=8 // rows)
+    first, second = stats_of_first_update(whole), stats_of_first_update(split)
+    assert first["loss/policy_avg"] == pytest.approx(second["loss/policy_avg"], rel=1e-3, abs=1e-5)
+    moved = (weights(whole) - weights(trainer(tokenizer, tmp_path))).norm()
+    assert (weights(whole) - weights(split)).norm() < 0.02 * moved  # Adam's first steps magnify rounding
+
+
+def test_minibatches_are_optimizer_steps(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    ppo = trainer(tokenizer, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, num_mini_batches=4)
+    ppo.create_optimizer_and_scheduler(num_training_steps=1)
+    steps: list[int] = []
+    step = ppo.optimizer.step
+    ppo.optimizer.step = lambda *a, **k: (steps.append(1), step(*a, **k))[1]
+    ppo._learn(ppo._roll_out(0), 0)
+    assert len(steps) == 2 * 4
+
+
+def test_the_gradient_norm_is_limited(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    start = weights(trainer(tokenizer, tmp_path))
+    ppo = trainer(tokenizer, tmp_path, max_grad_norm=1e-12, adam_epsilon=1e-3)
+    stats_of_first_update(ppo)
+    assert (weights(ppo) - start).norm() < 1e-6
+
+
+def test_the_policy_learns_to_stop_when_pad_is_eos(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    same = copy.deepcopy(tokenizer)
+    same.pad_token = same.eos_token
+
+    def shortness(prompts: object, responses: list[str]) -> list[float]:
+        return [-float(len(text)) for text in responses]
+
+    args = PPOConfig(
+        output_dir=str(tmp_path), total_episodes=32 * 25, per_device_train_batch_size=32, num_ppo_epochs=4,
+        learning_rate=3e-3, response_length=6, temperature=1.0, stop_token="eos", kl_coef=0.0, report_to="none",
+        disable_tqdm=True, save_steps=1000,
+    )  # fmt: skip
+    policy = tiny_policy(same)
+    ppo = PPOTrainer(args, same, policy, copy.deepcopy(policy), shortness, PROMPTS * 8)
+    before = ppo._roll_out(0).batch.response_lengths.float().mean()
+    ppo.train()
+    after = ppo._roll_out(99).batch.response_lengths.float().mean()
+    assert before > 4
+    assert after < 2
+
+
+def test_the_reward_rises(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    ppo = trainer(tokenizer, tmp_path, total_episodes=8 * 60, learning_rate=3e-3, kl_coef=0.0)
+    before = float(ppo._roll_out(500).scores.mean() + ppo._roll_out(501).scores.mean())
+    ppo.train()
+    after = float(ppo._roll_out(500).scores.mean() + ppo._roll_out(501).scores.mean())
+    assert after > before + 0.2
+
+
+def test_a_resumed_run_ends_with_the_very_weights_of_an_unbroken_one(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    options = {"kl_target": 1.0, "lr_scheduler_type": "linear", "num_mini_batches": 2}
+    whole = trainer(tokenizer, tmp_path / "whole", **options)
+    whole.train()
+    cut = trainer(tokenizer, tmp_path / "cut", save_steps=3, **options)
+    cut.train()
+    again = trainer(tokenizer, tmp_path / "again", **options)
+    again.train(str(tmp_path / "cut" / "checkpoint-3"))
+    assert again.state.global_step == 8
+    assert torch.equal(weights(whole), weights(again))
+    assert whole.kl_coef == again.kl_coef
+
+
+def test_every_prompt_is_used_once_a_pass() -> None:
+    used = [i for update in range(5) for i in prompts_of_update(10, 4, update, seed=3)]
+    assert sorted(used[:10]) == sorted(used[10:20]) == list(range(10))
+    assert used[:10] != used[10:20]
+
+
+def test_the_saved_policy_opens_and_keeps_its_end(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    ppo = trainer(tokenizer, tmp_path, stop_token=None)
+    ppo.save_model(str(tmp_path / "model"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert torch.equal(model.transformer.wte.weight, ppo.model.policy.transformer.wte.weight)
+    assert json.loads((tmp_path / "model" / "generation_config.json").read_text())["eos_token_id"] == 0
+    assert (tmp_path / "model" / "value_head.safetensors").exists()
+
+
+REFUSED = {
+    "min_response_length is 9": {"min_response_length": 9},
+    "does not divide into trainer.num_mini_batches=3": {"num_mini_batches": 3},
+    "gradient_checkpointing=True is not carried out": {"gradient_checkpointing": True},
+    "has '\\[UNK\\]', which is no token": {"suppress_tokens": ["[UNK]"]},
+    "prompts do not fill one batch of 800": {"per_device_train_batch_size": 800},
+    "temperature is 0": {"temperature": 0.0},
+}
+
+
+@pytest.mark.parametrize("message", list(REFUSED))
+def test_settings_that_do_not_go_together_are_refused(
+    message: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        trainer(tokenizer, tmp_path, **REFUSED[message])
+
+
+def test_prompts_too_long_for_the_policy_are_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="up to 205 tokens, and the policy has 64 positions"):
+        trainer(tokenizer, tmp_path, response_length=200)
+
+
+def test_a_pad_of_its_own_is_never_sampled(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    args = PPOConfig(output_dir=str(tmp_path), report_to="none", stop_token="eos")
+    assert make_sampling(args, tokenizer).suppressed_ids == (tokenizer.pad_token_id,)
+    same = copy.deepcopy(tokenizer)
+    same.pad_token = same.eos_token
+    assert make_sampling(args, same).suppressed_ids == ()

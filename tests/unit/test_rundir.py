@@ -1,0 +1,121 @@
+"""Run directories: other work is not overwritten, upstreams are found, logs survive a kill."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.rundir import RunDir, content_hash, model_folder, read_jsonl
+from rlhf_pipeline.settings import Settings
+
+
+def settings(stage: str = "sft", name: str = "demo", seed: int = 0, overwrite: bool = False) -> Settings:
+    return Settings(
+        stage, name, "demo", seed, overwrite=overwrite, policy={"name": "gpt2_scratch"}, reward={"name": "classifier"},
+        data={"name": "toy_reviews"}, trainer={"learning_rate": 1e-4},
+    )  # fmt: skip
+
+
+def finish(asked: Settings) -> RunDir:
+    """A finished stage with a model of one file."""
+    out = RunDir.of(asked)
+    assert not out.finished(asked)
+    out.begin(asked, {}, None)
+    out.save_model(lambda folder: (folder / "config.json").write_text("{}") and None)
+    out.finish({"loss": 1.0}, objective=-1.0)
+    return out
+
+
+def test_a_finished_stage_is_done_and_other_work_is_refused(workplace: Path) -> None:
+    out = finish(settings())
+    assert out.finished(settings())
+    with pytest.raises(UserError, match="seed is 0 there and 1 here.*overwrite=true"):
+        RunDir.of(settings(seed=1)).finished(settings(seed=1))
+    assert out.model.exists()
+    assert not RunDir.of(settings(seed=1)).finished(settings(seed=1, overwrite=True))
+    assert not out.path.exists()
+
+
+def test_a_changed_parent_is_noticed(workplace: Path) -> None:
+    parent = finish(settings("pretrain"))
+    child, asked = RunDir.of(settings()), settings()
+    child.begin(asked, {"policy": str(parent.model)}, None)
+    child.finish({}, 0.0)
+    assert child.finished(asked)
+    (parent.model / "config.json").write_text('{"other": 1}')
+    with pytest.raises(UserError, match="its policy runs/demo/pretrain/model has changed since"):
+        child.finished(asked)
+
+
+def test_a_stage_that_came_to_nothing_is_in_nobodys_way(workplace: Path) -> None:
+    out = RunDir.of(settings())
+    out.begin(settings(), {}, None)
+    out.failed(RuntimeError("no"))
+    assert out.record["status"] == "failed"
+    assert not RunDir.of(settings(seed=1)).finished(settings(seed=1))
+
+
+def test_only_whole_checkpoints_count(workplace: Path) -> None:
+    out = RunDir.of(settings())
+    for step, whole in ((2, True), (10, True), (12, False)):
+        folder = out.checkpoints / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        if whole:
+            (folder / "complete").touch()
+    last = out.last_checkpoint()
+    assert last is not None
+    assert last.name == "checkpoint-10"
+
+
+def test_logs_are_rewound_and_a_torn_line_is_dropped(workplace: Path) -> None:
+    out = RunDir.of(settings())
+    out.begin(settings(), {}, None)
+    for step in (1, 2, 3):
+        out.log(step, {"loss": 1 / step})
+        out.log_samples(step, [{"prompt": "电影", "response": "好", "reward": 1.0}])
+    with (out.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    out.rewind(2)
+    assert [row["step"] for row in read_jsonl(out.path / "metrics.jsonl")] == [1, 2]
+    assert [row["prompt"] for row in read_jsonl(out.path / "samples.jsonl")] == ["电影", "电影"]
+
+
+def test_a_job_of_a_sweep_takes_from_the_sweep_then_from_the_experiment(workplace: Path) -> None:
+    job = RunDir(Path("runs"), "sweep/kl=1", "ppo", "demo")
+    assert job.upstream("sft", "pretrain") is None
+    demo = finish(settings("sft"))
+    assert job.upstream("sft", "pretrain") == demo.model
+    own = finish(settings("pretrain", "sweep"))
+    assert job.upstream("sft", "pretrain") == own.model
+    assert job.upstream("sft", choice=("policy", "gpt2")) is None
+    assert RunDir(Path("runs"), "other", "ppo", "demo").upstream("sft") is None
+
+
+def test_a_model_folder_may_be_named_by_its_stage(workplace: Path) -> None:
+    out = finish(settings())
+    assert model_folder("runs/demo/sft") == str(out.model)
+    assert model_folder("lvwerra/gpt2-imdb") == "lvwerra/gpt2-imdb"
+    with pytest.raises(UserError, match="there is no folder ./nothing"):
+        model_folder("./nothing")
+
+
+def test_content_hash_sees_names_and_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("1")
+    first = content_hash(tmp_path)
+    (tmp_path / "a").rename(tmp_path / "b")
+    second = content_hash(tmp_path)
+    (tmp_path / "b").write_text("2")
+    assert len({first, second, content_hash(tmp_path)}) == 3
+
+
+def test_lineage_is_recorded(workplace: Path) -> None:
+    parent = finish(settings("pretrain"))
+    out = RunDir.of(settings())
+    out.begin(settings(), {"policy": str(parent.model), "reward": "some/hub-id"}, {"sha256": "x"})
+    record = json.loads((out.path / "run.json").read_text())
+    assert record["parents"]["policy"]["sha256"] == content_hash(parent.model)
+    assert record["parents"]["reward"] == {"path": "some/hub-id", "sha256": None}
+    assert record["versions"]["trl"].startswith("1.12")
+    assert record["hardware"]["cores"] >= 1
+    assert record["status"] == "running"
