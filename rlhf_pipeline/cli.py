@@ -20,9 +20,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf_pipeline import rundir
+from rlhf_pipeline import data, policies, rewards, rundir
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.registry import suggest
+from rlhf_pipeline.registry import Registry, suggest
 from rlhf_pipeline.settings import STAGES, Settings, check_sections
 
 _PACKAGE = Path(__file__).parent
@@ -88,16 +88,32 @@ def _dispatch(cfg: DictConfig, overrides: list[str]) -> float | None:
 
 
 def resolve(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
-    """Apply the experiment's section for this stage, below what the command line says."""
+    """Settle what applies to this stage.
+
+    From weakest to strongest: the stage's and groups' files, the experiment, its section for the stage, what the
+    command line says in general, what it says of this stage (`stages.ppo.trainer.kl_coef=0.1`).
+    """
     OmegaConf.set_struct(cfg, False)
     check_sections(str(name) for name in cfg.stages)
-    section = OmegaConf.select(cfg, f"stages.{cfg.stage}")
-    if section is not None and cfg.stage != "pipeline":
-        cfg.merge_with(section)
-        for override in OverridesParser.create().parse_overrides(list(overrides)):
-            key = override.key_or_group
-            if not override.is_sweep_override() and (key in ("seed", "runs", "overwrite") or "." in key):
-                OmegaConf.update(cfg, key, override.value(), force_add=True)
+    said = {o.key_or_group: o for o in OverridesParser.create().parse_overrides(list(overrides)) if not o.is_delete()}
+    section = f"stages.{cfg.stage}."
+    if cfg.stage in cfg.stages:
+        cfg.merge_with(cfg.stages[cfg.stage])
+    for prefix in ("", section):
+        for key, override in said.items():
+            general = "." in key and not key.startswith(("hydra.", "stages."))
+            if general if not prefix else key.startswith(prefix):
+                OmegaConf.update(cfg, key.removeprefix(prefix), override.value(), force_add=True)
+    registries: dict[str, Registry[Any]] = {
+        "policy": policies.registry,
+        "reward": rewards.registry,
+        "data": data.registry,
+    }
+    for kind, registry in registries.items():
+        if kind in said and cfg.get("experiment"):  # what the experiment says of its own choice does not fit another
+            own = {key.split(".")[-1] for key in said if f"{kind}." in key}
+            for key in set(cfg[kind]) - own - {"name"} - registry.fields(cfg[kind].name):
+                del cfg[kind][key]
     for key in sorted(OmegaConf.missing_keys(cfg)):
         raise UserError(f"{key} is not set; say {key}=...")
     values = OmegaConf.to_container(cfg, resolve=True)

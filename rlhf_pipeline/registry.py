@@ -67,6 +67,18 @@ class Registry(Generic[T]):
         self.entries[function.__name__] = function
         return function
 
+    def fields(self, name: str) -> set[str]:
+        """What a configuration may set of an entry; of one that is not there, nothing."""
+        return set(self._types(name)) if name in self.entries else set()
+
+    def _types(self, name: str) -> dict[str, Any]:
+        parameters = inspect.signature(self.entries[name]).parameters.values()
+        hints = typing.get_type_hints(self.entries[name])
+        return {
+            **self.common,
+            **{p.name: hints[p.name] for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY},
+        }
+
     def check(self, choice: Mapping[str, Any]) -> None:
         """Refuse an unknown name, an unknown field, or a value of the wrong type."""
         name = choice.get("name")
@@ -74,10 +86,7 @@ class Registry(Generic[T]):
             known = ", ".join(sorted(self.entries))
             near = suggest(str(name), self.entries)
             raise UserError(f"no {self.kind} is called '{name}'. {near}Known: {known}.")
-        parameters = inspect.signature(self.entries[name]).parameters
-        hints = typing.get_type_hints(self.entries[name])
-        own = [p.name for p in parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
-        fields = {**self.common, **{key: hints[key] for key in own}}
+        fields = self._types(name)
         for key, value in choice.items():
             if key == "name":
                 continue

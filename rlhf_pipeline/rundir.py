@@ -20,8 +20,14 @@ from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.settings import Settings
 
 _PACKAGES = ("rlhf_pipeline", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "tokenizers")
-# Asking for these differently is the same work.
-_NOT_WORK = ("overwrite", "runs", "stages")
+# The settings that make a stage's work; asking for others differently is the same work.
+_WORK = {
+    "pretrain": ("seed", "policy", "data", "trainer"),
+    "sft": ("seed", "policy", "data", "trainer"),
+    "reward": ("seed", "policy", "reward", "data", "trainer"),
+    "ppo": ("seed", "policy", "reward", "data", "trainer"),
+    "evaluate": ("seed", "policy", "reward", "data", "evaluate"),
+}
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -108,7 +114,7 @@ class RunDir:
         changed = [
             f"{key} is {before.get(key)!r} there and {after.get(key)!r} here"
             for key in sorted({*before, *after})
-            if key.split(".")[0] not in (*_NOT_WORK, "hydra", "defaults") and before.get(key) != after.get(key)
+            if key.split(".")[0] in _WORK[self.stage] and before.get(key) != after.get(key)
         ]
         for role, parent in record.get("parents", {}).items():
             folder = Path(parent["path"])

@@ -19,8 +19,8 @@ from rlhf_pipeline.settings import Settings
 
 A = TypeVar("A", bound=TrainingArguments)
 
-# Of a Trainer's log rows, what depends on the clock; `RunDir.log` adds the time itself.
-_CLOCK = ("runtime", "per_second", "total_flos")
+# Of a Trainer's log rows, what depends on the clock (`RunDir.log` adds the time itself) or restarts with a resumed run.
+_LEFT_OUT = ("runtime", "per_second", "preparation_time", "total_flos", "num_tokens")
 _BAR = {"loss": "loss", "eval_loss": "eval", "objective/scores": "reward", "objective/kl": "kl"}
 
 
@@ -39,6 +39,13 @@ def trainer_args(kind: type[A], settings: Settings, out: RunDir) -> A:
         raise UserError(f"{kind.__name__} refuses these trainer settings: {error}") from error
     set_seed(settings.seed)
     return args
+
+
+def fit_length(args: Any, model: Any) -> int:
+    """Cut `max_length` to the model's positions, in tokens: beyond them there is nothing to look up."""
+    positions = getattr(model.config, "max_position_embeddings", None) or args.max_length or 512
+    args.max_length = min(args.max_length or positions, positions)
+    return int(args.max_length)
 
 
 def quiet() -> None:
@@ -70,7 +77,7 @@ class RunLog(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                logs: dict[str, Any] | None = None, **_: Any) -> None:  # fmt: skip
         """One row a log."""
-        row = {key: value for key, value in (logs or {}).items() if not key.endswith(_CLOCK)}
+        row = {key: value for key, value in (logs or {}).items() if not key.endswith(_LEFT_OUT)}
         if row and "train_loss" not in row:
             self.out.log(state.global_step, row)
 

@@ -13,7 +13,7 @@ from rlhf_pipeline.data import fingerprint, load_data, texts
 from rlhf_pipeline.policies import Policy
 from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.settings import Settings
-from rlhf_pipeline.stages.common import Clock, say_done, trainer_args, watch
+from rlhf_pipeline.stages.common import Clock, fit_length, say_done, trainer_args, watch
 
 
 def run(settings: Settings, out: RunDir) -> None:
@@ -22,6 +22,7 @@ def run(settings: Settings, out: RunDir) -> None:
     rows = load_data(settings.data, settings.seed)
     out.begin(settings, {}, fingerprint(settings.data, rows))
     policy = policies.registry.build(settings.policy).make(texts(rows.train), settings.seed)
+    fit_length(args, policy.model)
     parameters = policy.model.num_parameters() / 1e6
     print(
         f"a GPT-2 of {parameters:.2f} M parameters, {len(policy.tokenizer)} tokens, {len(rows.train)} texts", flush=True

@@ -28,7 +28,7 @@ from rlhf_pipeline.records import Labelled, Preference
 from rlhf_pipeline.rewards import Scorer
 from rlhf_pipeline.rundir import RunDir, model_folder, write_json
 from rlhf_pipeline.settings import Settings
-from rlhf_pipeline.stages.common import Clock, progress, say_done, say_taken, trainer_args, watch
+from rlhf_pipeline.stages.common import Clock, fit_length, progress, say_done, say_taken, trainer_args, watch
 
 # layers, width, heads of an encoder from scratch
 ENCODERS = {"tiny": (2, 128, 4), "mini": (4, 256, 4), "small": (6, 512, 8)}
@@ -43,12 +43,13 @@ def run(settings: Settings, out: RunDir) -> None:
     model, tokenizer, where = _start(settings, out, texts(rows.train), 2 if labelled else 1)
     say_taken("start", where)
     out.begin(settings, {"start": where}, fingerprint(settings.data, rows))
-    longest = min(args.max_length or 512, getattr(model.config, "max_position_embeddings", 512))
+    longest = fit_length(args, model)
     if labelled:
         collator = DataCollatorWithPadding(tokenizer)
         data = [_labelled(split, tokenizer, longest) for split in (rows.train, rows.test)]
         trainer = Trainer(model, args, collator, data[0], data[1], processing_class=tokenizer)
     else:
+        args.train_sampling_strategy = "random"  # TRL's pairs have no length of one text to group by
         columns = ("prompt", "chosen", "rejected")
         pairs = [Dataset.from_list([{c: getattr(r, c) for c in columns} for r in s]) for s in (rows.train, rows.test)]
         trainer = RewardTrainer(model, args, train_dataset=pairs[0], eval_dataset=pairs[1], processing_class=tokenizer)

@@ -6,13 +6,14 @@ python -m rlhf_pipeline stage=sft
 import math
 
 from datasets import Dataset
+from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
 from rlhf_pipeline.data import demonstrations, fingerprint, load_data, texts
 from rlhf_pipeline.policies import load_policy
-from rlhf_pipeline.rundir import RunDir
+from rlhf_pipeline.rundir import RunDir, read_jsonl
 from rlhf_pipeline.settings import Settings
-from rlhf_pipeline.stages.common import Clock, say_done, say_taken, trainer_args, watch
+from rlhf_pipeline.stages.common import Clock, fit_length, say_done, say_taken, trainer_args, watch
 
 
 def run(settings: Settings, out: RunDir) -> None:
@@ -26,6 +27,7 @@ def run(settings: Settings, out: RunDir) -> None:
         settings.seed,
     )
     say_taken("policy", where)
+    fit_length(args, policy.model)
     out.begin(settings, {"policy": where}, fingerprint(settings.data, rows))
 
     def dataset(split: list, seed: int) -> Dataset:  # type: ignore[type-arg]
@@ -41,7 +43,9 @@ def run(settings: Settings, out: RunDir) -> None:
         processing_class=policy.tokenizer,
     )
     checkpoint = watch(trainer, out, "sft")
-    before = None if checkpoint else trainer.evaluate()["eval_loss"]
+    logged = [row["eval_loss"] for row in read_jsonl(out.path / "metrics.jsonl") if row["step"] == 0]
+    before = logged[0] if logged else trainer.evaluate()["eval_loss"]
+    set_seed(settings.seed)  # a resumed run must meet the rows in the same order, though it did not evaluate first
     trainer.train(resume_from_checkpoint=checkpoint)
     loss = trainer.evaluate()["eval_loss"]
     out.save_model(policy.save)
@@ -49,6 +53,6 @@ def run(settings: Settings, out: RunDir) -> None:
     out.finish(results, objective=-loss)
     say_done(
         out,
-        f"held-out loss {loss:.3f}" + (f", from {before:.3f}" if before else ""),
+        f"held-out loss {loss:.3f}, from {before:.3f}",
         clock,
     )

@@ -16,7 +16,13 @@ from rlhf_pipeline.rundir import read_jsonl
 
 def test_everything_from_the_reviews_in_miniature(shared: Path, workplace: Path, command_line: CommandLine) -> None:
     small = shared / "data" / "imdb" / "aclImdb_small.tar.gz"
-    args = ["stage=pipeline", "experiment=imdb_from_scratch", f"data.path={small}", "data.limit=64", "evaluate.prompts=32"]
+    args = [
+        "stage=pipeline",
+        "experiment=imdb_from_scratch",
+        f"data.path={small}",
+        "data.limit=64",
+        "evaluate.prompts=32",
+    ]
     args += ["stages.pretrain.trainer.num_train_epochs=1", "stages.reward.trainer.num_train_epochs=1"]
     args += ["stages.ppo.trainer.total_episodes=32", "stages.ppo.trainer.per_device_train_batch_size=16"]
     assert command_line(*args, "policy.vocabulary=600") == 0

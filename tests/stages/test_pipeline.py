@@ -182,18 +182,15 @@ def test_ppo_with_a_users_own_reward(miniature: Path, workplace: Path, command_l
         "def brevity(prompts, completions):\n    return [-float(len(text)) for text in completions]\n"
     )
     args = ["reward=python", "reward.path=mine.py:brevity", "experiment=demo", "name=brief", *MINIATURE[1:2]]
-    args += ["data.limit=100", f"policy.path={miniature}/sft", "trainer.total_episodes=16", "reward.scale=null"]
-    args += ["trainer.per_device_train_batch_size=8", "trainer.gradient_accumulation_steps=1", "~reward.scale"]
-    args.remove("reward.scale=null")
+    args += ["data.limit=100", f"policy.path={miniature}/sft", "trainer.total_episodes=16"]
+    args += ["trainer.per_device_train_batch_size=8", "trainer.gradient_accumulation_steps=1"]
     assert command_line("stage=ppo", *args) == 0
     rows = read_jsonl(workplace / "runs" / "brief" / "ppo" / "samples.jsonl")
     assert all(row["reward"] == -len(row["response"]) for row in rows)
 
 
 def test_a_preference_model_is_trained_from_pairs(miniature: Path, workplace: Path, command_line: CommandLine) -> None:
-    rows = [
-        {"prompt": f"Question {i}:", "chosen": " yes, gladly and well", "rejected": " no"} for i in range(60)
-    ]
+    rows = [{"prompt": f"Question {i}:", "chosen": " yes, gladly and well", "rejected": " no"} for i in range(60)]
     (workplace / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     args = ["data=preferences", "data.path=pairs.jsonl", "data.test_share=0.3", "reward=preference_model", "name=pairs"]
     args += [f"policy.path={miniature}/sft", "trainer.learning_rate=1e-3", "trainer.num_train_epochs=10"]
@@ -204,3 +201,11 @@ def test_a_preference_model_is_trained_from_pairs(miniature: Path, workplace: Pa
     assert model.config.num_labels == 1
     with torch.no_grad():
         assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
+
+
+def test_texts_longer_than_the_positions_are_cut(miniature: Path, workplace: Path, command_line: CommandLine) -> None:
+    (workplace / "long.jsonl").write_text(json.dumps({"prompt": "I saw", "completion": " a film" * 200}) + "\n")
+    text = (workplace / "long.jsonl").read_text()
+    (workplace / "long.jsonl").write_text("".join(text.replace("I saw", f"I saw {i}") for i in range(40)))
+    args = ["data=instructions", "data.path=long.jsonl", "data.test_share=0.3", f"policy.path={miniature}/sft"]
+    assert command_line("stage=sft", "name=long", *args) == 0

@@ -143,7 +143,6 @@ def test_swept_overrides_are_those_that_differ() -> None:
     assert cli.swept_overrides(argv, job) == ["++trainer.kl_coef=0.1", "seed=1"]
 
 
-
 def test_settings_refuse_what_they_do_not_know() -> None:
     with pytest.raises(UserError, match="no setting 'bogus'"):
         Settings.of({"stage": "sft", "name": "x", "bogus": 1})

@@ -57,7 +57,9 @@ def test_prompts_are_the_first_tokens_and_demonstrations_lose_nothing() -> None:
 
 
 def test_files_of_ones_own(tmp_path: Path) -> None:
-    (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"text": f"t {i}", "label": i % 2}) + "\n" for i in range(50)))
+    (tmp_path / "mine.jsonl").write_text(
+        "".join(json.dumps({"text": f"t {i}", "label": i % 2}) + "\n" for i in range(50))
+    )
     rows = data.load_data({"name": "sentiment", "path": str(tmp_path / "mine.jsonl"), "test_share": 0.2}, seed=0)
     assert len(rows.train) + len(rows.test) == 50
     assert 3 <= len(rows.test) <= 20
@@ -97,12 +99,12 @@ def test_a_reward_that_is_not_a_number_for_each_is_refused() -> None:
 
 def test_a_reward_without_a_model_says_what_to_do() -> None:
     for name in ("classifier", "preference_model"):
-        with pytest.raises(NotFinishedError, match="run stage=reward first, or give reward.path="):
+        with pytest.raises(NotFinishedError, match=r"run stage=reward first, or give reward\.path="):
             built(name)
 
 
 def test_classes_go_by_name() -> None:
     assert rewards.class_named({0: "NEGATIVE", 1: "POSITIVE"}, "positive", "m") == 1
     assert rewards.class_named({0: "pos", 1: "neg"}, "Positive", "m") == 0
-    with pytest.raises(UserError, match="m has no class named 'positive'.*LABEL_0, LABEL_1"):
+    with pytest.raises(UserError, match=r"m has no class named 'positive'.*LABEL_0, LABEL_1"):
         rewards.class_named({0: "LABEL_0", 1: "LABEL_1"}, "positive", "m")

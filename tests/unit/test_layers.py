@@ -22,7 +22,11 @@ def imports(path: Path, everywhere: bool) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{name.name}" for name in node.names} if node.module == "rlhf_pipeline" else {node.module}
+            found |= (
+                {f"{node.module}.{name.name}" for name in node.names}
+                if node.module == "rlhf_pipeline"
+                else {node.module}
+            )
     return found
 
 

@@ -79,7 +79,9 @@ def test_micro_batches_add_up_to_the_whole() -> None:
     old, advantages, mask, _ = example()
     new, count = old + 0.1, mask.sum()
     whole = policy_loss(new, old, advantages, mask, 0.2, count).loss
-    parts = sum(policy_loss(new[i], old[i], advantages[i], mask[i], 0.2, count).loss for i in (slice(0, 1), slice(1, 4)))
+    parts = sum(
+        policy_loss(new[i], old[i], advantages[i], mask[i], 0.2, count).loss for i in (slice(0, 1), slice(1, 4))
+    )
     torch.testing.assert_close(whole, parts)
 
 

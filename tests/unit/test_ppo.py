@@ -118,9 +118,7 @@ def test_ratio_is_one_and_kl_zero_at_first_whatever_the_sampling(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     word = tokenizer.convert_ids_to_tokens(40)
-    ppo = trainer(
-        tokenizer, tmp_path, learning_rate=0.0, suppress_tokens=[word], min_new_tokens=3, temperature=0.6
-    )
+    ppo = trainer(tokenizer, tmp_path, learning_rate=0.0, suppress_tokens=[word], min_new_tokens=3, temperature=0.6)
     stats = stats_of_first_update(ppo)
     assert stats["val/ratio"] == pytest.approx(1, abs=1e-6)
     assert stats["objective/kl"] == 0
@@ -130,7 +128,9 @@ def test_ratio_is_one_and_kl_zero_at_first_whatever_the_sampling(
 @pytest.mark.parametrize("rows", [1, 2, 8])
 def test_accumulation_changes_nothing(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, rows: int) -> None:
     whole = trainer(tokenizer, tmp_path, max_grad_norm=0)
-    split = trainer(tokenizer, tmp_path, max_grad_norm=0, per_device_train_batch_size=rows, gradient_accumulation_steps=8 // rows)
+    split = trainer(
+        tokenizer, tmp_path, max_grad_norm=0, per_device_train_batch_size=rows, gradient_accumulation_steps=8 // rows
+    )
     first, second = stats_of_first_update(whole), stats_of_first_update(split)
     assert first["loss/policy_avg"] == pytest.approx(second["loss/policy_avg"], rel=1e-3, abs=1e-5)
     moved = (weights(whole) - weights(trainer(tokenizer, tmp_path))).norm()

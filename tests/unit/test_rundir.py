@@ -30,7 +30,7 @@ def finish(asked: Settings) -> RunDir:
 def test_a_finished_stage_is_done_and_other_work_is_refused(workplace: Path) -> None:
     out = finish(settings())
     assert out.finished(settings())
-    with pytest.raises(UserError, match="seed is 0 there and 1 here.*overwrite=true"):
+    with pytest.raises(UserError, match=r"seed is 0 there and 1 here.*overwrite=true"):
         RunDir.of(settings(seed=1)).finished(settings(seed=1))
     assert out.model.exists()
     assert not RunDir.of(settings(seed=1)).finished(settings(seed=1, overwrite=True))
@@ -96,7 +96,7 @@ def test_a_model_folder_may_be_named_by_its_stage(workplace: Path) -> None:
     out = finish(settings())
     assert model_folder("runs/demo/sft") == str(out.model)
     assert model_folder("lvwerra/gpt2-imdb") == "lvwerra/gpt2-imdb"
-    with pytest.raises(UserError, match="there is no folder ./nothing"):
+    with pytest.raises(UserError, match=r"there is no folder \./nothing"):
         model_folder("./nothing")
 
 
