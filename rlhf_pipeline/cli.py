@@ -1,5 +1,6 @@
 """The command line: Hydra's entry, one stage or a pipeline of them, and the table of a sweep."""
 
+import json
 import logging
 import os
 import re
@@ -129,6 +130,10 @@ def run_stage(settings: Settings) -> float | None:
     out = rundir.RunDir.of(settings)
     if out.finished(settings):
         print(f"{out.path} is done already ({out.headline()}).", flush=True)
+        if settings.stage == "evaluate":
+            from rlhf_pipeline.tables import evaluation_table
+
+            evaluation_table(json.loads((out.path / "evaluation.json").read_text(encoding="utf-8")))
         return out.objective()
     from rlhf_pipeline import stages  # loads torch and trl, so only now
 

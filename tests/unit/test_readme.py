@@ -1,0 +1,75 @@
+"""What the README tells people to type is what the program takes."""
+
+import copy
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from hydra import compose, initialize_config_dir
+from test_ppo import PROMPTS, TEXTS, good_share, tiny_policy
+
+from rlhf_pipeline import cli
+from rlhf_pipeline.policies import train_tokenizer
+
+READMES = ("README.md", "README.zh-CN.md")
+
+
+def blocks(readme: str, language: str) -> list[str]:
+    """The code blocks of one language."""
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / readme).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def commands(readme: str) -> list[str]:
+    """Every command line in code blocks and between backticks, without its comment."""
+    lines = [line for block in blocks(readme, "bash") for line in block.splitlines()]
+    lines += re.findall(r"`((?:python -m rlhf_pipeline|make) [^`]*)`", (ROOT / readme).read_text(encoding="utf-8"))
+    return [line.split("  #")[0].split(" # ")[0].strip() for line in lines if line.strip()]
+
+
+def test_it_can_be_read_in_one_sitting() -> None:
+    for readme in READMES:
+        text = (ROOT / readme).read_text(encoding="utf-8")
+        assert 60 < text.count("\n") < 250
+        assert "@" not in re.sub(r"https?://\S+", "", text), "a table is missing"
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_every_command_of_the_program_resolves(readme: str) -> None:
+    asked = [c for c in commands(readme) if "python -m rlhf_pipeline" in c and "<" not in c]
+    assert len(asked) >= 12
+    for command in asked:
+        words = shlex.split(command.partition("rlhf_pipeline")[2])
+        plain = [re.sub(r"(=[^=,]*),.*", r"\1", word) for word in words if word not in ("-m", "--cfg", "job")]
+        args = cli.complete(plain)
+        with initialize_config_dir(str(cli.CONF), version_base="1.3"):
+            cfg = compose("config", args)
+            order = list(cfg.stages) if cfg.stage == "pipeline" else [cfg.stage]
+            for stage in order:
+                again = [*(a for a in args if not a.startswith("stage=")), f"stage={stage}"]
+                assert cli.resolve(compose("config", again), again).stage == stage, command
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_every_make_target_is_there(readme: str) -> None:
+    asked = [c for c in commands(readme) if re.search(r"(^|\s)make ", c)]
+    assert len(asked) >= 6
+    for command in asked:
+        words = [w for w in shlex.split(command[command.index("make ") :]) if not w.startswith("PYTHON=")]
+        done = subprocess.run([words[0], "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+
+
+def test_the_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for readme in READMES:
+        own, api = blocks(readme, "python")
+        names: dict[str, object] = {}
+        exec(own, names)
+        assert names["politeness"]([""] * 2, ["Please do.", "No."]) == [1.0, 0.0]  # type: ignore[operator]
+        tokenizer = train_tokenizer(TEXTS, 300, 64)
+        policy = tiny_policy(tokenizer)
+        names = {"tokenizer": tokenizer, "policy": policy, "reference": copy.deepcopy(policy), "reward": good_share}
+        exec(api.replace("10_000", "8"), {**names, "prompts": PROMPTS * 4})
