@@ -31,6 +31,8 @@ _PACKAGE = Path(__file__).parent
 CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 # Sections that take keys their defaults do not list: Settings checks them, so Hydra need not ask for a '+'.
 _OPEN = re.compile(r"^(trainer|policy|reward|data|evaluate|stages)\.[\w.]+=")
+NO_STAGES = "stage=pipeline runs an experiment's stages; choose one, as in experiment=demo."
+_failed_jobs: list[int] = []  # exit statuses of a sweep's jobs that failed
 _OWN_CHOICE = re.compile(r"^(policy|reward|data)=")
 
 
@@ -40,6 +42,8 @@ def main() -> None:
     sys.argv[1:] = complete(sys.argv[1:])
     try:
         _hydra_main()
+        if _failed_jobs:
+            sys.exit(max(_failed_jobs))
     except UserError as error:
         _leave(str(error))
     except (HydraException, OmegaConfBaseException) as error:
@@ -98,11 +102,11 @@ def resolve(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
     check_sections(str(name) for name in cfg.stages)
     said = {o.key_or_group: o for o in OverridesParser.create().parse_overrides(list(overrides)) if not o.is_delete()}
     section = f"stages.{cfg.stage}."
-    if cfg.stage in cfg.stages:
-        cfg.merge_with(cfg.stages[cfg.stage])
+    cfg.merge_with(cfg.stages.get(cfg.stage) or {})
     for prefix in ("", section):
         for key, override in said.items():
-            general = "." in key and not key.startswith(("hydra.", "stages."))
+            group = key in ("stage", "policy", "reward", "data", "experiment") and isinstance(override.value(), str)
+            general = not group and not key.startswith(("hydra", "stages"))
             if general if not prefix else key.startswith(prefix):
                 OmegaConf.update(cfg, key.removeprefix(prefix), override.value(), force_add=True)
     registries: dict[str, Registry[Any]] = {
@@ -127,7 +131,14 @@ def resolve(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
 
 def run_stage(settings: Settings) -> float | None:
     """Run one stage in its directory; give its objective, for a sweep. A finished stage is left as it is."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("several processes are not supported yet; start one, without torchrun or accelerate launch.")
     out = rundir.RunDir.of(settings)
+    with out.held():
+        return _run_held(settings, out)
+
+
+def _run_held(settings: Settings, out: rundir.RunDir) -> float | None:
     if out.finished(settings):
         print(f"{out.path} is done already ({out.headline()}).", flush=True)
         if settings.stage == "evaluate":
@@ -149,7 +160,7 @@ def _pipeline(cfg: DictConfig, overrides: list[str]) -> float | None:
     """Run an experiment's stages in order, in this process: importing torch anew for each would cost a minute."""
     order = list(resolve(cfg, overrides).stages)
     if not order:
-        raise UserError("stage=pipeline runs an experiment's stages; choose one, as in experiment=demo.")
+        raise UserError(NO_STAGES)
     rest = [o for o in overrides if not o.startswith("stage=")]
     every = [resolve(hydra.compose("config", [*rest, f"stage={stage}"]), rest) for stage in order]
     started, result = time.monotonic(), None
@@ -172,8 +183,19 @@ def _sweep_job(cfg: DictConfig, overrides: list[str]) -> float | None:
     done = subprocess.run([sys.executable, "-m", "rlhf_pipeline", *command], check=False)
     if done.returncode in (130, -2):
         raise KeyboardInterrupt
-    stage = cfg.stage if cfg.stage != "pipeline" else list(cfg.stages)[-1]
-    return rundir.RunDir(Path(cfg.runs), name, stage).objective() if done.returncode == 0 else None
+    if done.returncode != 0:
+        _failed_jobs.append(done.returncode)
+        return None
+    return rundir.RunDir(Path(cfg.runs), name, _last_stage(cfg)).objective()
+
+
+def _last_stage(cfg: DictConfig) -> str:
+    """The stage whose result a run is known by."""
+    if cfg.stage != "pipeline":
+        return str(cfg.stage)
+    if not cfg.stages:
+        raise UserError(NO_STAGES)
+    return str(list(cfg.stages)[-1])
 
 
 def swept_overrides(argv: Sequence[str], job: Sequence[str]) -> list[str]:
@@ -191,8 +213,7 @@ class SweepTable(Callback):
         from rlhf_pipeline.tables import sweep_table
 
         name = config.name or config.experiment or "default"
-        stage = config.stage if config.stage != "pipeline" else list(config.stages)[-1]
-        sweep_table(Path(config.runs) / name, stage)
+        sweep_table(Path(config.runs) / name, _last_stage(config))
 
 
 def _be_quiet() -> None:

@@ -61,33 +61,38 @@ def imdb(seed: int, *, path: str = "stanfordnlp/imdb") -> Splits[Labelled]:
         read = formats.read_acl_imdb(where)
         return Splits(read["train"], read["test"])
     splits = _from_hub(path)
-    rows = {s: [Labelled(r["text"], int(r["label"])) for r in splits[s]] for s in ("train", "test")}
+    try:
+        rows = {s: [Labelled(r["text"], int(r["label"])) for r in splits[s]] for s in ("train", "test")}
+    except KeyError as error:
+        raise UserError(
+            f"data.path={path} has no {error}; data=imdb needs train and test with text and label."
+        ) from error
     return Splits(rows["train"], rows["test"])
 
 
 @registry.register
 def sentiment(seed: int, *, path: str, test_share: float = 0.1) -> Splits[Labelled]:
     """Labelled texts from a file: JSONL, CSV, TSV or parquet with a text and a label."""
-    return _split(formats.read_labelled(Path(path).expanduser()), test_share, seed)
+    return _split(formats.read_labelled(Path(path).expanduser()), test_share)
 
 
 @registry.register
 def preferences(seed: int, *, path: str, test_share: float = 0.1) -> Splits[Preference]:
     """Pairs of a better and a worse answer from a file. All pairs of one prompt fall on one side of the split."""
     rows = formats.read_preferences(Path(path).expanduser())
-    return _split(rows, test_share, seed, key=lambda row: row.prompt or row.chosen)
+    return _split(rows, test_share, key=lambda row: row.prompt or row.chosen)
 
 
 @registry.register
 def instructions(seed: int, *, path: str, test_share: float = 0.1) -> Splits[Demonstration]:
     """Demonstrations from a file: prompt and completion, or Alpaca's instruction, input and output."""
-    return _split(formats.read_demonstrations(Path(path).expanduser()), test_share, seed)
+    return _split(formats.read_demonstrations(Path(path).expanduser()), test_share, key=lambda row: row.prompt)
 
 
 @registry.register
 def text(seed: int, *, path: str, column: str = "text", test_share: float = 0.1) -> Splits[Text]:
     """Plain texts from a file: one a line, or one a row in `column`."""
-    return _split(formats.read_texts(Path(path).expanduser(), column), test_share, seed)
+    return _split(formats.read_texts(Path(path).expanduser(), column), test_share)
 
 
 def kind(name: str) -> type[Row]:
@@ -187,13 +192,13 @@ def _whole(row: Row) -> str:
     raise TypeError(type(row))
 
 
-def _split(rows: list[R], share: float, seed: int, key: Callable[[R], str] = _whole) -> Splits[R]:
-    """Hold out a share of the groups that `key` makes; by a hash, so a row's side is its own affair."""
+def _split(rows: list[R], share: float, key: Callable[[R], str] = _whole) -> Splits[R]:
+    """Hold out a share of the groups that `key` makes; by a hash, so a row falls on one side whatever the seed."""
     if not 0 < share < 1:
         raise UserError(f"data.test_share is {share}; it takes a number between 0 and 1.")
 
     def held_out(row: R) -> bool:
-        return int(hashlib.sha256(f"{seed} {key(row)}".encode()).hexdigest()[:8], 16) < share * 16**8
+        return int(hashlib.sha256(key(row).encode()).hexdigest()[:8], 16) < share * 16**8
 
     return Splits([r for r in rows if not held_out(r)], [r for r in rows if held_out(r)])
 

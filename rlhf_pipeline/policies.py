@@ -142,6 +142,9 @@ def load_policy(choice: dict[str, Any], upstream: Path | None, texts: Sequence[s
     where = by_hand or (str(upstream) if upstream else None) or source.path
     if where is None:
         return source.make(texts, seed), f"{choice['name']}, untrained"
+    from rlhf_pipeline.rundir import model_folder
+
+    where = model_folder(where)
     return source.open(where), where
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,10 @@ class Reward:
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
         """One finite number a completion; anything else is a `UserError` that names the reward."""
-        scores = [float(score) for score in self.function(prompts, completions)]
+        try:
+            scores = [float(score) for score in self.function(prompts, completions)]
+        except TypeError as error:
+            raise UserError(f"reward={self.name} must give a list of numbers: {error}.") from error
         if len(scores) != len(completions):
             raise UserError(f"reward={self.name} gave {len(scores)} numbers for {len(completions)} completions.")
         for prompt, completion, score in zip(prompts, completions, scores, strict=True):
@@ -117,7 +121,7 @@ def preference_model(
         raise NotFinishedError(
             "reward=preference_model has no model yet; run stage=reward first, or give reward.path=."
         )
-    scorer = Scorer.open(where, batch_size, max_length)
+    scorer = Scorer.open(where, batch_size, max_length, append_eos=True)
     if scorer.labels != 1:
         raise UserError(f"{where} is a classifier of {scorer.labels} classes; a preference model has one score.")
     return Reward(lambda prompts, answers: scorer.pairs(prompts, answers)[:, 0].tolist(), where)
@@ -140,9 +144,10 @@ def python(where: str | None, *, path: str) -> Reward:
     if not source.is_file():
         raise UserError(f"reward.path={path}: there is no file {file!r}; write it as my_rewards.py:politeness.")
     spec = importlib.util.spec_from_file_location(source.stem, source)
-    assert spec is not None
-    assert spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise UserError(f"reward.path={path}: {file} is no Python file; write it as my_rewards.py:politeness.")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[source.stem] = module  # as an import would: dataclasses in it look there
     spec.loader.exec_module(module)
     if not callable(getattr(module, function, None)):
         known = [name for name, value in vars(module).items() if callable(value) and name[0] != "_"]
@@ -185,13 +190,17 @@ def load_reward(choice: dict[str, Any], upstream: Path | None) -> tuple[Reward, 
 class Scorer:
     """A sequence classifier of any family, with its own tokenizer: texts in, logits out."""
 
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int, max_length: int) -> None:
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int, max_length: int, append_eos: bool = False) -> None:
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
         positions = getattr(model.config, "max_position_embeddings", max_length)
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
+        # TRL's RewardTrainer ends every text with EOS, and the head learns to read it there.
+        self.ending = [tokenizer.eos_token_id] if append_eos else []
         self.max_length, self.labels = min(max_length, positions), int(model.config.num_labels)
 
     @classmethod
-    def open(cls, path: str, batch_size: int, max_length: int) -> "Scorer":
+    def open(cls, path: str, batch_size: int, max_length: int, append_eos: bool = False) -> "Scorer":
         """Open a classifier from a folder or the hub, on the GPU where there is one."""
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -202,7 +211,9 @@ class Scorer:
         with explained(where, "reward.path"):
             tokenizer = AutoTokenizer.from_pretrained(where)
         model = open_pretrained(AutoModelForSequenceClassification, where, "reward.path")
-        return cls(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, batch_size, max_length)
+        return cls(
+            model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, batch_size, max_length, append_eos
+        )
 
     def logits(self, texts: Sequence[str]) -> "Tensor":
         """(len(texts), classes). Sorted by length inside, so that little is padded; the end of a long text is cut."""
@@ -217,7 +228,8 @@ class Scorer:
         empty = [
             self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else self.tokenizer.sep_token_id
         ]
-        ids = [row or empty for row in ids]
+        room = self.max_length - len(self.ending)
+        ids = [row[:room] + self.ending or empty for row in ids]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         found = torch.zeros(len(ids), self.labels)
         for start in range(0, len(order), self.batch_size):
@@ -248,6 +260,9 @@ def class_named(labels: dict[int, str], wanted: str, where: str) -> int:
 
 
 def _classifier_reward(where: str, label: str, scale: Scale, seen: Seen, batch_size: int, max_length: int) -> Reward:
+    from rlhf_pipeline.rundir import model_folder
+
+    where = model_folder(where)
     scorer = Scorer.open(where, batch_size, max_length)
     index = class_named(scorer.model.config.id2label, label, where)
 

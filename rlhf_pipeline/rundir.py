@@ -1,5 +1,6 @@
 """Run directories, the only state between stages: lineage, atomic files, resuming, metric and sample logs."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -8,7 +9,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +22,14 @@ from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.settings import Settings
 
 _PACKAGES = ("rlhf_pipeline", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "tokenizers")
+# Stages of the same run that a stage takes something from, if they are there.
+_TAKEN_FROM: dict[str, tuple[str, ...]] = {
+    "pretrain": (),
+    "sft": ("pretrain",),
+    "reward": (),
+    "ppo": ("sft", "reward"),
+    "evaluate": ("pretrain", "sft", "reward", "ppo"),
+}
 # The settings that make a stage's work; asking for others differently is the same work.
 _WORK = {
     "pretrain": ("seed", "policy", "data", "trainer"),
@@ -116,10 +126,18 @@ class RunDir:
             for key in sorted({*before, *after})
             if key.split(".")[0] in _WORK[self.stage] and before.get(key) != after.get(key)
         ]
-        for role, parent in record.get("parents", {}).items():
+        parents = record.get("parents", {})
+        for role, parent in parents.items():
             folder = Path(parent["path"])
-            if record["status"] == "done" and folder.is_dir() and content_hash(folder) != parent["sha256"]:
+            if folder.is_dir() and content_hash(folder) != parent["sha256"]:
                 changed.append(f"its {role} {folder} has changed since")
+        taken = {str(Path(parent["path"])) for parent in parents.values()}
+        for stage in _TAKEN_FROM[self.stage]:
+            other = RunDir(self.runs, self.name, stage)
+            by_hand = (settings.reward if stage == "reward" else settings.policy).get("path")
+            newer = other.record.get("status") == "done" and other.record["finished"] > record["started"]
+            if newer and not by_hand and str(other.model) not in taken:
+                changed.append(f"{other.path} has been made since")
         return changed
 
     def headline(self) -> str:
@@ -132,10 +150,13 @@ class RunDir:
         value = self.record.get("objective")
         return None if value is None else float(value)
 
-    def upstream(self, *stages: str, choice: tuple[str, str] | None = None) -> Path | None:
+    def upstream(
+        self, *stages: str, policy: dict[str, Any] | None = None, reward: dict[str, Any] | None = None
+    ) -> Path | None:
         """The model of the first of these stages that this run has finished, or a sweep's parent run.
 
-        With `choice`, say ("policy", "gpt2"), only one that was made from that entry: another is not meant.
+        With a `policy` or `reward`, only one that was made from that entry: another is not meant. The same entry
+        made otherwise (in another size, say) is a `UserError`.
         """
         names = [self.name, *(str(p) for p in Path(self.name).parents if str(p) != ".")]
         if len(names) > 1 and self.experiment:
@@ -145,8 +166,16 @@ class RunDir:
                 other = RunDir(self.runs, name, stage)
                 if other.record.get("status") != "done" or not other.model.is_dir():
                     continue
-                if choice is None or other.config()[choice[0]]["name"] == choice[1]:
-                    return other.model
+                made = other.config()
+                if reward is not None and made["reward"]["name"] != reward["name"]:
+                    continue
+                if policy is not None and made["policy"]["name"] != policy["name"]:
+                    continue
+                for key in sorted(({*made["policy"], *policy} if policy else set()) - {"path"}):
+                    there, here = made["policy"].get(key), (policy or {}).get(key)
+                    if there != here:
+                        raise UserError(f"{other.path} has policy.{key}={there}, and here it is {here}; make them one.")
+                return other.model
         return None
 
     def config(self) -> dict[str, Any]:
@@ -156,8 +185,29 @@ class RunDir:
 
     # -- one run of the stage
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes out of this directory until the block is left, however the process ends."""
+        lock = self.path.parent / f".{self.stage}.lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{self.path} is being made by another process; wait for it, or choose name=."
+                ) from None
+            yield
+
     def begin(self, settings: Settings, parents: dict[str, str], fingerprint: dict[str, Any] | None) -> None:
         """Write down what is about to happen and from what; `parents` maps a role to a folder or a hub id."""
+        before = self.record if self.last_checkpoint() else {}
+        found = {role: _parent(where) for role, where in parents.items()}
+        if before and (before["parents"] != found or before["data"] != fingerprint):
+            raise UserError(
+                f"{self.path} was begun with other data or from other models, so it cannot go on with these. "
+                "Say overwrite=true to begin anew, or choose another name=."
+            )
         hydra = {"run": {"dir": "."}, "output_subdir": None}
         logging = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}, "_self_"]
         config = {"defaults": logging, "hydra": hydra, **_plain_values(settings), "overwrite": False}
@@ -168,10 +218,10 @@ class RunDir:
             "experiment": self.experiment,
             "status": "running",
             "seed": settings.seed,
-            "command": f"python -m rlhf_pipeline --config-path {self.path.absolute()} --config-name config",
+            "command": f"python -m rlhf_pipeline --config-path {self.path} --config-name config",
             "started": self.record.get("started") or _now(),
             "resumed": [*self.record.get("resumed", []), _now()] if self.record else [],
-            "parents": {role: _parent(where) for role, where in parents.items()},
+            "parents": found,
             "data": fingerprint,
             "versions": _versions(),
             "hardware": _hardware(),

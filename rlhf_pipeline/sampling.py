@@ -8,6 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
+from rlhf_pipeline.errors import UserError
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -86,6 +88,17 @@ class Batch:
 def length_mask(lengths: Tensor, width: int) -> Tensor:
     """(batch,) lengths to a (batch, width) mask: True before each length."""
     return torch.arange(width, device=lengths.device) < lengths[:, None]
+
+
+def check_positions(model: PreTrainedModel, prompts: Sequence[Sequence[int]], response_length: int) -> None:
+    """Refuse prompts that leave no room for a response."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    longest = max(map(len, prompts)) + response_length
+    if positions is not None and longest > positions:
+        raise UserError(
+            f"a prompt and its response take up to {longest} tokens, and the policy has {positions} positions; "
+            "lower response_length or the prompts' length (data.prompt_tokens)."
+        )
 
 
 def pad_left(prompts: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from rlhf_pipeline import data, policies, rewards
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.registry import describe, fits, suggest
 
+_COUNTS = ("batch_size", "bootstrap", "response_length")
 STAGES = ("pretrain", "sft", "reward", "ppo", "evaluate", "pipeline")
 
 # Where each stage's trainer config is declared, the subclass first. The files are parsed, not
@@ -35,6 +36,7 @@ _RESERVED = {
     "local_mini_batch_size": "set num_mini_batches",
     "num_total_batches": "set total_episodes",
     "world_size": "it is the number of processes launched",
+    "hub_token": "set HF_TOKEN in the environment, where no file keeps it",
     "resume_from_checkpoint": "an unfinished run resumes by itself",
     "sft_model_path": "set policy.path",
     "reward_model_path": "set reward.path",
@@ -99,8 +101,14 @@ class Settings:
         if self.stage == "reward" and self.reward["name"] not in rewards.TRAINABLE:
             fitting = ", ".join(rewards.TRAINABLE)
             raise UserError(f"reward={self.reward['name']} is nothing to train; stage=reward takes one of: {fitting}.")
-        if self.evaluate.prompts < 2:
-            raise UserError(f"evaluate.prompts is {self.evaluate.prompts}; a standard error takes at least 2.")
+        at_least = {f"evaluate.{key}": (getattr(self.evaluate, key), 1) for key in _COUNTS}
+        at_least["evaluate.prompts"] = (self.evaluate.prompts, 2)  # or there is no standard error
+        at_least |= {f"data.{key}": (self.data.get(key), 1) for key in ("limit", "test_limit")}
+        for key, (value, least) in at_least.items():
+            if value is not None and value < least:
+                raise UserError(f"{key} is {value}; it takes at least {least}.")
+        if self.evaluate.temperature is not None and self.evaluate.temperature <= 0:
+            raise UserError(f"evaluate.temperature is {self.evaluate.temperature}; it takes a number above 0.")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `config.yaml` holds them."""

@@ -21,10 +21,12 @@ from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.ppo.objective import gae, kl_estimate, masked_mean, next_kl_coef, policy_loss, token_rewards, whiten
 from rlhf_pipeline.ppo.objective import value_loss as clipped_value_loss
 from rlhf_pipeline.ppo.rollout import PolicyWithValueHead, Rollout, TextReward, roll_out
-from rlhf_pipeline.sampling import Batch, Sampling
+from rlhf_pipeline.sampling import Batch, Sampling, check_positions
 
 # TRL's fields that this loop does not carry out. Set, they would do nothing, so they are refused.
 _NOT_CARRIED_OUT = ("bf16", "fp16", "gradient_checkpointing", "model_adapter_name", "ref_adapter_name", "push_to_hub")
+
+_STRATEGIES = {"logging_strategy": ("steps",), "save_strategy": ("steps", "no"), "eval_strategy": ("no",)}
 
 
 class PPOTrainer(TRLPPOTrainer):
@@ -57,12 +59,7 @@ class PPOTrainer(TRLPPOTrainer):
             raise UserError(
                 f"{len(prompts)} prompts do not fill one batch of {rows}; lower trainer.per_device_train_batch_size."
             )
-        positions = getattr(model.config, "max_position_embeddings", math.inf)
-        longest = max(map(len, prompts)) + args.response_length
-        if longest > positions:
-            raise UserError(
-                f"a prompt and its response take up to {longest} tokens, and the policy has {positions} positions."
-            )
+        check_positions(model, prompts, args.response_length)
         for part in (model, ref_model):
             for module in part.modules():
                 if isinstance(module, torch.nn.Dropout):
@@ -82,7 +79,9 @@ class PPOTrainer(TRLPPOTrainer):
         updates = math.ceil(episodes / self.batch_rows)
         self.create_optimizer_and_scheduler(num_training_steps=updates)
         self.state = TrainerState(max_steps=updates, is_world_process_zero=self.is_world_process_zero())
-        self.state.logging_steps, self.state.save_steps = int(args.logging_steps), int(args.save_steps)
+        for name in ("logging_steps", "save_steps"):  # below 1 they are shares of the whole
+            asked = getattr(args, name)
+            setattr(self.state, name, max(1, math.ceil(asked * updates) if asked < 1 else int(asked)))
         self.state.num_train_epochs = math.ceil(episodes / len(self.prompts))
         self.callback_handler.optimizer, self.callback_handler.lr_scheduler = self.optimizer, self.lr_scheduler
         if resume_from_checkpoint:
@@ -115,7 +114,9 @@ class PPOTrainer(TRLPPOTrainer):
         scores = rollout.scores if args.score_clip is None else rollout.scores.clamp(-args.score_clip, args.score_clip)
         if args.missing_eos_penalty is not None:
             last = rollout.batch.responses.gather(1, (lengths - 1)[:, None])
-            scores = scores - args.missing_eos_penalty * ~torch.isin(last, torch.tensor(self.sampling.stop_ids))[:, 0]
+            scores = (
+                scores - args.missing_eos_penalty * ~torch.isin(last, last.new_tensor(self.sampling.stop_ids))[:, 0]
+            )
         rewards = token_rewards(scores, kl, lengths, self.kl_coef)
         if args.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False)
@@ -189,7 +190,7 @@ class PPOTrainer(TRLPPOTrainer):
         self.state.epoch = episode / len(self.prompts)
         self.last_rollout = rollout
         self.control = self.callback_handler.on_step_end(args, self.state, self.control)
-        if self.control.should_log:
+        if self.control.should_log or self.state.global_step == self.state.max_steps:
             self.log({**stats, "lr": learning_rate, "episode": episode})
             self.control.should_log = False
         if self.control.should_save:
@@ -240,6 +241,26 @@ def check_config(args: PPOConfig) -> int:
     for name in _NOT_CARRIED_OUT:
         if getattr(args, name):
             raise UserError(f"trainer.{name}={getattr(args, name)} is not carried out by stage=ppo yet; leave it out.")
+    for name in (
+        "num_mini_batches",
+        "num_ppo_epochs",
+        "response_length",
+        "local_rollout_forward_batch_size",
+        "kl_horizon",
+    ):
+        if getattr(args, name) < 1:
+            raise UserError(f"trainer.{name} is {getattr(args, name)}; it takes at least 1.")
+    for name, taken in _STRATEGIES.items():
+        if str(getattr(args, name).value) not in taken:
+            raise UserError(f"trainer.{name}={getattr(args, name).value}: stage=ppo takes {' or '.join(taken)}.")
+    if args.kl_target is not None and args.kl_target <= 0:
+        raise UserError(
+            f"trainer.kl_target is {args.kl_target}; it takes a number above 0, or null for a fixed kl_coef."
+        )
+    if args.stop_token is not None and args.stop_token_id is not None:
+        raise UserError("trainer.stop_token and trainer.stop_token_id exclude each other; say trainer.stop_token=null.")
+    if args.missing_eos_penalty is not None and args.stop_token is None and args.stop_token_id is None:
+        raise UserError("trainer.missing_eos_penalty needs a trainer.stop_token to miss.")
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
     if rows % args.num_mini_batches:
         raise UserError(
@@ -259,6 +280,8 @@ def make_sampling(args: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> Sampli
     if args.stop_token == "eos":
         stops = (int(tokenizer.eos_token_id),)
     vocabulary = tokenizer.get_vocab()
+    if args.stop_token_id is not None and not 0 <= args.stop_token_id < len(tokenizer):
+        raise UserError(f"trainer.stop_token_id is {args.stop_token_id}; the policy's ids go to {len(tokenizer) - 1}.")
     for token in args.suppress_tokens:
         if token not in vocabulary:
             raise UserError(f"trainer.suppress_tokens has '{token}', which is no token of the policy's vocabulary.")

@@ -30,11 +30,13 @@ def trainer_args(kind: type[A], settings: Settings, out: RunDir) -> A:
     AcceleratorState._reset_state(
         reset_partial_state=False
     )  # an earlier stage of this process may have chosen otherwise
-    values = {"bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(), **settings.trainer}
+    values = {"disable_tqdm": True, "report_to": "none", **settings.trainer}
+    if settings.stage != "ppo" and not {"bf16", "fp16"} & set(values):
+        values["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     if not torch.cuda.is_available():
         values.setdefault("dataloader_pin_memory", False)
     try:
-        args = kind(output_dir=str(out.checkpoints), seed=settings.seed, disable_tqdm=True, report_to="none", **values)
+        args = kind(output_dir=str(out.checkpoints), seed=settings.seed, **values)
     except (ValueError, TypeError) as error:
         raise UserError(f"{kind.__name__} refuses these trainer settings: {error}") from error
     set_seed(settings.seed)

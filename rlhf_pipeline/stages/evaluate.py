@@ -19,7 +19,7 @@ from rlhf_pipeline.errors import NotFinishedError
 from rlhf_pipeline.policies import Policy, load_policy
 from rlhf_pipeline.rewards import Reward, load_reward
 from rlhf_pipeline.rundir import RunDir, write_json
-from rlhf_pipeline.sampling import Batch, Sampling, log_probs, sample
+from rlhf_pipeline.sampling import Batch, Sampling, check_positions, log_probs, sample
 from rlhf_pipeline.settings import Evaluation, Settings
 from rlhf_pipeline.stages.common import Clock, progress, quiet, say_done, say_taken
 from rlhf_pipeline.tables import evaluation_table
@@ -41,8 +41,8 @@ def run(settings: Settings, out: RunDir) -> None:
     """Sample from each policy, then reward, KL to the reference, perplexity under the base model, diversity."""
     quiet()
     clock = Clock()
-    paths, reference = policies_of(out, settings.policy["name"])
-    reward, judge = load_reward(settings.reward, out.upstream("reward", choice=("reward", settings.reward["name"])))
+    paths, reference = policies_of(out, settings.policy)
+    reward, judge = load_reward(settings.reward, out.upstream("reward", reward=settings.reward))
     rows = load_data(settings.data, settings.seed)
     opened = {name: load_policy({**settings.policy, "path": path}, None, texts(rows.train), settings.seed)[0]
               for name, path in paths.items()}  # fmt: skip
@@ -55,6 +55,10 @@ def run(settings: Settings, out: RunDir) -> None:
     asked = prompts(rows.test, base.tokenizer, settings.data, settings.seed)[: settings.evaluate.prompts]
     seen = base.tokenizer.batch_decode(asked, skip_special_tokens=True)
     sampling, limits = sampling_of(out, settings.evaluate, base, len(asked), settings.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for policy in opened.values():
+        check_positions(policy.model, asked, int(limits.max()))
+        policy.model.to(device)
     answers: dict[str, Answers] = {}
     with progress(len(opened) * len(asked), "evaluate") as bar:
         for name, policy in opened.items():
@@ -62,12 +66,14 @@ def run(settings: Settings, out: RunDir) -> None:
                 policy, opened[reference], base, reward, asked, limits, sampling, settings, bar.update
             )
     names = list(answers)
-    gain = metrics.paired_gain(
-        answers[names[0]].rewards, answers[names[-1]].rewards, settings.evaluate.bootstrap, settings.seed
-    )
-    gain_over_reference = metrics.paired_gain(
-        answers[reference].rewards, answers[names[-1]].rewards, settings.evaluate.bootstrap, settings.seed
-    )
+    # From the first policy to the last, and from PPO's reference to PPO, where they are two.
+    pairs = {f"{names[-1]} - {name}": name for name in (names[0], reference) if name != names[-1]}
+    gains = {
+        pair: metrics.paired_gain(
+            answers[before].rewards, answers[names[-1]].rewards, settings.evaluate.bootstrap, settings.seed
+        )
+        for pair, before in pairs.items()
+    }
     examples = typical(seen, answers, settings.evaluate.examples)
     evaluation = {
         "prompts": len(asked),
@@ -75,29 +81,30 @@ def run(settings: Settings, out: RunDir) -> None:
         "reference": reference,
         "sampling": dataclasses.asdict(sampling),
         "metrics": {name: answer.metrics for name, answer in answers.items()},
-        "paired_gain": {f"{names[-1]} - {names[0]}": gain, f"{names[-1]} - {reference}": gain_over_reference},
+        "paired_gain": gains,
         "samples": [sample_row(seen, answers, index) for index in range(len(asked))],
         "examples": examples,
     }
     write_json(out.path / "evaluation.json", evaluation)
     after = answers[names[-1]].metrics
-    results = {"reward_mean": after["reward_mean"], "kl": after["kl"], "gain": gain["mean"]}
-    out.finish({**results, "gain_low": gain["low"], "gain_high": gain["high"]}, objective=after["reward_mean"])
+    results = {"reward_mean": after["reward_mean"], "kl": after["kl"]}
+    if gains:
+        gain = next(iter(gains.values()))
+        results |= {"gain": gain["mean"], "gain_low": gain["low"], "gain_high": gain["high"]}
+    out.finish(results, objective=after["reward_mean"])
     evaluation_table(evaluation)
     say_done(out, f"{len(names)} policies on {len(asked)} held-out prompts", clock)
 
 
-def policies_of(out: RunDir, policy: str) -> tuple[dict[str, str], str]:
+def policies_of(out: RunDir, policy: dict[str, Any]) -> tuple[dict[str, str], str]:
     """The run's policies from first to last by name, and the name of PPO's reference."""
     trained = {"base": "pretrain", "sft": "sft", "ppo": "ppo"}
-    paths = {
-        name: str(found) for name, stage in trained.items() if (found := out.upstream(stage, choice=("policy", policy)))
-    }
+    paths = {name: str(found) for name, stage in trained.items() if (found := out.upstream(stage, policy=policy))}
     if not paths:
         raise NotFinishedError(
             f"{out.runs / out.name} has no policy to evaluate; 'make ppo NAME={out.name}' makes one."
         )
-    ppo = out.upstream("ppo")
+    ppo = out.upstream("ppo", policy=policy)
     record = json.loads((ppo.parent / "run.json").read_text(encoding="utf-8")) if ppo else {}
     parent = record["parents"]["policy"]["path"] if record else None
     if parent and parent not in paths.values() and not parent.endswith(", untrained"):

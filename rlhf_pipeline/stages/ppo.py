@@ -25,11 +25,11 @@ def run(settings: Settings, out: RunDir) -> None:
     """Start from the SFT policy, keep it as the reference, and learn from the reward."""
     clock, args = Clock(), trainer_args(PPOConfig, settings, out)
     check_config(args)
-    reward, judge = load_reward(settings.reward, out.upstream("reward", choice=("reward", settings.reward["name"])))
+    reward, judge = load_reward(settings.reward, out.upstream("reward", reward=settings.reward))
     rows = load_data(settings.data, settings.seed)
     policy, where = load_policy(
         settings.policy,
-        out.upstream("sft", "pretrain", choice=("policy", settings.policy["name"])),
+        out.upstream("sft", "pretrain", policy=settings.policy),
         texts(rows.train),
         settings.seed,
     )

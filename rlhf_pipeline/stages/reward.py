@@ -60,7 +60,7 @@ def run(settings: Settings, out: RunDir) -> None:
         tokenizer.save_pretrained(folder)
 
     out.save_model(save)
-    scorer = Scorer(model, tokenizer, args.per_device_eval_batch_size, longest)
+    scorer = Scorer(model, tokenizer, args.per_device_eval_batch_size, longest, append_eos=not labelled)
     quality = labelled_quality(rows.test, scorer) if labelled else preference_quality(rows.test, scorer)
     write_json(out.path / "quality.json", quality)
     results = {key: value for key, value in quality.items() if not isinstance(value, list)}
@@ -75,7 +75,7 @@ def _start(settings: Settings, out: RunDir, strings: Sequence[str], labels: int)
     if labels == 2:
         names |= {"id2label": LABELS, "label2id": {name: index for index, name in LABELS.items()}}
     torch.manual_seed(settings.seed)  # for the head
-    upstream = out.upstream("sft", "pretrain", choice=("policy", settings.policy["name"]))
+    upstream = out.upstream("sft", "pretrain", policy=settings.policy)
     path = settings.reward.get("path")
     if path is None and settings.reward.get("base") == "encoder":
         tokenizer = load_policy(settings.policy, upstream, strings, settings.seed)[0].tokenizer

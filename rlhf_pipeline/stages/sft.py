@@ -22,7 +22,7 @@ def run(settings: Settings, out: RunDir) -> None:
     rows = load_data(settings.data, settings.seed)
     policy, where = load_policy(
         settings.policy,
-        out.upstream("pretrain", choice=("policy", settings.policy["name"])),
+        out.upstream("pretrain", policy=settings.policy),
         texts(rows.train),
         settings.seed,
     )

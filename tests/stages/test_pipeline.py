@@ -177,6 +177,16 @@ def test_a_missing_reward_names_the_stage_that_makes_it(
     assert "runs/new has no policy to evaluate; 'make ppo NAME=new' makes one" in capsys.readouterr().err
 
 
+def test_an_evaluation_that_does_not_fit_the_positions_is_refused(
+    miniature: Path, workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = again(miniature, workplace)
+    shutil.rmtree(run / "evaluate")
+    args = [o for o in MINIATURE if "stages" not in o and "evaluate" not in o]
+    assert command_line("stage=evaluate", "evaluate.response_length=100", *args) == 2
+    assert "and the policy has 64 positions" in capsys.readouterr().err
+
+
 def test_ppo_with_a_users_own_reward(miniature: Path, workplace: Path, command_line: CommandLine) -> None:
     (workplace / "mine.py").write_text(
         "def brevity(prompts, completions):\n    return [-float(len(text)) for text in completions]\n"

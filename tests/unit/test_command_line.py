@@ -29,6 +29,9 @@ REFUSED = {
     "stage=reward reward=length": ["is nothing to train", "classifier"],
     "stage=evaluate evaluate.promts=9": ["no setting 'evaluate.promts'", "'prompts'"],
     "stage=evaluate evaluate.prompts=1": ["evaluate.prompts is 1"],
+    "stage=evaluate evaluate.batch_size=0": ["evaluate.batch_size is 0; it takes at least 1"],
+    "stage=sft data.limit=-1": ["data.limit is -1; it takes at least 1"],
+    "stage=sft trainer.hub_token=hf_secret": ["trainer.hub_token is not yours to set", "HF_TOKEN"],
     "stage=sft nam=x": ["no setting 'nam'", "Did you mean 'name'"],
     "stage=sft +kl.taget=6": ["no setting 'kl'"],
     "stage=sft seed=one": ["seed is 'one'", "takes int"],
@@ -84,6 +87,28 @@ def test_an_experiments_section_goes_over_the_stage_and_below_the_command_line()
     assert settings("stage=sft", "trainer.learning_rate=3e-3").trainer["learning_rate"] == 3e-3
     assert settings("stage=sft").data["limit"] == 10000
     assert settings("stage=sft", "data.limit=7").data["limit"] == 7
+
+
+def test_what_is_said_of_a_stage_goes_over_what_is_said_in_general() -> None:
+    general = ("data.limit=9", "evaluate.prompts=64", "seed=3")
+    assert settings("stage=sft", *general, "stages.sft.data.limit=5").data["limit"] == 5
+    assert settings("stage=reward", *general, "stages.sft.data.limit=5").data["limit"] == 9
+    assert settings("stage=evaluate", *general).evaluate.prompts == 64
+    assert settings("stage=evaluate", *general).seed == 3
+
+
+def test_an_experiments_words_on_its_own_choice_do_not_fall_on_another() -> None:
+    asked = settings("stage=ppo", "experiment=demo", "reward=length", "reward.target=9")
+    assert asked.reward == {"name": "length", "target": 9}
+    assert settings("stage=ppo", "experiment=demo", "policy=gpt2").policy == {"name": "gpt2"}
+
+
+def test_several_processes_are_refused(
+    command_line: CommandLine, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert command_line("stage=pretrain") == 2
+    assert "several processes are not supported yet" in capsys.readouterr().err
 
 
 def test_the_name_is_the_experiments_unless_given() -> None:

@@ -108,3 +108,28 @@ def test_classes_go_by_name() -> None:
     assert rewards.class_named({0: "pos", 1: "neg"}, "Positive", "m") == 0
     with pytest.raises(UserError, match=r"m has no class named 'positive'.*LABEL_0, LABEL_1"):
         rewards.class_named({0: "LABEL_0", 1: "LABEL_1"}, "positive", "m")
+
+
+def test_the_split_of_a_file_does_not_move_with_the_seed(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p {i // 3}", "completion": f"c {i}"} for i in range(90)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    choice = {"name": "instructions", "path": str(tmp_path / "mine.jsonl"), "test_share": 0.3}
+    first, second = data.load_data(choice, seed=0), data.load_data(choice, seed=1)
+    assert {row.completion for row in first.test} == {row.completion for row in second.test}
+    assert not {row.prompt for row in first.test} & {row.prompt for row in first.train}
+
+
+def test_a_preference_model_reads_texts_with_the_end_it_was_trained_on(tmp_path: Path) -> None:
+    import torch
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    tokenizer = train_tokenizer(["a good film"] * 9, 300, 64)
+    torch.manual_seed(0)
+    shape = {"vocab_size": len(tokenizer), "n_positions": 64, "n_layer": 1, "n_embd": 16, "n_head": 2}
+    model = GPT2ForSequenceClassification(GPT2Config(**shape, num_labels=1, pad_token_id=1, eos_token_id=0))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    ids = torch.tensor([[*tokenizer("a good film")["input_ids"], 0]])
+    with torch.no_grad():
+        expected = model.eval()(ids).logits.item()
+    assert built("preference_model", path=str(tmp_path))(["a good"], [" film"]) == pytest.approx([expected], abs=1e-5)

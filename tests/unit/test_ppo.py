@@ -198,6 +198,25 @@ def test_a_resumed_run_ends_with_the_very_weights_of_an_unbroken_one(
     assert whole.kl_coef == again.kl_coef
 
 
+def test_a_missing_end_costs_its_penalty(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    plain = stats_of_first_update(trainer(tokenizer, tmp_path, kl_coef=0.0))
+    fined = trainer(tokenizer, tmp_path, kl_coef=0.0, missing_eos_penalty=2.0)
+    stats = stats_of_first_update(fined)
+    batch = fined._roll_out(0).batch
+    missing = (batch.response_lengths == 6) & (batch.responses[:, -1] != 0)
+    assert stats["objective/scores"] == plain["objective/scores"]
+    assert plain["objective/rlhf_reward"] - stats["objective/rlhf_reward"] == pytest.approx(2 * missing.float().mean())
+
+
+def test_steps_below_one_are_shares_and_the_last_update_is_logged(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    for asked, expected in ((0.25, [2, 4, 6, 8]), (100, [8]), (3, [3, 6, 8])):
+        ppo = trainer(tokenizer, tmp_path, logging_steps=asked)
+        ppo.train()
+        assert [row["step"] for row in ppo.state.log_history] == expected
+
+
 def test_every_prompt_is_used_once_a_pass() -> None:
     used = [i for update in range(5) for i in prompts_of_update(10, 4, update, seed=3)]
     assert sorted(used[:10]) == sorted(used[10:20]) == list(range(10))
@@ -222,6 +241,12 @@ REFUSED = {
     "has '\\[UNK\\]', which is no token": {"suppress_tokens": ["[UNK]"]},
     "prompts do not fill one batch of 800": {"per_device_train_batch_size": 800},
     "temperature is 0": {"temperature": 0.0},
+    "exclude each other": {"stop_token_id": 3},
+    "stop_token_id is 9999": {"stop_token": None, "stop_token_id": 9999},
+    "needs a trainer.stop_token": {"stop_token": None, "missing_eos_penalty": 1.0},
+    "num_mini_batches is 0": {"num_mini_batches": 0},
+    "kl_target is 0": {"kl_target": 0.0},
+    "save_strategy=epoch: stage=ppo takes steps or no": {"save_strategy": "epoch"},
 }
 
 

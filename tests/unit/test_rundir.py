@@ -88,7 +88,10 @@ def test_a_job_of_a_sweep_takes_from_the_sweep_then_from_the_experiment(workplac
     assert job.upstream("sft", "pretrain") == demo.model
     own = finish(settings("pretrain", "sweep"))
     assert job.upstream("sft", "pretrain") == own.model
-    assert job.upstream("sft", choice=("policy", "gpt2")) is None
+    assert job.upstream("sft", policy={"name": "gpt2"}) is None
+    assert job.upstream("sft", policy={"name": "gpt2_scratch"}) == demo.model
+    with pytest.raises(UserError, match=r"has policy\.size=None, and here it is small"):
+        job.upstream("sft", policy={"name": "gpt2_scratch", "size": "small"})
     assert RunDir(Path("runs"), "other", "ppo", "demo").upstream("sft") is None
 
 
@@ -119,3 +122,45 @@ def test_lineage_is_recorded(workplace: Path) -> None:
     assert record["versions"]["trl"].startswith("1.12")
     assert record["hardware"]["cores"] >= 1
     assert record["status"] == "running"
+
+
+def test_a_run_that_was_cut_off_does_not_go_on_from_other_models_or_data(workplace: Path) -> None:
+    parent, asked = finish(settings("pretrain")), settings()
+    child = RunDir.of(asked)
+    child.begin(asked, {"policy": str(parent.model)}, {"sha256": "x"})
+    (child.checkpoints / "checkpoint-1").mkdir(parents=True)
+    (child.checkpoints / "checkpoint-1" / "complete").touch()
+    assert not child.finished(asked)
+    with pytest.raises(UserError, match="was begun with other data or from other models"):
+        child.begin(asked, {"policy": str(parent.model)}, {"sha256": "y"})
+    child.begin(asked, {"policy": str(parent.model)}, {"sha256": "x"})
+    (parent.model / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="has changed since"):
+        child.finished(asked)
+
+
+def test_a_stage_is_stale_once_something_newer_could_be_taken(workplace: Path) -> None:
+    finish(settings("pretrain"))
+    asked = settings("evaluate")
+    out = RunDir.of(asked)
+    out.begin(asked, {"base": "runs/demo/pretrain/model"}, None)
+    out.finish({}, 0.0)
+    assert out.finished(asked)
+    ppo = finish(settings("ppo"))
+    record = json.loads((ppo.path / "run.json").read_text())
+    (ppo.path / "run.json").write_text(json.dumps({**record, "finished": "2999-01-01T00:00:00+00:00"}))
+    with pytest.raises(UserError, match="runs/demo/ppo has been made since"):
+        out.finished(asked)
+
+
+def test_a_directory_in_use_is_left_alone(workplace: Path) -> None:
+    out = RunDir.of(settings())
+    with out.held(), pytest.raises(UserError, match="is being made by another process"), RunDir.of(settings()).held():
+        pass
+    with out.held():
+        pass
+
+
+def test_no_path_of_this_machine_is_in_the_command_that_repeats_it(workplace: Path) -> None:
+    out = finish(settings())
+    assert str(workplace) not in (out.path / "run.json").read_text()
