@@ -124,7 +124,7 @@ def preference_model(
     scorer = Scorer.open(where, batch_size, max_length, append_eos=True)
     if scorer.labels != 1:
         raise UserError(f"{where} is a classifier of {scorer.labels} classes; a preference model has one score.")
-    return Reward(lambda prompts, answers: scorer.pairs(prompts, answers)[:, 0].tolist(), where)
+    return Reward(lambda prompts, answers: scorer.pairs(prompts, answers)[:, 0].tolist(), scorer.where)
 
 
 @registry.register
@@ -197,6 +197,7 @@ class Scorer:
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
         # TRL's RewardTrainer ends every text with EOS, and the head learns to read it there.
         self.ending = [tokenizer.eos_token_id] if append_eos else []
+        self.where = str(model.name_or_path)
         self.max_length, self.labels = min(max_length, positions), int(model.config.num_labels)
 
     @classmethod
@@ -219,17 +220,13 @@ class Scorer:
         """(len(texts), classes). Sorted by length inside, so that little is padded; the end of a long text is cut."""
         import torch
 
-        ids = (
-            [row[: self.max_length] for row in self.tokenizer(list(texts), truncation=False)["input_ids"]]
-            if texts
-            else []
-        )
+        room = self.max_length - len(self.ending)
+        ids = self.tokenizer(list(texts), truncation=True, max_length=room)["input_ids"] if texts else []
         # A text of no tokens still gets a score: that of the token that ends one.
         empty = [
             self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else self.tokenizer.sep_token_id
         ]
-        room = self.max_length - len(self.ending)
-        ids = [row[:room] + self.ending or empty for row in ids]
+        ids = [row + self.ending or empty for row in ids]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         found = torch.zeros(len(ids), self.labels)
         for start in range(0, len(order), self.batch_size):
@@ -260,11 +257,8 @@ def class_named(labels: dict[int, str], wanted: str, where: str) -> int:
 
 
 def _classifier_reward(where: str, label: str, scale: Scale, seen: Seen, batch_size: int, max_length: int) -> Reward:
-    from rlhf_pipeline.rundir import model_folder
-
-    where = model_folder(where)
     scorer = Scorer.open(where, batch_size, max_length)
-    index = class_named(scorer.model.config.id2label, label, where)
+    index = class_named(scorer.model.config.id2label, label, scorer.where)
 
     def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
         logits = scorer.logits(list(answers)) if seen == "response" else scorer.pairs(prompts, answers)
@@ -279,4 +273,4 @@ def _classifier_reward(where: str, label: str, scale: Scale, seen: Seen, batch_s
         values: list[float] = chosen.tolist()
         return values
 
-    return Reward(score, where, 0.5 if scale == "probability" else 0.0)
+    return Reward(score, scorer.where, 0.5 if scale == "probability" else 0.0)

@@ -1,0 +1,23 @@
+"""Files <-> rows: every file format is parsed here, once, and every fault names the file and the line."""
+
+from rlhf_pipeline.formats.acl_imdb import read_acl_imdb
+from rlhf_pipeline.formats.files import read_rows
+from rlhf_pipeline.formats.typed import (
+    read_demonstrations,
+    read_dialogues,
+    read_labelled,
+    read_preferences,
+    read_rankings,
+    read_texts,
+)
+
+__all__ = [
+    "read_acl_imdb",
+    "read_demonstrations",
+    "read_dialogues",
+    "read_labelled",
+    "read_preferences",
+    "read_rankings",
+    "read_rows",
+    "read_texts",
+]

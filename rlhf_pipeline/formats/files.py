@@ -1,0 +1,163 @@
+"""Files to rows of plain values, and how a fault is said: the file, the line, what is allowed."""
+
+import csv
+import difflib
+import gzip
+import io
+import json
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rlhf_pipeline.errors import UserError
+
+_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+BROKEN = (tarfile.TarError, EOFError, zlib.error, OSError, ValueError)  # what a damaged file makes the readers raise
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, row as a dict) of a JSON, JSON lines, CSV, TSV, Parquet or text file, gzipped or not."""
+    readers = (_json_rows, _json_rows, _csv_rows, _csv_rows, _parquet_rows, _txt_rows)
+    reader = dict(zip(_SUFFIXES, readers, strict=True)).get(suffix(path))
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give one file ({', '.join(_SUFFIXES)}, each also with .gz).")
+    if not path.exists():
+        raise no_file(path, "file")
+    if reader is None:
+        raise UserError(f"{path}: unknown suffix; allowed are {', '.join(_SUFFIXES)}, each also with .gz.")
+    return _not_empty(path, reader(path))
+
+
+def _not_empty(path: Path, rows: Iterator[tuple[int, dict[str, Any]]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    number = 0
+    for number, row in rows:
+        yield number, row
+    if not number:
+        raise UserError(f"{path} holds no rows; it needs one or more.")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines with their ends, cut at "\\n" alone: U+2028 and the like stay inside a text."""
+    try:
+        with open_file(path) as raw:
+            for number, line in enumerate(raw, start=1):
+                try:
+                    yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    raise at(path, number, f"not UTF-8 ({error.reason}); save the file as UTF-8") from None
+    except BROKEN as error:
+        broken(path, error)
+
+
+def _txt_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in _lines(path):
+        if line.strip():
+            yield number, {"text": line.rstrip("\r\n")}
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Objects one a line, or a list of them: the first character tells, since suffixes are used for either."""
+    lines = _lines(path)
+    first = True
+    for number, line in lines:
+        if not line.strip():
+            continue
+        if first and line.lstrip().startswith("["):
+            yield from _json_list(path, number, line + "".join(rest for _, rest in lines))
+            return
+        first = False
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise at(path, number, f"not JSON ({error}); allowed are one object a line, or one list of them") from None
+        yield number, _object(path, number, row)
+
+
+def _json_list(path: Path, number: int, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The list's objects, each known by the line where it begins; number is the line where the text begins."""
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        line = number + getattr(error, "lineno", 1) - 1
+        raise at(path, line, f"not JSON ({error}); allowed are one object a line, or one list of them") from None
+    decoder, end = json.JSONDecoder(), 0
+    for row in rows:  # decoded once more for its place alone: json.loads does not tell it
+        start = end
+        while text[start] in "[, \t\r\n":
+            start += 1
+        number += text.count("\n", end, start)
+        yield number, _object(path, number, row)
+        _, end = decoder.raw_decode(text, start)
+        number += text.count("\n", start, end)
+
+
+def _object(path: Path, number: int, row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise at(path, number, f'{type(row).__name__} where an object is needed, such as {{"text": ...}}')
+    return row
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    tab = suffix(path) == ".tsv"
+    reader = csv.reader((line for _, line in _lines(path)), delimiter="\t" if tab else ",", strict=True)
+    header: list[str] = []
+    start = 1
+    try:
+        for fields in reader:
+            if not header:
+                header = fields
+                if len(set(header)) < len(header):
+                    raise at(path, start, f"a column name occurs twice in {header}; each needs its own")
+            elif fields:
+                if len(fields) != len(header):
+                    raise at(path, start, f"{len(fields)} fields; the header has {len(header)} ({', '.join(header)})")
+                yield start, dict(zip(header, fields, strict=True))
+            start = reader.line_num + 1  # a quoted field may hold line breaks: a row is known by its first line
+    except csv.Error as error:
+        kind = "TSV" if tab else "CSV"
+        raise at(path, start, f"not {kind} ({error}); quotes in a field are doubled and the field is quoted") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    import pyarrow.parquet as parquet  # slow to import, and few files are Parquet
+
+    number = 0
+    try:
+        with open_file(path) as raw:
+            for batch in parquet.ParquetFile(raw).iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except BROKEN as error:
+        broken(path, error)
+
+
+def at(path: Path, number: int, problem: str) -> UserError:
+    return UserError(f"{path}, {'row' if suffix(path) == '.parquet' else 'line'} {number}: {problem}.")
+
+
+def broken(path: Path, error: Exception) -> NoReturn:
+    raise UserError(
+        f"{path} cannot be read to its end ({error}): cut short, damaged or misnamed; fetch it again."
+    ) from error
+
+
+def no_file(path: Path, kind: str) -> UserError:
+    names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names)
+    return UserError(f"no {kind} at {path}" + (f"; near it: {', '.join(near)}." if near else "."))
+
+
+def first_few(items: list[str], count: int = 5) -> str:
+    more = f" and {len(items) - count} more" if len(items) > count else ""
+    return ", ".join(items[:count]) + more
+
+
+def suffix(path: Path) -> str:
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def open_file(path: Path) -> io.BufferedIOBase:
+    return gzip.open(path) if path.name.lower().endswith((".gz", ".tgz")) else path.open("rb")
