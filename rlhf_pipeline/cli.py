@@ -30,7 +30,7 @@ _PACKAGE = Path(__file__).parent
 # In a wheel the configurations lie inside the package, in a checkout beside it.
 CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 # Sections that take keys their defaults do not list: Settings checks them, so Hydra need not ask for a '+'.
-_OPEN = re.compile(r"^(trainer|policy|reward|data|evaluate|stages)\.[\w.]+=")
+_OPEN = re.compile(r"^(trainer|policy|reward|data|ptx|evaluate|stages)\.[\w.]+=")
 NO_STAGES = "stage=pipeline runs an experiment's stages; choose one, as in experiment=demo."
 _failed_jobs: list[int] = []  # exit statuses of a sweep's jobs that failed
 _OWN_CHOICE = re.compile(r"^(policy|reward|data)=")

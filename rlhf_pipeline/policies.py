@@ -40,7 +40,8 @@ class Source(Protocol):
         """A new policy, untrained, with a tokenizer trained on `texts`."""
 
 
-registry: Registry[Source] = Registry("policy")
+# `lora` holds the fields of peft's LoraConfig; with it the stages that take an adapter train one.
+registry: Registry[Source] = Registry("policy", common={"lora": dict[str, Any] | None})
 
 # layers, width, heads: GPT-2's own sizes (Radford et al. 2019, table 2), and smaller ones for CPUs.
 SIZES = {
@@ -160,6 +161,19 @@ def open_policy(path: str) -> Policy:
     model = open_pretrained(AutoModelForCausalLM, where, "policy.path")
     settle_special_tokens(model, tokenizer)
     return Policy(model, tokenizer)
+
+
+def lora_config(choice: dict[str, Any], task: str = "CAUSAL_LM") -> Any:
+    """peft's configuration from `policy.lora`; None where there is none."""
+    asked = choice.get("lora")
+    if not asked:
+        return None
+    from peft import LoraConfig
+
+    try:
+        return LoraConfig(**{"task_type": task, **asked})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"policy.lora={asked} is refused by peft's LoraConfig: {error}") from error
 
 
 def settle_special_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from rlhf_pipeline.checkpoints import newest_whole
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.settings import Settings
 
@@ -171,7 +172,7 @@ class RunDir:
                     continue
                 if policy is not None and made["policy"]["name"] != policy["name"]:
                     continue
-                for key in sorted(({*made["policy"], *policy} if policy else set()) - {"path"}):
+                for key in sorted(({*made["policy"], *policy} if policy else set()) - {"path", "lora"}):
                     there, here = made["policy"].get(key), (policy or {}).get(key)
                     if there != here:
                         raise UserError(f"{other.path} has policy.{key}={there}, and here it is {here}; make them one.")
@@ -261,9 +262,8 @@ class RunDir:
     # -- checkpoints and logs
 
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint that was written to its end."""
-        whole = [p for p in self.checkpoints.glob("checkpoint-*") if (p / "complete").exists()]
-        return max(whole, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+        """The newest checkpoint that is whole."""
+        return newest_whole(self.checkpoints)
 
     def rewind(self, step: int) -> None:
         """Drop log rows after `step`: a resumed run takes those steps again."""

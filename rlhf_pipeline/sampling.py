@@ -1,7 +1,7 @@
 """Sampling from a policy: one distribution, used alike to roll out, to learn and to measure."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,71 +18,83 @@ class Sampling:
     temperature: float = 1.0
     stop_ids: tuple[int, ...] = ()  # a response ends with the first of these
     min_length: int = 0  # in tokens; no stop before it
-    suppressed_ids: tuple[int, ...] = field(default=())  # never sampled
+    suppressed_ids: tuple[int, ...] = ()  # never sampled
 
-    def adjust(self, logits: Tensor) -> Tensor:
-        """Logits of the sampling distribution at every position of a response.
+    def adjust_(self, logits: Tensor, times: Tensor) -> Tensor:
+        """Make logits those of the sampling distribution, in place; at least fp32.
 
-        `logits`: (batch, time, vocabulary), time from the first response token on. The same function serves
-        the rollout, the update and the reference, or the ratio would not start at 1 nor the KL at 0.
+        `logits` (tokens, vocabulary), `times` (tokens,): the place of each token in its response, from 0. The same
+        function serves the rollout, the update and the reference, or the ratio would not start at 1 nor the KL at 0.
+        A token that cannot be drawn gets a finite number so low that its probability is 0, and 0 x log 0 is 0.
         """
-        return self.adjust_from(logits, 0)
-
-    def adjust_from(self, logits: Tensor, start: int) -> Tensor:
-        """`adjust` for logits (batch, time, vocabulary) whose first position is the response's token `start`."""
-        logits = logits.float() / self.temperature
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.temperature != 1:
+            logits.div_(self.temperature)
+        never = torch.finfo(logits.dtype).min / 4
         if self.suppressed_ids:
-            logits[..., list(self.suppressed_ids)] = float("-inf")
-        early = self.min_length - start
-        if self.stop_ids and early > 0:
-            logits[:, :early, list(self.stop_ids)] = float("-inf")
+            logits[:, list(self.suppressed_ids)] = never
+        if self.stop_ids and self.min_length:
+            early = (times < self.min_length).nonzero()
+            logits[early, torch.tensor(self.stop_ids, device=logits.device)] = never
         return logits
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts and responses as one rectangle. Masks come from lengths, never from comparing ids with a pad."""
+    """Prompts and responses as one rectangle. Masks come from lengths, never from comparing ids with a pad.
 
-    tokens: Tensor  # (batch, prompt width + response width); prompts padded left, responses right
+    A row is its prompt, its response, then padding: under causal attention the padding is seen by nothing that counts,
+    so no forward pass over a batch needs an attention mask.
+    """
+
+    tokens: Tensor  # (batch, width)
     prompt_lengths: Tensor  # (batch,)
     response_lengths: Tensor  # (batch,), the stop token counted
-    prompt_width: int
-
-    @property
-    def responses(self) -> Tensor:
-        """(batch, response width)."""
-        return self.tokens[:, self.prompt_width :]
 
     @property
     def response_mask(self) -> Tensor:
-        """(batch, response width): True on tokens that the policy chose."""
-        return length_mask(self.response_lengths, self.tokens.shape[1] - self.prompt_width)
+        """(batch, longest response): True on tokens that the policy chose."""
+        return length_mask(self.response_lengths, int(self.response_lengths.max()))
 
     @property
-    def attention_mask(self) -> Tensor:
-        """(batch, width): True on prompt and response tokens."""
-        prompt = length_mask(self.prompt_lengths, self.prompt_width).flip(1)
-        return torch.cat([prompt, self.response_mask], 1)
+    def responses(self) -> Tensor:
+        """(batch, longest response); beyond a response's end the ids mean nothing."""
+        times = torch.arange(int(self.response_lengths.max()), device=self.tokens.device)
+        places = self.prompt_lengths[:, None] + times
+        return self.tokens.gather(1, places.clamp(max=self.tokens.shape[1] - 1))
+
+    @property
+    def last_tokens(self) -> Tensor:
+        """(batch,): the last token of each response."""
+        return self.tokens.gather(1, (self.prompt_lengths + self.response_lengths - 1)[:, None])[:, 0]
 
     def rows(self, index: Tensor) -> "Batch":
         """Some of the rows, without the columns that none of them uses."""
         prompts, responses = self.prompt_lengths[index], self.response_lengths[index]
-        narrow, longest = int(prompts.max()), max(int(responses.max()), 1)
-        columns = slice(self.prompt_width - narrow, self.prompt_width + longest)
-        return Batch(self.tokens[index, columns], prompts, responses, narrow)
+        return Batch(self.tokens[index, : int((prompts + responses).max())], prompts, responses)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same on another device."""
+        return Batch(*(part.to(device) for part in (self.tokens, self.prompt_lengths, self.response_lengths)))
 
     def texts(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
         """Prompts and responses as text, special tokens left out."""
-        rows = range(len(self.tokens))
-        ids = self.tokens.tolist()
-        starts, ends = (self.prompt_width - self.prompt_lengths).tolist(), self.response_lengths.tolist()
-        prompts = [ids[i][starts[i] : self.prompt_width] for i in rows]
-        responses = [ids[i][self.prompt_width : self.prompt_width + ends[i]] for i in rows]
+        starts = self.prompt_lengths.tolist()
+        ends = (self.prompt_lengths + self.response_lengths).tolist()
+        rows = list(zip(self.tokens.tolist(), starts, ends, strict=True))
         both: tuple[list[str], list[str]] = (
-            tokenizer.batch_decode(prompts, skip_special_tokens=True),
-            tokenizer.batch_decode(responses, skip_special_tokens=True),
+            tokenizer.batch_decode([ids[:start] for ids, start, _ in rows], skip_special_tokens=True),
+            tokenizer.batch_decode([ids[start:end] for ids, start, end in rows], skip_special_tokens=True),
         )
         return both
+
+
+def make_batch(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Batch:
+    """Rows of token ids as a `Batch` on the CPU."""
+    rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+    width = max(map(len, rows))
+    tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    return Batch(tokens, torch.tensor([len(p) for p in prompts]), torch.tensor([len(r) for r in responses]))
 
 
 def length_mask(lengths: Tensor, width: int) -> Tensor:
@@ -91,7 +103,9 @@ def length_mask(lengths: Tensor, width: int) -> Tensor:
 
 
 def check_positions(model: PreTrainedModel, prompts: Sequence[Sequence[int]], response_length: int) -> None:
-    """Refuse prompts that leave no room for a response."""
+    """Refuse prompts that leave no room for a response, and those that hold nothing to go on from."""
+    if any(not len(prompt) for prompt in prompts):
+        raise UserError("a prompt is empty; every prompt takes at least one token.")
     positions = getattr(model.config, "max_position_embeddings", None)
     longest = max(map(len, prompts)) + response_length
     if positions is not None and longest > positions:
@@ -101,79 +115,68 @@ def check_positions(model: PreTrainedModel, prompts: Sequence[Sequence[int]], re
         )
 
 
-def pad_left(prompts: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:
-    """Prompts of token ids to a (batch, longest) rectangle padded left, and their lengths (batch,)."""
-    width = max(len(prompt) for prompt in prompts)
-    rows = [[fill] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-    return torch.tensor(rows), torch.tensor([len(prompt) for prompt in prompts])
-
-
-def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """The trunk's last hidden states (batch, response width, hidden) that predict the response's tokens."""
-    mask = batch.attention_mask
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    trunk = getattr(model, model.base_model_prefix)
-    out = trunk(input_ids=batch.tokens, attention_mask=mask.long(), position_ids=positions, use_cache=False)
-    states: Tensor = out.last_hidden_state[:, batch.prompt_width - 1 : -1]
-    return states
-
-
-def token_log_probs(model: PreTrainedModel, states: Tensor, batch: Batch, sampling: Sampling) -> Tensor:
-    """log p of each response token under the sampling distribution: (batch, response width)."""
-    logits = sampling.adjust(model.get_output_embeddings()(states))
-    return logits.gather(-1, batch.responses[..., None]).squeeze(-1) - logits.logsumexp(-1)
-
-
-@torch.no_grad()
-def log_probs(model: PreTrainedModel, batch: Batch, sampling: Sampling) -> Tensor:
-    """`token_log_probs` from the tokens alone, zero beyond each response's end."""
-    found = token_log_probs(model, hidden_states(model, batch), batch, sampling)
-    return found.masked_fill(~batch.response_mask, 0.0)
+def uniform_draws(limits: Tensor, generator: torch.Generator) -> Tensor:
+    """The random numbers of a batch, (longest limit, batch): one a token and row, so that a row's draws are its own."""
+    return torch.rand(int(limits.max()), len(limits), generator=generator)
 
 
 @torch.no_grad()
 def sample(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    limits: Tensor,
-    sampling: Sampling,
-    generator: torch.Generator,
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], limits: Tensor, sampling: Sampling, uniforms: Tensor
 ) -> Batch:
-    """Draw one response to each prompt, of at most `limits` (batch,) tokens.
+    """Draw one response to each prompt, of at most `limits` (batch,) tokens, from `uniforms` (time, batch) in [0, 1).
 
-    A loop over the model's own forward with a key-value cache; tokens are drawn by inverting the
-    cumulative distribution, one uniform number a row and step, so that a row's draw is `generator`'s alone.
+    A loop over the model's own forward with a key-value cache; a token is drawn by inverting the cumulative
+    distribution. Rows that have ended are taken out of the cache once they are a quarter of it.
     """
     device = next(model.parameters()).device
-    fill = sampling.stop_ids[0] if sampling.stop_ids else 0
-    tokens, prompt_lengths = (t.to(device) for t in pad_left(prompts, fill))
-    limits = limits.to(device)
-    width, longest = tokens.shape[1], int(limits.max())
-    mask = length_mask(prompt_lengths, width).flip(1).long()
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    uniforms = torch.rand(longest, len(tokens), generator=generator).to(device)
+    count, width = len(prompts), max(map(len, prompts))
+    inputs = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    mask: Tensor | None = None
+    positions: Tensor | None = None
+    if int(prompt_lengths.min()) < width:  # padded left, so that all go on from the same column
+        mask = length_mask(prompt_lengths, width).flip(1).long()
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+    limits, uniforms = limits.to(device), uniforms.to(device)
     stops = torch.tensor(sampling.stop_ids, dtype=torch.long, device=device)
-    drawn = torch.full((len(tokens), longest), fill, dtype=torch.long, device=device)
+    drawn = torch.zeros(count, len(uniforms), dtype=torch.long, device=device)
     lengths = limits.clone()
-    running = torch.ones(len(tokens), dtype=torch.bool, device=device)
-    cache, inputs = DynamicCache(config=model.config), tokens
-    for step in range(longest):
+    rows = torch.arange(count, device=device)  # those still in the cache
+    running = torch.ones_like(rows, dtype=torch.bool)
+    cache = DynamicCache(config=model.config)
+    for time in range(int(limits.max())):
         out = model(
             input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache,
             use_cache=True, logits_to_keep=1,
         )  # fmt: skip
-        probabilities = sampling.adjust_from(out.logits[:, -1:], step)[:, 0].softmax(-1)
-        cumulative = probabilities.cumsum(-1)
-        # The total is 1 but for rounding; staying below it keeps a token of probability 0 from being drawn.
-        total = cumulative[:, -1:]
-        height = torch.minimum(uniforms[step][:, None] * total, total.nextafter(torch.zeros_like(total)))
-        inputs = torch.searchsorted(cumulative, height, right=True)
-        drawn[:, step] = torch.where(running, inputs[:, 0], drawn[:, step])
-        stopped = running & torch.isin(inputs[:, 0], stops)
-        lengths[stopped] = step + 1
-        running = running & ~stopped & (step + 1 < limits)
-        if not running.any():
+        logits = sampling.adjust_(out.logits[:, -1], torch.full_like(rows, time))
+        tokens = draw(logits, uniforms[time, rows])
+        drawn[rows, time] = tokens
+        stopped = running & torch.isin(tokens, stops)
+        lengths[rows[stopped]] = time + 1
+        running = running & ~stopped & (time + 1 < limits[rows])
+        left = int(running.sum())
+        if not left:
             break
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        positions = positions[:, -1:] + 1
-    return Batch(torch.cat([tokens, drawn[:, : max(int(lengths.max()), 1)]], 1), prompt_lengths, lengths, width)
+        if mask is not None and positions is not None:
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            positions = positions[:, -1:] + 1
+        if left <= 0.75 * len(rows):
+            cache.batch_select_indices(running.nonzero()[:, 0])
+            rows, tokens = rows[running], tokens[running]
+            if mask is not None and positions is not None:
+                mask, positions = mask[running], positions[running]
+            running = running[running]
+        inputs = tokens[:, None]
+    answers = [row[:length] for row, length in zip(drawn.tolist(), lengths.tolist(), strict=True)]
+    return make_batch(prompts, answers).to(device)
+
+
+def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """One token a row from logits (batch, vocabulary), by the inverse of the cumulative distribution: (batch,)."""
+    cumulative = logits.softmax(-1).cumsum(-1)
+    # The total is 1 but for rounding; staying below it keeps a token of probability 0 from being drawn.
+    total = cumulative[:, -1:]
+    height = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, height.to(cumulative.dtype), right=True)[:, 0]

@@ -69,6 +69,7 @@ class Settings:
     reward: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
+    ptx: dict[str, Any] = field(default_factory=dict)
     evaluate: Evaluation = field(default_factory=Evaluation)
     stages: dict[str, Any] = field(default_factory=dict)
 
@@ -96,6 +97,8 @@ class Settings:
         policies.registry.check(self.policy)
         rewards.registry.check(self.reward)
         data.registry.check(self.data)
+        if self.ptx:
+            data.registry.check(self.ptx)
         check_trainer(self.stage, self.trainer)
         data.check_kind(self.data["name"], self.stage)
         if self.stage == "reward" and self.reward["name"] not in rewards.TRAINABLE:

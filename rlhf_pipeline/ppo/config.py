@@ -1,32 +1,157 @@
 """PPO's settings: TRL's names and meanings, and what its loop lacked."""
 
+import os
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
+from transformers import PreTrainedTokenizerBase
 from trl.experimental.ppo import PPOConfig as TRLPPOConfig
+
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.precision import choose_bf16
+from rlhf_pipeline.sampling import Sampling
+
+_AT_LEAST_ONE = (
+    "eval_samples",
+    "num_mini_batches", "num_ppo_epochs", "response_length", "local_rollout_forward_batch_size", "kl_horizon",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "watch_window", "ptx_max_length",
+)  # fmt: skip
+_NOT_NEGATIVE = ("kl_coef", "entropy_coef", "ptx_coef", "vf_coef", "cliprange", "cliprange_value", "min_new_tokens")
+_ABOVE_ZERO = ("temperature", "kl_target", "score_clip", "max_update_kl", "ratio_threshold")
+
+
+def _field(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
 class PPOConfig(TRLPPOConfig):
     """TRL's `PPOConfig` with more fields. `response_length` and the others keep their meaning."""
 
-    bf16: bool | None = field(default=False, metadata={"help": "Mixed precision in the update and the rollout."})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade compute for memory in the update."})
-    logging_steps: float = field(default=1, metadata={"help": "Log every this many updates."})
-    min_response_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Each sample's length limit is drawn uniformly from this to `response_length`, both included. "
-            "None: every limit is `response_length`."
-        },
+    bf16: bool | str | None = _field(
+        "auto", "Multiply matrices in bf16, with fp32 master weights: true, false, or auto (where it is native)."
     )
-    min_new_tokens: int = field(default=0, metadata={"help": "The stop token is not sampled before so many tokens."})
+    gradient_checkpointing: bool = _field(False, "Trade compute for memory in the update.")
+    logging_steps: float = _field(1, "Log every this many updates; below 1 a share of them all.")
+    # -- sampling
+    min_response_length: int | None = _field(
+        None,
+        "Each sample's length limit is drawn uniformly from this to `response_length`, both included. "
+        "None: every limit is `response_length`.",
+    )
+    min_new_tokens: int = _field(0, "No stop token is sampled before so many tokens.")
+    stop_tokens: list[str] = field(
+        default_factory=list, metadata={"help": "More tokens, by name, that end a response."}
+    )
     suppress_tokens: list[str] = field(
         default_factory=list, metadata={"help": "Tokens, by name, that are never sampled."}
     )
-    kl_target: float | None = field(
-        default=None,
-        metadata={"help": "KL a response (in nats) that an adaptive coefficient steers to. None: `kl_coef` is fixed."},
+    # -- the critic
+    critic: Literal["shared", "separate"] = _field(
+        "shared", "A value head on the policy's trunk, or a backbone of its own. A `value_model` is always separate."
     )
-    kl_horizon: int = field(default=10_000, metadata={"help": "Episodes in which an adaptive coefficient may double."})
-    score_clip: float | None = field(default=None, metadata={"help": "Scores are clipped to +- this. None: not."})
-    log_samples: int = field(default=4, metadata={"help": "How many samples of a logged update are kept."})
+    critic_init: Literal["policy", "reward"] = _field("policy", "What a separate critic starts as.")
+    # -- the objective
+    kl_target: float | None = _field(
+        None, "KL a response (in nats) that an adaptive coefficient steers to. None: `kl_coef` is fixed."
+    )
+    kl_horizon: int = _field(10_000, "Episodes in which an adaptive coefficient may double.")
+    entropy_coef: float = _field(0.0, "Weight of the sampling distribution's entropy, which is maximised.")
+    ptx_coef: float = _field(0.0, "InstructGPT's gamma: weight of the log-likelihood of pretraining texts (PPO-ptx).")
+    ptx_batch_size: int | None = _field(None, "Pretraining texts an optimizer step. None: as many as its responses.")
+    ptx_max_length: int = _field(128, "Pretraining texts are cut to so many tokens.")
+    score_clip: float | None = _field(None, "Scores are clipped to +- this. None: not.")
+    use_score_scaling: bool = _field(False, "Divide scores by their running standard deviation.")
+    use_score_norm: bool = _field(False, "With `use_score_scaling`, take off their running mean as well.")
+    # -- guards
+    max_update_kl: float | None = _field(
+        None, "An update's remaining steps are left out once KL(old || new) a token has passed this. None: never."
+    )
+    ratio_threshold: float = _field(10.0, "A mean ratio above this in an optimizer step stops the run.")
+    watch_window: int = _field(20, "Updates over which the collapse watch compares.")
+    eval_samples: int | None = _field(256, "Held-out prompts of an evaluation during training. None: all.")
+    log_samples: int = _field(4, "How many samples of a logged update are kept.")
+
+    def __post_init__(self) -> None:
+        """Settle precision and evaluation, then let transformers do the rest."""
+        if self.bf16 not in (True, False, None, "auto"):
+            raise UserError(f"trainer.bf16 is {self.bf16!r}; it takes auto, true or false.")
+        asked = True if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" else self.bf16
+        chosen, self.precision_choice = choose_bf16(asked)
+        # The trainer opens the autocast contexts itself, the same one in all passes: transformers must not.
+        self.bf16 = False
+        inherited: Any = self
+        if inherited.eval_steps is not None and inherited.eval_strategy == "no":
+            inherited.eval_strategy = "steps"
+        if inherited.metric_for_best_model is None:
+            inherited.metric_for_best_model, inherited.greater_is_better = "eval_reward", True
+        super().__post_init__()
+        self.bf16 = chosen
+
+
+def check_config(args: PPOConfig) -> int:
+    """Refuse settings that do not go together; give the number of rows of a process's batch."""
+    if args.fp16:
+        raise UserError("trainer.fp16 is not carried out: its range is too small for PPO's ratios; use trainer.bf16.")
+    for names, fits, allowed in (
+        (_AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
+        (_NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
+        (_ABOVE_ZERO, lambda value: value > 0, "a number above 0"),
+    ):
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not fits(value):
+                raise UserError(f"trainer.{name} is {value}; it takes {allowed}.")
+    for name, choices in (
+        ("critic", ("shared", "separate")),
+        ("critic_init", ("policy", "reward")),
+        ("kl_estimator", ("k1", "k3")),
+        ("stop_token", ("eos", None)),
+    ):
+        if getattr(args, name) not in choices:
+            raise UserError(f"trainer.{name} is {getattr(args, name)!r}; it takes {' or '.join(map(str, choices))}.")
+    if args.stop_token is not None and args.stop_token_id is not None:
+        raise UserError("trainer.stop_token and trainer.stop_token_id exclude each other; say trainer.stop_token=null.")
+    ends = args.stop_token is not None or args.stop_token_id is not None or args.stop_tokens
+    if args.missing_eos_penalty is not None and not ends:
+        raise UserError("trainer.missing_eos_penalty needs a trainer.stop_token to miss.")
+    if args.use_score_norm and not args.use_score_scaling:
+        raise UserError("trainer.use_score_norm goes with trainer.use_score_scaling=true.")
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    if rows % args.num_mini_batches:
+        raise UserError(
+            f"a batch of {rows} rows does not divide into trainer.num_mini_batches={args.num_mini_batches}."
+        )
+    if args.min_response_length is not None and not 1 <= args.min_response_length <= args.response_length:
+        raise UserError(
+            f"trainer.min_response_length is {args.min_response_length}; it takes 1 to {args.response_length}, "
+            "the response_length."
+        )
+    return rows
+
+
+def make_sampling(args: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> Sampling:
+    """The sampling distribution that a configuration asks for."""
+    vocabulary = tokenizer.get_vocab()
+    for name in ("stop_tokens", "suppress_tokens"):
+        for token in getattr(args, name):
+            if token not in vocabulary:
+                raise UserError(f"trainer.{name} has '{token}', which is no token of the policy's vocabulary.")
+    stops = {vocabulary[token] for token in args.stop_tokens}
+    if args.stop_token == "eos":
+        if tokenizer.eos_token_id is None:
+            raise UserError("trainer.stop_token=eos needs a tokenizer with an eos_token; name one in stop_tokens.")
+        stops.add(int(tokenizer.eos_token_id))
+    if args.stop_token_id is not None:
+        if not 0 <= args.stop_token_id < len(tokenizer):
+            raise UserError(
+                f"trainer.stop_token_id is {args.stop_token_id}; the policy's ids go to {len(tokenizer) - 1}."
+            )
+        stops.add(args.stop_token_id)
+    suppressed = {vocabulary[token] for token in args.suppress_tokens}
+    if clash := suppressed & stops:
+        names = ", ".join(sorted(token for token, number in vocabulary.items() if number in clash))
+        raise UserError(f"trainer.suppress_tokens and the stop tokens share {names}; a response could never end so.")
+    if args.temperature <= 0:
+        raise UserError(f"trainer.temperature is {args.temperature}; it takes a number above 0.")
+    return Sampling(args.temperature, tuple(sorted(stops)), args.min_new_tokens, tuple(sorted(suppressed)))

@@ -3,6 +3,7 @@
 Sources: PPO (arXiv 1707.06347), GAE (arXiv 1506.02438), Ziegler et al. 2019 (arXiv 1909.08593).
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, estimator: str) -> Ten
 def token_rewards(scores: Tensor, kl: Tensor, lengths: Tensor, kl_coef: float) -> Tensor:
     """-kl_coef x KL at every token, and the score (batch,) on the last one: (batch, time)."""
     rewards = -kl_coef * kl
-    return rewards.scatter_add(1, (lengths - 1)[:, None], scores[:, None])
+    return rewards.scatter_add(1, (lengths - 1)[:, None], scores[:, None].to(rewards.dtype))
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
@@ -48,10 +49,11 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 class PolicyLoss(NamedTuple):
-    """The clipped surrogate and what to watch of it; scalars."""
+    """The clipped surrogate and what to watch of it; scalars, each divided by the same `count`."""
 
     loss: Tensor
-    ratio: Tensor  # mean of new / old probability
+    ratio: Tensor  # new / old probability
+    squared_ratio: Tensor
     approx_kl: Tensor  # k2 estimate of KL(old || new)
     clipped: Tensor  # share of tokens at which the clip is active
 
@@ -62,7 +64,7 @@ def policy_loss(
     """PPO's clipped surrogate, eq. 7. Tensors are (batch, time).
 
     Sums are divided by `count`, the tokens of the whole minibatch, so that how it is split into
-    micro-batches changes nothing.
+    micro-batches and over processes changes nothing.
     """
     log_ratio = (log_probs - old).masked_fill(~mask, 0.0)
     ratio = log_ratio.exp()
@@ -71,21 +73,59 @@ def policy_loss(
     def mean(values: Tensor) -> Tensor:
         return (values * mask).sum() / count
 
+    seen = ratio.detach()
     return PolicyLoss(
         mean(torch.max(plain, clipped)),
-        mean(ratio.detach()),
+        mean(seen),
+        mean(seen**2),
         mean(0.5 * log_ratio.detach() ** 2),
-        mean((clipped > plain).float()),
+        mean((clipped > plain).to(seen.dtype)),
     )
 
 
-def value_loss(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip: float, count: Tensor) -> Tensor:
+class ValueLoss(NamedTuple):
+    """The critic's error; scalars."""
+
+    loss: Tensor
+    clipped: Tensor  # share of tokens at which the clip is active
+
+
+def value_loss(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip: float, count: Tensor) -> ValueLoss:
     """Half the squared error of the value, clipped around its old value (arXiv 2403.17031); divided by `count`."""
     near = old + (values - old).clamp(-clip, clip)
-    return 0.5 * (torch.max((values - returns) ** 2, (near - returns) ** 2) * mask).sum() / count
+    plain, clipped = (values - returns) ** 2, (near - returns) ** 2
+    share = ((clipped > plain) & mask).sum() / count
+    return ValueLoss(0.5 * (torch.max(plain, clipped) * mask).sum() / count, share.detach())
 
 
 def next_kl_coef(coef: float, kl: float, target: float, episodes: int, horizon: int) -> float:
     """Ziegler et al.'s controller (sec. 2.2): proportional in log space, its error cut to +-20 %."""
     error = min(max(kl / target - 1, -0.2), 0.2)
     return coef * (1 + error * episodes / horizon)
+
+
+class Moments(NamedTuple):
+    """Number, mean and sum of squared deviations of all the numbers seen so far."""
+
+    number: float = 0.0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation, 1 while there is none."""
+        found = math.sqrt(self.squares / (self.number - 1)) if self.number > 1 else 0.0
+        return found if found > 1e-8 else 1.0
+
+
+def add_moments(moments: Moments, values: Tensor) -> Moments:
+    """The moments with `values` (batch,) taken in (Chan et al. 1983, eq. 2.1)."""
+    count, mean = len(values), float(values.double().mean())
+    squares = float(((values.double() - mean) ** 2).sum())
+    total = moments.number + count
+    delta = mean - moments.mean
+    return Moments(
+        total,
+        moments.mean + delta * count / total,
+        moments.squares + squares + delta**2 * moments.number * count / total,
+    )

@@ -1,44 +1,73 @@
 """The PPO trainer: roll out, score, estimate advantages, optimise, log."""
 
-import json
+import copy
 import math
-import os
-import random
-import shutil
+import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from accelerate.utils import gather_object
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl
-from transformers.trainer_callback import TrainerState
 from trl.experimental.ppo import PPOTrainer as TRLPPOTrainer
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.ppo.config import PPOConfig
-from rlhf_pipeline.ppo.objective import gae, kl_estimate, masked_mean, next_kl_coef, policy_loss, token_rewards, whiten
-from rlhf_pipeline.ppo.objective import value_loss as clipped_value_loss
-from rlhf_pipeline.ppo.rollout import PolicyWithValueHead, Rollout, TextReward, roll_out
-from rlhf_pipeline.sampling import Batch, Sampling, check_positions
+from rlhf_pipeline.likelihood import language_model
+from rlhf_pipeline.ppo.actor_critic import (
+    ActorCritic,
+    Reference,
+    make_critic,
+    with_master_weights,
+    without_dropout,
+)
+from rlhf_pipeline.ppo.checks import check_first_ratio, check_head, check_health, check_reference
+from rlhf_pipeline.ppo.config import PPOConfig, check_config, make_sampling
+from rlhf_pipeline.ppo.flow import Flow
+from rlhf_pipeline.ppo.objective import (
+    Moments,
+    add_moments,
+    gae,
+    kl_estimate,
+    masked_mean,
+    next_kl_coef,
+    policy_loss,
+    token_rewards,
+    value_loss,
+    whiten,
+)
+from rlhf_pipeline.ppo.prompts import Prompts, derive_seed, prompts_of_update, read_prompts, seed_everything
+from rlhf_pipeline.ppo.rollout import Rollout, TextReward, make_judge, merge, roll_out
+from rlhf_pipeline.ppo.watch import CollapseWatch
+from rlhf_pipeline.precision import fuse_gelu
+from rlhf_pipeline.sampling import Batch, Sampling, check_positions, make_batch, uniform_draws
 
-# TRL's fields that this loop does not carry out. Set, they would do nothing, so they are refused.
-_NOT_CARRIED_OUT = ("bf16", "fp16", "gradient_checkpointing", "model_adapter_name", "ref_adapter_name", "push_to_hub")
 
-_STRATEGIES = {"logging_strategy": ("steps",), "save_strategy": ("steps", "no"), "eval_strategy": ("no",)}
+class Experience(NamedTuple):
+    """A rollout, and what is to be learnt from it. `time` is the longest response."""
+
+    rollout: Rollout
+    kl: Tensor  # (batch, time), of policy and reference
+    scores: Tensor  # (batch,): the reward as it is maximised, scaled, clipped and fined
+    advantages: Tensor  # (batch, time), whitened
+    returns: Tensor  # (batch, time)
 
 
-class PPOTrainer(TRLPPOTrainer):
-    """TRL's PPOTrainer under its own name, with the loop replaced.
+class PPOTrainer(Flow, TRLPPOTrainer):
+    """TRL's PPOTrainer under its own name and constructor, with the loop replaced.
 
-    `reward` takes prompts and responses as text. `prompts` are lists of token ids. Every random draw is
-    derived from (seed, update), so a resumed run repeats what an unbroken one would have done.
+    `reward_model` is a function of texts, `(prompts, completions) -> floats`, or TRL's reward model over the policy's
+    own vocabulary. `train_dataset` has `input_ids`, or is a list of lists of token ids; so is `eval_dataset`, and
+    `ptx_dataset`, the pretraining texts of PPO-ptx. A `value_model` is a critic of its own. With a `peft_config` the
+    reference is the policy with its adapter off. Every random draw is derived from (seed, update), so a resumed run
+    repeats what an unbroken one would have done, and any number of processes what one would have.
     """
 
     # Narrower than Trainer's own declarations: these are never None here.
     args: PPOConfig
-    model: PolicyWithValueHead
+    model: ActorCritic
     processing_class: PreTrainedTokenizerBase
     optimizer: Any
     lr_scheduler: Any
@@ -49,261 +78,295 @@ class PPOTrainer(TRLPPOTrainer):
         args: PPOConfig,
         processing_class: PreTrainedTokenizerBase,
         model: PreTrainedModel,
-        ref_model: PreTrainedModel,
-        reward: TextReward,
-        prompts: Sequence[Sequence[int]],
+        ref_model: PreTrainedModel | None,
+        reward_model: nn.Module | TextReward,
+        train_dataset: Any,
+        value_model: nn.Module | None = None,
+        data_collator: Any = None,
+        eval_dataset: Any = None,
+        optimizers: tuple[Any, Any] = (None, None),
         callbacks: list[TrainerCallback] | None = None,
+        peft_config: PeftConfig | None = None,
+        ptx_dataset: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        rows = check_config(args)
-        if len(prompts) < rows:
-            raise UserError(
-                f"{len(prompts)} prompts do not fill one batch of {rows}; lower trainer.per_device_train_batch_size."
-            )
-        check_positions(model, prompts, args.response_length)
-        for part in (model, ref_model):
-            for module in part.modules():
-                if isinstance(module, torch.nn.Dropout):
-                    module.p = 0.0  # a ratio of probabilities means something only if both are of one function
-        self.reward, self.prompts, self.batch_rows = reward, prompts, rows
-        self.sampling = make_sampling(args, processing_class)
+        local_rows = check_config(args)
+        if ref_model is model:
+            raise UserError("model and ref_model are one object; pass a copy, or None and a copy is made.")
+        if peft_config is not None:
+            if isinstance(model, PeftModel):
+                raise UserError("the model has an adapter already; pass it without a peft_config, or merge it first.")
+            model = get_peft_model(model, peft_config)
+        if value_model is None and args.critic == "separate":
+            value_model = self._separate_critic(args, model, reward_model)
+            if peft_config is not None:
+                value_model = get_peft_model(value_model, _for_critic(peft_config))
+        if ref_model is None and not isinstance(model, PeftModel):
+            ref_model = _frozen_copy(model)
+        networks = [model, ref_model, value_model, *([reward_model] if isinstance(reward_model, nn.Module) else [])]
+        without_dropout(*networks)
+        for network in networks:
+            if network is not None:
+                fuse_gelu(network)
+        if with_master_weights(model, ref_model, value_model):
+            print("weights stored in 16 bits are trained as fp32", flush=True)
+        actor = ActorCritic(model, value_model, bool(args.bf16))
         # Trainer's own constructor: TRL's builds a second backbone for the critic and an optimizer over it.
-        Trainer.__init__(self, PolicyWithValueHead(model), args, processing_class=processing_class, callbacks=callbacks)
-        self.ref_model = ref_model.to(self.accelerator.device).eval().requires_grad_(False)
-        self.kl_coef = args.kl_coef
+        Trainer.__init__(
+            self, actor, args, processing_class=processing_class, callbacks=callbacks, optimizers=optimizers
+        )
+        world = self.accelerator.num_processes
+        self.policy_model, self.value_model, self.reward_model = model, value_model, reward_model
+        self.local_rows, self.batch_rows = local_rows, local_rows * world
+        self.prompts = read_prompts(train_dataset, processing_class, data_collator)
+        self.eval_prompts: Prompts | None = None
+        if eval_dataset is not None:
+            held_out = read_prompts(eval_dataset, processing_class, data_collator)
+            self.eval_prompts = held_out.pick(range(len(held_out.ids))[: args.eval_samples])
+        self.ptx = None if ptx_dataset is None else read_prompts(ptx_dataset, processing_class).ids
+        self._check_prompts()
+        vocabulary = language_model(model).get_input_embeddings().num_embeddings
+        self.sampling: Sampling = make_sampling(args, processing_class)
+        self.judge = make_judge(reward_model, vocabulary)
+        if isinstance(reward_model, nn.Module):
+            reward_model.to(self.accelerator.device)
+        if ref_model is not None:
+            ref_model.to(self.accelerator.device)
+        check_head(actor)
+        if args.gradient_checkpointing:
+            for network in (model, value_model):
+                if isinstance(network, PreTrainedModel | PeftModel):
+                    network.gradient_checkpointing_enable(
+                        args.gradient_checkpointing_kwargs or {"use_reentrant": False}
+                    )
+        self.reference = Reference(ref_model, actor, args.ref_adapter_name, args.model_adapter_name)
+        self.ref_model = ref_model
+        self.kl_coef, self.moments, self.watch = args.kl_coef, Moments(), CollapseWatch(args.watch_window)
         self.last_rollout: Rollout | None = None
+        self.prepared: Any = None  # the actor-critic as it is called to learn: wrapped, where there are processes
 
-    def train(self, resume_from_checkpoint: str | None = None) -> None:
-        """Run PPO until `total_episodes`, from a checkpoint where one is given."""
-        args = self.args
-        episodes = args.total_episodes or int(args.num_train_epochs * len(self.prompts))
-        updates = math.ceil(episodes / self.batch_rows)
-        self.create_optimizer_and_scheduler(num_training_steps=updates)
-        self.state = TrainerState(max_steps=updates, is_world_process_zero=self.is_world_process_zero())
-        for name in ("logging_steps", "save_steps"):  # below 1 they are shares of the whole
-            asked = getattr(args, name)
-            setattr(self.state, name, max(1, math.ceil(asked * updates) if asked < 1 else int(asked)))
-        self.state.num_train_epochs = math.ceil(episodes / len(self.prompts))
-        self.callback_handler.optimizer, self.callback_handler.lr_scheduler = self.optimizer, self.lr_scheduler
-        if resume_from_checkpoint:
-            self._load_checkpoint(Path(resume_from_checkpoint))
-        self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
-        self.model.train()
-        for update in range(self.state.global_step, updates):
+    @staticmethod
+    def _separate_critic(args: PPOConfig, model: PreTrainedModel, reward_model: Any) -> nn.Module:
+        if args.critic_init == "policy":
+            return make_critic(model)
+        if not isinstance(reward_model, nn.Module) or not hasattr(reward_model, "score"):
+            raise UserError(
+                "trainer.critic_init=reward needs a reward model over the policy's own tokens with a `score` head."
+            )
+        return _frozen_copy(reward_model).requires_grad_(True)
+
+    def _check_prompts(self) -> None:
+        args, rows = self.args, self.batch_rows
+        if len(self.prompts.ids) < rows:
+            raise UserError(
+                f"{len(self.prompts.ids)} prompts do not fill one batch of {rows}; "
+                "lower trainer.per_device_train_batch_size."
+            )
+        policy = language_model(self.policy_model)
+        vocabulary = policy.get_input_embeddings().num_embeddings
+        for prompts in (self.prompts, self.eval_prompts):
+            if prompts is None:
+                continue
+            check_positions(policy, prompts.ids, args.response_length)
+            largest = max(max(ids) for ids in prompts.ids)
+            if largest >= vocabulary:
+                raise UserError(
+                    f"a prompt has the token id {largest} and the policy knows ids below {vocabulary}; after adding "
+                    "tokens call model.resize_token_embeddings(len(tokenizer))."
+                )
+        if args.ptx_coef and not self.ptx:
+            raise UserError("trainer.ptx_coef needs pretraining texts: ptx_dataset, or ptx.name= on the command line.")
+        if args.eval_strategy != "no" and self.eval_prompts is None:
+            raise UserError("trainer.eval_strategy needs held-out prompts: pass an eval_dataset.")
+
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> None:
+        """Run PPO until `total_episodes`, from a checkpoint where one is given; `True` takes the newest."""
+        self.begin(resume_from_checkpoint)
+        while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
+            update, start = self.state.global_step, time.monotonic()
             rollout = self._roll_out(update)
-            stats = self._learn(rollout, update)
-            self._end_update(rollout, stats)
-            if self.control.should_training_stop:
-                break
-        self.control = self.callback_handler.on_train_end(args, self.state, self.control)
+            experience = self._estimate(rollout)
+            stats = self._optimise(experience, update)
+            stats = {**self._describe(experience), **stats, "eps": self.batch_rows / (time.monotonic() - start)}
+            self._steer(experience)
+            self.end_update(rollout, stats)
+        self.end()
 
     def _roll_out(self, update: int) -> Rollout:
-        args = self.args
+        """Sample and judge: this process's share of the batch; then everyone has all of it."""
+        args, count = self.args, len(self.prompts.ids)
         generator = torch.Generator().manual_seed(derive_seed(args.seed, "rollout", update))
         shortest = args.min_response_length or args.response_length
         limits = torch.randint(shortest, args.response_length + 1, (self.batch_rows,), generator=generator)
-        chosen = prompts_of_update(len(self.prompts), self.batch_rows, update, args.seed)
-        return roll_out(
-            self.model, self.ref_model, self.reward, self.processing_class, [self.prompts[i] for i in chosen],
-            limits, self.sampling, generator, args.local_rollout_forward_batch_size,
-        )  # fmt: skip
+        chosen = prompts_of_update(count, self.batch_rows, update, args.seed)
+        seed_everything(derive_seed(args.seed, f"reward of process {self.accelerator.process_index}", update))
+        return self._share(self.prompts.pick(chosen), limits, self.sampling, generator)
 
-    def _learn(self, rollout: Rollout, update: int) -> dict[str, float]:
-        """Some epochs of minibatches on one batch of experience."""
-        args, mask, lengths = self.args, rollout.batch.response_mask, rollout.batch.response_lengths
-        kl = kl_estimate(rollout.log_probs, rollout.ref_log_probs, args.kl_estimator) * mask
-        scores = rollout.scores if args.score_clip is None else rollout.scores.clamp(-args.score_clip, args.score_clip)
+    def _share(self, prompts: Prompts, limits: Tensor, sampling: Sampling, generator: torch.Generator) -> Rollout:
+        """Roll out over all processes: process r has rows r, r + n, ...; each draws what one process would have."""
+        uniforms, device = uniform_draws(limits, generator), self.accelerator.device
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        self.model.eval()
+        mine = range(rank, len(prompts.ids), world)
+        part = roll_out(
+            self.model, self.reference, self.judge, self.processing_class, prompts.pick(mine), limits[rank::world],
+            sampling, uniforms[:, rank::world], self.args.local_rollout_forward_batch_size,
+        )  # fmt: skip
+        return part if world == 1 else merge(gather_object([part.to("cpu")])).to(device)
+
+    def _estimate(self, rollout: Rollout) -> Experience:
+        """Rewards at every token, advantages and returns."""
+        args, batch, mask = self.args, rollout.batch, rollout.batch.response_mask
+        if self.state.global_step == 0 and self.reference.same:
+            check_reference(rollout, self.model, self.sampling)
+        scores = rollout.scores
+        if args.use_score_scaling:
+            self.moments = add_moments(self.moments, scores)
+            scores = (scores - (self.moments.mean if args.use_score_norm else 0)) / self.moments.deviation
+        if args.score_clip is not None:
+            scores = scores.clamp(-args.score_clip, args.score_clip)
         if args.missing_eos_penalty is not None:
-            last = rollout.batch.responses.gather(1, (lengths - 1)[:, None])
-            scores = (
-                scores - args.missing_eos_penalty * ~torch.isin(last, last.new_tensor(self.sampling.stop_ids))[:, 0]
-            )
-        rewards = token_rewards(scores, kl, lengths, self.kl_coef)
+            last = batch.last_tokens
+            scores = scores - args.missing_eos_penalty * ~torch.isin(last, last.new_tensor(self.sampling.stop_ids))
+        kl = kl_estimate(rollout.log_probs, rollout.ref_log_probs, args.kl_estimator) * mask
+        rewards = token_rewards(scores, kl, batch.response_lengths, self.kl_coef)
         if args.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False)
         advantages = gae(rewards, rollout.values, mask, args.gamma, args.lam)
-        returns = advantages + rollout.values
-        advantages = whiten(advantages, mask)
+        return Experience(rollout, kl, scores, whiten(advantages, mask), advantages + rollout.values)
 
-        stats: list[Tensor] = []
+    def _optimise(self, experience: Experience, update: int) -> dict[str, float]:
+        """Some epochs of minibatches on one batch of experience."""
+        args, stats = self.args, list[Tensor]()
+        self.model.train()
         order = torch.Generator().manual_seed(derive_seed(args.seed, "minibatches", update))
         rows = self.batch_rows // args.num_mini_batches
         for _ in range(args.num_ppo_epochs):
-            for minibatch in torch.split(torch.randperm(self.batch_rows, generator=order), rows):
-                stats.append(self._step(rollout, advantages, returns, minibatch.to(mask.device)))
-        names = (
-            "loss/policy_avg",
-            "val/ratio",
-            "policy/approxkl_avg",
-            "policy/clipfrac_avg",
-            "loss/value_avg",
-            "grad_norm",
-        )
-        means = dict(zip(names, torch.stack(stats).mean(0).tolist(), strict=True))
-        if not all(math.isfinite(value) for value in means.values()):
-            raise UserError(
-                f"PPO diverged at update {update + 1}: {means}. Lower trainer.learning_rate or raise trainer.kl_coef."
-            )
-        sequence_kl = float(kl.sum(1).mean())
-        first_entropy = -masked_mean(rollout.log_probs, mask)
-        stats_of_update = {
-            "objective/kl": sequence_kl,
-            "objective/scores": float(rollout.scores.mean()),
-            "objective/scores_std": float(rollout.scores.std()),
-            "objective/rlhf_reward": float(scores.mean()) - self.kl_coef * sequence_kl,
-            "objective/kl_coef": self.kl_coef,
-            "policy/entropy_avg": float(first_entropy),
-            "val/response_length": float(lengths.float().mean()),
-            **means,
-        }
-        if args.kl_target is not None:
-            self.kl_coef = next_kl_coef(self.kl_coef, sequence_kl, args.kl_target, self.batch_rows, args.kl_horizon)
-        return stats_of_update
+            for minibatch in torch.randperm(self.batch_rows, generator=order).split(rows):
+                first, step = not stats, len(stats)
+                found = self._backward(experience, minibatch.to(self.accelerator.device), update, step)
+                if first:
+                    ratio, approx_kl = (float(found[_STATS.index(n)]) for n in ("val/ratio", "policy/approxkl_avg"))
+                    if math.isfinite(ratio):
+                        check_first_ratio(ratio, approx_kl, self.model, experience.rollout, self.sampling)
+                elif args.max_update_kl is not None and found[_STATS.index("policy/approxkl_avg")] > args.max_update_kl:
+                    self.optimizer.zero_grad()
+                    return self._means(stats, update)
+                limit = args.max_grad_norm or math.inf
+                norm = self.accelerator.clip_grad_norm_(self.prepared.parameters(), limit)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                stats.append(torch.cat([found, norm.detach().to(found)[None]]))
+        return self._means(stats, update)
 
-    def _step(self, rollout: Rollout, advantages: Tensor, returns: Tensor, minibatch: Tensor) -> Tensor:
-        """One optimizer step on a minibatch, its gradient added up over micro-batches."""
-        args, lengths = self.args, rollout.batch.response_lengths
+    def _means(self, stats: list[Tensor], update: int) -> dict[str, float]:
+        table = torch.stack(stats)
+        means = dict(zip([*_STATS, "grad_norm"], table.mean(0).tolist(), strict=True))
+        ratios = table[:, _STATS.index("val/ratio")]
+        squares = means.pop("squared_ratio")
+        means["val/ratio_var"] = max(squares - means["val/ratio"] ** 2, 0.0)
+        means["policy/optimizer_steps"] = float(len(stats))
+        worst = {**means, "val/ratio_max": float(ratios.max())}
+        check_health(worst, self.args.ratio_threshold, update, self.last_checkpoint())
+        return means
+
+    def _backward(self, experience: Experience, minibatch: Tensor, update: int, step: int) -> Tensor:
+        """The gradient of one minibatch, added up over micro-batches and processes; its statistics (len(_STATS),)."""
+        args, rollout, lengths = self.args, experience.rollout, experience.rollout.batch.response_lengths
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
         count = lengths[minibatch].sum()
-        total = torch.zeros(5, device=lengths.device)
+        total = torch.zeros(len(_STATS), device=lengths.device, dtype=rollout.log_probs.dtype)
+        if args.ptx_coef:
+            self._backward_ptx(update, step, world * len(minibatch[rank::world]))
         # Rows of like length together: a micro-batch is as wide as its longest row.
-        by_length = minibatch[lengths[minibatch].argsort(stable=True)]
-        for index in torch.split(by_length, args.per_device_train_batch_size):
+        widths = (rollout.batch.prompt_lengths + lengths)[minibatch]
+        mine = minibatch[widths.argsort(stable=True)][rank::world]
+        parts = mine.split(args.per_device_train_batch_size)
+        for number, index in enumerate(parts):
             part: Batch = rollout.batch.rows(index)
-            mask, width = part.response_mask, part.responses.shape[1]
+            mask = part.response_mask
+            width = mask.shape[1]
             old, old_values = rollout.log_probs[index, :width], rollout.values[index, :width]
-            new, values = self.model(part, self.sampling)
-            loss = policy_loss(new, old, advantages[index, :width], mask, args.cliprange, count)
-            error = clipped_value_loss(values, old_values, returns[index, :width], mask, args.cliprange_value, count)
-            self.accelerator.backward(loss.loss + args.vf_coef * error)
-            total += torch.stack([loss.loss, loss.ratio, loss.approx_kl, loss.clipped, error]).detach()
-        limit = args.max_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return torch.cat([total, norm.detach()[None]])
+            advantages, returns = experience.advantages[index, :width], experience.returns[index, :width]
+            last = number == len(parts) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.prepared):
+                new = self.prepared(part, self.sampling)
+                policy = policy_loss(new.log_probs, old, advantages, mask, args.cliprange, count)
+                value = value_loss(new.values, old_values, returns, mask, args.cliprange_value, count)
+                loss = policy.loss + args.vf_coef * value.loss
+                if args.entropy_coef:
+                    loss = loss - args.entropy_coef * new.entropy.sum() / count
+                self.accelerator.backward(loss * world)  # processes are averaged, and this is a sum
+            seen = [*policy, value.loss, value.clipped, new.entropy.sum() / count]
+            total += torch.stack([value.detach().to(total.dtype) for value in seen])
+        return self.accelerator.reduce(total, "sum") if world > 1 else total
 
-    def _end_update(self, rollout: Rollout, stats: dict[str, float]) -> None:
+    def _backward_ptx(self, update: int, step: int, rows: int) -> None:
+        """The gradient of -ptx_coef x E[log p(pretraining text)], a token (InstructGPT, eq. 2)."""
+        args, texts = self.args, self.ptx or []
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        turn = update * args.num_ppo_epochs * args.num_mini_batches + step
+        rows = args.ptx_batch_size or rows
+        chosen = [texts[i][: args.ptx_max_length] for i in prompts_of_update(len(texts), rows, turn, args.seed + 1)]
+        count = sum(len(text) - 1 for text in chosen)
+        mine = sorted((text for text in chosen if len(text) > 1), key=len)[rank::world]
+        for start in range(0, len(mine), args.per_device_train_batch_size):
+            part = mine[start : start + args.per_device_train_batch_size]
+            batch = make_batch([t[:1] for t in part], [t[1:] for t in part]).to(self.accelerator.device)
+            with self.accelerator.no_sync(self.prepared):
+                found = self.prepared(batch, Sampling(), values=False)
+                self.accelerator.backward(-args.ptx_coef * found.log_probs.sum() / count * world)
+
+    def _describe(self, experience: Experience) -> dict[str, float]:
+        """An update in TRL's names. Means are over tokens that the policy chose, and nothing else."""
+        rollout, mask = experience.rollout, experience.rollout.batch.response_mask
+        kl, scores = float(experience.kl.sum(1).mean()), rollout.scores.float()
+        eos = self.processing_class.eos_token_id
+        stats = {
+            "objective/kl": kl,
+            "objective/entropy": -float(rollout.log_probs.sum(1).mean()),
+            "objective/non_score_reward": -self.kl_coef * kl,
+            "objective/rlhf_reward": float(experience.scores.mean()) - self.kl_coef * kl,
+            "objective/scores": float(scores.mean()),
+            "objective/scores_std": float(scores.std()) if len(scores) > 1 else 0.0,
+            "objective/kl_coef": self.kl_coef,
+            "policy/entropy_avg": float(masked_mean(rollout.entropy, mask)),
+            "val/response_length": float(rollout.batch.response_lengths.float().mean()),
+            "val/num_eos_tokens": 0.0 if eos is None else float((rollout.batch.last_tokens == eos).sum()),
+            "val/explained_variance": _explained(rollout.values[mask], experience.returns[mask]),
+        }
+        figures, warnings = self.watch.update(rollout.responses, stats["val/response_length"], kl)
+        for warning in warnings:
+            self.warn(f"update {self.state.global_step + 1}: {warning}")
+        return {**stats, **figures}
+
+    def _steer(self, experience: Experience) -> None:
+        """The adaptive KL coefficient of the next update."""
         args = self.args
-        learning_rate = self.lr_scheduler.get_last_lr()[0]
-        self.lr_scheduler.step()
-        self.state.global_step += 1
-        episode = self.state.global_step * self.batch_rows
-        self.state.epoch = episode / len(self.prompts)
-        self.last_rollout = rollout
-        self.control = self.callback_handler.on_step_end(args, self.state, self.control)
-        if self.control.should_log or self.state.global_step == self.state.max_steps:
-            self.log({**stats, "lr": learning_rate, "episode": episode})
-            self.control.should_log = False
-        if self.control.should_save:
-            self._save_checkpoint()
-            self.control = self.callback_handler.on_save(args, self.state, self.control)
-
-    # -- checkpoints: whole or not there
-
-    def _save_checkpoint(self) -> None:
-        folder = Path(self.args.output_dir)
-        name = f"checkpoint-{self.state.global_step}"
-        temporary = folder / f".{name}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        weights = {key: value.contiguous() for key, value in self.model.state_dict().items()}
-        save_file({k: v.clone() for k, v in weights.items()}, temporary / "model.safetensors")
-        torch.save(self.optimizer.state_dict(), temporary / "optimizer.pt")
-        torch.save(self.lr_scheduler.state_dict(), temporary / "scheduler.pt")
-        state = {"global_step": self.state.global_step, "kl_coef": self.kl_coef}
-        (temporary / "state.json").write_text(json.dumps(state))
-        shutil.rmtree(folder / name, ignore_errors=True)
-        os.replace(temporary, folder / name)
-        kept = self.args.save_total_limit
-        if kept:
-            there = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
-            for old in there[:-kept]:
-                shutil.rmtree(old)
-
-    def _load_checkpoint(self, folder: Path) -> None:
-        device = self.accelerator.device
-        self.model.load_state_dict(load_file(folder / "model.safetensors", device=str(device)))
-        self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
-        self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
-        state = json.loads((folder / "state.json").read_text())
-        self.state.global_step, self.kl_coef = state["global_step"], state["kl_coef"]
-        self.state.epoch = self.state.global_step * self.batch_rows / len(self.prompts)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The policy alone, as AutoModelForCausalLM opens it; the value head beside it."""
-        folder = output_dir or self.args.output_dir
-        self.model.policy.save_pretrained(folder)
-        self.processing_class.save_pretrained(folder)
-        save_file(self.model.value_head.state_dict(), os.path.join(folder, "value_head.safetensors"))
+        if args.kl_target is not None:
+            kl = float(experience.kl.sum(1).mean())
+            self.kl_coef = next_kl_coef(self.kl_coef, kl, args.kl_target, self.batch_rows, args.kl_horizon)
 
 
-def check_config(args: PPOConfig) -> int:
-    """Refuse settings that do not go together; give the number of rows of a batch."""
-    for name in _NOT_CARRIED_OUT:
-        if getattr(args, name):
-            raise UserError(f"trainer.{name}={getattr(args, name)} is not carried out by stage=ppo yet; leave it out.")
-    for name in (
-        "num_mini_batches",
-        "num_ppo_epochs",
-        "response_length",
-        "local_rollout_forward_batch_size",
-        "kl_horizon",
-    ):
-        if getattr(args, name) < 1:
-            raise UserError(f"trainer.{name} is {getattr(args, name)}; it takes at least 1.")
-    for name, taken in _STRATEGIES.items():
-        if str(getattr(args, name).value) not in taken:
-            raise UserError(f"trainer.{name}={getattr(args, name).value}: stage=ppo takes {' or '.join(taken)}.")
-    if args.kl_target is not None and args.kl_target <= 0:
-        raise UserError(
-            f"trainer.kl_target is {args.kl_target}; it takes a number above 0, or null for a fixed kl_coef."
-        )
-    if args.stop_token is not None and args.stop_token_id is not None:
-        raise UserError("trainer.stop_token and trainer.stop_token_id exclude each other; say trainer.stop_token=null.")
-    if args.missing_eos_penalty is not None and args.stop_token is None and args.stop_token_id is None:
-        raise UserError("trainer.missing_eos_penalty needs a trainer.stop_token to miss.")
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    if rows % args.num_mini_batches:
-        raise UserError(
-            f"a batch of {rows} rows does not divide into trainer.num_mini_batches={args.num_mini_batches}."
-        )
-    if args.min_response_length is not None and not 1 <= args.min_response_length <= args.response_length:
-        raise UserError(
-            f"trainer.min_response_length is {args.min_response_length}; it takes 1 to {args.response_length}, "
-            "the response_length."
-        )
-    return rows
+# What `_backward` adds up, by the name under which it is logged.
+_STATS = (
+    "loss/policy_avg", "val/ratio", "squared_ratio", "policy/approxkl_avg", "policy/clipfrac_avg", "loss/value_avg",
+    "val/clipfrac_avg", "policy/update_entropy",
+)  # fmt: skip
 
 
-def make_sampling(args: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> Sampling:
-    """The sampling distribution that a configuration asks for."""
-    stops: tuple[int, ...] = () if args.stop_token_id is None else (args.stop_token_id,)
-    if args.stop_token == "eos":
-        stops = (int(tokenizer.eos_token_id),)
-    vocabulary = tokenizer.get_vocab()
-    if args.stop_token_id is not None and not 0 <= args.stop_token_id < len(tokenizer):
-        raise UserError(f"trainer.stop_token_id is {args.stop_token_id}; the policy's ids go to {len(tokenizer) - 1}.")
-    for token in args.suppress_tokens:
-        if token not in vocabulary:
-            raise UserError(f"trainer.suppress_tokens has '{token}', which is no token of the policy's vocabulary.")
-    suppressed = [vocabulary[token] for token in args.suppress_tokens]
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
-        suppressed.append(int(tokenizer.pad_token_id))  # a pad is never something to say
-    if args.temperature <= 0:
-        raise UserError(f"trainer.temperature is {args.temperature}; it takes a number above 0.")
-    return Sampling(args.temperature, stops, args.min_new_tokens, tuple(sorted(set(suppressed))))
+def _explained(values: Tensor, returns: Tensor) -> float:
+    """Share of the returns' variance that the critic foresaw."""
+    variance = float(returns.var()) if len(returns) > 1 else 0.0
+    return 1 - float((returns - values).var()) / variance if variance > 0 else 0.0
 
 
-def derive_seed(seed: int, what: str, update: int) -> int:
-    """A seed of its own for each use and update."""
-    return random.Random(f"{seed} {what} {update}").getrandbits(63)
+def _frozen_copy(model: Any) -> Any:
+    return copy.deepcopy(model).requires_grad_(False)
 
 
-def prompts_of_update(count: int, rows: int, update: int, seed: int) -> list[int]:
-    """Which prompts an update uses: pass after pass over all of them, each in an order of its own."""
-    chosen: list[int] = []
-    position = update * rows
-    while len(chosen) < rows:
-        turn, offset = divmod(position + len(chosen), count)
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(derive_seed(seed, "prompts", turn)))
-        chosen += order[offset : offset + rows - len(chosen)].tolist()
-    return chosen
+def _for_critic(config: PeftConfig) -> PeftConfig:
+    """The policy's adapter as a critic wears it: its head is trained whole."""
+    changed: Any = copy.deepcopy(config)
+    changed.task_type = "SEQ_CLS"
+    changed.modules_to_save = ["score"]
+    return changed

@@ -13,7 +13,9 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from rlhf_pipeline.checkpoints import SEAL, seal
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.precision import choose_bf16
 from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.settings import Settings
 
@@ -31,8 +33,9 @@ def trainer_args(kind: type[A], settings: Settings, out: RunDir) -> A:
         reset_partial_state=False
     )  # an earlier stage of this process may have chosen otherwise
     values = {"disable_tqdm": True, "report_to": "none", **settings.trainer}
-    if settings.stage != "ppo" and not {"bf16", "fp16"} & set(values):
-        values["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    if settings.stage != "ppo" and not values.get("fp16"):
+        values["bf16"], chosen = choose_bf16(values.get("bf16", "auto"))
+        print(f"computing in {chosen}", flush=True)
     if not torch.cuda.is_available():
         values.setdefault("dataloader_pin_memory", False)
     try:
@@ -79,13 +82,15 @@ class RunLog(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                logs: dict[str, Any] | None = None, **_: Any) -> None:  # fmt: skip
         """One row a log."""
-        row = {key: value for key, value in (logs or {}).items() if not key.endswith(_LEFT_OUT)}
+        row = {key: value for key, value in (logs or {}).items() if not key.endswith(_LEFT_OUT) and key != "eps"}
         if row and "train_loss" not in row:
             self.out.log(state.global_step, row)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The checkpoint is whole from now on."""
-        (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / "complete").touch()
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if not (folder / SEAL).exists():
+            seal(folder)
 
 
 class Bar(TrainerCallback):

@@ -16,10 +16,11 @@ import yaml
 from rlhf_pipeline import metrics
 from rlhf_pipeline.data import fingerprint, load_data, prompts, texts
 from rlhf_pipeline.errors import NotFinishedError
+from rlhf_pipeline.likelihood import log_probs
 from rlhf_pipeline.policies import Policy, load_policy
 from rlhf_pipeline.rewards import Reward, load_reward
 from rlhf_pipeline.rundir import RunDir, write_json
-from rlhf_pipeline.sampling import Batch, Sampling, check_positions, log_probs, sample
+from rlhf_pipeline.sampling import Batch, Sampling, check_positions, sample, uniform_draws
 from rlhf_pipeline.settings import Evaluation, Settings
 from rlhf_pipeline.stages.common import Clock, progress, quiet, say_done, say_taken
 from rlhf_pipeline.tables import evaluation_table
@@ -115,8 +116,7 @@ def policies_of(out: RunDir, policy: dict[str, Any]) -> tuple[dict[str, str], st
 
 def sampling_of(out: RunDir, asked: Evaluation, policy: Policy, count: int, seed: int) -> tuple[Sampling, torch.Tensor]:
     """How to sample: as the run's PPO did, but for what `evaluate.*` sets; and each response's limit (count,)."""
-    from rlhf_pipeline.ppo.config import PPOConfig
-    from rlhf_pipeline.ppo.trainer import make_sampling
+    from rlhf_pipeline.ppo.config import PPOConfig, make_sampling
 
     ppo = out.upstream("ppo")
     config = yaml.safe_load((ppo.parent / "config.yaml").read_text(encoding="utf-8"))["trainer"] if ppo else {}
@@ -151,7 +151,7 @@ def measure(
     kl = surprise = length = 0.0
     for start in range(0, len(asked), settings.evaluate.batch_size):
         part = slice(start, start + settings.evaluate.batch_size)
-        batch = sample(policy.model, asked[part], limits[part], sampling, generator)
+        batch = sample(policy.model, asked[part], limits[part], sampling, uniform_draws(limits[part], generator))
         said, answered = batch.texts(policy.tokenizer)
         rewards += reward(said, answered)
         responses += answered

@@ -3,7 +3,6 @@
 python -m rlhf_pipeline stage=ppo
 """
 
-import copy
 import functools
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rlhf_pipeline.data import fingerprint, load_data, prompts, texts
-from rlhf_pipeline.policies import load_policy
+from rlhf_pipeline.policies import load_policy, lora_config
 from rlhf_pipeline.ppo import PPOConfig, PPOTrainer
-from rlhf_pipeline.ppo.trainer import check_config
+from rlhf_pipeline.ppo.config import check_config
 from rlhf_pipeline.rewards import load_reward
 from rlhf_pipeline.rundir import RunDir, read_jsonl
 from rlhf_pipeline.settings import Settings
@@ -25,6 +24,7 @@ def run(settings: Settings, out: RunDir) -> None:
     """Start from the SFT policy, keep it as the reference, and learn from the reward."""
     clock, args = Clock(), trainer_args(PPOConfig, settings, out)
     check_config(args)
+    adapter = lora_config(settings.policy)
     reward, judge = load_reward(settings.reward, out.upstream("reward", reward=settings.reward))
     rows = load_data(settings.data, settings.seed)
     policy, where = load_policy(
@@ -35,27 +35,40 @@ def run(settings: Settings, out: RunDir) -> None:
     )
     say_taken("policy", where)
     say_taken("reward", judge)
+    print(f"computing in {args.precision_choice}", flush=True)
     out.begin(settings, {"policy": where, "reward": judge}, fingerprint(settings.data, rows))
     trainer = PPOTrainer(
         args,
         policy.tokenizer,
         policy.model,
-        copy.deepcopy(policy.model),
+        None,  # the reference is the policy as it is now
         reward,
         prompts(rows.train, policy.tokenizer, settings.data, settings.seed),
+        eval_dataset=prompts(rows.test, policy.tokenizer, settings.data, settings.seed + 1),
+        peft_config=adapter,
+        ptx_dataset=_pretraining_texts(settings, policy.tokenizer, texts(rows.train)) if args.ptx_coef else None,
     )
     trainer.add_callback(SampleLog(trainer, out))
     trainer.train(watch(trainer, out, "ppo"))
     out.save_model(functools.partial(_save, trainer))
     last = [row for row in read_jsonl(out.path / "metrics.jsonl") if "objective/scores" in row][-10:]
     results = {name: sum(row[f"objective/{name}"] for row in last) / len(last) for name in ("scores", "kl")}
+    if trainer.state.best_metric is not None:
+        results["best_eval_reward"] = trainer.state.best_metric
     out.finish(results, objective=results["scores"])
     what = f"reward {results['scores']:.3f} at KL {results['kl']:.2f} over the last {len(last)} logged updates"
     say_done(out, what, clock)
 
 
+def _pretraining_texts(settings: Settings, tokenizer: Any, own: list[str]) -> list[list[int]]:
+    """What PPO-ptx mixes in: the texts of `ptx`, by default those of the run."""
+    strings = texts(load_data(settings.ptx, settings.seed).train) if settings.ptx else own
+    ids: list[list[int]] = tokenizer(strings, add_special_tokens=False)["input_ids"]
+    return [[*row, tokenizer.eos_token_id] for row in ids if row]
+
+
 def _save(trainer: PPOTrainer, folder: Path) -> None:
-    trainer.save_model(str(folder))
+    trainer.save_model(str(folder), merge=True)
 
 
 class SampleLog(TrainerCallback):
@@ -64,10 +77,13 @@ class SampleLog(TrainerCallback):
     def __init__(self, trainer: PPOTrainer, out: RunDir) -> None:
         self.trainer, self.out = trainer, out
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+        logs: dict[str, Any] | None = None, **_: Any,
+    ) -> None:  # fmt: skip
         """The first rows of the batch: it is in random order."""
         rollout = self.trainer.last_rollout
-        if rollout is None or not isinstance(args, PPOConfig):
+        if rollout is None or not isinstance(args, PPOConfig) or "objective/scores" not in (logs or {}):
             return
         scores: torch.Tensor = rollout.scores
         rows = zip(rollout.prompts, rollout.responses, scores.tolist(), strict=True)

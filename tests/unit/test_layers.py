@@ -8,7 +8,8 @@ from conftest import ROOT
 PACKAGE = ROOT / "rlhf_pipeline"
 # A module imports only from those before it (at module level).
 LAYERS = [
-    ["errors", "records"], ["registry", "toy_reviews", "hub", "metrics", "sampling", "report"], ["formats"],
+    ["errors", "records"], ["registry", "toy_reviews", "hub", "metrics", "sampling", "report", "precision"],
+    ["checkpoints"],    ["likelihood"], ["formats"],
     ["data", "policies", "rewards"], ["settings"], ["rundir"], ["tables", "ppo"], ["stages"], ["cli"],
 ]  # fmt: skip
 

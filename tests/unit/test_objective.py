@@ -88,7 +88,7 @@ def test_micro_batches_add_up_to_the_whole() -> None:
 def test_the_value_loss_takes_the_worse_of_clipped_and_plain() -> None:
     values, old, returns = torch.tensor([[2.0]]), torch.tensor([[0.0]]), torch.tensor([[3.0]])
     loss = value_loss(values, old, returns, torch.tensor([[True]]), 0.2, torch.tensor(1))
-    assert math.isclose(loss.item(), 0.5 * (0.2 - 3.0) ** 2, rel_tol=1e-6)
+    assert math.isclose(loss.loss.item(), 0.5 * (0.2 - 3.0) ** 2, rel_tol=1e-6)
 
 
 def test_the_kl_controller_steers_to_its_target() -> None:

@@ -6,40 +6,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
+from tiny import PROMPTS, answers, stats_of_first_update, tiny_policy, tiny_tokenizer, trainer, weights
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.policies import train_tokenizer
+from rlhf_pipeline.likelihood import log_probs
 from rlhf_pipeline.ppo import PPOConfig, PPOTrainer
-from rlhf_pipeline.ppo.trainer import make_sampling, prompts_of_update
-from rlhf_pipeline.sampling import Sampling, log_probs, sample
-
-TEXTS = ["the film was good and the cast was fine", "the plot was bad and nobody liked it"] * 20
+from rlhf_pipeline.ppo.config import make_sampling
+from rlhf_pipeline.ppo.prompts import prompts_of_update
+from rlhf_pipeline.sampling import Sampling
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
-    return train_tokenizer(TEXTS, 300, 64)
-
-
-def tiny_policy(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> GPT2LMHeadModel:
-    """A policy far from uniform, so that distributions can differ."""
-    torch.manual_seed(seed)
-    config = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=64, n_layer=2, n_embd=32, n_head=2, initializer_range=0.3,
-        bos_token_id=0, eos_token_id=0, pad_token_id=1,
-    )  # fmt: skip
-    return GPT2LMHeadModel(config).eval()
-
-
-PROMPTS = [[5, 9, 11], [7], [20, 21, 22, 23, 24], [30, 8]]
+    return tiny_tokenizer()
 
 
 def test_sampled_tokens_obey_the_distribution(tokenizer: PreTrainedTokenizerBase) -> None:
     policy = tiny_policy(tokenizer)
     banned = tuple(range(100, 290))
     sampling = Sampling(0.7, stop_ids=(0, 3), min_length=4, suppressed_ids=banned)
-    batch = sample(policy, PROMPTS * 50, torch.full((200,), 9), sampling, torch.Generator().manual_seed(0))
+    batch = answers(policy, PROMPTS * 50, [9] * 200, sampling)
     said = batch.responses[batch.response_mask]
     assert not torch.isin(said, torch.tensor(banned)).any()
     stops = torch.isin(batch.responses, torch.tensor([0, 3])) & batch.response_mask
@@ -52,7 +39,7 @@ def test_sampled_tokens_obey_the_distribution(tokenizer: PreTrainedTokenizerBase
 def test_frequencies_of_drawn_tokens_are_the_models_probabilities(tokenizer: PreTrainedTokenizerBase) -> None:
     policy = tiny_policy(tokenizer)
     sampling = Sampling(1.0)
-    batch = sample(policy, [PROMPTS[0]] * 4000, torch.ones(4000, dtype=torch.long), sampling, torch.Generator())
+    batch = answers(policy, [PROMPTS[0]] * 4000, [1] * 4000, sampling)
     counts = torch.bincount(batch.responses[:, 0], minlength=len(tokenizer)) / 4000
     with torch.no_grad():
         expected = policy(torch.tensor([PROMPTS[0]])).logits[0, -1].softmax(-1)
@@ -62,18 +49,18 @@ def test_frequencies_of_drawn_tokens_are_the_models_probabilities(tokenizer: Pre
 
 def test_a_padded_batch_equals_its_rows_alone(tokenizer: PreTrainedTokenizerBase) -> None:
     policy, sampling = tiny_policy(tokenizer), Sampling(0.8, stop_ids=(0,), min_length=2)
-    batch = sample(policy, PROMPTS, torch.tensor([8, 3, 5, 1]), sampling, torch.Generator().manual_seed(1))
+    batch = answers(policy, PROMPTS, [8, 3, 5, 1], sampling, seed=1)
     together = log_probs(policy, batch, sampling)
     for row in range(4):
         alone = batch.rows(torch.tensor([row]))
-        assert alone.prompt_width == len(PROMPTS[row])
+        assert alone.tokens.shape[1] == len(PROMPTS[row]) + int(batch.response_lengths[row])
         length = int(batch.response_lengths[row])
         torch.testing.assert_close(log_probs(policy, alone, sampling)[0], together[row, :length], rtol=1e-4, atol=1e-5)
 
 
 def test_log_probs_are_of_the_distribution_that_is_sampled(tokenizer: PreTrainedTokenizerBase) -> None:
     policy, sampling = tiny_policy(tokenizer), Sampling(0.5, stop_ids=(0,), min_length=3, suppressed_ids=(4, 5, 6))
-    batch = sample(policy, [PROMPTS[0]], torch.tensor([5]), sampling, torch.Generator().manual_seed(2))
+    batch = answers(policy, [PROMPTS[0]], [5], sampling, seed=2)
     ids, expected = PROMPTS[0].copy(), []
     for step, token in enumerate(batch.responses[0].tolist()):
         with torch.no_grad():
@@ -84,34 +71,6 @@ def test_log_probs_are_of_the_distribution_that_is_sampled(tokenizer: PreTrained
         expected.append(logits.log_softmax(-1)[token].item())
         ids.append(token)
     torch.testing.assert_close(log_probs(policy, batch, sampling)[0], torch.tensor(expected), rtol=1e-4, atol=1e-5)
-
-
-def good_share(prompts: object, responses: list[str]) -> list[float]:
-    """A reward that a policy can learn: the share of the letter o."""
-    return [text.count("o") / max(len(text), 1) for text in responses]
-
-
-def trainer(tokenizer: PreTrainedTokenizerBase, folder: Path, **options: object) -> PPOTrainer:
-    """A trainer of a tiny policy towards `good_share`."""
-    values: dict[str, object] = {
-        "total_episodes": 64, "per_device_train_batch_size": 8, "num_ppo_epochs": 2, "learning_rate": 1e-3,
-        "response_length": 6, "temperature": 1.0, "stop_token": "eos", "disable_tqdm": True, "report_to": "none",
-        "save_steps": 100,
-    }  # fmt: skip
-    args = PPOConfig(output_dir=str(folder), **{**values, **options})
-    policy = tiny_policy(tokenizer)
-    return PPOTrainer(args, tokenizer, policy, copy.deepcopy(policy), good_share, PROMPTS * 8)
-
-
-def stats_of_first_update(ppo: PPOTrainer) -> dict[str, float]:
-    """One update, as `train` makes it."""
-    ppo.create_optimizer_and_scheduler(num_training_steps=1)
-    return ppo._learn(ppo._roll_out(0), 0)
-
-
-def weights(ppo: PPOTrainer) -> torch.Tensor:
-    """All of the policy's and the value head's weights in one vector."""
-    return torch.cat([p.detach().flatten() for p in ppo.model.parameters()])
 
 
 def test_ratio_is_one_and_kl_zero_at_first_whatever_the_sampling(
@@ -139,11 +98,11 @@ def test_accumulation_changes_nothing(tokenizer: PreTrainedTokenizerBase, tmp_pa
 
 def test_minibatches_are_optimizer_steps(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     ppo = trainer(tokenizer, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, num_mini_batches=4)
-    ppo.create_optimizer_and_scheduler(num_training_steps=1)
+    ppo.begin(None)
     steps: list[int] = []
     step = ppo.optimizer.step
     ppo.optimizer.step = lambda *a, **k: (steps.append(1), step(*a, **k))[1]
-    ppo._learn(ppo._roll_out(0), 0)
+    ppo._optimise(ppo._estimate(ppo._roll_out(0)), 0)
     assert len(steps) == 2 * 4
 
 
@@ -203,7 +162,7 @@ def test_a_missing_end_costs_its_penalty(tokenizer: PreTrainedTokenizerBase, tmp
     fined = trainer(tokenizer, tmp_path, kl_coef=0.0, missing_eos_penalty=2.0)
     stats = stats_of_first_update(fined)
     batch = fined._roll_out(0).batch
-    missing = (batch.response_lengths == 6) & (batch.responses[:, -1] != 0)
+    missing = batch.last_tokens != 0
     assert stats["objective/scores"] == plain["objective/scores"]
     assert plain["objective/rlhf_reward"] - stats["objective/rlhf_reward"] == pytest.approx(2 * missing.float().mean())
 
@@ -237,7 +196,7 @@ def test_the_saved_policy_opens_and_keeps_its_end(tokenizer: PreTrainedTokenizer
 REFUSED = {
     "min_response_length is 9": {"min_response_length": 9},
     "does not divide into trainer.num_mini_batches=3": {"num_mini_batches": 3},
-    "gradient_checkpointing=True is not carried out": {"gradient_checkpointing": True},
+    "fp16 is not carried out": {"fp16": True},
     "has '\\[UNK\\]', which is no token": {"suppress_tokens": ["[UNK]"]},
     "prompts do not fill one batch of 800": {"per_device_train_batch_size": 800},
     "temperature is 0": {"temperature": 0.0},
@@ -246,7 +205,6 @@ REFUSED = {
     "needs a trainer.stop_token": {"stop_token": None, "missing_eos_penalty": 1.0},
     "num_mini_batches is 0": {"num_mini_batches": 0},
     "kl_target is 0": {"kl_target": 0.0},
-    "save_strategy=epoch: stage=ppo takes steps or no": {"save_strategy": "epoch"},
 }
 
 
@@ -263,9 +221,15 @@ def test_prompts_too_long_for_the_policy_are_refused(tokenizer: PreTrainedTokeni
         trainer(tokenizer, tmp_path, response_length=200)
 
 
-def test_a_pad_of_its_own_is_never_sampled(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_nothing_is_suppressed_unasked(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     args = PPOConfig(output_dir=str(tmp_path), report_to="none", stop_token="eos")
-    assert make_sampling(args, tokenizer).suppressed_ids == (tokenizer.pad_token_id,)
-    same = copy.deepcopy(tokenizer)
-    same.pad_token = same.eos_token
-    assert make_sampling(args, same).suppressed_ids == ()
+    assert make_sampling(args, tokenizer) == Sampling(0.7, stop_ids=(0,))
+
+
+def test_stop_tokens_add_up_and_none_may_be_suppressed(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    words = tokenizer.convert_ids_to_tokens([40, 41])
+    args = PPOConfig(output_dir=str(tmp_path), report_to="none", stop_token="eos", stop_tokens=words)
+    assert make_sampling(args, tokenizer).stop_ids == (0, 40, 41)
+    args.suppress_tokens = words[:1]
+    with pytest.raises(UserError, match="could never end so"):
+        make_sampling(args, tokenizer)

@@ -1,0 +1,80 @@
+"""Checkpoint folders: sealed once they are whole, checked before they are used."""
+
+import hashlib
+import json
+import os
+import shutil
+from functools import lru_cache
+from pathlib import Path
+
+SEAL = "complete"  # the file that says what a whole checkpoint holds
+
+
+def seal(folder: Path) -> None:
+    """Note the size and SHA-256 of every file; from here on the folder counts as whole."""
+    held = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != SEAL):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        held[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": digest}
+    temporary = folder / f".{SEAL}"
+    with temporary.open("w") as file:
+        file.write(json.dumps(held, indent=1))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, folder / SEAL)
+
+
+def put_in_place(temporary: Path, folder: Path) -> None:
+    """Rename a written folder to its name, in the place of what is there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def step_of(folder: Path) -> int:
+    """The step of `checkpoint-<step>`; -1 for another name."""
+    number = folder.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else -1
+
+
+def newest_whole(parent: Path) -> Path | None:
+    """The newest checkpoint below `parent` that holds all it was sealed with. One that does not is named and left."""
+    there = [path for path in parent.glob("checkpoint-*") if step_of(path) >= 0 and (path / SEAL).exists()]
+    for folder in sorted(there, key=step_of, reverse=True):
+        fault = _fault(folder, (folder / SEAL).stat().st_mtime_ns)
+        if fault is None:
+            return folder
+        _say(folder, fault)
+    return None
+
+
+def drop_old(parent: Path, keep: int | None) -> None:
+    """Delete all but the newest `keep` whole checkpoints; None keeps all."""
+    whole = sorted((p for p in parent.glob("checkpoint-*") if (p / SEAL).exists()), key=step_of)
+    for old in whole[: -max(keep, 1)] if keep else []:
+        shutil.rmtree(old)
+
+
+@lru_cache(maxsize=64)
+def _fault(folder: Path, sealed_at: int) -> str | None:
+    """What a sealed checkpoint lacks. Looked at once a process: files of gigabytes take seconds."""
+    try:
+        held = json.loads((folder / SEAL).read_text())
+    except ValueError:
+        return "its seal cannot be read"
+    for name, expected in held.items():
+        path = folder / name
+        if not path.exists():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes of {expected['bytes']}"
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+                return f"{name} is not what was written"
+    return None
+
+
+@lru_cache(maxsize=64)
+def _say(folder: Path, fault: str) -> None:
+    print(f"{folder} is damaged ({fault}); the checkpoint before it is used", flush=True)

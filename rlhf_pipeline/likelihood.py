@@ -1,0 +1,147 @@
+"""log p of the tokens that a policy chose, and its entropy there, without keeping logits of the vocabulary about."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf_pipeline.sampling import Batch, Sampling
+
+# Rows of the vocabulary are worked on in pieces that stay in a core's cache.
+_PIECE = 2**20
+# Without gradients no more logits than these exist at a time.
+_SCRATCH = 2**24
+
+
+def language_model(model: Any) -> PreTrainedModel:
+    """The model itself where an adapter is wrapped around it: LoRA's layers lie inside."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def trunk(model: Any) -> nn.Module:
+    """All of a language model or classifier but its head."""
+    inner = language_model(model)
+    body: nn.Module = getattr(inner, inner.base_model_prefix)
+    return body
+
+
+def response_states(body: nn.Module, batch: Batch) -> Tensor:
+    """The last hidden states that predict the responses' tokens, row after row: (tokens, hidden)."""
+    row, time = batch.response_mask.nonzero(as_tuple=True)
+    states: Tensor = body(input_ids=batch.tokens, use_cache=False).last_hidden_state
+    return states[row, batch.prompt_lengths[row] + time - 1]
+
+
+def token_likelihood(model: Any, states: Tensor, batch: Batch, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """log p of each response token under the sampling distribution and that distribution's entropy, in nats.
+
+    `states` as `response_states` gives them; both results are (batch, longest response), 0 beyond a response's end.
+    """
+    mask = batch.response_mask
+    targets, times = batch.responses[mask], mask.nonzero()[:, 1]
+    inner = language_model(model)
+    head = inner.get_output_embeddings()
+    if type(head) is nn.Linear and not _reshaped(inner):
+        scratch = max(_SCRATCH // head.out_features, 1)
+        if torch.is_grad_enabled():
+            fused: Any = _TokenLikelihood.apply
+            found = fused(states, head.weight, head.bias, targets, times, sampling)
+        else:
+            pieces = [part.split(scratch) for part in (states, targets, times)]
+            each = [
+                _likelihood(s, head.weight, head.bias, y, t, sampling, keep=False)[:2]
+                for s, y, t in zip(*pieces, strict=True)
+            ]
+            found = tuple(torch.cat(parts) for parts in zip(*each, strict=True))
+    else:
+        found = _plain_likelihood(_reshape(inner, head(states)), targets, times, sampling)
+    log_probs, entropy = (torch.zeros(mask.shape, dtype=f.dtype, device=f.device).index_put((mask,), f) for f in found)
+    return log_probs, entropy
+
+
+@torch.no_grad()
+def log_probs(model: Any, batch: Batch, sampling: Sampling) -> Tensor:
+    """`token_likelihood` from the tokens alone: log p (batch, longest response)."""
+    return token_likelihood(model, response_states(trunk(model), batch), batch, sampling)[0]
+
+
+def _reshaped(model: PreTrainedModel) -> bool:
+    """Whether a family does something to its logits after the head."""
+    config = model.config.get_text_config()
+    return any(getattr(config, name, None) for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"))
+
+
+def _reshape(model: PreTrainedModel, logits: Tensor) -> Tensor:
+    config = model.config.get_text_config()
+    logits = logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def _plain_likelihood(logits: Tensor, targets: Tensor, times: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """The definition, for heads that are not one matrix: by autograd, with several copies of the logits."""
+    found = sampling.adjust_(logits.clone(), times).log_softmax(-1)
+    return found.gather(-1, targets[:, None])[:, 0], -(found.exp() * found).sum(-1)
+
+
+def _likelihood(
+    states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, times: Tensor, sampling: Sampling, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log p and entropy (tokens,), and what is in the place of the logits: with `keep`, the probabilities."""
+    device = states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+    with torch.autocast(device, enabled=False):
+        states, weight = states.to(dtype), weight.to(dtype)
+        logits = states @ weight.t() if bias is None else torch.addmm(bias.to(dtype), states, weight.t())
+        log_p, entropy = [], []
+        rows = max(_PIECE // logits.shape[1], 1)
+        for part, target, time in zip(logits.split(rows), targets.split(rows), times.split(rows), strict=True):
+            z = sampling.adjust_(part, time)
+            z.sub_(z.amax(-1, keepdim=True))
+            chosen = z.gather(-1, target[:, None])[:, 0]
+            p = z.exp()
+            total = p.sum(-1)
+            p.div_(total[:, None])
+            log_p.append(chosen - total.log())
+            entropy.append(total.log() - z.mul_(p).sum(-1))
+            if keep:
+                part.copy_(p)
+    return torch.cat(log_p), torch.cat(entropy), logits
+
+
+class _TokenLikelihood(torch.autograd.Function):
+    """`_likelihood` with its gradient: one buffer for logits, then probabilities, then their gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, times: Tensor,
+        sampling: Sampling,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        log_p, entropy, p = _likelihood(states, weight, bias, targets, times, sampling, keep=True)
+        ctx.save_for_backward(states, weight, targets, entropy, p)
+        ctx.temperature = sampling.temperature
+        ctx.set_materialize_grads(False)
+        return log_p, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        states, weight, targets, entropy, p = ctx.saved_tensors
+        by_log_p, by_entropy = (None if g is None else g / ctx.temperature for g in grads)
+        rows = max(_PIECE // p.shape[1], 1)
+        for start in range(0, len(p), rows):
+            part = slice(start, start + rows)
+            piece = p[part].to(entropy.dtype)
+            # d log p(y) / dz = [y] - p;  d entropy / dz = -p (log p + entropy)
+            slope = torch.zeros_like(piece[:, :1]) if by_log_p is None else -by_log_p[part, None]
+            if by_entropy is not None:
+                log_piece = piece.clamp(min=torch.finfo(piece.dtype).tiny).log()
+                slope = slope - by_entropy[part, None] * (log_piece + entropy[part, None])
+            p[part] = piece.mul_(slope)
+        if by_log_p is not None:
+            p[torch.arange(len(p), device=p.device), targets] += by_log_p.to(p.dtype)
+        wants = ctx.needs_input_grad
+        by_states = (p @ weight.to(p.dtype)).to(states.dtype) if wants[0] else None
+        by_weight = (p.t() @ states.to(p.dtype)).to(weight.dtype) if wants[1] else None
+        by_bias = p.sum(0).to(weight.dtype) if wants[2] else None
+        return by_states, by_weight, by_bias, None, None, None

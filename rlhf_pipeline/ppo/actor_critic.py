@@ -1,0 +1,176 @@
+"""The networks of PPO: a policy with its critic, and the reference that it is kept near."""
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.likelihood import language_model, response_states, token_likelihood, trunk
+from rlhf_pipeline.precision import autocast
+from rlhf_pipeline.sampling import Batch, Sampling
+
+
+class Seen(NamedTuple):
+    """What policy and critic make of a batch; all (batch, longest response), 0 beyond a response's end."""
+
+    log_probs: Tensor  # of the tokens, under the sampling distribution
+    entropy: Tensor  # of that distribution
+    values: Tensor  # expected return before each token
+
+
+class ActorCritic(nn.Module):
+    """A policy, and a critic that is one linear head on the policy's trunk or a network of its own."""
+
+    def __init__(self, policy: PreTrainedModel, value_model: nn.Module | None = None, bf16: bool = False) -> None:
+        super().__init__()
+        self.policy: Any = policy
+        self.bf16 = bf16
+        self.config = policy.config
+        self.value_model: Any = value_model
+        if value_model is None:
+            some = next(p for p in policy.parameters() if p.is_floating_point())
+            self.value_head = nn.Linear(language_model(policy).config.hidden_size, 1, device=some.device)
+            # The critic starts by expecting nothing, whatever the trunk says.
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
+            if some.dtype == torch.float64:
+                self.value_head.double()
+
+    def forward(self, batch: Batch, sampling: Sampling, values: bool = True) -> Seen:
+        """See a batch's responses with the policy and, unless `values` is off, with the critic."""
+        with autocast(self.bf16, batch.tokens.device):
+            states = response_states(trunk(self.policy), batch)
+            log_probs, entropy = token_likelihood(self.policy, states, batch, sampling)
+            found = torch.zeros_like(log_probs)
+            if values:
+                flat = self._values(states, batch).squeeze(-1)
+                found = found.index_put((batch.response_mask,), flat.to(found.dtype))
+        return Seen(log_probs, entropy, found)
+
+    def _values(self, states: Tensor, batch: Batch) -> Tensor:
+        if self.value_model is None:
+            return self.value_head(states)
+        own = response_states(trunk(self.value_model), batch)
+        return value_head_of(self.value_model)(own)
+
+    def save_critic(self, folder: Path) -> None:
+        """Write the critic beside a saved policy."""
+        if self.value_model is None:
+            save_file(self.value_head.state_dict(), folder / "value_head.safetensors")
+        else:
+            self.value_model.save_pretrained(folder / "critic")
+
+    def load_critic(self, folder: Path) -> None:
+        """Take the critic's weights from beside a saved policy."""
+        if self.value_model is None:
+            self.value_head.load_state_dict(load_file(folder / "value_head.safetensors"))
+        elif not isinstance(self.value_model, PeftModel):
+            found = load_file(folder / "critic" / "model.safetensors")
+            self.value_model.load_state_dict(found, strict=False)
+
+
+def value_head_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The linear layer that makes a classifier's states one number, by the names that families give it."""
+    for name in ("score", "v_head", "value_head"):
+        head: Callable[[Tensor], Tensor] | None = getattr(language_model(model), name, None)
+        if head is not None:
+            return head
+    raise UserError(f"{type(model).__name__} has no `score` head, so it cannot be a critic; leave value_model out.")
+
+
+def make_critic(policy: PreTrainedModel) -> PreTrainedModel:
+    """A critic of its own that starts as the policy's trunk under a head that expects nothing."""
+    inner = language_model(policy)
+    config = copy.deepcopy(inner.config)
+    config.num_labels = 1
+    critic: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
+    some = next(inner.parameters())
+    critic.to(some.device, some.dtype)
+    body = {_without_adapter(k): v for k, v in trunk(policy).state_dict().items() if "lora_" not in k}
+    trunk(critic).load_state_dict(body)
+    nn.init.zeros_(value_head_of(critic).weight)  # type: ignore[attr-defined]
+    return critic
+
+
+def _without_adapter(name: str) -> str:
+    """A weight's name in the model that an adapter was put into."""
+    return re.sub(r"\.base_layer\.", ".", name)
+
+
+def without_dropout(*models: nn.Module | None) -> None:
+    """Switch dropout off for good: a ratio of probabilities means something only if both are of one function."""
+    for model in models:
+        for module in model.modules() if model is not None else ():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            for name in ("attention_dropout", "dropout", "activation_dropout"):
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0)
+
+
+def with_master_weights(*models: nn.Module | None) -> bool:
+    """Make what is trained fp32 where it was stored in fewer bits; whether anything was."""
+    changed = False
+    for model in models:
+        for parameter in model.parameters() if model is not None else ():
+            if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+                parameter.data, changed = parameter.data.float(), True
+    if changed:  # what is not trained must be of a kind with it, quantised weights apart
+        for model in models:
+            for tensor in [*model.parameters(), *model.buffers()] if model is not None else ():
+                if tensor.dtype in (torch.float16, torch.bfloat16):
+                    tensor.data = tensor.data.float()
+    return changed
+
+
+class Reference:
+    """What the policy is kept near: a frozen model, or the policy itself with its adapter off."""
+
+    def __init__(self, model: PreTrainedModel | None, actor: ActorCritic, adapter: str | None, own: str | None) -> None:
+        self.model, self.actor, self.adapter, self.own = model, actor, adapter, own or "default"
+        self.same = model is None and adapter is None
+        if model is not None:
+            model.eval().requires_grad_(False)
+            mine, other = actor.policy.state_dict(), model.state_dict()
+            self.same = mine.keys() == other.keys() and all(torch.equal(mine[k], other[k].to(mine[k])) for k in mine)
+            if actor.bf16:
+                _store_in_bf16(model)
+
+    @torch.no_grad()
+    def log_probs(self, batch: Batch, sampling: Sampling) -> Tensor:
+        """log p of the responses' tokens, (batch, longest response), in the precision of the policy."""
+        with self._opened() as model, autocast(self.actor.bf16, batch.tokens.device):
+            return token_likelihood(model, response_states(trunk(model), batch), batch, sampling)[0]
+
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
+        policy: Any = self.actor.policy
+        if self.model is not None:
+            yield self.model
+        elif self.adapter is None:
+            with policy.disable_adapter() if isinstance(policy, PeftModel) else nullcontext():
+                yield policy
+        else:
+            policy.set_adapter(self.adapter)
+            try:
+                yield policy
+            finally:
+                policy.set_adapter(self.own)
+
+
+def _store_in_bf16(model: PreTrainedModel) -> None:
+    """Keep in bf16 the weights that autocast would round for each product anyway: half the memory, the same numbers."""
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if isinstance(module, nn.Linear | Conv1D) and module is not head:
+            module.to(torch.bfloat16)

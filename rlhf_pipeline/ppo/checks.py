@@ -1,0 +1,103 @@
+"""What must hold while PPO runs, and a plain account of what is off where it does not."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.likelihood import language_model, response_states, token_likelihood, trunk
+from rlhf_pipeline.ppo.actor_critic import ActorCritic
+from rlhf_pipeline.ppo.rollout import Rollout
+from rlhf_pipeline.precision import autocast
+from rlhf_pipeline.sampling import Sampling, make_batch
+
+# How far log-probabilities of one network may lie apart when a batch is cut otherwise: rounding, and no more.
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3}
+_ROUNDING_BF16 = 0.3
+
+
+def check_head(actor: ActorCritic) -> None:
+    """Refuse a family whose log-probabilities we would not compute as its own forward pass has them."""
+    policy = language_model(actor.policy)
+    device = next(actor.parameters()).device
+    count = min(8, policy.get_input_embeddings().num_embeddings)
+    ids = list(range(count))
+    batch, plain = make_batch([ids[:1]], [ids[1:]]).to(device), Sampling()
+    training = policy.training
+    policy.eval()
+    with torch.no_grad(), autocast(actor.bf16, device):
+        mine, _ = token_likelihood(policy, response_states(trunk(policy), batch), batch, plain)
+        logits = policy(input_ids=batch.tokens, use_cache=False).logits[0, :-1].to(mine.dtype)
+    policy.train(training)
+    theirs = logits.log_softmax(-1).gather(-1, batch.tokens[0, 1:, None])[:, 0]
+    if (apart := float((mine[0] - theirs).abs().max())) > _rounding(actor, mine):
+        raise UserError(
+            f"{type(policy).__name__} does something to its logits that this trainer does not know: its "
+            f"log-probabilities differ by {apart:.3g} from those of trunk and head. Use another policy."
+        )
+
+
+def check_reference(rollout: Rollout, actor: ActorCritic, sampling: Sampling) -> None:
+    """Policy and reference are one network before the first step, so their KL is 0; say what is off if it is not."""
+    apart = float((rollout.log_probs - rollout.ref_log_probs).abs().max())
+    if apart > _rounding(actor, rollout.log_probs):
+        raise UserError(
+            f"policy and reference have the same weights, yet their log-probabilities differ by up to {apart:.3g} "
+            f"before the first step: {diagnose(actor, rollout, sampling)}."
+        )
+
+
+def check_first_ratio(ratio: float, approx_kl: float, actor: ActorCritic, rollout: Rollout, sampling: Sampling) -> None:
+    """No step has been taken since the rollout, so new / old probability is 1; say what is off if it is not."""
+    allowed = _rounding(actor, rollout.log_probs)
+    if not abs(ratio - 1) <= allowed or not approx_kl <= allowed**2:
+        raise UserError(
+            f"the ratio of new to old probabilities is {ratio:.6g} before any step, and should be 1: "
+            f"{diagnose(actor, rollout, sampling)}."
+        )
+
+
+def check_health(means: dict[str, float], threshold: float, update: int, checkpoint: str | None) -> None:
+    """Stop at numbers that are none, or at a ratio that has run away; the last checkpoint is from before."""
+    odd = [name for name, value in means.items() if not math.isfinite(value)]
+    ratio = means.get("val/ratio_max", 1.0)
+    if not odd and ratio <= threshold:
+        return
+    what = f"{', '.join(odd)} stopped being a number" if odd else f"the mean ratio of a step reached {ratio:.3g}"
+    kept = f"The last good checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint yet."
+    raise UserError(
+        f"PPO diverged in update {update + 1}: {what}. {kept} Lower trainer.learning_rate or trainer.num_ppo_epochs, "
+        "raise trainer.kl_coef, or limit the reward (trainer.score_clip)."
+    )
+
+
+@torch.no_grad()
+def diagnose(actor: ActorCritic, rollout: Rollout, sampling: Sampling) -> str:
+    """The likeliest reason why a policy disagrees with itself, found by asking it again in several ways."""
+    rows = rollout.batch.rows(torch.arange(min(4, len(rollout.scores)), device=rollout.scores.device))
+    limit = _rounding(actor, rollout.log_probs)
+
+    def ask(training: bool) -> Tensor:
+        was = actor.training
+        actor.train(training)
+        found = actor(rows, sampling, values=False).log_probs
+        actor.train(was)
+        return found
+
+    calm, again, training = ask(False), ask(False), ask(True)
+    if float((calm - again).abs().max()) > limit:
+        return "the policy gives other numbers each time it is asked, so something in it draws at random in eval mode"
+    if float((calm - training).abs().max()) > limit:
+        active = [n for n, m in actor.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0]
+        which = f" ({', '.join(active[:3])})" if active else ""
+        return f"the policy gives other numbers in training mode than in eval mode; dropout or the like is on{which}"
+    alone = actor(rollout.batch.rows(torch.tensor([0], device=rollout.scores.device)), sampling, values=False).log_probs
+    width = alone.shape[1]
+    if float((alone[0] - calm[0, :width]).abs().max()) > limit:
+        return "a row's numbers depend on the other rows of its batch; the model needs causal attention without padding"
+    return "the weights changed between rollout and update, or the reference is in another precision"
+
+
+def _rounding(actor: ActorCritic, like: Tensor) -> float:
+    return _ROUNDING_BF16 if actor.bf16 else _ROUNDING.get(like.dtype, 1e-3)

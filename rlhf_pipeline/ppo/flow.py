@@ -1,0 +1,256 @@
+"""What surrounds the algorithm: beginning, resuming, callbacks, evaluation, checkpoints, TRL's other methods."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import Trainer, TrainerControl
+from transformers.trainer_callback import ExportableState, TrainerState
+
+from rlhf_pipeline.checkpoints import drop_old, newest_whole, put_in_place, seal, step_of
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.metrics import distinct
+from rlhf_pipeline.ppo.objective import Moments
+from rlhf_pipeline.ppo.prompts import derive_seed
+from rlhf_pipeline.ppo.storage import (
+    fresh_folder,
+    generation_config,
+    load_optimizer,
+    load_policy,
+    load_weights,
+    save_policy,
+    save_weights,
+)
+from rlhf_pipeline.sampling import Sampling
+
+
+class Flow(Trainer):
+    """The parts of PPOTrainer that are not PPO. It expects the attributes that PPOTrainer's constructor makes."""
+
+    args: Any
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
+    control: TrainerControl
+    prompts: Any
+    eval_prompts: Any
+    batch_rows: int
+    kl_coef: float
+    moments: Moments
+    watch: Any
+    sampling: Sampling
+    prepared: Any
+    last_rollout: Any
+
+    # -- beginning and end
+
+    def begin(self, resume_from_checkpoint: str | bool | None) -> None:
+        """Optimizer, schedule and state; from a checkpoint where one is given."""
+        args = self.args
+        count = len(self.prompts.ids)
+        episodes = args.total_episodes or int(args.num_train_epochs * count)
+        updates = args.max_steps if args.max_steps > 0 else math.ceil(episodes / self.batch_rows)
+        self.create_optimizer_and_scheduler(num_training_steps=updates)
+        if self.prepared is None:
+            self.prepared, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+            self.model_wrapped = self.prepared
+        self.state = TrainerState(max_steps=updates, is_world_process_zero=self.is_world_process_zero())
+        self.state.is_local_process_zero = self.is_local_process_zero()
+        self.state.num_train_epochs = math.ceil(episodes / count)
+        if resume_from_checkpoint:
+            self._load_checkpoint(self._checkpoint_of(resume_from_checkpoint))
+            self.state.max_steps = updates
+        for name in ("logging_steps", "eval_steps", "save_steps"):  # below 1 they are shares of the whole
+            asked = getattr(args, name) or 1
+            setattr(self.state, name, max(1, math.ceil(asked * updates) if asked < 1 else int(asked)))
+        self.state.train_batch_size = args.per_device_train_batch_size
+        handler = self.callback_handler
+        handler.model, handler.optimizer, handler.lr_scheduler = self.model, self.optimizer, self.lr_scheduler
+        self.control = handler.on_train_begin(args, self.state, self.control)
+        self.model.train()
+
+    def end(self) -> None:
+        """The last words to the callbacks; the best policy back, where that was asked for."""
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        best = Path(self.args.output_dir) / "best"
+        if self.args.load_best_model_at_end and best.is_dir():
+            with torch.no_grad():
+                load_policy(self.model, best)
+
+    def end_update(self, rollout: Any, stats: dict[str, float]) -> None:
+        """Log, evaluate and save as the callbacks decide."""
+        args, state = self.args, self.state
+        learning_rate = self.lr_scheduler.get_last_lr()[0]
+        self.lr_scheduler.step()
+        state.global_step += 1
+        episode, epoch_before = state.global_step * self.batch_rows, int(state.epoch or 0)
+        state.epoch = episode / len(self.prompts.ids)
+        state.episode = episode
+        self.last_rollout = rollout
+        self.control = self.callback_handler.on_step_end(args, state, self.control)
+        if int(state.epoch) > epoch_before:
+            self.control = self.callback_handler.on_epoch_end(args, state, self.control)
+        if self.control.should_log or state.global_step == state.max_steps:
+            self.log({**stats, "lr": learning_rate, "episode": episode})
+        if self.control.should_evaluate:
+            metrics = self.evaluate()
+            if self._determine_best_metric(metrics, None):
+                self._save_best()
+                self.control.should_save = self.control.should_save or args.save_strategy == "best"
+        every = max(1, state.max_steps // args.num_sample_generations) if args.num_sample_generations > 0 else 0
+        if every and (state.global_step - 1) % every == 0:
+            self.generate_completions(sampling=True)
+        if self.control.should_save:
+            self._save_checkpoint()
+            self.control = self.callback_handler.on_save(args, state, self.control)
+        self.control.should_log = self.control.should_evaluate = self.control.should_save = False
+
+    def warn(self, message: str) -> None:
+        """One line for the user, once over all processes."""
+        if self.is_world_process_zero():
+            print(f"warning: {message}", flush=True)
+
+    # -- evaluation
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Answer the held-out prompts, with the same random numbers each time, and log the means."""
+        from rlhf_pipeline.ppo.prompts import read_prompts
+
+        prompts = self.eval_prompts if eval_dataset is None else read_prompts(eval_dataset, self.processing_class)
+        if prompts is None:
+            raise UserError("evaluate() needs held-out prompts: pass an eval_dataset.")
+        rewards, kls, lengths, answers = [], [], [], []
+        size = self.args.per_device_eval_batch_size * self.accelerator.num_processes
+        for start in range(0, len(prompts.ids), size):
+            rows = range(start, min(start + size, len(prompts.ids)))
+            rollout = self._answer(prompts.pick(rows), self.sampling, derive_seed(self.args.seed, "evaluate", start))
+            rewards.append(rollout.scores.float())
+            kls.append((rollout.log_probs - rollout.ref_log_probs).sum(1).float())
+            lengths.append(rollout.batch.response_lengths.float())
+            answers += rollout.responses
+        reward = torch.cat(rewards)
+        found = {
+            "reward": float(reward.mean()),
+            "reward_stderr": float(reward.std() / math.sqrt(len(reward))) if len(reward) > 1 else 0.0,
+            "kl": float(torch.cat(kls).mean()),
+            "length": float(torch.cat(lengths).mean()),
+            "distinct_2": distinct(answers, 2),
+        }
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.model.train()
+        return metrics
+
+    def _answer(self, prompts: Any, sampling: Sampling, seed: int) -> Any:
+        """A rollout of some prompts that is not trained on. Every process needs a row: the last is repeated for it."""
+        args, count = self.args, len(prompts.ids)
+        lacking = -count % self.accelerator.num_processes
+        rows = [*range(count), *[count - 1] * lacking]
+        generator = torch.Generator().manual_seed(seed)
+        shortest = args.min_response_length or args.response_length
+        limits = torch.randint(shortest, args.response_length + 1, (len(rows),), generator=generator)
+        rollout = self._share(prompts.pick(rows), limits, sampling, generator)
+        if not lacking:
+            return rollout
+        kept = torch.arange(count, device=rollout.scores.device)
+        batch = rollout.batch.rows(kept)
+        width = batch.response_mask.shape[1]
+        tensors = [part[:count, :width] if part.dim() > 1 else part[:count] for part in rollout[1:6]]
+        return type(rollout)(batch, *tensors, rollout.prompts[:count], rollout.responses[:count])
+
+    def generate_completions(self, sampling: bool = False) -> None:
+        """Print how the policy goes on from held-out prompts, all but greedily; with `sampling` one batch of them."""
+        if self.eval_prompts is None:
+            return
+        calm = Sampling(0.01, self.sampling.stop_ids, self.sampling.min_length, self.sampling.suppressed_ids)
+        size = self.args.per_device_eval_batch_size
+        rows: list[tuple[str, str, float]] = []
+        for start in range(0, size if sampling else len(self.eval_prompts.ids), size):
+            part = self.eval_prompts.pick(range(start, min(start + size, len(self.eval_prompts.ids))))
+            found = self._answer(part, calm, derive_seed(self.args.seed, "completions", start))
+            rows += zip(found.prompts, found.responses, found.scores.tolist(), strict=True)
+        self.model.train()
+        if self.is_world_process_zero():
+            table = Table("query", "model response", "score", show_lines=True)
+            for query, response, score in rows[:5]:
+                table.add_row(Text(query), Text(response), f"{score:.3f}")  # Text: what is said is no markup
+            Console().print(table)
+
+    # -- checkpoints: whole or not there
+
+    def last_checkpoint(self) -> str | None:
+        """The newest whole checkpoint of this run."""
+        found = newest_whole(Path(self.args.output_dir))
+        return str(found) if found else None
+
+    def _checkpoint_of(self, asked: str | bool) -> Path:
+        found = newest_whole(Path(self.args.output_dir)) if asked is True else Path(str(asked))
+        if found is None or not (found / "trainer_state.json").exists():
+            where = self.args.output_dir if found is None else found
+            raise UserError(f"there is no checkpoint to resume from in {where}; call train() without one.")
+        return found
+
+    def _save_checkpoint(self, *_: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero():
+            temporary = fresh_folder(folder)
+            save_weights(self.model, temporary / "actor_critic.safetensors")
+            torch.save(self.optimizer.state_dict(), temporary / "optimizer.pt")
+            torch.save(self.lr_scheduler.state_dict(), temporary / "scheduler.pt")
+            exported = [c for c in [*self.callback_handler.callbacks, self.control] if isinstance(c, ExportableState)]
+            self.state.stateful_callbacks = {type(each).__name__: each.state() for each in exported}
+            self.state.save_to_json(str(temporary / "trainer_state.json"))
+            own = {"kl_coef": self.kl_coef, "moments": self.moments, "watch": self.watch.state_dict()}
+            (temporary / "ppo_state.json").write_text(json.dumps(own))
+            seal(temporary)
+            put_in_place(temporary, folder)
+            drop_old(folder.parent, self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def _load_checkpoint(self, folder: Path) -> None:
+        with torch.no_grad():
+            load_weights(self.model, folder / "actor_critic.safetensors")
+        load_optimizer(self.optimizer, folder / "optimizer.pt", self.accelerator.device)
+        self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
+        self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        self.state.is_world_process_zero = self.is_world_process_zero()
+        self.state.is_local_process_zero = self.is_local_process_zero()
+        if self.state.global_step != step_of(folder) >= 0:
+            raise UserError(f"{folder} says that it is of step {self.state.global_step}; it was renamed or mixed up.")
+        for callback in self.callback_handler.callbacks:
+            kept = self.state.stateful_callbacks.get(type(callback).__name__)
+            for name, value in (kept or {}).get("attributes", {}).items():
+                setattr(callback, name, value)
+        own = json.loads((folder / "ppo_state.json").read_text())
+        self.kl_coef, self.moments = own["kl_coef"], Moments(*own["moments"])
+        self.watch.load_state_dict(own["watch"])
+
+    def _save_best(self) -> None:
+        folder = Path(self.args.output_dir) / "best"
+        if self.is_world_process_zero():
+            temporary = fresh_folder(folder)
+            self._write(temporary, merge=False)
+            put_in_place(temporary, folder)
+        self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False, merge: bool = False) -> None:
+        """The policy alone, as AutoModelForCausalLM opens it, with the critic beside it.
+
+        An adapter is saved as one; with `merge`, the policy as one model that needs no other.
+        """
+        if self.is_world_process_zero():
+            self._write(Path(output_dir or self.args.output_dir), merge)
+        self.accelerator.wait_for_everyone()
+
+    def _write(self, folder: Path, merge: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        how = generation_config(self.sampling, self.args.response_length, self.processing_class)
+        save_policy(self.model, self.processing_class, folder, how, merge)

@@ -1,0 +1,106 @@
+"""Where a PPO run's state goes: checkpoints to resume from, and the policy as others open it."""
+
+import copy
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from peft.utils.save_and_load import load_peft_weights
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from rlhf_pipeline.likelihood import language_model
+from rlhf_pipeline.ppo.actor_critic import ActorCritic
+from rlhf_pipeline.sampling import Sampling
+
+
+def trained_state(actor: ActorCritic) -> dict[str, Tensor]:
+    """The weights that training changes, by name; shared ones once."""
+    return {name: p.detach() for name, p in actor.named_parameters() if p.requires_grad}
+
+
+def save_weights(actor: ActorCritic, path: Path) -> None:
+    """Write `trained_state` as safetensors."""
+    save_file({name: tensor.contiguous() for name, tensor in trained_state(actor).items()}, path)
+
+
+def load_weights(actor: ActorCritic, path: Path) -> None:
+    """Read what `save_weights` wrote, into the same tensors."""
+    found, own = load_file(path), trained_state(actor)
+    if found.keys() != own.keys():
+        odd = sorted(found.keys() ^ own.keys())[:3]
+        raise ValueError(f"{path} holds the weights of another set-up; {', '.join(odd)} are in one only")
+    for name, tensor in own.items():
+        tensor.copy_(found[name])
+
+
+def save_policy(
+    actor: ActorCritic, tokenizer: PreTrainedTokenizerBase, folder: Path, generation: GenerationConfig, merge: bool
+) -> None:
+    """Write the policy so that AutoModelForCausalLM opens it, with its tokenizer; the critic beside it.
+
+    A policy with an adapter is written as the adapter, as peft does, or with `merge` as one model.
+    """
+    policy: Any = actor.policy
+    if isinstance(policy, PeftModel) and merge:
+        policy = copy.deepcopy(policy).merge_and_unload()
+    inner = language_model(policy)
+    before, inner.generation_config = inner.generation_config, generation
+    try:
+        policy.save_pretrained(folder)
+        if isinstance(policy, PeftModel):
+            generation.save_pretrained(folder)
+    finally:
+        inner.generation_config = before
+    tokenizer.save_pretrained(folder)
+    actor.save_critic(folder)
+
+
+def load_policy(actor: ActorCritic, folder: Path) -> None:
+    """Take back what `save_policy` wrote without merging."""
+    policy: Any = actor.policy
+    if isinstance(policy, PeftModel):
+        set_peft_model_state_dict(policy, load_peft_weights(str(folder), device="cpu"))
+    else:
+        own = policy.state_dict()
+        for path in sorted(folder.glob("model*.safetensors")):
+            for name, tensor in load_file(path).items():
+                own[name].copy_(tensor)
+    actor.load_critic(folder)
+
+
+def generation_config(sampling: Sampling, response_length: int, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """What makes `generate` draw from the distribution that was trained. EOS always ends a text."""
+    stops = list(sampling.stop_ids)
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in stops:
+        stops.append(int(tokenizer.eos_token_id))
+    return GenerationConfig(
+        do_sample=True,
+        temperature=sampling.temperature,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=response_length,
+        min_new_tokens=sampling.min_length or None,
+        suppress_tokens=list(sampling.suppressed_ids) or None,
+        eos_token_id=stops[0] if len(stops) == 1 else (stops or None),
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def fresh_folder(folder: Path) -> Path:
+    """An empty hidden folder beside `folder`, to be renamed to it once it is full."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    for leftover in folder.parent.glob(f".{folder.name}.*"):
+        shutil.rmtree(leftover)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def load_optimizer(optimizer: Any, path: Path, device: torch.device) -> None:
+    """Read an optimizer's state without running anything that it may contain."""
+    optimizer.load_state_dict(torch.load(path, map_location=device, weights_only=True))

@@ -1,0 +1,69 @@
+"""A policy small enough for a test, with what it needs around it."""
+
+import copy
+from pathlib import Path
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
+
+from rlhf_pipeline.policies import train_tokenizer
+from rlhf_pipeline.ppo import PPOConfig, PPOTrainer
+from rlhf_pipeline.sampling import Batch, Sampling, sample, uniform_draws
+
+TEXTS = ["the film was good and the cast was fine", "the plot was bad and nobody liked it"] * 20
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerBase:
+    """A byte-level BPE of 300 tokens: 0 ends a text, 1 pads."""
+    return train_tokenizer(TEXTS, 300, 64)
+
+
+def tiny_policy(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> GPT2LMHeadModel:
+    """A policy far from uniform, so that distributions can differ."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=64, n_layer=2, n_embd=32, n_head=2, initializer_range=0.3,
+        bos_token_id=0, eos_token_id=0, pad_token_id=1,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).eval()
+
+
+PROMPTS = [[5, 9, 11], [7], [20, 21, 22, 23, 24], [30, 8]]
+
+
+def answers(
+    policy: GPT2LMHeadModel, prompts: list[list[int]], limits: list[int], sampling: Sampling, seed: int = 0
+) -> Batch:
+    """Responses drawn with a seed."""
+    wanted = torch.tensor(limits)
+    draws = uniform_draws(wanted, torch.Generator().manual_seed(seed))
+    return sample(policy, prompts, wanted, sampling, draws)
+
+
+def good_share(prompts: object, responses: list[str]) -> list[float]:
+    """A reward that a policy can learn: the share of the letter o."""
+    return [text.count("o") / max(len(text), 1) for text in responses]
+
+
+def trainer(tokenizer: PreTrainedTokenizerBase, folder: Path, **options: object) -> PPOTrainer:
+    """A trainer of a tiny policy towards `good_share`."""
+    values: dict[str, object] = {
+        "total_episodes": 64, "per_device_train_batch_size": 8, "num_ppo_epochs": 2, "learning_rate": 1e-3,
+        "response_length": 6, "temperature": 1.0, "stop_token": "eos", "disable_tqdm": True, "report_to": "none",
+        "save_steps": 100,
+    }  # fmt: skip
+    args = PPOConfig(output_dir=str(folder), **{**values, **options})
+    policy = tiny_policy(tokenizer)
+    return PPOTrainer(args, tokenizer, policy, copy.deepcopy(policy), good_share, PROMPTS * 8)
+
+
+def stats_of_first_update(ppo: PPOTrainer) -> dict[str, float]:
+    """One update, as `train` makes it."""
+    ppo.begin(None)
+    experience = ppo._estimate(ppo._roll_out(0))
+    return {**ppo._describe(experience), **ppo._optimise(experience, 0)}
+
+
+def weights(ppo: PPOTrainer) -> torch.Tensor:
+    """All of the policy's and the value head's weights in one vector."""
+    return torch.cat([p.detach().flatten() for p in ppo.model.parameters()])
