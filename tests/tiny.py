@@ -1,7 +1,7 @@
 """A policy small enough for a test, with what it needs around it."""
 
-import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
@@ -45,16 +45,22 @@ def good_share(prompts: object, responses: list[str]) -> list[float]:
     return [text.count("o") / max(len(text), 1) for text in responses]
 
 
-def trainer(tokenizer: PreTrainedTokenizerBase, folder: Path, **options: object) -> PPOTrainer:
-    """A trainer of a tiny policy towards `good_share`."""
+def trainer(
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    given: dict[str, Any] | None = None,
+    **options: object,
+) -> PPOTrainer:
+    """A trainer of a tiny policy towards `good_share`; `given` are more arguments of its constructor."""
     values: dict[str, object] = {
         "total_episodes": 64, "per_device_train_batch_size": 8, "num_ppo_epochs": 2, "learning_rate": 1e-3,
         "response_length": 6, "temperature": 1.0, "stop_token": "eos", "disable_tqdm": True, "report_to": "none",
-        "save_steps": 100,
+        "save_steps": 100, "num_sample_generations": 0, "bf16": False,
     }  # fmt: skip
     args = PPOConfig(output_dir=str(folder), **{**values, **options})
-    policy = tiny_policy(tokenizer)
-    return PPOTrainer(args, tokenizer, policy, copy.deepcopy(policy), good_share, PROMPTS * 8)
+    more = {"reward_model": good_share, "train_dataset": PROMPTS * 8, **(given or {})}
+    return PPOTrainer(args, tokenizer, tiny_policy(tokenizer).to(dtype), None, **more)
 
 
 def stats_of_first_update(ppo: PPOTrainer) -> dict[str, float]:

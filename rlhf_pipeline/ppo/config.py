@@ -17,6 +17,10 @@ _AT_LEAST_ONE = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "watch_window", "ptx_max_length",
 )  # fmt: skip
 _NOT_NEGATIVE = ("kl_coef", "entropy_coef", "ptx_coef", "vf_coef", "cliprange", "cliprange_value", "min_new_tokens")
+_OUTPUTS = (
+    "world_size", "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size", "local_mini_batch_size",
+    "mini_batch_size",
+)  # fmt: skip
 _ABOVE_ZERO = ("temperature", "kl_target", "score_clip", "max_update_kl", "ratio_threshold")
 
 
@@ -93,15 +97,18 @@ def check_config(args: PPOConfig) -> int:
     """Refuse settings that do not go together; give the number of rows of a process's batch."""
     if args.fp16:
         raise UserError("trainer.fp16 is not carried out: its range is too small for PPO's ratios; use trainer.bf16.")
-    for names, fits, allowed in (
-        (_AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
-        (_NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
-        (_ABOVE_ZERO, lambda value: value > 0, "a number above 0"),
-    ):
-        for name in names:
-            value = getattr(args, name)
-            if value is not None and not fits(value):
-                raise UserError(f"trainer.{name} is {value}; it takes {allowed}.")
+    for name in _OUTPUTS:
+        if getattr(args, name) is not None:
+            raise UserError(f"trainer.{name} is not yours to set: it follows from the batch's other settings.")
+    for name, value in vars(args).items():
+        if value is None:
+            continue
+        if name in _AT_LEAST_ONE and value < 1:
+            raise UserError(f"trainer.{name} is {value}; it takes at least 1.")
+        if name in _NOT_NEGATIVE and value < 0:
+            raise UserError(f"trainer.{name} is {value}; it takes 0 or more.")
+        if name in _ABOVE_ZERO and value <= 0:
+            raise UserError(f"trainer.{name} is {value}; it takes a number above 0.")
     for name, choices in (
         ("critic", ("shared", "separate")),
         ("critic_init", ("policy", "reward")),
@@ -152,6 +159,4 @@ def make_sampling(args: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> Sampli
     if clash := suppressed & stops:
         names = ", ".join(sorted(token for token, number in vocabulary.items() if number in clash))
         raise UserError(f"trainer.suppress_tokens and the stop tokens share {names}; a response could never end so.")
-    if args.temperature <= 0:
-        raise UserError(f"trainer.temperature is {args.temperature}; it takes a number above 0.")
     return Sampling(args.temperature, tuple(sorted(stops)), args.min_new_tokens, tuple(sorted(suppressed)))

@@ -26,7 +26,7 @@ from rlhf_pipeline.ppo.storage import (
     save_policy,
     save_weights,
 )
-from rlhf_pipeline.sampling import Sampling
+from rlhf_pipeline.sampling import Sampling, uniform_draws
 
 
 class Flow(Trainer):
@@ -156,8 +156,9 @@ class Flow(Trainer):
         rows = [*range(count), *[count - 1] * lacking]
         generator = torch.Generator().manual_seed(seed)
         shortest = args.min_response_length or args.response_length
-        limits = torch.randint(shortest, args.response_length + 1, (len(rows),), generator=generator)
-        rollout = self._share(prompts.pick(rows), limits, sampling, generator)
+        limits = torch.randint(shortest, args.response_length + 1, (count,), generator=generator)
+        uniforms = uniform_draws(limits, generator)
+        rollout = self._share(prompts.pick(rows), limits[rows], sampling, uniforms[:, rows])
         if not lacking:
             return rollout
         kept = torch.arange(count, device=rollout.scores.device)
@@ -218,7 +219,7 @@ class Flow(Trainer):
     def _load_checkpoint(self, folder: Path) -> None:
         with torch.no_grad():
             load_weights(self.model, folder / "actor_critic.safetensors")
-        load_optimizer(self.optimizer, folder / "optimizer.pt", self.accelerator.device)
+        load_optimizer(self.optimizer, folder / "optimizer.pt")
         self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
         self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
         self.state.is_world_process_zero = self.is_world_process_zero()

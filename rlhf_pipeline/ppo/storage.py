@@ -101,6 +101,6 @@ def fresh_folder(folder: Path) -> Path:
     return temporary
 
 
-def load_optimizer(optimizer: Any, path: Path, device: torch.device) -> None:
-    """Read an optimizer's state without running anything that it may contain."""
-    optimizer.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+def load_optimizer(optimizer: Any, path: Path) -> None:
+    """Read an optimizer's state, which moves to where its weights are; nothing that the file may contain is run."""
+    optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

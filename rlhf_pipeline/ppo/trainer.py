@@ -90,6 +90,8 @@ class PPOTrainer(Flow, TRLPPOTrainer):
         ptx_dataset: Sequence[Sequence[int]] | None = None,
     ) -> None:
         local_rows = check_config(args)
+        if args.eval_strategy != "no" and eval_dataset is None:
+            raise UserError("trainer.eval_steps and eval_strategy need held-out prompts: pass an eval_dataset.")
         if ref_model is model:
             raise UserError("model and ref_model are one object; pass a copy, or None and a copy is made.")
         if peft_config is not None:
@@ -112,8 +114,9 @@ class PPOTrainer(Flow, TRLPPOTrainer):
         actor = ActorCritic(model, value_model, bool(args.bf16))
         # Trainer's own constructor: TRL's builds a second backbone for the critic and an optimizer over it.
         Trainer.__init__(
-            self, actor, args, processing_class=processing_class, callbacks=callbacks, optimizers=optimizers
-        )
+            self, actor, args, eval_dataset=eval_dataset, processing_class=processing_class, callbacks=callbacks,
+            optimizers=optimizers,
+        )  # fmt: skip
         world = self.accelerator.num_processes
         self.policy_model, self.value_model, self.reward_model = model, value_model, reward_model
         self.local_rows, self.batch_rows = local_rows, local_rows * world
@@ -175,8 +178,6 @@ class PPOTrainer(Flow, TRLPPOTrainer):
                 )
         if args.ptx_coef and not self.ptx:
             raise UserError("trainer.ptx_coef needs pretraining texts: ptx_dataset, or ptx.name= on the command line.")
-        if args.eval_strategy != "no" and self.eval_prompts is None:
-            raise UserError("trainer.eval_strategy needs held-out prompts: pass an eval_dataset.")
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> None:
         """Run PPO until `total_episodes`, from a checkpoint where one is given; `True` takes the newest."""
@@ -199,11 +200,11 @@ class PPOTrainer(Flow, TRLPPOTrainer):
         limits = torch.randint(shortest, args.response_length + 1, (self.batch_rows,), generator=generator)
         chosen = prompts_of_update(count, self.batch_rows, update, args.seed)
         seed_everything(derive_seed(args.seed, f"reward of process {self.accelerator.process_index}", update))
-        return self._share(self.prompts.pick(chosen), limits, self.sampling, generator)
+        return self._share(self.prompts.pick(chosen), limits, self.sampling, uniform_draws(limits, generator))
 
-    def _share(self, prompts: Prompts, limits: Tensor, sampling: Sampling, generator: torch.Generator) -> Rollout:
+    def _share(self, prompts: Prompts, limits: Tensor, sampling: Sampling, uniforms: Tensor) -> Rollout:
         """Roll out over all processes: process r has rows r, r + n, ...; each draws what one process would have."""
-        uniforms, device = uniform_draws(limits, generator), self.accelerator.device
+        device = self.accelerator.device
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         self.model.eval()
         mine = range(rank, len(prompts.ids), world)

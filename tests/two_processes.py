@@ -1,0 +1,37 @@
+"""What each process of a test under torchrun does: train a tiny policy as the JSON on the command line says."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from tiny import tiny_tokenizer, trainer
+
+
+def main() -> None:
+    """Train; process 0 leaves the weights, the log and the saved model in the folder."""
+    asked: dict[str, Any] = json.loads(sys.argv[1])
+    folder = Path(asked["folder"])
+    given: dict[str, Any] = {}
+    if asked.get("lora"):
+        torch.manual_seed(5)
+        given["peft_config"] = LoraConfig(r=4, target_modules=["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True)
+    if asked.get("ptx"):
+        given["ptx_dataset"] = [[i, i + 1, i + 2, i + 3][: 2 + i % 3] for i in range(2, 40)]
+    if asked.get("evaluate"):
+        given["eval_dataset"] = [[5, 9], [7], [8, 9, 10]]
+    ppo = trainer(tiny_tokenizer(), folder, torch.float64, given, use_cpu=True, **asked["options"])
+    ppo.train(asked.get("resume"))
+    ppo.save_model(str(folder / "model"))
+    if int(os.environ.get("RANK", 0)) == 0:
+        torch.save({n: p.detach() for n, p in ppo.model.named_parameters()}, folder / "weights.pt")
+        (folder / "log.json").write_text(json.dumps(ppo.state.log_history))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

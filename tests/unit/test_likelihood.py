@@ -1,0 +1,77 @@
+"""log p and entropy of chosen tokens, against their definition."""
+
+import pytest
+import torch
+from tiny import tiny_policy, tiny_tokenizer
+from torch import Tensor
+
+from rlhf_pipeline import likelihood
+from rlhf_pipeline.likelihood import log_probs, response_states, token_likelihood, trunk
+from rlhf_pipeline.sampling import Sampling, make_batch
+
+SAMPLINGS = [Sampling(), Sampling(0.7, stop_ids=(0, 3), min_length=2, suppressed_ids=(5, 6))]
+BATCH = make_batch([[5, 9, 11], [7], [20, 21]], [[30, 8, 0], [12], [9, 13]])
+
+
+def defined(logits: Tensor, sampling: Sampling) -> Tensor:
+    """The log-distribution of the first row of BATCH at its response tokens, written out: (time, vocabulary)."""
+    logits = logits / sampling.temperature
+    for token in sampling.suppressed_ids:
+        logits[:, token] = -1e30
+    for token in sampling.stop_ids:
+        logits[: sampling.min_length, token] = -1e30
+    return logits.log_softmax(-1)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_values_and_gradients_are_those_of_the_definition(sampling: Sampling, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(likelihood, "_PIECE", 700)  # so that the vocabulary is worked on in several pieces
+    monkeypatch.setattr(likelihood, "_SCRATCH", 700)
+    policy = tiny_policy(tiny_tokenizer()).double()
+    weight = torch.linspace(-1, 1, 9, dtype=torch.float64).reshape(3, 3)
+
+    def gradient(loss: Tensor) -> Tensor:
+        policy.zero_grad()
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
+
+    found, entropy = token_likelihood(policy, response_states(trunk(policy), BATCH), BATCH, sampling)
+    mine = gradient((found * weight).sum() + (entropy * weight.t()).sum())
+    plain = torch.zeros(3, 3, dtype=torch.float64)
+    spread = torch.zeros(3, 3, dtype=torch.float64)
+    for row in range(3):
+        start, count = int(BATCH.prompt_lengths[row]), int(BATCH.response_lengths[row])
+        logits = policy(BATCH.tokens[row : row + 1, : start + count]).logits[0, start - 1 : -1].clone()
+        every = defined(logits, sampling)
+        plain[row, :count] = every.gather(1, BATCH.responses[row, :count, None])[:, 0]
+        spread[row, :count] = -(every.exp() * every.clamp(min=-1e20)).sum(-1)
+    torch.testing.assert_close(found, plain, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(entropy, spread, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        mine, gradient((plain * weight).sum() + (spread * weight.t()).sum()), rtol=1e-9, atol=1e-11
+    )
+    torch.testing.assert_close(log_probs(policy, BATCH, sampling), plain.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_a_head_that_is_not_one_matrix_goes_the_plain_way() -> None:
+    policy = tiny_policy(tiny_tokenizer())
+    policy.config.final_logit_softcapping = 5.0
+    found = log_probs(policy, BATCH, Sampling())
+    logits = policy(BATCH.tokens[:1]).logits[0, 2:-1]
+    expected = (5 * torch.tanh(logits / 5)).log_softmax(-1).gather(1, BATCH.responses[0, :, None])[:, 0]
+    torch.testing.assert_close(found[0], expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_differs_from_fp32_by_rounding_only() -> None:
+    policy = tiny_policy(tiny_tokenizer())
+    exact = log_probs(policy, BATCH, Sampling())
+    with torch.autocast("cpu", torch.bfloat16):
+        states = response_states(trunk(policy), BATCH)
+        rough, _ = token_likelihood(policy, states, BATCH, Sampling())
+        with torch.no_grad():
+            calm, _ = token_likelihood(policy, states, BATCH, Sampling())
+    assert rough.dtype == torch.float32
+    assert torch.equal(rough.detach(), calm), "with and without gradients it is one function"
+    assert 0 < (rough - exact).abs().max() < 0.3
+    rough.sum().backward()
+    assert policy.transformer.wte.weight.grad.dtype == torch.float32

@@ -1,0 +1,498 @@
+"""Each option of the PPO trainer does what it says."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tiny import PROMPTS, good_share, stats_of_first_update, tiny_policy, tiny_tokenizer, trainer, weights
+from transformers import (
+    AutoModelForCausalLM,
+    EarlyStoppingCallback,
+    GPT2ForSequenceClassification,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
+
+from rlhf_pipeline import precision
+from rlhf_pipeline.checkpoints import newest_whole
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.ppo import PPOConfig, PPOTrainer
+from rlhf_pipeline.ppo.watch import CollapseWatch
+from rlhf_pipeline.sampling import Sampling, make_batch
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return tiny_tokenizer()
+
+
+def lora(**options: Any) -> LoraConfig:
+    """An adapter on the attention's matrices."""
+    torch.manual_seed(5)
+    return LoraConfig(r=4, target_modules=["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True, **options)
+
+
+def parameters(model: torch.nn.Module) -> int:
+    """How many numbers a network holds."""
+    return sum(p.numel() for p in model.parameters())
+
+
+# -- the critic
+
+
+def test_a_separate_critic_starts_as_the_policys_trunk(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    ppo = trainer(tokenizer, tmp_path, critic="separate")
+    critic = ppo.value_model
+    assert isinstance(critic, GPT2ForSequenceClassification)
+    assert torch.equal(critic.transformer.wte.weight, ppo.policy_model.transformer.wte.weight)
+    assert critic.transformer.wte.weight is not ppo.policy_model.transformer.wte.weight
+    assert not critic.score.weight.any()
+    ppo.train()
+    assert not torch.equal(critic.transformer.wte.weight, ppo.policy_model.transformer.wte.weight)
+    ppo.save_model(str(tmp_path / "model"))
+    saved = GPT2ForSequenceClassification.from_pretrained(tmp_path / "model" / "critic")
+    assert torch.equal(saved.score.weight, critic.score.weight)
+
+
+def test_a_separate_critic_may_start_as_the_reward_model(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    config = copy.deepcopy(tiny_policy(tokenizer).config)
+    config.num_labels = 1
+    reward = GPT2ForSequenceClassification(config)
+    ppo = trainer(tokenizer, tmp_path, given={"reward_model": reward}, critic="separate", critic_init="reward")
+    assert torch.equal(ppo.value_model.score.weight, reward.score.weight)
+    before = reward.score.weight.clone()
+    ppo.train()
+    assert torch.equal(reward.score.weight, before), "the reward itself is not trained"
+    assert not torch.equal(ppo.value_model.score.weight, before)
+    with pytest.raises(UserError, match="critic_init=reward needs a reward model"):
+        trainer(tokenizer, tmp_path, critic="separate", critic_init="reward")
+
+
+def test_the_critic_learns_to_foresee(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    given = {"reward_model": lambda prompts, responses: [1.0] * len(responses)}
+    for critic in ("shared", "separate"):
+        ppo = trainer(
+            tokenizer, tmp_path / critic, given=given, critic=critic, total_episodes=8 * 40, learning_rate=1e-3,
+            vf_coef=1.0, cliprange_value=10.0, kl_coef=0.0, cliprange=1e-9,
+        )  # fmt: skip
+        ppo.train()
+        loss = [row["loss/value_avg"] for row in ppo.state.log_history]
+        assert sum(loss[-5:]) < 0.5 * sum(loss[:5]), critic
+
+
+# -- the objective
+
+
+def entropy_after(tokenizer: PreTrainedTokenizerBase, folder: Path, coefficient: float) -> float:
+    ppo = trainer(tokenizer, folder, entropy_coef=coefficient, total_episodes=8 * 20, learning_rate=3e-3)
+    ppo.train()
+    return float(ppo.state.log_history[-1]["policy/entropy_avg"])
+
+
+def test_an_entropy_bonus_keeps_the_policy_open(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    assert entropy_after(tokenizer, tmp_path, 0.5) > entropy_after(tokenizer, tmp_path, 0.0) + 0.3
+
+
+def test_ptx_holds_on_to_the_pretraining_texts(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    texts = [[10, 11, 12, 13, 14, 15]] * 8
+
+    def likelihood(coefficient: float) -> float:
+        ppo = trainer(
+            tokenizer, tmp_path, given={"ptx_dataset": texts}, ptx_coef=coefficient, total_episodes=8 * 15,
+            learning_rate=3e-3,
+        )  # fmt: skip
+        ppo.train()
+        batch = make_batch([texts[0][:1]], [texts[0][1:]])
+        with torch.no_grad():
+            return float(ppo.model(batch, Sampling()).log_probs.sum())
+
+    assert likelihood(1.0) > likelihood(0.0) + 5
+    with pytest.raises(UserError, match="ptx_coef needs pretraining texts"):
+        trainer(tokenizer, tmp_path, ptx_coef=0.5)
+
+
+def test_ptx_adds_its_gradient_and_no_more(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """-ptx_coef x mean log p a token, by autograd on the written-out loss."""
+    texts = [[10, 11, 12], [20, 21, 22, 23, 24]]
+    ppo = trainer(
+        tokenizer, tmp_path, torch.float64, {"ptx_dataset": texts}, ptx_coef=0.7, ptx_batch_size=2,
+        per_device_train_batch_size=1, gradient_accumulation_steps=8,
+    )  # fmt: skip
+    ppo.begin(None)
+    ppo._backward_ptx(0, 0, 8)
+    found = ppo.policy_model.transformer.wte.weight.grad.clone()
+    ppo.model.zero_grad()
+    total = torch.zeros((), dtype=torch.float64)
+    for text in texts:
+        ids = torch.tensor([text])
+        every = ppo.policy_model(ids).logits[0, :-1].log_softmax(-1)
+        total = total + every.gather(1, ids[0, 1:, None]).sum()
+    (-0.7 * total / 6).backward()
+    torch.testing.assert_close(found, ppo.policy_model.transformer.wte.weight.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_scores_are_scaled_by_all_that_has_been_seen(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    seen: list[float] = []
+
+    def reward(prompts: object, responses: list[str]) -> list[float]:
+        found = [100 + 10 * score for score in good_share(prompts, responses)]
+        seen.extend(found)
+        return found
+
+    ppo = trainer(tokenizer, tmp_path, given={"reward_model": reward}, use_score_scaling=True, use_score_norm=True)
+    scaled: list[torch.Tensor] = []
+    estimate = ppo._estimate
+
+    def note(rollout: Any) -> Any:
+        found = estimate(rollout)
+        scaled.append(found.scores)
+        return found
+
+    ppo._estimate = note  # type: ignore[method-assign]
+    ppo.train()
+    numbers = torch.tensor(seen, dtype=torch.float64)
+    assert ppo.moments.mean == pytest.approx(float(numbers.mean()))
+    assert ppo.moments.deviation == pytest.approx(float(numbers.std()), rel=1e-6)
+    last = (numbers[-8:] - numbers.mean()) / numbers.std()
+    torch.testing.assert_close(scaled[-1].double(), last, rtol=1e-4, atol=1e-4)
+
+
+def test_an_update_stops_at_its_kl(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    wild = {"learning_rate": 3e-2, "num_ppo_epochs": 8, "total_episodes": 8, "ratio_threshold": 1e9}
+    free = stats_of_first_update(trainer(tokenizer, tmp_path, **wild))
+    held = stats_of_first_update(trainer(tokenizer, tmp_path, max_update_kl=0.01, **wild))
+    assert free["policy/optimizer_steps"] == 8
+    assert held["policy/optimizer_steps"] < 8
+    assert held["policy/approxkl_avg"] <= 0.01 < free["policy/approxkl_avg"]
+
+
+# -- precision and memory
+
+
+@pytest.mark.parametrize("asked", ["auto", True, False])
+def test_bf16_is_chosen_and_starts_at_ratio_one(
+    asked: bool | str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    ppo = trainer(tokenizer, tmp_path, bf16=asked, learning_rate=0.0)
+    assert ppo.args.bf16 == (precision.native_bf16() if asked == "auto" else asked)
+    assert ("bf16 with fp32" in ppo.args.precision_choice) == ppo.args.bf16
+    stats = stats_of_first_update(ppo)
+    assert stats["objective/kl"] == 0
+    assert stats["val/ratio"] == pytest.approx(1, abs=0.05 if ppo.args.bf16 else 1e-6)
+    assert {p.dtype for p in ppo.model.parameters()} == {torch.float32}
+    assert {p.grad.dtype for p in ppo.model.parameters() if p.grad is not None} <= {torch.float32}
+
+
+def test_bf16_learns(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    ppo = trainer(tokenizer, tmp_path, bf16=True, total_episodes=8 * 40, learning_rate=3e-3, kl_coef=0.0)
+    ppo.train()
+    scores = [row["objective/scores"] for row in ppo.state.log_history]
+    assert sum(scores[-5:]) > sum(scores[:5]) + 0.5
+
+
+def test_weights_stored_in_bf16_are_trained_as_fp32(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = PPOConfig(output_dir=str(tmp_path), report_to="none", per_device_train_batch_size=8, total_episodes=8)
+    half = tiny_policy(tokenizer).bfloat16()
+    ppo = PPOTrainer(args, tokenizer, half, copy.deepcopy(half), good_share, PROMPTS * 8)
+    assert "trained as fp32" in capsys.readouterr().out
+    assert {p.dtype for p in ppo.model.parameters()} == {torch.float32}
+    assert stats_of_first_update(ppo)["objective/kl"] == 0
+
+
+# -- LoRA
+
+
+def test_lora_needs_no_second_copy_and_changes_nothing_at_first(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    ppo = trainer(tokenizer, tmp_path, given={"peft_config": lora()}, save_steps=2)
+    assert ppo.ref_model is None
+    trained = {name for name, p in ppo.model.named_parameters() if p.requires_grad}
+    assert all("lora_" in name or "value_head" in name for name in trained)
+    base = {n: p.detach().clone() for n, p in ppo.model.named_parameters() if n not in trained}
+    ppo.train()
+    first, *_, last = [row for row in ppo.state.log_history if "objective/kl" in row]
+    assert first["objective/kl"] == 0
+    assert abs(last["objective/kl"]) > 1e-4
+    for name, p in ppo.model.named_parameters():
+        assert name in trained or torch.equal(p, base[name]), name
+    checkpoint = newest_whole(tmp_path)
+    assert checkpoint is not None
+    assert (checkpoint / "actor_critic.safetensors").stat().st_size < 0.5 * 4 * parameters(ppo.model)
+
+
+def test_lora_resumes_and_saves_a_model_that_stands_alone(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    def build(folder: str, **options: Any) -> PPOTrainer:
+        return trainer(tokenizer, tmp_path / folder, given={"peft_config": lora()}, learning_rate=3e-3, **options)
+
+    whole, cut, again = build("whole"), build("cut", save_steps=3), build("again")
+    whole.train()
+    cut.train()
+    again.train(str(tmp_path / "cut" / "checkpoint-3"))
+    assert torch.equal(weights(whole), weights(again))
+    again.save_model(str(tmp_path / "adapter"))
+    assert (tmp_path / "adapter" / "adapter_config.json").exists()
+    again.save_model(str(tmp_path / "merged"), merge=True)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    ids = torch.tensor([[5, 9, 11, 30]])
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, again.policy_model(ids).logits, rtol=1e-4, atol=1e-4)
+        off = tiny_policy(tokenizer)(ids).logits
+    assert (merged(ids).logits - off).abs().max() > 1e-2
+
+
+def test_lora_gives_a_separate_critic_an_adapter_too(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    ppo = trainer(tokenizer, tmp_path, given={"peft_config": lora()}, critic="separate", total_episodes=16)
+    ppo.train()
+    trained = [name for name, p in ppo.model.named_parameters() if p.requires_grad and "value_model" in name]
+    assert any("lora_" in name for name in trained)
+    assert any("score" in name for name in trained)
+    assert not any("wte" in name for name in trained)
+
+
+# -- evaluation and callbacks
+
+
+EVALUATED = {"eval_steps": 2, "total_episodes": 64, "save_steps": 2}
+
+
+def test_held_out_prompts_are_answered_with_the_same_numbers_each_time(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    ppo = trainer(tokenizer, tmp_path, given={"eval_dataset": PROMPTS}, learning_rate=0.0, **EVALUATED)
+    ppo.train()
+    rows = [row for row in ppo.state.log_history if "eval_reward" in row]
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
+    assert len({(row["eval_reward"], row["eval_length"], row["eval_distinct_2"]) for row in rows}) == 1
+    assert {row["eval_kl"] for row in rows} == {0.0}
+
+
+def test_the_best_model_is_kept_and_can_be_the_result(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    for name, given in (("whole", {}), ("lora", {"peft_config": lora()})):
+        folder = tmp_path / name
+        ppo = trainer(
+            tokenizer, folder, given={"eval_dataset": PROMPTS * 4, **given}, learning_rate=3e-2,
+            load_best_model_at_end=True, ratio_threshold=1e9, **EVALUATED,
+        )  # fmt: skip
+        seen: dict[int, torch.Tensor] = {}
+        save_best = ppo._save_best
+        ppo._save_best = lambda p=ppo, s=seen, f=save_best: (s.__setitem__(p.state.global_step, weights(p)), f())[1]  # type: ignore[misc,method-assign]
+        ppo.train()
+        rewards = {row["step"]: row["eval_reward"] for row in ppo.state.log_history if "eval_reward" in row}
+        best = max(rewards, key=lambda step: (rewards[step], -step))
+        assert ppo.state.best_metric == rewards[best]
+        assert torch.equal(weights(ppo), seen[best])
+        assert (folder / "best" / "value_head.safetensors").exists()
+
+
+def test_callbacks_stop_training_and_keep_their_patience(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    def build() -> PPOTrainer:
+        patient = EarlyStoppingCallback(early_stopping_patience=2)
+        given = {"eval_dataset": PROMPTS, "callbacks": [patient]}
+        return trainer(tokenizer, tmp_path, given=given, learning_rate=0.0, load_best_model_at_end=True, **EVALUATED)
+
+    ppo = build()
+    ppo.train()
+    assert ppo.state.global_step == 6, "best at 2, no better at 4 and 6"
+    again = build()
+    again.train(str(tmp_path / "checkpoint-4"))
+    assert again.state.global_step == 6, "the patience was kept in the checkpoint"
+
+
+def test_trackers_get_every_row(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    class Tracker(TrainerCallback):
+        def __init__(self) -> None:
+            self.rows: list[dict[str, Any]] = []
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            self.rows.append(logs)
+
+    tracker = Tracker()
+    trainer(tokenizer, tmp_path, given={"callbacks": [tracker]}, total_episodes=16).train()
+    assert [row["episode"] for row in tracker.rows] == [8, 16]
+    assert tracker.rows[0]["objective/kl"] == 0
+
+
+# -- guards
+
+
+def test_a_reward_that_is_no_number_stops_the_run(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def reward(prompts: list[str], responses: list[str]) -> list[float]:
+        calls.append(1)
+        return [float("nan") if len(calls) == 4 else 1.0] + [0.0] * (len(responses) - 1)
+
+    ppo = trainer(tokenizer, tmp_path, given={"reward_model": reward}, save_steps=1)
+    with pytest.raises(UserError, match=r"diverged in update 4: .* last good checkpoint is .*checkpoint-3"):
+        ppo.train()
+    assert newest_whole(tmp_path) == tmp_path / "checkpoint-3"
+
+
+def test_a_ratio_that_runs_away_stops_the_run(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    ppo = trainer(tokenizer, tmp_path, learning_rate=1.0, num_ppo_epochs=4, ratio_threshold=2.0)
+    with pytest.raises(UserError, match=r"diverged in update \d+: .*There is no checkpoint yet"):
+        ppo.train()
+
+
+def test_a_policy_that_disagrees_with_itself_is_named(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """The check of the first ratio, and what it says, for three ways in which it can be off."""
+
+    class Noise(torch.nn.Module):
+        def __init__(self, always: bool) -> None:
+            super().__init__()
+            self.always = always
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 0.5 * torch.randn_like(x) if self.always or self.training else x
+
+    for always, expected in ((True, "draws at random in eval mode"), (False, "training mode than in eval mode")):
+        ppo = trainer(tokenizer, tmp_path)
+        block = ppo.policy_model.transformer.h[0]
+        block.mlp = torch.nn.Sequential(block.mlp, Noise(always))
+        with pytest.raises(UserError, match=expected):
+            ppo.train()
+
+    class Neighbours(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + x.mean(0, keepdim=True)
+
+    ppo = trainer(tokenizer, tmp_path, num_mini_batches=2)
+    ppo.policy_model.transformer.h[0].mlp = torch.nn.Sequential(ppo.policy_model.transformer.h[0].mlp, Neighbours())
+    with pytest.raises(UserError, match="depend on the other rows"):
+        ppo.train()
+
+
+def test_the_collapse_watch_warns_once() -> None:
+    watch = CollapseWatch(window=8)
+    found: list[str] = []
+    for update in range(24):
+        varied = [f"word{i} and word{i + update} go on" for i in range(10)]
+        figures, warnings = watch.update(
+            varied if update < 6 else ["yes yes yes"] * 10, 10.0 if update < 6 else 1.0, update
+        )
+        found += warnings
+    assert len(found) == 4
+    for told in ("distinct bigrams fell", "given to more than one prompt", "answers shrank", "KL went from"):
+        assert sum(told in warning for warning in found) == 1
+    assert figures["watch/repeated"] == 1
+    assert figures["watch/kl_slope"] == 1
+    again = CollapseWatch(window=8)
+    again.load_state_dict(json.loads(json.dumps(watch.state_dict())))
+    assert again.update(["a b"], 1.0, 30.0) == watch.update(["a b"], 1.0, 30.0)
+
+
+def test_a_healthy_run_is_not_warned_of() -> None:
+    watch = CollapseWatch(window=8)
+    for update in range(30):
+        _, warnings = watch.update([f"word{i} and word{i + update} go on" for i in range(10)], 9.0, 0.05 * update)
+        assert warnings == []
+
+
+# -- checkpoints
+
+
+def damaged(folder: Path, how: str) -> None:
+    """Spoil one file of a checkpoint."""
+    path = folder / "actor_critic.safetensors"
+    content = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "missing":
+        path.unlink()
+    elif how == "altered":
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif how == "unsealed":
+        (folder / "complete").unlink()
+    else:
+        (folder / "complete").write_text("{")
+
+
+@pytest.mark.parametrize("how", ["truncated", "missing", "altered", "unsealed", "seal"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
+    how: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = trainer(tokenizer, tmp_path, save_steps=2)
+    whole.train()
+    damaged(tmp_path / "checkpoint-8", how)
+    assert newest_whole(tmp_path) == tmp_path / "checkpoint-6"
+    told = capsys.readouterr().out
+    assert how == "unsealed" or "checkpoint-8 is damaged" in told
+    again = trainer(tokenizer, tmp_path, save_steps=2)
+    again.train(resume_from_checkpoint=True)
+    assert torch.equal(weights(whole), weights(again))
+
+
+def test_a_checkpoint_of_another_set_up_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    trainer(tokenizer, tmp_path, save_steps=4).train()
+    with pytest.raises((UserError, ValueError), match="another set-up"):
+        trainer(tokenizer, tmp_path, critic="separate").train(True)
+    shutil.rmtree(tmp_path)
+    with pytest.raises(UserError, match="no checkpoint to resume from"):
+        trainer(tokenizer, tmp_path).train(True)
+
+
+# -- a script for TRL
+
+
+def test_a_script_for_trl_runs_with_its_import_changed(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TRL's own example in miniature: keyword arguments, a reward and a value model, completions, a saved model."""
+    config = copy.deepcopy(tiny_policy(tokenizer).config)
+    config.num_labels = 1
+    reward_model, value_model = (GPT2ForSequenceClassification(config) for _ in range(2))
+    texts = ["the film was", "the plot", "nobody liked it"] * 8
+    rows = Dataset.from_dict({"input_ids": tokenizer(texts)["input_ids"]})
+    training_args = PPOConfig(
+        output_dir=str(tmp_path), learning_rate=1e-4, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+        total_episodes=32, num_ppo_epochs=1, num_mini_batches=1, response_length=5, stop_token="eos",
+        missing_eos_penalty=1.0, report_to="none", num_sample_generations=2, per_device_eval_batch_size=4,
+        save_strategy="no",
+    )  # fmt: skip
+    policy = tiny_policy(tokenizer)
+    trainer = PPOTrainer(
+        args=training_args, processing_class=tokenizer, model=policy, ref_model=tiny_policy(tokenizer),
+        reward_model=reward_model, value_model=value_model, train_dataset=rows, eval_dataset=rows, peft_config=None,
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model(training_args.output_dir)
+    trainer.generate_completions()
+    told = capsys.readouterr().out
+    assert "model response" in told
+    assert "the film was" in told
+    assert trainer.model.policy is policy
+    assert trainer.value_model is value_model
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(model.transformer.wte.weight, policy.transformer.wte.weight)
+
+
+def test_the_saved_policy_generates_as_it_was_trained(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """`generate` on the saved folder draws from the trained distribution: temperature, ends, suppressed tokens."""
+    word = tokenizer.convert_ids_to_tokens([40])[0]
+    ppo = trainer(tokenizer, tmp_path, temperature=0.5, min_new_tokens=2, suppress_tokens=[word], total_episodes=16)
+    ppo.train()
+    ppo.save_model(str(tmp_path / "model"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    prompt = torch.tensor([[5, 9, 11]])
+    torch.manual_seed(0)
+    out = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), output_scores=True, return_dict_in_generate=True
+    )
+    said = out.sequences[0, 3:]
+    assert len(said) <= 6
+    batch = make_batch([[5, 9, 11]], [said.tolist()])
+    with torch.no_grad():
+        mine = ppo.model(batch, ppo.sampling).log_probs[0]
+    theirs = torch.stack([s[0].log_softmax(-1)[token] for s, token in zip(out.scores, said, strict=True)])
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    assert out.scores[0][0, 40] == float("-inf")
+    assert out.scores[1][0, 0] == float("-inf"), "no end before two tokens"
