@@ -174,6 +174,7 @@ def trainer_fields(stage: str) -> dict[str, Any]:
                 for item in node.body:
                     if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
                         found.setdefault(item.target.id, _type_of(item.annotation))
+    found["bf16"] = bool | Literal["auto"] | None  # every stage settles `auto` itself
     return {name: kind for name, kind in found.items() if not name.startswith("_")}
 
 

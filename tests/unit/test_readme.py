@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
-from test_ppo import PROMPTS, TEXTS, good_share, tiny_policy
+from tiny import PROMPTS, TEXTS, good_share, tiny_policy
 
 from rlhf_pipeline import cli
 from rlhf_pipeline.policies import train_tokenizer

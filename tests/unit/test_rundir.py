@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_pipeline.checkpoints import seal
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.rundir import RunDir, content_hash, model_folder, read_jsonl
 from rlhf_pipeline.settings import Settings
@@ -62,7 +63,7 @@ def test_only_whole_checkpoints_count(workplace: Path) -> None:
         folder = out.checkpoints / f"checkpoint-{step}"
         folder.mkdir(parents=True)
         if whole:
-            (folder / "complete").touch()
+            seal(folder)
     last = out.last_checkpoint()
     assert last is not None
     assert last.name == "checkpoint-10"
@@ -129,7 +130,7 @@ def test_a_run_that_was_cut_off_does_not_go_on_from_other_models_or_data(workpla
     child = RunDir.of(asked)
     child.begin(asked, {"policy": str(parent.model)}, {"sha256": "x"})
     (child.checkpoints / "checkpoint-1").mkdir(parents=True)
-    (child.checkpoints / "checkpoint-1" / "complete").touch()
+    seal(child.checkpoints / "checkpoint-1")
     assert not child.finished(asked)
     with pytest.raises(UserError, match="was begun with other data or from other models"):
         child.begin(asked, {"policy": str(parent.model)}, {"sha256": "y"})
