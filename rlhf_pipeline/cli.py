@@ -33,12 +33,16 @@ CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / 
 _OPEN = re.compile(r"^(trainer|policy|reward|data|ptx|evaluate|stages)\.[\w.]+=")
 NO_STAGES = "stage=pipeline runs an experiment's stages; choose one, as in experiment=demo."
 _failed_jobs: list[int] = []  # exit statuses of a sweep's jobs that failed
+# Stages that several processes can share.
+_BY_SEVERAL = ("ppo",)
 _OWN_CHOICE = re.compile(r"^(policy|reward|data)=")
 
 
 def main() -> None:
     """Run the command line and leave with its exit status: 0 done, 2 the user can mend it, 130 interrupted."""
     _be_quiet()
+    if _rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives): the first one speaks
     sys.argv[1:] = complete(sys.argv[1:])
     try:
         _hydra_main()
@@ -132,14 +136,32 @@ def resolve(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
 def run_stage(settings: Settings) -> float | None:
     """Run one stage in its directory; give its objective, for a sweep. A finished stage is left as it is."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("several processes are not supported yet; start one, without torchrun or accelerate launch.")
+        if settings.stage not in _BY_SEVERAL:
+            raise UserError(
+                f"stage={settings.stage} runs in one process; torchrun and accelerate launch are for "
+                f"{', '.join(f'stage={stage}' for stage in _BY_SEVERAL)}."
+            )
+        return _run_together(settings)
     out = rundir.RunDir.of(settings)
     with out.held():
-        return _run_held(settings, out)
+        return _run_held(settings, out, out.finished(settings))
 
 
-def _run_held(settings: Settings, out: rundir.RunDir) -> float | None:
-    if out.finished(settings):
+def _run_together(settings: Settings) -> float | None:
+    """Run a stage in several processes: the first holds the directory and decides, the others follow."""
+    from rlhf_pipeline.processes import agree, leave
+
+    out = rundir.ReadOnlyRunDir.of(settings) if _rank() else rundir.RunDir.of(settings)
+    try:
+        with out.held():
+            done = agree(lambda: out.finished(settings))
+            return _run_held(settings, out, done)
+    finally:
+        leave()
+
+
+def _run_held(settings: Settings, out: rundir.RunDir, done: bool) -> float | None:
+    if done:
         print(f"{out.path} is done already ({out.headline()}).", flush=True)
         if settings.stage == "evaluate":
             from rlhf_pipeline.tables import evaluation_table
@@ -246,5 +268,11 @@ def _plain(error: Exception) -> str:
 
 
 def _leave(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    who = f"process {_rank()}: " if _rank() else ""
+    print(f"{who}error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def _rank() -> int:
+    """This process's number among those that torchrun or accelerate started."""
+    return int(os.environ.get("RANK", "0"))

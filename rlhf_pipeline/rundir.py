@@ -291,6 +291,34 @@ class RunDir:
             os.close(descriptor)
 
 
+class ReadOnlyRunDir(RunDir):
+    """A run directory as the processes beside the first one have it: they read, and leave the writing to the first."""
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The first process holds it for all."""
+        yield
+
+    def begin(self, settings: Settings, parents: dict[str, str], fingerprint: dict[str, Any] | None) -> None:
+        """Nothing."""
+
+    def finish(self, results: dict[str, Any], objective: float | None = None) -> None:
+        """Nothing."""
+
+    def failed(self, error: BaseException) -> None:
+        """Nothing."""
+
+    def rewind(self, step: int) -> None:
+        """Nothing."""
+
+    def save_model(self, save: Callable[[Path], None]) -> None:
+        """Take part in what all processes do to save."""
+        save(self.path / ".model.new")
+
+    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Nothing."""
+
+
 def model_folder(path: str) -> str:
     """A folder that holds a model: `runs/x/sft` stands for `runs/x/sft/model`. A hub id is given back as it is."""
     folder = Path(path).expanduser()

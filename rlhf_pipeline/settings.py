@@ -24,6 +24,11 @@ _TRAINER_SOURCES = {
     "reward": ("trl/trainer/reward_config.py", *_BASE),
     "ppo": ("rlhf_pipeline/ppo/config.py", "trl/experimental/ppo/ppo_config.py", *_BASE),
 }
+_LORA_SOURCES = ("peft/tuners/lora/config.py", "peft/config.py")
+# Of the classes in all these files, those that are meant.
+_CLASSES = ("SFTConfig", "RewardConfig", "PPOConfig", "_BaseConfig", "TrainingArguments", "LoraConfig", "PeftConfig")
+# The stages that train an adapter where `policy.lora` asks for one.
+_ADAPTS = ("sft", "ppo", "evaluate", "pipeline")
 # The run directory owns these, or TRL computes them.
 _RESERVED = {
     "output_dir": "the run directory is chosen by name=",
@@ -97,6 +102,12 @@ class Settings:
         policies.registry.check(self.policy)
         rewards.registry.check(self.reward)
         data.registry.check(self.data)
+        if self.policy.get("lora"):
+            _check_fields("policy.lora.", self.policy["lora"], _declared(_LORA_SOURCES))
+            if self.stage not in _ADAPTS:
+                raise UserError(
+                    f"stage={self.stage} trains no adapter; say stages.ppo.policy.lora.r= or for stage=sft."
+                )
         if self.ptx:
             data.registry.check(self.ptx)
         check_trainer(self.stage, self.trainer)
@@ -161,20 +172,26 @@ def check_trainer(stage: str, values: dict[str, Any]) -> None:
 
 @cache
 def trainer_fields(stage: str) -> dict[str, Any]:
-    """The fields of the stage's TRL config and their types, read from its source."""
+    """The fields of the stage's TRL config and their types."""
+    # Every stage settles bf16=auto itself.
+    return {**_declared(_TRAINER_SOURCES[stage]), "bf16": bool | Literal["auto"] | None}
+
+
+@cache
+def _declared(sources: tuple[str, ...]) -> dict[str, Any]:
+    """The fields that some libraries' configuration classes declare, and their types, read from their source."""
     found: dict[str, Any] = {}
-    for source in _TRAINER_SOURCES[stage]:
+    for source in sources:
         package, _, rest = source.partition("/")
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             raise UserError(f"{package} is not installed; 'make setup' installs what is needed.")
         tree = ast.parse((Path(spec.submodule_search_locations[0]) / rest).read_text(encoding="utf-8"))
         for node in ast.walk(tree):
-            if isinstance(node, ast.ClassDef) and node.name.endswith(("Config", "TrainingArguments")):
+            if isinstance(node, ast.ClassDef) and node.name.endswith(_CLASSES):
                 for item in node.body:
                     if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
                         found.setdefault(item.target.id, _type_of(item.annotation))
-    found["bf16"] = bool | Literal["auto"] | None  # every stage settles `auto` itself
     return {name: kind for name, kind in found.items() if not name.startswith("_")}
 
 

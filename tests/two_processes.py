@@ -23,7 +23,7 @@ def main() -> None:
         given["ptx_dataset"] = [[i, i + 1, i + 2, i + 3][: 2 + i % 3] for i in range(2, 40)]
     if asked.get("evaluate"):
         given["eval_dataset"] = [[5, 9], [7], [8, 9, 10]]
-    ppo = trainer(tiny_tokenizer(), folder, torch.float64, given, use_cpu=True, **asked["options"])
+    ppo = trainer(tiny_tokenizer(), folder, torch.float64, given, **asked["options"])
     ppo.train(asked.get("resume"))
     ppo.save_model(str(folder / "model"))
     if int(os.environ.get("RANK", 0)) == 0:

@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from transformers import PreTrainedTokenizerBase
 from trl.experimental.ppo import PPOConfig as TRLPPOConfig
 
@@ -85,6 +86,8 @@ class PPOConfig(TRLPPOConfig):
         # The trainer opens the autocast contexts itself, the same one in all passes: transformers must not.
         self.bf16 = False
         inherited: Any = self
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+            inherited.use_cpu = True  # or accelerate takes each process for one of its own
         if inherited.eval_steps is not None and inherited.eval_strategy == "no":
             inherited.eval_strategy = "steps"
         if inherited.metric_for_best_model is None:

@@ -89,7 +89,7 @@ class RunLog(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The checkpoint is whole from now on."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        if not (folder / SEAL).exists():
+        if state.is_world_process_zero and not (folder / SEAL).exists():
             seal(folder)
 
 
@@ -102,12 +102,15 @@ class Bar(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start where the training starts, which need not be 0."""
+        if not state.is_world_process_zero:
+            return
         self.bar = progress(total=state.max_steps, title=self.title, initial=state.global_step)
         self.shown = {}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """One step on."""
-        self.bar.update(state.global_step - self.bar.n)
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                logs: dict[str, Any] | None = None, **_: Any) -> None:  # fmt: skip
@@ -118,7 +121,8 @@ class Bar(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Leave the full bar on the screen."""
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
 
 
 def progress(total: int, title: str, initial: int = 0) -> Any:

@@ -8,8 +8,9 @@ from conftest import ROOT
 PACKAGE = ROOT / "rlhf_pipeline"
 # A module imports only from those before it (at module level).
 LAYERS = [
-    ["errors", "records"], ["registry", "toy_reviews", "hub", "metrics", "sampling", "report", "precision"],
-    ["checkpoints"],    ["likelihood"], ["formats"],
+    ["errors", "records"],
+    ["registry", "toy_reviews", "hub", "metrics", "sampling", "report", "precision", "processes", "checkpoints"],
+    ["likelihood", "formats"],
     ["data", "policies", "rewards"], ["settings"], ["rundir"], ["tables", "ppo"], ["stages"], ["cli"],
 ]  # fmt: skip
 

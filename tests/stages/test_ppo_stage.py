@@ -1,0 +1,84 @@
+"""PPO's options from the command line, on the miniature run's models."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MINIATURE, CommandLine
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from rlhf_pipeline.rundir import read_jsonl
+
+
+def ppo(command_line: CommandLine, miniature: Path, name: str, *more: str) -> Path:
+    """A PPO run of its own, from the miniature's policy and reward."""
+    status = command_line(
+        "stage=ppo", "experiment=demo", f"name={name}", f"policy.path={miniature / 'sft'}",
+        f"reward.path={miniature / 'reward'}", *(m for m in MINIATURE if "ppo" in m or "data" in m), *more,
+    )  # fmt: skip
+    assert status == 0
+    return Path("runs") / name / "ppo"
+
+
+def test_an_adapter_with_held_out_prompts_and_pretraining_texts(
+    miniature: Path, command_line: CommandLine, workplace: Path
+) -> None:
+    """LoRA, evaluation while training, the best model, PPO-ptx on texts of one's own: `model/` stands alone."""
+    lines = [f"a quiet film about the sea, number {number}\n" for number in range(40)]
+    (workplace / "texts.txt").write_text("".join(lines))
+    folder = ppo(
+        command_line, miniature, "adapter", "policy.lora.r=4", "policy.lora.target_modules=[c_attn]",
+        "trainer.eval_steps=2", "trainer.eval_samples=6", "trainer.load_best_model_at_end=true",
+        "trainer.ptx_coef=0.1", "trainer.learning_rate=1e-2", "trainer.num_mini_batches=1",
+        "ptx.name=text", "ptx.path=texts.txt",
+    )  # fmt: skip
+    rows = read_jsonl(folder / "metrics.jsonl")
+    evaluated = {row["step"]: row["eval_reward"] for row in rows if "eval_reward" in row}
+    assert sorted(evaluated) == [2, 4, 6]
+    record = json.loads((folder / "run.json").read_text())
+    assert record["results"]["best_eval_reward"] == max(evaluated.values())
+    held = load_file(folder / "model" / "model.safetensors")
+    before = load_file(miniature / "sft" / "model" / "model.safetensors")
+    assert held.keys() == before.keys()
+    changed = {name for name in held if not torch.equal(held[name], before[name])}
+    assert changed == {name for name in held if "attn.c_attn.weight" in name}
+    assert (folder / "model" / "value_head.safetensors").exists()
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert model.generation_config.eos_token_id == 0
+    assert model.generation_config.do_sample
+
+
+def test_two_processes_share_one_run(miniature: Path, command_line: CommandLine, workplace: Path) -> None:
+    """torchrun on the command line: one directory, one log, the numbers of one process with as large a batch."""
+    one = ppo(command_line, miniature, "one")
+    common = ["stage=ppo", "experiment=demo", "name=two", f"policy.path={miniature / 'sft'}"]
+    common += [f"reward.path={miniature / 'reward'}", *(m for m in MINIATURE if "ppo" in m or "data" in m)]
+    half = "stages.ppo.trainer.gradient_accumulation_steps=1"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "rlhf_pipeline"]
+    command = [sys.executable, *launcher, *common, half]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("over the last 6 logged updates") == 1
+    two = Path("runs/two/ppo")
+    rows = [read_jsonl(folder / "metrics.jsonl") for folder in (one, two)]
+    assert len(rows[0]) == len(rows[1]) == 6
+    for a, b in zip(*rows, strict=True):
+        assert a["objective/scores"] == pytest.approx(b["objective/scores"], rel=1e-3, abs=1e-4)
+        assert a["objective/kl"] == pytest.approx(b["objective/kl"], rel=1e-2, abs=1e-3)
+    assert len(read_jsonl(one / "samples.jsonl")) == len(read_jsonl(two / "samples.jsonl"))
+    again = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert again.returncode == 0
+    assert "is done already" in again.stdout
+
+
+def test_what_lora_does_not_take_is_refused(command_line: CommandLine, workplace: Path, capsys: Any) -> None:
+    assert command_line("stage=ppo", "policy.lora.rank=4") == 2
+    assert "there is no setting 'policy.lora.rank'" in capsys.readouterr().err
+    assert command_line("stage=pretrain", "policy.lora.r=4") == 2
+    assert "stages.ppo.policy.lora" in capsys.readouterr().err
+    assert not (workplace / "runs").exists()
