@@ -42,7 +42,7 @@ def newest_whole(parent: Path) -> Path | None:
     """The newest checkpoint below `parent` that holds all it was sealed with. One that does not is named and left."""
     there = [path for path in parent.glob("checkpoint-*") if step_of(path) >= 0 and (path / SEAL).exists()]
     for folder in sorted(there, key=step_of, reverse=True):
-        fault = _fault(folder, (folder / SEAL).stat().st_mtime_ns)
+        fault = fault_of(folder)
         if fault is None:
             return folder
         _say(folder, fault)
@@ -54,6 +54,12 @@ def drop_old(parent: Path, keep: int | None) -> None:
     whole = sorted((p for p in parent.glob("checkpoint-*") if (p / SEAL).exists()), key=step_of)
     for old in whole[: -max(keep, 1)] if keep else []:
         shutil.rmtree(old)
+
+
+def fault_of(folder: Path) -> str | None:
+    """What is wrong with a checkpoint that was sealed; of one that was not, nothing is known."""
+    there = (folder / SEAL).exists()
+    return _fault(folder, (folder / SEAL).stat().st_mtime_ns) if there else None
 
 
 @lru_cache(maxsize=64)

@@ -119,14 +119,14 @@ class _TokenLikelihood(torch.autograd.Function):
         sampling: Sampling,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         log_p, entropy, p = _likelihood(states, weight, bias, targets, times, sampling, keep=True)
-        ctx.save_for_backward(states, weight, targets, entropy, p)
+        ctx.save_for_backward(states, weight, targets, log_p, entropy, p)
         ctx.temperature = sampling.temperature
         ctx.set_materialize_grads(False)
         return log_p, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        states, weight, targets, entropy, p = ctx.saved_tensors
+        states, weight, targets, log_p, entropy, p = ctx.saved_tensors
         by_log_p, by_entropy = (None if g is None else g / ctx.temperature for g in grads)
         rows = max(_PIECE // p.shape[1], 1)
         for start in range(0, len(p), rows):
@@ -138,8 +138,11 @@ class _TokenLikelihood(torch.autograd.Function):
                 log_piece = piece.clamp(min=torch.finfo(piece.dtype).tiny).log()
                 slope = slope - by_entropy[part, None] * (log_piece + entropy[part, None])
             p[part] = piece.mul_(slope)
-        if by_log_p is not None:
-            p[torch.arange(len(p), device=p.device), targets] += by_log_p.to(p.dtype)
+        # At the target itself from log p: in bf16 the difference of 1 and a p near it would be lost.
+        at_target = torch.zeros_like(log_p) if by_log_p is None else by_log_p * -log_p.expm1()
+        if by_entropy is not None:
+            at_target = at_target - by_entropy * log_p.exp() * (log_p + entropy)
+        p[torch.arange(len(p), device=p.device), targets] = at_target.to(p.dtype)
         wants = ctx.needs_input_grad
         by_states = (p @ weight.to(p.dtype)).to(states.dtype) if wants[0] else None
         by_weight = (p.t() @ states.to(p.dtype)).to(weight.dtype) if wants[1] else None

@@ -97,6 +97,14 @@ def make_batch(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[in
     return Batch(tokens, torch.tensor([len(p) for p in prompts]), torch.tensor([len(r) for r in responses]))
 
 
+def join(batches: Sequence[Batch]) -> Batch:
+    """Batches one below the other."""
+    width = max(batch.tokens.shape[1] for batch in batches)
+    tokens = [torch.nn.functional.pad(batch.tokens, (0, width - batch.tokens.shape[1])) for batch in batches]
+    lengths = [torch.cat([getattr(b, name) for b in batches]) for name in ("prompt_lengths", "response_lengths")]
+    return Batch(torch.cat(tokens), *lengths)
+
+
 def length_mask(lengths: Tensor, width: int) -> Tensor:
     """(batch,) lengths to a (batch, width) mask: True before each length."""
     return torch.arange(width, device=lengths.device) < lengths[:, None]
@@ -175,8 +183,12 @@ def sample(
 
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     """One token a row from logits (batch, vocabulary), by the inverse of the cumulative distribution: (batch,)."""
-    cumulative = logits.softmax(-1).cumsum(-1)
+    probabilities = logits.softmax(-1)
+    cumulative = probabilities.cumsum(-1)
     # The total is 1 but for rounding; staying below it keeps a token of probability 0 from being drawn.
     total = cumulative[:, -1:]
     height = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, height.to(cumulative.dtype), right=True)[:, 0]
+    found = torch.searchsorted(cumulative, height.to(cumulative.dtype), right=True)
+    # A sum in parallel, as on CUDA, need not rise from term to term: then, too, what cannot be is not drawn.
+    possible = probabilities.gather(-1, found) > 0
+    return torch.where(possible, found, probabilities.argmax(-1, keepdim=True))[:, 0]

@@ -2,14 +2,14 @@
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -58,10 +58,12 @@ class ActorCritic(nn.Module):
         return Seen(log_probs, entropy, found)
 
     def _values(self, states: Tensor, batch: Batch) -> Tensor:
-        if self.value_model is None:
-            return self.value_head(states)
-        own = response_states(trunk(self.value_model), batch)
-        return value_head_of(self.value_model)(own)
+        if self.value_model is not None:
+            states = response_states(trunk(self.value_model), batch)
+        head = self.value_head if self.value_model is None else value_head_of(self.value_model)
+        # In the head's own precision: bf16 would round the values to steps as large as the rewards of a token.
+        with autocast(False, states.device):
+            return head(states.to(next(head.parameters()).dtype))
 
     def save_critic(self, folder: Path) -> None:
         """Write the critic beside a saved policy."""
@@ -70,22 +72,32 @@ class ActorCritic(nn.Module):
         else:
             self.value_model.save_pretrained(folder / "critic")
 
-    def load_critic(self, folder: Path) -> None:
-        """Take the critic's weights from beside a saved policy."""
-        if self.value_model is None:
-            self.value_head.load_state_dict(load_file(folder / "value_head.safetensors"))
-        elif not isinstance(self.value_model, PeftModel):
-            found = load_file(folder / "critic" / "model.safetensors")
-            self.value_model.load_state_dict(found, strict=False)
 
-
-def value_head_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
+def value_head_of(model: nn.Module) -> nn.Module:
     """The linear layer that makes a classifier's states one number, by the names that families give it."""
     for name in ("score", "v_head", "value_head"):
-        head: Callable[[Tensor], Tensor] | None = getattr(language_model(model), name, None)
+        head: nn.Module | None = getattr(language_model(model), name, None)
         if head is not None:
             return head
     raise UserError(f"{type(model).__name__} has no `score` head, so it cannot be a critic; leave value_model out.")
+
+
+def separate_critic(init: str, policy: PreTrainedModel, reward_model: Any, peft_config: PeftConfig | None) -> nn.Module:
+    """A critic of its own that starts as the policy or as the reward model, with an adapter if the policy has one."""
+    if init == "policy":
+        critic: Any = make_critic(policy)
+    elif isinstance(reward_model, nn.Module) and hasattr(reward_model, "score"):
+        critic = copy.deepcopy(reward_model).requires_grad_(True)
+    else:
+        raise UserError(
+            "trainer.critic_init=reward needs a reward model over the policy's own tokens with a `score` head."
+        )
+    if peft_config is None:
+        return critic
+    own: Any = copy.deepcopy(peft_config)
+    own.task_type, own.modules_to_save = "SEQ_CLS", ["score"]  # the head is trained whole
+    adapted: nn.Module = get_peft_model(critic, own)
+    return adapted
 
 
 def make_critic(policy: PreTrainedModel) -> PreTrainedModel:
@@ -98,7 +110,7 @@ def make_critic(policy: PreTrainedModel) -> PreTrainedModel:
     critic.to(some.device, some.dtype)
     body = {_without_adapter(k): v for k, v in trunk(policy).state_dict().items() if "lora_" not in k}
     trunk(critic).load_state_dict(body)
-    nn.init.zeros_(value_head_of(critic).weight)  # type: ignore[attr-defined]
+    nn.init.zeros_(value_head_of(critic).weight)  # type: ignore[arg-type]
     return critic
 
 
@@ -138,7 +150,8 @@ class Reference:
 
     def __init__(self, model: PreTrainedModel | None, actor: ActorCritic, adapter: str | None, own: str | None) -> None:
         self.model, self.actor, self.adapter, self.own = model, actor, adapter, own or "default"
-        self.same = model is None and adapter is None
+        # Whether both are one function as yet: an adapter that has not been trained adds 0.
+        self.same = model is None and adapter is None and _adds_nothing(actor.policy)
         if model is not None:
             model.eval().requires_grad_(False)
             mine, other = actor.policy.state_dict(), model.state_dict()
@@ -166,6 +179,12 @@ class Reference:
                 yield policy
             finally:
                 policy.set_adapter(self.own)
+
+
+def _adds_nothing(policy: Any) -> bool:
+    """Whether a policy's adapter changes none of its numbers."""
+    trained = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
+    return all("lora_A" in name or ("lora_B" in name and not p.any()) for name, p in trained)
 
 
 def _store_in_bf16(model: PreTrainedModel) -> None:

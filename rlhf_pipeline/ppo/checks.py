@@ -1,6 +1,7 @@
 """What must hold while PPO runs, and a plain account of what is off where it does not."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ def check_head(actor: ActorCritic) -> None:
         logits = policy(input_ids=batch.tokens, use_cache=False).logits[0, :-1].to(mine.dtype)
     policy.train(training)
     theirs = logits.log_softmax(-1).gather(-1, batch.tokens[0, 1:, None])[:, 0]
-    if (apart := float((mine[0] - theirs).abs().max())) > _rounding(actor, mine):
+    if not (apart := float((mine[0] - theirs).abs().max())) <= _rounding(actor, mine):  # not a number is not either
         raise UserError(
             f"{type(policy).__name__} does something to its logits that this trainer does not know: its "
             f"log-probabilities differ by {apart:.3g} from those of trunk and head. Use another policy."
@@ -58,13 +59,16 @@ def check_first_ratio(ratio: float, approx_kl: float, actor: ActorCritic, rollou
         )
 
 
-def check_health(means: dict[str, float], threshold: float, update: int, checkpoint: str | None) -> None:
+def check_health(
+    means: dict[str, float], threshold: float, update: int, last_checkpoint: Callable[[], str | None]
+) -> None:
     """Stop at numbers that are none, or at a ratio that has run away; the last checkpoint is from before."""
     odd = [name for name, value in means.items() if not math.isfinite(value)]
     ratio = means.get("val/ratio_max", 1.0)
     if not odd and ratio <= threshold:
         return
     what = f"{', '.join(odd)} stopped being a number" if odd else f"the mean ratio of a step reached {ratio:.3g}"
+    checkpoint = last_checkpoint()
     kept = f"The last good checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint yet."
     raise UserError(
         f"PPO diverged in update {update + 1}: {what}. {kept} Lower trainer.learning_rate or trainer.num_ppo_epochs, "
@@ -100,4 +104,7 @@ def diagnose(actor: ActorCritic, rollout: Rollout, sampling: Sampling) -> str:
 
 
 def _rounding(actor: ActorCritic, like: Tensor) -> float:
-    return _ROUNDING_BF16 if actor.bf16 else _ROUNDING.get(like.dtype, 1e-3)
+    stored = next(trunk(actor.policy).parameters()).dtype
+    return (
+        _ROUNDING_BF16 if actor.bf16 or stored in (torch.bfloat16, torch.float16) else _ROUNDING.get(like.dtype, 1e-3)
+    )

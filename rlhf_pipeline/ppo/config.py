@@ -19,7 +19,7 @@ _AT_LEAST_ONE = (
 )  # fmt: skip
 _NOT_NEGATIVE = ("kl_coef", "entropy_coef", "ptx_coef", "vf_coef", "cliprange", "cliprange_value", "min_new_tokens")
 _OUTPUTS = (
-    "world_size", "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size", "local_mini_batch_size",
+    "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size", "local_mini_batch_size",
     "mini_batch_size",
 )  # fmt: skip
 _ABOVE_ZERO = ("temperature", "kl_target", "score_clip", "max_update_kl", "ratio_threshold")
@@ -33,8 +33,8 @@ def _field(default: Any, help: str) -> Any:
 class PPOConfig(TRLPPOConfig):
     """TRL's `PPOConfig` with more fields. `response_length` and the others keep their meaning."""
 
-    bf16: bool | str | None = _field(
-        "auto", "Multiply matrices in bf16, with fp32 master weights: true, false, or auto (where it is native)."
+    bf16: bool | None = _field(
+        None, "Multiply matrices in bf16, with fp32 master weights: true, false, or auto (None): where it is native."
     )
     gradient_checkpointing: bool = _field(False, "Trade compute for memory in the update.")
     logging_steps: float = _field(1, "Log every this many updates; below 1 a share of them all.")
@@ -132,6 +132,12 @@ def check_config(args: PPOConfig) -> int:
         raise UserError(
             f"a batch of {rows} rows does not divide into trainer.num_mini_batches={args.num_mini_batches}."
         )
+    if args.min_new_tokens > args.response_length:
+        raise UserError(
+            f"trainer.min_new_tokens is {args.min_new_tokens}, more than the response_length of {args.response_length}."
+        )
+    if str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)) == "reduce_lr_on_plateau":
+        raise UserError("trainer.lr_scheduler_type=reduce_lr_on_plateau is not carried out: it waits for a loss.")
     if args.min_response_length is not None and not 1 <= args.min_response_length <= args.response_length:
         raise UserError(
             f"trainer.min_response_length is {args.min_response_length}; it takes 1 to {args.response_length}, "

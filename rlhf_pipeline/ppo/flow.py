@@ -1,7 +1,9 @@
 """What surrounds the algorithm: beginning, resuming, callbacks, evaluation, checkpoints, TRL's other methods."""
 
+import dataclasses
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import Trainer, TrainerControl
-from transformers.trainer_callback import ExportableState, TrainerState
+from transformers.trainer_callback import ExportableState
+from trl.experimental.ppo.ppo_trainer import OnlineTrainerState
 
-from rlhf_pipeline.checkpoints import drop_old, newest_whole, put_in_place, seal, step_of
+from rlhf_pipeline.checkpoints import drop_old, fault_of, newest_whole, put_in_place, seal, step_of
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.metrics import distinct
 from rlhf_pipeline.ppo.objective import Moments
@@ -21,12 +24,14 @@ from rlhf_pipeline.ppo.storage import (
     fresh_folder,
     generation_config,
     load_optimizer,
-    load_policy,
     load_weights,
     save_policy,
     save_weights,
 )
+from rlhf_pipeline.ppo.watch import CollapseWatch
 from rlhf_pipeline.sampling import Sampling, uniform_draws
+
+_WEIGHTS = "actor_critic.safetensors"
 
 
 class Flow(Trainer):
@@ -46,6 +51,7 @@ class Flow(Trainer):
     sampling: Sampling
     prepared: Any
     last_rollout: Any
+    made_scheduler: bool = False
 
     # -- beginning and end
 
@@ -55,11 +61,15 @@ class Flow(Trainer):
         count = len(self.prompts.ids)
         episodes = args.total_episodes or int(args.num_train_epochs * count)
         updates = args.max_steps if args.max_steps > 0 else math.ceil(episodes / self.batch_rows)
+        if self.prepared is not None and self.made_scheduler:  # a second training in this process
+            self.lr_scheduler = None
+        self.made_scheduler = self.lr_scheduler is None
         self.create_optimizer_and_scheduler(num_training_steps=updates)
+        self.kl_coef, self.moments, self.watch = args.kl_coef, Moments(), CollapseWatch(args.watch_window)
         if self.prepared is None:
             self.prepared, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
             self.model_wrapped = self.prepared
-        self.state = TrainerState(max_steps=updates, is_world_process_zero=self.is_world_process_zero())
+        self.state = OnlineTrainerState(max_steps=updates, is_world_process_zero=self.is_world_process_zero())
         self.state.is_local_process_zero = self.is_local_process_zero()
         self.state.num_train_epochs = math.ceil(episodes / count)
         if resume_from_checkpoint:
@@ -71,16 +81,18 @@ class Flow(Trainer):
         self.state.train_batch_size = args.per_device_train_batch_size
         handler = self.callback_handler
         handler.model, handler.optimizer, handler.lr_scheduler = self.model, self.optimizer, self.lr_scheduler
+        self.control._new_training()
         self.control = handler.on_train_begin(args, self.state, self.control)
-        self.model.train()
+        self.control = handler.on_epoch_begin(args, self.state, self.control)
+        if args.eval_on_start and not resume_from_checkpoint:
+            self.evaluate()
 
     def end(self) -> None:
-        """The last words to the callbacks; the best policy back, where that was asked for."""
-        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
-        best = Path(self.args.output_dir) / "best"
-        if self.args.load_best_model_at_end and best.is_dir():
+        """The best policy back, where that was asked for; the last words to the callbacks."""
+        if self.args.load_best_model_at_end and self.state.best_global_step:
             with torch.no_grad():
-                load_policy(self.model, best)
+                load_weights(self.model, Path(self.args.output_dir) / "best" / _WEIGHTS)
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
 
     def end_update(self, rollout: Any, stats: dict[str, float]) -> None:
         """Log, evaluate and save as the callbacks decide."""
@@ -93,14 +105,19 @@ class Flow(Trainer):
         state.episode = episode
         self.last_rollout = rollout
         self.control = self.callback_handler.on_step_end(args, state, self.control)
-        if int(state.epoch) > epoch_before:
+        ended = state.global_step >= state.max_steps
+        if int(state.epoch) > epoch_before or ended:
             self.control = self.callback_handler.on_epoch_end(args, state, self.control)
+            if not ended:
+                self.control = self.callback_handler.on_epoch_begin(args, state, self.control)
         if self.control.should_log or state.global_step == state.max_steps:
             self.log({**stats, "lr": learning_rate, "episode": episode})
         if self.control.should_evaluate:
             metrics = self.evaluate()
             if self._determine_best_metric(metrics, None):
-                self._save_best()
+                state.best_global_step = state.global_step
+                if args.load_best_model_at_end or args.save_strategy != "no":
+                    self._save_best()
                 self.control.should_save = self.control.should_save or args.save_strategy == "best"
         every = max(1, state.max_steps // args.num_sample_generations) if args.num_sample_generations > 0 else 0
         if every and (state.global_step - 1) % every == 0:
@@ -127,10 +144,7 @@ class Flow(Trainer):
         if prompts is None:
             raise UserError("evaluate() needs held-out prompts: pass an eval_dataset.")
         rewards, kls, lengths, answers = [], [], [], []
-        size = self.args.per_device_eval_batch_size * self.accelerator.num_processes
-        for start in range(0, len(prompts.ids), size):
-            rows = range(start, min(start + size, len(prompts.ids)))
-            rollout = self._answer(prompts.pick(rows), self.sampling, derive_seed(self.args.seed, "evaluate", start))
+        for rollout in self._answers(prompts, self.sampling, derive_seed(self.args.seed, "evaluate", 0)):
             rewards.append(rollout.scores.float())
             kls.append((rollout.log_probs - rollout.ref_log_probs).sum(1).float())
             lengths.append(rollout.batch.response_lengths.float())
@@ -149,34 +163,32 @@ class Flow(Trainer):
         self.model.train()
         return metrics
 
-    def _answer(self, prompts: Any, sampling: Sampling, seed: int) -> Any:
-        """A rollout of some prompts that is not trained on. Every process needs a row: the last is repeated for it."""
-        args, count = self.args, len(prompts.ids)
-        lacking = -count % self.accelerator.num_processes
-        rows = [*range(count), *[count - 1] * lacking]
+    def _answers(self, prompts: Any, sampling: Sampling, seed: int) -> Iterator[Any]:
+        """Rollouts of prompts that are not trained on, part by part; how they are parted changes no draw.
+
+        Every process needs a row: the last of a part is repeated for those that would have none.
+        """
+        args, count, world = self.args, len(prompts.ids), self.accelerator.num_processes
         generator = torch.Generator().manual_seed(seed)
         shortest = args.min_response_length or args.response_length
         limits = torch.randint(shortest, args.response_length + 1, (count,), generator=generator)
         uniforms = uniform_draws(limits, generator)
-        rollout = self._share(prompts.pick(rows), limits[rows], sampling, uniforms[:, rows])
-        if not lacking:
-            return rollout
-        kept = torch.arange(count, device=rollout.scores.device)
-        batch = rollout.batch.rows(kept)
-        width = batch.response_mask.shape[1]
-        tensors = [part[:count, :width] if part.dim() > 1 else part[:count] for part in rollout[1:6]]
-        return type(rollout)(batch, *tensors, rollout.prompts[:count], rollout.responses[:count])
+        size = args.per_device_eval_batch_size * world
+        for start in range(0, count, size):
+            own = list(range(start, min(start + size, count)))
+            rows = [*own, *own[-1:] * (-len(own) % world)]
+            rollout = self._share(prompts.pick(rows), limits[rows], sampling, uniforms[:, rows])
+            yield rollout.first(len(own))
 
     def generate_completions(self, sampling: bool = False) -> None:
         """Print how the policy goes on from held-out prompts, all but greedily; with `sampling` one batch of them."""
         if self.eval_prompts is None:
             return
-        calm = Sampling(0.01, self.sampling.stop_ids, self.sampling.min_length, self.sampling.suppressed_ids)
-        size = self.args.per_device_eval_batch_size
-        rows: list[tuple[str, str, float]] = []
-        for start in range(0, size if sampling else len(self.eval_prompts.ids), size):
-            part = self.eval_prompts.pick(range(start, min(start + size, len(self.eval_prompts.ids))))
-            found = self._answer(part, calm, derive_seed(self.args.seed, "completions", start))
+        calm = dataclasses.replace(self.sampling, temperature=0.01)
+        prompts, rows = self.eval_prompts, list[tuple[str, str, float]]()
+        if sampling:
+            prompts = prompts.pick(range(len(prompts.ids))[: self.args.per_device_eval_batch_size])
+        for found in self._answers(prompts, calm, derive_seed(self.args.seed, "completions", 0)):
             rows += zip(found.prompts, found.responses, found.scores.tolist(), strict=True)
         self.model.train()
         if self.is_world_process_zero():
@@ -194,6 +206,8 @@ class Flow(Trainer):
 
     def _checkpoint_of(self, asked: str | bool) -> Path:
         found = newest_whole(Path(self.args.output_dir)) if asked is True else Path(str(asked))
+        if found is not None and (fault := fault_of(found)):
+            raise UserError(f"{found} is damaged ({fault}); resume from another checkpoint.")
         if found is None or not (found / "trainer_state.json").exists():
             where = self.args.output_dir if found is None else found
             raise UserError(f"there is no checkpoint to resume from in {where}; call train() without one.")
@@ -203,7 +217,7 @@ class Flow(Trainer):
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.is_world_process_zero():
             temporary = fresh_folder(folder)
-            save_weights(self.model, temporary / "actor_critic.safetensors")
+            save_weights(self.model, temporary / _WEIGHTS)
             torch.save(self.optimizer.state_dict(), temporary / "optimizer.pt")
             torch.save(self.lr_scheduler.state_dict(), temporary / "scheduler.pt")
             exported = [c for c in [*self.callback_handler.callbacks, self.control] if isinstance(c, ExportableState)]
@@ -218,10 +232,10 @@ class Flow(Trainer):
 
     def _load_checkpoint(self, folder: Path) -> None:
         with torch.no_grad():
-            load_weights(self.model, folder / "actor_critic.safetensors")
+            load_weights(self.model, folder / _WEIGHTS)
         load_optimizer(self.optimizer, folder / "optimizer.pt")
         self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
-        self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        self.state = OnlineTrainerState.load_from_json(str(folder / "trainer_state.json"))
         self.state.is_world_process_zero = self.is_world_process_zero()
         self.state.is_local_process_zero = self.is_local_process_zero()
         if self.state.global_step != step_of(folder) >= 0:
@@ -239,7 +253,9 @@ class Flow(Trainer):
         if self.is_world_process_zero():
             temporary = fresh_folder(folder)
             self._write(temporary, merge=False)
+            save_weights(self.model, temporary / _WEIGHTS)
             put_in_place(temporary, folder)
+        self.state.best_model_checkpoint = str(folder)
         self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False, merge: bool = False) -> None:
@@ -250,6 +266,8 @@ class Flow(Trainer):
         if self.is_world_process_zero():
             self._write(Path(output_dir or self.args.output_dir), merge)
         self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
 
     def _write(self, folder: Path, merge: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)

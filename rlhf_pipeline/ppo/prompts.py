@@ -1,11 +1,12 @@
 """Which prompts an update uses, and the seeds of its draws: functions of (seed, update), so resuming repeats them."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_pipeline.errors import UserError
@@ -28,7 +29,10 @@ def read_prompts(rows: Any, tokenizer: PreTrainedTokenizerBase, collator: Any = 
     What is padding is told by `attention_mask` where there is one, else by a pad token that is not the EOS.
     """
     if not hasattr(rows, "column_names"):
-        return Prompts([list(row) for row in rows], {})
+        if len(rows) and isinstance(rows[0], Mapping):
+            rows = Dataset.from_list([dict(rows[i]) for i in range(len(rows))])
+        else:
+            return Prompts([list(row) for row in rows], {})
     if "input_ids" not in rows.column_names:
         raise UserError(f"the prompts' data set has no column input_ids, only {', '.join(rows.column_names)}.")
     if collator is not None:

@@ -1,6 +1,7 @@
 """One batch of experience: sampled, judged, and seen by policy, reference and critic."""
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from rlhf_pipeline.likelihood import trunk
 from rlhf_pipeline.ppo.actor_critic import ActorCritic, Reference
 from rlhf_pipeline.ppo.prompts import Prompts
 from rlhf_pipeline.precision import autocast
-from rlhf_pipeline.sampling import Batch, Sampling, length_mask, sample
+from rlhf_pipeline.sampling import Batch, Sampling, join, length_mask, sample
 
 TextReward = Callable[..., Sequence[float]]
 Judge = Callable[[Batch, list[str], list[str], dict[str, list[Any]]], Tensor]
@@ -36,6 +37,14 @@ class Rollout(NamedTuple):
         moved: list[Any] = [part.to(device) if hasattr(part, "to") else part for part in self]
         return Rollout(*moved)
 
+    def first(self, count: int) -> "Rollout":
+        """The first rows alone."""
+        batch = self.batch.rows(torch.arange(count, device=self.scores.device))
+        width = int(batch.response_lengths.max())
+        cut: dict[str, Any] = {name: getattr(self, name)[:count] for name in ("scores", "prompts", "responses")}
+        cut |= {n: getattr(self, n)[:count, :width] for n in ("log_probs", "ref_log_probs", "values", "entropy")}
+        return Rollout(batch=batch, **cut)
+
 
 @torch.no_grad()
 def roll_out(
@@ -52,7 +61,12 @@ def roll_out(
     """Sample a response of at most `limits` (batch,) tokens to each prompt, from `uniforms` (time, batch); judge it."""
     device = next(actor.parameters()).device
     with autocast(actor.bf16, device):
-        batch = sample(actor.policy, prompts.ids, limits, sampling, uniforms)
+        batch = join(
+            [
+                sample(actor.policy, prompts.ids[part], limits[part], sampling, uniforms[:, part])
+                for part in _slices(len(prompts.ids), rows_at_once)
+            ]
+        )
     mask = batch.response_mask
     # Rows of like length together: a forward pass is as wide as its longest row.
     by_length = (batch.prompt_lengths + batch.response_lengths).argsort(stable=True)
@@ -69,7 +83,14 @@ def roll_out(
     scores = judge(batch, asked, answers, prompts.columns).to(device)
     if scores.shape != (len(asked),):
         raise UserError(f"the reward gave {tuple(scores.shape)} numbers for {len(asked)} responses; it takes one each.")
+    for score, question, answer in zip(scores.tolist(), asked, answers, strict=True):
+        if not math.isfinite(score):
+            raise UserError(f"the reward of {answer[:80]!r} (to {question[:80]!r}) is {score}, which is no number.")
     return Rollout(batch, found[0], found[1], found[2], found[3], scores, asked, answers)
+
+
+def _slices(count: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def merge(parts: Sequence[Rollout]) -> Rollout:
@@ -99,13 +120,13 @@ def merge(parts: Sequence[Rollout]) -> Rollout:
     return Rollout(batch=batch, **whole)
 
 
-def make_judge(reward: nn.Module | TextReward, vocabulary: int) -> Judge:
+def make_judge(reward: nn.Module | TextReward, vocabulary: int, rows_at_once: int) -> Judge:
     """Scores (batch,) from a reward that reads text, or from a model that reads the policy's own tokens.
 
     A text reward gets prompts and completions, and those other columns of the data set that it names.
     """
     if isinstance(reward, nn.Module):
-        return _model_judge(reward, vocabulary)
+        return _model_judge(reward, vocabulary, rows_at_once)
     taken = inspect.signature(reward).parameters
     any_column = any(p.kind is p.VAR_KEYWORD for p in taken.values())
 
@@ -116,19 +137,23 @@ def make_judge(reward: nn.Module | TextReward, vocabulary: int) -> Judge:
     return judge
 
 
-def _model_judge(model: nn.Module, vocabulary: int) -> Judge:
+def _model_judge(model: nn.Module, vocabulary: int, rows_at_once: int) -> Judge:
     """TRL's way: the model's `score` head at the response's last token. Other classifiers give their one logit."""
     config: Any = getattr(model, "config", None)
-    if config is not None and getattr(config, "vocab_size", vocabulary) != vocabulary:
+    if getattr(config, "vocab_size", vocabulary) < vocabulary:
         raise UserError(
-            f"the reward model's vocabulary has {config.vocab_size} tokens and the policy's {vocabulary}; "
+            f"the reward model knows {config.vocab_size} tokens and the policy's tokenizer has {vocabulary}; "
             "pass a function of texts (prompts, completions) as reward_model, and it reads what it likes."
         )
     model.eval().requires_grad_(False)
     score: Any = getattr(model, "score", None)
 
-    @torch.no_grad()
     def judge(batch: Batch, prompts: list[str], responses: list[str], columns: dict[str, list[Any]]) -> Tensor:
+        rows = torch.arange(len(prompts), device=batch.tokens.device)
+        return torch.cat([some(batch.rows(part)) for part in rows.split(rows_at_once)])
+
+    @torch.no_grad()
+    def some(batch: Batch) -> Tensor:
         lengths = batch.prompt_lengths + batch.response_lengths
         mask = length_mask(lengths, batch.tokens.shape[1])
         rows = torch.arange(len(lengths), device=lengths.device)
@@ -142,6 +167,6 @@ def _model_judge(model: nn.Module, vocabulary: int) -> Judge:
                 f"the reward model gives {found.shape[-1]} numbers a text and PPO takes one; pass a function of texts "
                 "that picks the class by name."
             )
-        return found[:, 0]
+        return found[:, 0].to(torch.promote_types(found.dtype, torch.float32))
 
     return judge

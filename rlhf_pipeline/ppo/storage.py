@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, set_peft_model_state_dict
-from peft.utils.save_and_load import load_peft_weights
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.likelihood import language_model
 from rlhf_pipeline.ppo.actor_critic import ActorCritic
 from rlhf_pipeline.sampling import Sampling
@@ -32,8 +32,8 @@ def load_weights(actor: ActorCritic, path: Path) -> None:
     """Read what `save_weights` wrote, into the same tensors."""
     found, own = load_file(path), trained_state(actor)
     if found.keys() != own.keys():
-        odd = sorted(found.keys() ^ own.keys())[:3]
-        raise ValueError(f"{path} holds the weights of another set-up; {', '.join(odd)} are in one only")
+        odd = ", ".join(sorted(found.keys() ^ own.keys())[:3])
+        raise UserError(f"{path} holds the weights of another set-up: {odd} are in one only. Resume with its settings.")
     for name, tensor in own.items():
         tensor.copy_(found[name])
 
@@ -58,19 +58,6 @@ def save_policy(
         inner.generation_config = before
     tokenizer.save_pretrained(folder)
     actor.save_critic(folder)
-
-
-def load_policy(actor: ActorCritic, folder: Path) -> None:
-    """Take back what `save_policy` wrote without merging."""
-    policy: Any = actor.policy
-    if isinstance(policy, PeftModel):
-        set_peft_model_state_dict(policy, load_peft_weights(str(folder), device="cpu"))
-    else:
-        own = policy.state_dict()
-        for path in sorted(folder.glob("model*.safetensors")):
-            for name, tensor in load_file(path).items():
-                own[name].copy_(tensor)
-    actor.load_critic(folder)
 
 
 def generation_config(sampling: Sampling, response_length: int, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:

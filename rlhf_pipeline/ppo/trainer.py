@@ -19,7 +19,7 @@ from rlhf_pipeline.likelihood import language_model
 from rlhf_pipeline.ppo.actor_critic import (
     ActorCritic,
     Reference,
-    make_critic,
+    separate_critic,
     with_master_weights,
     without_dropout,
 )
@@ -94,16 +94,18 @@ class PPOTrainer(Flow, TRLPPOTrainer):
             raise UserError("trainer.eval_steps and eval_strategy need held-out prompts: pass an eval_dataset.")
         if ref_model is model:
             raise UserError("model and ref_model are one object; pass a copy, or None and a copy is made.")
+        if value_model is not None and value_model is reward_model:
+            raise UserError(
+                "value_model and reward_model are one object, and only one of them is trained; pass a copy."
+            )
         if peft_config is not None:
             if isinstance(model, PeftModel):
                 raise UserError("the model has an adapter already; pass it without a peft_config, or merge it first.")
             model = get_peft_model(model, peft_config)
         if value_model is None and args.critic == "separate":
-            value_model = self._separate_critic(args, model, reward_model)
-            if peft_config is not None:
-                value_model = get_peft_model(value_model, _for_critic(peft_config))
+            value_model = separate_critic(args.critic_init, model, reward_model, peft_config)
         if ref_model is None and not isinstance(model, PeftModel):
-            ref_model = _frozen_copy(model)
+            ref_model = copy.deepcopy(model).requires_grad_(False)
         networks = [model, ref_model, value_model, *([reward_model] if isinstance(reward_model, nn.Module) else [])]
         without_dropout(*networks)
         for network in networks:
@@ -117,7 +119,8 @@ class PPOTrainer(Flow, TRLPPOTrainer):
             self, actor, args, eval_dataset=eval_dataset, processing_class=processing_class, callbacks=callbacks,
             optimizers=optimizers,
         )  # fmt: skip
-        world = self.accelerator.num_processes
+        self._check_launch(optimizers[0])
+        world = args.world_size = self.accelerator.num_processes
         self.policy_model, self.value_model, self.reward_model = model, value_model, reward_model
         self.local_rows, self.batch_rows = local_rows, local_rows * world
         self.prompts = read_prompts(train_dataset, processing_class, data_collator)
@@ -127,9 +130,9 @@ class PPOTrainer(Flow, TRLPPOTrainer):
             self.eval_prompts = held_out.pick(range(len(held_out.ids))[: args.eval_samples])
         self.ptx = None if ptx_dataset is None else read_prompts(ptx_dataset, processing_class).ids
         self._check_prompts()
-        vocabulary = language_model(model).get_input_embeddings().num_embeddings
         self.sampling: Sampling = make_sampling(args, processing_class)
-        self.judge = make_judge(reward_model, vocabulary)
+        known = min(len(processing_class), language_model(model).get_input_embeddings().num_embeddings)
+        self.judge = make_judge(reward_model, known, args.local_rollout_forward_batch_size)
         if isinstance(reward_model, nn.Module):
             reward_model.to(self.accelerator.device)
         if ref_model is not None:
@@ -144,18 +147,28 @@ class PPOTrainer(Flow, TRLPPOTrainer):
         self.reference = Reference(ref_model, actor, args.ref_adapter_name, args.model_adapter_name)
         self.ref_model = ref_model
         self.kl_coef, self.moments, self.watch = args.kl_coef, Moments(), CollapseWatch(args.watch_window)
+        # What a script for TRL may look at.
+        self.is_peft_model, self.train_dataset = isinstance(model, PeftModel), train_dataset
+        self.model_adapter_name, self.ref_adapter_name = args.model_adapter_name, args.ref_adapter_name
+        self.train_dataset_len = len(self.prompts.ids)
+        self.stop_token_id = self.sampling.stop_ids[0] if self.sampling.stop_ids else None
         self.last_rollout: Rollout | None = None
         self.prepared: Any = None  # the actor-critic as it is called to learn: wrapped, where there are processes
 
-    @staticmethod
-    def _separate_critic(args: PPOConfig, model: PreTrainedModel, reward_model: Any) -> nn.Module:
-        if args.critic_init == "policy":
-            return make_critic(model)
-        if not isinstance(reward_model, nn.Module) or not hasattr(reward_model, "score"):
-            raise UserError(
-                "trainer.critic_init=reward needs a reward model over the policy's own tokens with a `score` head."
-            )
-        return _frozen_copy(reward_model).requires_grad_(True)
+    def _check_launch(self, optimizer: Any) -> None:
+        """Refuse what would silently do something else than asked."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise UserError("PPOTrainer does not run under DeepSpeed or FSDP yet; launch it as DDP or in one process.")
+        if self.accelerator.mixed_precision == "fp16":
+            raise UserError("fp16 is not carried out: its range is too small for PPO's ratios; use bf16.")
+        if optimizer is not None:
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            lost = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in held]
+            if lost:
+                raise UserError(
+                    f"the optimizer that was passed does not hold {', '.join(lost[:3])}; leave optimizers out and one "
+                    "over policy and critic is made, or pass a value_model and put its weights in."
+                )
 
     def _check_prompts(self) -> None:
         args, rows = self.args, self.batch_rows
@@ -166,14 +179,17 @@ class PPOTrainer(Flow, TRLPPOTrainer):
             )
         policy = language_model(self.policy_model)
         vocabulary = policy.get_input_embeddings().num_embeddings
-        for prompts in (self.prompts, self.eval_prompts):
-            if prompts is None:
+        texts = [text[: args.ptx_max_length] for text in self.ptx or [] if len(text) > 1]
+        self.ptx = texts
+        held_out = self.eval_prompts.ids if self.eval_prompts else []
+        for rows_of, room in ((self.prompts.ids, args.response_length), (held_out, args.response_length), (texts, 0)):
+            if not rows_of:
                 continue
-            check_positions(policy, prompts.ids, args.response_length)
-            largest = max(max(ids) for ids in prompts.ids)
+            check_positions(policy, rows_of, room)
+            largest = max(max(ids) for ids in rows_of)
             if largest >= vocabulary:
                 raise UserError(
-                    f"a prompt has the token id {largest} and the policy knows ids below {vocabulary}; after adding "
+                    f"a text has the token id {largest} and the policy knows ids below {vocabulary}; after adding "
                     "tokens call model.resize_token_embeddings(len(tokenizer))."
                 )
         if args.ptx_coef and not self.ptx:
@@ -219,6 +235,7 @@ class PPOTrainer(Flow, TRLPPOTrainer):
         args, batch, mask = self.args, rollout.batch, rollout.batch.response_mask
         if self.state.global_step == 0 and self.reference.same:
             check_reference(rollout, self.model, self.sampling)
+        self.reference.same = False  # from the first step on
         scores = rollout.scores
         if args.use_score_scaling:
             self.moments = add_moments(self.moments, scores)
@@ -267,7 +284,7 @@ class PPOTrainer(Flow, TRLPPOTrainer):
         means["val/ratio_var"] = max(squares - means["val/ratio"] ** 2, 0.0)
         means["policy/optimizer_steps"] = float(len(stats))
         worst = {**means, "val/ratio_max": float(ratios.max())}
-        check_health(worst, self.args.ratio_threshold, update, self.last_checkpoint())
+        check_health(worst, self.args.ratio_threshold, update, self.last_checkpoint)
         return means
 
     def _backward(self, experience: Experience, minibatch: Tensor, update: int, step: int) -> Tensor:
@@ -307,9 +324,9 @@ class PPOTrainer(Flow, TRLPPOTrainer):
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         turn = update * args.num_ppo_epochs * args.num_mini_batches + step
         rows = args.ptx_batch_size or rows
-        chosen = [texts[i][: args.ptx_max_length] for i in prompts_of_update(len(texts), rows, turn, args.seed + 1)]
+        chosen = [texts[i] for i in prompts_of_update(len(texts), rows, turn, args.seed + 1)]
         count = sum(len(text) - 1 for text in chosen)
-        mine = sorted((text for text in chosen if len(text) > 1), key=len)[rank::world]
+        mine = sorted(chosen, key=len)[rank::world]
         for start in range(0, len(mine), args.per_device_train_batch_size):
             part = mine[start : start + args.per_device_train_batch_size]
             batch = make_batch([t[:1] for t in part], [t[1:] for t in part]).to(self.accelerator.device)
@@ -359,15 +376,3 @@ def _explained(values: Tensor, returns: Tensor) -> float:
     """Share of the returns' variance that the critic foresaw."""
     variance = float(returns.var()) if len(returns) > 1 else 0.0
     return 1 - float((returns - values).var()) / variance if variance > 0 else 0.0
-
-
-def _frozen_copy(model: Any) -> Any:
-    return copy.deepcopy(model).requires_grad_(False)
-
-
-def _for_critic(config: PeftConfig) -> PeftConfig:
-    """The policy's adapter as a critic wears it: its head is trained whole."""
-    changed: Any = copy.deepcopy(config)
-    changed.task_type = "SEQ_CLS"
-    changed.modules_to_save = ["score"]
-    return changed

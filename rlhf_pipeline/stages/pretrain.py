@@ -6,13 +6,14 @@ python -m rlhf_pipeline stage=pretrain
 import math
 
 from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from rlhf_pipeline import policies
 from rlhf_pipeline.data import fingerprint, load_data, texts
 from rlhf_pipeline.policies import Policy
 from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.settings import Settings
+from rlhf_pipeline.stages.batching import OrderedSFTTrainer
 from rlhf_pipeline.stages.common import Clock, fit_length, say_done, trainer_args, watch
 
 
@@ -27,7 +28,7 @@ def run(settings: Settings, out: RunDir) -> None:
     print(
         f"a GPT-2 of {parameters:.2f} M parameters, {len(policy.tokenizer)} tokens, {len(rows.train)} texts", flush=True
     )
-    trainer = SFTTrainer(
+    trainer = OrderedSFTTrainer(
         policy.model,
         args,
         train_dataset=blocks(policy, texts(rows.train)),

@@ -16,18 +16,19 @@ from transformers import (
     DataCollatorWithPadding,
     ModernBertConfig,
     ModernBertForSequenceClassification,
-    Trainer,
 )
-from trl import RewardConfig, RewardTrainer
+from trl import RewardConfig
 
 from rlhf_pipeline import metrics
 from rlhf_pipeline.data import fingerprint, kind, load_data, texts
 from rlhf_pipeline.hub import explained, open_pretrained
 from rlhf_pipeline.policies import load_policy
+from rlhf_pipeline.precision import fuse_gelu
 from rlhf_pipeline.records import Labelled, Preference
 from rlhf_pipeline.rewards import Scorer
 from rlhf_pipeline.rundir import RunDir, model_folder, write_json
 from rlhf_pipeline.settings import Settings
+from rlhf_pipeline.stages.batching import OrderedRewardTrainer, OrderedTrainer
 from rlhf_pipeline.stages.common import Clock, fit_length, progress, say_done, say_taken, trainer_args, watch
 
 # layers, width, heads of an encoder from scratch
@@ -44,15 +45,17 @@ def run(settings: Settings, out: RunDir) -> None:
     say_taken("start", where)
     out.begin(settings, {"start": where}, fingerprint(settings.data, rows))
     longest = fit_length(args, model)
+    fuse_gelu(model)
     if labelled:
         collator = DataCollatorWithPadding(tokenizer)
         data = [_labelled(split, tokenizer, longest) for split in (rows.train, rows.test)]
-        trainer = Trainer(model, args, collator, data[0], data[1], processing_class=tokenizer)
+        trainer = OrderedTrainer(model, args, collator, data[0], data[1], processing_class=tokenizer)
     else:
-        args.train_sampling_strategy = "random"  # TRL's pairs have no length of one text to group by
         columns = ("prompt", "chosen", "rejected")
         pairs = [Dataset.from_list([{c: getattr(r, c) for c in columns} for r in s]) for s in (rows.train, rows.test)]
-        trainer = RewardTrainer(model, args, train_dataset=pairs[0], eval_dataset=pairs[1], processing_class=tokenizer)
+        trainer = OrderedRewardTrainer(
+            model, args, train_dataset=pairs[0], eval_dataset=pairs[1], processing_class=tokenizer
+        )
     trainer.train(resume_from_checkpoint=watch(trainer, out, "reward"))
 
     def save(folder: Path) -> None:

@@ -6,13 +6,14 @@ python -m rlhf_pipeline stage=sft
 import math
 
 from datasets import Dataset
-from transformers import set_seed
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from rlhf_pipeline.data import demonstrations, fingerprint, load_data, texts
 from rlhf_pipeline.policies import load_policy
+from rlhf_pipeline.precision import fuse_gelu
 from rlhf_pipeline.rundir import RunDir, read_jsonl
 from rlhf_pipeline.settings import Settings
+from rlhf_pipeline.stages.batching import OrderedSFTTrainer
 from rlhf_pipeline.stages.common import Clock, fit_length, say_done, say_taken, trainer_args, watch
 
 
@@ -28,6 +29,7 @@ def run(settings: Settings, out: RunDir) -> None:
     )
     say_taken("policy", where)
     fit_length(args, policy.model)
+    fuse_gelu(policy.model)
     out.begin(settings, {"policy": where}, fingerprint(settings.data, rows))
 
     def dataset(split: list, seed: int) -> Dataset:  # type: ignore[type-arg]
@@ -35,7 +37,7 @@ def run(settings: Settings, out: RunDir) -> None:
         masks = [[0] * len(prompt) + [1] * len(completion) for prompt, completion in pairs]
         return Dataset.from_dict({"input_ids": [p + c for p, c in pairs], "completion_mask": masks})
 
-    trainer = SFTTrainer(
+    trainer = OrderedSFTTrainer(
         policy.model,
         args,
         train_dataset=dataset(rows.train, settings.seed),
@@ -45,7 +47,6 @@ def run(settings: Settings, out: RunDir) -> None:
     checkpoint = watch(trainer, out, "sft")
     logged = [row["eval_loss"] for row in read_jsonl(out.path / "metrics.jsonl") if row["step"] == 0]
     before = logged[0] if logged else trainer.evaluate()["eval_loss"]
-    set_seed(settings.seed)  # a resumed run must meet the rows in the same order, though it did not evaluate first
     trainer.train(resume_from_checkpoint=checkpoint)
     loss = trainer.evaluate()["eval_loss"]
     out.save_model(policy.save)

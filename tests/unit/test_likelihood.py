@@ -75,3 +75,22 @@ def test_bf16_differs_from_fp32_by_rounding_only() -> None:
     assert 0 < (rough - exact).abs().max() < 0.3
     rough.sum().backward()
     assert policy.transformer.wte.weight.grad.dtype == torch.float32
+
+
+def test_a_confident_token_keeps_its_gradient_in_bf16() -> None:
+    """1 - p is not taken from a p that bf16 has rounded to 1."""
+    states, weight = torch.ones(4, 8), torch.zeros(20, 8)
+    weight[3] = 1.2  # p is about 0.999
+    weight.requires_grad_()
+    targets, times = torch.full((4,), 3), torch.zeros(4, dtype=torch.long)
+
+    def gradient(bf16: bool) -> Tensor:
+        weight.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            found = likelihood._TokenLikelihood.apply(states, weight, None, targets, times, Sampling())
+        found[0].sum().backward()
+        assert weight.grad is not None
+        return weight.grad.clone()
+
+    exact = gradient(False)
+    assert float((gradient(True) - exact).norm() / exact.norm()) < 0.1

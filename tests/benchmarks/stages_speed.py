@@ -1,0 +1,288 @@
+"""How fast SFT, pretraining and the reward stage learn beside TRL as it comes, in real tokens a second (no padding).
+
+    python tests/benchmarks/stages_speed.py [--quick] [--rounds 5] [--cores 1]
+
+All sides take turns in each round, each in a process of its own on the same cores, on the same rows (one epoch; texts
+of IMDB's lengths and pairs of hh-rlhf's where RLHF_SHARED has them, else random words of such lengths), from the same
+untrained GPT-2 of 6 layers, 256 wide, with dropout off. A ratio is the median over the rounds; seconds are those of
+the processor, so that what else the machine does counts less. Both sides have batches of 8, TRL's number, and at most
+512 tokens a text. bf16 is on where the machine has it natively: TRL's own default, bf16 everywhere, would only make
+it slower elsewhere. The rows are few: the more there are, the more alike in length are those of a batch.
+"""
+
+import argparse
+import gzip
+import json
+import multiprocessing
+import os
+import random
+import resource
+import statistics
+import tarfile
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TRANSFORMERS_VERBOSITY="error")
+os.environ.update(TOKENIZERS_PARALLELISM="false", TRL_EXPERIMENTAL_SILENCE="1")
+
+import datasets
+import torch
+import yaml
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerBase, Trainer
+from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+
+from rlhf_pipeline.policies import train_tokenizer
+from rlhf_pipeline.precision import choose_bf16, fuse_gelu, native_bf16
+from rlhf_pipeline.stages.batching import OrderedRewardTrainer, OrderedSFTTrainer
+
+ROOT = Path(__file__).parents[2]
+LONGEST, VOCABULARY, BATCH = 512, 8192, 8
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is learnt from, as token ids."""
+
+    tokenizer: PreTrainedTokenizerBase
+    texts: list[list[int]]
+    pairs: list[tuple[list[int], list[int]]]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Of one side in one round: real tokens a second, padded tokens a real one, peak memory in MB."""
+
+    speed: float
+    padding: float
+    memory: float
+
+
+def random_words(count: int) -> str:
+    """Words of two to five syllables, a few of them frequent."""
+    syllables = [c + v for c in "bdfgklmnprstvz" for v in ("a", "e", "i", "o", "u", "ar", "en")]
+    words = random.Random(0)
+    known = ["".join(words.choices(syllables, k=words.randint(2, 5))) for _ in range(5000)]
+    return " ".join(random.choices(known, [1 / (i + 5) for i in range(5000)], k=count))
+
+
+def read_texts(count: int) -> list[str]:
+    """Reviews, or words in as many numbers as IMDB's: 230 in the mean, the median 175."""
+    archive = Path(os.environ.get("RLHF_SHARED", ""), "data/imdb/aclImdb_small.tar.gz")
+    if not archive.exists():
+        return [random_words(max(10, int(random.lognormvariate(5.16, 0.72)))) for _ in range(count)]
+    with tarfile.open(archive) as files:
+        members = sorted((m for m in files if m.name.endswith(".txt")), key=lambda m: m.name)
+        return [files.extractfile(m).read().decode() for m in random.sample(members, count)]  # type: ignore[union-attr]
+
+
+def read_pairs(count: int) -> list[tuple[str, str]]:
+    """Whole dialogues with a better and a worse last turn, or words in such numbers."""
+    file = Path(os.environ.get("RLHF_SHARED", ""), "data/preferences/hh_harmless_base_test.jsonl.gz")
+    if file.exists():
+        with gzip.open(file, "rt", encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines]
+        return [(row["chosen"], row["rejected"]) for row in random.sample(rows, count)]
+    asked = [random_words(max(5, int(random.lognormvariate(4.3, 0.9)))) for _ in range(count)]
+    answers = [[random_words(max(3, int(random.lognormvariate(3.3, 0.8)))) for _ in range(2)] for _ in asked]
+    return [(f"{q} {better}", f"{q} {worse}") for q, (better, worse) in zip(asked, answers, strict=True)]
+
+
+def read_rows(texts: int, pairs: int) -> Rows:
+    """Texts and pairs in tokens of a vocabulary trained on the texts."""
+    random.seed(0)
+    strings = read_texts(1000)
+    tokenizer = train_tokenizer(strings, VOCABULARY, 2 * LONGEST)
+    ids: list[list[int]] = tokenizer(strings[:texts], add_special_tokens=False)["input_ids"]
+    both = [tokenizer(list(pair))["input_ids"] for pair in read_pairs(pairs)]
+    return Rows(
+        tokenizer,
+        [[*row[: LONGEST - 1], tokenizer.eos_token_id] for row in ids],
+        [(better[:LONGEST], worse[:LONGEST]) for better, worse in both],
+    )
+
+
+def model(kind: Callable[[GPT2Config], Any], quick: bool) -> Any:
+    """GPT-2 by its own configuration: the gelu_new of the hub's, and dropout off, as from scratch."""
+    layers, width = (2, 64) if quick else (6, 256)
+    torch.manual_seed(0)
+    return kind(
+        GPT2Config(
+            vocab_size=VOCABULARY,
+            n_positions=2 * LONGEST,
+            n_layer=layers,
+            n_embd=width,
+            n_head=4,
+            resid_pdrop=0,
+            embd_pdrop=0,
+            attn_pdrop=0,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=1,
+            num_labels=1,
+        )
+    )
+
+
+def common(folder: str) -> dict[str, Any]:
+    """What is no matter of speed."""
+    return {
+        "output_dir": folder,
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": BATCH,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+
+
+def of_stage(stage: str, folder: str, **changes: Any) -> dict[str, Any]:
+    """The settings of conf/stage, run once over the rows."""
+    settings: dict[str, Any] = yaml.safe_load((ROOT / "conf" / "stage" / f"{stage}.yaml").read_text())["trainer"]
+    return {**settings, "bf16": choose_bf16(settings.get("bf16"))[0], **common(folder), **changes}
+
+
+def demonstrations(rows: Rows, count: int | None = None) -> datasets.Dataset:
+    """Texts whose first 5 tokens are the prompt."""
+    ids = rows.texts[:count]
+    masks = [[0] * 5 + [1] * (len(row) - 5) for row in ids]
+    return datasets.Dataset.from_dict({"input_ids": ids, "completion_mask": masks})
+
+
+def preferences(rows: Rows) -> datasets.Dataset:
+    """Pairs as RewardTrainer prepares them."""
+    better, worse = zip(*rows.pairs, strict=True)
+    return datasets.Dataset.from_dict({"chosen_ids": list(better), "rejected_ids": list(worse)})
+
+
+def trl_sft(rows: Rows, folder: str, quick: bool, **changes: Any) -> Trainer:
+    """SFTTrainer as it comes."""
+    args = SFTConfig(**common(folder), bf16=native_bf16(), **changes)
+    few = len(rows.texts) // 8 if args.packing else None  # in one long row, which is the slower the more there are
+    data = demonstrations(rows, few)
+    return SFTTrainer(model(GPT2LMHeadModel, quick), args, train_dataset=data, processing_class=rows.tokenizer)
+
+
+def trl_packed(rows: Rows, folder: str, quick: bool) -> Trainer:
+    """SFTTrainer with packing, otherwise as it comes."""
+    return trl_sft(rows, folder, quick, packing=True)
+
+
+def our_sft(rows: Rows, folder: str, quick: bool) -> Trainer:
+    """stage=sft"""
+    policy = model(GPT2LMHeadModel, quick)
+    fuse_gelu(policy)
+    args = SFTConfig(**of_stage("sft", folder))
+    return OrderedSFTTrainer(policy, args, train_dataset=demonstrations(rows), processing_class=rows.tokenizer)
+
+
+def our_pretrain(rows: Rows, folder: str, quick: bool) -> Trainer:
+    """stage=pretrain, as many tokens a batch as the stage has"""
+    policy = model(GPT2LMHeadModel, quick)
+    fuse_gelu(policy)
+    args = SFTConfig(**of_stage("pretrain", folder, per_device_train_batch_size=4 * BATCH))
+    data = datasets.Dataset.from_dict({"input_ids": rows.texts})
+    return OrderedSFTTrainer(policy, args, train_dataset=data, processing_class=rows.tokenizer)
+
+
+def trl_reward(rows: Rows, folder: str, quick: bool) -> Trainer:
+    """RewardTrainer as it comes."""
+    args = RewardConfig(**common(folder), bf16=native_bf16())
+    scorer = model(GPT2ForSequenceClassification, quick)
+    return RewardTrainer(scorer, args, train_dataset=preferences(rows), processing_class=rows.tokenizer)
+
+
+def our_reward(rows: Rows, folder: str, quick: bool) -> Trainer:
+    """stage=reward"""
+    scorer = model(GPT2ForSequenceClassification, quick)
+    fuse_gelu(scorer)
+    args = RewardConfig(**of_stage("reward", folder))
+    return OrderedRewardTrainer(scorer, args, train_dataset=preferences(rows), processing_class=rows.tokenizer)
+
+
+Side = Callable[[Rows, str, bool], Trainer]
+LEVERS = "batches of like length; no gradient checkpointing; GELU in one kernel"
+COMPARISONS: list[tuple[str, Side, Side, str]] = [
+    ("stage=sft against SFTTrainer", trl_sft, our_sft, LEVERS),
+    ("stage=pretrain against SFTTrainer", trl_sft, our_pretrain, "wrapped packing: no padding, no mask; the last two"),
+    ("stage=pretrain against SFTTrainer packing=true", trl_packed, our_pretrain, "attention within blocks of 128"),
+    ("stage=sft against SFTTrainer packing=true", trl_packed, our_sft, "attention within a text, not in one long row"),
+    ("stage=reward, pairs, against RewardTrainer", trl_reward, our_reward, LEVERS),
+]
+
+
+def once(side: Side, rows: Rows, cores: set[int], quick: bool, answer: Any) -> None:
+    """In a process of its own: train one epoch, and send what was measured."""
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(len(cores))
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = side(rows, folder, quick)
+        collate, counts = trainer.data_collator, [0, 0]
+
+        def counting(examples: list[dict[str, Any]]) -> dict[str, Any]:
+            counts[0] += sum(len(e[k]) for e in examples for k in ("input_ids", "chosen_ids", "rejected_ids") if k in e)
+            batch: dict[str, Any] = collate(examples)
+            counts[1] += batch["input_ids"].numel()
+            return batch
+
+        trainer.data_collator = counting
+        start = time.process_time()
+        trainer.train()
+        seconds = (time.process_time() - start) / len(cores)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    answer.send(Measure(counts[0] / seconds, counts[1] / counts[0], memory))
+
+
+def measure(side: Side, rows: Rows, cores: set[int], quick: bool) -> Measure:
+    """Run one side in a fork of this process, which has done no arithmetic that a fork could trip over."""
+    here, there = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=once, args=(side, rows, cores, quick, there))
+    process.start()
+    there.close()
+    try:
+        found: Measure = here.recv()
+    except EOFError:
+        raise SystemExit(f"{side.__name__} failed") from None
+    process.join()
+    return found
+
+
+def main() -> None:
+    """Measure, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a tiny model, a few rows: that it runs, not how fast")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cores", type=int, default=1)
+    options = parser.parse_args()
+    datasets.disable_progress_bars()
+    rows = read_rows(16, 16) if options.quick else read_rows(48, 24)
+    cores = set(sorted(os.sched_getaffinity(0))[: options.cores])
+    sides = dict.fromkeys(side for _, trl, ours, _ in COMPARISONS for side in (trl, ours))
+    found: dict[Side, list[Measure]] = {side: [] for side in sides}
+    for round_ in range(options.rounds):
+        for side in sides:
+            found[side].append(measure(side, rows, cores, options.quick))
+            print(f"round {round_ + 1}  {side.__name__:<14}{found[side][-1].speed:8.0f} tokens/s", flush=True)
+
+    def median(side: Side, what: str) -> float:
+        return statistics.median(getattr(m, what) for m in found[side])
+
+    print("\n| | TRL, tokens/s | ours | ratio (range) | padding, x real | peak MB | what brings it |")
+    print("|---|---:|---:|---:|---:|---:|---|")
+    for name, trl, ours, levers in COMPARISONS:
+        ratios = [b.speed / a.speed for a, b in zip(found[trl], found[ours], strict=True)]
+        speeds = " | ".join(f"{median(side, 'speed'):.0f}" for side in (trl, ours))
+        ratio = f"**{statistics.median(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f})"
+        padding = " to ".join(f"{median(side, 'padding'):.2f}" for side in (trl, ours))
+        memory = " to ".join(f"{median(side, 'memory'):.0f}" for side in (trl, ours))
+        print(f"| {name} | {speeds} | {ratio} | {padding} | {memory} | {levers} |")
+
+
+if __name__ == "__main__":
+    main()

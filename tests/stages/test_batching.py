@@ -1,0 +1,171 @@
+"""The order of the rows: of like length, by seed and epoch alone; and what a resumed run makes of it."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import (
+    DataCollatorWithPadding,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+)
+from trl import RewardConfig, SFTConfig
+
+from rlhf_pipeline.policies import train_tokenizer
+from rlhf_pipeline.stages.batching import (
+    EpochSampler,
+    OrderedRewardTrainer,
+    OrderedSFTTrainer,
+    OrderedTrainer,
+    row_lengths,
+)
+
+
+def lengths_like_reviews(count: int) -> list[int]:
+    """A long tail: the median 200, one in a hundred beyond 1000."""
+    generator = torch.Generator().manual_seed(1)
+    return [int(x) for x in torch.empty(count).log_normal_(5.3, 0.7, generator=generator)]
+
+
+def order(lengths: list[int], seed: int, epoch: int, batch: int = 8) -> list[int]:
+    return list(EpochSampler(lengths, batch, seed, lambda: epoch))
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 77, 1000])
+def test_an_epoch_has_every_row_once(count: int) -> None:
+    lengths = lengths_like_reviews(count)
+    found = order(lengths, 0, 0)
+    assert sorted(found) == list(range(count))
+    assert len(EpochSampler(lengths, 8, 0, lambda: 0)) == count
+
+
+def test_the_order_depends_on_seed_and_epoch_alone() -> None:
+    lengths = lengths_like_reviews(200)
+    first = order(lengths, 0, 0)
+    torch.rand(3)  # another state of the global generator
+    assert order(lengths, 0, 0) == first
+    others = [order(lengths, 0, 1), order(lengths, 1, 0), order(lengths, 1, 1)]
+    assert len({tuple(found) for found in (first, *others)}) == 4
+    epochs = [{frozenset(found[i : i + 8]) for i in range(0, 200, 8)} for found in (first, others[0])]
+    assert len(epochs[0] & epochs[1]) < 5, "the same rows meet again and again"
+
+
+def test_batches_hold_little_padding_and_come_in_no_order_of_length() -> None:
+    lengths = lengths_like_reviews(1000)
+    found = order(lengths, 0, 0)
+    longest = [max(lengths[row] for row in found[i : i + 8]) for i in range(0, 1000, 8)]
+    assert 8 * sum(longest) < 1.15 * sum(lengths)
+    rises = sum(a < b for a, b in itertools.pairwise(longest))
+    assert 45 < rises < 80
+    shuffled = order([0] * 1000, 0, 0)
+    assert 8 * sum(max(lengths[row] for row in shuffled[i : i + 8]) for i in range(0, 1000, 8)) > 1.5 * sum(lengths)
+
+
+def test_a_pair_is_as_long_as_its_longer_side() -> None:
+    pairs = Dataset.from_dict({"chosen_ids": [[1], [1, 2, 3], [1] * 9], "rejected_ids": [[1, 2], [1, 2], [1]]})
+    assert row_lengths(pairs) == [2, 3, 9]
+    assert row_lengths(pairs.filter(lambda row: len(row["chosen_ids"]) != 3)) == [2, 9]
+    assert row_lengths(Dataset.from_dict({"input_ids": [[1], [1, 2]], "labels": [[1], [1, 2]]})) == [1, 2]
+
+
+def test_resuming_on_several_processes_meets_the_same_rows() -> None:
+    """accelerate does not hand `set_epoch` down through its skipping and sharding of batches together."""
+    epoch = 0
+    sampler = EpochSampler(lengths_like_reviews(96), 16, 0, lambda: epoch)
+    loaders = [
+        prepare_data_loader(DataLoader(list(range(96)), 8, sampler=sampler), num_processes=2, process_index=rank)
+        for rank in range(2)
+    ]
+    epoch = 2
+    whole = [[batch.tolist() for batch in loader] for loader in loaders]
+    assert sorted(row for batches in whole for batch in batches for row in batch) == list(range(96))
+    for loader, batches in zip(loaders, whole, strict=True):
+        rest = skip_first_batches(loader, 4)
+        rest.set_epoch(2)
+        assert [batch.tolist() for batch in rest] == batches[4:]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return train_tokenizer(["a film of a few words"], 260, 64)
+
+
+def make(kind: str, strategy: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Trainer:
+    """A trainer of a small model with dropout: three epochs of 24 rows in 6 steps each, with evaluations between."""
+    sizes = [3 + 7 * i % 29 for i in range(24)]
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(extra: int) -> list[list[int]]:
+        return [torch.randint(2, 258, (size + extra,), generator=generator).tolist() for size in sizes]
+
+    settings: dict[str, Any] = {
+        "output_dir": str(folder),
+        "num_train_epochs": 3,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "train_sampling_strategy": strategy,
+        "learning_rate": 1e-2,
+        "save_steps": 1,
+        "eval_strategy": "steps" if strategy == "random" else "epoch",  # the latter comes after the epoch's checkpoint
+        "eval_steps": 4,
+        "gradient_checkpointing": False,
+        "dataloader_pin_memory": False,
+        "bf16": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    config = GPT2Config(vocab_size=260, n_positions=64, n_embd=16, n_layer=1, n_head=2, pad_token_id=1, num_labels=2)
+    torch.manual_seed(0)
+    if kind == "sft":
+        rows = Dataset.from_dict({"input_ids": ids(0)})
+        args = SFTConfig(**settings)
+        return OrderedSFTTrainer(
+            GPT2LMHeadModel(config), args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
+        )
+    args = RewardConfig(**settings, disable_dropout=False)
+    if kind == "pairs":
+        config.num_labels = 1
+        rows = Dataset.from_dict({"chosen_ids": ids(0), "rejected_ids": ids(5)})
+        return OrderedRewardTrainer(
+            GPT2ForSequenceClassification(config),
+            args,
+            train_dataset=rows,
+            eval_dataset=rows,
+            processing_class=tokenizer,
+        )
+    rows = Dataset.from_dict({"input_ids": ids(0), "labels": [i % 2 for i in range(24)]})
+    collator = DataCollatorWithPadding(tokenizer)
+    return OrderedTrainer(GPT2ForSequenceClassification(config), args, collator, rows, rows, processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "random"])
+@pytest.mark.parametrize("kind", ["sft", "classifier", "pairs"])
+def test_a_run_cut_off_in_any_epoch_ends_as_one_never_cut_off(
+    kind: str, strategy: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    whole = make(kind, strategy, tmp_path / "whole", tokenizer)
+    whole.train()
+    expected = {name: value.clone() for name, value in whole.model.state_dict().items()}
+    # In the second epoch, at its end, and in the third.
+    for step in (8, 12, 15):
+        torch.manual_seed(99)
+        resumed = make(kind, strategy, tmp_path / "resumed", tokenizer)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert resumed.state.global_step == 18
+        for name, value in resumed.model.state_dict().items():
+            assert torch.equal(value, expected[name]), f"resumed from step {step}: {name}"
+
+
+def test_dropout_is_on_in_the_runs_compared(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    for kind in ("sft", "classifier", "pairs"):
+        trainer = make(kind, "random", tmp_path, tokenizer)
+        rates = {module.p for module in trainer.model.modules() if isinstance(module, torch.nn.Dropout)}
+        assert rates == {0.1}
