@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python -m rlhf_pipeline
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo pretrain sft reward ppo evaluate pipeline test check clean
+.PHONY: help setup demo pretrain sft reward ppo evaluate pipeline test bench kills check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -33,6 +33,13 @@ pipeline: setup  ## an experiment's stages in order: make pipeline NAME=imdb ARG
 
 test: setup  ## the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: setup  ## speed and memory beside TRL's own trainers, on a machine that does nothing else
+	$(BIN)/python tests/benchmarks/ppo_speed.py $(ARGS)
+	$(BIN)/python tests/benchmarks/stages_speed.py
+
+kills: setup  ## kill -9 runs at random moments and see that they end with the same bits
+	$(BIN)/python tests/benchmarks/kills.py $(ARGS)
 
 check: setup  ## style and types
 	$(BIN)/ruff check .

@@ -29,7 +29,8 @@ def trunk(model: Any) -> nn.Module:
 def response_states(body: nn.Module, batch: Batch) -> Tensor:
     """The last hidden states that predict the responses' tokens, row after row: (tokens, hidden)."""
     row, time = batch.response_mask.nonzero(as_tuple=True)
-    states: Tensor = body(input_ids=batch.tokens, use_cache=False).last_hidden_state
+    # Nothing is predicted from the last column.
+    states: Tensor = body(input_ids=batch.tokens[:, :-1], use_cache=False).last_hidden_state
     return states[row, batch.prompt_lengths[row] + time - 1]
 
 

@@ -36,6 +36,8 @@ def trainer_args(kind: type[A], settings: Settings, out: RunDir) -> A:
     if settings.stage != "ppo" and not values.get("fp16"):
         values["bf16"], chosen = choose_bf16(values.get("bf16", "auto"))
         print(f"computing in {chosen}", flush=True)
+    if values.get("save_total_limit") == 1:
+        values["save_total_limit"] = 2  # the older one is deleted before the newer is known to be whole
     if not torch.cuda.is_available():
         values.setdefault("dataloader_pin_memory", False)
     try:

@@ -9,7 +9,7 @@ from datasets import Dataset
 from trl import SFTConfig
 
 from rlhf_pipeline.data import demonstrations, fingerprint, load_data, texts
-from rlhf_pipeline.policies import load_policy
+from rlhf_pipeline.policies import Policy, load_policy, lora_config
 from rlhf_pipeline.precision import fuse_gelu
 from rlhf_pipeline.rundir import RunDir, read_jsonl
 from rlhf_pipeline.settings import Settings
@@ -43,13 +43,16 @@ def run(settings: Settings, out: RunDir) -> None:
         train_dataset=dataset(rows.train, settings.seed),
         eval_dataset=dataset(rows.test, settings.seed + 1),
         processing_class=policy.tokenizer,
+        peft_config=lora_config(settings.policy),
     )
     checkpoint = watch(trainer, out, "sft")
     logged = [row["eval_loss"] for row in read_jsonl(out.path / "metrics.jsonl") if row["step"] == 0]
     before = logged[0] if logged else trainer.evaluate()["eval_loss"]
     trainer.train(resume_from_checkpoint=checkpoint)
     loss = trainer.evaluate()["eval_loss"]
-    out.save_model(policy.save)
+    # An adapter is merged: what is saved stands alone, and the next stage may put its own adapter in.
+    whole = policy if trainer.model is policy.model else Policy(trainer.model.merge_and_unload(), policy.tokenizer)
+    out.save_model(whole.save)
     results = {"eval_loss": loss, "eval_loss_before": before, "eval_perplexity": math.exp(loss)}
     out.finish(results, objective=-loss)
     say_done(

@@ -44,7 +44,7 @@ LONGER = (
     "++stages.reward.trainer.logging_steps=1",
     "++stages.ppo.trainer.total_episodes=320",
 )
-LORA = "++stages.ppo.policy.lora={r: 4, target_modules: [c_attn]}"
+LORA = "++stages.ppo.policy.lora={r:4,target_modules:[c_attn]}"
 STALLED = 3  # attempts without a new checkpoint after which one gets longer
 LIMIT = 600  # seconds after which an attempt hangs
 

@@ -76,6 +76,20 @@ def test_two_processes_share_one_run(miniature: Path, command_line: CommandLine,
     assert "is done already" in again.stdout
 
 
+def test_sft_trains_an_adapter_too(miniature: Path, command_line: CommandLine, workplace: Path) -> None:
+    """Its model stands alone: the adapter is merged, and nothing else has changed."""
+    asked = ["stage=sft", "experiment=demo", "name=adapter", f"policy.path={miniature / 'pretrain'}"]
+    lora = ["policy.lora.r=4", "policy.lora.target_modules=[c_attn]", "trainer.learning_rate=1e-2"]
+    assert command_line(*asked, *lora, "data.limit=200", "trainer.save_steps=2") == 0
+    held = load_file(Path("runs/adapter/sft/model/model.safetensors"))
+    before = load_file(miniature / "pretrain" / "model" / "model.safetensors")
+    assert held.keys() == before.keys()
+    changed = {name for name in held if not torch.equal(held[name], before[name])}
+    assert changed == {name for name in held if "attn.c_attn.weight" in name}
+    results = json.loads(Path("runs/adapter/sft/run.json").read_text())["results"]
+    assert results["eval_loss"] < results["eval_loss_before"]
+
+
 def test_what_lora_does_not_take_is_refused(command_line: CommandLine, workplace: Path, capsys: Any) -> None:
     assert command_line("stage=ppo", "policy.lora.rank=4") == 2
     assert "there is no setting 'policy.lora.rank'" in capsys.readouterr().err
