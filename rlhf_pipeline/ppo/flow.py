@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from tqdm import tqdm
 from transformers import Trainer, TrainerControl
 from transformers.trainer_callback import ExportableState
 from trl.experimental.ppo.ppo_trainer import OnlineTrainerState
@@ -130,7 +131,7 @@ class Flow(Trainer):
     def warn(self, message: str) -> None:
         """One line for the user, once over all processes."""
         if self.is_world_process_zero():
-            print(f"warning: {message}", flush=True)
+            tqdm.write(f"warning: {message}")  # above the progress bar, where there is one
 
     # -- evaluation
 

@@ -10,7 +10,7 @@ from rlhf_pipeline.metrics import Distinct
 _DISTINCT_SHARE = 0.5  # of the distinct bigrams there were at first
 _REPEATED = 0.5  # of the answers are one that another prompt got as well
 _LENGTH_SHARE = 0.25  # of the length there was at first
-_STEEP = 3.0  # times the KL a window ago, and more than a nat
+_STEEP = 10.0  # nats of KL more than a window ago, and more than twice what it was
 
 
 class CollapseWatch:
@@ -65,7 +65,7 @@ class CollapseWatch:
                 f"answers shrank from {before['length']:.1f} to {rolling['length']:.1f} tokens",
             ),
             "kl": (
-                len(self.recent) == self.window and now > _STEEP * max(start, 0.0) and now - start > 1.0,
+                len(self.recent) == self.window and now - start > max(_STEEP, start),
                 f"KL went from {start:.2f} to {now:.2f} nats in {self.window} updates",
             ),
         }

@@ -391,15 +391,14 @@ def test_the_collapse_watch_warns_once() -> None:
     found: list[str] = []
     for update in range(24):
         varied = [f"word{i} and word{i + update} go on" for i in range(10)]
-        figures, warnings = watch.update(
-            varied if update < 6 else ["yes yes yes"] * 10, 10.0 if update < 6 else 1.0, update
-        )
+        answers, length = (varied, 10.0) if update < 6 else (["yes yes yes"] * 10, 1.0)
+        figures, warnings = watch.update(answers, length, 3.0 * update)
         found += warnings
     assert len(found) == 4
     for told in ("distinct bigrams fell", "given to more than one prompt", "answers shrank", "KL went from"):
         assert sum(told in warning for warning in found) == 1
     assert figures["watch/repeated"] == 1
-    assert figures["watch/kl_slope"] == 1
+    assert figures["watch/kl_slope"] == 3
     again = CollapseWatch(window=8)
     again.load_state_dict(json.loads(json.dumps(watch.state_dict())))
     assert again.update(["a b"], 1.0, 30.0) == watch.update(["a b"], 1.0, 30.0)
@@ -407,8 +406,9 @@ def test_the_collapse_watch_warns_once() -> None:
 
 def test_a_healthy_run_is_not_warned_of() -> None:
     watch = CollapseWatch(window=8)
-    for update in range(30):
-        _, warnings = watch.update([f"word{i} and word{i + update} go on" for i in range(10)], 9.0, 0.05 * update)
+    for update in range(30):  # KL rises from 0 to 6 nats, as it does where a policy learns
+        kl = 6.0 * (1 - 0.8**update)
+        _, warnings = watch.update([f"word{i} and word{i + update} go on" for i in range(10)], 9.0, kl)
         assert warnings == []
 
 
