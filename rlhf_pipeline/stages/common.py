@@ -38,6 +38,8 @@ def trainer_args(kind: type[A], settings: Settings, out: RunDir) -> A:
         print(f"computing in {chosen}", flush=True)
     if values.get("save_total_limit") == 1:
         values["save_total_limit"] = 2  # the older one is deleted before the newer is known to be whole
+    if not torch.accelerator.is_available():
+        values.setdefault("use_cpu", True)  # transformers takes no bf16 on a CPU that it only happens to find
     if not torch.cuda.is_available():
         values.setdefault("dataloader_pin_memory", False)
     try:
