@@ -20,7 +20,7 @@ from rlhf_pipeline.checkpoints import drop_old, fault_of, newest_whole, put_in_p
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.metrics import distinct
 from rlhf_pipeline.ppo.objective import Moments
-from rlhf_pipeline.ppo.prompts import derive_seed
+from rlhf_pipeline.ppo.prompts import derive_seed, read_prompts
 from rlhf_pipeline.ppo.storage import (
     fresh_folder,
     generation_config,
@@ -139,8 +139,6 @@ class Flow(Trainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Answer the held-out prompts, with the same random numbers each time, and log the means."""
-        from rlhf_pipeline.ppo.prompts import read_prompts
-
         prompts = self.eval_prompts if eval_dataset is None else read_prompts(eval_dataset, self.processing_class)
         if prompts is None:
             raise UserError("evaluate() needs held-out prompts: pass an eval_dataset.")

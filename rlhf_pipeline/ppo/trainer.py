@@ -92,27 +92,7 @@ class PPOTrainer(Flow, TRLPPOTrainer):
         local_rows = check_config(args)
         if args.eval_strategy != "no" and eval_dataset is None:
             raise UserError("trainer.eval_steps and eval_strategy need held-out prompts: pass an eval_dataset.")
-        if ref_model is model:
-            raise UserError("model and ref_model are one object; pass a copy, or None and a copy is made.")
-        if value_model is not None and value_model is reward_model:
-            raise UserError(
-                "value_model and reward_model are one object, and only one of them is trained; pass a copy."
-            )
-        if peft_config is not None:
-            if isinstance(model, PeftModel):
-                raise UserError("the model has an adapter already; pass it without a peft_config, or merge it first.")
-            model = get_peft_model(model, peft_config)
-        if value_model is None and args.critic == "separate":
-            value_model = separate_critic(args.critic_init, model, reward_model, peft_config)
-        if ref_model is None and not isinstance(model, PeftModel):
-            ref_model = copy.deepcopy(model).requires_grad_(False)
-        networks = [model, ref_model, value_model, *([reward_model] if isinstance(reward_model, nn.Module) else [])]
-        without_dropout(*networks)
-        for network in networks:
-            if network is not None:
-                fuse_gelu(network)
-        if with_master_weights(model, ref_model, value_model):
-            print("weights stored in 16 bits are trained as fp32", flush=True)
+        model, ref_model, value_model = _networks(args, model, ref_model, reward_model, value_model, peft_config)
         actor = ActorCritic(model, value_model, bool(args.bf16))
         # Trainer's own constructor: TRL's builds a second backbone for the critic and an optimizer over it.
         Trainer.__init__(
@@ -376,3 +356,29 @@ def _explained(values: Tensor, returns: Tensor) -> float:
     """Share of the returns' variance that the critic foresaw."""
     variance = float(returns.var()) if len(returns) > 1 else 0.0
     return 1 - float((returns - values).var()) / variance if variance > 0 else 0.0
+
+
+def _networks(
+    args: PPOConfig, model: Any, ref_model: Any, reward_model: Any, value_model: Any, peft_config: PeftConfig | None
+) -> tuple[Any, Any, Any]:
+    """Policy, reference (None: the policy, its adapter off) and separate critic (None: shared), made fit to train."""
+    if ref_model is model:
+        raise UserError("model and ref_model are one object; pass a copy, or None and a copy is made.")
+    if value_model is not None and value_model is reward_model:
+        raise UserError("value_model and reward_model are one object, and only one of them is trained; pass a copy.")
+    if peft_config is not None:
+        if isinstance(model, PeftModel):
+            raise UserError("the model has an adapter already; pass it without a peft_config, or merge it first.")
+        model = get_peft_model(model, peft_config)
+    if value_model is None and args.critic == "separate":
+        value_model = separate_critic(args.critic_init, model, reward_model, peft_config)
+    if ref_model is None and not isinstance(model, PeftModel):
+        ref_model = copy.deepcopy(model).requires_grad_(False)
+    networks = [model, ref_model, value_model, *([reward_model] if isinstance(reward_model, nn.Module) else [])]
+    without_dropout(*networks)
+    for network in networks:
+        if network is not None:
+            fuse_gelu(network)
+    if with_master_weights(model, ref_model, value_model):
+        print("weights stored in 16 bits are trained as fp32", flush=True)
+    return model, ref_model, value_model
