@@ -35,6 +35,12 @@ NO_STAGES = "stage=pipeline runs an experiment's stages; choose one, as in exper
 _failed_jobs: list[int] = []  # exit statuses of a sweep's jobs that failed
 # Stages that several processes can share.
 _BY_SEVERAL = ("ppo",)
+# What is chosen by name.
+_CHOICES: dict[str, Registry[Any]] = {
+    "policy": policies.registry,
+    "reward": rewards.registry,
+    "data": data.registry,
+}
 _OWN_CHOICE = re.compile(r"^(policy|reward|data)=")
 
 
@@ -68,7 +74,8 @@ def complete(argv: Sequence[str]) -> list[str]:
     if any(arg.startswith(("--config-name", "-cn")) for arg in args):
         return args
     if any(map(_OWN_CHOICE.match, args)) and not any("experiment" in arg.partition("=")[0] for arg in args):
-        args.append("~experiment")
+        first = next((i for i, arg in enumerate(args) if arg.startswith("-")), len(args))
+        args.insert(first, "~experiment")  # Hydra wants no setting behind an option
     if any(arg in ("--help", "-h") for arg in args) and not any(arg.startswith("stage=") for arg in args):
         args.append("stage=pipeline")
     return args
@@ -106,31 +113,48 @@ def resolve(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
     check_sections(str(name) for name in cfg.stages)
     said = {o.key_or_group: o for o in OverridesParser.create().parse_overrides(list(overrides)) if not o.is_delete()}
     section = f"stages.{cfg.stage}."
-    cfg.merge_with(cfg.stages.get(cfg.stage) or {})
+    others = _merge_section(cfg, said)
     for prefix in ("", section):
         for key, override in said.items():
-            group = key in ("stage", "policy", "reward", "data", "experiment") and isinstance(override.value(), str)
-            general = not group and not key.startswith(("hydra", "stages"))
+            kind, _, field = key.partition(".")
+            group = key in ("stage", *_CHOICES, "experiment") and isinstance(override.value(), str)
+            elsewhere = kind in others and field not in _CHOICES[kind].common  # said of the general choice alone
+            general = not group and not elsewhere and not key.startswith(("hydra", "stages"))
             if general if not prefix else key.startswith(prefix):
                 OmegaConf.update(cfg, key.removeprefix(prefix), override.value(), force_add=True)
-    registries: dict[str, Registry[Any]] = {
-        "policy": policies.registry,
-        "reward": rewards.registry,
-        "data": data.registry,
-    }
-    for kind, registry in registries.items():
+    for kind, registry in _CHOICES.items():
         if kind in said and cfg.get("experiment"):  # what the experiment says of its own choice does not fit another
             own = {key.split(".")[-1] for key in said if f"{kind}." in key}
             for key in set(cfg[kind]) - own - {"name"} - registry.fields(cfg[kind].name):
                 del cfg[kind][key]
-    for key in sorted(OmegaConf.missing_keys(cfg)):
-        raise UserError(f"{key} is not set; say {key}=...")
+    for key in sorted(key for key in OmegaConf.missing_keys(cfg) if not key.startswith("stages.")):
+        where = section if key.partition(".")[0] in others else ""
+        raise UserError(f"{where}{key} is not set; say {where}{key}=...")
+    if cfg.stage != "pipeline":
+        cfg.stages = {}
     values = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(values, dict)
     values["name"] = values.get("name") or values.get("experiment") or "default"
-    if cfg.stage != "pipeline":
-        values["stages"] = {}
     return Settings.of({str(key): value for key, value in values.items()})
+
+
+def _merge_section(cfg: DictConfig, said: dict[str, Override]) -> set[str]:
+    """Lay an experiment's section for the stage over the rest; give the kinds of which it names another choice.
+
+    Such a choice stands alone, as the fields of the general one are not its own. The user's choice goes over both.
+    """
+    section = OmegaConf.create(cfg.stages.get(cfg.stage) or {})
+    others = set()
+    for kind in set(_CHOICES) & set(section):
+        if section[kind].get("name") in (None, cfg[kind].get("name")):
+            continue
+        if kind in said:
+            del section[kind]
+        else:
+            others.add(kind)
+            cfg[kind] = {}
+    cfg.merge_with(section)
+    return others
 
 
 def run_stage(settings: Settings) -> float | None:
@@ -258,6 +282,11 @@ def _plain(error: Exception) -> str:
         near = suggest(missing[2], known)
         return f"no {missing[1]} is called '{missing[2]}'. {near}Known: {', '.join(known)}."
     text = "\n".join(line for line in lines if not re.match(r"\s*(full_key|object_type|set_struct|To append)", line))
+    if "LexerNoViableAlt" in text or "mismatched input" in text:
+        return (
+            f"{lines[0].partition(': ')[2]} cannot be read; put quotes around what is not plain letters and numbers, "
+            "as in 'reward.words=[\"好\"]'."
+        )
     match = re.search(r"Could not override '([\w.]+)'", text)
     if match:
         known = [f.name for f in Settings.__dataclass_fields__.values()]

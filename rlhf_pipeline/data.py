@@ -1,21 +1,21 @@
-"""The registry of data sets: locate, read, split, limit; and what each stage makes of the rows."""
+"""The registry of data sets: locate, read, split, limit."""
 
 import hashlib
 import random
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from rlhf_pipeline import formats
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import explained
-from rlhf_pipeline.records import Demonstration, Labelled, Preference, Row, Text
+from rlhf_pipeline.python_code import source_files
+from rlhf_pipeline.records import Code, Demonstration, Dialogue, Labelled, Preference, Prompt, Ranking, Row, Text
 from rlhf_pipeline.registry import Registry
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 R = TypeVar("R", bound=Row)
 
@@ -29,18 +29,27 @@ class Splits(Generic[R]):
 
 
 # `limit` cuts both splits, `test_limit` the held-out one alone.
-# `prompt_tokens`: how many tokens of a text are the prompt, drawn per row from first to last, both included.
+# `prompt_tokens`: how many tokens of a text are the prompt, drawn per row from first to last, both included; of code,
+# the tokens that a function's head may have. `prompt_turns`: how many turns of a dialogue are the prompt.
 registry: Registry[Splits[Any]] = Registry(
-    "data", {"limit": int | None, "test_limit": int | None, "min_characters": int, "prompt_tokens": tuple[int, int]}
+    "data",
+    {
+        "limit": int | None,
+        "test_limit": int | None,
+        "min_characters": int,
+        "prompt_tokens": tuple[int, int],
+        "prompt_turns": int | None,
+    },
 )
 
 # What each stage can make something of.
+_LANGUAGE = (Text, Code, Labelled, Demonstration, Dialogue)
 TAKES: dict[str, tuple[type, ...]] = {
-    "pretrain": (Text, Labelled, Demonstration),
-    "sft": (Text, Labelled, Demonstration),
-    "reward": (Labelled, Preference),
-    "ppo": (Text, Labelled, Demonstration, Preference),
-    "evaluate": (Text, Labelled, Demonstration, Preference),
+    "pretrain": _LANGUAGE,
+    "sft": _LANGUAGE,
+    "reward": (Labelled, Preference, Ranking),
+    "ppo": (*_LANGUAGE, Preference, Ranking),
+    "evaluate": (*_LANGUAGE, Preference, Ranking),
 }
 
 
@@ -70,42 +79,92 @@ def imdb(seed: int, *, path: str = "stanfordnlp/imdb") -> Splits[Labelled]:
     return Splits(rows["train"], rows["test"])
 
 
+# Of the entries that read a file: `test_path` is a file of its own to hold out, without it a `test_share` of the rows
+# is; `columns` maps the names that the entry knows to those of the file (columns: {text: review_body}).
+
+
 @registry.register
-def sentiment(seed: int, *, path: str, test_share: float = 0.1) -> Splits[Labelled]:
+def sentiment(
+    seed: int, *, path: str, columns: dict[str, str] | None = None, test_path: str | None = None,
+    test_share: float = 0.1,
+) -> Splits[Labelled]:  # fmt: skip
     """Labelled texts from a file: JSONL, CSV, TSV or parquet with a text and a label."""
-    return _split(formats.read_labelled(Path(path).expanduser()), test_share)
+    return _from_files(partial(formats.read_labelled, columns=columns), path, test_path, test_share)
 
 
 @registry.register
-def preferences(seed: int, *, path: str, test_share: float = 0.1) -> Splits[Preference]:
-    """Pairs of a better and a worse answer from a file. All pairs of one prompt fall on one side of the split."""
-    rows = formats.read_preferences(Path(path).expanduser())
-    return _split(rows, test_share, key=lambda row: row.prompt or row.chosen)
+def preferences(
+    seed: int, *, path: str, columns: dict[str, str] | None = None, test_path: str | None = None,
+    test_share: float = 0.1,
+) -> Splits[Preference | Ranking]:  # fmt: skip
+    """Pairs of a better and a worse answer, or lists, best first. A prompt falls on one side of the split."""
+    return _from_files(partial(formats.read_preferences, columns=columns), path, test_path, test_share)
 
 
 @registry.register
-def instructions(seed: int, *, path: str, test_share: float = 0.1) -> Splits[Demonstration]:
-    """Demonstrations from a file: prompt and completion, or Alpaca's instruction, input and output."""
-    return _split(formats.read_demonstrations(Path(path).expanduser()), test_share, key=lambda row: row.prompt)
+def instructions(
+    seed: int, *, path: str, columns: dict[str, str] | None = None, test_path: str | None = None,
+    test_share: float = 0.1,
+) -> Splits[Demonstration | Dialogue]:  # fmt: skip
+    """Demonstrations: prompt and completion, Alpaca's instruction, input and output, or chat messages."""
+    return _from_files(partial(formats.read_demonstrations, columns=columns), path, test_path, test_share)
 
 
 @registry.register
-def text(seed: int, *, path: str, column: str = "text", test_share: float = 0.1) -> Splits[Text]:
+def dialogue(
+    seed: int, *, path: str, columns: dict[str, str] | None = None, test_path: str | None = None,
+    test_share: float = 0.1,
+) -> Splits[Dialogue]:  # fmt: skip
+    """Conversations in JSON lines: {"conversation": [{"utterance": ...}, ...]}, or messages with role and content."""
+    return _from_files(partial(formats.read_dialogues, columns=columns), path, test_path, test_share)
+
+
+@registry.register
+def text(
+    seed: int, *, path: str, column: str = "text", columns: dict[str, str] | None = None, test_path: str | None = None,
+    test_share: float = 0.1,
+) -> Splits[Text]:  # fmt: skip
     """Plain texts from a file: one a line, or one a row in `column`."""
-    return _split(formats.read_texts(Path(path).expanduser(), column), test_share)
+    return _from_files(partial(formats.read_texts, column=column, columns=columns), path, test_path, test_share)
 
 
-def kind(name: str) -> type[Row]:
-    """The type of row that a data set holds, by its entry's return annotation."""
-    row: type[Row] = typing.get_args(typing.get_type_hints(registry.entries[name])["return"])[0]
-    return row
+@registry.register
+def python_code(
+    seed: int, *, path: str | None = None, column: str = "content", rows: int = 100_000, test_share: float = 0.1
+) -> Splits[Code]:
+    """Python source: the running interpreter's standard library, a folder, or a set of the hub such as codeparrot's.
+
+    Of a hub's set, `column` of its first `rows` rows is read as they come; such sets are larger than disks.
+    """
+    if path is None or Path(path).expanduser().is_dir() or path.startswith((".", "/", "~")):
+        files = source_files(Path(path).expanduser() if path else None)
+        return _split([Code(source) for _, source in files], test_share)
+    with explained(path, "data.path"):
+        import datasets
+
+        stream = datasets.load_dataset(path, split="train", streaming=True).take(rows)
+        found = [row.get(column) for row in stream]
+    if not found or not all(isinstance(source, str) for source in found):
+        raise UserError(f"data.path={path} has no column of text '{column}'; say data.column=.")
+    return _split([Code(source) for source in dict.fromkeys(found)], test_share)
+
+
+def kind(name: str) -> Any:
+    """The type of row that a data set holds, by its entry's return annotation; a union where it holds several."""
+    return typing.get_args(typing.get_type_hints(registry.entries[name])["return"])[0]
+
+
+def _kinds(name: str) -> tuple[type, ...]:
+    found = kind(name)
+    return typing.get_args(found) or (found,)
 
 
 def check_kind(name: str, stage: str) -> None:
     """Refuse data that a stage can make nothing of."""
-    if stage in TAKES and kind(name) not in TAKES[stage]:
-        fitting = ", ".join(n for n in registry.entries if kind(n) in TAKES[stage])
-        raise UserError(f"data={name} holds rows of {kind(name).__name__}; stage={stage} takes: {fitting}.")
+    if stage in TAKES and not set(_kinds(name)) & set(TAKES[stage]):
+        fitting = ", ".join(n for n in registry.entries if set(_kinds(n)) & set(TAKES[stage]))
+        holds = " or ".join(k.__name__ for k in _kinds(name))
+        raise UserError(f"data={name} holds rows of {holds}; stage={stage} takes: {fitting}.")
 
 
 def load_data(choice: dict[str, Any], seed: int) -> Splits[Any]:
@@ -115,9 +174,9 @@ def load_data(choice: dict[str, Any], seed: int) -> Splits[Any]:
     """
     splits = registry.build(choice, seed)
     shortest = choice.get("min_characters", 0)
-    test = [row for row in splits.test if len(_whole(row)) >= shortest]
-    held_out = {_whole(row) for row in splits.test}
-    train = [row for row in splits.train if len(_whole(row)) >= shortest and _whole(row) not in held_out]
+    test = [row for row in splits.test if len(whole(row)) >= shortest]
+    held_out = {whole(row) for row in splits.test}
+    train = [row for row in splits.train if len(whole(row)) >= shortest and whole(row) not in held_out]
     for rows in (train, test):
         random.Random(f"rows {seed}").shuffle(rows)
     limit = choice.get("limit")
@@ -137,70 +196,58 @@ def fingerprint(choice: dict[str, Any], splits: Splits[Any]) -> dict[str, Any]:
     return {"name": choice["name"], "path": choice.get("path"), **counts, "sha256": digest.hexdigest()}
 
 
-def texts(rows: Sequence[Row]) -> list[str]:
-    """The rows as plain text, to learn language from."""
-    return [_whole(row) for row in rows]
+def plain(prompt: Prompt) -> str:
+    """A prompt's words, whatever a policy's template makes of them."""
+    return prompt if isinstance(prompt, str) else "\n\n".join(turn.text for turn in prompt)
 
 
-def prompts(
-    rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", choice: dict[str, Any], seed: int
-) -> list[list[int]]:
-    """Token ids of one prompt a row: the row's own, or the first tokens of its text."""
-    return [prompt for prompt, _ in _divided(rows, tokenizer, choice, seed)]
-
-
-def demonstrations(
-    rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", choice: dict[str, Any], seed: int
-) -> list[tuple[list[int], list[int]]]:
-    """Token ids of prompt and completion; the completion ends with the tokenizer's EOS."""
-    divided = _divided(rows, tokenizer, choice, seed)
-    return [(prompt, [*rest, int(tokenizer.eos_token_id)]) for prompt, rest in divided if rest]
-
-
-def _divided(
-    rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", choice: dict[str, Any], seed: int
-) -> Iterator[tuple[list[int], list[int]]]:
-    draw = random.Random(f"prompts {seed}")
-    first, last = choice.get("prompt_tokens", (2, 8))
-    if not 1 <= first <= last:
-        raise UserError(f"data.prompt_tokens is [{first}, {last}]; it takes two numbers, 1 <= first <= last.")
-
-    def encode(strings: list[str]) -> list[list[int]]:
-        return [list(ids) for ids in tokenizer(strings, add_special_tokens=False)["input_ids"]] if strings else []
-
-    for start in range(0, len(rows), 1000):
-        part = rows[start : start + 1000]
-        if isinstance(part[0], Demonstration | Preference):
-            asked = encode([row.prompt for row in part if isinstance(row, Demonstration | Preference)])
-            answered = encode([row.completion if isinstance(row, Demonstration) else row.chosen for row in part])  # type: ignore[union-attr]
-            yield from ((q, a) for q, a in zip(asked, answered, strict=True) if q)
-        else:
-            for ids in encode(texts(part)):
-                cut = draw.randint(first, last)
-                if len(ids) > cut:
-                    yield ids[:cut], ids[cut:]
-
-
-def _whole(row: Row) -> str:
+def whole(row: Row) -> str:
+    """All words of a row."""
     match row:
-        case Text(text=text) | Labelled(text=text):
+        case Text(text=text) | Code(text=text) | Labelled(text=text):
             return text
         case Demonstration(prompt=prompt, completion=completion):
-            return f"{prompt}\n\n{completion}"
+            return f"{plain(prompt)}\n\n{completion}"
+        case Dialogue(turns=turns):
+            return "\n".join(turn.text for turn in turns)
         case Preference(prompt=prompt, chosen=chosen, rejected=rejected):
-            return f"{prompt}\n\n{chosen}\n\n{rejected}"
+            return f"{plain(prompt)}\n\n{chosen}\n\n{rejected}"
+        case Ranking(prompt=prompt, responses=responses):
+            return "\n\n".join((plain(prompt), *responses))
     raise TypeError(type(row))
 
 
-def _split(rows: list[R], share: float, key: Callable[[R], str] = _whole) -> Splits[R]:
-    """Hold out a share of the groups that `key` makes; by a hash, so a row falls on one side whatever the seed."""
+def texts(rows: Sequence[Row]) -> list[str]:
+    """The rows as plain text: for a tokenizer to be trained on, or a classifier to read."""
+    return [whole(row) for row in rows]
+
+
+def _group(row: Row) -> str:
+    """What keeps rows on one side of a split: the prompt, the first turn, else the row itself."""
+    match row:
+        case Demonstration(prompt=prompt) | Preference(prompt=prompt) | Ranking(prompt=prompt) if prompt:
+            return plain(prompt)
+        case Dialogue(turns=turns):
+            return turns[0].text
+    return whole(row)
+
+
+def _split(rows: list[R], share: float) -> Splits[R]:
+    """Hold out a share of the rows' groups; by a hash, so that a row falls on one side whatever the seed."""
     if not 0 < share < 1:
         raise UserError(f"data.test_share is {share}; it takes a number between 0 and 1.")
+    groups = [_group(row) for row in rows]
+    most, count = Counter(groups).most_common(1)[0] if groups else ("", 0)
+    if count > len(rows) / 2:  # one prompt for nearly all is an instruction, and no question that answers belong to
+        groups = [whole(row) if group == most else group for row, group in zip(rows, groups, strict=True)]
+    held_out = [int(hashlib.sha256(group.encode()).hexdigest()[:8], 16) < share * 16**8 for group in groups]
+    pairs = list(zip(rows, held_out, strict=True))
+    return Splits([row for row, out in pairs if not out], [row for row, out in pairs if out])
 
-    def held_out(row: R) -> bool:
-        return int(hashlib.sha256(key(row).encode()).hexdigest()[:8], 16) < share * 16**8
 
-    return Splits([r for r in rows if not held_out(r)], [r for r in rows if held_out(r)])
+def _from_files(read: Callable[[Path], list[R]], path: str, test_path: str | None, share: float) -> Splits[R]:
+    rows = read(Path(path).expanduser())
+    return _split(rows, share) if test_path is None else Splits(rows, read(Path(test_path).expanduser()))
 
 
 def _from_hub(path: str) -> Any:

@@ -8,6 +8,8 @@ import evaluate
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from rlhf_pipeline.scripts import words_of
+
 
 class Accuracy(evaluate.Metric):
     """Share of predictions equal to their reference. The hub's module of that name is fetched as code; this is not."""
@@ -36,8 +38,8 @@ class Distinct(evaluate.Metric):
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
-    """Different word n-grams over all word n-grams of `texts`; 0 where there are none."""
-    grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
+    """Different word n-grams over all word n-grams of `texts`, an ideograph being a word; 0 where there are none."""
+    grams = [tuple(words[i : i + n]) for words in map(words_of, texts) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import explained, open_pretrained
 from rlhf_pipeline.registry import Registry
+from rlhf_pipeline.templates import TEMPLATES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,21 +28,27 @@ class Policy:
 
 
 class Source(Protocol):
-    """What a policy's entry gives: how to open it from a folder or hub id, or to make it from texts."""
+    """What a policy's entry gives: where it lies, or how to make it from texts."""
 
     @property
     def path(self) -> str | None:
         """Where the entry's own model lies; None where it has none."""
 
-    def open(self, path: str) -> Policy:
-        """The policy that lies at `path`."""
-
     def make(self, texts: Sequence[str], seed: int) -> Policy:
         """A new policy, untrained, with a tokenizer trained on `texts`."""
 
 
-# `lora` holds the fields of peft's LoraConfig; with it the stages that take an adapter train one.
-registry: Registry[Source] = Registry("policy", common={"lora": dict[str, Any] | None})
+# `lora` holds the fields of peft's LoraConfig; with it the stages that take an adapter train one, on `quantize`d
+# weights (QLoRA) if so asked. `template` is how conversations are written; null: the tokenizer's own, else by its
+# special tokens.
+registry: Registry[Source] = Registry(
+    "policy",
+    common={
+        "lora": dict[str, Any] | None,
+        "quantize": Literal["4bit", "8bit"] | None,
+        "template": Literal["dialogue", "instruction"] | None,
+    },
+)
 
 # layers, width, heads: GPT-2's own sizes (Radford et al. 2019, table 2), and smaller ones for CPUs.
 SIZES = {
@@ -53,14 +60,13 @@ SIZES = {
     "large": (36, 1280, 20),
     "xl": (48, 1600, 25),
 }
+# tokens, positions: GPT-2's own from small on; with fewer parameters they would be most of the work.
+_SMALL_TABLES, _OWN_TABLES = (4096, 256), (50_257, 1024)
 
 
 @dataclass(frozen=True)
 class _Pretrained:
     path: str | None
-
-    def open(self, path: str) -> Policy:
-        return open_policy(path)
 
     def make(self, texts: Sequence[str], seed: int) -> Policy:
         raise UserError(
@@ -71,13 +77,11 @@ class _Pretrained:
 @dataclass(frozen=True)
 class _FromScratch:
     size: str
+    tokenizer: str
     vocabulary: int
     positions: int
     dropout: float
     path: str | None
-
-    def open(self, path: str) -> Policy:
-        return open_policy(path)
 
     def make(self, texts: Sequence[str], seed: int) -> Policy:
         if self.path is not None:
@@ -85,7 +89,8 @@ class _FromScratch:
         import torch
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        tokenizer = train_tokenizer(texts, self.vocabulary, self.positions)
+        train = train_tokenizer if self.tokenizer == "bytes" else train_character_tokenizer
+        tokenizer = train(texts, self.vocabulary, self.positions)
         layers, width, heads = SIZES[self.size]
         config = GPT2Config(
             vocab_size=len(tokenizer),
@@ -109,13 +114,20 @@ class _FromScratch:
 def gpt2_scratch(
     *,
     size: Literal["tiny", "mini", "mid", "small", "medium", "large", "xl"] = "tiny",
-    vocabulary: int = 4096,
-    positions: int = 256,
+    tokenizer: Literal["bytes", "characters"] = "bytes",
+    vocabulary: int | None = None,
+    positions: int | None = None,
     dropout: float = 0.0,
     path: str | None = None,
 ) -> Source:
-    """A GPT-2 from its configuration, with a byte-level BPE trained on the data."""
-    return _FromScratch(size, vocabulary, positions, dropout, path)
+    """A GPT-2 from its configuration, with a tokenizer trained on the data; without `vocabulary` and `positions` those
+    that its size is used to.
+
+    The tokenizer is a byte-level BPE as GPT-2's own, or one of `characters` as Chinese models have: each ideograph a
+    token, other words in pieces, [CLS] and [SEP] around what is said.
+    """
+    tables = _OWN_TABLES if size in ("small", "medium", "large", "xl") else _SMALL_TABLES
+    return _FromScratch(size, tokenizer, vocabulary or tables[0], positions or tables[1], dropout, path)
 
 
 @registry.register
@@ -131,6 +143,12 @@ def gpt2_imdb(*, path: str = "lvwerra/gpt2-imdb") -> Source:
 
 
 @registry.register
+def gpt2_dialog_chinese(*, path: str = "shibing624/gpt2-dialogbot-base-chinese") -> Source:
+    """A Chinese GPT-2 that chats: `[CLS] utterance [SEP] utterance [SEP]`, 300 positions, BERT's vocabulary."""
+    return _Pretrained(path)
+
+
+@registry.register
 def causal_lm(*, path: str) -> Source:
     """Any causal language model, by folder or hub id."""
     return _Pretrained(path)
@@ -142,14 +160,18 @@ def load_policy(choice: dict[str, Any], upstream: Path | None, texts: Sequence[s
     by_hand = choice.get("path")
     where = by_hand or (str(upstream) if upstream else None) or source.path
     if where is None:
-        return source.make(texts, seed), f"{choice['name']}, untrained"
-    from rlhf_pipeline.rundir import model_folder
+        policy, where = source.make(texts, seed), f"{choice['name']}, untrained"
+    else:
+        from rlhf_pipeline.rundir import model_folder
 
-    where = model_folder(where)
-    return source.open(where), where
+        where = model_folder(where)
+        policy = open_policy(where, choice.get("quantize"))
+    if choice.get("template"):
+        policy.tokenizer.chat_template = TEMPLATES[choice["template"]]
+    return policy, where
 
 
-def open_policy(path: str) -> Policy:
+def open_policy(path: str, quantize: str | None = None) -> Policy:
     """Open a causal language model and its tokenizer, and settle its special tokens."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -158,9 +180,28 @@ def open_policy(path: str) -> Policy:
     where = model_folder(path)
     with explained(where, "policy.path"):
         tokenizer = AutoTokenizer.from_pretrained(where)
-    model = open_pretrained(AutoModelForCausalLM, where, "policy.path")
+    options = {"quantization_config": quantization(quantize)} if quantize else {}
+    model = open_pretrained(AutoModelForCausalLM, where, "policy.path", **options)
     settle_special_tokens(model, tokenizer)
+    settle_ideographs(tokenizer)
     return Policy(model, tokenizer)
+
+
+def quantization(bits: str) -> Any:
+    """How QLoRA (arXiv 2305.14314) stores the weights that are not trained."""
+    import importlib.util
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"policy.quantize={bits} needs bitsandbytes: pip install 'rlhf_pipeline[quantize]'.")
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    compute = torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+    if bits == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )
 
 
 def lora_config(choice: dict[str, Any], task: str = "CAUSAL_LM") -> Any:
@@ -177,22 +218,48 @@ def lora_config(choice: dict[str, Any], task: str = "CAUSAL_LM") -> Any:
 
 
 def settle_special_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Make model and tokenizer agree on EOS and pad; an id outside the vocabulary counts as none."""
+    """Make model and tokenizer agree on BOS, EOS, pad and the number of tokens.
+
+    An id outside the vocabulary counts as none. What ends a text is the tokenizer's EOS, else the configuration's, else
+    [SEP]; what pads is the tokenizer's pad, else the configuration's, else EOS: masks come from lengths. Tokens that
+    were added to the tokenizer alone get embeddings; rows beyond the tokenizer's tokens stay, and are never sampled.
+    """
+    config = model.config
+    for name, others in (("eos", ("sep_token",)), ("pad", ("eos_token",)), ("bos", ())):
+        if getattr(tokenizer, f"{name}_token_id") is not None:
+            continue
+        own = getattr(config, f"{name}_token_id", None)
+        candidates = [i for i in (own if isinstance(own, list) else [own]) if i is not None and 0 <= i < len(tokenizer)]
+        token = tokenizer.convert_ids_to_tokens(candidates[0]) if candidates else None
+        token = token or next((t for other in others if (t := getattr(tokenizer, other))), None)
+        if token is not None:
+            setattr(tokenizer, f"{name}_token", token)
     if tokenizer.eos_token_id is None:
-        eos = model.config.eos_token_id
-        if isinstance(eos, int) and eos < len(tokenizer):
-            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos)
-        elif tokenizer.sep_token is not None:
-            tokenizer.eos_token = tokenizer.sep_token
-        else:
-            raise UserError(f"{model.name_or_path} names no token that ends a text; its tokenizer needs an eos_token.")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # harmless here: masks come from lengths
-    for config in (model.config, model.generation_config):
-        config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-        if config.bos_token_id is not None and config.bos_token_id >= len(tokenizer):
-            config.bos_token_id = tokenizer.bos_token_id
+        raise UserError(f"{model.name_or_path} names no token that ends a text; its tokenizer needs an eos_token.")
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    for each in (config, model.generation_config):
+        each.bos_token_id = tokenizer.bos_token_id
+        each.eos_token_id, each.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     tokenizer.padding_side = "right"
+
+
+def settle_ideographs(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Let a BERT vocabulary write Chinese without blanks, and read the signs that it lacks as those it has."""
+    from tokenizers import Regex, decoders, models, normalizers
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not isinstance(backend.model, models.WordPiece):
+        return
+    chinese = r"\p{Han}\u3000-\u303f\uff00-\uffef"  # ideographs and full-width signs
+    no_blanks = decoders.Replace(Regex(rf"(?<=[{chinese}]) +| +(?=[{chinese}])"), "")
+    backend.decoder = decoders.Sequence([decoders.WordPiece(cleanup=True), decoders.Fuse(), no_blanks])
+    tokenizer.clean_up_tokenization_spaces = False
+    vocabulary = tokenizer.get_vocab()
+    stand_ins = {sign: sign_for for sign, sign_for in (("…", "..."), ("—", "-"), ("`", "'")) if sign not in vocabulary}
+    if stand_ins and isinstance(backend.normalizer, normalizers.BertNormalizer):
+        replaced = [normalizers.Replace(sign, sign_for) for sign, sign_for in stand_ins.items()]
+        backend.normalizer = normalizers.Sequence([*replaced, backend.normalizer])
 
 
 def train_tokenizer(texts: Sequence[str], vocabulary: int, positions: int) -> "PreTrainedTokenizerBase":
@@ -223,3 +290,32 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int, positions: int) -> "P
         model_max_length=positions,
         clean_up_tokenization_spaces=False,
     )
+
+
+def train_character_tokenizer(texts: Sequence[str], vocabulary: int, positions: int) -> "PreTrainedTokenizerBase":
+    """A BERT tokenizer: each ideograph a token, other words in pieces; lower case; [SEP] ends, [PAD] pads."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    pieces.normalizer = normalizers.BertNormalizer(lowercase=True)
+    pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocabulary, special_tokens=specials, limit_alphabet=vocabulary - len(specials), show_progress=False
+    )
+    pieces.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=pieces,
+        bos_token="[CLS]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        eos_token="[SEP]",
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        mask_token="[MASK]",
+        model_max_length=positions,
+        clean_up_tokenization_spaces=False,
+    )
+    settle_ideographs(tokenizer)
+    return tokenizer

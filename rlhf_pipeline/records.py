@@ -1,11 +1,33 @@
 """Typed rows: what a file or a generator holds, once it has been read. File formats stop here."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one speaker of a conversation says at once."""
+
+    role: Role
+    text: str
+
+
+# A prompt as it stands, or a conversation that the policy's template puts into words.
+Prompt = str | tuple[Turn, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
     """Plain text, to learn language from."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """A file of Python source: to learn from as a whole; its functions' heads are the prompts."""
 
     text: str
 
@@ -22,32 +44,34 @@ class Labelled:
 class Demonstration:
     """A prompt and the answer that a person would like to see."""
 
-    prompt: str
+    prompt: Prompt
     completion: str
 
 
 @dataclass(frozen=True, slots=True)
 class Dialogue:
-    """Utterances of two people in turn, the first speaker first."""
+    """Turns of a conversation in order. Replies are learnt; with `both`, every turn but the first."""
 
-    turns: tuple[str, ...]
+    turns: tuple[Turn, ...]
+    both: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """Two answers to one prompt, of which a person preferred the first."""
+    """Two answers to one prompt, of which a person preferred the first, by `margin` where that is known."""
 
-    prompt: str
+    prompt: Prompt
     chosen: str
     rejected: str
+    margin: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
     """Several answers to one prompt, best first."""
 
-    prompt: str
+    prompt: Prompt
     responses: tuple[str, ...]
 
 
-Row = Text | Labelled | Demonstration | Dialogue | Preference | Ranking
+Row = Text | Code | Labelled | Demonstration | Dialogue | Preference | Ranking

@@ -1,37 +1,65 @@
-"""The registry of rewards: text in, floats out. The same object serves PPO and evaluation."""
+"""The registry of rewards: text in, floats out. The same object serves PPO and evaluation.
 
-import importlib.util
+A reward is tried once when it is loaded: on its probes, texts that it should tell apart.
+"""
+
+import inspect
 import math
 import re
-import sys
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from rlhf_pipeline.errors import NotFinishedError, UserError
-from rlhf_pipeline.hub import explained, open_pretrained
-from rlhf_pipeline.registry import Registry, suggest
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from rlhf_pipeline.own_code import function_at, plainly
+from rlhf_pipeline.python_code import goes_on
+from rlhf_pipeline.registry import Registry, fits
+from rlhf_pipeline.scorer import Scorer, Side, class_named
+from rlhf_pipeline.scripts import mismatch, script_of, words_of
 
 Function = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+
+# For rewards that know no texts of their own which they tell apart: something for every taste.
+PROBES = (
+    "Could you please help me? Thank you very much.",
+    "Shut up, you stupid fool!",
+    "",
+    "A wonderful film with great actors: I loved every minute of it.",
+    "Terrible and boring, the worst waste of my time.",
+    "菜很好吃，服务热情，环境也不错，非常满意，下次还来。",
+    "又贵又难吃，服务态度太差了，再也不来了！",
+    "def add(a, b):\n    return a + b\n",
+    "In 1969 it cost $3.50; today it is 42 %.",
+    "no no no no no no no no",
+    "It was a quiet morning by the river. " * 8,
+)
+_PROMPT = "So "  # no longer, or where few tokens are read it would be all that is
 
 
 @dataclass(frozen=True)
 class Reward:
-    """What a person would say of responses, as numbers: more is better, `neutral` is neither good nor bad."""
+    """What a person would say of responses, as numbers: more is better, `neutral` is neither good nor bad.
+
+    `unfit(texts)` says in a few words why it cannot judge such texts, or None. `probes` are texts that it tells apart.
+    """
 
     function: Function
     name: str
     neutral: float = 0.0
+    unfit: Callable[[Sequence[str]], str | None] = lambda texts: None
+    probes: Sequence[str] = PROBES
+    parts: Sequence[str] = ()  # of a sum: where each part came from
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
         """One finite number a completion; anything else is a `UserError` that names the reward."""
+        given = self.function(list(prompts), list(completions))
         try:
-            scores = [float(score) for score in self.function(prompts, completions)]
-        except TypeError as error:
+            scores = [float(score) for score in given]
+        except (TypeError, ValueError, RuntimeError) as error:  # the last is torch's, of a matrix
             raise UserError(f"reward={self.name} must give a list of numbers: {error}.") from error
         if len(scores) != len(completions):
             raise UserError(f"reward={self.name} gave {len(scores)} numbers for {len(completions)} completions.")
@@ -43,8 +71,9 @@ class Reward:
 
 registry: Registry[Reward] = Registry("reward")
 
-# What stage=reward can train.
+# What stage=reward can train; the first two have no model but that.
 TRAINABLE = ("classifier", "preference_model", "imdb_sentiment", "dianping_sentiment")
+_NO_MODEL = "reward={} has no model yet; run stage=reward first, or give reward.path=."
 
 Scale = Literal["logit", "probability", "log_odds"]
 Seen = Literal["response", "prompt_response"]
@@ -60,205 +89,288 @@ def classifier(
     text: Seen = "prompt_response",
     batch_size: int = 64,
     max_length: int = 512,
+    truncation_side: Side = "right",
     base: Literal["policy", "encoder"] = "policy",
     size: Literal["tiny", "mini", "small"] = "tiny",
+    lm_coef: float = 0.0,
+    examples: list[str] = [],  # noqa: B006 (never changed)
 ) -> Reward:
     """A text classifier's score of the class that is *named* `label`, whatever its index or case.
 
+    `truncation_side` is the end of a text that is cut off where it is longer than `max_length` tokens.
     `base` and `size` say what stage=reward trains where no `path` is given: the language model of this run
-    with a head (GPT-1's way), or an encoder from scratch, of that size.
+    with a head (GPT-1's way; `lm_coef` weighs its language-model loss in training), or an encoder from scratch, of
+    that size. `examples` are texts that stage=reward scores at its end.
     """
     where = path or where
     if where is None:
-        raise NotFinishedError("reward=classifier has no model yet; run stage=reward first, or give reward.path=.")
-    return _classifier_reward(where, label, scale, text, batch_size, max_length)
+        raise NotFinishedError(_NO_MODEL.format("classifier"))
+    return _classifier_reward(Scorer.open(where, batch_size, max_length, truncation_side), label, scale, text)
 
 
-@registry.register
-def imdb_sentiment(
-    where: str | None,
-    *,
-    path: str | None = None,
-    label: str = "positive",
-    scale: Scale = "logit",
-    text: Seen = "prompt_response",
-    batch_size: int = 64,
-    max_length: int = 512,
-) -> Reward:
-    """The DistilBERT of TRL's classic demo: the raw logit of POSITIVE for query and response."""
-    return _classifier_reward(path or where or "lvwerra/distilbert-imdb", label, scale, text, batch_size, max_length)
+def _on_the_hub(hub_id: str, seen: Seen) -> Callable[..., Reward]:
+    """An entry for a classifier that the hub has, and that was made to judge what `seen` names."""
+
+    def entry(
+        where: str | None,
+        *,
+        path: str | None = None,
+        label: str = "positive",
+        scale: Scale = "logit",
+        text: Seen = seen,
+        batch_size: int = 64,
+        max_length: int = 512,
+        truncation_side: Side = "right",
+    ) -> Reward:
+        scorer = Scorer.open(path or where or hub_id, batch_size, max_length, truncation_side)
+        return _classifier_reward(scorer, label, scale, text)
+
+    return entry
 
 
-@registry.register
-def dianping_sentiment(
-    where: str | None,
-    *,
-    path: str | None = None,
-    label: str = "positive",
-    scale: Scale = "logit",
-    text: Seen = "response",
-    batch_size: int = 64,
-    max_length: int = 512,
-) -> Reward:
-    """A Chinese RoBERTa trained on Dianping reviews, of the response alone."""
-    return _classifier_reward(
-        path or where or "liam168/c2-roberta-base-finetuned-dianping-chinese",
-        label,
-        scale,
-        text,
-        batch_size,
-        max_length,
-    )
+# The DistilBERT of TRL's classic demo: the raw logit of POSITIVE for query and response.
+registry.entries["imdb_sentiment"] = _on_the_hub("lvwerra/distilbert-imdb", "prompt_response")
+# A Chinese RoBERTa trained on Dianping reviews, of the response alone.
+registry.entries["dianping_sentiment"] = _on_the_hub("liam168/c2-roberta-base-finetuned-dianping-chinese", "response")
 
 
 @registry.register
 def preference_model(
-    where: str | None, *, path: str | None = None, batch_size: int = 64, max_length: int = 512
+    where: str | None,
+    *,
+    path: str | None = None,
+    batch_size: int = 64,
+    max_length: int = 512,
+    truncation_side: Side = "left",
+    head: Literal["linear", "mlp"] = "linear",
+    pooling: Literal["last", "mean"] = "last",
+    margin: float = 0.0,
+    demonstrations: dict[str, Any] | None = None,
+    examples: list[str] = [],  # noqa: B006 (never changed)
 ) -> Reward:
-    """A reward model trained on preferences by stage=reward: the scalar of its head."""
+    """A reward model trained on preferences by stage=reward: the scalar of its head.
+
+    Of a text longer than `max_length` tokens the beginning is cut off: the answer stands at the end.
+    `head`, `pooling` (the last token, or the mean weighted by position) and `margin` (a rank) say how it is trained.
+    `demonstrations` (name and path, as data) score 0 on average; null: the best answers of the training data do.
+    """
     where = path or where
     if where is None:
-        raise NotFinishedError(
-            "reward=preference_model has no model yet; run stage=reward first, or give reward.path=."
-        )
-    scorer = Scorer.open(where, batch_size, max_length, append_eos=True)
+        raise NotFinishedError(_NO_MODEL.format("preference_model"))
+    scorer = Scorer.open(where, batch_size, max_length, truncation_side, append_eos=True)
     if scorer.labels != 1:
         raise UserError(f"{where} is a classifier of {scorer.labels} classes; a preference model has one score.")
-    return Reward(lambda prompts, answers: scorer.pairs(prompts, answers)[:, 0].tolist(), scorer.where)
+    return Reward(
+        lambda prompts, answers: scorer.pairs(prompts, answers)[:, 0].tolist(),
+        scorer.where,
+        unfit=partial(mismatch, scorer.tokenizer),
+    )
 
 
 @registry.register
 def toy_sentiment(where: str | None) -> Reward:
     """The sentiment of a toy review by the rules of its grammar: the truth that a trained reward only estimates."""
-    from rlhf_pipeline.toy_reviews import true_sentiment
+    from rlhf_pipeline.toy_reviews import toy_reviews, true_sentiment
 
-    return Reward(lambda prompts, answers: [true_sentiment(p + a) for p, a in zip(prompts, answers, strict=True)],
-                  "toy_sentiment", 0.5)  # fmt: skip
+    def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+        return [true_sentiment(prompt + answer) for prompt, answer in zip(prompts, answers, strict=True)]
+
+    return Reward(score, "toy_sentiment", 0.5, probes=[row.text for row in toy_reviews(8, seed=0)])
 
 
 @registry.register
-def python(where: str | None, *, path: str) -> Reward:
-    """A function of your own: `my_rewards.py:politeness`, called as `f(prompts, completions) -> list[float]`."""
-    file, _, function = path.rpartition(":")
-    source = Path(file).expanduser()
-    if not source.is_file():
-        raise UserError(f"reward.path={path}: there is no file {file!r}; write it as my_rewards.py:politeness.")
-    spec = importlib.util.spec_from_file_location(source.stem, source)
-    if spec is None or spec.loader is None:
-        raise UserError(f"reward.path={path}: {file} is no Python file; write it as my_rewards.py:politeness.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[source.stem] = module  # as an import would: dataclasses in it look there
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, function, None)):
-        known = [name for name, value in vars(module).items() if callable(value) and name[0] != "_"]
-        raise UserError(f"{file} has no function '{function}'. {suggest(function, known)}It has: {', '.join(known)}.")
-    return Reward(getattr(module, function), f"python:{function}")
+def python(where: str | None, *, path: str, probes: list[str] | None = None) -> Reward:
+    """A function of your own, called as `f(prompts, completions) -> list[float]`.
+
+    `path` is `my_rewards.py:politeness` or `my_package.my_module:politeness`.
+    """
+    function = function_at(path)
+
+    def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+        with plainly(f"reward=python reward.path={path}"):
+            given = function(prompts, answers)
+            return list(given) if isinstance(given, Iterator) else given
+
+    return Reward(score, f"python:{path.rpartition(':')[2]}", probes=_two_or_more(probes))
+
+
+@registry.register
+def regex(where: str | None, *, pattern: str, probes: list[str] | None = None) -> Reward:
+    """How many times a response matches a regular expression; `(?i)` before it ignores case."""
+    try:
+        found = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"reward.pattern={pattern!r} is no regular expression: {error}.") from error
+    return Reward(
+        lambda _, answers: [float(len(list(found.finditer(a)))) for a in answers],
+        "regex",
+        0.5,
+        probes=_two_or_more(probes),
+    )
 
 
 @registry.register
 def length(where: str | None, *, target: int = 20) -> Reward:
     """Closeness of a response's length to `target` words: 0 at the target, -1 where it is missed by all of it."""
-    return Reward(lambda _, answers: [-abs(len(a.split()) - target) / target for a in answers], "length", -0.5)
+    if target < 1:
+        raise UserError(f"reward.target is {target}; it takes at least 1.")
+    return Reward(
+        lambda _, answers: [-abs(len(words_of(a)) - target) / target for a in answers],
+        "length",
+        -0.5,
+        probes=["", "word " * target],
+    )
 
 
 @registry.register
 def keywords(where: str | None, *, words: list[str]) -> Reward:
     """How many of `words` a response holds, case ignored."""
+    if not all(words) or not words:
+        raise UserError(f"reward.words is {words}; it takes one word or more, none of them empty.")
     pattern = re.compile("|".join(re.escape(word) for word in words), re.IGNORECASE)
-    return Reward(lambda _, answers: [float(len({m.lower() for m in pattern.findall(a)})) for a in answers],
-                  "keywords", 0.5)  # fmt: skip
+    own = script_of(words, least=1)
+
+    def unfit(texts: Sequence[str]) -> str | None:
+        theirs = script_of(texts)
+        return f"its words are {own} and the texts {theirs}" if own and theirs and own != theirs else None
+
+    return Reward(
+        lambda _, answers: [float(len({m.lower() for m in pattern.findall(a)})) for a in answers],
+        "keywords",
+        0.5,
+        unfit,
+        probes=["", " ".join(words)],
+    )
 
 
 @registry.register
 def repetition(where: str | None, *, n: int = 3) -> Reward:
     """Minus the share of a response's word n-grams that it has said before."""
+    if n < 1:
+        raise UserError(f"reward.n is {n}; it takes at least 1.")
 
     def repeated(answer: str) -> float:
-        said = answer.split()
+        said = words_of(answer)
         grams = [tuple(said[i : i + n]) for i in range(len(said) - n + 1)]
         return len(set(grams)) / len(grams) - 1 if grams else 0.0
 
-    return Reward(lambda _, answers: [repeated(a) for a in answers], "repetition", -0.5)
+    return Reward(lambda _, answers: [repeated(a) for a in answers], "repetition", -0.5, probes=["", "no " * (n + 1)])
+
+
+@registry.register
+def python_syntax(where: str | None) -> Reward:
+    """Whether a response goes on as Python, 1 or 0: the body of the function in the prompt, or more lines."""
+    return Reward(lambda prompts, answers: [float(goes_on(p, a)) for p, a in zip(prompts, answers, strict=True)],
+                  "python_syntax", 0.5, probes=("= 1\n", "= =\n"))  # fmt: skip
+
+
+@registry.register
+def sum(where: str | None, *, parts: list[dict[str, Any]]) -> Reward:
+    """Several rewards at once: each of `parts` is a name with its fields, and a `weight` (1 where none is given)."""
+    trained = trained_part({"name": "sum", "parts": parts})["name"]
+    made: list[tuple[float, Reward]] = []
+    for number, part in enumerate(parts):
+        own = _without_weight(part)
+        with _inside(number):
+            made.append((part.get("weight", 1.0), _tested(own, where if own["name"] in ("sum", trained) else None)))
+
+    def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+        columns = [[weight * value for value in part(prompts, answers)] for weight, part in made]
+        return [math.fsum(row) for row in zip(*columns, strict=True)]
+
+    def unfit(texts: Sequence[str]) -> str | None:
+        return "; ".join(f"{part.name}: {why}" for _, part in made if (why := part.unfit(texts))) or None
+
+    name = textwrap.shorten(" + ".join(f"{weight:g} x {part.name}" for weight, part in made), 200)
+    neutral = math.fsum(weight * part.neutral for weight, part in made)
+    probes = [text for _, part in made for text in part.probes]
+    return Reward(score, name, neutral, unfit, probes, [part.name for _, part in made])
+
+
+def check_choice(choice: Mapping[str, Any]) -> None:
+    """Refuse a choice that no reward can be made of, and of a sum each part, before anything heavy is loaded."""
+    registry.check(choice)
+    name = choice["name"]
+    for field in inspect.signature(registry.entries[name]).parameters.values():
+        if field.kind is field.KEYWORD_ONLY and field.default is field.empty and field.name not in choice:
+            raise UserError(f"reward={name} needs a field '{field.name}', which is not set.")
+    if name == "sum":
+        if not choice["parts"]:
+            raise UserError("reward.parts is empty; it takes rewards, as in [{name: length, target: 12, weight: 0.5}].")
+        for number, part in enumerate(choice["parts"]):
+            with _inside(number):
+                if not fits(weight := part.get("weight", 1.0), float) or not math.isfinite(weight):
+                    raise UserError(f"weight is {weight!r}; it takes a number.")
+                check_choice(_without_weight(part))
+    elif name in ("keywords", "length", "regex", "repetition"):
+        registry.build(choice, None)  # a rule is made in no time, and refuses what it cannot use
+
+
+def trained_part(choice: dict[str, Any]) -> dict[str, Any]:
+    """Whose model stage=reward trains: the choice itself; of a sum, the part that needs it most."""
+    if choice["name"] != "sum":
+        return choice
+    parts = [trained_part(part) for part in choice["parts"]]
+    rank = {name: number for number, name in enumerate(TRAINABLE)}
+    return min(parts, key=lambda part: len(rank) if part.get("path") else rank.get(part["name"], len(rank)))
 
 
 def load_reward(choice: dict[str, Any], upstream: Path | None) -> tuple[Reward, str]:
     """The reward chosen by hand, else the one stage=reward made, else the entry's own; and where it came from."""
-    reward = registry.build(choice, str(upstream) if upstream else None)
+    check_choice(choice)
+    reward = _tested(choice, str(upstream) if upstream else None)
     return reward, reward.name
 
 
-class Scorer:
-    """A sequence classifier of any family, with its own tokenizer: texts in, logits out."""
-
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int, max_length: int, append_eos: bool = False) -> None:
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        positions = getattr(model.config, "max_position_embeddings", max_length)
-        self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
-        # TRL's RewardTrainer ends every text with EOS, and the head learns to read it there.
-        self.ending = [tokenizer.eos_token_id] if append_eos else []
-        self.where = str(model.name_or_path)
-        self.max_length, self.labels = min(max_length, positions), int(model.config.num_labels)
-
-    @classmethod
-    def open(cls, path: str, batch_size: int, max_length: int, append_eos: bool = False) -> "Scorer":
-        """Open a classifier from a folder or the hub, on the GPU where there is one."""
-        import torch
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-        from rlhf_pipeline.rundir import model_folder
-
-        where = model_folder(path)
-        with explained(where, "reward.path"):
-            tokenizer = AutoTokenizer.from_pretrained(where)
-        model = open_pretrained(AutoModelForSequenceClassification, where, "reward.path")
-        return cls(
-            model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, batch_size, max_length, append_eos
-        )
-
-    def logits(self, texts: Sequence[str]) -> "Tensor":
-        """(len(texts), classes). Sorted by length inside, so that little is padded; the end of a long text is cut."""
-        import torch
-
-        room = self.max_length - len(self.ending)
-        ids = self.tokenizer(list(texts), truncation=True, max_length=room)["input_ids"] if texts else []
-        # A text of no tokens still gets a score: that of the token that ends one.
-        empty = [
-            self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else self.tokenizer.sep_token_id
-        ]
-        ids = [row + self.ending or empty for row in ids]
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        found = torch.zeros(len(ids), self.labels)
-        for start in range(0, len(order), self.batch_size):
-            part = order[start : start + self.batch_size]
-            batch = self.tokenizer.pad({"input_ids": [ids[i] for i in part]}, padding_side="right", return_tensors="pt")
-            with torch.no_grad():
-                out = self.model(
-                    **{k: v.to(self.model.device) for k, v in batch.items() if k in ("input_ids", "attention_mask")}
-                )
-            found[part] = out.logits.float().cpu()
-        return found
-
-    def pairs(self, prompts: Sequence[str], answers: Sequence[str]) -> "Tensor":
-        """Logits of each prompt with its answer."""
-        return self.logits([prompt + answer for prompt, answer in zip(prompts, answers, strict=True)])
+# What helps a reward that gives everything the same, by the fields it has; the first that fits.
+_FIXES = {
+    "probes": "if there are texts that it tells apart, name some: reward.probes=['...', '...']",
+    "parts": "change reward.parts or their weights",
+    "path": "give another reward.path",
+}
 
 
-def class_named(labels: dict[int, str], wanted: str, where: str) -> int:
-    """The index of the class with a name, case ignored; the usual short forms count."""
-    short = {"pos": "positive", "neg": "negative"}
-    names = {index: short.get(str(name).lower(), str(name).lower()) for index, name in labels.items()}
-    found = [index for index, name in names.items() if name == short.get(wanted.lower(), wanted.lower())]
-    if len(found) != 1:
+def _tested(choice: Mapping[str, Any], where: str | None) -> Reward:
+    """Make a reward, and see once that it gives finite numbers, as many as texts, and not always the same."""
+    reward = registry.build(choice, where)
+    shown = [repr(text if len(text) <= 30 else f"{text[:27]}...") for text in reward.probes[:6]]
+    tried = ", ".join([*shown, f"{len(reward.probes) - 6} more"] if len(reward.probes) > 6 else shown)
+    try:
+        scores = reward([_PROMPT] * len(reward.probes), reward.probes)
+    except UserError as error:
+        raise UserError(f"{error} It was tried on: {tried}.") from error
+    if len(set(scores)) == 1:
+        fix = next((fix for field, fix in _FIXES.items() if field in registry.fields(choice["name"])), "")
         raise UserError(
-            f"{where} has no class named '{wanted}'; reward.label= takes one of: {', '.join(labels.values())}."
+            f"reward={reward.name} gave {scores[0]:g} for all of {len(scores)} texts ({tried}), so nothing can be "
+            f"learnt from it; {fix}."
         )
-    return int(found[0])
+    return reward
 
 
-def _classifier_reward(where: str, label: str, scale: Scale, seen: Seen, batch_size: int, max_length: int) -> Reward:
-    scorer = Scorer.open(where, batch_size, max_length)
+def _without_weight(part: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in part.items() if key != "weight"}
+
+
+@contextmanager
+def _inside(number: int) -> Iterator[None]:
+    """Say in which part of a sum something is wrong."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"reward.parts[{number}]: {error}") from error
+
+
+def _two_or_more(probes: list[str] | None) -> Sequence[str]:
+    if probes is not None and len(set(probes)) < 2:
+        raise UserError(f"reward.probes is {probes}; it takes two texts or more that the reward tells apart.")
+    return PROBES if probes is None else probes
+
+
+def _classifier_reward(scorer: Scorer, label: str, scale: Scale, seen: Seen) -> Reward:
     index = class_named(scorer.model.config.id2label, label, scorer.where)
+    if scorer.labels == 1 and scale != "logit":
+        raise UserError(f"{scorer.where} has one class, so reward.scale={scale} means nothing; say reward.scale=logit.")
 
     def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
         logits = scorer.logits(list(answers)) if seen == "response" else scorer.pairs(prompts, answers)
@@ -273,4 +385,5 @@ def _classifier_reward(where: str, label: str, scale: Scale, seen: Seen, batch_s
         values: list[float] = chosen.tolist()
         return values
 
-    return Reward(score, scorer.where, 0.5 if scale == "probability" else 0.0)
+    neutral = 0.5 if scale == "probability" else 0.0
+    return Reward(score, scorer.where, neutral, partial(mismatch, scorer.tokenizer))

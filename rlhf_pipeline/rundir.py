@@ -172,7 +172,7 @@ class RunDir:
                     continue
                 if policy is not None and made["policy"]["name"] != policy["name"]:
                     continue
-                for key in sorted(({*made["policy"], *policy} if policy else set()) - {"path", "lora"}):
+                for key in sorted(({*made["policy"], *policy} if policy else set()) - {"path", "lora", "quantize"}):
                     there, here = made["policy"].get(key), (policy or {}).get(key)
                     if there != here:
                         raise UserError(f"{other.path} has policy.{key}={there}, and here it is {here}; make them one.")

@@ -58,6 +58,8 @@ class Evaluation:
     bootstrap: int = 2000
     response_length: int | None = None  # None: as the run's PPO did
     temperature: float | None = None  # None: as the run's PPO did
+    best_of: int | None = None  # also the best of so many answers of the reference: what no training brings
+    show: list[str] = field(default_factory=list)  # prompts of one's own, whose answers are shown
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,13 @@ class Settings:
         if not self.name or Path(self.name).is_absolute() or ".." in Path(self.name).parts:
             raise UserError(f"name='{self.name}' is no run name: it is a folder below {self.runs}/.")
         policies.registry.check(self.policy)
-        rewards.registry.check(self.reward)
+        rewards.check_choice(self.reward)
         data.registry.check(self.data)
+        if self.policy.get("quantize") and not (self.stage == "sft" and self.policy.get("lora")):
+            raise UserError(
+                "policy.quantize goes with an adapter on stage=sft (QLoRA): stages.sft.policy.quantize=4bit "
+                "stages.sft.policy.lora.r=8."
+            )
         if self.policy.get("lora"):
             _check_fields("policy.lora.", self.policy["lora"], _declared(_LORA_SOURCES))
             if self.stage not in _ADAPTS:
@@ -121,6 +128,8 @@ class Settings:
         for key, (value, least) in at_least.items():
             if value is not None and value < least:
                 raise UserError(f"{key} is {value}; it takes at least {least}.")
+        if self.evaluate.best_of is not None and self.evaluate.best_of < 2:
+            raise UserError(f"evaluate.best_of is {self.evaluate.best_of}; it takes at least 2, or null.")
         if self.evaluate.temperature is not None and self.evaluate.temperature <= 0:
             raise UserError(f"evaluate.temperature is {self.evaluate.temperature}; it takes a number above 0.")
 

@@ -38,14 +38,21 @@ def evaluation_table(evaluation: dict[str, Any]) -> None:
     for pair, gain in evaluation["paired_gain"].items():
         interval = f"[{gain['low']:+.3f}, {gain['high']:+.3f}]"
         console.print(Text(f"{pair}: {gain['mean']:+.3f}, 95 % interval {interval}, wins {gain['win_rate']:.1%}"))
-    samples = Table(title="Typical answers", title_justify="left", show_lines=True)
-    for name in ("prompt", *evaluation["metrics"]):
-        samples.add_column(name, overflow="fold")
-    for row in evaluation["examples"]:
+    for title, rows in (("Typical answers", evaluation["examples"]), ("Answers to your own", evaluation.get("shown"))):
+        if rows:
+            console.print(_answers(title, rows))
+
+
+def _answers(title: str, rows: list[dict[str, Any]]) -> Table:
+    """Prompts by row, policies by column."""
+    table = Table(title=title, title_justify="left", show_lines=True)
+    for name in ("prompt", *rows[0]["responses"]):
+        table.add_column(name, overflow="fold")
+    for row in rows:
         # Text, not markup: what a model wrote is shown as it is.
-        cells = [f"{answer.strip()} ({row['rewards'][name]:.2f})" for name, answer in row["responses"].items()]
-        samples.add_row(Text(row["prompt"]), *map(Text, cells))
-    console.print(samples)
+        cells = [f"{answer.rstrip()} ({row['rewards'][name]:.2f})" for name, answer in row["responses"].items()]
+        table.add_row(Text(row["prompt"]), *map(Text, cells))
+    return table
 
 
 def sweep_table(sweep: Path, stage: str) -> None:

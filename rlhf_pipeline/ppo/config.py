@@ -146,8 +146,11 @@ def check_config(args: PPOConfig) -> int:
     return rows
 
 
-def make_sampling(args: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> Sampling:
-    """The sampling distribution that a configuration asks for."""
+def make_sampling(args: PPOConfig, tokenizer: PreTrainedTokenizerBase, embeddings: int = 0) -> Sampling:
+    """The sampling distribution that a configuration asks for.
+
+    Of a policy with more `embeddings` than its tokenizer has tokens, the ids that stand for nothing are never sampled.
+    """
     vocabulary = tokenizer.get_vocab()
     for name in ("stop_tokens", "suppress_tokens"):
         for token in getattr(args, name):
@@ -164,7 +167,7 @@ def make_sampling(args: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> Sampli
                 f"trainer.stop_token_id is {args.stop_token_id}; the policy's ids go to {len(tokenizer) - 1}."
             )
         stops.add(args.stop_token_id)
-    suppressed = {vocabulary[token] for token in args.suppress_tokens}
+    suppressed = {vocabulary[token] for token in args.suppress_tokens} | set(range(len(tokenizer), embeddings))
     if clash := suppressed & stops:
         names = ", ".join(sorted(token for token, number in vocabulary.items() if number in clash))
         raise UserError(f"trainer.suppress_tokens and the stop tokens share {names}; a response could never end so.")

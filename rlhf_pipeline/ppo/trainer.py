@@ -110,13 +110,13 @@ class PPOTrainer(Flow, TRLPPOTrainer):
             self.eval_prompts = held_out.pick(range(len(held_out.ids))[: args.eval_samples])
         self.ptx = None if ptx_dataset is None else read_prompts(ptx_dataset, processing_class).ids
         self._check_prompts()
-        self.sampling: Sampling = make_sampling(args, processing_class)
-        known = min(len(processing_class), language_model(model).get_input_embeddings().num_embeddings)
-        self.judge = make_judge(reward_model, known, args.local_rollout_forward_batch_size)
-        if isinstance(reward_model, nn.Module):
-            reward_model.to(self.accelerator.device)
-        if ref_model is not None:
-            ref_model.to(self.accelerator.device)
+        embeddings = language_model(model).get_input_embeddings().num_embeddings
+        self.sampling: Sampling = make_sampling(args, processing_class, embeddings)
+        tokens = min(len(processing_class), embeddings)
+        self.judge = make_judge(reward_model, tokens, args.local_rollout_forward_batch_size)
+        for network in (reward_model, ref_model):
+            if isinstance(network, nn.Module):
+                network.to(self.accelerator.device)
         check_head(actor)
         if args.gradient_checkpointing:
             for network in (model, value_model):

@@ -43,7 +43,9 @@ class EpochSampler(Sampler[int]):
 
 
 def row_lengths(rows: Dataset) -> list[int]:
-    """Tokens of each row; of a pair's longer side."""
+    """Tokens of each row, of a pair's longer side; the column `length` where there is one."""
+    if "length" in rows.column_names:
+        return list(rows["length"])
     columns = [name for name in ("input_ids", "chosen_ids", "rejected_ids") if name in rows.column_names]
     found: list[int] = []
     for part in rows.with_format("arrow").iter(10_000):
@@ -81,7 +83,15 @@ class _Ordered:
 
 
 class OrderedTrainer(_Ordered, Trainer):
-    """transformers' Trainer in such an order, for classifiers."""
+    """transformers' Trainer in such an order, for classifiers.
+
+    Their loss is a batch's mean. transformers takes a model that accepts any keyword for one whose loss is divided by
+    the rows of all accumulated batches, and would add up their means.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.model_accepts_loss_kwargs = False
 
 
 class OrderedSFTTrainer(_Ordered, SFTTrainer):

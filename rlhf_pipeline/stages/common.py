@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +17,9 @@ from transformers.trainer_callback import PrinterCallback
 from rlhf_pipeline.checkpoints import SEAL, seal
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.precision import choose_bf16
+from rlhf_pipeline.rewards import Reward
 from rlhf_pipeline.rundir import RunDir
+from rlhf_pipeline.scripts import mismatch
 from rlhf_pipeline.settings import Settings
 
 A = TypeVar("A", bound=TrainingArguments)
@@ -146,6 +149,18 @@ class Clock:
     def __str__(self) -> str:
         seconds = time.monotonic() - self.start
         return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+
+
+def judges(reward: Reward, where: str) -> dict[str, str]:
+    """A reward's place in a run's lineage, and that of each part of a sum."""
+    return {"reward": where, **{f"reward.parts[{number}]": part for number, part in enumerate(reward.parts)}}
+
+
+def check_languages(reward: Reward, tokenizer: Any, strings: Sequence[str]) -> None:
+    """Warn, in one line each, of a policy or a reward that was made for texts in another script."""
+    for what, reason in (("policy", mismatch(tokenizer, strings)), ("reward", reward.unfit(strings))):
+        if reason:
+            print(f"warning: {what}: {reason}", flush=True)
 
 
 def say_taken(role: str, where: str) -> None:

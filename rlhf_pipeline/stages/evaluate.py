@@ -6,24 +6,28 @@ python -m rlhf_pipeline stage=evaluate
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import yaml
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_pipeline import metrics
-from rlhf_pipeline.data import fingerprint, load_data, prompts, texts
+from rlhf_pipeline.data import fingerprint, load_data, texts
+from rlhf_pipeline.encoding import conversational, encode, prompts
 from rlhf_pipeline.errors import NotFinishedError
 from rlhf_pipeline.likelihood import log_probs
 from rlhf_pipeline.policies import Policy, load_policy
-from rlhf_pipeline.rewards import Reward, load_reward
+from rlhf_pipeline.records import Row, Turn
+from rlhf_pipeline.rewards import Reward, load_reward, trained_part
 from rlhf_pipeline.rundir import RunDir, write_json
 from rlhf_pipeline.sampling import Batch, Sampling, check_positions, sample, uniform_draws
 from rlhf_pipeline.settings import Evaluation, Settings
-from rlhf_pipeline.stages.common import Clock, progress, quiet, say_done, say_taken
+from rlhf_pipeline.stages.common import Clock, check_languages, judges, progress, quiet, say_done, say_taken
 from rlhf_pipeline.tables import evaluation_table
+from rlhf_pipeline.templates import written
 
 # The fields of PPO's configuration that say how its policy samples.
 _SAMPLING = ("response_length", "min_response_length", "temperature", "stop_token", "stop_token_id", "min_new_tokens",
@@ -38,44 +42,58 @@ class Answers(NamedTuple):
     metrics: dict[str, float]
 
 
+class Judged(NamedTuple):
+    """What all policies are asked, how they sample, and what their answers are held against."""
+
+    asked: Sequence[Sequence[int]]
+    limits: torch.Tensor  # (prompts,): tokens of each response
+    sampling: Sampling
+    reward: Reward
+    base: Policy
+    reference: Policy
+
+    def parts(self, size: int) -> Iterator[tuple[Sequence[Sequence[int]], torch.Tensor]]:
+        """Prompts and limits by batches."""
+        for start in range(0, len(self.asked), size):
+            yield self.asked[start : start + size], self.limits[start : start + size]
+
+
 def run(settings: Settings, out: RunDir) -> None:
     """Sample from each policy, then reward, KL to the reference, perplexity under the base model, diversity."""
     quiet()
     clock = Clock()
     paths, reference = policies_of(out, settings.policy)
-    reward, judge = load_reward(settings.reward, out.upstream("reward", reward=settings.reward))
+    reward, judge = load_reward(settings.reward, out.upstream("reward", reward=trained_part(settings.reward)))
     rows = load_data(settings.data, settings.seed)
     opened = {name: load_policy({**settings.policy, "path": path}, None, texts(rows.train), settings.seed)[0]
               for name, path in paths.items()}  # fmt: skip
     for name, path in paths.items():
         say_taken(name, path)
     say_taken("reward", judge)
-    out.begin(settings, {**paths, "reward": judge}, fingerprint(settings.data, rows))
+    out.begin(settings, {**paths, **judges(reward, judge)}, fingerprint(settings.data, rows))
 
     base = opened[next(iter(opened))]
+    check_languages(reward, base.tokenizer, texts(rows.test))
     asked = prompts(rows.test, base.tokenizer, settings.data, settings.seed)[: settings.evaluate.prompts]
-    seen = base.tokenizer.batch_decode(asked, skip_special_tokens=True)
+    own = own_prompts(settings.evaluate.show, rows.test, base.tokenizer)
     sampling, limits = sampling_of(out, settings.evaluate, base, len(asked), settings.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for policy in opened.values():
-        check_positions(policy.model, asked, int(limits.max()))
+        check_positions(policy.model, asked + own, int(limits.max()))
         policy.model.to(device)
-    answers: dict[str, Answers] = {}
-    with progress(len(opened) * len(asked), "evaluate") as bar:
-        for name, policy in opened.items():
-            answers[name] = measure(
-                policy, opened[reference], base, reward, asked, limits, sampling, settings, bar.update
-            )
-    names = list(answers)
+    judged = Judged(asked, limits, sampling, reward, base, opened[reference])
+    shown = judged._replace(asked=own, limits=torch.full((len(own),), int(limits.max())))
+    answers, own_answers = ask(opened, reference, judged, shown, settings)
+    said = [base.tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (asked, own)]
+    last = list(opened)[-1]
     # From the first policy to the last, and from PPO's reference to PPO, where they are two.
-    pairs = {f"{names[-1]} - {name}": name for name in (names[0], reference) if name != names[-1]}
+    pairs = {f"{last} - {name}": name for name in (next(iter(opened)), reference) if name != last}
     gains = {
         pair: metrics.paired_gain(
-            answers[before].rewards, answers[names[-1]].rewards, settings.evaluate.bootstrap, settings.seed
+            answers[before].rewards, answers[last].rewards, settings.evaluate.bootstrap, settings.seed
         )
         for pair, before in pairs.items()
     }
-    examples = typical(seen, answers, settings.evaluate.examples)
     evaluation = {
         "prompts": len(asked),
         "reward": judge,
@@ -83,18 +101,42 @@ def run(settings: Settings, out: RunDir) -> None:
         "sampling": dataclasses.asdict(sampling),
         "metrics": {name: answer.metrics for name, answer in answers.items()},
         "paired_gain": gains,
-        "samples": [sample_row(seen, answers, index) for index in range(len(asked))],
-        "examples": examples,
+        "samples": [sample_row(said[0], answers, index) for index in range(len(asked))],
+        "examples": typical(said[0], answers, last, settings.evaluate.examples),
+        "shown": [sample_row(said[1], own_answers, index) for index in range(len(own))],
     }
     write_json(out.path / "evaluation.json", evaluation)
-    after = answers[names[-1]].metrics
+    after = answers[last].metrics
     results = {"reward_mean": after["reward_mean"], "kl": after["kl"]}
     if gains:
         gain = next(iter(gains.values()))
         results |= {"gain": gain["mean"], "gain_low": gain["low"], "gain_high": gain["high"]}
     out.finish(results, objective=after["reward_mean"])
     evaluation_table(evaluation)
-    say_done(out, f"{len(names)} policies on {len(asked)} held-out prompts", clock)
+    say_done(out, f"{len(opened)} policies on {len(asked)} held-out prompts", clock)
+
+
+def ask(
+    policies: dict[str, Policy], reference: str, judged: Judged, shown: Judged, settings: Settings
+) -> tuple[dict[str, Answers], dict[str, Answers]]:
+    """Every policy's answers to the held-out prompts, the best of several beside the reference's, and to one's own."""
+    answers: dict[str, Answers] = {}
+    own: dict[str, Answers] = {}
+    n = settings.evaluate.best_of
+    with progress((len(policies) + (n or 0)) * len(judged.asked), "evaluate") as bar:
+        for name, policy in policies.items():
+            answers[name] = measure(policy, judged, settings, bar.update)
+            if shown.asked:
+                own[name] = measure(policy, shown, settings, lambda _: None)
+            if n and name == reference:
+                answers[f"best of {n}"] = best_of(policy, n, judged, settings, bar.update)
+    return answers, own
+
+
+def own_prompts(strings: Sequence[str], rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of the user's own prompts: turns of a conversation where the data holds such, else as they stand."""
+    talks = conversational(rows)
+    return encode(tokenizer, [written(tokenizer, (Turn("user", s),) if talks else s) for s in strings])
 
 
 def policies_of(out: RunDir, policy: dict[str, Any]) -> tuple[dict[str, str], str]:
@@ -127,39 +169,66 @@ def sampling_of(out: RunDir, asked: Evaluation, policy: Policy, count: int, seed
     args = PPOConfig(output_dir=str(out.checkpoints), **{"temperature": 1.0, "stop_token": "eos", **values})
     shortest = min(args.min_response_length or args.response_length, args.response_length)
     limits = torch.randint(shortest, args.response_length + 1, (count,), generator=torch.Generator().manual_seed(seed))
-    return make_sampling(args, policy.tokenizer), limits
+    embeddings = policy.model.get_input_embeddings().num_embeddings
+    return make_sampling(args, policy.tokenizer, embeddings), limits
 
 
 @torch.no_grad()
-def measure(
-    policy: Policy,
-    reference: Policy,
-    base: Policy,
-    reward: Reward,
-    asked: Sequence[Sequence[int]],
-    limits: torch.Tensor,
-    sampling: Sampling,
-    settings: Settings,
-    tick: Any,
-) -> Answers:
+def measure(policy: Policy, judged: Judged, settings: Settings, tick: Any) -> Answers:
     """One policy's answers to all prompts. Every policy draws with the same random numbers."""
-    for each in (policy, reference, base):
+    for each in (policy, judged.reference, judged.base):
         each.model.eval()
     generator = torch.Generator().manual_seed(settings.seed)
     responses: list[str] = []
     rewards: list[float] = []
     kl = surprise = length = 0.0
-    for start in range(0, len(asked), settings.evaluate.batch_size):
-        part = slice(start, start + settings.evaluate.batch_size)
-        batch = sample(policy.model, asked[part], limits[part], sampling, uniform_draws(limits[part], generator))
+    for asked, limits in judged.parts(settings.evaluate.batch_size):
+        batch = sample(policy.model, asked, limits, judged.sampling, uniform_draws(limits, generator))
         said, answered = batch.texts(policy.tokenizer)
-        rewards += reward(said, answered)
+        rewards += judged.reward(said, answered)
         responses += answered
-        mine = log_probs(policy.model, batch, sampling)
-        kl += float((mine - log_probs(reference.model, batch, sampling)).sum())
-        surprise -= float(_plain_log_probs(base, batch).sum())
+        mine = log_probs(policy.model, batch, judged.sampling)
+        kl += float((mine - log_probs(judged.reference.model, batch, judged.sampling)).sum())
+        surprise -= float(_plain_log_probs(judged.base, batch).sum())
         length += float(batch.response_lengths.sum())
         tick(len(answered))
+    return summary(responses, rewards, judged.reward, kl / len(rewards), surprise, length)
+
+
+@torch.no_grad()
+def best_of(policy: Policy, n: int, judged: Judged, settings: Settings, tick: Any) -> Answers:
+    """Of several answers of one policy to each prompt the one with the highest reward: what no training has to bring.
+
+    Its KL to the policy is at most log n - (n - 1) / n, whatever the policy (Stiennon et al. 2020, app. G.3).
+    """
+    generator = torch.Generator().manual_seed(settings.seed + 1)
+    responses: list[str] = []
+    rewards: list[float] = []
+    surprise = length = 0.0
+    for asked, limits in judged.parts(settings.evaluate.batch_size):
+        tries = []
+        for _ in range(n):
+            batch = sample(policy.model, asked, limits, judged.sampling, uniform_draws(limits, generator))
+            said, answered = batch.texts(policy.tokenizer)
+            tries.append((judged.reward(said, answered), answered, batch))
+            tick(len(answered))
+        scores = np.array([scores for scores, _, _ in tries])
+        chosen = scores.argmax(0)
+        rewards += scores.max(0).tolist()
+        responses += [tries[which][1][row] for row, which in enumerate(chosen)]
+        for which, (_, _, batch) in enumerate(tries):
+            rows = torch.from_numpy(np.flatnonzero(chosen == which)).to(batch.tokens.device)
+            if len(rows):
+                part = batch.rows(rows)
+                surprise -= float(_plain_log_probs(judged.base, part).sum())
+                length += float(part.response_lengths.sum())
+    return summary(responses, rewards, judged.reward, math.log(n) - (n - 1) / n, surprise, length)
+
+
+def summary(
+    responses: list[str], rewards: list[float], reward: Reward, kl: float, surprise: float, length: float
+) -> Answers:
+    """Answers and rewards with the figures of the table; `surprise` and `length` are totals over all answers."""
     values = np.array(rewards)
     found = metrics.Distinct().compute(predictions=responses, references=responses, n=2)
     return Answers(
@@ -168,9 +237,9 @@ def measure(
         {
             "reward_mean": float(values.mean()),
             "reward_median": float(np.median(values)),
-            "reward_stderr": float(values.std(ddof=1) / math.sqrt(len(values))),
+            "reward_stderr": float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0,
             "positive": float((values > reward.neutral).mean()),
-            "kl": kl / len(values),
+            "kl": kl,
             "perplexity": math.exp(surprise / length),
             "distinct_2": found["distinct_2"],
             "length": length / len(values),
@@ -192,9 +261,8 @@ def sample_row(seen: Sequence[str], answers: dict[str, Answers], index: int) -> 
     }
 
 
-def typical(seen: Sequence[str], answers: dict[str, Answers], count: int) -> list[dict[str, Any]]:
-    """Prompts whose reward changed as the median did: typical, not the best."""
-    first, *_, last = answers
-    gain = np.array(answers[last].rewards) - np.array(answers[first].rewards)
+def typical(seen: Sequence[str], answers: dict[str, Answers], last: str, count: int) -> list[dict[str, Any]]:
+    """Prompts whose reward changed, from the first policy to the last, as the median did: typical, not the best."""
+    gain = np.array(answers[last].rewards) - np.array(next(iter(answers.values())).rewards)
     near = np.argsort(np.abs(gain - np.median(gain)), kind="stable")[:count]
     return [sample_row(seen, answers, int(index)) for index in near]

@@ -4,20 +4,23 @@ python -m rlhf_pipeline stage=ppo
 """
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rlhf_pipeline.data import fingerprint, load_data, prompts, texts
+from rlhf_pipeline.data import fingerprint, load_data, texts
+from rlhf_pipeline.encoding import documents, prompts
 from rlhf_pipeline.policies import load_policy, lora_config
 from rlhf_pipeline.ppo import PPOConfig, PPOTrainer
 from rlhf_pipeline.ppo.config import check_config
-from rlhf_pipeline.rewards import load_reward
+from rlhf_pipeline.records import Row
+from rlhf_pipeline.rewards import load_reward, trained_part
 from rlhf_pipeline.rundir import RunDir, read_jsonl
 from rlhf_pipeline.settings import Settings
-from rlhf_pipeline.stages.common import Clock, say_done, say_taken, trainer_args, watch
+from rlhf_pipeline.stages.common import Clock, check_languages, judges, say_done, say_taken, trainer_args, watch
 
 
 def run(settings: Settings, out: RunDir) -> None:
@@ -25,7 +28,7 @@ def run(settings: Settings, out: RunDir) -> None:
     clock, args = Clock(), trainer_args(PPOConfig, settings, out)
     check_config(args)
     adapter = lora_config(settings.policy)
-    reward, judge = load_reward(settings.reward, out.upstream("reward", reward=settings.reward))
+    reward, judge = load_reward(settings.reward, out.upstream("reward", reward=trained_part(settings.reward)))
     rows = load_data(settings.data, settings.seed)
     policy, where = load_policy(
         settings.policy,
@@ -35,8 +38,9 @@ def run(settings: Settings, out: RunDir) -> None:
     )
     say_taken("policy", where)
     say_taken("reward", judge)
+    check_languages(reward, policy.tokenizer, texts(rows.test))
     print(f"computing in {args.precision_choice}", flush=True)
-    out.begin(settings, {"policy": where, "reward": judge}, fingerprint(settings.data, rows))
+    out.begin(settings, {"policy": where, **judges(reward, judge)}, fingerprint(settings.data, rows))
     trainer = PPOTrainer(
         args,
         policy.tokenizer,
@@ -46,7 +50,7 @@ def run(settings: Settings, out: RunDir) -> None:
         prompts(rows.train, policy.tokenizer, settings.data, settings.seed),
         eval_dataset=prompts(rows.test, policy.tokenizer, settings.data, settings.seed + 1),
         peft_config=adapter,
-        ptx_dataset=_pretraining_texts(settings, policy.tokenizer, texts(rows.train)) if args.ptx_coef else None,
+        ptx_dataset=_pretraining_texts(settings, policy.tokenizer, rows.train) if args.ptx_coef else None,
     )
     trainer.add_callback(SampleLog(trainer, out))
     trainer.train(watch(trainer, out, "ppo"))
@@ -60,11 +64,10 @@ def run(settings: Settings, out: RunDir) -> None:
     say_done(out, what, clock)
 
 
-def _pretraining_texts(settings: Settings, tokenizer: Any, own: list[str]) -> list[list[int]]:
+def _pretraining_texts(settings: Settings, tokenizer: Any, own: Sequence[Row]) -> list[list[int]]:
     """What PPO-ptx mixes in: the texts of `ptx`, by default those of the run."""
-    strings = texts(load_data(settings.ptx, settings.seed).train) if settings.ptx else own
-    ids: list[list[int]] = tokenizer(strings, add_special_tokens=False)["input_ids"]
-    return [[*row, tokenizer.eos_token_id] for row in ids if row]
+    rows = load_data(settings.ptx, settings.seed).train if settings.ptx else own
+    return [ids for ids in documents(rows, tokenizer) if len(ids) > 1]
 
 
 def _save(trainer: PPOTrainer, folder: Path) -> None:

@@ -10,7 +10,7 @@ from trl import SFTConfig
 
 from rlhf_pipeline import policies
 from rlhf_pipeline.data import fingerprint, load_data, texts
-from rlhf_pipeline.policies import Policy
+from rlhf_pipeline.encoding import documents
 from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.stages.batching import OrderedSFTTrainer
@@ -31,8 +31,8 @@ def run(settings: Settings, out: RunDir) -> None:
     trainer = OrderedSFTTrainer(
         policy.model,
         args,
-        train_dataset=blocks(policy, texts(rows.train)),
-        eval_dataset=blocks(policy, texts(rows.test)),
+        train_dataset=Dataset.from_dict({"input_ids": documents(rows.train, policy.tokenizer)}),
+        eval_dataset=Dataset.from_dict({"input_ids": documents(rows.test, policy.tokenizer)}),
         processing_class=policy.tokenizer,
     )
     trainer.train(resume_from_checkpoint=watch(trainer, out, "pretrain"))
@@ -40,9 +40,3 @@ def run(settings: Settings, out: RunDir) -> None:
     out.save_model(policy.save)
     out.finish({"eval_loss": loss, "eval_perplexity": math.exp(loss), "parameters_M": parameters}, objective=-loss)
     say_done(out, f"perplexity {math.exp(loss):.1f} a token on held-out texts", clock)
-
-
-def blocks(policy: Policy, strings: list[str]) -> Dataset:
-    """Token ids of each text with its end; the trainer packs them."""
-    ids = policy.tokenizer(strings, add_special_tokens=False)["input_ids"]
-    return Dataset.from_dict({"input_ids": [[*row, policy.tokenizer.eos_token_id] for row in ids]})

@@ -3,13 +3,12 @@
 python -m rlhf_pipeline stage=reward
 """
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from datasets import Dataset
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -19,57 +18,115 @@ from transformers import (
 )
 from trl import RewardConfig
 
-from rlhf_pipeline import metrics
-from rlhf_pipeline.data import fingerprint, kind, load_data, texts
+from rlhf_pipeline.data import Splits, fingerprint, kind, load_data, registry, texts
+from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import explained, open_pretrained
 from rlhf_pipeline.policies import load_policy
 from rlhf_pipeline.precision import fuse_gelu
-from rlhf_pipeline.records import Labelled, Preference
-from rlhf_pipeline.rewards import Scorer
+from rlhf_pipeline.records import Labelled
+from rlhf_pipeline.reward_model import register, shift_scores, with_head
 from rlhf_pipeline.rundir import RunDir, model_folder, write_json
+from rlhf_pipeline.scorer import Scorer
 from rlhf_pipeline.settings import Settings
-from rlhf_pipeline.stages.batching import OrderedRewardTrainer, OrderedTrainer
-from rlhf_pipeline.stages.common import Clock, fit_length, progress, say_done, say_taken, trainer_args, watch
+from rlhf_pipeline.stages.batching import OrderedTrainer
+from rlhf_pipeline.stages.classification import LanguageClassifierTrainer, check_language_model, tokenized
+from rlhf_pipeline.stages.common import Clock, fit_length, say_done, say_taken, trainer_args, watch
+from rlhf_pipeline.stages.comparisons import Comparison, ComparisonTrainer, pairs, shown
+from rlhf_pipeline.stages.reward_quality import example_line, example_rows, labelled_quality, preference_quality, scores
+from rlhf_pipeline.templates import TEMPLATES
 
 # layers, width, heads of an encoder from scratch
 ENCODERS = {"tiny": (2, 128, 4), "mini": (4, 256, 4), "small": (6, 512, 8)}
 LABELS = {0: "negative", 1: "positive"}
+_DEMONSTRATIONS = 1000  # enough for a mean
 
 
 def run(settings: Settings, out: RunDir) -> None:
     """Train on what the data holds, then measure on the held-out split."""
-    clock, args = Clock(), trainer_args(RewardConfig, settings, out)
-    rows = load_data(settings.data, settings.seed)
+    clock, args, choice = Clock(), trainer_args(RewardConfig, settings, out), settings.reward
     labelled = kind(settings.data["name"]) is Labelled
+    _check(choice, settings.data["name"], labelled)
+    rows = load_data(settings.data, settings.seed)
+    if not labelled:
+        rows = _differing(rows)
     model, tokenizer, where = _start(settings, out, texts(rows.train), 2 if labelled else 1)
+    if choice.get("lm_coef"):
+        check_language_model(model)
     say_taken("start", where)
     out.begin(settings, {"start": where}, fingerprint(settings.data, rows))
     longest = fit_length(args, model)
     fuse_gelu(model)
-    if labelled:
-        collator = DataCollatorWithPadding(tokenizer)
-        data = [_labelled(split, tokenizer, longest) for split in (rows.train, rows.test)]
-        trainer = OrderedTrainer(model, args, collator, data[0], data[1], processing_class=tokenizer)
-    else:
-        columns = ("prompt", "chosen", "rejected")
-        pairs = [Dataset.from_list([{c: getattr(r, c) for c in columns} for r in s]) for s in (rows.train, rows.test)]
-        trainer = OrderedRewardTrainer(
-            model, args, train_dataset=pairs[0], eval_dataset=pairs[1], processing_class=tokenizer
-        )
+    trainer = _trainer(model, tokenizer, args, rows, choice)
+    demonstrations = [] if labelled else _demonstrations(settings, rows, tokenizer)
     trainer.train(resume_from_checkpoint=watch(trainer, out, "reward"))
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # scored as others will: in fp32
+    scorer = Scorer(model, tokenizer, args.per_device_eval_batch_size, longest, tokenizer.truncation_side, not labelled)
+    before = {} if labelled else {"demonstration_mean": _normalise(scorer, demonstrations)}
 
     def save(folder: Path) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
     out.save_model(save)
-    scorer = Scorer(model, tokenizer, args.per_device_eval_batch_size, longest, append_eos=not labelled)
-    quality = labelled_quality(rows.test, scorer) if labelled else preference_quality(rows.test, scorer)
+    quality = (labelled_quality if labelled else preference_quality)(rows.test, scorer) | before
+    quality["examples"] = example_rows(choice.get("examples") or [], scorer)
     write_json(out.path / "quality.json", quality)
     results = {key: value for key, value in quality.items() if not isinstance(value, list)}
     out.finish(results, objective=quality["accuracy"])
     print(", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in results.items() if v is not None))
-    say_done(out, f"held-out accuracy {quality['accuracy']:.2%} of {quality['rows']}", clock)
+    for row in quality["examples"]:
+        print(example_line(row))
+    say_done(out, f"held-out accuracy {quality['accuracy']:.2%} of {quality.get('pairs', quality['rows'])}", clock)
+
+
+def _check(choice: dict[str, Any], data: str, labelled: bool) -> None:
+    """Refuse what does not go together, before anything is loaded."""
+    if labelled == (choice["name"] == "preference_model"):
+        holds, fits = ("labelled texts", "classifier") if labelled else ("preferences", "preference_model")
+        raise UserError(f"data={data} holds {holds}; reward={choice['name']} does not learn from them, {fits} does.")
+    if choice.get("demonstrations"):
+        registry.check(choice["demonstrations"])
+    for key in ("lm_coef", "margin"):
+        if choice.get(key, 0) < 0:
+            raise UserError(f"reward.{key} is {choice[key]}; it takes a number from 0.")
+    if choice.get("lm_coef") and choice.get("base") == "encoder":
+        raise UserError(
+            "reward.lm_coef weighs the loss of a language model, and an encoder is none; "
+            "use reward.base=policy, or reward.lm_coef=0."
+        )
+
+
+def _differing(rows: Splits[Comparison]) -> Splits[Comparison]:
+    """The rows without those whose answers are all the same."""
+    found = Splits(*([row for row in split if pairs(row)] for split in (rows.train, rows.test)))
+    if not found.train or not found.test:
+        raise UserError("the data has no two different answers to a prompt on both sides of the split; it needs some.")
+    return found
+
+
+def _trainer(model: Any, tokenizer: Any, args: RewardConfig, rows: Splits[Any], choice: dict[str, Any]) -> Any:
+    if choice["name"] == "preference_model":
+        return ComparisonTrainer(model, args, tokenizer, rows.train, rows.test, choice.get("margin", 0.0))
+    train, test = (tokenized(split, tokenizer, args.max_length) for split in (rows.train, rows.test))
+    given = (model, args, DataCollatorWithPadding(tokenizer), train, test)
+    if not choice.get("lm_coef"):
+        return OrderedTrainer(*given, processing_class=tokenizer)
+    return LanguageClassifierTrainer(*given, processing_class=tokenizer, lm_coef=choice["lm_coef"])
+
+
+def _demonstrations(settings: Settings, rows: Splits[Comparison], tokenizer: Any) -> list[str]:
+    """Texts that are to score 0 on average: those of `reward.demonstrations`, else the best answers learnt from."""
+    choice = settings.reward.get("demonstrations")
+    found = load_data(choice, settings.seed).train if choice else list(rows.train)
+    found = random.Random(f"demonstrations {settings.seed}").sample(found, min(len(found), _DEMONSTRATIONS))
+    return [shown(row, tokenizer) for row in found]
+
+
+def _normalise(scorer: Scorer, demonstrations: Sequence[str]) -> float:
+    """Shift all scores so that demonstrations score 0 on average (Ouyang et al. 2022, 3.5); gives what they scored."""
+    mean = float(scores(demonstrations, scorer, "normalise").double().mean())
+    shift_scores(scorer.model, -mean)
+    return mean
 
 
 def _start(settings: Settings, out: RunDir, strings: Sequence[str], labels: int) -> tuple[Any, Any, str]:
@@ -77,24 +134,34 @@ def _start(settings: Settings, out: RunDir, strings: Sequence[str], labels: int)
     names: dict[str, Any] = {"num_labels": labels}
     if labels == 2:
         names |= {"id2label": LABELS, "label2id": {name: index for index, name in LABELS.items()}}
-    torch.manual_seed(settings.seed)  # for the head
     upstream = out.upstream("sft", "pretrain", policy=settings.policy)
     path = settings.reward.get("path")
     if path is None and settings.reward.get("base") == "encoder":
         tokenizer = load_policy(settings.policy, upstream, strings, settings.seed)[0].tokenizer
         size = settings.reward.get("size", "tiny")
-        torch.manual_seed(settings.seed)
+        torch.manual_seed(settings.seed)  # for all of it
         return _encoder(tokenizer, size, names), tokenizer, f"an encoder from scratch ({size})"
-    if path is None and upstream is None and settings.policy.get("path") is None:
-        policy, where = load_policy(settings.policy, None, strings, settings.seed)
-        if where.endswith("untrained"):
-            config = policy.model.config
-            config.update(names)
-            return AutoModelForSequenceClassification.from_config(config), policy.tokenizer, where
-        path = where
-    where = model_folder(path or settings.policy.get("path") or str(upstream))
+    where = path or settings.policy.get("path") or upstream
+    model, tokenizer, where = (
+        _opened(str(where), settings.seed, names) if where else _from_policy(settings, strings, names)
+    )
+    if settings.policy.get("template") and path is None:
+        tokenizer.chat_template = TEMPLATES[settings.policy["template"]]
+    # Of a conversation that is too long its end, the answer, stays.
+    tokenizer.truncation_side = settings.reward.get("truncation_side", "left" if labels == 1 else "right")
+    if labels == 1:
+        torch.manual_seed(settings.seed)
+        model = with_head(model, settings.reward.get("head", "linear"), settings.reward.get("pooling", "last"))
+    return model, tokenizer, where
+
+
+def _opened(path: str, seed: int, names: dict[str, Any]) -> tuple[Any, Any, str]:
+    """A model that lies somewhere, with a new head where its own is of another kind."""
+    where = model_folder(path)
     with explained(where, "reward.path"):
         tokenizer = AutoTokenizer.from_pretrained(where)
+    register()
+    torch.manual_seed(seed)  # for the head
     model = open_pretrained(
         AutoModelForSequenceClassification, where, "reward.path", ignore_mismatched_sizes=True, **names
     )
@@ -102,6 +169,16 @@ def _start(settings: Settings, out: RunDir, strings: Sequence[str], labels: int)
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer, where
+
+
+def _from_policy(settings: Settings, strings: Sequence[str], names: dict[str, Any]) -> tuple[Any, Any, str]:
+    """The policy's own entry: a model of the hub, or one from scratch that nothing was taught."""
+    policy, where = load_policy(settings.policy, None, strings, settings.seed)
+    if not where.endswith("untrained"):
+        return _opened(where, settings.seed, names)
+    config = policy.model.config
+    config.update(names)
+    return AutoModelForSequenceClassification.from_config(config), policy.tokenizer, where
 
 
 def _encoder(tokenizer: Any, size: str, names: dict[str, Any]) -> Any:
@@ -128,57 +205,3 @@ def _encoder(tokenizer: Any, size: str, names: dict[str, Any]) -> Any:
         **names,
     )
     return ModernBertForSequenceClassification(config)
-
-
-def _labelled(rows: Sequence[Labelled], tokenizer: Any, longest: int) -> Dataset:
-    ids = tokenizer([row.text for row in rows], truncation=True, max_length=longest)["input_ids"]
-    return Dataset.from_dict({"input_ids": ids, "labels": [row.label for row in rows]})
-
-
-def _scores(strings: Sequence[str], scorer: Scorer) -> torch.Tensor:
-    found, part = [], 512
-    with progress(len(strings), "quality") as bar:
-        for start in range(0, len(strings), part):
-            found.append(scorer.logits(strings[start : start + part]))
-            bar.update(len(found[-1]))
-    return torch.cat(found)
-
-
-def labelled_quality(rows: Sequence[Labelled], scorer: Scorer) -> dict[str, Any]:
-    """How far a classifier can be trusted, on rows that it was not trained on."""
-    logits = _scores([row.text for row in rows], scorer).numpy()
-    truth = np.array([row.label for row in rows])
-    score = logits[:, 1] - logits[:, 0]  # log odds of positive
-    probability = 1 / (1 + np.exp(-score.astype(np.float64)))
-    accuracy = metrics.Accuracy().compute(predictions=(score > 0).astype(int), references=truth)
-    calibration, error = metrics.calibration(probability, truth)
-    return {
-        **accuracy,
-        "rows": len(rows),
-        "margin": float(np.where(truth == 1, score, -score).mean()),
-        "calibration_error": error,
-        "length_correlation": metrics.correlation(score, [len(row.text) for row in rows]),
-        "score_mean": float(score.mean()),
-        "score_std": float(score.std()),
-        "calibration": calibration,
-    }
-
-
-def preference_quality(rows: Sequence[Preference], scorer: Scorer) -> dict[str, Any]:
-    """How often, and by how much, a reward model prefers what people preferred, on prompts not trained on."""
-    sides = [[row.prompt + getattr(row, side) for row in rows] for side in ("chosen", "rejected")]
-    chosen, rejected = (_scores(side, scorer)[:, 0].numpy() for side in sides)
-    margin = chosen - rejected
-    probability = 1 / (1 + np.exp(-np.abs(margin).astype(np.float64)))
-    calibration, error = metrics.calibration(probability, (margin > 0).astype(int))
-    both = np.concatenate([chosen, rejected])
-    return {
-        **metrics.Accuracy().compute(predictions=(margin > 0).astype(int), references=np.ones(len(rows), dtype=int)),
-        "rows": len(rows),
-        "margin": float(margin.mean()),
-        "calibration_error": error,
-        "length_correlation": metrics.correlation(both, [len(text) for text in sides[0] + sides[1]]),
-        "score_mean": float(both.mean()),
-        "score_std": float(both.std()),
-        "calibration": calibration,
-    }

@@ -4,17 +4,22 @@ python -m rlhf_pipeline stage=sft
 """
 
 import math
+import tempfile
+from typing import Any
 
 from datasets import Dataset
+from peft import PeftModel
 from trl import SFTConfig
 
-from rlhf_pipeline.data import demonstrations, fingerprint, load_data, texts
-from rlhf_pipeline.policies import Policy, load_policy, lora_config
+from rlhf_pipeline.data import fingerprint, load_data, texts
+from rlhf_pipeline.encoding import conversational, demonstrations
+from rlhf_pipeline.policies import Policy, load_policy, lora_config, open_policy
 from rlhf_pipeline.precision import fuse_gelu
 from rlhf_pipeline.rundir import RunDir, read_jsonl
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.stages.batching import OrderedSFTTrainer
 from rlhf_pipeline.stages.common import Clock, fit_length, say_done, say_taken, trainer_args, watch
+from rlhf_pipeline.templates import template_of
 
 
 def run(settings: Settings, out: RunDir) -> None:
@@ -28,14 +33,16 @@ def run(settings: Settings, out: RunDir) -> None:
         settings.seed,
     )
     say_taken("policy", where)
+    if conversational(rows.train):
+        policy.tokenizer.chat_template = template_of(policy.tokenizer)  # whoever opens the model asks it likewise
     fit_length(args, policy.model)
     fuse_gelu(policy.model)
     out.begin(settings, {"policy": where}, fingerprint(settings.data, rows))
 
     def dataset(split: list, seed: int) -> Dataset:  # type: ignore[type-arg]
-        pairs = demonstrations(split, policy.tokenizer, settings.data, seed)
-        masks = [[0] * len(prompt) + [1] * len(completion) for prompt, completion in pairs]
-        return Dataset.from_dict({"input_ids": [p + c for p, c in pairs], "completion_mask": masks})
+        lessons = demonstrations(split, policy.tokenizer, settings.data, seed)
+        ids, learnt = [lesson.ids for lesson in lessons], [lesson.learnt for lesson in lessons]
+        return Dataset.from_dict({"input_ids": ids, "completion_mask": learnt})
 
     trainer = OrderedSFTTrainer(
         policy.model,
@@ -50,9 +57,7 @@ def run(settings: Settings, out: RunDir) -> None:
     before = logged[0] if logged else trainer.evaluate()["eval_loss"]
     trainer.train(resume_from_checkpoint=checkpoint)
     loss = trainer.evaluate()["eval_loss"]
-    # An adapter is merged: what is saved stands alone, and the next stage may put its own adapter in.
-    whole = policy if trainer.model is policy.model else Policy(trainer.model.merge_and_unload(), policy.tokenizer)
-    out.save_model(whole.save)
+    out.save_model(merged(trainer.model, policy, where).save)
     results = {"eval_loss": loss, "eval_loss_before": before, "eval_perplexity": math.exp(loss)}
     out.finish(results, objective=-loss)
     say_done(
@@ -60,3 +65,18 @@ def run(settings: Settings, out: RunDir) -> None:
         f"held-out loss {loss:.3f}, from {before:.3f}",
         clock,
     )
+
+
+def merged(trained: Any, policy: Policy, where: str) -> Policy:
+    """The policy with its adapter merged in: it stands alone, and the next stage may put its own adapter in.
+
+    Into quantized weights nothing can be merged exactly, so the whole ones are opened again for it.
+    """
+    if trained is policy.model:
+        return policy
+    if not getattr(policy.model, "is_quantized", False):
+        return Policy(trained.merge_and_unload(), policy.tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        trained.save_pretrained(folder)
+        base = open_policy(where).model
+        return Policy(PeftModel.from_pretrained(base, folder).merge_and_unload(), policy.tokenizer)

@@ -34,6 +34,7 @@ REFUSED = {
     "stage=sft trainer.hub_token=hf_secret": ["trainer.hub_token is not yours to set", "HF_TOKEN"],
     "stage=sft nam=x": ["no setting 'nam'", "Did you mean 'name'"],
     "stage=sft +kl.taget=6": ["no setting 'kl'"],
+    "stage=ppo reward=keywords reward.words=[好]": ["reward.words=[好]", "put quotes", '["好"]'],
     "stage=sft seed=one": ["seed is 'one'", "takes int"],
     "stage=sft name=../x": ["is no run name"],
     "stage=sft stages.sfd.trainer.seed=1": ["stages.sfd is no stage"],
@@ -70,6 +71,7 @@ def test_refusals_and_help_load_no_torch(asked: str) -> None:
 
 def test_an_own_choice_leaves_the_demos_experiment() -> None:
     assert cli.complete(["stage=sft", "policy=gpt2"]) == ["stage=sft", "policy=gpt2", "~experiment"]
+    assert cli.complete(["stage=sft", "policy=gpt2", "--cfg", "job"])[2:] == ["~experiment", "--cfg", "job"]
     assert cli.complete(["stage=sft", "policy=gpt2", "experiment=demo"])[-1] == "experiment=demo"
     assert cli.complete(["stage=sft", "trainer.max_steps=3"]) == ["stage=sft", "++trainer.max_steps=3"]
 
@@ -120,10 +122,26 @@ def test_the_name_is_the_experiments_unless_given() -> None:
 def test_every_experiment_resolves_at_each_of_its_stages() -> None:
     experiments = sorted(path.stem for path in (cli.CONF / "experiment").glob("*.yaml"))
     assert {"demo", "imdb_from_scratch", "imdb_sentiment"} <= set(experiments)
+    files = {
+        "chinese_dialog": ("data.path=a.jsonl",),
+        "chinese_dialog_from_scratch": ("data.path=a.jsonl", "stages.reward.data.path=b.csv"),
+    }
     for experiment in experiments:
-        stages = settings("stage=pipeline", f"experiment={experiment}").stages
+        own = files.get(experiment, ())
+        stages = settings("stage=pipeline", f"experiment={experiment}", *own).stages
         for stage in stages:
-            assert settings(f"stage={stage}", f"experiment={experiment}").stage == stage
+            assert settings(f"stage={stage}", f"experiment={experiment}", *own).stage == stage
+
+
+def test_a_stage_may_have_another_choice_which_stands_alone() -> None:
+    asked = ("experiment=chinese_dialog_from_scratch", "data.path=a.jsonl", "data.limit=9")
+    reward = settings("stage=reward", *asked, "stages.reward.data.path=b.csv").data
+    assert reward == {"name": "sentiment", "path": "b.csv", "limit": 9}
+    assert settings("stage=ppo", *asked).data["path"] == "a.jsonl"
+    with pytest.raises(UserError, match=r"stages\.reward\.data\.path is not set; say stages\.reward\.data\.path="):
+        settings("stage=reward", *asked)
+    own = settings("stage=reward", *asked, "data=preferences")
+    assert own.data == {"name": "preferences", "path": "a.jsonl", "limit": 9}
 
 
 def test_the_classic_imdb_settings_are_the_notebooks() -> None:
@@ -144,11 +162,8 @@ def test_every_group_file_names_an_entry_of_its_registry() -> None:
 
 
 def test_one_name_in_all_places() -> None:
-    stages = {path.stem for path in (ROOT / "rlhf_pipeline" / "stages").glob("*.py")} - {
-        "__init__",
-        "common",
-        "batching",
-    }
+    files = (ROOT / "rlhf_pipeline" / "stages").glob("[a-z]*.py")
+    stages = {path.stem for path in files if "\ndef run(settings: Settings, out: RunDir)" in path.read_text()}
     assert stages | {"pipeline"} == {path.stem for path in (cli.CONF / "stage").glob("*.yaml")}
     makefile = (ROOT / "Makefile").read_text()
     assert all(f"\n{' '.join(['pretrain', 'sft', 'reward', 'ppo', 'evaluate'])}: setup" in makefile for _ in stages)

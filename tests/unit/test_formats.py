@@ -14,7 +14,7 @@ import pytest
 
 from rlhf_pipeline import formats
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.records import Demonstration, Dialogue, Labelled, Preference, Ranking, Text
+from rlhf_pipeline.records import Demonstration, Dialogue, Labelled, Preference, Ranking, Text, Turn
 
 REVIEWS = {
     "train/pos/10_9.txt": "A warm film.<br /><br />I saw it   twice.",
@@ -259,6 +259,8 @@ def test_rows_missing_file_and_folder(tmp_path: Path) -> None:
 
 # --- typed rows
 
+CHAT = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]
+
 
 def test_labelled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     values = [0, 1, "1", "NEG", "Positive", "pos", None, ""]
@@ -285,13 +287,49 @@ def test_demonstrations(tmp_path: Path) -> None:
         {"instruction": "Name a colour.", "input": "", "output": "Blue."},
         {"question": "1+1?", "answer": "2"},
         {"instruction": "Be silent.", "input": "", "output": ""},
+        {"prompt": [{"role": "user", "content": "Hi?"}], "completion": [{"role": "assistant", "content": "Yes."}]},
+        {"messages": [{"role": "system", "content": "Be kind."}, *CHAT]},
+        {"conversations": [{"from": "human", "value": "你好"}, {"from": "gpt", "value": "好"}]},
     )
     assert formats.read_demonstrations(path) == [
         Demonstration("Say hi.", "Hi."),
-        Demonstration("Mend the spelling.\n\nfreind", "friend"),
-        Demonstration("Name a colour.", "Blue."),
-        Demonstration("1+1?", "2"),
+        Demonstration((Turn("user", "Mend the spelling.\n\nfreind"),), "friend"),
+        Demonstration((Turn("user", "Name a colour."),), "Blue."),
+        Demonstration((Turn("user", "1+1?"),), "2"),
+        Demonstration((Turn("user", "Hi?"),), "Yes."),
+        Dialogue((Turn("system", "Be kind."), Turn("user", "a?"), Turn("assistant", "b"))),
+        Dialogue((Turn("user", "你好"), Turn("assistant", "好"))),
     ]
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([{"role": "user", "content": "a?"}], "'messages' holds no reply of an assistant"),
+        ([{"role": "judge", "content": "a?"}], "message from 'judge'; allowed are system, user"),
+        ([{"role": "user", "content": None}], "not a list of messages with role and content or from and value"),
+        ("a?", "not a list of messages"),
+    ],
+)
+def test_chat_faults(tmp_path: Path, messages: object, message: str) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", {"messages": CHAT}, {"messages": messages})
+    with pytest.raises(UserError, match=message) as caught:
+        formats.read_demonstrations(path)
+    assert "a.jsonl, line 2: " in str(caught.value)
+
+
+def test_columns_go_by_the_users_names(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", {"q": "Why?", "good": "So.", "bad": "No.", "prompt": "an id"})
+    columns = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    assert formats.read_preferences(path, columns) == [Preference("Why?", "So.", "No.")]
+    (tmp_path / "b.csv").write_text("body,stars\nfine,1\n")
+    assert formats.read_labelled(tmp_path / "b.csv", columns={"text": "body", "label": "stars"}) == [
+        Labelled("fine", 1)
+    ]
+    with pytest.raises(
+        UserError, match=r"b\.csv, line 2: data\.columns\.label=star names no column here; there are bo"
+    ):
+        formats.read_labelled(tmp_path / "b.csv", columns={"text": "body", "label": "star"})
 
 
 def test_preferences_of_every_form(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -305,15 +343,27 @@ def test_preferences_of_every_form(tmp_path: Path, caplog: pytest.LogCaptureFixt
         {"instruction": "i", "input": "x", "output": "c", "chosen": "c", "rejected": "r"},
         {"conversations": turns, "chosen": "c", "rejected": "r"},
         {"prompt": "p", "chosen": "same", "rejected": "same"},
+        {"winner": "ppo", "sft": "r", "ppo": "c"},
+        {"chosen": CHAT, "rejected": [CHAT[0], {"role": "assistant", "content": "r"}]},
+        {"prompt": "p", "chosen": "c", "rejected": "r", "margin": 0.5},
+        {"prompt": "p", "responses": ["a", "b", "c"]},
+        {"context": [], "prompt": "p", "responses": ["a", "b"]},
+        {"context": [{"role": "prompter", "text": "q"}], "prompt": "p", "responses": ["a", "b"]},
     )
     assert formats.read_preferences(path) == [
         Preference("p", "c", "r"),
         Preference("p", "c", "r"),
         Preference(dialog, " Sure: knock knock.", " Sure, no."),
-        Preference("i\n\nx", "c", "r"),
-        Preference("Be brief.\n\nWhy?", "c", "r"),
+        Preference((Turn("user", "i\n\nx"),), "c", "r"),
+        Preference((Turn("system", "Be brief."), Turn("user", "Why?")), "c", "r"),
+        Preference("", "c", "r"),
+        Preference((Turn("user", "a?"),), "b", "r"),
+        Preference("p", "c", "r", 0.5),
+        Ranking("p", ("a", "b", "c")),
+        Ranking((Turn("user", "p"),), ("a", "b")),
+        Ranking((Turn("user", "q"), Turn("user", "p")), ("a", "b")),
     ]
-    assert "1 of 6 rows skipped (chosen and rejected are equal)" in caplog.text
+    assert "1 of 12 rows skipped (chosen and rejected are equal)" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -342,7 +392,9 @@ def test_rankings_and_dialogues(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", {"prompt": "p", "responses": ["a", "b", ""]}, {"ranked": ["x", "y"]})
     assert formats.read_rankings(path) == [Ranking("p", ("a", "b", "")), Ranking("", ("x", "y"))]
     path = write_jsonl(tmp_path / "b.jsonl", {"conversation": [{"utterance": "哪个区？"}, {"utterance": "艾欧尼亚"}]})
-    assert formats.read_dialogues(path) == [Dialogue(("哪个区？", "艾欧尼亚"))]
+    assert formats.read_dialogues(path) == [
+        Dialogue((Turn("user", "哪个区？"), Turn("assistant", "艾欧尼亚")), both=True)
+    ]
     with pytest.raises(UserError, match="line 1: 'prompt' is missing; a ranking row needs"):
         formats.read_rankings(path)
     path = write_jsonl(tmp_path / "c.jsonl", {"conversation": [{"utterance": "alone"}]})
@@ -401,6 +453,8 @@ Reader = Callable[[Path], list[object]]
         (formats.read_preferences, "preferences/zh_sentiment_comment_pairs_test.jsonl.gz", 100),
         (formats.read_preferences, "preferences/medicalgpt_dpo_zh_500.jsonl.gz", 500),
         (formats.read_preferences, "preferences/llms_from_scratch_preference_1100.jsonl.gz", 1094),
+        (formats.read_preferences, "preferences/minchatgpt_chatgpt_preferences.json.gz", 458),
+        (formats.read_preferences, "preferences/oasst_en_ranked.jsonl.gz", 212),
         (formats.read_rankings, "preferences/minchatgpt_ranked3.jsonl.gz", 149),
         (formats.read_rankings, "preferences/oasst_en_ranked.jsonl.gz", 212),
         (formats.read_rankings, "preferences/zh_review_ranklists4.jsonl.gz", 3082),
@@ -423,8 +477,3 @@ def test_real_hh_prompt_and_answer_make_up_the_dialog(real: Path) -> None:
     read = formats.read_preferences(path)
     assert [(p.prompt + p.chosen, p.prompt + p.rejected) for p in read] == [(r["chosen"], r["rejected"]) for r in raw]
     assert all(p.prompt.endswith("\n\nAssistant:") for p in read)
-
-
-def test_real_file_without_prompts_is_refused(real: Path) -> None:
-    with pytest.raises(UserError, match=r"minchatgpt_chatgpt_preferences\.json\.gz, line 2: 'chosen' is missing"):
-        formats.read_preferences(real / "preferences/minchatgpt_chatgpt_preferences.json.gz")

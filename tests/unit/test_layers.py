@@ -8,10 +8,11 @@ from conftest import ROOT
 PACKAGE = ROOT / "rlhf_pipeline"
 # A module imports only from those before it (at module level).
 LAYERS = [
-    ["errors", "records"],
-    ["registry", "toy_reviews", "hub", "metrics", "sampling", "report", "precision", "processes", "checkpoints"],
-    ["likelihood", "formats"],
-    ["data", "policies", "rewards"], ["settings"], ["rundir"], ["tables", "ppo"], ["stages"], ["cli"],
+    ["errors", "records", "scripts"],
+    ["registry", "toy_reviews", "python_code", "hub", "metrics", "sampling", "report", "precision", "processes",
+     "checkpoints", "reward_model"],
+    ["likelihood", "formats", "templates", "scorer", "own_code"],
+    ["data", "policies", "rewards"], ["encoding"], ["settings"], ["rundir"], ["tables", "ppo"], ["stages"], ["cli"],
 ]  # fmt: skip
 
 

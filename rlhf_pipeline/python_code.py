@@ -1,0 +1,208 @@
+"""Python source as data: the files of a folder, their functions as (head, body), and whether a body parses.
+
+Nothing here runs the code it reads.
+"""
+
+import ast
+import hashlib
+import logging
+import os
+import re
+import sysconfig
+import tokenize
+import warnings
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+from rlhf_pipeline.errors import UserError
+
+_log = logging.getLogger(__name__)
+# What is installed, compiled or hidden (.git, .venv) is not the folder's own source.
+_NEVER = ("site-packages", "dist-packages", "__pycache__", ".*")
+# Of the standard library: its tests, which are as long as all the rest, and what differs from machine to machine
+# or was generated. encodings is a hundred tables with the same four functions, topics.py the manual as one dict.
+_NOT_OF_LIBRARY = ("test", "tests", "idle_test", "config-*", "encodings", "pydoc_data")
+_NOT_OF_LIBRARY_FILES = ("_sysconfigdata*", "sitecustomize.py", "usercustomize.py", "html/entities.py")
+
+
+def source_files(folder: Path | None) -> Iterator[tuple[str, str]]:
+    """(relative name, text) of a folder's Python files, by name; of this interpreter's standard library without one.
+
+    Empty files, exact duplicates, links that lead out of the folder and what cannot be decoded are left out.
+    """
+    root = Path(sysconfig.get_path("stdlib")) if folder is None else folder.expanduser()
+    wanted = "give a folder of .py files, or no path for Python's standard library"
+    if not root.is_dir():
+        raise UserError(f"{root} is {'a file' if root.exists() else 'no folder'}; {wanted}.")
+    names = _names(root, library=folder is None)
+    if not names:
+        raise UserError(f"{root} holds no Python source; {wanted}.")
+    return _texts(root, names)
+
+
+def _names(root: Path, library: bool) -> list[str]:
+    folders = _NEVER + _NOT_OF_LIBRARY if library else _NEVER
+    files = _NOT_OF_LIBRARY_FILES if library else ()
+    found = []
+    for here, inner, names in os.walk(root):  # follows no linked folder
+        inner[:] = [name for name in inner if not any(fnmatch(name, pattern) for pattern in folders)]
+        found += [(Path(here) / name).relative_to(root).as_posix() for name in names if name.endswith(".py")]
+    return sorted(name for name in found if not any(fnmatch(name, pattern) for pattern in files))
+
+
+def _texts(root: Path, names: list[str]) -> Iterator[tuple[str, str]]:
+    seen: set[bytes] = set()
+    unreadable: list[str] = []
+    for name in names:
+        path = root / name
+        try:
+            if not path.resolve().is_relative_to(root.resolve()):
+                continue
+            with tokenize.open(path) as file:  # by the file's own coding cookie
+                text = file.read()
+        except (OSError, SyntaxError, LookupError, ValueError):  # no such encoding, or not in that encoding
+            unreadable.append(name)
+            continue
+        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+        if text.strip() and digest not in seen:
+            seen.add(digest)
+            yield name, text
+    if unreadable:
+        _log.warning("%s: %d files cannot be read and are left out, as %s.", root, len(unreadable), unreadable[0])
+    if not seen:
+        raise UserError(f"{root} holds no Python source that can be read, only empty or broken files.")
+
+
+def functions(source: str, longest_head: int = 1000) -> list[tuple[str, str]]:
+    """(head, body) of each function of a file, methods and nested ones too, with `def` moved to column 0.
+
+    The head is the signature and the docstring, without decorators, whole lines; the body is the lines that follow.
+    head + body is the file's own text, and parses. Left out are heads longer than `longest_head` characters, bodies
+    that do nothing, functions on one line, and those that cannot be moved (a string's line at column 0, say).
+    """
+    source = source.replace("\r\n", "\n").replace("\r", "\n")  # the lines that `ast` counts end in "\n" alone
+    tree = _parsed(source)
+    if tree is None:
+        return []
+    lines = [line + "\n" for line in source.split("\n")]
+    nodes = [node for node in _statements(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    cut = (_cut(node, lines) for node in sorted(nodes, key=lambda node: node.lineno))
+    return [found for found in cut if found and len(found[0]) <= longest_head]
+
+
+def _cut(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> tuple[str, str] | None:
+    statements = node.body[1:] if _is_string(node.body[0]) else node.body
+    if all(isinstance(s, ast.Pass | ast.Expr) and ast.unparse(s) in ("pass", "...") for s in statements):
+        return None
+    own = lines[node.lineno - 1 : node.end_lineno]
+    first = min([statements[0].lineno, *(d.lineno for d in getattr(statements[0], "decorator_list", []))])
+    if len(statements) < len(node.body):
+        size = (node.body[0].end_lineno or 0) - node.lineno + 1
+    else:  # comments before the first statement are the body's
+        size = first - node.lineno
+        while size > 0 and re.match(r"\s*(#|$)", own[size - 1]):
+            size -= 1
+    indent = own[0][: len(own[0]) - len(own[0].lstrip())]
+    if not 0 < size <= first - node.lineno or own[size - 1].endswith("\\\n"):
+        return None
+    if not all(line.startswith(indent) or re.match(r"\s*$|#", line) for line in own):
+        return None
+    own = [line.removeprefix(indent) for line in own]
+    head, body = "".join(own[:size]), "".join(own[size:])
+    return (head, body) if _parsed(head + body) else None
+
+
+# What may hold a line end that ends no line, or a bracket or quote that is none; and what is left: brackets, line ends.
+_TOKEN = re.compile(
+    r"""
+    \#[^\n]*
+    | (?P<quotes>\"{3}|'{3}) (?: \\. | (?!(?P=quotes)). )* (?: (?P=quotes) | \Z )
+    | " (?: \\. | [^"\\\n] )* "?
+    | ' (?: \\. | [^'\\\n] )* '?
+    | \\\n
+    | [()\[\]{}\n]
+    """,
+    re.DOTALL | re.VERBOSE,
+)
+_AT_COLUMN_0 = re.compile(r"\f*[^\s#]")
+
+
+def body_of(completion: str) -> tuple[str, bool]:
+    """What of a text that follows a function's head is its body, and whether the body ends within the text.
+
+    It ends before the first line at column 0 that is no comment and stands in no string or bracket; blank lines and
+    comments at column 0 before that are not its own. Where the text runs out first, a line without an end is left out.
+    """
+    text = completion.replace("\r\n", "\n").replace("\r", "\n")
+    end = _end_of_block(text)
+    lines = text[:end].split("\n")[:-1]  # what follows the last "\n" is nothing, or a line that was cut off
+    while lines and re.match(r"#|\s*$", lines[-1]):
+        lines.pop()
+    return "".join(line + "\n" for line in lines), end is not None
+
+
+def _end_of_block(text: str) -> int | None:
+    if _AT_COLUMN_0.match(text):
+        return 0
+    depth = 0
+    for match in _TOKEN.finditer(text):
+        token = match.group()
+        if token in "([{":
+            depth += 1
+        elif token in ")]}":
+            depth = max(0, depth - 1)
+        elif token == "\n" and not depth and _AT_COLUMN_0.match(text, match.end()):
+            return match.end()
+    return None
+
+
+def parses(head: str, completion: str) -> bool:
+    """Whether a function's head, continued by a text, is Python, with at least one statement of the text's own.
+
+    A bare string is no statement here, since a docstring does nothing.
+    """
+    tree = _parsed(head + body_of(completion)[0])
+    if tree is None:
+        return False
+    return any(node.lineno > head.count("\n") and not _is_string(node) for node in _statements(tree))
+
+
+def goes_on(prompt: str, completion: str) -> bool:
+    """Whether a text goes on as Python: a function's body after its head, else more lines of a file.
+
+    A prompt that is no Python is left out of the matter. The last line counts only if it is whole.
+    """
+    if _parsed(prompt) is None and _parsed(f"{prompt}    pass\n"):
+        return parses(prompt, completion)
+    if prompt.rstrip().endswith(('"""', "'''")) and re.match(r"(async )?def ", prompt):  # a docstring parses by itself
+        return parses(prompt, completion)
+    before = prompt if _parsed(prompt) else ""
+    lines = completion[: completion.rfind("\n") + 1]
+    return bool(lines.strip()) and _parsed(before + lines) is not None
+
+
+def _parsed(text: str) -> ast.Module | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on "\d" and the like, which the parser would print
+            return ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # null bytes, lone surrogates, nesting too deep
+        return None
+
+
+def _statements(tree: ast.Module) -> list[ast.stmt]:
+    """All of them, inner ones too. Half the time of `ast.walk`, and no depth of `elif` is too much."""
+    found: list[ast.stmt] = []
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.stmt):
+            found.append(node)
+        for field in ("body", "orelse", "finalbody", "handlers", "cases"):
+            waiting += getattr(node, field, [])
+    return found
+
+
+def _is_string(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)

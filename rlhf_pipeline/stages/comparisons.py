@@ -1,0 +1,160 @@
+"""Comparisons of answers, as reward models learn them: one prompt with all its answers is one row."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from torch import Tensor, nn
+from trl import RewardConfig
+from trl.trainer.utils import pad
+
+from rlhf_pipeline.records import Demonstration, Dialogue, Preference, Ranking, Row
+from rlhf_pipeline.stages.batching import OrderedRewardTrainer
+from rlhf_pipeline.templates import visible
+
+Comparison = Preference | Ranking
+
+_COLUMNS = ("texts", "better", "worse", "margin", "length")
+_PART = 1000  # rows tokenized at once
+
+
+def answers(row: Comparison) -> tuple[str, ...]:
+    """The answers to a row's prompt, best first."""
+    return row.responses if isinstance(row, Ranking) else (row.chosen, row.rejected)
+
+
+def pairs(row: Comparison, margin: float = 0.0) -> list[tuple[int, int, float]]:
+    """(better, worse, margin) of all C(K, 2) pairs of a row's answers, by their places; equal answers make none.
+
+    The margin is the row's own, else `margin` for every rank between the two.
+    """
+    given = answers(row)
+    own = row.margin if isinstance(row, Preference) else None
+    places = itertools.combinations(range(len(given)), 2)
+    return [(i, j, margin * (j - i) if own is None else own) for i, j in places if given[i] != given[j]]
+
+
+def answered(row: Comparison, tokenizer: Any) -> list[str]:
+    """The row's texts, best first: the prompt as rewards see it, and an answer."""
+    prompt = visible(tokenizer, row.prompt)
+    return [prompt + answer for answer in answers(row)]
+
+
+def shown(row: Row, tokenizer: Any) -> str:
+    """A row as a demonstration: its prompt and the answer that one would like to see; plain text as it stands."""
+    match row:
+        case Preference() | Ranking():
+            return answered(row, tokenizer)[0]
+        case Demonstration(prompt=prompt, completion=completion):
+            return visible(tokenizer, prompt) + completion
+        case Dialogue(turns=turns):
+            return visible(tokenizer, turns[:-1]) + turns[-1].text
+    return row.text
+
+
+def encode(texts: Sequence[str], tokenizer: Any, longest: int) -> list[list[int]]:
+    """Token ids of each text and EOS, at most `longest`, cut on the tokenizer's `truncation_side`.
+
+    On the left, as the stage sets it, a prompt that is too long loses its beginning, and the answer stays. A tokenizer
+    without an EOS ends texts in its own way.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids = tokenizer(list(texts), truncation=True, max_length=longest - len(end))["input_ids"]
+    return [row + end for row in ids]
+
+
+def tokenized(rows: Sequence[Comparison], tokenizer: Any, longest: int, margin: float) -> Dataset:
+    """Rows for `Collator`: a prompt's `texts`, its pairs as places among them, and the length of the longest text."""
+    parts = [rows[start : start + _PART] for start in range(0, len(rows), _PART)]
+    return concatenate_datasets([_tokenized(part, tokenizer, longest, margin) for part in parts])
+
+
+def _tokenized(rows: Sequence[Comparison], tokenizer: Any, longest: int, margin: float) -> Dataset:
+    columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
+    texts = [answered(row, tokenizer) for row in rows]
+    ids = iter(encode([text for row in texts for text in row], tokenizer, longest))
+    for row, row_texts in zip(rows, texts, strict=True):
+        row_ids = list(itertools.islice(ids, len(row_texts)))
+        better, worse, margins = zip(*pairs(row, margin), strict=True)
+        for name, value in zip(_COLUMNS, (row_ids, better, worse, margins, max(map(len, row_ids))), strict=True):
+            columns[name].append(value)
+    return Dataset.from_dict(columns)
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Rows to one batch: all texts below each other, (texts, time), and the pairs as places among them, (pairs,)."""
+
+    padding: int
+    multiple: int | None = None
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """`weight` is 1 / (prompts x pairs of the prompt), so that a weighted sum over pairs is a mean over prompts."""
+        texts = [torch.tensor(ids) for row in rows for ids in row["texts"]]
+        first = list(itertools.accumulate((len(row["texts"]) for row in rows), initial=0))
+        places = {
+            side: torch.tensor([start + i for start, row in zip(first, rows, strict=False) for i in row[side]])
+            for side in ("better", "worse")
+        }
+        return {
+            "input_ids": pad(texts, self.padding, "right", self.multiple),
+            "attention_mask": pad([torch.ones_like(ids) for ids in texts], 0, "right", self.multiple),
+            **places,
+            "margin": torch.tensor([m for row in rows for m in row["margin"]], dtype=torch.float),
+            "weight": torch.tensor([1 / (len(rows) * len(row["margin"])) for row in rows for _ in row["margin"]]),
+        }
+
+
+class ComparisonTrainer(OrderedRewardTrainer):
+    """TRL's RewardTrainer for any number of answers a prompt (Ouyang et al. 2022, section 3.5).
+
+    Each answer goes through the model once, and all pairs of a prompt come from its scores, in one batch, as one
+    example: as single pairs they would be trained on many times over, and overfitted.
+    """
+
+    def __init__(
+        self, model: Any, args: RewardConfig, tokenizer: Any, train: Sequence[Comparison], test: Sequence[Comparison],
+        margin: float = 0.0,
+    ) -> None:  # fmt: skip
+        self.rows, self.rank_margin = {"train": train, "eval": test}, margin
+        numbers = {name: Dataset.from_dict({"row": range(len(rows))}) for name, rows in self.rows.items()}
+        super().__init__(
+            model, args, train_dataset=numbers["train"], eval_dataset=numbers["eval"], processing_class=tokenizer
+        )
+        self.data_collator = Collator(tokenizer.pad_token_id, args.pad_to_multiple_of)
+
+    def _prepare_dataset(self, dataset: Dataset, tokenizer: Any, args: RewardConfig, name: str) -> Dataset:
+        """The rows of that name, once TRL has settled the tokenizer. TRL itself would drop what is too long."""
+        return tokenized(self.rows[name], tokenizer, args.max_length, self.rank_margin)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = list(_COLUMNS)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:  # fmt: skip
+        """Mean over prompts of the mean over their pairs of -log sigmoid(r_better - r_worse - margin)."""
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        scores = outputs.logits.squeeze(-1).float()
+        better, worse, weight = scores[inputs["better"]], scores[inputs["worse"]], inputs["weight"]
+        loss = -(weight * nn.functional.logsigmoid(better - worse - inputs["margin"])).sum()
+        if self.args.center_rewards_coefficient is not None:
+            loss = loss + self.args.center_rewards_coefficient * (weight * (better + worse) ** 2).sum()
+        with torch.no_grad():
+            self._note(scores, inputs, better - worse)
+        return (loss, outputs) if return_outputs else loss
+
+    def _note(self, scores: Tensor, inputs: dict[str, Tensor], difference: Tensor) -> None:
+        """Keep TRL's figures for the next log; processes have different numbers of answers, so each gives its own."""
+        weighted = [(inputs["weight"] * of).sum() for of in (difference > 0, difference)]
+        own = [scores.min(), scores.mean(), scores.max(), *weighted]
+        every = self.accelerator.gather(torch.stack(own)[None])
+        kept = self._metrics["train" if self.model.training else "eval"]
+        kept["min_reward"].append(every[:, 0].min().item())
+        kept["max_reward"].append(every[:, 2].max().item())
+        for name, column in (("mean_reward", 1), ("accuracy", 3), ("margin", 4)):
+            kept[name].append(every[:, column].mean().item())

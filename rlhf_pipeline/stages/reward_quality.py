@@ -1,0 +1,97 @@
+"""How far a reward can be trusted: measured on prompts and texts that it was not trained on."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rlhf_pipeline import metrics
+from rlhf_pipeline.records import Labelled
+from rlhf_pipeline.scorer import Scorer
+from rlhf_pipeline.stages.common import progress
+from rlhf_pipeline.stages.comparisons import Comparison, answered, pairs
+
+
+def scores(strings: Sequence[str], scorer: Scorer, title: str = "quality") -> torch.Tensor:
+    """(strings, classes), with a bar."""
+    found, part = [], 512
+    with progress(len(strings), title) as bar:
+        for start in range(0, len(strings), part):
+            found.append(scorer.logits(strings[start : start + part]))
+            bar.update(len(found[-1]))
+    return torch.cat(found)
+
+
+def labelled_quality(rows: Sequence[Labelled], scorer: Scorer) -> dict[str, Any]:
+    """A classifier's."""
+    logits = scores([row.text for row in rows], scorer).numpy()
+    truth = np.array([row.label for row in rows])
+    score = logits[:, 1] - logits[:, 0]  # log odds of positive
+    accuracy = metrics.Accuracy().compute(predictions=(score > 0).astype(int), references=truth)
+    return {
+        **accuracy,
+        "rows": len(rows),
+        "margin": float(np.where(truth == 1, score, -score).mean()),
+        **_common(score, [len(row.text) for row in rows], _logistic(score), truth),
+    }
+
+
+def preference_quality(rows: Sequence[Comparison], scorer: Scorer) -> dict[str, Any]:
+    """A reward model's: how often, and by how much, it prefers what people preferred. A tie counts as wrong."""
+    texts = [answered(row, scorer.tokenizer) for row in rows]
+    score = scores([text for row in texts for text in row], scorer)[:, 0].numpy()
+    first = np.cumsum([0, *map(len, texts)])
+    margins = [
+        np.array([score[start + i] - score[start + j] for i, j, _ in pairs(row)])
+        for start, row in zip(first, rows, strict=False)
+    ]
+    margin = np.concatenate(margins)
+    right = (margin > 0).astype(int)
+    lengths = [len(text) for row in texts for text in row]
+    return {
+        **metrics.Accuracy().compute(predictions=right, references=np.ones_like(right)),
+        "prompt_accuracy": float(np.mean([(each > 0).mean() for each in margins])),
+        "rows": len(rows),
+        "prompts": len(rows),
+        "pairs": len(margin),
+        "margin": float(margin.mean()),
+        **_common(score, lengths, _logistic(np.abs(margin)), right),
+    }
+
+
+def example_rows(texts: Sequence[str], scorer: Scorer) -> list[dict[str, Any]]:
+    """What a reward makes of texts: the probability of each class by its name, or the score."""
+    if not texts:
+        return []
+    logits = scorer.logits(texts)
+    if scorer.labels == 1:
+        return [{"text": text, "score": float(row[0])} for text, row in zip(texts, logits, strict=True)]
+    names = [str(scorer.model.config.id2label[index]) for index in range(scorer.labels)]
+    found = [dict(zip(names, row, strict=True)) for row in logits.softmax(-1).tolist()]
+    return [{"text": text, "probabilities": row} for text, row in zip(texts, found, strict=True)]
+
+
+def example_line(row: dict[str, Any]) -> str:
+    """One of `example_rows` on one line."""
+    values = row.get("probabilities") or {"score": row["score"]}
+    return ", ".join(f"{name} {value:.3f}" for name, value in values.items()) + f": {' '.join(row['text'].split())}"
+
+
+def _common(
+    score: NDArray[Any], lengths: Sequence[int], probability: NDArray[Any], truth: NDArray[Any]
+) -> dict[str, Any]:
+    """Calibration, and what scores depend on."""
+    calibration, error = metrics.calibration(probability, truth)
+    return {
+        "calibration_error": error,
+        "length_correlation": metrics.correlation(score, lengths),
+        "score_mean": float(score.mean()),
+        "score_std": float(score.std()),
+        "calibration": calibration,
+    }
+
+
+def _logistic(value: NDArray[Any]) -> NDArray[Any]:
+    return 1 / (1 + np.exp(-value.astype(np.float64)))

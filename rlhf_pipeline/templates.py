@@ -1,0 +1,81 @@
+"""Conversations as a policy reads them: turns to text with its special tokens, by the tokenizer's chat template."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rlhf_pipeline.records import Dialogue, Prompt, Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# For tokenizers that bring none. The template travels with the tokenizer from stage to stage.
+TEMPLATES = {
+    # GPT2-chitchat's form: [CLS] first [SEP] second [SEP]; where there is no [SEP], the end of a text parts the turns.
+    "dialogue": (
+        "{{ cls_token or '' }}"
+        "{% for message in messages %}{{ message['content'] }}{{ sep_token or eos_token }}{% endfor %}"
+    ),
+    "instruction": (
+        "{% for message in messages %}"
+        "{% if message['role'] == 'user' %}"
+        "{{ '### Instruction:\\n' + message['content'] + '\\n\\n### Response:\\n' }}"
+        "{% elif message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
+        "{% else %}{{ message['content'] + eos_token }}{% endif %}"
+        "{% endfor %}"
+    ),
+}
+
+
+def template_of(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The tokenizer's own template, else the one that its special tokens suggest."""
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        own = own.get("default")
+    if own:
+        return str(own)
+    return TEMPLATES["dialogue" if tokenizer.cls_token and tokenizer.sep_token else "instruction"]
+
+
+def render(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn], reply_follows: bool) -> str:
+    """The text of a conversation, special tokens written out; `reply_follows`: up to where a reply begins."""
+    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    text = tokenizer.apply_chat_template(
+        messages, chat_template=template_of(tokenizer), tokenize=False, add_generation_prompt=reply_follows
+    )
+    return str(text)
+
+
+def written(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> str:
+    """A prompt as the policy is asked it, special tokens written out."""
+    return prompt if isinstance(prompt, str) else render(tokenizer, prompt, reply_follows=True)
+
+
+def visible(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> str:
+    """A prompt as rewards and people see it: as the policy is asked it, without special tokens."""
+    if isinstance(prompt, str):
+        return prompt
+    ids: Any = tokenizer(written(tokenizer, prompt), add_special_tokens=False)["input_ids"]
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def pieces(tokenizer: "PreTrainedTokenizerBase", dialogue: Dialogue) -> list[tuple[str, bool]]:
+    """The text of a dialogue in parts, each with whether it is learnt.
+
+    A template that writes a turn otherwise once another follows (some leave out what was thought) cannot be cut so;
+    of such a dialogue the last reply alone is learnt.
+    """
+    turns = dialogue.turns
+    learnt = [i for i, t in enumerate(turns) if i and (dialogue.both or t.role == "assistant")]
+    found: list[tuple[str, bool]] = []
+    so_far = ""
+    for index in learnt:
+        before = render(tokenizer, turns[:index], reply_follows=True)
+        after = render(tokenizer, turns[: index + 1], reply_follows=False)
+        if not after.startswith(before):
+            found, so_far = [], ""
+            continue
+        if not before.startswith(so_far):
+            found, so_far = [], ""
+        found += [(before[len(so_far) :], False), (after[len(before) :], True)]
+        so_far = after
+    return found

@@ -1,0 +1,148 @@
+"""The systems of the articles in miniature: by their experiments, on the real formats, under the models' hub ids."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import CommandLine
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from rlhf_pipeline.rundir import read_jsonl
+
+
+def by_the_hub(hub: dict[str, str], *args: str) -> str:
+    """Run the command line where the hub's stand-in answers; give what it printed."""
+    command = [sys.executable, "-m", "rlhf_pipeline", *args]
+    done = subprocess.run(command, capture_output=True, text=True, env=hub, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_code_gpt_from_scratch(workplace: Path, command_line: CommandLine) -> None:
+    small = ("policy.size=tiny", "data.limit=12", "policy.vocabulary=600", "stages.pretrain.trainer.max_steps=10")
+    small += ("stages.pretrain.trainer.max_length=64",)
+    args = ("stage=pipeline", "experiment=code_gpt", *small, "evaluate.prompts=16", "evaluate.response_length=48")
+    assert command_line(*args) == 0
+    run = workplace / "runs" / "code_gpt"
+    config = yaml.safe_load((run / "pretrain" / "config.yaml").read_text())
+    assert config["trainer"]["lr_scheduler_type"] == "cosine"
+    assert config["trainer"]["warmup_steps"] > 0
+    evaluation = json.loads((run / "evaluate" / "evaluation.json").read_text())
+    hello, split = (row["prompt"] for row in evaluation["shown"])
+    assert hello.startswith('def print_hello_world():\n    """')
+    assert "train_test_split" in split
+    for row in evaluation["samples"]:
+        head = ast.parse(row["prompt"] + "    pass\n").body[0]
+        assert isinstance(head, ast.FunctionDef | ast.AsyncFunctionDef), "the prompts are the heads of functions"
+    share = [row["rewards"]["base"] for row in evaluation["samples"]]
+    assert set(share) <= {0.0, 1.0}
+    assert evaluation["metrics"]["base"]["reward_mean"] == sum(share) / 16
+
+
+def test_a_folder_of_ones_own_sources(workplace: Path, command_line: CommandLine) -> None:
+    for number in range(12):
+        (workplace / "src").mkdir(exist_ok=True)
+        (workplace / "src" / f"m{number}.py").write_text(f"def f{number}(a, b):\n    return a + b * {number}\n" * 9)
+    given = ("data=python_code", "data.path=src", "data.test_share=0.3", "policy=gpt2_scratch", "policy.vocabulary=400")
+    more = ("trainer.max_steps=5", "trainer.max_length=64", "trainer.per_device_train_batch_size=4")
+    assert command_line("stage=sft", "name=code", *given, *more) == 0
+    assert (workplace / "runs/code/sft/model/model.safetensors").exists()
+
+
+def test_the_imdb_reward_from_distilbert(hub: dict[str, str], workplace: Path) -> None:
+    small = ("data.limit=60", "stages.reward.trainer.num_train_epochs=1", "stages.reward.trainer.max_length=64")
+    said = by_the_hub(hub, "stage=pipeline", "experiment=imdb_reward", *small)
+    assert "I like you,I love you" in said
+    assert "distilbert-base-uncased" in Path(hub["REQUESTS_LOG"]).read_text()
+    run = workplace / "runs" / "imdb_reward" / "reward"
+    trainer = yaml.safe_load((run / "config.yaml").read_text())["trainer"]
+    assert (trainer["learning_rate"], trainer["optim"]) == (5e-5, "adamw_torch")
+    assert trainer["per_device_train_batch_size"] >= 10
+    (example,) = json.loads((run / "quality.json").read_text())["examples"]
+    assert example["text"] == "I like you,I love you"
+    assert sum(example["probabilities"].values()) == pytest.approx(1)
+    model = AutoModelForSequenceClassification.from_pretrained(run / "model")
+    assert model.config.model_type == "distilbert"
+
+
+def test_the_chinese_dialogue_by_its_hub_ids(hub: dict[str, str], shared: Path, workplace: Path) -> None:
+    path = shared / "data" / "chinese_dialog" / "test.jsonl.gz"
+    small = ("data.limit=120", "stages.ppo.trainer.total_episodes=64", "evaluate.prompts=24")
+    said = by_the_hub(hub, "stage=pipeline", "experiment=chinese_dialog", f"data.path={path}", *small)
+    assert "warning" not in said
+    asked = Path(hub["REQUESTS_LOG"]).read_text()
+    for name in ("shibing624/gpt2-dialogbot-base-chinese", "liam168/c2-roberta-base-finetuned-dianping-chinese"):
+        assert name in asked
+    run = workplace / "runs" / "chinese_dialog"
+    trainer = yaml.safe_load((run / "ppo" / "config.yaml").read_text())["trainer"]
+    assert (trainer["learning_rate"], trainer["response_length"]) == (1.41e-5, 30)
+    assert trainer["per_device_train_batch_size"] == 16
+    tokenizer = AutoTokenizer.from_pretrained(run / "ppo" / "model")
+    model = AutoModelForCausalLM.from_pretrained(run / "ppo" / "model")
+    assert (model.config.eos_token_id, model.config.pad_token_id, model.config.n_positions) == (102, 0, 300)
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("[SEP]", "[PAD]")
+    samples = read_jsonl(run / "ppo" / "samples.jsonl")
+    assert samples
+    for sample in samples:
+        assert "[UNK]" not in sample["response"]
+        assert " " not in sample["prompt"].strip() or not sample["prompt"].isascii()
+    evaluation = json.loads((run / "evaluate" / "evaluation.json").read_text())
+    assert set(evaluation["sampling"]["suppressed_ids"]) == {0, 100, 101, 103}
+    assert evaluation["sampling"]["stop_ids"] == [102]
+
+
+def test_chinese_dialogue_from_local_files_alone(shared: Path, workplace: Path, command_line: CommandLine) -> None:
+    files = [f"data.path={shared / 'data/chinese_dialog/train.jsonl.gz'}"]
+    files += [f"stages.reward.data.path={shared / 'data/chinese_sentiment/waimai_10k.csv.gz'}"]
+    small = ("data.limit=100", "policy.size=tiny", "policy.vocabulary=1500", "evaluate.prompts=16")
+    steps = [f"stages.{stage}.trainer.num_train_epochs=1" for stage in ("pretrain", "reward")]
+    ppo = ("stages.ppo.trainer.total_episodes=32", "stages.ppo.trainer.per_device_train_batch_size=16")
+    every = ("stage=pipeline", "experiment=chinese_dialog_from_scratch", *files, *small, *steps, *ppo)
+    assert command_line(*every) == 0
+    run = workplace / "runs" / "chinese_dialog_from_scratch"
+    assert json.loads((run / "reward" / "run.json").read_text())["data"]["name"] == "sentiment"
+    evaluation = json.loads((run / "evaluate" / "evaluation.json").read_text())
+    assert list(evaluation["metrics"]) == ["base", "ppo"]
+    for sample in evaluation["samples"]:
+        assert all("[UNK]" not in answer for answer in sample["responses"].values())
+    vocabulary = AutoTokenizer.from_pretrained(run / "pretrain" / "model").get_vocab()
+    assert {"[CLS]", "[SEP]", "[PAD]", "[UNK]", "好"} <= set(vocabulary)
+
+
+def test_what_does_not_fit_together_is_said_in_one_line(
+    miniature: Path, shared: Path, workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chinese = ("data=dialogue", f"data.path={shared / 'data/chinese_dialog/test.jsonl.gz'}", "data.limit=40")
+    own = (f"policy.path={miniature / 'sft'}", f"reward.path={miniature / 'reward'}", "policy=causal_lm")
+    small = ("trainer.total_episodes=8", "trainer.per_device_train_batch_size=8", "trainer.response_length=4")
+    asked = ("stage=ppo", "name=odd", *chinese, *own)
+    assert command_line(*asked, *small, "data.min_characters=40") == 2
+    assert "positions" in capsys.readouterr().err
+    rows = [{"conversation": [{"utterance": f"你好啊{i}"}, {"utterance": "再见"}]} for i in range(90)]
+    (workplace / "short.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert command_line(*asked, *small, "data.path=short.jsonl") == 0
+    said = [line for line in capsys.readouterr().out.split("\n") if line.startswith("warning: ")]
+    assert len(said) == 2
+    assert said[0].startswith("warning: policy: the texts are Chinese")
+    assert said[1].startswith("warning: reward: the texts are Chinese")
+    assert command_line(*asked, *small, "name=odder", 'trainer.suppress_tokens=["[UNK]"]') == 2
+    assert (
+        "trainer.suppress_tokens has '[UNK]', which is no token of the policy's vocabulary" in capsys.readouterr().err
+    )
+
+
+def test_a_sum_of_rewards_takes_the_runs_own(miniature: Path, workplace: Path, command_line: CommandLine) -> None:
+    import shutil
+
+    shutil.copytree(miniature, workplace / "runs" / "demo")
+    parts = "reward.parts=[{name: classifier, scale: probability}, {name: length, target: 9, weight: 0.5}]"
+    small = ("trainer.total_episodes=16", "trainer.per_device_train_batch_size=8", "trainer.response_length=4")
+    given = ("experiment=demo", "policy.vocabulary=400", "data.limit=60", "overwrite=true")
+    assert command_line("stage=ppo", *given, "reward=sum", parts, *small) == 0
+    parents = json.loads((workplace / "runs/demo/ppo/run.json").read_text())["parents"]
+    assert parents["reward.parts[0]"]["path"].endswith("demo/reward/model")
+    assert parents["reward.parts[0]"]["sha256"]

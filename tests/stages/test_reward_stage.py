@@ -1,0 +1,518 @@
+"""Step 2: classifiers with GPT-1's second loss, reward models from pairs and rankings, and how both are left."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CommandLine
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from trl import RewardConfig
+
+from rlhf_pipeline.data import load_data
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.policies import train_tokenizer
+from rlhf_pipeline.records import Demonstration, Dialogue, Preference, Ranking, Turn
+from rlhf_pipeline.reward_model import RewardModel, register, shift_scores, with_head
+from rlhf_pipeline.rewards import load_reward
+from rlhf_pipeline.rundir import read_jsonl
+from rlhf_pipeline.scorer import Scorer
+from rlhf_pipeline.stages import comparisons
+from rlhf_pipeline.stages.batching import OrderedRewardTrainer, OrderedTrainer
+from rlhf_pipeline.stages.classification import LanguageClassifierTrainer, check_language_model, language_loss
+from rlhf_pipeline.stages.comparisons import Comparison, ComparisonTrainer, encode, pairs, shown
+from rlhf_pipeline.stages.reward_quality import preference_quality
+
+RANKING = Ranking("Which film?", (" the good one", " any one", " the bad one", " no"))
+PAIR = Preference("Was it good? ", "yes it was", "no")
+ROWS: list[Comparison] = [
+    RANKING,
+    PAIR,
+    Ranking("So? ", ("yes", "a", "no")),
+    Preference("What of it? ", "much", "none"),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    made = train_tokenizer(["which film was good, the bad one or the other? yes it was"], 300, 64)
+    made.truncation_side = "left"
+    return made
+
+
+def tiny_config(**options: Any) -> GPT2Config:
+    sizes: dict[str, Any] = {"vocab_size": 300, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    return GPT2Config(**{**sizes, "pad_token_id": 1, "eos_token_id": 0, "num_labels": 1, **options})
+
+
+def tiny_model(**options: Any) -> GPT2ForSequenceClassification:
+    torch.manual_seed(0)
+    return GPT2ForSequenceClassification(tiny_config(initializer_range=0.2, **options))
+
+
+def reward_args(folder: Path, **options: Any) -> RewardConfig:
+    values: dict[str, Any] = {
+        "per_device_train_batch_size": 4, "num_train_epochs": 1, "learning_rate": 1e-2, "max_length": 32,
+        "gradient_checkpointing": False, "dataloader_pin_memory": False, "bf16": False, "report_to": "none",
+        "disable_tqdm": True, "save_strategy": "no", "train_sampling_strategy": "group_by_length", "use_cpu": True,
+    }  # fmt: skip
+    return RewardConfig(output_dir=str(folder), **{**values, **options})
+
+
+def comparison_trainer(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None,
+    rows: Sequence[Comparison] = ROWS, margin: float = 0.0, **options: Any,
+) -> ComparisonTrainer:  # fmt: skip
+    return ComparisonTrainer(model or tiny_model(), reward_args(folder, **options), tokenizer, rows, rows, margin)
+
+
+def loss_and_gradient(trainer: Any, rows: Dataset | None = None) -> tuple[float, torch.Tensor]:
+    """Of the first batch, all rows of it."""
+    data = trainer.train_dataset if rows is None else rows
+    loss = trainer.compute_loss(trainer.model.train(), trainer.data_collator(list(data)))
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+
+
+# -- comparisons
+
+
+def test_all_pairs_of_a_prompt_but_those_of_equal_answers() -> None:
+    assert [p[:2] for p in pairs(RANKING)] == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+    assert [p[2] for p in pairs(RANKING, margin=0.5)] == [0.5, 1.0, 1.5, 0.5, 1.0, 0.5]
+    assert pairs(Ranking("", ("a", "b", "a"))) == [(0, 1, 0.0), (1, 2, 0.0)]
+    assert pairs(Preference("", "a", "b", margin=2.5), margin=0.5) == [(0, 1, 2.5)]
+    assert pairs(Preference("", "a", "b"), margin=0.5) == [(0, 1, 0.5)]
+
+
+def test_a_row_as_a_demonstration(tokenizer: PreTrainedTokenizerBase) -> None:
+    turns = (Turn("user", "good?"), Turn("assistant", "yes"))
+    assert shown(RANKING, tokenizer) == "Which film? the good one"
+    assert shown(Demonstration("good? ", "yes"), tokenizer) == "good? yes"
+    assert shown(Dialogue(turns), tokenizer) == shown(Demonstration(turns[:1], "yes"), tokenizer)
+    assert "good?" in shown(Preference(turns[:1], "yes", "no"), tokenizer)
+
+
+def test_a_long_text_loses_its_beginning_and_ends_with_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+    whole = tokenizer("which film was good?" * 9 + " the answer")["input_ids"]
+    (cut,) = encode(["which film was good?" * 9 + " the answer"], tokenizer, 20)
+    assert cut == [*whole[-19:], tokenizer.eos_token_id]
+
+
+def test_training_and_scoring_read_the_same_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    model, texts = tiny_model().eval(), ["yes", "which film was good? " * 9 + "the bad one"]
+    scorer = Scorer(model, tokenizer, 8, 24, truncation_side="left", append_eos=True)
+    direct = [model(torch.tensor([ids])).logits[0] for ids in encode(texts, tokenizer, 24)]
+    torch.testing.assert_close(scorer.logits(texts), torch.stack(direct).detach(), atol=1e-6, rtol=1e-5)
+
+
+def test_the_loss_is_the_mean_over_prompts_of_the_mean_over_pairs(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    trainer = comparison_trainer(tmp_path, tokenizer, margin=0.3, center_rewards_coefficient=0.1)
+    found, gradient = loss_and_gradient(trainer)
+    trainer.model.zero_grad()
+    prompts = []
+    for row in ROWS:
+        texts = comparisons.answered(row, tokenizer)
+        r = [trainer.model(torch.tensor([ids])).logits[0, 0] for ids in encode(texts, tokenizer, 32)]
+        each = [-torch.sigmoid(r[i] - r[j] - m).log() + 0.1 * (r[i] + r[j]) ** 2 for i, j, m in pairs(row, 0.3)]
+        prompts.append(torch.stack(each).mean())
+    expected = torch.stack(prompts).mean()
+    expected.backward()
+    assert found == pytest.approx(expected.item(), rel=1e-5)
+    by_hand = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+    torch.testing.assert_close(gradient, by_hand, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("center", [None, 0.2])
+def test_of_pairs_the_loss_is_trls(center: float | None, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [Preference(f"Which film {i}?", " the good one" * (i + 1), " no" * (4 - i)) for i in range(4)]
+    ours = comparison_trainer(tmp_path, tokenizer, tiny_model(), rows, center_rewards_coefficient=center)
+    data = Dataset.from_list([{name: getattr(r, name) for name in ("prompt", "chosen", "rejected")} for r in rows])
+    args = reward_args(tmp_path, center_rewards_coefficient=center)
+    trls = OrderedRewardTrainer(tiny_model(), args, train_dataset=data, processing_class=tokenizer)
+    (found, gradient), (expected, by_trl) = loss_and_gradient(ours), loss_and_gradient(trls)
+    assert found == pytest.approx(expected, rel=1e-6)
+    torch.testing.assert_close(gradient, by_trl, atol=1e-6, rtol=1e-4)
+    for name in ("accuracy", "margin", "min_reward", "max_reward", "mean_reward"):
+        assert ours._metrics["train"][name] == pytest.approx(trls._metrics["train"][name], rel=1e-4), name
+
+
+def weights(model: PreTrainedModel) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_accumulated_prompts_make_the_same_update(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    ends = []
+    for batch in (4, 1):
+        trainer = comparison_trainer(
+            tmp_path, tokenizer, rows=ROWS * 3, per_device_train_batch_size=batch, optim="sgd",
+            gradient_accumulation_steps=4 // batch, train_sampling_strategy="sequential",
+        )  # fmt: skip
+        trainer.train()
+        ends.append(weights(trainer.model))
+    torch.testing.assert_close(ends[0], ends[1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("head", "pooling"), [("linear", "last"), ("mlp", "mean")])
+def test_a_run_cut_off_ends_as_one_never_cut_off(
+    head: Any, pooling: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    def make() -> ComparisonTrainer:
+        options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "disable_dropout": False}
+        model = with_head(tiny_model(), head, pooling)
+        return comparison_trainer(
+            tmp_path, tokenizer, model, ROWS * 3, per_device_train_batch_size=2, num_train_epochs=2, **options
+        )
+
+    torch.manual_seed(0)
+    whole = make()
+    whole.train()
+    expected = weights(whole.model)
+    for step in (2, 8):
+        torch.manual_seed(99)
+        resumed = make()
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert resumed.state.global_step == 12
+        assert torch.equal(weights(resumed.model), expected), step
+
+
+# -- heads, pooling, normalisation
+
+
+def llama() -> LlamaForSequenceClassification:
+    return LlamaForSequenceClassification(
+        LlamaConfig(vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                    num_labels=1, pad_token_id=1)
+    )  # fmt: skip
+
+
+def distilbert() -> DistilBertForSequenceClassification:
+    config = DistilBertConfig(vocab_size=300, dim=16, hidden_dim=16, n_layers=1, n_heads=2, num_labels=1)
+    return DistilBertForSequenceClassification(config)
+
+
+def padded(side: str) -> dict[str, torch.Tensor]:
+    rows = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]
+    fill = [[1] * (5 - len(row)) for row in rows]
+    ids = [row + f if side == "right" else f + row for row, f in zip(rows, fill, strict=True)]
+    mask = [[int(i > 1) for i in row] for row in ids]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+@pytest.mark.parametrize("make", [tiny_model, llama, distilbert])
+@pytest.mark.parametrize(("head", "pooling"), [("mlp", "last"), ("linear", "mean"), ("mlp", "mean")])
+@torch.no_grad()
+def test_scores_do_not_see_padding(make: Any, head: Any, pooling: Any) -> None:
+    torch.manual_seed(0)
+    model = with_head(make(), head, pooling).eval()
+    assert isinstance(model, RewardModel)
+    right, left = (model(**padded(side)).logits for side in ("right", "left"))
+    alone = [model(input_ids=torch.tensor([row])).logits[0] for row in ([5, 6, 7, 8, 9], [10, 11], [12, 13, 14])]
+    assert right.shape == (3, 1)
+    torch.testing.assert_close(right, left)
+    torch.testing.assert_close(right, torch.stack(alone))
+
+
+@torch.no_grad()
+def test_the_mean_weighs_the_later_tokens_more() -> None:
+    model = with_head(tiny_model(), "linear", "mean").eval()
+    states = model.base_model(input_ids=torch.tensor([[5, 6, 7]])).last_hidden_state[0]
+    expected = model.score((1 * states[0] + 2 * states[1] + 3 * states[2]) / 6)
+    torch.testing.assert_close(model(input_ids=torch.tensor([[5, 6, 7]])).logits[0], expected)
+
+
+def test_the_plain_class_where_it_can_take_up_a_shift() -> None:
+    for make, plain in ((tiny_model, True), (distilbert, True), (llama, False)):
+        model = make()
+        assert (with_head(model, "linear", "last") is model) == plain
+    own = with_head(tiny_model(), "mlp", "mean")
+    assert with_head(own, "mlp", "mean") is own
+    with pytest.raises(UserError, match=r"reward\.head=mlp and reward\.pooling=mean, not linear and last"):
+        with_head(own, "linear", "last")
+
+
+@pytest.mark.parametrize(
+    ("make", "head", "pooling"),
+    [(tiny_model, "linear", "last"), (distilbert, "linear", "last"), (llama, "linear", "last"),
+     (tiny_model, "mlp", "mean")],
+)  # fmt: skip
+@torch.no_grad()
+def test_a_shift_moves_all_scores_alike_and_outlives_saving(make: Any, head: Any, pooling: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = with_head(make(), head, pooling).eval()
+    before = model(**padded("right")).logits
+    shift_scores(model, -1.7)
+    model.save_pretrained(tmp_path)
+    register()
+    reopened = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert type(reopened) is type(model)
+    torch.testing.assert_close(reopened(**padded("right")).logits, before - 1.7, atol=1e-5, rtol=1e-5)
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_quality_of_rankings(tokenizer: PreTrainedTokenizerBase) -> None:
+    class Short:
+        """Prefers the shorter text."""
+
+        tokenizer, labels = None, 1
+
+        def logits(self, texts: Sequence[str]) -> torch.Tensor:
+            return torch.tensor([[-float(len(text))] for text in texts])
+
+    scorer: Any = Short()
+    rows = [Ranking("", ("a", "bbb", "cc", "dd")), Preference("", "long", "no")]
+    quality = preference_quality(rows, scorer)
+    assert (quality["prompts"], quality["pairs"], quality["rows"]) == (2, 7, 2)
+    assert quality["accuracy"] == pytest.approx(3 / 7)  # the first before all others; cc and dd tie, which is wrong
+    assert quality["prompt_accuracy"] == pytest.approx((3 / 6 + 0) / 2)
+    assert quality["score_mean"] == pytest.approx(-(1 + 3 + 2 + 2 + 4 + 2) / 6)
+    assert quality["length_correlation"] == pytest.approx(-1)
+
+
+# -- classifiers
+
+
+def classifier_rows(count: int = 8) -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(2, 300, (4 + i % 5,), generator=generator).tolist() for i in range(count)]
+    return Dataset.from_dict({"input_ids": ids, "labels": [i % 2 for i in range(count)]})
+
+
+def test_the_auxiliary_loss_is_that_of_the_language_model_with_tied_head(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows = classifier_rows()
+    trainer = LanguageClassifierTrainer(
+        tiny_model(num_labels=2), reward_args(tmp_path), DataCollatorWithPadding(tokenizer), rows,
+        processing_class=tokenizer, lm_coef=0.5,
+    )  # fmt: skip
+    trainer.model.eval()  # no dropout
+    batch = trainer.data_collator(list(rows))
+    loss = trainer.compute_loss(trainer.model, dict(batch))
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
+    trainer.model.zero_grad()
+    # By hand: cross-entropy of the classes, and transformers' own language model around the same trunk.
+    language = GPT2LMHeadModel(trainer.model.config).eval()
+    language.transformer = trainer.model.transformer
+    language.tie_weights()
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    parts = (
+        torch.nn.functional.cross_entropy(logits, batch["labels"]),
+        language(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss,
+    )
+    (parts[0] + 0.5 * parts[1]).backward()
+    assert loss.item() == pytest.approx((parts[0] + 0.5 * parts[1]).item(), rel=1e-5)
+    assert [values[0].item() for values in trainer.parts.values()] == pytest.approx([p.item() for p in parts])
+    for name, p in trainer.model.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_accumulated_rows_make_the_same_update(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """transformers alone would add up the means of the accumulated batches: a step four times too long."""
+    ends = []
+    for batch in (8, 2):
+        args = reward_args(
+            tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=8 // batch, optim="sgd",
+            train_sampling_strategy="sequential",
+        )  # fmt: skip
+        model = tiny_model(num_labels=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        collator = DataCollatorWithPadding(tokenizer)
+        trainer = OrderedTrainer(model, args, collator, classifier_rows(16), processing_class=tokenizer)
+        trainer.train()
+        ends.append(weights(trainer.model))
+    torch.testing.assert_close(ends[0], ends[1], atol=1e-5, rtol=1e-4)
+
+
+def test_lm_coef_is_refused_without_a_language_model_with_tied_head() -> None:
+    check_language_model(tiny_model())
+    with pytest.raises(UserError, match="LlamaForSequenceClassification has a head of its own"):
+        check_language_model(llama())
+    with pytest.raises(UserError, match="sees the words that it would have to tell"):
+        check_language_model(distilbert())
+
+
+# -- by the command
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """A language model that lies in a folder."""
+    folder = tmp_path_factory.mktemp("policy")
+    torch.manual_seed(0)
+    GPT2LMHeadModel(tiny_config(n_embd=32, tie_word_embeddings=True)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+LABELLED = [{"text": f"film {i} was {('bad', 'good')[i % 2]}, {('a loss', 'a win')[i % 2]} it was", "label": i % 2}
+            for i in range(96)]  # fmt: skip
+
+
+def held_out_language_loss(folder: Path) -> float:
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    batch = tokenizer([f"film {i} was good, a win it was" for i in range(200, 208)], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        states = model.base_model(**{k: batch[k] for k in ("input_ids", "attention_mask")}).last_hidden_state
+    head = model.get_input_embeddings().weight
+    return language_loss(states, batch["input_ids"], batch["attention_mask"], head).item()
+
+
+def test_a_classifier_with_lm_coef_goes_on_telling_words(
+    policy: Path, workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(workplace / "labelled.jsonl", LABELLED)
+    args = ["stage=reward", "data=sentiment", f"data.path={path}", "data.test_share=0.2", "reward=classifier",
+            f"policy.path={policy}", "policy=causal_lm", "trainer.learning_rate=5e-3", "trainer.num_train_epochs=16",
+            "trainer.per_device_train_batch_size=16", "trainer.logging_steps=3", "trainer.eval_strategy=epoch",
+            'reward.examples=["film 7 was good, a win it was", "film 8 was bad, a loss it was"]']  # fmt: skip
+    for coefficient in (0, 0.5):
+        assert command_line(*args, f"name=lm{coefficient}", f"reward.lm_coef={coefficient}") == 0
+    without, beside = (Path(f"runs/lm{c}/reward") for c in (0, 0.5))
+    losses = [held_out_language_loss(run / "model") for run in (without, beside)]
+    assert losses[1] < losses[0] - 0.5, losses
+    rows = read_jsonl(beside / "metrics.jsonl")
+    logged = [row for row in rows if "lm_loss" in row]
+    assert logged[-1]["lm_loss"] < logged[0]["lm_loss"]
+    assert logged[0]["loss"] == pytest.approx(logged[0]["classification_loss"] + 0.5 * logged[0]["lm_loss"], rel=1e-3)
+    measured = [row for row in rows if "eval_loss" in row][-1]
+    assert measured["eval_loss"] == pytest.approx(
+        measured["eval_classification_loss"] + 0.5 * measured["eval_lm_loss"], rel=1e-3
+    )
+    assert type(AutoModelForSequenceClassification.from_pretrained(beside / "model")) is GPT2ForSequenceClassification
+    quality = json.loads((beside / "quality.json").read_text())
+    assert quality["accuracy"] == 1.0
+    good, bad = quality["examples"]
+    assert good["text"] == "film 7 was good, a win it was"
+    assert good["probabilities"]["positive"] > 0.5 > bad["probabilities"]["positive"]
+    assert sum(bad["probabilities"].values()) == pytest.approx(1)
+    line = f"negative {bad['probabilities']['negative']:.3f}, positive {bad['probabilities']['positive']:.3f}"
+    assert f"{line}: film 8 was bad, a loss it was" in capsys.readouterr().out
+
+
+RANKINGS = [
+    {"prompt": f"Film {i}?", "responses": [" very good, yes it was", " good", " bad", " no"][: 2 + i % 3]}
+    for i in range(60)
+]
+
+BARE = """
+import sys, torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+texts = sys.stdin.read().split("|")
+with torch.no_grad():
+    ids = [tokenizer(text + tokenizer.eos_token, return_tensors="pt")["input_ids"] for text in texts]
+    print(type(model).__name__, *(model(i).logits.item() for i in ids))
+"""
+
+
+@pytest.mark.parametrize(
+    ("head", "pooling", "bf16"), [("linear", "last", "false"), ("linear", "last", "true"), ("mlp", "mean", "true")]
+)
+def test_a_reward_model_from_rankings_scores_demonstrations_0_on_average(
+    head: str, pooling: str, bf16: str, policy: Path, workplace: Path, command_line: CommandLine,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    data = write(workplace / "rankings.jsonl", RANKINGS)
+    shows = [{"prompt": f"Film {i}?", "completion": " good" if i % 3 else " no"} for i in range(40)]
+    demonstrations = write(workplace / "demonstrations.jsonl", shows)
+    args = ["stage=reward", "name=r", "data=preferences", f"data.path={data}", "data.test_share=0.2",
+            "reward=preference_model", f"reward.head={head}", f"reward.pooling={pooling}", "policy=causal_lm",
+            f"policy.path={policy}", "trainer.learning_rate=5e-3", "trainer.num_train_epochs=10", "reward.margin=0.1",
+            "trainer.per_device_train_batch_size=8", "reward.examples=[Film 3? good]",
+            f"trainer.bf16={bf16}",
+            "reward.demonstrations.name=instructions", f"reward.demonstrations.path={demonstrations}"]  # fmt: skip
+    assert command_line(*args) == 0
+    quality = json.loads(Path("runs/r/reward/quality.json").read_text())
+    assert quality["accuracy"] > 0.9
+    assert quality["prompts"] == quality["rows"] < quality["pairs"]
+    assert quality["prompt_accuracy"] > 0.9
+    assert quality["margin"] > 0.1
+    assert quality["demonstration_mean"] != 0
+    assert f"score {quality['examples'][0]['score']:.3f}: Film 3? good" in capsys.readouterr().out
+    # As PPO scores them; and, of the plain class, any process that knows nothing of us.
+    given = load_data({"name": "instructions", "path": demonstrations}, 0).train
+    reward, _ = load_reward({"name": "preference_model", "max_length": 32}, Path("runs/r/reward"))
+    found = reward([row.prompt for row in given], [row.completion for row in given])
+    assert sum(found) / len(found) == pytest.approx(0, abs=1e-4)
+    assert max(found) > 0.1
+    if (head, pooling) == ("linear", "last"):
+        texts = "|".join(row.prompt + row.completion for row in given)
+        call = [sys.executable, "-c", BARE, "runs/r/reward/model"]
+        name, *bare = subprocess.run(call, input=texts, capture_output=True, text=True, check=True).stdout.split()
+        assert name == "GPT2ForSequenceClassification"
+        assert [float(score) for score in bare] == pytest.approx(found, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("args", "complaint"),
+    [
+        (["reward=classifier", "reward.base=encoder", "reward.lm_coef=0.5", "data=sentiment"], "an encoder is none"),
+        (
+            ["reward=classifier", "reward.lm_coef=-1", "data=sentiment"],
+            "reward.lm_coef is -1; it takes a number from 0",
+        ),
+        (["reward=preference_model", "data=sentiment"], "data=sentiment holds labelled texts"),
+        (["reward=classifier", "data=preferences"], "data=preferences holds preferences"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    args: list[str], complaint: str, workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line("stage=reward", "name=x", "data.path=none.jsonl", *args) == 2
+    assert complaint in capsys.readouterr().err
+
+
+# -- on real data
+
+
+REAL = {
+    "hh_harmless_base_test": ["data.limit=48", "data.test_limit=24"],
+    "zh_review_ranklists4": ["data.limit=32", "data.test_limit=16"],
+    "oasst_en_ranked": ["data.limit=16", "data.test_limit=8"],
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_on_real_preferences(name: str, shared: Path, workplace: Path, command_line: CommandLine) -> None:
+    args = ["stage=reward", "name=real", "data=preferences", *REAL[name], "policy=gpt2_scratch", "policy.size=tiny",
+            f"data.path={shared}/data/preferences/{name}.jsonl.gz", "policy.vocabulary=512", "policy.positions=64",
+            "reward=preference_model", "trainer.per_device_train_batch_size=8", "trainer.logging_steps=1",
+            "trainer.learning_rate=1e-3", "trainer.num_train_epochs=2"]  # fmt: skip
+    assert command_line(*args) == 0
+    losses = [row["loss"] for row in read_jsonl(Path("runs/real/reward/metrics.jsonl")) if "loss" in row]
+    half = len(losses) // 2
+    assert sum(losses[half:]) < sum(losses[:half])
+    quality = json.loads(Path("runs/real/reward/quality.json").read_text())
+    assert 0 < quality["accuracy"] < 1
+    assert sum(row["count"] for row in quality["calibration"]) == quality["pairs"]
+    assert load_file("runs/real/reward/model/model.safetensors")["score.weight"].shape[0] == 1

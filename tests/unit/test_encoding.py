@@ -1,0 +1,188 @@
+"""Rows to token ids: templates, what is learnt of a conversation, prompts, code."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import tiny_tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_pipeline import data, encoding
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.policies import open_policy, train_character_tokenizer
+from rlhf_pipeline.records import Code, Demonstration, Dialogue, Preference, Ranking, Row, Text, Turn
+from rlhf_pipeline.templates import TEMPLATES, visible, written
+
+CHAT = (
+    Turn("system", "Be kind."), Turn("user", "Was it good?"), Turn("assistant", "It was."),
+    Turn("user", "Why?"), Turn("assistant", "The cast was fine."),
+)  # fmt: skip
+TALK = Dialogue((Turn("user", "你好"), Turn("assistant", "你好啊"), Turn("user", "再见")), both=True)
+
+
+def chinese() -> PreTrainedTokenizerBase:
+    return train_character_tokenizer(["你好啊，再见。 hello world"] * 5, 200, 64)
+
+
+def learnt(lesson: encoding.Lesson, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The part of a lesson that is learnt, as text; a bar where something else lies between."""
+    parts: list[list[int]] = []
+    before = 0
+    for token, is_learnt in zip(*lesson, strict=True):
+        if is_learnt:
+            parts += [] if before else [[]]
+            parts[-1].append(token)
+        before = is_learnt
+    return "|".join(tokenizer.decode(part) for part in parts)
+
+
+def test_an_instruction_is_asked_as_alpaca_asks_and_its_answer_ends() -> None:
+    tokenizer = tiny_tokenizer()
+    rows: list[Row] = [Demonstration((Turn("user", "Name a colour."),), "Blue.")]
+    (lesson,) = encoding.demonstrations(rows, tokenizer, {}, seed=0)
+    assert tokenizer.decode(lesson.ids) == "### Instruction:\nName a colour.\n\n### Response:\nBlue.<|endoftext|>"
+    assert learnt(lesson, tokenizer) == "Blue.<|endoftext|>"
+    assert encoding.prompts(rows, tokenizer, {}, 0) == [lesson.ids[: lesson.learnt.index(1)]]
+
+
+def test_a_prompt_that_is_text_is_taken_as_it_stands() -> None:
+    tokenizer = tiny_tokenizer()
+    (lesson,) = encoding.demonstrations([Demonstration("Say hi:", " Hi.")], tokenizer, {}, seed=0)
+    assert tokenizer.decode(lesson.ids) == "Say hi: Hi.<|endoftext|>"
+    assert learnt(lesson, tokenizer) == " Hi.<|endoftext|>"
+
+
+def test_of_a_chat_every_reply_is_learnt_and_nothing_else() -> None:
+    tokenizer = tiny_tokenizer()
+    (lesson,) = encoding.demonstrations([Dialogue(CHAT)], tokenizer, {}, seed=0)
+    assert learnt(lesson, tokenizer) == "It was.<|endoftext|>|The cast was fine.<|endoftext|>"
+    assert tokenizer.decode(lesson.ids).startswith("Be kind.\n\n### Instruction:\nWas it good?")
+    (prompt,) = encoding.prompts([Dialogue(CHAT)], tokenizer, {}, seed=0)
+    assert tokenizer.decode(prompt).endswith("### Instruction:\nWhy?\n\n### Response:\n")
+    assert lesson.ids[: len(prompt)] == prompt
+
+
+def test_of_two_peoples_talk_every_turn_but_the_first_is_learnt() -> None:
+    tokenizer = chinese()
+    (lesson,) = encoding.demonstrations([TALK], tokenizer, {}, seed=0)
+    assert tokenizer.convert_ids_to_tokens(lesson.ids) == [
+        "[CLS]",
+        *"你好",
+        "[SEP]",
+        *"你好啊",
+        "[SEP]",
+        *"再见",
+        "[SEP]",
+    ]
+    assert lesson.learnt == [0] * 4 + [1] * 7
+    assert encoding.documents([TALK], tokenizer) == [lesson.ids], "no second end"
+    first, both = (encoding.prompts([TALK], tokenizer, {"prompt_turns": n}, 0)[0] for n in (None, 2))
+    assert tokenizer.convert_ids_to_tokens(first) == ["[CLS]", *"你好", "[SEP]"]
+    assert both == lesson.ids[:8]
+
+
+def test_a_tokenizers_own_template_goes_first() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    (lesson,) = encoding.demonstrations([Dialogue(CHAT)], tokenizer, {}, seed=0)
+    assert learnt(lesson, tokenizer) == "It was.\n|The cast was fine.\n<|endoftext|>"
+    assert written(tokenizer, CHAT[:2]) == "<system>Be kind.\n<user>Was it good?\n<assistant>"
+
+
+def test_a_template_that_rewrites_earlier_replies_teaches_the_last_one() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {% if m['role'] == 'assistant' and loop.last %}(thought) {% endif %}"
+        "{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    (lesson,) = encoding.demonstrations([Dialogue(CHAT)], tokenizer, {}, seed=0)
+    assert learnt(lesson, tokenizer) == "(thought) The cast was fine.\n<|endoftext|>"
+    assert "assistant: It was." in tokenizer.decode(lesson.ids)
+
+
+def test_what_a_reward_sees_of_a_prompt_has_no_special_tokens() -> None:
+    assert visible(chinese(), (Turn("user", "你好，再见"),)) == "你好，再见"
+    assert visible(tiny_tokenizer(), "as it is") == "as it is"
+    assert set(TEMPLATES) == {"dialogue", "instruction"}
+
+
+def test_prompts_of_preferences_and_rankings() -> None:
+    tokenizer = tiny_tokenizer()
+    rows: list[Row] = [
+        Preference("Is it?", "Yes.", "No."),
+        Ranking((Turn("user", "a?"),), ("b", "c")),
+        Ranking("", ("x",)),
+    ]
+    shown = [tokenizer.decode(ids) for ids in encoding.prompts(rows, tokenizer, {}, 0)]
+    assert shown == ["Is it?", "### Instruction:\na?\n\n### Response:\n"], "one without a prompt gives none"
+
+
+def test_code_gives_its_functions_heads_and_bodies() -> None:
+    tokenizer = tiny_tokenizer()
+    second = "def second(with_a_long_head, and_more, and_yet_more):\n    return 2\n"
+    source = f"import os\n\n\ndef first(a):\n    return a\n\n\n{second}"
+    rows: list[Row] = [Code(source)]
+    choice: dict[str, Any] = {"prompt_tokens": (1, 20)}
+    (lesson,) = encoding.demonstrations(rows, tokenizer, choice, seed=0)
+    assert tokenizer.decode(lesson.ids) == "def first(a):\n    return a\n<|endoftext|>"
+    assert learnt(lesson, tokenizer) == "    return a\n<|endoftext|>"
+    assert encoding.prompts(rows, tokenizer, choice, 0) == [lesson.ids[: lesson.learnt.index(1)]]
+    assert tokenizer.decode(encoding.documents(rows, tokenizer)[0]) == source + "<|endoftext|>"
+
+
+def test_prompt_tokens_are_checked() -> None:
+    with pytest.raises(UserError, match=r"data\.prompt_tokens is \[3, 2\]"):
+        encoding.prompts([Text("a b c d")], tiny_tokenizer(), {"prompt_tokens": (3, 2)}, 0)
+
+
+def jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_a_prompt_stays_on_one_side_but_one_that_all_share_does_not_count(tmp_path: Path) -> None:
+    apart = [{"prompt": f"p {i // 4}", "responses": [f"a {i}", f"b {i}"]} for i in range(200)]
+    rows = data.load_data(
+        {"name": "preferences", "path": jsonl(tmp_path / "a.jsonl", apart), "test_share": 0.3}, seed=0
+    )
+    assert not {row.prompt for row in rows.test} & {row.prompt for row in rows.train}
+    assert 20 < len(rows.test) < 100
+    shared = [{"prompt": "A comment:", "chosen": f"a {i}", "rejected": f"b {i}"} for i in range(100)]
+    rows = data.load_data(
+        {"name": "preferences", "path": jsonl(tmp_path / "b.jsonl", shared), "test_share": 0.3}, seed=0
+    )
+    assert len(rows.train) + len(rows.test) == 100
+
+
+def test_a_file_of_its_own_to_hold_out(tmp_path: Path) -> None:
+    learn = jsonl(tmp_path / "a.jsonl", [{"text": f"t {i}"} for i in range(9)])
+    test = jsonl(tmp_path / "b.jsonl", [{"text": f"u {i}"} for i in range(4)] + [{"text": "t 3"}])
+    rows = data.load_data({"name": "text", "path": learn, "test_path": test}, seed=0)
+    assert {row.text for row in rows.test} == {"u 0", "u 1", "u 2", "u 3", "t 3"}
+    assert len(rows.train) == 8, "what is held out is not learnt"
+
+
+def test_the_real_chinese_dialogues_lose_next_to_nothing(shared: Path, tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    root = tmp_path / "hub"
+    make = [sys.executable, str(shared / "hub" / "make_root.py"), str(root), str(shared / "data")]
+    subprocess.run(make, check=True, capture_output=True)
+    policy = open_policy(str(root / "models" / "shibing624" / "gpt2-dialogbot-base-chinese"))
+    tokenizer = policy.tokenizer
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("[SEP]", "[PAD]")
+    assert policy.model.config.eos_token_id == 102
+    assert policy.model.config.bos_token_id is None
+    rows = data.load_data({"name": "dialogue", "path": str(shared / "data/chinese_dialog/test.jsonl.gz")}, seed=0).train
+    lessons = encoding.demonstrations(rows, tokenizer, {}, seed=0)
+    assert len(lessons) == len(rows)
+    unknown = sum(lesson.ids.count(100) for lesson in lessons) / sum(len(lesson.ids) for lesson in lessons)
+    assert unknown < 0.001, "signs that the vocabulary lacks are read as those it has"
+    asked = tokenizer.batch_decode(encoding.prompts(rows, tokenizer, {}, 0), skip_special_tokens=True)
+    same = [said == row.turns[0].text.lower() for said, row in zip(asked, rows, strict=True)]
+    assert sum(same) / len(same) > 0.9, "Chinese is written without blanks"

@@ -1,0 +1,221 @@
+"""A hub that is down, slow, wrong or not needed: what is opened then, what is said, and how soon.
+
+In processes of their own, since an unreachable hub takes the whole process offline.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.hub import explained
+
+DEAD = "http://127.0.0.1:9"
+# Loads nothing heavy: the client alone, as transformers calls it.
+DOWNLOAD = """
+import json, os, time
+from huggingface_hub import hf_hub_download
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.hub import explained, hub_silence
+started, said = time.monotonic(), []
+for name in ("some/model", "other/model"):
+    try:
+        with explained(name, "policy.path"):
+            hf_hub_download(name, "config.json")
+    except UserError as error:
+        said.append(str(error))
+seconds = time.monotonic() - started
+print(json.dumps([said, seconds, hub_silence(), os.environ.get("HF_HUB_OFFLINE")]))
+"""
+# The real loaders, of what a first process has put into the cache.
+OPEN = """
+import datasets
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.hub import explained, open_pretrained
+
+def tokenizer(where):
+    with explained(where, "policy.path"):
+        return AutoTokenizer.from_pretrained(where)
+
+def data(where):
+    with explained(where, "data.path"):
+        return datasets.load_dataset(where)["train"]
+
+def model(where):
+    return open_pretrained(AutoModelForCausalLM, where, "policy.path")
+
+for load, where in ((model, "lvwerra/gpt2-imdb"), (tokenizer, "gpt2"), (data, "stanfordnlp/imdb"), (model, "no/such"),
+                    (tokenizer, "no/such"), (data, "no/such"), (tokenizer, "a b"), (data, "runs/demo/x")):
+    try:
+        print("opened", where, type(load(where)).__name__)
+    except UserError as error:
+        print(error)
+if datasets.config.HF_HUB_OFFLINE:
+    try:
+        model("gpt2")
+    except UserError as error:
+        print(error)
+"""
+
+
+def run(script: str, home: Path | str, endpoint: str, **more: str) -> list[str]:
+    """The lines that a process prints."""
+    usual = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+    environment = {**usual, "HF_HOME": str(home), "HF_ENDPOINT": endpoint, **more}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@contextmanager
+def server(status: int, **headers: str) -> Iterator[str]:
+    """An endpoint that answers everything alike."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{http.server_port}"
+        http.shutdown()
+
+
+def check_unreachable(lines: list[str], home: Path, endpoint: str, why: str, seconds: float) -> None:
+    announced, result = lines
+    said, took, silence, offline = json.loads(result)
+    assert announced == f"{silence}: only what is in the cache ({home}) can be opened."
+    assert silence.startswith(f"the hub at {endpoint} cannot be reached (")
+    assert why in silence
+    assert offline == "1"
+    assert took < seconds
+    for name, message in zip(("some/model", "other/model"), said, strict=True):
+        assert message.startswith(f"policy.path={name} is not in the cache ({home}), and the hub at {endpoint} ")
+        assert all(fix in message for fix in ("local path", "HF_ENDPOINT", "make demo"))
+        assert "\n" not in message
+
+
+def test_a_hub_that_refuses_is_given_up_on_at_once(tmp_path: Path) -> None:
+    check_unreachable(run(DOWNLOAD, tmp_path, DEAD), tmp_path, DEAD, "refused", seconds=2)
+
+
+def test_a_hub_that_accepts_and_never_answers_is_given_up_on_in_seconds(tmp_path: Path) -> None:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        endpoint = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        check_unreachable(run(DOWNLOAD, tmp_path, endpoint), tmp_path, endpoint, "no answer in 5 s", seconds=7)
+
+
+def test_a_proxy_of_the_environment_counts(tmp_path: Path) -> None:
+    with server(404, X_Error_Code="RepoNotFound") as proxy:
+        lines = run(DOWNLOAD, tmp_path, "http://no-such-host.invalid", http_proxy=proxy, no_proxy="")
+    assert json.loads(lines[-1])[2] is None
+    lines = run(DOWNLOAD, tmp_path, "http://no-such-host.invalid", http_proxy=DEAD, no_proxy="")
+    check_unreachable(lines, tmp_path, "http://no-such-host.invalid", "refused", seconds=2)
+
+
+def test_an_endpoint_that_is_no_address_is_said_to_be_none(tmp_path: Path) -> None:
+    lines = run(DOWNLOAD, tmp_path, "hf-mirror.com")
+    check_unreachable(lines, tmp_path, "hf-mirror.com", "missing an 'http://' or 'https://' protocol", seconds=2)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "words"),
+    [
+        (404, "RepoNotFound", "has no such repository; correct the name, or set HF_TOKEN if it is a private one."),
+        (403, "GatedRepo", "then set HF_TOKEN or run hf auth login."),
+        (404, "EntryNotFound", "could not be opened ("),
+    ],
+)
+def test_a_hub_that_answers_is_asked_and_what_it_says_is_passed_on(
+    tmp_path: Path, status: int, code: str, words: str
+) -> None:
+    with server(status, X_Error_Code=code) as endpoint:
+        lines = run(DOWNLOAD, tmp_path, endpoint)
+    said, _, silence, offline = json.loads(lines[-1])
+    assert len(lines) == 1
+    assert silence is None
+    assert offline is None
+    assert all(words in message and "\n" not in message for message in said)
+
+
+@pytest.fixture(scope="module")
+def filled(hub: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The cache that a process with a hub has left, and what it printed."""
+    home = tmp_path_factory.mktemp("filled")
+    return home, run(OPEN, home, hub["HF_ENDPOINT"])
+
+
+OPENED = ["opened lvwerra/gpt2-imdb GPT2LMHeadModel", "opened gpt2 GPT2Tokenizer", "opened stanfordnlp/imdb Dataset"]
+
+
+def test_a_hub_or_mirror_that_answers_is_used(filled: tuple[Path, list[str]], hub: dict[str, str]) -> None:
+    lines = filled[1]
+    assert lines[:3] == OPENED
+    for line in lines[3:6]:
+        assert f"path=no/such is no folder here, and the hub at {hub['HF_ENDPOINT']} has no such repository" in line
+    assert "policy.path=a b could not be opened (Repo id must use" in lines[6]
+    assert lines[7].startswith("data.path: there is no folder runs/demo/x")
+    assert len(lines) == 8
+
+
+@pytest.mark.parametrize("offline", [{}, {"HF_HUB_OFFLINE": "1"}])
+def test_a_filled_cache_does_without_a_hub(filled: tuple[Path, list[str]], offline: dict[str, str]) -> None:
+    home = filled[0]
+    lines = run(OPEN, home, DEAD, **offline)
+    why = "the hub is not asked while HF_HUB_OFFLINE is set" if offline else f"the hub at {DEAD} cannot be reached"
+    if not offline:
+        assert lines.pop(0).startswith(why)
+    assert lines[:3] == OPENED
+    for line in lines[3:6]:
+        assert f"path=no/such is not in the cache ({home}), and {why}" in line
+    assert "policy.path=a b could not be opened (Repo id must use" in lines[6]
+    assert lines[8].startswith("policy.path=gpt2 could not be opened (")  # of which there is only the tokenizer
+    assert f"from the cache ({home}), and {why}" in lines[8]
+    assert "RLHF_ALLOW_PICKLE" not in lines[8]
+
+
+def test_a_path_is_not_asked_of_the_hub(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(workplace))
+    (workplace / "runs" / "demo" / "sft").mkdir(parents=True)
+    for path, near in {
+        "runs/demo/sfd": " (near it: runs/demo/sft)",
+        "./runs/dmeo": " (near it: runs/demo)",
+        "rnus/demo/sft": " (near it: runs)",
+        "/nowhere/at/all": "",
+        "~/no-such-folder-here": "",
+        "~no-such-user/model": "",
+    }.items():
+        with pytest.raises(UserError) as caught, explained(path, "policy.path"):
+            pytest.fail("the block must not be entered")
+        assert (
+            str(caught.value) == f"policy.path: there is no folder {path}{near}; give one that is there, or a hub id."
+        )
+
+
+def test_what_a_local_folder_lacks_is_said_without_the_hub(workplace: Path) -> None:
+    (workplace / "mine").mkdir()
+    with pytest.raises(UserError) as caught, explained("mine", "policy.path"):
+        raise OSError("no config\nand a second line")
+    assert str(caught.value).startswith("policy.path=mine could not be opened (no config); give a local path")

@@ -1,0 +1,193 @@
+"""Policies of any family: their special tokens settled in one place, opened, sampled from and trained."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import PROMPTS, TEXTS, good_share, tiny_tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.policies import load_policy, open_policy, train_character_tokenizer, train_tokenizer
+from rlhf_pipeline.ppo import PPOConfig, PPOTrainer
+from rlhf_pipeline.sampling import Sampling, sample, uniform_draws
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "max_position_embeddings": 64, "initializer_range": 0.3,
+}  # fmt: skip
+
+
+def saved(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def gpt2(**options: Any) -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(
+        GPT2Config(**{"vocab_size": 300, "n_positions": 64, "n_layer": 1, "n_embd": 16, "n_head": 2} | options)
+    )
+
+
+FAMILIES = {
+    "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM, {"vocab_size": 300}),
+    "llama": (LlamaConfig, LlamaForCausalLM, {"vocab_size": 300, "num_key_value_heads": 1}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"vocab_size": 320, "num_key_value_heads": 1}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_policy_of_any_family_goes_through_ppo(family: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config, model, shape = FAMILIES[family]
+    where = saved(tmp_path / "model", model(config(**SHAPE, **shape, bos_token_id=0, eos_token_id=0)), tiny_tokenizer())
+    policy, found = load_policy({"name": "causal_lm", "path": where}, None, [], 0)
+    assert found == where
+    args = PPOConfig(
+        output_dir=str(tmp_path / "out"), total_episodes=320, per_device_train_batch_size=32, learning_rate=2e-3,
+        response_length=6, stop_token="eos", disable_tqdm=True, report_to="none", num_sample_generations=0, bf16=False,
+        kl_coef=0.0,
+    )  # fmt: skip
+    trainer = PPOTrainer(args, policy.tokenizer, policy.model, None, good_share, PROMPTS * 8)
+    trainer.train()
+    first, last = (row["objective/scores"] for row in (trainer.state.log_history[0], trainer.state.log_history[-1]))
+    assert last > first
+    trainer.save_model(str(tmp_path / "trained"))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
+    ids = torch.tensor([PROMPTS[0]])
+    assert torch.allclose(again.eval()(ids).logits, policy.model.eval()(ids).logits, atol=1e-5)
+
+
+def test_ids_beyond_the_tokenizers_tokens_are_never_sampled(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    where = saved(tmp_path / "model", gpt2(vocab_size=3000), tiny_tokenizer())
+    policy = open_policy(where)
+    args = PPOConfig(
+        output_dir=str(tmp_path), total_episodes=8, per_device_train_batch_size=8, response_length=8, disable_tqdm=True,
+        report_to="none", num_sample_generations=0, bf16=False,
+    )  # fmt: skip
+    trainer = PPOTrainer(args, policy.tokenizer, policy.model, None, good_share, PROMPTS * 2)
+    trainer.train()
+    assert int(trainer.last_rollout.batch.tokens.max()) < len(policy.tokenizer) < 3000
+
+
+def test_no_pad_becomes_the_end_and_masks_do_not_care(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    policy = open_policy(saved(tmp_path, gpt2(eos_token_id=0, bos_token_id=0), tokenizer))
+    assert policy.tokenizer.pad_token_id == policy.tokenizer.eos_token_id == 0
+    assert policy.model.config.pad_token_id == policy.model.generation_config.pad_token_id == 0
+    limits = torch.tensor([5] * 4)
+    draws = uniform_draws(limits, torch.Generator().manual_seed(0))
+    batch = sample(policy.model, PROMPTS, limits, Sampling(stop_ids=(0,)), draws)
+    alone = [
+        sample(policy.model, [p], limits[:1], Sampling(stop_ids=(0,)), draws[:, i : i + 1])
+        for i, p in enumerate(PROMPTS)
+    ]
+    for row, one in enumerate(alone):
+        length = int(one.response_lengths[0])
+        assert int(batch.response_lengths[row]) == length
+        assert batch.responses[row, :length].tolist() == one.responses[0, :length].tolist()
+
+
+def test_a_pad_that_is_the_end_stays_so(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    policy = open_policy(saved(tmp_path, gpt2(eos_token_id=0, bos_token_id=0, pad_token_id=0), tokenizer))
+    assert policy.tokenizer.pad_token_id == policy.tokenizer.eos_token_id == policy.model.config.pad_token_id == 0
+
+
+def test_ids_outside_the_vocabulary_count_as_none(tmp_path: Path) -> None:
+    tokenizer = train_character_tokenizer(["你好 hello"] * 9, 300, 64)
+    tokenizer.eos_token = tokenizer.pad_token = tokenizer.bos_token = None
+    model = gpt2(vocab_size=len(tokenizer), eos_token_id=None, bos_token_id=None)
+    where = saved(tmp_path, model, tokenizer)
+    config = (tmp_path / "config.json").read_text().replace('"eos_token_id": null', '"eos_token_id": 50256')
+    (tmp_path / "config.json").write_text(config)
+    policy = open_policy(where)
+    assert policy.tokenizer.eos_token == "[SEP]"
+    assert policy.model.config.eos_token_id == policy.tokenizer.sep_token_id == 3
+    assert policy.model.config.bos_token_id is None
+
+
+def test_the_end_comes_from_the_configuration_where_the_tokenizer_names_none(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = tokenizer.bos_token = None
+    policy = open_policy(saved(tmp_path / "a", gpt2(eos_token_id=[999, 0], bos_token_id=None), tokenizer))
+    assert policy.tokenizer.eos_token == "<|endoftext|>"
+    assert policy.model.config.eos_token_id == 0
+    with pytest.raises(UserError, match="names no token that ends a text"):
+        open_policy(saved(tmp_path / "b", gpt2(eos_token_id=None, bos_token_id=None), tokenizer))
+
+
+def test_tokens_added_to_the_tokenizer_alone_get_embeddings(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    before = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<a new pad>"})
+    model = gpt2(vocab_size=before, eos_token_id=0, bos_token_id=0)
+    policy = open_policy(saved(tmp_path, model, tokenizer))
+    assert policy.model.get_input_embeddings().num_embeddings == policy.model.config.vocab_size == before + 1
+    assert policy.model.config.pad_token_id == before
+    logits = policy.model(torch.tensor([[5, before]])).logits
+    assert logits.shape == (1, 2, before + 1)
+    old = policy.model.get_input_embeddings().weight[:before]
+    assert torch.equal(old, model.get_input_embeddings().weight)
+
+
+def test_what_is_saved_keeps_the_settled_tokens(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    policy = open_policy(saved(tmp_path / "a", gpt2(eos_token_id=0, bos_token_id=0), tokenizer))
+    policy.save(tmp_path / "b")
+    assert AutoTokenizer.from_pretrained(tmp_path / "b").pad_token_id == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "b").generation_config.eos_token_id == 0
+
+
+def test_a_scratch_policys_tables_follow_its_size() -> None:
+    texts = ["some words to learn from"] * 20
+    tiny, where = load_policy({"name": "gpt2_scratch", "size": "tiny"}, None, texts, 0)
+    assert where == "gpt2_scratch, untrained"
+    assert tiny.model.config.n_positions == 256
+    given, _ = load_policy({"name": "gpt2_scratch", "positions": 32, "vocabulary": 280}, None, texts, 0)
+    assert given.model.config.n_positions == 32
+    from rlhf_pipeline import policies
+
+    small: Any = policies.registry.build({"name": "gpt2_scratch", "size": "small"})
+    assert (small.vocabulary, small.positions) == (50_257, 1024)
+
+
+def test_a_character_tokenizer_writes_chinese_without_blanks(tmp_path: Path) -> None:
+    tokenizer = train_character_tokenizer(["今天天气真好！ hello, world. iphone"] * 9, 300, 64)
+    text = "天气好！iphone hello, 今天"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(ids) == "天气好！iphone hello,今天"
+    tokenizer.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).decode(ids) == "天气好！iphone hello,今天"
+    assert AutoTokenizer.from_pretrained(tmp_path).eos_token == "[SEP]"
+
+
+def test_a_template_asked_for_travels_with_the_tokenizer(tmp_path: Path) -> None:
+    where = saved(tmp_path / "a", gpt2(eos_token_id=0, bos_token_id=0), train_tokenizer(TEXTS, 300, 64))
+    policy, _ = load_policy({"name": "causal_lm", "path": where, "template": "dialogue"}, None, [], 0)
+    policy.save(tmp_path / "b")
+    again = open_policy(str(tmp_path / "b")).tokenizer
+    said = again.apply_chat_template(
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], tokenize=False
+    )
+    assert said == "a<|endoftext|>b<|endoftext|>"

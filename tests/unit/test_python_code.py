@@ -1,0 +1,217 @@
+"""Python source as data: which files, where a function's head ends, where a sampled body ends, and what parses."""
+
+import ast
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.python_code import body_of, functions, goes_on, parses, source_files
+
+MODULE = '''import os
+
+class A:
+    """A class."""
+
+    @property
+    def name(self) -> dict[str, int]:  # the signature's own comment
+        """What it is called.
+
+        On two lines.
+        """
+        # why
+        return {"a": 1,
+                "b": 2}
+
+    async def wait(self, until=lambda x: x,
+                   *, or_else="a:b"):
+        # a comment first
+        @until
+        def inner():
+            return or_else
+# a comment at column 0
+        return await inner()
+
+    def nothing(self):
+        """Only a docstring."""
+
+    def later(self): ...
+
+def one_line(): return 1
+
+def \u00e4(text):
+    s = """
+at column 0
+"""
+    return s
+'''
+
+
+def test_functions_are_heads_and_bodies_at_column_0() -> None:
+    found = dict(functions(MODULE))
+    assert [head.split("(")[0] for head in found] == ["def name", "async def wait", "def inner", "def \u00e4"]
+    name, wait, inner, last = found.items()
+    assert name[0].startswith('def name(self) -> dict[str, int]:  # the signature\'s own comment\n    """What')
+    assert name[0].endswith('\n    On two lines.\n    """\n')
+    assert name[1] == '    # why\n    return {"a": 1,\n            "b": 2}\n'
+    assert wait[0] == 'async def wait(self, until=lambda x: x,\n               *, or_else="a:b"):\n'
+    assert wait[1].startswith("    # a comment first\n    @until\n    def inner():\n")
+    assert "\n# a comment at column 0\n    return await inner()\n" in wait[1]
+    assert inner == ("def inner():\n", "    return or_else\n")
+    assert last[1] == '    s = """\nat column 0\n"""\n    return s\n'
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def f(:\n",
+        "x = 1\0\n",
+        "class A:\n    def f(self):\n        s = '''\nat column 0\n'''\n        return s\n",  # cannot be moved
+        "def f(): \\\n    return 1\n",
+        'def f():\n    """a"""; return 1\n',
+        "def f():\n    pass\n    ...\n",
+        "def f(" + "a, " * 400 + "):\n    return 1\n",
+    ],
+)
+def test_functions_that_have_no_such_parts_are_left_out(source: str) -> None:
+    assert functions(source) == []
+
+
+def test_a_file_without_a_last_newline_or_with_another_kind_gives_the_same() -> None:
+    assert functions("def f():\r\n  return 1") == [("def f():\n", "  return 1\n")]
+
+
+def test_a_docstring_in_brackets_is_the_heads_as_a_whole() -> None:
+    assert functions('def f():\n  (\n  "a"\n  )\n  return 1\n') == [('def f():\n  (\n  "a"\n  )\n', "  return 1\n")]
+
+
+@pytest.mark.parametrize(
+    ("completion", "body"),
+    [
+        ("    return 1\n\n\n# about g\ndef g():\n    pass\n", "    return 1\n"),
+        ("    if a:\n        b()\n# no end\n    return 1\nx", "    if a:\n        b()\n# no end\n    return 1\n"),
+        ('    s = """\nx\n"""\n    return s\ny', '    s = """\nx\n"""\n    return s\n'),
+        ("    s = r'''\\'''\nx\n'''\ny", "    s = r'''\\'''\nx\n'''\n"),
+        ("    f(\na,\n)\n    g('(', \"#[\")\n    # it's {\nx", "    f(\na,\n)\n    g('(', \"#[\")\n    # it's {\n"),
+        ("    a = 1 + \\\n2\n    s = 'b\\\nc'\nx", "    a = 1 + \\\n2\n    s = 'b\\\nc'\n"),
+        ("    return 1\n)\n", "    return 1\n"),
+        ("    s = 'never closed\nx", "    s = 'never closed\n"),
+        ("    a\n\fdef g(): pass", "    a\n"),
+        ("def g():\n    pass\n", ""),
+    ],
+)
+def test_a_body_ends_before_what_stands_at_column_0(completion: str, body: str) -> None:
+    assert body_of(completion) == (body, True)
+
+
+def test_a_body_that_ran_out_loses_its_last_unfinished_line() -> None:
+    assert body_of("    a = 1\n    b = a +") == ("    a = 1\n", False)
+    assert body_of("    a = 1\n\n# so\n") == ("    a = 1\n", False)
+    assert body_of("    a = 1") == ("", False)
+    assert body_of("") == ("", False)
+    assert body_of('    s = """\nx = 1\ndef f(): pass\n') == ('    s = """\nx = 1\ndef f(): pass\n', False)
+    assert not parses("def f():\n", '    s = """\nx = 1\ndef f(): pass\n')
+
+
+DOCUMENTED = 'def f(a):\n    """What it does."""\n'
+
+
+@pytest.mark.parametrize("completion", ["    return a\n", "    pass\ndef (", "\n    # so\n    return a\n    b ="])
+def test_a_body_with_a_statement_parses(completion: str) -> None:
+    assert parses(DOCUMENTED, completion)
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "", "\n\n", "    # a comment\n", "    'another string'\n", "x = 1\n", "return a\n", "    return (a\nb\n",
+        "    return a\n      b\n", "        return a\n", "    return a\0\n", "    '\ud800'; a\n", "    print a\n",
+        "    a = " + "(" * 300 + ")" * 300 + "\n", "    " + "-" * 100_000 + "1\n", "    " + "a." * 100_000 + "b\n",
+    ],
+)  # fmt: skip
+def test_what_is_no_body_does_not_parse(completion: str) -> None:
+    assert not parses(DOCUMENTED, completion)
+
+
+def test_parsing_runs_nothing_and_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert parses("def f():\n", "    return '\\d' is 1\n")
+        assert parses("def f(a=exit()):\n", "    import os; os.abort()\n")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_whole_standard_library_goes_there_and_back() -> None:
+    files = dict(source_files(None))
+    assert len(files) > 300
+    assert "json/decoder.py" in files
+    folders = {folder for name in files for folder in name.split("/")[:-1]}
+    assert not folders & {"test", "tests", "idle_test", "site-packages", "pydoc_data", "encodings"}
+    found = [pair for text in files.values() for pair in functions(text)]
+    assert len(found) > 8000
+    for head, body in found:
+        assert [type(node).__name__.endswith("FunctionDef") for node in ast.parse(head + body).body] == [True]
+        assert head.startswith(("def ", "async def "))
+        assert head.endswith("\n")
+        assert body_of(f"{body}\n\n# next\nx = 1\n") == (body, True)
+    assert all(parses(head, body) for head, body in found[::10])
+
+
+def test_a_folder_of_ones_own(tmp_path: Path) -> None:
+    folder = tmp_path / "src"
+    for name in ("b.py", "a/c.py", "tests/d.py", ".venv/e.py", "site-packages/f.py", "a/__pycache__/g.py", "h.pyi"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"{name[:1]} = '{name}'\n")
+    (folder / "i.py").write_bytes("# coding: latin-1\ni = 'ü'\n".encode("latin-1"))
+    (folder / "j.py").write_text(" \n")
+    (folder / "k.py").write_bytes((folder / "b.py").read_bytes())
+    (folder / "m.py").mkdir()
+    outside = tmp_path / "outside.py"
+    outside.write_text("secret = 1\n")
+    (folder / "o.py").symlink_to(outside)
+    found = list(source_files(folder))
+    assert [name for name, _ in found] == ["a/c.py", "b.py", "i.py", "tests/d.py"]
+    assert found[2][1] == "# coding: latin-1\ni = 'ü'\n"
+
+
+def test_what_cannot_be_read_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.py").write_bytes(b"a = '\xff'\n")
+    (tmp_path / "b.py").write_text("# coding: no-such\n")
+    (tmp_path / "c.py").write_text("# coding: rot13\n")
+    (tmp_path / "d.py").write_text("d = 1\n")
+    os.symlink(tmp_path / "gone.py", tmp_path / "e.py")
+    assert [name for name, _ in source_files(tmp_path)] == ["d.py"]
+    assert "4 files cannot be read and are left out, as a.py" in caplog.text
+    (tmp_path / "d.py").unlink()
+    with pytest.raises(UserError, match="no Python source that can be read"):
+        list(source_files(tmp_path))
+
+
+def test_a_folder_without_source_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(UserError, match=r"holds no Python source; give a folder of .py files"):
+        source_files(tmp_path)
+    with pytest.raises(UserError, match="is a file"):
+        source_files(tmp_path / "a.txt")
+    with pytest.raises(UserError, match="is no folder"):
+        source_files(tmp_path / "gone")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "expected"),
+    [
+        ("def f(a):\n", "    return a\n\nprint(", True),
+        ("def f(a):\n", "return a\n", False),
+        ('def f(a):\n    """Say so."""\n', "    return a\n", True),
+        ('def f(a):\n    """Say so."""\n', "", False),
+        ("x = 1\n", "y = 2\nz = (", True),
+        ("x = 1\n", "y = = 2\n", False),
+        ("x = 1\n", "y = 2", False),
+        ("So ", "= 2\n", True),
+        ("So ", "what?\n", False),
+    ],
+)
+def test_what_goes_on_as_python(prompt: str, completion: str, expected: bool) -> None:
+    assert goes_on(prompt, completion) is expected
