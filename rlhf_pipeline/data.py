@@ -18,14 +18,15 @@ from rlhf_pipeline.records import Code, Demonstration, Dialogue, Labelled, Prefe
 from rlhf_pipeline.registry import Registry
 
 R = TypeVar("R", bound=Row)
+S = TypeVar("S")
 
 
 @dataclass(frozen=True)
-class Splits(Generic[R]):
+class Splits(Generic[S]):
     """Rows to learn from, and rows that are never learnt from."""
 
-    train: list[R]
-    test: list[R]
+    train: list[S]
+    test: list[S]
 
 
 # `limit` cuts both splits, `test_limit` the held-out one alone.
@@ -232,14 +233,19 @@ def _group(row: Row) -> str:
     return whole(row)
 
 
+def shared_group(groups: Sequence[Any]) -> Any:
+    """What more than half of all rows have as their prompt, if anything: an instruction, not what tells them apart."""
+    most, count = Counter(groups).most_common(1)[0] if groups else (None, 0)
+    return most if 2 * count > len(groups) > 1 else None
+
+
 def _split(rows: list[R], share: float) -> Splits[R]:
     """Hold out a share of the rows' groups; by a hash, so that a row falls on one side whatever the seed."""
     if not 0 < share < 1:
         raise UserError(f"data.test_share is {share}; it takes a number between 0 and 1.")
     groups = [_group(row) for row in rows]
-    most, count = Counter(groups).most_common(1)[0] if groups else ("", 0)
-    if count > len(rows) / 2:  # one prompt for nearly all is an instruction, and no question that answers belong to
-        groups = [whole(row) if group == most else group for row, group in zip(rows, groups, strict=True)]
+    shared = shared_group(groups)
+    groups = [whole(row) if group == shared else group for row, group in zip(rows, groups, strict=True)]
     held_out = [int(hashlib.sha256(group.encode()).hexdigest()[:8], 16) < share * 16**8 for group in groups]
     pairs = list(zip(rows, held_out, strict=True))
     return Splits([row for row, out in pairs if not out], [row for row, out in pairs if out])

@@ -1,6 +1,7 @@
 """Comparisons of answers, as reward models learn them: one prompt with all its answers is one row."""
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,43 +12,66 @@ from torch import Tensor, nn
 from trl import RewardConfig
 from trl.trainer.utils import pad
 
-from rlhf_pipeline.records import Demonstration, Dialogue, Preference, Ranking, Row
+from rlhf_pipeline.data import shared_group
+from rlhf_pipeline.records import Demonstration, Dialogue, Preference, Prompt, Ranking, Row
 from rlhf_pipeline.stages.batching import OrderedRewardTrainer
 from rlhf_pipeline.templates import visible
-
-Comparison = Preference | Ranking
 
 _COLUMNS = ("texts", "better", "worse", "margin", "length")
 _PART = 1000  # rows tokenized at once
 
 
-def answers(row: Comparison) -> tuple[str, ...]:
-    """The answers to a row's prompt, best first."""
-    return row.responses if isinstance(row, Ranking) else (row.chosen, row.rejected)
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One prompt with its different answers, and what was preferred to what: (better, worse, margin), by place."""
+
+    prompt: Prompt
+    answers: tuple[str, ...]
+    pairs: tuple[tuple[int, int, float], ...]
+
+    @property
+    def best(self) -> str:
+        """The answer that was preferred most often, less often rejected."""
+        worth = Counter(better for better, _, _ in self.pairs)
+        worth.subtract(worse for _, worse, _ in self.pairs)
+        return self.answers[max(range(len(self.answers)), key=lambda place: worth[place])]
+
+    def texts(self, tokenizer: Any) -> list[str]:
+        """The prompt as rewards see it, with each answer."""
+        prompt = visible(tokenizer, self.prompt)
+        return [prompt + answer for answer in self.answers]
 
 
-def pairs(row: Comparison, margin: float = 0.0) -> list[tuple[int, int, float]]:
-    """(better, worse, margin) of all C(K, 2) pairs of a row's answers, by their places; equal answers make none.
+def compare(rows: Sequence[Preference | Ranking], margin: float = 0.0) -> list[Comparison]:
+    """Rankings as all C(K, 2) pairs of their answers, and pairs of one prompt put together; equal answers make none.
 
-    The margin is the row's own, else `margin` for every rank between the two.
+    The margin is a pair's own, else `margin` for every rank between the two.
     """
-    given = answers(row)
-    own = row.margin if isinstance(row, Preference) else None
-    places = itertools.combinations(range(len(given)), 2)
-    return [(i, j, margin * (j - i) if own is None else own) for i, j in places if given[i] != given[j]]
+    shared = shared_group([row.prompt for row in rows])
+    together: dict[Any, list[tuple[str, str, float]]] = {}
+    for number, row in enumerate(rows):
+        if isinstance(row, Ranking):
+            every = itertools.combinations(enumerate(row.responses), 2)
+            found = [(better, worse, margin * (j - i)) for (i, better), (j, worse) in every if better != worse]
+        else:
+            own = margin if row.margin is None else row.margin
+            found = [(row.chosen, row.rejected, own)] if row.chosen != row.rejected else []
+        alone = isinstance(row, Ranking) or not row.prompt or row.prompt == shared
+        together.setdefault((row.prompt, number if alone else None), []).extend(found)
+    return [_comparison(prompt, found) for (prompt, _), found in together.items() if found]
 
 
-def answered(row: Comparison, tokenizer: Any) -> list[str]:
-    """The row's texts, best first: the prompt as rewards see it, and an answer."""
-    prompt = visible(tokenizer, row.prompt)
-    return [prompt + answer for answer in answers(row)]
+def _comparison(prompt: Prompt, found: Sequence[tuple[str, str, float]]) -> Comparison:
+    answers = tuple(dict.fromkeys(answer for better, worse, _ in found for answer in (better, worse)))
+    place = {answer: number for number, answer in enumerate(answers)}
+    return Comparison(prompt, answers, tuple((place[better], place[worse], by) for better, worse, by in found))
 
 
 def shown(row: Row, tokenizer: Any) -> str:
     """A row as a demonstration: its prompt and the answer that one would like to see; plain text as it stands."""
     match row:
         case Preference() | Ranking():
-            return answered(row, tokenizer)[0]
+            return visible(tokenizer, row.prompt) + (row.responses[0] if isinstance(row, Ranking) else row.chosen)
         case Demonstration(prompt=prompt, completion=completion):
             return visible(tokenizer, prompt) + completion
         case Dialogue(turns=turns):
@@ -66,19 +90,19 @@ def encode(texts: Sequence[str], tokenizer: Any, longest: int) -> list[list[int]
     return [row + end for row in ids]
 
 
-def tokenized(rows: Sequence[Comparison], tokenizer: Any, longest: int, margin: float) -> Dataset:
+def tokenized(rows: Sequence[Comparison], tokenizer: Any, longest: int) -> Dataset:
     """Rows for `Collator`: a prompt's `texts`, its pairs as places among them, and the length of the longest text."""
     parts = [rows[start : start + _PART] for start in range(0, len(rows), _PART)]
-    return concatenate_datasets([_tokenized(part, tokenizer, longest, margin) for part in parts])
+    return concatenate_datasets([_tokenized(part, tokenizer, longest) for part in parts])
 
 
-def _tokenized(rows: Sequence[Comparison], tokenizer: Any, longest: int, margin: float) -> Dataset:
+def _tokenized(rows: Sequence[Comparison], tokenizer: Any, longest: int) -> Dataset:
     columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
-    texts = [answered(row, tokenizer) for row in rows]
+    texts = [row.texts(tokenizer) for row in rows]
     ids = iter(encode([text for row in texts for text in row], tokenizer, longest))
     for row, row_texts in zip(rows, texts, strict=True):
         row_ids = list(itertools.islice(ids, len(row_texts)))
-        better, worse, margins = zip(*pairs(row, margin), strict=True)
+        better, worse, margins = zip(*row.pairs, strict=True)
         for name, value in zip(_COLUMNS, (row_ids, better, worse, margins, max(map(len, row_ids))), strict=True):
             columns[name].append(value)
     return Dataset.from_dict(columns)
@@ -116,10 +140,9 @@ class ComparisonTrainer(OrderedRewardTrainer):
     """
 
     def __init__(
-        self, model: Any, args: RewardConfig, tokenizer: Any, train: Sequence[Comparison], test: Sequence[Comparison],
-        margin: float = 0.0,
+        self, model: Any, args: RewardConfig, tokenizer: Any, train: Sequence[Comparison], test: Sequence[Comparison]
     ) -> None:  # fmt: skip
-        self.rows, self.rank_margin = {"train": train, "eval": test}, margin
+        self.rows = {"train": train, "eval": test}
         numbers = {name: Dataset.from_dict({"row": range(len(rows))}) for name, rows in self.rows.items()}
         super().__init__(
             model, args, train_dataset=numbers["train"], eval_dataset=numbers["eval"], processing_class=tokenizer
@@ -128,7 +151,7 @@ class ComparisonTrainer(OrderedRewardTrainer):
 
     def _prepare_dataset(self, dataset: Dataset, tokenizer: Any, args: RewardConfig, name: str) -> Dataset:
         """The rows of that name, once TRL has settled the tokenizer. TRL itself would drop what is too long."""
-        return tokenized(self.rows[name], tokenizer, args.max_length, self.rank_margin)
+        return tokenized(self.rows[name], tokenizer, args.max_length)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = list(_COLUMNS)

@@ -31,9 +31,9 @@ from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.stages.batching import OrderedTrainer
 from rlhf_pipeline.stages.classification import LanguageClassifierTrainer, check_language_model, tokenized
 from rlhf_pipeline.stages.common import Clock, fit_length, say_done, say_taken, trainer_args, watch
-from rlhf_pipeline.stages.comparisons import Comparison, ComparisonTrainer, pairs, shown
+from rlhf_pipeline.stages.comparisons import Comparison, ComparisonTrainer, compare, shown
 from rlhf_pipeline.stages.reward_quality import example_line, example_rows, labelled_quality, preference_quality, scores
-from rlhf_pipeline.templates import TEMPLATES
+from rlhf_pipeline.templates import TEMPLATES, visible
 
 # layers, width, heads of an encoder from scratch
 ENCODERS = {"tiny": (2, 128, 4), "mini": (4, 256, 4), "small": (6, 512, 8)}
@@ -47,8 +47,7 @@ def run(settings: Settings, out: RunDir) -> None:
     labelled = kind(settings.data["name"]) is Labelled
     _check(choice, settings.data["name"], labelled)
     rows = load_data(settings.data, settings.seed)
-    if not labelled:
-        rows = _differing(rows)
+    compared = None if labelled else _compared(rows, choice.get("margin", 0.0))
     model, tokenizer, where = _start(settings, out, texts(rows.train), 2 if labelled else 1)
     if choice.get("lm_coef"):
         check_language_model(model)
@@ -56,8 +55,8 @@ def run(settings: Settings, out: RunDir) -> None:
     out.begin(settings, {"start": where}, fingerprint(settings.data, rows))
     longest = fit_length(args, model)
     fuse_gelu(model)
-    trainer = _trainer(model, tokenizer, args, rows, choice)
-    demonstrations = [] if labelled else _demonstrations(settings, rows, tokenizer)
+    trainer = _trainer(model, tokenizer, args, compared or rows, choice)
+    demonstrations = _demonstrations(settings, compared.train, tokenizer) if compared else []
     trainer.train(resume_from_checkpoint=watch(trainer, out, "reward"))
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # scored as others will: in fp32
     scorer = Scorer(model, tokenizer, args.per_device_eval_batch_size, longest, tokenizer.truncation_side, not labelled)
@@ -68,7 +67,8 @@ def run(settings: Settings, out: RunDir) -> None:
         tokenizer.save_pretrained(folder)
 
     out.save_model(save)
-    quality = (labelled_quality if labelled else preference_quality)(rows.test, scorer) | before
+    quality = preference_quality(compared.test, scorer) if compared else labelled_quality(rows.test, scorer)
+    quality |= before
     quality["examples"] = example_rows(choice.get("examples") or [], scorer)
     write_json(out.path / "quality.json", quality)
     results = {key: value for key, value in quality.items() if not isinstance(value, list)}
@@ -96,9 +96,9 @@ def _check(choice: dict[str, Any], data: str, labelled: bool) -> None:
         )
 
 
-def _differing(rows: Splits[Comparison]) -> Splits[Comparison]:
-    """The rows without those whose answers are all the same."""
-    found = Splits(*([row for row in split if pairs(row)] for split in (rows.train, rows.test)))
+def _compared(rows: Splits[Any], margin: float) -> Splits[Comparison]:
+    """The answers to each prompt, and which is better than which."""
+    found = Splits(compare(rows.train, margin), compare(rows.test, margin))
     if not found.train or not found.test:
         raise UserError("the data has no two different answers to a prompt on both sides of the split; it needs some.")
     return found
@@ -106,7 +106,7 @@ def _differing(rows: Splits[Comparison]) -> Splits[Comparison]:
 
 def _trainer(model: Any, tokenizer: Any, args: RewardConfig, rows: Splits[Any], choice: dict[str, Any]) -> Any:
     if choice["name"] == "preference_model":
-        return ComparisonTrainer(model, args, tokenizer, rows.train, rows.test, choice.get("margin", 0.0))
+        return ComparisonTrainer(model, args, tokenizer, rows.train, rows.test)
     train, test = (tokenized(split, tokenizer, args.max_length) for split in (rows.train, rows.test))
     given = (model, args, DataCollatorWithPadding(tokenizer), train, test)
     if not choice.get("lm_coef"):
@@ -114,12 +114,12 @@ def _trainer(model: Any, tokenizer: Any, args: RewardConfig, rows: Splits[Any], 
     return LanguageClassifierTrainer(*given, processing_class=tokenizer, lm_coef=choice["lm_coef"])
 
 
-def _demonstrations(settings: Settings, rows: Splits[Comparison], tokenizer: Any) -> list[str]:
+def _demonstrations(settings: Settings, learnt: Sequence[Comparison], tokenizer: Any) -> list[str]:
     """Texts that are to score 0 on average: those of `reward.demonstrations`, else the best answers learnt from."""
     choice = settings.reward.get("demonstrations")
-    found = load_data(choice, settings.seed).train if choice else list(rows.train)
+    found: Sequence[Any] = load_data(choice, settings.seed).train if choice else learnt
     found = random.Random(f"demonstrations {settings.seed}").sample(found, min(len(found), _DEMONSTRATIONS))
-    return [shown(row, tokenizer) for row in found]
+    return [visible(tokenizer, r.prompt) + r.best if isinstance(r, Comparison) else shown(r, tokenizer) for r in found]
 
 
 def _normalise(scorer: Scorer, demonstrations: Sequence[str]) -> float:

@@ -11,7 +11,7 @@ from rlhf_pipeline import metrics
 from rlhf_pipeline.records import Labelled
 from rlhf_pipeline.scorer import Scorer
 from rlhf_pipeline.stages.common import progress
-from rlhf_pipeline.stages.comparisons import Comparison, answered, pairs
+from rlhf_pipeline.stages.comparisons import Comparison
 
 
 def scores(strings: Sequence[str], scorer: Scorer, title: str = "quality") -> torch.Tensor:
@@ -40,11 +40,11 @@ def labelled_quality(rows: Sequence[Labelled], scorer: Scorer) -> dict[str, Any]
 
 def preference_quality(rows: Sequence[Comparison], scorer: Scorer) -> dict[str, Any]:
     """A reward model's: how often, and by how much, it prefers what people preferred. A tie counts as wrong."""
-    texts = [answered(row, scorer.tokenizer) for row in rows]
+    texts = [row.texts(scorer.tokenizer) for row in rows]
     score = scores([text for row in texts for text in row], scorer)[:, 0].numpy()
     first = np.cumsum([0, *map(len, texts)])
     margins = [
-        np.array([score[start + i] - score[start + j] for i, j, _ in pairs(row)])
+        np.array([score[start + i] - score[start + j] for i, j, _ in row.pairs])
         for start, row in zip(first, rows, strict=False)
     ]
     margin = np.concatenate(margins)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,14 @@ from rlhf_pipeline.reward_model import RewardModel, register, shift_scores, with
 from rlhf_pipeline.rewards import load_reward
 from rlhf_pipeline.rundir import read_jsonl
 from rlhf_pipeline.scorer import Scorer
-from rlhf_pipeline.stages import comparisons
 from rlhf_pipeline.stages.batching import OrderedRewardTrainer, OrderedTrainer
 from rlhf_pipeline.stages.classification import LanguageClassifierTrainer, check_language_model, language_loss
-from rlhf_pipeline.stages.comparisons import Comparison, ComparisonTrainer, encode, pairs, shown
+from rlhf_pipeline.stages.comparisons import Comparison, ComparisonTrainer, compare, encode, shown
 from rlhf_pipeline.stages.reward_quality import preference_quality
 
 RANKING = Ranking("Which film?", (" the good one", " any one", " the bad one", " no"))
 PAIR = Preference("Was it good? ", "yes it was", "no")
-ROWS: list[Comparison] = [
+ROWS: list[Preference | Ranking] = [
     RANKING,
     PAIR,
     Ranking("So? ", ("yes", "a", "no")),
@@ -80,9 +80,10 @@ def reward_args(folder: Path, **options: Any) -> RewardConfig:
 
 def comparison_trainer(
     folder: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None,
-    rows: Sequence[Comparison] = ROWS, margin: float = 0.0, **options: Any,
+    rows: Sequence[Preference | Ranking] = ROWS, margin: float = 0.0, **options: Any,
 ) -> ComparisonTrainer:  # fmt: skip
-    return ComparisonTrainer(model or tiny_model(), reward_args(folder, **options), tokenizer, rows, rows, margin)
+    found = compare(rows, margin)
+    return ComparisonTrainer(model or tiny_model(), reward_args(folder, **options), tokenizer, found, found)
 
 
 def loss_and_gradient(trainer: Any, rows: Dataset | None = None) -> tuple[float, torch.Tensor]:
@@ -97,11 +98,26 @@ def loss_and_gradient(trainer: Any, rows: Dataset | None = None) -> tuple[float,
 
 
 def test_all_pairs_of_a_prompt_but_those_of_equal_answers() -> None:
+    def pairs(row: Preference | Ranking, margin: float = 0.0) -> list[tuple[int, int, float]]:
+        return [pair for found in compare([row], margin) for pair in found.pairs]
+
     assert [p[:2] for p in pairs(RANKING)] == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
     assert [p[2] for p in pairs(RANKING, margin=0.5)] == [0.5, 1.0, 1.5, 0.5, 1.0, 0.5]
-    assert pairs(Ranking("", ("a", "b", "a"))) == [(0, 1, 0.0), (1, 2, 0.0)]
+    assert pairs(Ranking("", ("a", "b", "a"))) == [(0, 1, 0.0), (1, 0, 0.0)]
     assert pairs(Preference("", "a", "b", margin=2.5), margin=0.5) == [(0, 1, 2.5)]
     assert pairs(Preference("", "a", "b"), margin=0.5) == [(0, 1, 0.5)]
+    assert pairs(Preference("", "a", "a")) == []
+
+
+def test_pairs_of_one_prompt_are_put_together_unless_nearly_all_share_it() -> None:
+    rows = [Preference("p", "a", "b"), Preference("p", "a", "c"), Preference("p", "c", "b")]
+    others = [Preference(f"q {i}", "a", "b") for i in range(4)]
+    first, *rest = compare([*rows, *others])
+    assert first == Comparison("p", ("a", "b", "c"), ((0, 1, 0.0), (0, 2, 0.0), (2, 1, 0.0)))
+    assert first.best == "a"
+    assert len(rest) == 4
+    assert len(compare(rows)) == 3, "a prompt that all share is an instruction"
+    assert len(compare([Preference("", "a", "b")] * 2)) == 2, "without a prompt nothing belongs together"
 
 
 def test_a_row_as_a_demonstration(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -132,10 +148,10 @@ def test_the_loss_is_the_mean_over_prompts_of_the_mean_over_pairs(
     found, gradient = loss_and_gradient(trainer)
     trainer.model.zero_grad()
     prompts = []
-    for row in ROWS:
-        texts = comparisons.answered(row, tokenizer)
+    for row in compare(ROWS, 0.3):
+        texts = row.texts(tokenizer)
         r = [trainer.model(torch.tensor([ids])).logits[0, 0] for ids in encode(texts, tokenizer, 32)]
-        each = [-torch.sigmoid(r[i] - r[j] - m).log() + 0.1 * (r[i] + r[j]) ** 2 for i, j, m in pairs(row, 0.3)]
+        each = [-torch.sigmoid(r[i] - r[j] - m).log() + 0.1 * (r[i] + r[j]) ** 2 for i, j, m in row.pairs]
         prompts.append(torch.stack(each).mean())
     expected = torch.stack(prompts).mean()
     expected.backward()
@@ -181,8 +197,9 @@ def test_a_run_cut_off_ends_as_one_never_cut_off(
     def make() -> ComparisonTrainer:
         options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "disable_dropout": False}
         model = with_head(tiny_model(), head, pooling)
+        rows = [replace(row, prompt=f"{number} {row.prompt}") for number in range(3) for row in ROWS]
         return comparison_trainer(
-            tmp_path, tokenizer, model, ROWS * 3, per_device_train_batch_size=2, num_train_epochs=2, **options
+            tmp_path, tokenizer, model, rows, per_device_train_batch_size=2, num_train_epochs=2, **options
         )
 
     torch.manual_seed(0)
@@ -282,7 +299,7 @@ def test_quality_of_rankings(tokenizer: PreTrainedTokenizerBase) -> None:
 
     scorer: Any = Short()
     rows = [Ranking("", ("a", "bbb", "cc", "dd")), Preference("", "long", "no")]
-    quality = preference_quality(rows, scorer)
+    quality = preference_quality(compare(rows), scorer)
     assert (quality["prompts"], quality["pairs"], quality["rows"]) == (2, 7, 2)
     assert quality["accuracy"] == pytest.approx(3 / 7)  # the first before all others; cc and dd tie, which is wrong
     assert quality["prompt_accuracy"] == pytest.approx((3 / 6 + 0) / 2)
