@@ -229,7 +229,8 @@ def _group(row: Row) -> str:
         case Demonstration(prompt=prompt) | Preference(prompt=prompt) | Ranking(prompt=prompt) if prompt:
             return plain(prompt)
         case Dialogue(turns=turns):
-            return turns[0].text
+            first = next((i for i, turn in enumerate(turns) if turn.role == "user"), 0)
+            return plain(turns[: first + 1])  # a system's words before it are no question
     return whole(row)
 
 

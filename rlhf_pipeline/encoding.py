@@ -78,7 +78,12 @@ def encode(tokenizer: "Tokenizer", strings: Sequence[str]) -> list[list[int]]:
 
 
 def _said(row: Row, tokenizer: "Tokenizer") -> str:
-    return written(tokenizer, row.prompt) + row.completion if isinstance(row, Demonstration) else whole(row)
+    match row:
+        case Demonstration(prompt=prompt, completion=answer) | Preference(prompt=prompt, chosen=answer):
+            return written(tokenizer, prompt) + answer
+        case Ranking(prompt=prompt, responses=(best, *_)):
+            return written(tokenizer, prompt) + best
+    return whole(row)
 
 
 def _asked(row: Row, tokenizer: "Tokenizer", turns: int | None) -> str:
@@ -117,7 +122,8 @@ def _functions(
 ) -> list[tuple[list[int], list[int]]]:
     """Heads and bodies of the functions in files of code, in random order: a file's functions are much alike."""
     longest = choice.get("prompt_tokens", (1, 64))[1]
-    found = [pair for row in rows if isinstance(row, Code) for pair in functions(row.text)]
+    # The line break goes to the body: in a file it is one token with the indent that follows.
+    found = [(h[:-1], f"\n{b}") for row in rows if isinstance(row, Code) for h, b in functions(row.text)]
     random.Random(f"functions {seed}").shuffle(found)
     heads, bodies = encode(tokenizer, [h for h, _ in found]), encode(tokenizer, [b for _, b in found])
     return [(head, body) for head, body in zip(heads, bodies, strict=True) if len(head) <= longest]

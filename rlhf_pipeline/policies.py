@@ -166,9 +166,18 @@ def load_policy(choice: dict[str, Any], upstream: Path | None, texts: Sequence[s
 
         where = model_folder(where)
         policy = open_policy(where, choice.get("quantize"))
+    return _with_template(policy, choice), where
+
+
+def make_policy(choice: dict[str, Any], texts: Sequence[str], seed: int) -> Policy:
+    """A new policy, untrained, whatever there is already."""
+    return _with_template(registry.build(choice).make(texts, seed), choice)
+
+
+def _with_template(policy: Policy, choice: dict[str, Any]) -> Policy:
     if choice.get("template"):
         policy.tokenizer.chat_template = TEMPLATES[choice["template"]]
-    return policy, where
+    return policy
 
 
 def open_policy(path: str, quantize: str | None = None) -> Policy:

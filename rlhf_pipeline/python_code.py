@@ -173,6 +173,8 @@ def goes_on(prompt: str, completion: str) -> bool:
 
     A prompt that is no Python is left out of the matter. The last line counts only if it is whole.
     """
+    if completion.startswith("\n") and not prompt.endswith("\n"):
+        prompt, completion = f"{prompt}\n", completion[1:]
     if _parsed(prompt) is None and _parsed(f"{prompt}    pass\n"):
         return parses(prompt, completion)
     if prompt.rstrip().endswith(('"""', "'''")) and re.match(r"(async )?def ", prompt):  # a docstring parses by itself

@@ -227,7 +227,7 @@ def keywords(where: str | None, *, words: list[str]) -> Reward:
     """How many of `words` a response holds, case ignored."""
     if not all(words) or not words:
         raise UserError(f"reward.words is {words}; it takes one word or more, none of them empty.")
-    pattern = re.compile("|".join(re.escape(word) for word in words), re.IGNORECASE)
+    sought = {word.lower() for word in words}
     own = script_of(words, least=1)
 
     def unfit(texts: Sequence[str]) -> str | None:
@@ -235,7 +235,7 @@ def keywords(where: str | None, *, words: list[str]) -> Reward:
         return f"its words are {own} and the texts {theirs}" if own and theirs and own != theirs else None
 
     return Reward(
-        lambda _, answers: [float(len({m.lower() for m in pattern.findall(a)})) for a in answers],
+        lambda _, answers: [float(len([word for word in sought if word in a.lower()])) for a in answers],
         "keywords",
         0.5,
         unfit,

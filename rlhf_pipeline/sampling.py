@@ -78,15 +78,20 @@ class Batch:
         return Batch(*(part.to(device) for part in (self.tokens, self.prompt_lengths, self.response_lengths)))
 
     def texts(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
-        """Prompts and responses as text, special tokens left out."""
+        """Prompts and responses as text, special tokens left out.
+
+        A response is what it adds to its prompt: decoded by itself, some tokenizers drop the blank it begins with.
+        """
         starts = self.prompt_lengths.tolist()
         ends = (self.prompt_lengths + self.response_lengths).tolist()
         rows = list(zip(self.tokens.tolist(), starts, ends, strict=True))
-        both: tuple[list[str], list[str]] = (
-            tokenizer.batch_decode([ids[:start] for ids, start, _ in rows], skip_special_tokens=True),
-            tokenizer.batch_decode([ids[start:end] for ids, start, end in rows], skip_special_tokens=True),
+        prompts: list[str] = tokenizer.batch_decode([ids[:start] for ids, start, _ in rows], skip_special_tokens=True)
+        wholes: list[str] = tokenizer.batch_decode([ids[:end] for ids, _, end in rows], skip_special_tokens=True)
+        alone: list[str] = tokenizer.batch_decode(
+            [ids[start:end] for ids, start, end in rows], skip_special_tokens=True
         )
-        return both
+        every = zip(prompts, wholes, alone, strict=True)
+        return prompts, [whole[len(p) :] if whole.startswith(p) else answer for p, whole, answer in every]
 
 
 def make_batch(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Batch:

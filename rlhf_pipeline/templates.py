@@ -69,7 +69,7 @@ def pieces(tokenizer: "PreTrainedTokenizerBase", dialogue: Dialogue) -> list[tup
     found: list[tuple[str, bool]] = []
     so_far = ""
     for index in learnt:
-        before = render(tokenizer, turns[:index], reply_follows=True)
+        before = render(tokenizer, turns[:index], reply_follows=turns[index].role == "assistant")
         after = render(tokenizer, turns[: index + 1], reply_follows=False)
         if not after.startswith(before):
             found, so_far = [], ""

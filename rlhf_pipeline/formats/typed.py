@@ -153,14 +153,14 @@ def _pair(row: Row) -> Preference:
     better = "selected" if row.has("selected") and not row.has("chosen") else "chosen"
     chosen, rejected = _answer(row, better), _answer(row, "rejected")
     margin = row.number_or_none("margin")
+    if isinstance(row.fields[better], list) and len(row.fields[better]) > 1:  # the whole conversation on either side
+        return Preference(row.turns(better)[:-1], chosen, rejected, margin)
     if row.has("prompt"):
         return Preference(_prompt(row), chosen, rejected, margin)
     if row.has("instruction"):
         return Preference((Turn("user", _instruction(row)),), chosen, rejected, margin)
     if row.has("conversations"):
         return Preference(row.turns("conversations"), chosen, rejected, margin)
-    if isinstance(row.fields[better], list):  # the whole conversation on either side
-        return Preference(row.turns(better)[:-1], chosen, rejected, margin)
     same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
     shared = chosen[:same] if len(chosen) <= len(rejected) else rejected[:same]
     cut = shared.rfind(_ASSISTANT) + len(_ASSISTANT)

@@ -8,9 +8,9 @@ import math
 from datasets import Dataset
 from trl import SFTConfig
 
-from rlhf_pipeline import policies
 from rlhf_pipeline.data import fingerprint, load_data, texts
 from rlhf_pipeline.encoding import documents
+from rlhf_pipeline.policies import make_policy
 from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.stages.batching import OrderedSFTTrainer
@@ -22,7 +22,7 @@ def run(settings: Settings, out: RunDir) -> None:
     clock, args = Clock(), trainer_args(SFTConfig, settings, out)
     rows = load_data(settings.data, settings.seed)
     out.begin(settings, {}, fingerprint(settings.data, rows))
-    policy = policies.registry.build(settings.policy).make(texts(rows.train), settings.seed)
+    policy = make_policy(settings.policy, texts(rows.train), settings.seed)
     fit_length(args, policy.model)
     parameters = policy.model.num_parameters() / 1e6
     print(

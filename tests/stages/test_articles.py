@@ -36,7 +36,7 @@ def test_a_code_gpt_from_scratch(workplace: Path, command_line: CommandLine) -> 
     assert hello.startswith('def print_hello_world():\n    """')
     assert "train_test_split" in split
     for row in evaluation["samples"]:
-        head = ast.parse(row["prompt"] + "    pass\n").body[0]
+        head = ast.parse(row["prompt"] + "\n    pass\n").body[0]
         assert isinstance(head, ast.FunctionDef | ast.AsyncFunctionDef), "the prompts are the heads of functions"
     share = [row["rewards"]["base"] for row in evaluation["samples"]]
     assert set(share) <= {0.0, 1.0}

@@ -93,6 +93,18 @@ def test_a_tokenizers_own_template_goes_first() -> None:
     assert written(tokenizer, CHAT[:2]) == "<system>Be kind.\n<user>Was it good?\n<assistant>"
 
 
+def test_with_a_template_that_announces_replies_no_turn_is_lost() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    row = Dialogue((Turn("user", "a?"), Turn("assistant", "b"), Turn("user", "c")), both=True)
+    (lesson,) = encoding.demonstrations([row], tokenizer, {}, seed=0)
+    assert tokenizer.decode(lesson.ids) == "<user>a?\n<assistant>b\n<user>c\n<|endoftext|>"
+    assert learnt(lesson, tokenizer) == "b\n<user>c\n<|endoftext|>"
+
+
 def test_a_template_that_rewrites_earlier_replies_teaches_the_last_one() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (
@@ -129,9 +141,21 @@ def test_code_gives_its_functions_heads_and_bodies() -> None:
     choice: dict[str, Any] = {"prompt_tokens": (1, 20)}
     (lesson,) = encoding.demonstrations(rows, tokenizer, choice, seed=0)
     assert tokenizer.decode(lesson.ids) == "def first(a):\n    return a\n<|endoftext|>"
-    assert learnt(lesson, tokenizer) == "    return a\n<|endoftext|>"
+    assert learnt(lesson, tokenizer) == "\n    return a\n<|endoftext|>"
+    in_a_file = encoding.documents([Code(source)], tokenizer)[0]
+    head = lesson.ids[: lesson.learnt.index(1)]
+    start = next(i for i in range(len(in_a_file)) if in_a_file[i : i + len(head)] == head)
+    assert in_a_file[start : start + len(lesson.ids) - 2] == lesson.ids[:-2], (
+        "cut apart, the tokens are those of the file"
+    )
     assert encoding.prompts(rows, tokenizer, choice, 0) == [lesson.ids[: lesson.learnt.index(1)]]
     assert tokenizer.decode(encoding.documents(rows, tokenizer)[0]) == source + "<|endoftext|>"
+
+
+def test_of_preferences_only_the_better_answer_is_learnt_as_language() -> None:
+    tokenizer = tiny_tokenizer()
+    rows: list[Row] = [Preference("Is it?", " Yes.", " No."), Ranking("So?", (" a", " b"))]
+    assert [tokenizer.decode(ids[:-1]) for ids in encoding.documents(rows, tokenizer)] == ["Is it? Yes.", "So? a"]
 
 
 def test_prompt_tokens_are_checked() -> None:
@@ -156,6 +180,16 @@ def test_a_prompt_stays_on_one_side_but_one_that_all_share_does_not_count(tmp_pa
         {"name": "preferences", "path": jsonl(tmp_path / "b.jsonl", shared), "test_share": 0.3}, seed=0
     )
     assert len(rows.train) + len(rows.test) == 100
+
+
+def test_chats_are_split_by_the_users_first_words(tmp_path: Path) -> None:
+    def chat(number: int) -> dict[str, Any]:
+        said = [("system", f"Be {number % 3}."), ("user", f"{number}?"), ("assistant", "Yes.")]
+        return {"messages": [{"role": role, "content": text} for role, text in said]}
+
+    path = jsonl(tmp_path / "a.jsonl", [chat(number) for number in range(200)])
+    rows = data.load_data({"name": "instructions", "path": path, "test_share": 0.3}, seed=0)
+    assert 30 < len(rows.test) < 100
 
 
 def test_a_file_of_its_own_to_hold_out(tmp_path: Path) -> None:

@@ -345,6 +345,7 @@ def test_preferences_of_every_form(tmp_path: Path, caplog: pytest.LogCaptureFixt
         {"prompt": "p", "chosen": "same", "rejected": "same"},
         {"winner": "ppo", "sft": "r", "ppo": "c"},
         {"chosen": CHAT, "rejected": [CHAT[0], {"role": "assistant", "content": "r"}]},
+        {"prompt": "a?", "chosen": CHAT, "rejected": [CHAT[0], {"role": "assistant", "content": "r"}]},
         {"prompt": "p", "chosen": "c", "rejected": "r", "margin": 0.5},
         {"prompt": "p", "responses": ["a", "b", "c"]},
         {"context": [], "prompt": "p", "responses": ["a", "b"]},
@@ -358,12 +359,13 @@ def test_preferences_of_every_form(tmp_path: Path, caplog: pytest.LogCaptureFixt
         Preference((Turn("system", "Be brief."), Turn("user", "Why?")), "c", "r"),
         Preference("", "c", "r"),
         Preference((Turn("user", "a?"),), "b", "r"),
+        Preference((Turn("user", "a?"),), "b", "r"),
         Preference("p", "c", "r", 0.5),
         Ranking("p", ("a", "b", "c")),
         Ranking((Turn("user", "p"),), ("a", "b")),
         Ranking((Turn("user", "q"), Turn("user", "p")), ("a", "b")),
     ]
-    assert "1 of 12 rows skipped (chosen and rejected are equal)" in caplog.text
+    assert "1 of 13 rows skipped (chosen and rejected are equal)" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,9 @@ def test_a_folder_without_source_is_refused_at_once(tmp_path: Path) -> None:
     [
         ("def f(a):\n", "    return a\n\nprint(", True),
         ("def f(a):\n", "return a\n", False),
+        ("def f(a):", "\n    return a\n", True),
+        ("def f(a):", "\nreturn a\n", False),
+        ("def f(a):", " return a\n", True),
         ('def f(a):\n    """Say so."""\n', "    return a\n", True),
         ('def f(a):\n    """Say so."""\n', "", False),
         ("x = 1\n", "y = 2\nz = (", True),
