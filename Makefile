@@ -32,7 +32,7 @@ pipeline: setup  ## an experiment's stages in order: make pipeline NAME=imdb ARG
 	$(RUN) stage=pipeline name=$(NAME) $(ARGS)
 
 test: setup  ## the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 bench: setup  ## speed and memory beside TRL's own trainers, on a machine that does nothing else
 	$(BIN)/python tests/benchmarks/ppo_speed.py $(ARGS)

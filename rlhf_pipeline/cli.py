@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -98,7 +99,8 @@ def _dispatch(cfg: DictConfig, overrides: list[str]) -> float | None:
     order = list(cfg.stages)
     objective = run_stage(resolve(cfg, overrides))
     if cfg.stage in order[:-1]:
-        rest = " ".join(o for o in overrides if o.partition("=")[0] in ("experiment", "name"))
+        own = ("stage=", "trainer.", "++trainer.", f"stages.{cfg.stage}.", f"++stages.{cfg.stage}.")
+        rest = shlex.join(o.removeprefix("++") for o in overrides if not o.startswith(own))
         print(f"next: python -m rlhf_pipeline stage={order[order.index(cfg.stage) + 1]} {rest}".rstrip())
     return objective
 
@@ -114,6 +116,11 @@ def resolve(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
     said = {o.key_or_group: o for o in OverridesParser.create().parse_overrides(list(overrides)) if not o.is_delete()}
     section = f"stages.{cfg.stage}."
     others = _merge_section(cfg, said)
+    if cfg.stage == "reward" and cfg.reward.get("name") == "sum":
+        said_parts = said.pop("reward.parts", None)  # of a sum, the part that has no model yet is trained
+        parts = said_parts.value() if said_parts else OmegaConf.to_container(cfg.reward.parts)
+        part = rewards.trained_part({"name": "sum", "parts": parts})
+        cfg.reward = {key: value for key, value in part.items() if key != "weight"}
     for prefix in ("", section):
         for key, override in said.items():
             kind, _, field = key.partition(".")
@@ -208,6 +215,10 @@ def _pipeline(cfg: DictConfig, overrides: list[str]) -> float | None:
     if not order:
         raise UserError(NO_STAGES)
     rest = [o for o in overrides if not o.startswith("stage=")]
+    chosen = rewards.trained_part(resolve(cfg, overrides).reward)["name"]
+    if "reward" in order and chosen not in rewards.TRAINABLE:
+        print(f"reward={chosen} needs no training, so stage=reward is left out.", flush=True)
+        order.remove("reward")
     every = [resolve(hydra.compose("config", [*rest, f"stage={stage}"]), rest) for stage in order]
     started, result = time.monotonic(), None
     for number, settings in enumerate(every, 1):

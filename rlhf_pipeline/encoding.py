@@ -1,5 +1,7 @@
 """Rows to token ids: what each stage makes of the data, in the words and special tokens of the policy."""
 
+import bisect
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -39,19 +41,14 @@ def documents(rows: Sequence[Row], tokenizer: "Tokenizer") -> list[list[int]]:
 def demonstrations(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any], seed: int) -> list[Lesson]:
     """Prompts with what is to be answered, which ends with the tokenizer's EOS."""
     end = int(tokenizer.eos_token_id)
-    found: list[Lesson] = []
-    for row_pieces in _lessons(rows, tokenizer, choice, seed):
-        ids: list[int] = []
-        learnt: list[int] = []
-        for piece, is_learnt in row_pieces:
-            ids += piece
-            learnt += [int(is_learnt)] * len(piece)
-        if not any(learnt):
-            continue
-        if ids[-1] != end:
-            ids, learnt = [*ids, end], [*learnt, 1]
-        found.append(Lesson(ids, learnt))
-    return found
+    every = _lessons(rows, tokenizer, choice, seed)
+    found = [lesson for lesson in every if any(lesson.learnt)]
+    if rows and not found:
+        raise UserError(
+            f"data={choice['name']} gives nothing to learn: no row goes on after its prompt (data.prompt_tokens is how "
+            "many tokens of a text are its prompt)."
+        )
+    return [x if x.ids[-1] == end else Lesson([*x.ids, end], [*x.learnt, 1]) for x in found]
 
 
 def prompts(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any], seed: int) -> list[list[int]]:
@@ -60,11 +57,30 @@ def prompts(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any],
     A row of code gives as many prompts as it has functions; one without a prompt gives none.
     """
     if rows and isinstance(rows[0], Code):
-        return [head for head, _ in _functions(rows, tokenizer, choice, seed)]
-    if rows and isinstance(rows[0], Demonstration | Preference | Ranking | Dialogue):
+        found = [head for head, _ in _functions(rows, tokenizer, choice, seed)]
+    elif rows and isinstance(rows[0], Demonstration | Preference | Ranking | Dialogue):
         strings = [_asked(row, tokenizer, choice.get("prompt_turns")) for row in rows]
-        return [ids for ids in encode(tokenizer, [s for s in strings if s]) if ids]
-    return [prompt for prompt, _ in _cut(rows, tokenizer, choice, seed)]
+        found = [ids for ids in encode(tokenizer, [s for s in strings if s]) if ids]
+    else:
+        found = [prompt for prompt, _ in _cut(rows, tokenizer, choice, seed)]
+    if rows and not found:
+        raise UserError(
+            f"data={choice['name']} gives no prompts: none of {len(rows)} rows has one (data.prompt_tokens is how many "
+            "tokens of a text are its prompt, or a function's head may have)."
+        )
+    return found
+
+
+def fitting(asked: list[list[int]], room: int) -> list[list[int]]:
+    """The prompts of at most `room` tokens; how many are longer is said in a line."""
+    found = [ids for ids in asked if len(ids) <= room]
+    if len(found) < len(asked):
+        print(
+            f"warning: {len(asked) - len(found)} of {len(asked)} prompts are longer than the {room} tokens that the "
+            "policy's positions leave for them, and are left out",
+            flush=True,
+        )
+    return found
 
 
 def conversational(rows: Sequence[Row]) -> bool:
@@ -73,8 +89,42 @@ def conversational(rows: Sequence[Row]) -> bool:
 
 
 def encode(tokenizer: "Tokenizer", strings: Sequence[str]) -> list[list[int]]:
-    """Token ids without the special tokens that a tokenizer may add: templates write out those that belong."""
+    """Token ids of texts; of special tokens those that stand in the text, for templates write out what belongs.
+
+    Where the tokenizer begins every text with a BOS, as Llama's does, so does each row here.
+    """
+    bos = _beginning(tokenizer)
+    return [ids if ids[:1] == bos else bos + ids for ids in _plain_ids(tokenizer, strings)]
+
+
+def _plain_ids(tokenizer: "Tokenizer", strings: Sequence[str]) -> list[list[int]]:
     return [list(ids) for ids in tokenizer(list(strings), add_special_tokens=False)["input_ids"]] if strings else []
+
+
+def _beginning(tokenizer: "Tokenizer") -> list[int]:
+    first = tokenizer("a")["input_ids"][:1]
+    return list(first) if first == [tokenizer.bos_token_id] else []
+
+
+def _lesson(tokenizer: "Tokenizer", parts: Sequence[tuple[str, bool]]) -> Lesson:
+    """A text in parts as token ids, with those of the learnt parts marked.
+
+    As one text, where its first part then has the tokens that it is asked with; else part by part. A vocabulary that
+    begins each text with a blank would put one before every part.
+    """
+    (asked,) = encode(tokenizer, [parts[0][0]])
+    if tokenizer.is_fast:
+        whole = tokenizer("".join(part for part, _ in parts), add_special_tokens=False, return_offsets_mapping=True)
+        ids, starts = list(whole["input_ids"]), [start for start, _ in whole["offset_mapping"]]
+        bos = [] if ids[:1] == asked[:1] else _beginning(tokenizer)
+        ids, starts = bos + ids, [0] * len(bos) + starts
+        ends = list(itertools.accumulate(len(part) for part, _ in parts))
+        learnt = [int(parts[min(bisect.bisect_right(ends, start), len(parts) - 1)][1]) for start in starts]
+        if ids[: len(asked)] == asked and not any(learnt[: len(asked)]):
+            return Lesson(ids, learnt)
+    rows = [asked, *_plain_ids(tokenizer, [part for part, _ in parts[1:]])]
+    every = [(token, int(is_learnt)) for row, (_, is_learnt) in zip(rows, parts, strict=True) for token in row]
+    return Lesson([token for token, _ in every], [is_learnt for _, is_learnt in every])
 
 
 def _said(row: Row, tokenizer: "Tokenizer") -> str:
@@ -95,14 +145,9 @@ def _asked(row: Row, tokenizer: "Tokenizer", turns: int | None) -> str:
     return render(tokenizer, row.turns[: min(turns or (1 if row.both else last), last)], reply_follows=True)
 
 
-def _lessons(
-    rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any], seed: int
-) -> Iterator[list[tuple[list[int], bool]]]:
-    """Each row in pieces of token ids, with whether they are learnt."""
-    if rows and isinstance(rows[0], Code):
-        for head, body in _functions(rows, tokenizer, choice, seed):
-            yield [(head, False), (body, True)]
-    elif rows and isinstance(rows[0], Demonstration | Dialogue):
+def _lessons(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any], seed: int) -> Iterator[Lesson]:
+    """Each row as token ids, with whether they are learnt."""
+    if rows and isinstance(rows[0], Demonstration | Dialogue):
         for row in rows:
             if isinstance(row, Dialogue):
                 parts = pieces(tokenizer, row)
@@ -110,11 +155,11 @@ def _lessons(
                 assert isinstance(row, Demonstration)
                 parts = [(written(tokenizer, row.prompt), False), (row.completion, True)]
             if parts:
-                ids = encode(tokenizer, [string for string, _ in parts])
-                yield [(piece, learnt) for piece, (_, learnt) in zip(ids, parts, strict=True)]
-    else:
-        for prompt, rest in _cut(rows, tokenizer, choice, seed):
-            yield [(prompt, False), (rest, True)]
+                yield _lesson(tokenizer, parts)
+        return
+    code = bool(rows) and isinstance(rows[0], Code)
+    for prompt, rest in (_functions if code else _cut)(rows, tokenizer, choice, seed):
+        yield Lesson(prompt + rest, [0] * len(prompt) + [1] * len(rest))
 
 
 def _functions(
@@ -122,10 +167,12 @@ def _functions(
 ) -> list[tuple[list[int], list[int]]]:
     """Heads and bodies of the functions in files of code, in random order: a file's functions are much alike."""
     longest = choice.get("prompt_tokens", (1, 64))[1]
-    # The line break goes to the body: in a file it is one token with the indent that follows.
-    found = [(h[:-1], f"\n{b}") for row in rows if isinstance(row, Code) for h, b in functions(row.text)]
+    # As in a file: methods are not taken out of their class, and the line break is one token with the body's indent.
+    every = [pair for row in rows if isinstance(row, Code) for pair in functions(row.text, top_level=True)]
+    found = [(head.removesuffix("\n"), f"\n{body}") for head, body in every]
     random.Random(f"functions {seed}").shuffle(found)
-    heads, bodies = encode(tokenizer, [h for h, _ in found]), encode(tokenizer, [b for _, b in found])
+    heads = encode(tokenizer, [head for head, _ in found])
+    bodies = _plain_ids(tokenizer, [body for _, body in found])
     return [(head, body) for head, body in zip(heads, bodies, strict=True) if len(head) <= longest]
 
 

@@ -30,7 +30,9 @@ def explained(what: str, setting: str) -> Iterator[None]:
     silence = None if local else hub_silence()
     try:
         yield
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:
+        if not isinstance(error, OSError | ValueError | RuntimeError) and type(error).__name__ != "SafetensorError":
+            raise
         raise UserError(f"{setting}={what} {_reason(what, error, local, silence)}.") from error
 
 

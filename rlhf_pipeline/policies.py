@@ -245,7 +245,13 @@ def settle_special_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokeni
             setattr(tokenizer, f"{name}_token", token)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{model.name_or_path} names no token that ends a text; its tokenizer needs an eos_token.")
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    embeddings = model.get_input_embeddings().num_embeddings
+    if 2 * len(tokenizer) < embeddings:
+        raise UserError(
+            f"{model.name_or_path} has {embeddings} embeddings and its tokenizer {len(tokenizer)} tokens: the "
+            "tokenizer's files are not all there, or of another model."
+        )
+    if len(tokenizer) > embeddings:
         model.resize_token_embeddings(len(tokenizer))
     for each in (config, model.generation_config):
         each.bos_token_id = tokenizer.bos_token_id

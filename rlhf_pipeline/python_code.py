@@ -74,7 +74,7 @@ def _texts(root: Path, names: list[str]) -> Iterator[tuple[str, str]]:
         raise UserError(f"{root} holds no Python source that can be read, only empty or broken files.")
 
 
-def functions(source: str, longest_head: int = 1000) -> list[tuple[str, str]]:
+def functions(source: str, longest_head: int = 1000, top_level: bool = False) -> list[tuple[str, str]]:
     """(head, body) of each function of a file, methods and nested ones too, with `def` moved to column 0.
 
     The head is the signature and the docstring, without decorators, whole lines; the body is the lines that follow.
@@ -87,6 +87,7 @@ def functions(source: str, longest_head: int = 1000) -> list[tuple[str, str]]:
         return []
     lines = [line + "\n" for line in source.split("\n")]
     nodes = [node for node in _statements(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    nodes = [node for node in nodes if node.col_offset == 0 or not top_level]
     cut = (_cut(node, lines) for node in sorted(nodes, key=lambda node: node.lineno))
     return [found for found in cut if found and len(found[0]) <= longest_head]
 

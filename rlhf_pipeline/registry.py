@@ -97,6 +97,10 @@ class Registry(Generic[T]):
                 )
             if not fits(value, fields[key]):
                 raise UserError(f"{self.kind}.{key} is {value!r}; {self.kind}={name} takes {describe(fields[key])}.")
+        for parameter in inspect.signature(self.entries[name]).parameters.values():
+            needed = parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
+            if needed and parameter.name not in choice:
+                raise UserError(f"{self.kind}={name} needs a field '{parameter.name}', which is not set.")
 
     def build(self, choice: Mapping[str, Any], *args: Any) -> T:
         """Call the entry that `choice['name']` names, with `args` before its configured fields."""

@@ -3,7 +3,6 @@
 A reward is tried once when it is loaded: on its probes, texts that it should tell apart.
 """
 
-import inspect
 import math
 import re
 import textwrap
@@ -191,7 +190,7 @@ def python(where: str | None, *, path: str, probes: list[str] | None = None) -> 
             given = function(prompts, answers)
             return list(given) if isinstance(given, Iterator) else given
 
-    return Reward(score, f"python:{path.rpartition(':')[2]}", probes=_two_or_more(probes))
+    return Reward(score, path, probes=_two_or_more(probes))
 
 
 @registry.register
@@ -291,9 +290,6 @@ def check_choice(choice: Mapping[str, Any]) -> None:
     """Refuse a choice that no reward can be made of, and of a sum each part, before anything heavy is loaded."""
     registry.check(choice)
     name = choice["name"]
-    for field in inspect.signature(registry.entries[name]).parameters.values():
-        if field.kind is field.KEYWORD_ONLY and field.default is field.empty and field.name not in choice:
-            raise UserError(f"reward={name} needs a field '{field.name}', which is not set.")
     if name == "sum":
         if not choice["parts"]:
             raise UserError("reward.parts is empty; it takes rewards, as in [{name: length, target: 12, weight: 0.5}].")

@@ -129,9 +129,8 @@ class RunDir:
         ]
         parents = record.get("parents", {})
         for role, parent in parents.items():
-            folder = Path(parent["path"])
-            if folder.is_dir() and content_hash(folder) != parent["sha256"]:
-                changed.append(f"its {role} {folder} has changed since")
+            if (now := _parent(parent["path"])["sha256"]) and now != parent["sha256"]:
+                changed.append(f"its {role} {parent['path']} has changed since")
         taken = {str(Path(parent["path"])) for parent in parents.values()}
         for stage in _TAKEN_FROM[self.stage]:
             other = RunDir(self.runs, self.name, stage)
@@ -349,7 +348,9 @@ def _now() -> str:
 
 
 def _parent(where: str) -> dict[str, str | None]:
-    folder = Path(where)
+    folder, source = Path(where), Path(where.rpartition(":")[0] or where)  # my_rewards.py:politeness
+    if source.is_file():
+        return {"path": where, "sha256": hashlib.sha256(source.read_bytes()).hexdigest()}
     return {"path": where, "sha256": content_hash(folder) if folder.is_dir() else None}
 
 

@@ -1,5 +1,6 @@
 """Sampling from a policy: one distribution, used alike to roll out, to learn and to measure."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -113,6 +114,17 @@ def join(batches: Sequence[Batch]) -> Batch:
 def length_mask(lengths: Tensor, width: int) -> Tensor:
     """(batch,) lengths to a (batch, width) mask: True before each length."""
     return torch.arange(width, device=lengths.device) < lengths[:, None]
+
+
+def room_for_prompts(model: PreTrainedModel, response_length: int) -> int:
+    """How many tokens of a prompt a model has positions for, where a response is to follow."""
+    positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    if positions <= response_length:
+        raise UserError(
+            f"a response takes up to {response_length} tokens, and the policy has {positions} positions; lower "
+            "response_length."
+        )
+    return int(positions - response_length)
 
 
 def check_positions(model: PreTrainedModel, prompts: Sequence[Sequence[int]], response_length: int) -> None:

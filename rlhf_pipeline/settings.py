@@ -2,7 +2,8 @@
 
 import ast
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -115,8 +116,10 @@ class Settings:
                 raise UserError(
                     f"stage={self.stage} trains no adapter; say stages.ppo.policy.lora.r= or for stage=sft."
                 )
-        if self.ptx:
-            data.registry.check(self.ptx)
+        for what, choice in (("ptx", self.ptx), ("reward.demonstrations", self.reward.get("demonstrations"))):
+            if choice:
+                with _said_of(what):
+                    data.registry.check(choice)
         check_trainer(self.stage, self.trainer)
         data.check_kind(self.data["name"], self.stage)
         if self.stage == "reward" and self.reward["name"] not in rewards.TRAINABLE:
@@ -144,6 +147,14 @@ def check_sections(stages: Iterable[str]) -> None:
         if section not in STAGES[:-1]:
             known = ", ".join(STAGES[:-1])
             raise UserError(f"stages.{section} is no stage. {suggest(section, STAGES[:-1])}Known: {known}.")
+
+
+@contextmanager
+def _said_of(setting: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{setting}: {error}") from error
 
 
 _TOP: dict[str, Any] = {"seed": int, "runs": str, "overwrite": bool, "name": str}

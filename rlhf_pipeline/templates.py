@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.records import Dialogue, Prompt, Turn
 
 if TYPE_CHECKING:
@@ -39,9 +40,18 @@ def template_of(tokenizer: "PreTrainedTokenizerBase") -> str:
 def render(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn], reply_follows: bool) -> str:
     """The text of a conversation, special tokens written out; `reply_follows`: up to where a reply begins."""
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-    text = tokenizer.apply_chat_template(
-        messages, chat_template=template_of(tokenizer), tokenize=False, add_generation_prompt=reply_follows
-    )
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=template_of(tokenizer), tokenize=False, add_generation_prompt=reply_follows
+        )
+    except TemplateError as error:
+        roles = ", ".join(turn.role for turn in turns)
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path} refuses a conversation of {roles} ({error}); change the "
+            "data, or say policy.template=dialogue or instruction."
+        ) from error
     return str(text)
 
 
@@ -52,8 +62,6 @@ def written(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> str:
 
 def visible(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> str:
     """A prompt as rewards and people see it: as the policy is asked it, without special tokens."""
-    if isinstance(prompt, str):
-        return prompt
     ids: Any = tokenizer(written(tokenizer, prompt), add_special_tokens=False)["input_ids"]
     return str(tokenizer.decode(ids, skip_special_tokens=True))
 

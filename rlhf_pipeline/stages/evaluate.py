@@ -16,14 +16,14 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_pipeline import metrics
 from rlhf_pipeline.data import fingerprint, load_data, texts
-from rlhf_pipeline.encoding import conversational, encode, prompts
+from rlhf_pipeline.encoding import conversational, encode, fitting, prompts
 from rlhf_pipeline.errors import NotFinishedError
 from rlhf_pipeline.likelihood import log_probs
 from rlhf_pipeline.policies import Policy, load_policy
 from rlhf_pipeline.records import Row, Turn
 from rlhf_pipeline.rewards import Reward, load_reward, trained_part
-from rlhf_pipeline.rundir import RunDir, write_json
-from rlhf_pipeline.sampling import Batch, Sampling, check_positions, sample, uniform_draws
+from rlhf_pipeline.rundir import RunDir, model_folder, write_json
+from rlhf_pipeline.sampling import Batch, Sampling, check_positions, room_for_prompts, sample, uniform_draws
 from rlhf_pipeline.settings import Evaluation, Settings
 from rlhf_pipeline.stages.common import Clock, check_languages, judges, progress, quiet, say_done, say_taken
 from rlhf_pipeline.tables import evaluation_table
@@ -74,9 +74,12 @@ def run(settings: Settings, out: RunDir) -> None:
 
     base = opened[next(iter(opened))]
     check_languages(reward, base.tokenizer, texts(rows.test))
-    asked = prompts(rows.test, base.tokenizer, settings.data, settings.seed)[: settings.evaluate.prompts]
+    asked = prompts(rows.test, base.tokenizer, settings.data, settings.seed)
     own = own_prompts(settings.evaluate.show, rows.test, base.tokenizer)
-    sampling, limits = sampling_of(out, settings.evaluate, base, len(asked), settings.seed)
+    sampling, longest, shortest = sampling_of(out, settings.evaluate, base)
+    room = min(room_for_prompts(policy.model, longest) for policy in opened.values())
+    asked = fitting(asked, room)[: settings.evaluate.prompts]
+    limits = response_limits(shortest, longest, len(asked), settings.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for policy in opened.values():
         check_positions(policy.model, asked + own, int(limits.max()))
@@ -142,7 +145,11 @@ def own_prompts(strings: Sequence[str], rows: Sequence[Row], tokenizer: PreTrain
 def policies_of(out: RunDir, policy: dict[str, Any]) -> tuple[dict[str, str], str]:
     """The run's policies from first to last by name, and the name of PPO's reference."""
     trained = {"base": "pretrain", "sft": "sft", "ppo": "ppo"}
+    if policy.get("path"):  # chosen by hand: it stands for what came before PPO
+        trained = {"ppo": "ppo"}
     paths = {name: str(found) for name, stage in trained.items() if (found := out.upstream(stage, policy=policy))}
+    if policy.get("path"):
+        paths = {"base": model_folder(policy["path"]), **paths}
     if not paths:
         raise NotFinishedError(
             f"{out.runs / out.name} has no policy to evaluate; 'make ppo NAME={out.name}' makes one."
@@ -156,8 +163,8 @@ def policies_of(out: RunDir, policy: dict[str, Any]) -> tuple[dict[str, str], st
     return paths, reference
 
 
-def sampling_of(out: RunDir, asked: Evaluation, policy: Policy, count: int, seed: int) -> tuple[Sampling, torch.Tensor]:
-    """How to sample: as the run's PPO did, but for what `evaluate.*` sets; and each response's limit (count,)."""
+def sampling_of(out: RunDir, asked: Evaluation, policy: Policy) -> tuple[Sampling, int, int]:
+    """How to sample: as the run's PPO did, but for what `evaluate.*` sets; and the longest and shortest limit."""
     from rlhf_pipeline.ppo.config import PPOConfig, make_sampling
 
     ppo = out.upstream("ppo")
@@ -168,9 +175,13 @@ def sampling_of(out: RunDir, asked: Evaluation, policy: Policy, count: int, seed
             values[key] = getattr(asked, key)
     args = PPOConfig(output_dir=str(out.checkpoints), **{"temperature": 1.0, "stop_token": "eos", **values})
     shortest = min(args.min_response_length or args.response_length, args.response_length)
-    limits = torch.randint(shortest, args.response_length + 1, (count,), generator=torch.Generator().manual_seed(seed))
     embeddings = policy.model.get_input_embeddings().num_embeddings
-    return make_sampling(args, policy.tokenizer, embeddings), limits
+    return make_sampling(args, policy.tokenizer, embeddings), args.response_length, shortest
+
+
+def response_limits(shortest: int, longest: int, count: int, seed: int) -> torch.Tensor:
+    """(count,): how many tokens each response may have."""
+    return torch.randint(shortest, longest + 1, (count,), generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()

@@ -12,13 +12,14 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rlhf_pipeline.data import fingerprint, load_data, texts
-from rlhf_pipeline.encoding import documents, prompts
+from rlhf_pipeline.encoding import documents, fitting, prompts
 from rlhf_pipeline.policies import load_policy, lora_config
 from rlhf_pipeline.ppo import PPOConfig, PPOTrainer
 from rlhf_pipeline.ppo.config import check_config
 from rlhf_pipeline.records import Row
 from rlhf_pipeline.rewards import load_reward, trained_part
 from rlhf_pipeline.rundir import RunDir, read_jsonl
+from rlhf_pipeline.sampling import room_for_prompts
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.stages.common import Clock, check_languages, judges, say_done, say_taken, trainer_args, watch
 
@@ -37,18 +38,25 @@ def run(settings: Settings, out: RunDir) -> None:
         settings.seed,
     )
     say_taken("policy", where)
+    if where.endswith(", untrained"):
+        print("warning: the policy has learnt nothing yet; run stage=pretrain or stage=sft first, or give policy.path=")
     say_taken("reward", judge)
     check_languages(reward, policy.tokenizer, texts(rows.test))
     print(f"computing in {args.precision_choice}", flush=True)
     out.begin(settings, {"policy": where, **judges(reward, judge)}, fingerprint(settings.data, rows))
+    room = room_for_prompts(policy.model, args.response_length)
+
+    def asked(split: Sequence[Row], seed: int) -> list[list[int]]:
+        return fitting(prompts(split, policy.tokenizer, settings.data, seed), room)
+
     trainer = PPOTrainer(
         args,
         policy.tokenizer,
         policy.model,
         None,  # the reference is the policy as it is now
         reward,
-        prompts(rows.train, policy.tokenizer, settings.data, settings.seed),
-        eval_dataset=prompts(rows.test, policy.tokenizer, settings.data, settings.seed + 1),
+        asked(rows.train, settings.seed),
+        eval_dataset=asked(rows.test, settings.seed + 1),
         peft_config=adapter,
         ptx_dataset=_pretraining_texts(settings, policy.tokenizer, rows.train) if args.ptx_coef else None,
     )

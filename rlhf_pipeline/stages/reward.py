@@ -18,7 +18,7 @@ from transformers import (
 )
 from trl import RewardConfig
 
-from rlhf_pipeline.data import Splits, fingerprint, kind, load_data, registry, texts
+from rlhf_pipeline.data import Splits, fingerprint, kind, load_data, texts
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import explained, open_pretrained
 from rlhf_pipeline.policies import load_policy
@@ -84,8 +84,6 @@ def _check(choice: dict[str, Any], data: str, labelled: bool) -> None:
     if labelled == (choice["name"] == "preference_model"):
         holds, fits = ("labelled texts", "classifier") if labelled else ("preferences", "preference_model")
         raise UserError(f"data={data} holds {holds}; reward={choice['name']} does not learn from them, {fits} does.")
-    if choice.get("demonstrations"):
-        registry.check(choice["demonstrations"])
     for key in ("lm_coef", "margin"):
         if choice.get(key, 0) < 0:
             raise UserError(f"reward.{key} is {choice[key]}; it takes a number from 0.")

@@ -11,6 +11,8 @@ import yaml
 from conftest import CommandLine
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from rlhf_pipeline.encoding import documents
+from rlhf_pipeline.records import Code
 from rlhf_pipeline.rundir import read_jsonl
 
 
@@ -23,8 +25,10 @@ def by_the_hub(hub: dict[str, str], *args: str) -> str:
 
 
 def test_a_code_gpt_from_scratch(workplace: Path, command_line: CommandLine) -> None:
-    small = ("policy.size=tiny", "data.limit=12", "policy.vocabulary=600", "stages.pretrain.trainer.max_steps=10")
-    small += ("stages.pretrain.trainer.max_length=64",)
+    small = ["policy.size=tiny", "data.limit=12", "policy.vocabulary=600"]
+    small += [
+        f"stages.{stage}.trainer.{key}" for stage in ("pretrain", "sft") for key in ("max_steps=8", "max_length=64")
+    ]
     args = ("stage=pipeline", "experiment=code_gpt", *small, "evaluate.prompts=16", "evaluate.response_length=48")
     assert command_line(*args) == 0
     run = workplace / "runs" / "code_gpt"
@@ -38,9 +42,29 @@ def test_a_code_gpt_from_scratch(workplace: Path, command_line: CommandLine) -> 
     for row in evaluation["samples"]:
         head = ast.parse(row["prompt"] + "\n    pass\n").body[0]
         assert isinstance(head, ast.FunctionDef | ast.AsyncFunctionDef), "the prompts are the heads of functions"
-    share = [row["rewards"]["base"] for row in evaluation["samples"]]
+    share = [row["rewards"]["sft"] for row in evaluation["samples"]]
     assert set(share) <= {0.0, 1.0}
-    assert evaluation["metrics"]["base"]["reward_mean"] == sum(share) / 16
+    assert evaluation["metrics"]["sft"]["reward_mean"] == sum(share) / 16
+
+
+def test_blocks_lose_nothing_of_a_text() -> None:
+    from datasets import Dataset
+    from tiny import tiny_tokenizer
+    from trl import pack_dataset
+
+    tokenizer = tiny_tokenizer()
+    rows = documents([Code(f"def f{number}():\n    return {number}\n" * number) for number in range(1, 30)], tokenizer)
+    packed = pack_dataset(Dataset.from_dict({"input_ids": rows}), seq_length=32, strategy="wrapped")["input_ids"]
+    assert [token for block in packed for token in block] == [token for row in rows for token in row]
+    assert {len(block) for block in packed[:-1]} == {32}
+
+
+def test_code_of_the_hub_is_read_as_it_comes(hub: dict[str, str], workplace: Path) -> None:
+    given = ("data=python_code", "data.path=stanfordnlp/imdb", "data.column=text", "data.rows=40")
+    small = ("policy=gpt2_scratch", "policy.vocabulary=400", "trainer.max_steps=2", "trainer.max_length=64")
+    by_the_hub(hub, "stage=pretrain", "name=code", *given, *small, "data.test_share=0.3")
+    data = json.loads((workplace / "runs/code/pretrain/run.json").read_text())["data"]
+    assert data["train"] + data["test"] == 40
 
 
 def test_a_folder_of_ones_own_sources(workplace: Path, command_line: CommandLine) -> None:
@@ -120,8 +144,8 @@ def test_what_does_not_fit_together_is_said_in_one_line(
     own = (f"policy.path={miniature / 'sft'}", f"reward.path={miniature / 'reward'}", "policy=causal_lm")
     small = ("trainer.total_episodes=8", "trainer.per_device_train_batch_size=8", "trainer.response_length=4")
     asked = ("stage=ppo", "name=odd", *chinese, *own)
-    assert command_line(*asked, *small, "data.min_characters=40") == 2
-    assert "positions" in capsys.readouterr().err
+    assert command_line(*asked, *small, "trainer.response_length=64") == 2
+    assert "a response takes up to 64 tokens, and the policy has 64 positions" in capsys.readouterr().err
     rows = [{"conversation": [{"utterance": f"你好啊{i}"}, {"utterance": "再见"}]} for i in range(90)]
     (workplace / "short.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert command_line(*asked, *small, "data.path=short.jsonl") == 0
@@ -133,6 +157,57 @@ def test_what_does_not_fit_together_is_said_in_one_line(
     assert (
         "trainer.suppress_tokens has '[UNK]', which is no token of the policy's vocabulary" in capsys.readouterr().err
     )
+
+
+def test_a_pipeline_leaves_out_what_a_rule_does_not_need(
+    workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = [f"++stages.{stage}.trainer.max_steps=2" for stage in ("pretrain", "sft")]
+    small += ["++stages.ppo.trainer.total_episodes=16", "++stages.ppo.trainer.per_device_train_batch_size=8"]
+    given = ("stage=pipeline", "experiment=demo", "data.limit=60", "policy.vocabulary=400", "evaluate.prompts=8")
+    assert command_line(*given, *small, "reward=length") == 0
+    assert "reward=length needs no training" in capsys.readouterr().out
+    assert not (workplace / "runs/demo/reward").exists()
+    assert (workplace / "runs/demo/evaluate/evaluation.json").exists()
+
+
+def test_of_a_sum_stage_reward_trains_the_part_that_has_no_model(workplace: Path, command_line: CommandLine) -> None:
+    parts = "reward.parts=[{name: length, target: 9}, {name: classifier, base: encoder, weight: 2.0}]"
+    given = ("data=toy_reviews", "data.limit=60", "policy=gpt2_scratch", "policy.vocabulary=400", "name=s")
+    assert command_line("stage=reward", *given, "reward=sum", parts, "trainer.max_steps=2") == 0
+    config = yaml.safe_load((workplace / "runs/s/reward/config.yaml").read_text())
+    assert config["reward"] == {"name": "classifier", "base": "encoder"}
+
+
+def test_an_own_reward_that_was_changed_is_noticed(
+    miniature: Path, workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (workplace / "mine.py").write_text("def f(prompts, completions):\n    return [len(c) for c in completions]\n")
+    given = ("stage=ppo", "name=own", "policy=causal_lm", f"policy.path={miniature / 'sft'}", "data=toy_reviews")
+    given += ("reward=python", "reward.path=mine.py:f", "data.limit=60", "trainer.total_episodes=32")
+    given += ("trainer.per_device_train_batch_size=8", "trainer.response_length=4", "trainer.save_steps=1")
+    assert command_line(*given) == 0
+    record = workplace / "runs/own/ppo/run.json"
+    before = json.loads(record.read_text())
+    assert before["parents"]["reward"]["path"] == "mine.py:f"
+    assert len(before["parents"]["reward"]["sha256"]) == 64
+    record.write_text(json.dumps({**before, "status": "running"}))  # as after a kill
+    (workplace / "mine.py").write_text("def f(prompts, completions):\n    return [-len(c) for c in completions]\n")
+    assert command_line(*given) == 2
+    assert "its reward mine.py:f has changed since" in capsys.readouterr().err
+
+
+def test_evaluate_takes_the_policy_that_is_named(miniature: Path, workplace: Path, command_line: CommandLine) -> None:
+    given = (
+        "policy=causal_lm",
+        f"policy.path={miniature / 'sft'}",
+        "reward=length",
+        "data=toy_reviews",
+        "data.limit=60",
+    )
+    assert command_line("stage=evaluate", "name=one", *given, "evaluate.prompts=8", "evaluate.response_length=8") == 0
+    record = json.loads((workplace / "runs/one/evaluate/run.json").read_text())
+    assert record["parents"]["base"]["path"] == str(miniature / "sft" / "model")
 
 
 def test_a_sum_of_rewards_takes_the_runs_own(miniature: Path, workplace: Path, command_line: CommandLine) -> None:

@@ -12,6 +12,7 @@ from rlhf_pipeline import data, encoding
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.policies import open_policy, train_character_tokenizer
 from rlhf_pipeline.records import Code, Demonstration, Dialogue, Preference, Ranking, Row, Text, Turn
+from rlhf_pipeline.sampling import make_batch
 from rlhf_pipeline.templates import TEMPLATES, visible, written
 
 CHAT = (
@@ -156,6 +157,75 @@ def test_of_preferences_only_the_better_answer_is_learnt_as_language() -> None:
     tokenizer = tiny_tokenizer()
     rows: list[Row] = [Preference("Is it?", " Yes.", " No."), Ranking("So?", (" a", " b"))]
     assert [tokenizer.decode(ids[:-1]) for ids in encoding.documents(rows, tokenizer)] == ["Is it? Yes.", "So? a"]
+
+
+def sentencepiece_like() -> PreTrainedTokenizerBase:
+    """As Llama's: a BOS before every text, and a blank before its first word."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = [
+        "<s>",
+        "</s>",
+        "<unk>",
+        "\u2581",
+        "\u2581Say",
+        "\u2581hi",
+        "Say",
+        "hi",
+        "\u2581a",
+        "a",
+        ":",
+        "\u2581yes",
+        "yes",
+    ]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(prepend_scheme="first"), pre_tokenizers.Split(":", "isolated")]
+    )
+    backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def test_a_bos_that_a_tokenizer_begins_with_stands_in_every_row_and_no_blank_is_made_up() -> None:
+    tokenizer = sentencepiece_like()
+    row = Demonstration("Say hi:", "hi a")
+    (lesson,) = encoding.demonstrations([row], tokenizer, {}, seed=0)
+    assert tokenizer.convert_ids_to_tokens(lesson.ids) == ["<s>", "\u2581Say", "\u2581hi", ":", "hi", "\u2581a", "</s>"]
+    assert lesson.learnt == [0, 0, 0, 0, 1, 1, 1]
+    assert encoding.prompts([row], tokenizer, {}, 0) == [lesson.ids[:4]], "SFT and PPO read the same prompt"
+    assert encoding.documents([Text("Say hi")], tokenizer) == [[0, 4, 5, 1]]
+
+
+def test_a_response_keeps_the_blank_it_begins_with() -> None:
+    tokenizer = sentencepiece_like()
+    batch = make_batch([[0, 4]], [[5, 8]])
+    assert batch.texts(tokenizer) == (["Say"], [" hi a"])
+    words = train_character_tokenizer(["this movie is great"] * 9, 200, 64)
+    ids = encoding.encode(words, ["this movie is great"])[0]
+    prompts, answers = make_batch([ids[:2]], [ids[2:]]).texts(words)
+    assert prompts[0] + answers[0] == "this movie is great"
+
+
+def test_prompts_that_are_too_long_are_left_out_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert encoding.fitting([[1], [1, 2], [1, 2, 3]], 2) == [[1], [1, 2]]
+    assert "warning: 1 of 3 prompts are longer than the 2 tokens" in capsys.readouterr().out
+
+
+def test_data_without_prompts_or_anything_to_learn_is_named() -> None:
+    tokenizer, choice = tiny_tokenizer(), {"name": "text", "prompt_tokens": (8, 8)}
+    with pytest.raises(UserError, match="data=text gives no prompts: none of 1 rows"):
+        encoding.prompts([Text("a b")], tokenizer, choice, 0)
+    with pytest.raises(UserError, match="data=text gives nothing to learn"):
+        encoding.demonstrations([Text("a b")], tokenizer, choice, 0)
+
+
+def test_a_template_that_refuses_a_role_is_named() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no system, please') }}"
+    with pytest.raises(UserError, match=r"a conversation of system, user.*no system, please.*policy\.template="):
+        encoding.prompts([Dialogue(CHAT)], tokenizer, {"name": "dialogue"}, 0)
 
 
 def test_prompt_tokens_are_checked() -> None:

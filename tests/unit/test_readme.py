@@ -25,6 +25,8 @@ def blocks(readme: str, language: str) -> list[str]:
 def commands(readme: str) -> list[str]:
     """Every command line in code blocks and between backticks, without its comment."""
     lines = [line for block in blocks(readme, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    given = dict(re.fullmatch(r'([A-Z]+)="(.*)"', line).groups() for line in lines if re.match(r'[A-Z]+="', line))  # type: ignore[union-attr]
+    lines = [re.sub(r"\$([A-Z]+)", lambda name: given[name[1]], line) for line in lines]
     lines += re.findall(r"`((?:python -m rlhf_pipeline|make) [^`]*)`", (ROOT / readme).read_text(encoding="utf-8"))
     return [line.split("  #")[0].split(" # ")[0].strip() for line in lines if line.strip()]
 
