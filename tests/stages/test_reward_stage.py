@@ -292,12 +292,13 @@ def test_quality_of_rankings(tokenizer: PreTrainedTokenizerBase) -> None:
     class Short:
         """Prefers the shorter text."""
 
-        tokenizer, labels = None, 1
+        labels = 1
 
         def logits(self, texts: Sequence[str]) -> torch.Tensor:
             return torch.tensor([[-float(len(text))] for text in texts])
 
     scorer: Any = Short()
+    scorer.tokenizer = tokenizer
     rows = [Ranking("", ("a", "bbb", "cc", "dd")), Preference("", "long", "no")]
     quality = preference_quality(compare(rows), scorer)
     assert (quality["prompts"], quality["pairs"], quality["rows"]) == (2, 7, 2)
