@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.errors import NotFinishedError, UserError
 
 PATIENCE = 5.0  # seconds in which a hub has to answer
 _ELSE = (
@@ -121,6 +121,20 @@ def _near(what: str) -> str:
     names = os.listdir(path.parent) if os.access(path.parent, os.R_OK) else []
     found = [str(path.parent / name) for name in difflib.get_close_matches(path.name, names)]
     return f" (near it: {', '.join(found)})" if found else ""
+
+
+def model_folder(path: str) -> str:
+    """A folder that holds a model: `runs/x/sft` stands for `runs/x/sft/model`. A hub id is given back as it is."""
+    folder = Path(path).expanduser()
+    if (folder / "model" / "config.json").exists():
+        return str(folder / "model")
+    if (folder / "run.json").exists():
+        raise NotFinishedError(f"{folder} has no model; 'make {folder.name} NAME={folder.parent.name}' makes it.")
+    if folder.is_dir():
+        return str(folder)
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:  # no hub id looks like this
+        raise UserError(f"there is no folder {path}{_near(path)}; give one that holds a model, or a hub id.")
+    return path
 
 
 def open_pretrained(kind: Any, where: str, setting: str, **options: Any) -> Any:

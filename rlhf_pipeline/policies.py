@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.hub import explained, open_pretrained
+from rlhf_pipeline.hub import explained, model_folder, open_pretrained
 from rlhf_pipeline.registry import Registry
 from rlhf_pipeline.templates import TEMPLATES
 
@@ -162,8 +162,6 @@ def load_policy(choice: dict[str, Any], upstream: Path | None, texts: Sequence[s
     if where is None:
         policy, where = source.make(texts, seed), f"{choice['name']}, untrained"
     else:
-        from rlhf_pipeline.rundir import model_folder
-
         where = model_folder(where)
         policy = open_policy(where, choice.get("quantize"))
     return _with_template(policy, choice), where
@@ -183,8 +181,6 @@ def _with_template(policy: Policy, choice: dict[str, Any]) -> Policy:
 def open_policy(path: str, quantize: str | None = None) -> Policy:
     """Open a causal language model and its tokenizer, and settle its special tokens."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from rlhf_pipeline.rundir import model_folder
 
     where = model_folder(path)
     with explained(where, "policy.path"):

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from rlhf_pipeline.checkpoints import newest_whole
-from rlhf_pipeline.errors import NotFinishedError, UserError
+from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.settings import Settings
 
 _PACKAGES = ("rlhf_pipeline", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "tokenizers")
@@ -316,20 +316,6 @@ class ReadOnlyRunDir(RunDir):
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Nothing."""
-
-
-def model_folder(path: str) -> str:
-    """A folder that holds a model: `runs/x/sft` stands for `runs/x/sft/model`. A hub id is given back as it is."""
-    folder = Path(path).expanduser()
-    if (folder / "model" / "config.json").exists():
-        return str(folder / "model")
-    if (folder / "run.json").exists():
-        raise NotFinishedError(f"{folder} has no model; 'make {folder.name} NAME={folder.parent.name}' makes it.")
-    if folder.is_dir():
-        return str(folder)
-    if path.startswith((".", "/", "~")) or path.count("/") > 1:  # no hub id looks like this
-        raise UserError(f"there is no folder {path}; give a folder that holds a model, or a hub id.")
-    return path
 
 
 def _plain_values(settings: Settings) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.hub import explained, open_pretrained
+from rlhf_pipeline.hub import explained, model_folder, open_pretrained
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +45,6 @@ class Scorer:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         from rlhf_pipeline.reward_model import register
-        from rlhf_pipeline.rundir import model_folder
 
         where = model_folder(path)
         with explained(where, "reward.path"):

@@ -18,11 +18,12 @@ from rlhf_pipeline import metrics
 from rlhf_pipeline.data import fingerprint, load_data, texts
 from rlhf_pipeline.encoding import conversational, encode, fitting, prompts
 from rlhf_pipeline.errors import NotFinishedError
+from rlhf_pipeline.hub import model_folder
 from rlhf_pipeline.likelihood import log_probs
 from rlhf_pipeline.policies import Policy, load_policy
 from rlhf_pipeline.records import Row, Turn
 from rlhf_pipeline.rewards import Reward, load_reward, trained_part
-from rlhf_pipeline.rundir import RunDir, model_folder, write_json
+from rlhf_pipeline.rundir import RunDir, write_json
 from rlhf_pipeline.sampling import Batch, Sampling, check_positions, room_for_prompts, sample, uniform_draws
 from rlhf_pipeline.settings import Evaluation, Settings
 from rlhf_pipeline.stages.common import Clock, check_languages, judges, progress, quiet, say_done, say_taken

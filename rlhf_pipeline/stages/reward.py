@@ -20,12 +20,12 @@ from trl import RewardConfig
 
 from rlhf_pipeline.data import Splits, fingerprint, kind, load_data, texts
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.hub import explained, open_pretrained
+from rlhf_pipeline.hub import explained, model_folder, open_pretrained
 from rlhf_pipeline.policies import load_policy
 from rlhf_pipeline.precision import fuse_gelu
 from rlhf_pipeline.records import Labelled
 from rlhf_pipeline.reward_model import register, shift_scores, with_head
-from rlhf_pipeline.rundir import RunDir, model_folder, write_json
+from rlhf_pipeline.rundir import RunDir, write_json
 from rlhf_pipeline.scorer import Scorer
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.stages.batching import OrderedTrainer
