@@ -142,7 +142,8 @@ def _asked(row: Row, tokenizer: "Tokenizer", turns: int | None) -> str:
         return written(tokenizer, row.prompt)
     # Of two people's talk the first turn, of a chat all that stands before its last reply.
     last = max(i for i, turn in enumerate(row.turns) if row.both or turn.role == "assistant")
-    return render(tokenizer, row.turns[: min(turns or (1 if row.both else last), last)], reply_follows=True)
+    count = min(turns or (1 if row.both else last), last)
+    return render(tokenizer, row.turns[:count], reply_follows=row.turns[count].role == "assistant")
 
 
 def _lessons(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any], seed: int) -> Iterator[Lesson]:

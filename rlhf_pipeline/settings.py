@@ -127,7 +127,7 @@ class Settings:
             raise UserError(f"reward={self.reward['name']} is nothing to train; stage=reward takes one of: {fitting}.")
         at_least = {f"evaluate.{key}": (getattr(self.evaluate, key), 1) for key in _COUNTS}
         at_least["evaluate.prompts"] = (self.evaluate.prompts, 2)  # or there is no standard error
-        at_least |= {f"data.{key}": (self.data.get(key), 1) for key in ("limit", "test_limit")}
+        at_least |= {f"data.{key}": (self.data.get(key), 1) for key in ("limit", "test_limit", "prompt_turns")}
         for key, (value, least) in at_least.items():
             if value is not None and value < least:
                 raise UserError(f"{key} is {value}; it takes at least {least}.")

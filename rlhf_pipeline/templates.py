@@ -39,9 +39,9 @@ def template_of(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 def render(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn], reply_follows: bool) -> str:
     """The text of a conversation, special tokens written out; `reply_follows`: up to where a reply begins."""
-    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
     from jinja2 import TemplateError
 
+    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
     try:
         text = tokenizer.apply_chat_template(
             messages, chat_template=template_of(tokenizer), tokenize=False, add_generation_prompt=reply_follows

@@ -118,12 +118,10 @@ class PPOTrainer(Flow, TRLPPOTrainer):
             if isinstance(network, nn.Module):
                 network.to(self.accelerator.device)
         check_head(actor)
-        if args.gradient_checkpointing:
-            for network in (model, value_model):
-                if isinstance(network, PreTrainedModel | PeftModel):
-                    network.gradient_checkpointing_enable(
-                        args.gradient_checkpointing_kwargs or {"use_reentrant": False}
-                    )
+        checkpointing = args.gradient_checkpointing_kwargs or {"use_reentrant": False}
+        for network in (model, value_model) if args.gradient_checkpointing else ():
+            if isinstance(network, PreTrainedModel | PeftModel):
+                network.gradient_checkpointing_enable(checkpointing)
         self.reference = Reference(ref_model, actor, args.ref_adapter_name, args.model_adapter_name)
         self.ref_model = ref_model
         self.kl_coef, self.moments, self.watch = args.kl_coef, Moments(), CollapseWatch(args.watch_window)

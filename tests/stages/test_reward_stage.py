@@ -13,32 +13,25 @@ import torch
 from conftest import CommandLine
 from datasets import Dataset
 from safetensors.torch import load_file
+from tiny_rewards import loss_and_gradient, reward_args, tiny_config, tiny_model, weights
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    DataCollatorWithPadding,
-    DistilBertConfig,
-    DistilBertForSequenceClassification,
-    GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from trl import RewardConfig
 
 from rlhf_pipeline.data import load_data
-from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.policies import train_tokenizer
 from rlhf_pipeline.records import Demonstration, Dialogue, Preference, Ranking, Turn
-from rlhf_pipeline.reward_model import RewardModel, register, shift_scores, with_head
+from rlhf_pipeline.reward_model import with_head
 from rlhf_pipeline.rewards import load_reward
 from rlhf_pipeline.rundir import read_jsonl
 from rlhf_pipeline.scorer import Scorer
-from rlhf_pipeline.stages.batching import OrderedRewardTrainer, OrderedTrainer
-from rlhf_pipeline.stages.classification import LanguageClassifierTrainer, check_language_model, language_loss
+from rlhf_pipeline.stages.batching import OrderedRewardTrainer
+from rlhf_pipeline.stages.classification import language_loss
 from rlhf_pipeline.stages.comparisons import Comparison, ComparisonTrainer, compare, encode, shown
 from rlhf_pipeline.stages.reward_quality import preference_quality
 
@@ -59,39 +52,12 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return made
 
 
-def tiny_config(**options: Any) -> GPT2Config:
-    sizes: dict[str, Any] = {"vocab_size": 300, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
-    return GPT2Config(**{**sizes, "pad_token_id": 1, "eos_token_id": 0, "num_labels": 1, **options})
-
-
-def tiny_model(**options: Any) -> GPT2ForSequenceClassification:
-    torch.manual_seed(0)
-    return GPT2ForSequenceClassification(tiny_config(initializer_range=0.2, **options))
-
-
-def reward_args(folder: Path, **options: Any) -> RewardConfig:
-    values: dict[str, Any] = {
-        "per_device_train_batch_size": 4, "num_train_epochs": 1, "learning_rate": 1e-2, "max_length": 32,
-        "gradient_checkpointing": False, "dataloader_pin_memory": False, "bf16": False, "report_to": "none",
-        "disable_tqdm": True, "save_strategy": "no", "train_sampling_strategy": "group_by_length", "use_cpu": True,
-    }  # fmt: skip
-    return RewardConfig(output_dir=str(folder), **{**values, **options})
-
-
 def comparison_trainer(
     folder: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None,
     rows: Sequence[Preference | Ranking] = ROWS, margin: float = 0.0, **options: Any,
 ) -> ComparisonTrainer:  # fmt: skip
     found = compare(rows, margin)
     return ComparisonTrainer(model or tiny_model(), reward_args(folder, **options), tokenizer, found, found)
-
-
-def loss_and_gradient(trainer: Any, rows: Dataset | None = None) -> tuple[float, torch.Tensor]:
-    """Of the first batch, all rows of it."""
-    data = trainer.train_dataset if rows is None else rows
-    loss = trainer.compute_loss(trainer.model.train(), trainer.data_collator(list(data)))
-    loss.backward()
-    return loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
 
 
 # -- comparisons
@@ -174,10 +140,6 @@ def test_of_pairs_the_loss_is_trls(center: float | None, tmp_path: Path, tokeniz
         assert ours._metrics["train"][name] == pytest.approx(trls._metrics["train"][name], rel=1e-4), name
 
 
-def weights(model: PreTrainedModel) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
 def test_accumulated_prompts_make_the_same_update(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     ends = []
     for batch in (4, 1):
@@ -214,80 +176,6 @@ def test_a_run_cut_off_ends_as_one_never_cut_off(
         assert torch.equal(weights(resumed.model), expected), step
 
 
-# -- heads, pooling, normalisation
-
-
-def llama() -> LlamaForSequenceClassification:
-    return LlamaForSequenceClassification(
-        LlamaConfig(vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-                    num_labels=1, pad_token_id=1)
-    )  # fmt: skip
-
-
-def distilbert() -> DistilBertForSequenceClassification:
-    config = DistilBertConfig(vocab_size=300, dim=16, hidden_dim=16, n_layers=1, n_heads=2, num_labels=1)
-    return DistilBertForSequenceClassification(config)
-
-
-def padded(side: str) -> dict[str, torch.Tensor]:
-    rows = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]
-    fill = [[1] * (5 - len(row)) for row in rows]
-    ids = [row + f if side == "right" else f + row for row, f in zip(rows, fill, strict=True)]
-    mask = [[int(i > 1) for i in row] for row in ids]
-    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-
-
-@pytest.mark.parametrize("make", [tiny_model, llama, distilbert])
-@pytest.mark.parametrize(("head", "pooling"), [("mlp", "last"), ("linear", "mean"), ("mlp", "mean")])
-@torch.no_grad()
-def test_scores_do_not_see_padding(make: Any, head: Any, pooling: Any) -> None:
-    torch.manual_seed(0)
-    model = with_head(make(), head, pooling).eval()
-    assert isinstance(model, RewardModel)
-    right, left = (model(**padded(side)).logits for side in ("right", "left"))
-    alone = [model(input_ids=torch.tensor([row])).logits[0] for row in ([5, 6, 7, 8, 9], [10, 11], [12, 13, 14])]
-    assert right.shape == (3, 1)
-    torch.testing.assert_close(right, left)
-    torch.testing.assert_close(right, torch.stack(alone))
-
-
-@torch.no_grad()
-def test_the_mean_weighs_the_later_tokens_more() -> None:
-    model = with_head(tiny_model(), "linear", "mean").eval()
-    states = model.base_model(input_ids=torch.tensor([[5, 6, 7]])).last_hidden_state[0]
-    expected = model.score((1 * states[0] + 2 * states[1] + 3 * states[2]) / 6)
-    torch.testing.assert_close(model(input_ids=torch.tensor([[5, 6, 7]])).logits[0], expected)
-
-
-def test_the_plain_class_where_it_can_take_up_a_shift() -> None:
-    for make, plain in ((tiny_model, True), (distilbert, True), (llama, False)):
-        model = make()
-        assert (with_head(model, "linear", "last") is model) == plain
-    own = with_head(tiny_model(), "mlp", "mean")
-    assert with_head(own, "mlp", "mean") is own
-    with pytest.raises(UserError, match=r"reward\.head=mlp and reward\.pooling=mean, not linear and last"):
-        with_head(own, "linear", "last")
-
-
-@pytest.mark.parametrize(
-    ("make", "head", "pooling"),
-    [(tiny_model, "linear", "last"), (distilbert, "linear", "last"), (llama, "linear", "last"),
-     (tiny_model, "mlp", "mean")],
-)  # fmt: skip
-@torch.no_grad()
-def test_a_shift_moves_all_scores_alike_and_outlives_saving(make: Any, head: Any, pooling: Any, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = with_head(make(), head, pooling).eval()
-    before = model(**padded("right")).logits
-    shift_scores(model, -1.7)
-    model.save_pretrained(tmp_path)
-    register()
-    reopened = AutoModelForSequenceClassification.from_pretrained(tmp_path)
-    assert type(reopened) is type(model)
-    torch.testing.assert_close(reopened(**padded("right")).logits, before - 1.7, atol=1e-5, rtol=1e-5)
-    assert (tmp_path / "model.safetensors").exists()
-
-
 def test_quality_of_rankings(tokenizer: PreTrainedTokenizerBase) -> None:
     class Short:
         """Prefers the shorter text."""
@@ -306,70 +194,6 @@ def test_quality_of_rankings(tokenizer: PreTrainedTokenizerBase) -> None:
     assert quality["prompt_accuracy"] == pytest.approx((3 / 6 + 0) / 2)
     assert quality["score_mean"] == pytest.approx(-(1 + 3 + 2 + 2 + 4 + 2) / 6)
     assert quality["length_correlation"] == pytest.approx(-1)
-
-
-# -- classifiers
-
-
-def classifier_rows(count: int = 8) -> Dataset:
-    generator = torch.Generator().manual_seed(0)
-    ids = [torch.randint(2, 300, (4 + i % 5,), generator=generator).tolist() for i in range(count)]
-    return Dataset.from_dict({"input_ids": ids, "labels": [i % 2 for i in range(count)]})
-
-
-def test_the_auxiliary_loss_is_that_of_the_language_model_with_tied_head(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    rows = classifier_rows()
-    trainer = LanguageClassifierTrainer(
-        tiny_model(num_labels=2), reward_args(tmp_path), DataCollatorWithPadding(tokenizer), rows,
-        processing_class=tokenizer, lm_coef=0.5,
-    )  # fmt: skip
-    trainer.model.eval()  # no dropout
-    batch = trainer.data_collator(list(rows))
-    loss = trainer.compute_loss(trainer.model, dict(batch))
-    loss.backward()
-    found = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
-    trainer.model.zero_grad()
-    # By hand: cross-entropy of the classes, and transformers' own language model around the same trunk.
-    language = GPT2LMHeadModel(trainer.model.config).eval()
-    language.transformer = trainer.model.transformer
-    language.tie_weights()
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    parts = (
-        torch.nn.functional.cross_entropy(logits, batch["labels"]),
-        language(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss,
-    )
-    (parts[0] + 0.5 * parts[1]).backward()
-    assert loss.item() == pytest.approx((parts[0] + 0.5 * parts[1]).item(), rel=1e-5)
-    assert [values[0].item() for values in trainer.parts.values()] == pytest.approx([p.item() for p in parts])
-    for name, p in trainer.model.named_parameters():
-        torch.testing.assert_close(found[name], p.grad, atol=1e-6, rtol=1e-4)
-
-
-def test_accumulated_rows_make_the_same_update(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """transformers alone would add up the means of the accumulated batches: a step four times too long."""
-    ends = []
-    for batch in (8, 2):
-        args = reward_args(
-            tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=8 // batch, optim="sgd",
-            train_sampling_strategy="sequential",
-        )  # fmt: skip
-        model = tiny_model(num_labels=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-        collator = DataCollatorWithPadding(tokenizer)
-        trainer = OrderedTrainer(model, args, collator, classifier_rows(16), processing_class=tokenizer)
-        trainer.train()
-        ends.append(weights(trainer.model))
-    torch.testing.assert_close(ends[0], ends[1], atol=1e-5, rtol=1e-4)
-
-
-def test_lm_coef_is_refused_without_a_language_model_with_tied_head() -> None:
-    check_language_model(tiny_model())
-    with pytest.raises(UserError, match="LlamaForSequenceClassification has a head of its own"):
-        check_language_model(llama())
-    with pytest.raises(UserError, match="sees the words that it would have to tell"):
-        check_language_model(distilbert())
 
 
 # -- by the command

@@ -30,6 +30,7 @@ REFUSED = {
     "stage=evaluate evaluate.promts=9": ["no setting 'evaluate.promts'", "'prompts'"],
     "stage=evaluate evaluate.prompts=1": ["evaluate.prompts is 1"],
     "stage=evaluate evaluate.batch_size=0": ["evaluate.batch_size is 0; it takes at least 1"],
+    "stage=sft data.prompt_turns=-1": ["data.prompt_turns is -1; it takes at least 1"],
     "stage=sft data.limit=-1": ["data.limit is -1; it takes at least 1"],
     "stage=sft trainer.hub_token=hf_secret": ["trainer.hub_token is not yours to set", "HF_TOKEN"],
     "stage=sft nam=x": ["no setting 'nam'", "Did you mean 'name'"],

@@ -102,6 +102,8 @@ def test_with_a_template_that_announces_replies_no_turn_is_lost() -> None:
     )
     row = Dialogue((Turn("user", "a?"), Turn("assistant", "b"), Turn("user", "c")), both=True)
     (lesson,) = encoding.demonstrations([row], tokenizer, {}, seed=0)
+    (prompt,) = encoding.prompts([row], tokenizer, {"prompt_turns": 2}, seed=0)
+    assert tokenizer.decode(prompt) == "<user>a?\n<assistant>b\n", "a user's turn follows, which is not announced"
     assert tokenizer.decode(lesson.ids) == "<user>a?\n<assistant>b\n<user>c\n<|endoftext|>"
     assert learnt(lesson, tokenizer) == "b\n<user>c\n<|endoftext|>"
 

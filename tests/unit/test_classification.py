@@ -1,0 +1,86 @@
+"""Classifiers with GPT-1's second loss."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny_rewards import distilbert, llama, reward_args, tiny_model, weights
+from transformers import (
+    DataCollatorWithPadding,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.policies import train_tokenizer
+from rlhf_pipeline.stages.batching import OrderedTrainer
+from rlhf_pipeline.stages.classification import LanguageClassifierTrainer, check_language_model
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    made = train_tokenizer(["which film was good, the bad one or the other? yes it was"], 300, 64)
+    made.truncation_side = "left"
+    return made
+
+
+def classifier_rows(count: int = 8) -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(2, 300, (4 + i % 5,), generator=generator).tolist() for i in range(count)]
+    return Dataset.from_dict({"input_ids": ids, "labels": [i % 2 for i in range(count)]})
+
+
+def test_the_auxiliary_loss_is_that_of_the_language_model_with_tied_head(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows = classifier_rows()
+    trainer = LanguageClassifierTrainer(
+        tiny_model(num_labels=2), reward_args(tmp_path), DataCollatorWithPadding(tokenizer), rows,
+        processing_class=tokenizer, lm_coef=0.5,
+    )  # fmt: skip
+    trainer.model.eval()  # no dropout
+    batch = trainer.data_collator(list(rows))
+    loss = trainer.compute_loss(trainer.model, dict(batch))
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
+    trainer.model.zero_grad()
+    # By hand: cross-entropy of the classes, and transformers' own language model around the same trunk.
+    language = GPT2LMHeadModel(trainer.model.config).eval()
+    language.transformer = trainer.model.transformer
+    language.tie_weights()
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    parts = (
+        torch.nn.functional.cross_entropy(logits, batch["labels"]),
+        language(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss,
+    )
+    (parts[0] + 0.5 * parts[1]).backward()
+    assert loss.item() == pytest.approx((parts[0] + 0.5 * parts[1]).item(), rel=1e-5)
+    assert [values[0].item() for values in trainer.parts.values()] == pytest.approx([p.item() for p in parts])
+    for name, p in trainer.model.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_accumulated_rows_make_the_same_update(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """transformers alone would add up the means of the accumulated batches: a step four times too long."""
+    ends = []
+    for batch in (8, 2):
+        args = reward_args(
+            tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=8 // batch, optim="sgd",
+            train_sampling_strategy="sequential",
+        )  # fmt: skip
+        model = tiny_model(num_labels=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        collator = DataCollatorWithPadding(tokenizer)
+        trainer = OrderedTrainer(model, args, collator, classifier_rows(16), processing_class=tokenizer)
+        trainer.train()
+        ends.append(weights(trainer.model))
+    torch.testing.assert_close(ends[0], ends[1], atol=1e-5, rtol=1e-4)
+
+
+def test_lm_coef_is_refused_without_a_language_model_with_tied_head() -> None:
+    check_language_model(tiny_model())
+    with pytest.raises(UserError, match="LlamaForSequenceClassification has a head of its own"):
+        check_language_model(llama())
+    with pytest.raises(UserError, match="sees the words that it would have to tell"):
+        check_language_model(distilbert())

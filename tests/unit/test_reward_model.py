@@ -1,0 +1,73 @@
+"""Reward models: heads, pooling, and a shift of all scores that outlives saving."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_rewards import distilbert, llama, tiny_model
+from transformers import (
+    AutoModelForSequenceClassification,
+)
+
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.reward_model import RewardModel, register, shift_scores, with_head
+
+
+def padded(side: str) -> dict[str, torch.Tensor]:
+    rows = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]
+    fill = [[1] * (5 - len(row)) for row in rows]
+    ids = [row + f if side == "right" else f + row for row, f in zip(rows, fill, strict=True)]
+    mask = [[int(i > 1) for i in row] for row in ids]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+@pytest.mark.parametrize("make", [tiny_model, llama, distilbert])
+@pytest.mark.parametrize(("head", "pooling"), [("mlp", "last"), ("linear", "mean"), ("mlp", "mean")])
+@torch.no_grad()
+def test_scores_do_not_see_padding(make: Any, head: Any, pooling: Any) -> None:
+    torch.manual_seed(0)
+    model = with_head(make(), head, pooling).eval()
+    assert isinstance(model, RewardModel)
+    right, left = (model(**padded(side)).logits for side in ("right", "left"))
+    alone = [model(input_ids=torch.tensor([row])).logits[0] for row in ([5, 6, 7, 8, 9], [10, 11], [12, 13, 14])]
+    assert right.shape == (3, 1)
+    torch.testing.assert_close(right, left)
+    torch.testing.assert_close(right, torch.stack(alone))
+
+
+@torch.no_grad()
+def test_the_mean_weighs_the_later_tokens_more() -> None:
+    model = with_head(tiny_model(), "linear", "mean").eval()
+    states = model.base_model(input_ids=torch.tensor([[5, 6, 7]])).last_hidden_state[0]
+    expected = model.score((1 * states[0] + 2 * states[1] + 3 * states[2]) / 6)
+    torch.testing.assert_close(model(input_ids=torch.tensor([[5, 6, 7]])).logits[0], expected)
+
+
+def test_the_plain_class_where_it_can_take_up_a_shift() -> None:
+    for make, plain in ((tiny_model, True), (distilbert, True), (llama, False)):
+        model = make()
+        assert (with_head(model, "linear", "last") is model) == plain
+    own = with_head(tiny_model(), "mlp", "mean")
+    assert with_head(own, "mlp", "mean") is own
+    with pytest.raises(UserError, match=r"reward\.head=mlp and reward\.pooling=mean, not linear and last"):
+        with_head(own, "linear", "last")
+
+
+@pytest.mark.parametrize(
+    ("make", "head", "pooling"),
+    [(tiny_model, "linear", "last"), (distilbert, "linear", "last"), (llama, "linear", "last"),
+     (tiny_model, "mlp", "mean")],
+)  # fmt: skip
+@torch.no_grad()
+def test_a_shift_moves_all_scores_alike_and_outlives_saving(make: Any, head: Any, pooling: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = with_head(make(), head, pooling).eval()
+    before = model(**padded("right")).logits
+    shift_scores(model, -1.7)
+    model.save_pretrained(tmp_path)
+    register()
+    reopened = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert type(reopened) is type(model)
+    torch.testing.assert_close(reopened(**padded("right")).logits, before - 1.7, atol=1e-5, rtol=1e-5)
+    assert (tmp_path / "model.safetensors").exists()
