@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 from rlhf_pipeline import formats
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import explained
+from rlhf_pipeline.labels import Labels, settle
 from rlhf_pipeline.python_code import source_files
 from rlhf_pipeline.records import Code, Demonstration, Dialogue, Labelled, Preference, Prompt, Ranking, Row, Text
 from rlhf_pipeline.registry import Registry
@@ -27,6 +28,7 @@ class Splits(Generic[S]):
 
     train: list[S]
     test: list[S]
+    labels: Labels | None = None  # of what people judged
 
 
 # `limit` cuts both splits, `test_limit` the held-out one alone.
@@ -49,6 +51,7 @@ TAKES: dict[str, tuple[type, ...]] = {
     "pretrain": _LANGUAGE,
     "sft": _LANGUAGE,
     "reward": (Labelled, Preference, Ranking),
+    "collect": (*_LANGUAGE, Preference, Ranking),
     "ppo": (*_LANGUAGE, Preference, Ranking),
     "evaluate": (*_LANGUAGE, Preference, Ranking),
 }
@@ -95,11 +98,24 @@ def sentiment(
 
 @registry.register
 def preferences(
-    seed: int, *, path: str, columns: dict[str, str] | None = None, test_path: str | None = None,
+    seed: int, *, path: str | list[str] | None = None, columns: dict[str, str] | None = None,
+    buckets: list[str] | None = None, untouched_seconds: float = 5.0, test_path: str | None = None,
     test_share: float = 0.1,
 ) -> Splits[Preference | Ranking]:  # fmt: skip
-    """Pairs of a better and a worse answer, or lists, best first. A prompt falls on one side of the split."""
-    return _from_files(partial(formats.read_preferences, columns=columns), path, test_path, test_share)
+    """What people preferred: pairs, ranked lists, sheets and exports of Label Studio, from one file or several.
+
+    All that was said of the same answers is settled into one row. A prompt falls on one side of the split. `buckets`
+    are the names of a Ranker's buckets, best first; what was submitted as shown within `untouched_seconds` is no label.
+    """
+    if not path:
+        raise UserError("data=preferences has no labels yet; run stage=collect first, or give data.path=.")
+    read = partial(_judged, columns=columns, buckets=buckets, untouched_seconds=untouched_seconds)
+    rows, labels = read([path] if isinstance(path, str) else path)
+    if test_path is None:
+        split = _split(rows, test_share)
+        return Splits(split.train, split.test, labels)
+    held_out, test_labels = read([test_path])
+    return Splits(rows, held_out, Labels(labels.summary, labels.rejected + test_labels.rejected))
 
 
 @registry.register
@@ -185,7 +201,7 @@ def load_data(choice: dict[str, Any], seed: int) -> Splits[Any]:
         raise UserError(
             f"data={choice['name']} has {len(train)} rows to learn from and {len(test)} to hold out; both are needed."
         )
-    return Splits(train[:limit], test[:limit][: choice.get("test_limit")])
+    return Splits(train[:limit], test[:limit][: choice.get("test_limit")], splits.labels)
 
 
 def fingerprint(choice: dict[str, Any], splits: Splits[Any]) -> dict[str, Any]:
@@ -250,6 +266,19 @@ def _split(rows: list[R], share: float) -> Splits[R]:
     held_out = [int(hashlib.sha256(group.encode()).hexdigest()[:8], 16) < share * 16**8 for group in groups]
     pairs = list(zip(rows, held_out, strict=True))
     return Splits([row for row, out in pairs if not out], [row for row, out in pairs if out])
+
+
+def _judged(paths: Sequence[str], **how: Any) -> tuple[list[Preference | Ranking], Labels]:
+    """The judgements of all files, settled together."""
+    read = [formats.read_judgements(Path(path).expanduser(), **how) for path in dict.fromkeys(paths)]
+    rows, summary = settle([judgement for file in read for judgement in file.judgements])
+    if not rows:
+        raise UserError(
+            f"{', '.join(paths)}: {summary['judgements']} judgements, and none prefers one answer to a different one."
+        )
+    counts = sum((Counter(file.counts) for file in read), Counter())
+    apart = {key: counts[key] for key in ("skipped", "unlabelled", "superseded", "rejected")}
+    return rows, Labels({**summary, **apart}, [row for file in read for row in file.rejected])
 
 
 def _from_files(read: Callable[[Path], list[R]], path: str, test_path: str | None, share: float) -> Splits[R]:

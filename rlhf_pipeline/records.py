@@ -68,10 +68,23 @@ class Preference:
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """Several answers to one prompt, best first."""
+    """Several answers to one prompt, best first; `ranks`, where given, never fall and are equal where they tie."""
 
     prompt: Prompt
     responses: tuple[str, ...]
+    ranks: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """How one annotator ordered the answers of one task: a label as it was given, before any is believed."""
+
+    prompt: Prompt
+    answers: tuple[str, ...]  # as they were shown
+    ranks: tuple[float, ...]  # of each answer, lowest best; equal: no difference was seen
+    task: str | None = None
+    annotator: str | None = None
+    margin: float | None = None  # of two answers: by how much, where that is known
 
 
 Row = Text | Code | Labelled | Demonstration | Dialogue | Preference | Ranking

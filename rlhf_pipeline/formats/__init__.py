@@ -2,22 +2,16 @@
 
 from rlhf_pipeline.formats.acl_imdb import read_acl_imdb
 from rlhf_pipeline.formats.files import read_rows
-from rlhf_pipeline.formats.typed import (
-    read_demonstrations,
-    read_dialogues,
-    read_labelled,
-    read_preferences,
-    read_rankings,
-    read_texts,
-)
+from rlhf_pipeline.formats.judgements import Judged, read_judgements
+from rlhf_pipeline.formats.typed import read_demonstrations, read_dialogues, read_labelled, read_texts
 
 __all__ = [
+    "Judged",
     "read_acl_imdb",
     "read_demonstrations",
     "read_dialogues",
+    "read_judgements",
     "read_labelled",
-    "read_preferences",
-    "read_rankings",
     "read_rows",
     "read_texts",
 ]

@@ -4,6 +4,7 @@ import csv
 import difflib
 import gzip
 import io
+import itertools
 import json
 import tarfile
 import zlib
@@ -17,8 +18,19 @@ _SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 BROKEN = (tarfile.TarError, EOFError, zlib.error, OSError, ValueError)  # what a damaged file makes the readers raise
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, row as a dict) of a JSON, JSON lines, CSV, TSV, Parquet or text file, gzipped or not."""
+class RowError(UserError):
+    """What is wrong with one row of a file, the others being as good as before."""
+
+    def __init__(self, path: Path, number: int, why: str, row: Any = None) -> None:
+        super().__init__(f"{path}, {'row' if suffix(path) == '.parquet' else 'line'} {number}: {why}.")
+        self.number, self.why, self.row = number, why, row
+
+
+def read_rows(path: Path, faults: list[RowError] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, row as a dict) of a JSON, JSON lines, CSV, TSV, Parquet or text file, gzipped or not.
+
+    A row that cannot be read is an error, or goes to `faults` where these are collected.
+    """
     readers = (_json_rows, _json_rows, _csv_rows, _csv_rows, _parquet_rows, _txt_rows)
     reader = dict(zip(_SUFFIXES, readers, strict=True)).get(suffix(path))
     if path.is_dir():
@@ -27,14 +39,16 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise no_file(path, "file")
     if reader is None:
         raise UserError(f"{path}: unknown suffix; allowed are {', '.join(_SUFFIXES)}, each also with .gz.")
-    return _not_empty(path, reader(path))
+    return _not_empty(path, reader(path, faults), faults)
 
 
-def _not_empty(path: Path, rows: Iterator[tuple[int, dict[str, Any]]]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _not_empty(
+    path: Path, rows: Iterator[tuple[int, dict[str, Any]]], faults: list[RowError] | None
+) -> Iterator[tuple[int, dict[str, Any]]]:
     number = 0
     for number, row in rows:
         yield number, row
-    if not number:
+    if not number and not faults:
         raise UserError(f"{path} holds no rows; it needs one or more.")
 
 
@@ -46,18 +60,18 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 try:
                     yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
-                    raise at(path, number, f"not UTF-8 ({error.reason}); save the file as UTF-8") from None
+                    raise RowError(path, number, f"not UTF-8 ({error.reason}); save the file as UTF-8") from None
     except BROKEN as error:
         broken(path, error)
 
 
-def _txt_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _txt_rows(path: Path, faults: list[RowError] | None) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in _lines(path):
         if line.strip():
             yield number, {"text": line.rstrip("\r\n")}
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_rows(path: Path, faults: list[RowError] | None) -> Iterator[tuple[int, dict[str, Any]]]:
     """Objects one a line, or a list of them: the first character tells, since suffixes are used for either."""
     lines = _lines(path)
     first = True
@@ -65,43 +79,60 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         if first and line.lstrip().startswith("["):
-            yield from _json_list(path, number, line + "".join(rest for _, rest in lines))
+            yield from _json_list(path, number, line + "".join(rest for _, rest in lines), faults)
             return
         first = False
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise at(path, number, f"not JSON ({error}); allowed are one object a line, or one list of them") from None
-        yield number, _object(path, number, row)
+            why = f"not JSON ({error}); allowed are one object a line, or one list of them"
+            _report(RowError(path, number, why, {"text": line.rstrip("\r\n")}), faults)
+            continue
+        yield from _object(path, number, row, faults)
 
 
-def _json_list(path: Path, number: int, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_list(
+    path: Path, number: int, text: str, faults: list[RowError] | None
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """The list's objects, each known by the line where it begins; number is the line where the text begins."""
     try:
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
         line = number + getattr(error, "lineno", 1) - 1
-        raise at(path, line, f"not JSON ({error}); allowed are one object a line, or one list of them") from None
-    decoder, end = json.JSONDecoder(), 0
+        raise RowError(path, line, f"not JSON ({error}); allowed are one object a line, or one list of them") from None
+    decoder, end = json.JSONDecoder(), text.index("[") + 1
+    number += text.count("\n", 0, end)
     for row in rows:  # decoded once more for its place alone: json.loads does not tell it
         start = end
-        while text[start] in "[, \t\r\n":
+        while text[start] in ", \t\r\n":
             start += 1
         number += text.count("\n", end, start)
-        yield number, _object(path, number, row)
+        yield from _object(path, number, row, faults)
         _, end = decoder.raw_decode(text, start)
         number += text.count("\n", start, end)
 
 
-def _object(path: Path, number: int, row: Any) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise at(path, number, f'{type(row).__name__} where an object is needed, such as {{"text": ...}}')
-    return row
+def _object(path: Path, number: int, row: Any, faults: list[RowError] | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    if isinstance(row, dict):
+        yield number, row
+    else:
+        why = f'{type(row).__name__} where an object is needed, such as {{"text": ...}}'
+        _report(RowError(path, number, why, {"value": row}), faults)
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _report(fault: RowError, faults: list[RowError] | None) -> None:
+    if faults is None:
+        raise fault from None
+    faults.append(fault)
+
+
+def _csv_rows(path: Path, faults: list[RowError] | None) -> Iterator[tuple[int, dict[str, Any]]]:
     tab = suffix(path) == ".tsv"
-    reader = csv.reader((line for _, line in _lines(path)), delimiter="\t" if tab else ",", strict=True)
+    lines = (line for _, line in _lines(path))
+    first = next(lines, "")
+    # A spreadsheet writes ; where the comma stands in decimal numbers.
+    delimiter = "\t" if tab else ";" if ";" in first and "," not in first else ","
+    reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
     header: list[str] = []
     start = 1
     try:
@@ -109,18 +140,22 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not header:
                 header = fields
                 if len(set(header)) < len(header):
-                    raise at(path, start, f"a column name occurs twice in {header}; each needs its own")
+                    raise RowError(path, start, f"a column name occurs twice in {header}; each needs its own")
             elif fields:
                 if len(fields) != len(header):
-                    raise at(path, start, f"{len(fields)} fields; the header has {len(header)} ({', '.join(header)})")
-                yield start, dict(zip(header, fields, strict=True))
+                    why = f"{len(fields)} fields; the header has {len(header)} ({', '.join(header)})"
+                    _report(RowError(path, start, why, {"fields": fields}), faults)
+                else:
+                    yield start, dict(zip(header, fields, strict=True))
             start = reader.line_num + 1  # a quoted field may hold line breaks: a row is known by its first line
     except csv.Error as error:
         kind = "TSV" if tab else "CSV"
-        raise at(path, start, f"not {kind} ({error}); quotes in a field are doubled and the field is quoted") from None
+        raise RowError(
+            path, start, f"not {kind} ({error}); quotes in a field are doubled and the field is quoted"
+        ) from None
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _parquet_rows(path: Path, faults: list[RowError] | None) -> Iterator[tuple[int, dict[str, Any]]]:
     import pyarrow.parquet as parquet  # slow to import, and few files are Parquet
 
     number = 0
@@ -132,10 +167,6 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     yield number, row
     except BROKEN as error:
         broken(path, error)
-
-
-def at(path: Path, number: int, problem: str) -> UserError:
-    return UserError(f"{path}, {'row' if suffix(path) == '.parquet' else 'line'} {number}: {problem}.")
 
 
 def broken(path: Path, error: Exception) -> NoReturn:

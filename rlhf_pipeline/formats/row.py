@@ -1,14 +1,16 @@
 """One row of plain values on its way to a typed one: what is asked of it, and how a fault is said."""
 
 import logging
+import math
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.formats.files import at, read_rows
-from rlhf_pipeline.records import Role, Turn
+from rlhf_pipeline.formats.files import RowError, read_rows
+from rlhf_pipeline.records import Prompt, Role, Turn
 
 T = TypeVar("T")
 
@@ -33,9 +35,9 @@ class Row:
     fields: dict[str, Any]
     needs: str
 
-    def error(self, problem: str) -> UserError:
+    def error(self, problem: str) -> RowError:
         """A fault of this row, with its place."""
-        return at(self.path, self.number, f"{problem}; {self.needs}")
+        return RowError(self.path, self.number, f"{problem}; {self.needs}" if self.needs else problem)
 
     def has(self, *keys: str) -> bool:
         """Whether all of some columns are there."""
@@ -92,17 +94,45 @@ class Row:
         value = self.fields.get(key)
         if value is None or value == "":
             return None
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            raise self.error(f"'{key}' is {value!r}, not a number") from None
+        found = number(value)
+        if found is None:
+            raise self.error(f"'{key}' is {reprlib.repr(value)}, not a number")
+        return found
+
+    def prompt(self) -> Prompt:
+        """A prompt as text, or as messages."""
+        return self.turns("prompt") if isinstance(self.value("prompt"), list) else self.text("prompt")
+
+    def answer(self, key: str) -> str:
+        """An answer as text, or as messages that end with it."""
+        if not isinstance(self.value(key), list):
+            return self.text(key)
+        if not (turns := self.turns(key)):
+            raise self.error(f"'{key}' is an empty list")
+        return turns[-1].text
+
+    def instruction(self) -> str:
+        """Alpaca's instruction, and its input below it where there is one."""
+        detail = self.text("input") if self.fields.get("input") is not None else ""
+        return f"{self.text('instruction')}\n\n{detail}" if detail.strip() else self.text("instruction")
+
+
+def number(value: Any) -> float | None:
+    """A finite number, be it written as text; None of anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        found = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return found if math.isfinite(found) else None
 
 
 def collect(
     path: Path, needs: str, why_skipped: str, parse: Callable[[Row], T | None], columns: Columns | None = None
 ) -> list[T]:
     """Every row of a file as `parse` has it; None skips a row, and those skipped are counted in the log."""
-    parsed = [parse(_renamed(Row(path, n, fields, needs), columns or {})) for n, fields in read_rows(path)]
+    parsed = [parse(renamed(Row(path, n, fields, needs), columns or {})) for n, fields in read_rows(path)]
     rows = [row for row in parsed if row is not None]
     if not rows:
         raise UserError(f"{path}: all {len(parsed)} rows were skipped ({why_skipped}); {needs}.")
@@ -111,7 +141,8 @@ def collect(
     return rows
 
 
-def _renamed(row: Row, columns: Columns) -> Row:
+def renamed(row: Row, columns: Columns) -> Row:
+    """A row with the reader's names of columns in place of the file's."""
     for ours, theirs in columns.items():
         if theirs not in row.fields:
             there = ", ".join(row.fields) or "none"

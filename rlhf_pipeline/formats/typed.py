@@ -1,4 +1,4 @@
-"""Rows of plain values to typed ones: texts, labels, demonstrations, preferences, rankings, dialogues.
+"""Rows of plain values to typed ones: texts, labels, demonstrations, dialogues.
 
 `columns` of a reader maps its own names of columns to the file's.
 """
@@ -6,12 +6,11 @@
 from pathlib import Path
 
 from rlhf_pipeline.formats.row import Columns, Row, collect
-from rlhf_pipeline.records import Demonstration, Dialogue, Labelled, Preference, Prompt, Ranking, Text, Turn
+from rlhf_pipeline.records import Demonstration, Dialogue, Labelled, Prompt, Text, Turn
 
 _TEXT_COLUMNS = ("text", "review", "sentence", "content")
 _LABEL_COLUMNS = ("label", "sentiment")
 _LABELS = {"0": 0, "neg": 0, "negative": 0, "1": 1, "pos": 1, "positive": 1}
-_ASSISTANT = "\n\nAssistant:"
 
 
 def read_texts(path: Path, column: str = "text", columns: Columns | None = None) -> list[Text]:
@@ -60,37 +59,15 @@ def read_demonstrations(path: Path, columns: Columns | None = None) -> list[Demo
             return _dialogue(row, key)
         prompt: Prompt
         if row.has("instruction"):
-            prompt, answer = (Turn("user", _instruction(row)),), row.text("output")
+            prompt, answer = (Turn("user", row.instruction()),), row.text("output")
         elif row.has("question"):
             prompt, answer = (Turn("user", row.text("question")),), row.text("answer")
         else:
-            prompt, answer = _prompt(row), _answer(row, "completion")
+            prompt, answer = row.prompt(), row.answer("completion")
         return Demonstration(prompt, answer) if answer.strip() else None
 
     needs = "a demonstration row needs prompt, completion (or instruction, output; question, answer; messages)"
     return collect(path, needs, "the answer is empty", parse, columns)
-
-
-def read_preferences(path: Path, columns: Columns | None = None) -> list[Preference | Ranking]:
-    """Pairs of answers, the better one known, and lists of answers, best first: told apart by what a row holds.
-
-    Rows whose answers are all equal are skipped and counted in the log.
-    """
-
-    def parse(row: Row) -> Preference | Ranking | None:
-        if row.has("ranked") or row.has("responses"):
-            ranking = _ranking(row)
-            return ranking if len(set(ranking.responses)) > 1 else None
-        pair = _pair(row)
-        return pair if pair.chosen != pair.rejected else None
-
-    needs = "a preference row needs prompt, chosen, rejected"
-    return collect(path, needs, "chosen and rejected are equal", parse, columns)
-
-
-def read_rankings(path: Path, columns: Columns | None = None) -> list[Ranking]:
-    """Two or more answers to a prompt, best first; lists without a prompt get an empty one."""
-    return collect(path, "a ranking row needs prompt and responses, best first (or ranked)", "", _ranking, columns)
 
 
 def read_dialogues(path: Path, columns: Columns | None = None) -> list[Dialogue]:
@@ -115,55 +92,3 @@ def _dialogue(row: Row, key: str) -> Dialogue:
     if not any(turn.role == "assistant" for turn in turns[1:]):
         raise row.error(f"'{key}' holds no reply of an assistant")
     return Dialogue(turns)
-
-
-def _instruction(row: Row) -> str:
-    """Alpaca's instruction, and its input below it where there is one."""
-    detail = row.text("input") if row.fields.get("input") is not None else ""
-    return f"{row.text('instruction')}\n\n{detail}" if detail.strip() else row.text("instruction")
-
-
-def _prompt(row: Row) -> Prompt:
-    """A prompt as text, or as messages."""
-    return row.turns("prompt") if isinstance(row.value("prompt"), list) else row.text("prompt")
-
-
-def _answer(row: Row, key: str) -> str:
-    """An answer as text, or as messages that end with it."""
-    return row.turns(key)[-1].text if isinstance(row.value(key), list) else row.text(key)
-
-
-def _ranking(row: Row) -> Ranking:
-    if row.has("ranked"):
-        return Ranking("", row.texts("ranked", at_least=2))
-    prompt = _prompt(row)
-    if row.fields.get("context") and isinstance(prompt, str):  # Open Assistant: what was said before the prompt
-        prompt = (*row.turns("context"), Turn("user", prompt))
-    elif row.has("context") and isinstance(prompt, str):
-        prompt = (Turn("user", prompt),)
-    return Ranking(prompt, row.texts("responses", at_least=2))
-
-
-def _pair(row: Row) -> Preference:
-    if row.has("winner"):  # answers by the name of who gave them, and the name of the one preferred
-        winner = row.text("winner")
-        loser = next((key for key in row.fields if key not in ("winner", "prompt", winner)), "loser")
-        prompt = row.text("prompt") if row.has("prompt") else ""
-        return Preference(prompt, row.text(winner), row.text(loser), row.number_or_none("margin"))
-    better = "selected" if row.has("selected") and not row.has("chosen") else "chosen"
-    chosen, rejected = _answer(row, better), _answer(row, "rejected")
-    margin = row.number_or_none("margin")
-    if isinstance(row.fields[better], list) and len(row.fields[better]) > 1:  # the whole conversation on either side
-        return Preference(row.turns(better)[:-1], chosen, rejected, margin)
-    if row.has("prompt"):
-        return Preference(_prompt(row), chosen, rejected, margin)
-    if row.has("instruction"):
-        return Preference((Turn("user", _instruction(row)),), chosen, rejected, margin)
-    if row.has("conversations"):
-        return Preference(row.turns("conversations"), chosen, rejected, margin)
-    same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
-    shared = chosen[:same] if len(chosen) <= len(rejected) else rejected[:same]
-    cut = shared.rfind(_ASSISTANT) + len(_ASSISTANT)
-    if not shared.startswith("\n\nHuman:") or cut < len(_ASSISTANT):
-        raise row.error("'prompt' is missing, and chosen and rejected are not dialogs that begin alike")
-    return Preference(chosen[:cut], chosen[cut:], rejected[cut:], margin)

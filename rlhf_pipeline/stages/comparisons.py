@@ -43,7 +43,7 @@ class Comparison:
 
 
 def compare(rows: Sequence[Preference | Ranking], margin: float = 0.0) -> list[Comparison]:
-    """Rankings as all C(K, 2) pairs of their answers, and pairs of one prompt put together; equal answers make none.
+    """Rankings as all C(K, 2) pairs of their answers, and pairs of one prompt put together; ties and equals make none.
 
     The margin is a pair's own, else `margin` for every rank between the two.
     """
@@ -51,8 +51,9 @@ def compare(rows: Sequence[Preference | Ranking], margin: float = 0.0) -> list[C
     together: dict[Any, list[tuple[str, str, float]]] = {}
     for number, row in enumerate(rows):
         if isinstance(row, Ranking):
-            every = itertools.combinations(enumerate(row.responses), 2)
-            found = [(better, worse, margin * (j - i)) for (i, better), (j, worse) in every if better != worse]
+            ranked = zip(row.ranks or range(len(row.responses)), row.responses, strict=True)
+            every = itertools.combinations(ranked, 2)
+            found = [(a, b, margin * (j - i)) for (i, a), (j, b) in every if a != b and i != j]
         else:
             own = margin if row.margin is None else row.margin
             found = [(row.chosen, row.rejected, own)] if row.chosen != row.rejected else []

@@ -8,6 +8,7 @@ import pytest
 from rlhf_pipeline import data, encoding
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.policies import train_tokenizer
+from rlhf_pipeline.records import Ranking
 
 TOY = {"name": "toy_reviews", "limit": 200, "prompt_tokens": [3, 6]}
 
@@ -75,3 +76,51 @@ def test_the_split_of_a_file_does_not_move_with_the_seed(tmp_path: Path) -> None
     first, second = data.load_data(choice, seed=0), data.load_data(choice, seed=1)
     assert {row.completion for row in first.test} == {row.completion for row in second.test}
     assert not {row.prompt for row in first.test} & {row.prompt for row in first.train}
+
+
+def preferences_file(path: Path, *rows: object) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def pairs(count: int) -> list[dict[str, str]]:
+    return [{"prompt": f"p {i}", "chosen": "good", "rejected": "bad"} for i in range(count)]
+
+
+def test_labels_of_several_files_are_settled_together(tmp_path: Path) -> None:
+    first = preferences_file(tmp_path / "a.jsonl", *pairs(40), {"prompt": "p", "chosen": None, "rejected": "r"})
+    turned = [{"prompt": "p 0", "chosen": "bad", "rejected": "good"}, {"responses": ["only one"], "prompt": "p"}]
+    second = preferences_file(tmp_path / "b.jsonl", *turned, {"prompt": "new", "chosen": "x", "rejected": "y"})
+    rows = data.load_data({"name": "preferences", "path": [first, second], "test_share": 0.3}, seed=0)
+    prompts = {row.prompt for row in (*rows.train, *rows.test)}
+    assert prompts == {f"p {i}" for i in range(1, 40)} | {"new"}, "p 0 was preferred both ways"
+    assert rows.labels is not None
+    assert (rows.labels.summary["contradictions"], rows.labels.summary["rejected"]) == (1, 2)
+    assert [(row["file"], row["line"]) for row in rows.labels.rejected] == [(first, 41), (second, 2)]
+    again = data.load_data({"name": "preferences", "path": [first, first, second], "test_share": 0.3}, seed=0)
+    assert again == rows, "a file named twice counts once"
+
+
+def test_labels_held_out_in_a_file_of_their_own(tmp_path: Path) -> None:
+    learnt = preferences_file(tmp_path / "a.jsonl", *pairs(5))
+    held_out = preferences_file(tmp_path / "b.jsonl", {"prompt": "q", "responses": ["a", "b", "c"], "ranks": [2, 1, 2]})
+    rows = data.load_data({"name": "preferences", "path": learnt, "test_path": held_out}, seed=0)
+    assert len(rows.train) == 5
+    assert rows.test == [Ranking("q", ("b", "a", "c"), (1, 2.5, 2.5))]
+    assert "b" in data.whole(rows.test[0])
+
+
+def test_rankings_with_ties_of_one_prompt_stay_on_one_side_of_the_split(tmp_path: Path) -> None:
+    ranked = [{"prompt": f"p {i % 20}", "responses": ["a", "b", f"c {i}"], "ranks": [1, 2, 2]} for i in range(60)]
+    path = preferences_file(tmp_path / "a.jsonl", *ranked)
+    rows = data.load_data({"name": "preferences", "path": path, "test_share": 0.3}, seed=0)
+    assert len(rows.train) + len(rows.test) == 60
+    assert not {row.prompt for row in rows.train} & {row.prompt for row in rows.test}
+
+
+def test_without_any_preference_the_error_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no labels yet; run stage=collect first, or give data\.path="):
+        data.load_data({"name": "preferences", "path": None}, seed=0)
+    path = preferences_file(tmp_path / "a.jsonl", {"prompt": "p", "chosen": "c", "rejected": "c"})
+    with pytest.raises(UserError, match=r"a\.jsonl: 1 judgements, and none prefers one answer to a different one"):
+        data.load_data({"name": "preferences", "path": path}, seed=0)

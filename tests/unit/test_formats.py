@@ -14,6 +14,7 @@ import pytest
 
 from rlhf_pipeline import formats
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.labels import settle
 from rlhf_pipeline.records import Demonstration, Dialogue, Labelled, Preference, Ranking, Text, Turn
 
 REVIEWS = {
@@ -50,6 +51,10 @@ def write_archive(path: Path, files: dict[str, str], *others: tarfile.TarInfo, p
 def write_jsonl(path: Path, *rows: object) -> Path:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def read_preferences(path: Path, columns: dict[str, str] | None = None) -> list[Preference | Ranking]:
+    return settle(formats.read_judgements(path, columns).judgements)[0]
 
 
 # --- aclImdb
@@ -202,6 +207,8 @@ def test_rows_csv_bom_quotes_and_line_breaks(tmp_path: Path) -> None:
         (2, {"label": "1", "review": '很快，\n"好吃"'}),
         (5, {"label": "0", "review": "慢"}),
     ]
+    (tmp_path / "b.csv").write_text("label;review\n1;good, cheap\n", encoding="utf-8")
+    assert list(formats.read_rows(tmp_path / "b.csv")) == [(2, {"label": "1", "review": "good, cheap"})]
     (tmp_path / "a.tsv").write_text("text\tlabel\na, b\tpos\n", encoding="utf-8")
     assert formats.read_labelled(tmp_path / "a.tsv") == [Labelled("a, b", 1)]
 
@@ -225,6 +232,7 @@ def test_rows_gzip_and_parquet(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', "line 3: not JSON"),
         ("a.jsonl", b'{"text": "a"}\n["b"]\n', "line 2: list where an object is needed"),
         ("a.json", b'[{"text": "a"},\n 3]', "line 2: int where an object is needed"),
+        ("a.json", b'[[{"text": "a"}]]', "line 1: list where an object is needed"),
         ("a.json", b'[{"text": "a"},\n{"text": "b"}\n', "line 3: not JSON"),
         ("a.json", b"[]", "holds no rows"),
         ("a.jsonl", b"", "holds no rows"),
@@ -321,7 +329,7 @@ def test_chat_faults(tmp_path: Path, messages: object, message: str) -> None:
 def test_columns_go_by_the_users_names(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", {"q": "Why?", "good": "So.", "bad": "No.", "prompt": "an id"})
     columns = {"prompt": "q", "chosen": "good", "rejected": "bad"}
-    assert formats.read_preferences(path, columns) == [Preference("Why?", "So.", "No.")]
+    assert read_preferences(path, columns) == [Preference("Why?", "So.", "No.")]
     (tmp_path / "b.csv").write_text("body,stars\nfine,1\n")
     assert formats.read_labelled(tmp_path / "b.csv", columns={"text": "body", "label": "stars"}) == [
         Labelled("fine", 1)
@@ -332,7 +340,7 @@ def test_columns_go_by_the_users_names(tmp_path: Path) -> None:
         formats.read_labelled(tmp_path / "b.csv", columns={"text": "body", "label": "star"})
 
 
-def test_preferences_of_every_form(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_preferences_of_every_form(tmp_path: Path) -> None:
     dialog = "\n\nHuman: hi\n\nAssistant: Hello.\n\nHuman: a joke?\n\nAssistant:"
     turns = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Why?"}]
     path = write_jsonl(
@@ -343,15 +351,16 @@ def test_preferences_of_every_form(tmp_path: Path, caplog: pytest.LogCaptureFixt
         {"instruction": "i", "input": "x", "output": "c", "chosen": "c", "rejected": "r"},
         {"conversations": turns, "chosen": "c", "rejected": "r"},
         {"prompt": "p", "chosen": "same", "rejected": "same"},
-        {"winner": "ppo", "sft": "r", "ppo": "c"},
+        {"winner": "ppo", "task": "t", "sft": "r", "ppo": "c"},
         {"chosen": CHAT, "rejected": [CHAT[0], {"role": "assistant", "content": "r"}]},
         {"prompt": "a?", "chosen": CHAT, "rejected": [CHAT[0], {"role": "assistant", "content": "r"}]},
         {"prompt": "p", "chosen": "c", "rejected": "r", "margin": 0.5},
         {"prompt": "p", "responses": ["a", "b", "c"]},
         {"context": [], "prompt": "p", "responses": ["a", "b"]},
         {"context": [{"role": "prompter", "text": "q"}], "prompt": "p", "responses": ["a", "b"]},
+        {"ranked": ["x", "y", ""]},
     )
-    assert formats.read_preferences(path) == [
+    assert read_preferences(path) == [
         Preference("p", "c", "r"),
         Preference("p", "c", "r"),
         Preference(dialog, " Sure: knock knock.", " Sure, no."),
@@ -362,10 +371,10 @@ def test_preferences_of_every_form(tmp_path: Path, caplog: pytest.LogCaptureFixt
         Preference((Turn("user", "a?"),), "b", "r"),
         Preference("p", "c", "r", 0.5),
         Ranking("p", ("a", "b", "c")),
-        Ranking((Turn("user", "p"),), ("a", "b")),
-        Ranking((Turn("user", "q"), Turn("user", "p")), ("a", "b")),
+        Preference((Turn("user", "p"),), "a", "b"),
+        Preference((Turn("user", "q"), Turn("user", "p")), "a", "b"),
+        Ranking("", ("x", "y", "")),
     ]
-    assert "1 of 13 rows skipped (chosen and rejected are equal)" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -377,28 +386,22 @@ def test_preferences_of_every_form(tmp_path: Path, caplog: pytest.LogCaptureFixt
         ({"conversations": [{"from": "human"}], "chosen": "c", "rejected": "r"}, "'conversations' is not a list"),
     ],
 )
-def test_preference_faults(tmp_path: Path, row: dict[str, object], message: str) -> None:
+def test_a_preference_that_cannot_be_read_is_set_aside_with_the_reason(
+    tmp_path: Path, row: dict[str, object], message: str
+) -> None:
     path = write_jsonl(tmp_path / "reviews.jsonl", {"prompt": "p", "chosen": "c", "rejected": "r"}, row)
-    with pytest.raises(UserError) as caught:
-        formats.read_preferences(path)
-    assert str(caught.value).startswith(f"{path}, line 2: {message}")
+    read = formats.read_judgements(path)
+    assert [(j.prompt, j.answers) for j in read.judgements] == [("p", ("c", "r"))]
+    (aside,) = read.rejected
+    assert (aside["file"], aside["line"], aside["row"]) == (str(path), 2, row)
+    assert aside["why"].startswith(message.rstrip("."))
 
 
-def test_all_rows_skipped_is_an_error(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", {"prompt": "p", "chosen": "c", "rejected": "c"})
-    with pytest.raises(UserError, match="all 1 rows were skipped"):
-        formats.read_preferences(path)
-
-
-def test_rankings_and_dialogues(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", {"prompt": "p", "responses": ["a", "b", ""]}, {"ranked": ["x", "y"]})
-    assert formats.read_rankings(path) == [Ranking("p", ("a", "b", "")), Ranking("", ("x", "y"))]
+def test_dialogues(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "b.jsonl", {"conversation": [{"utterance": "哪个区？"}, {"utterance": "艾欧尼亚"}]})
     assert formats.read_dialogues(path) == [
         Dialogue((Turn("user", "哪个区？"), Turn("assistant", "艾欧尼亚")), both=True)
     ]
-    with pytest.raises(UserError, match="line 1: 'prompt' is missing; a ranking row needs"):
-        formats.read_rankings(path)
     path = write_jsonl(tmp_path / "c.jsonl", {"conversation": [{"utterance": "alone"}]})
     with pytest.raises(UserError, match="'conversation' is not a list of 2 or more objects with a text 'utterance'"):
         formats.read_dialogues(path)
@@ -450,16 +453,15 @@ Reader = Callable[[Path], list[object]]
     ("reader", "name", "count"),
     [
         (formats.read_texts, "imdb/unsup_20k.jsonl.gz", 20_000),
-        (formats.read_preferences, "preferences/hh_harmless_base_test.jsonl.gz", 2312),
-        (formats.read_preferences, "preferences/zh_sentiment_comment_pairs_train.jsonl.gz", 1000),
-        (formats.read_preferences, "preferences/zh_sentiment_comment_pairs_test.jsonl.gz", 100),
-        (formats.read_preferences, "preferences/medicalgpt_dpo_zh_500.jsonl.gz", 500),
-        (formats.read_preferences, "preferences/llms_from_scratch_preference_1100.jsonl.gz", 1094),
-        (formats.read_preferences, "preferences/minchatgpt_chatgpt_preferences.json.gz", 458),
-        (formats.read_preferences, "preferences/oasst_en_ranked.jsonl.gz", 212),
-        (formats.read_rankings, "preferences/minchatgpt_ranked3.jsonl.gz", 149),
-        (formats.read_rankings, "preferences/oasst_en_ranked.jsonl.gz", 212),
-        (formats.read_rankings, "preferences/zh_review_ranklists4.jsonl.gz", 3082),
+        (read_preferences, "preferences/hh_harmless_base_test.jsonl.gz", 2312),
+        (read_preferences, "preferences/zh_sentiment_comment_pairs_train.jsonl.gz", 1000),
+        (read_preferences, "preferences/zh_sentiment_comment_pairs_test.jsonl.gz", 100),
+        (read_preferences, "preferences/medicalgpt_dpo_zh_500.jsonl.gz", 500),
+        (read_preferences, "preferences/llms_from_scratch_preference_1100.jsonl.gz", 1094),
+        (read_preferences, "preferences/minchatgpt_chatgpt_preferences.json.gz", 458),
+        (read_preferences, "preferences/minchatgpt_ranked3.jsonl.gz", 149),
+        (read_preferences, "preferences/oasst_en_ranked.jsonl.gz", 212),
+        (read_preferences, "preferences/zh_review_ranklists4.jsonl.gz", 3082),
         (formats.read_demonstrations, "sft/alpaca_en_5k.jsonl.gz", 5000),
         (formats.read_demonstrations, "sft/alpaca_zh_2k.jsonl.gz", 2000),
         (formats.read_demonstrations, "sft/llms_from_scratch_instruct_1100.jsonl.gz", 1100),
@@ -476,6 +478,6 @@ def test_real_counts(real: Path, reader: Reader, name: str, count: int) -> None:
 def test_real_hh_prompt_and_answer_make_up_the_dialog(real: Path) -> None:
     path = real / "preferences/hh_harmless_base_test.jsonl.gz"
     raw = [row for _, row in formats.read_rows(path)]
-    read = formats.read_preferences(path)
+    read = read_preferences(path)
     assert [(p.prompt + p.chosen, p.prompt + p.rejected) for p in read] == [(r["chosen"], r["rejected"]) for r in raw]
     assert all(p.prompt.endswith("\n\nAssistant:") for p in read)

@@ -1,0 +1,133 @@
+"""A file of human judgements, in whatever shape: what it holds is told by its rows, and a bad row stops none."""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.formats import label_studio, preferences
+from rlhf_pipeline.formats.files import RowError, read_rows
+from rlhf_pipeline.formats.given import Given, name
+from rlhf_pipeline.formats.row import Columns, Row, renamed
+from rlhf_pipeline.records import Judgement
+
+_LOG = logging.getLogger("rlhf_pipeline")
+_PAIR = ("chosen", "rejected", "winner")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The judgements of a file; rows set aside, as they are written down; and how many of each kind there were."""
+
+    judgements: list[Judgement]
+    rejected: list[dict[str, Any]]
+    counts: dict[str, int]
+
+
+def read_judgements(
+    path: Path, columns: Columns | None = None, buckets: Sequence[str] | None = None, untouched_seconds: float = 5.0
+) -> Judged:
+    """What people said of answers: pairs, ranked lists, a sheet, or an export of Label Studio.
+
+    `buckets` are the names of a Ranker's buckets, best first. What was submitted as it was shown in less than
+    `untouched_seconds` is set aside. A file with no judgement at all is an error.
+    """
+    if buckets is not None and (len(buckets) < 2 or len(set(buckets)) < len(buckets)):
+        raise UserError(f"data.buckets is {buckets}; it takes two or more different names, best first.")
+    faults: list[RowError] = []
+    reading = label_studio.Reading(columns or {}, buckets, untouched_seconds)
+    given = [found for number, fields in read_rows(path, faults) for found in _row(path, number, fields, reading)]
+    given += [_rejected(Row(path, f.number, f.row, ""), f.why) for f in faults]
+    given.sort(key=lambda found: found.row.number)
+    counted = _newest(given)
+    kinds = Counter(found.kind for found in counted)
+    counts = {
+        "tasks": len({found.task or found.row.number for found in given}),
+        "judgements": kinds["judged"],
+        "skipped": kinds["skipped"],
+        "unlabelled": kinds["unlabelled"],
+        "superseded": len(given) - len(counted),
+        "rejected": kinds["rejected"],
+    }
+    rejected = [_set_aside(found) for found in counted if found.kind == "rejected"]
+    judgements = [found.judgement for found in counted if found.judgement is not None]
+    said = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+    if not judgements:
+        raise UserError(f"{path} holds no usable label: {said}{_reasons(rejected)}.")
+    if rejected:
+        _LOG.warning("%s: %s%s", path, said, _reasons(rejected))
+    return Judged(judgements, rejected, counts)
+
+
+def _row(path: Path, number: int, fields: dict[str, Any], reading: label_studio.Reading) -> Iterator[Given]:
+    """What a row holds; a fault of its own sets aside that row alone."""
+    row = Row(path, number, fields, "")
+    try:
+        yield from _read(row, reading)
+    except RowError as fault:
+        yield _rejected(row, fault.why)
+    except RecursionError:
+        yield _rejected(row, "lists in lists, too deep to be read")
+
+
+def _read(row: Row, reading: label_studio.Reading) -> list[Given]:
+    if label_studio.is_task(row):
+        return list(label_studio.read_task(row, reading))
+    row = renamed(row, {ours: theirs for ours, theirs in reading.columns.items() if ours != "label"})
+    if row.has("annotation_id"):
+        return [label_studio.read_annotation(row, reading)]
+    if preferences.is_sheet(row):
+        found = preferences.sheet(row)
+        return [found] if found else []
+    if row.has("responses") or row.has("ranked"):
+        return [
+            preferences.ranking(_needing(row, "a ranking row needs prompt and responses, best first or with ranks"))
+        ]
+    if not any(map(row.has, _PAIR)) and label_studio.is_annotation(row):
+        return [label_studio.read_annotation(row, reading)]
+    return [preferences.pair(_needing(row, "a preference row needs prompt, chosen, rejected"))]
+
+
+def _needing(row: Row, needs: str) -> Row:
+    return Row(row.path, row.number, row.fields, needs)
+
+
+def _rejected(row: Row, why: str) -> Given:
+    return Given(
+        "rejected", row, why=why, task=name(row.fields.get("task")), annotator=name(row.fields.get("annotator"))
+    )
+
+
+def _newest(given: Sequence[Given]) -> list[Given]:
+    """Of what one person said of one task, the last word alone."""
+    last: dict[Hashable, int] = {}
+    for place, found in enumerate(given):
+        if found.key is not None and (found.key not in last or given[last[found.key]].when <= found.when):
+            last[found.key] = place
+    return [found for place, found in enumerate(given) if found.key is None or last[found.key] == place]
+
+
+def _set_aside(found: Given) -> dict[str, Any]:
+    """A row of rejected.jsonl: what JSON can hold of it, in characters that a file can."""
+    about = {"file": str(found.row.path), "line": found.row.number, "task": found.task, "annotator": found.annotator}
+    try:
+        text = json.dumps([about, found.why, found.row.fields], ensure_ascii=False, default=str)
+        about, why, row = json.loads(text.encode(errors="replace"), parse_constant=str)
+    except (RecursionError, ValueError):
+        about, why, row = about, found.why, {}
+    return {**about, "why": why, "row": row}
+
+
+def _reasons(rejected: Sequence[dict[str, Any]], count: int = 3) -> str:
+    """The commonest reasons, each with the line where it is first met."""
+    first: dict[str, int] = {}
+    for row in rejected:
+        first.setdefault(row["why"], row["line"])
+    often = Counter(row["why"] for row in rejected).most_common(count)
+    parts = [f"line {first[why]}: {why}" + (f" ({times} such rows)" if times > 1 else "") for why, times in often]
+    more = f"; and {len(first) - count} more reasons" if len(first) > count else ""
+    return ("; " + "; ".join(parts) + more) if parts else ""

@@ -1,0 +1,329 @@
+"""Label Studio's exports: JSON (tasks with annotations), and JSON_MIN, CSV and TSV (an annotation a row).
+
+Answers are compared by its tags Pairwise ("left" or "right") and Ranker (one list, or lists in buckets). Predictions
+and drafts are no labels.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+from rlhf_pipeline.formats.files import RowError
+from rlhf_pipeline.formats.given import Given, judged, name
+from rlhf_pipeline.formats.row import Columns, Row, number, renamed
+from rlhf_pipeline.records import Judgement, Prompt
+
+_UNSORTED = "_"  # a Ranker with buckets has what was left where it was under this name
+# Names of buckets that speak for themselves, best first.
+_BUCKETS = (
+    ("best",),
+    ("better", "good", "preferred", "chosen", "accepted", "relevant"),
+    (_UNSORTED, "neutral"),
+    ("worse", "bad", "rejected", "irrelevant"),
+    ("worst",),
+)
+_LEVELS = {known: level for level, names in enumerate(_BUCKETS) for known in names}
+_STEMS = ("answer", "response", "completion", "output", "text")
+_SIDES = (
+    *((f"{stem}{gap}{first}", f"{stem}{gap}{second}")
+      for stem in _STEMS for gap in ("", "_") for first, second in ("12", "ab")),
+    ("left", "right"),
+    ("a", "b"),
+)  # fmt: skip
+_ANSWER = re.compile(rf"(?:{'|'.join(_STEMS)})_?(?:[0-9]+|[a-z])")
+_PROMPTS = ("prompt", "instruction", "question", "query", "input", "context", "messages", "conversation", "dialogue")
+# What the exports with an annotation a row write beside the data and the label; `task` is our own.
+_ABOUT = ("id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "agreement", "history", "task")
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How labels are read: names in the data, the order of buckets, and how long it takes at least to judge."""
+
+    columns: Columns
+    buckets: Sequence[str] | None
+    untouched_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Value:
+    """What one control holds, and where it came from: {"selected": "left"}, or {"ranker": ids}."""
+
+    control: str
+    raw: Mapping[str, Any]
+    origin: str = ""
+
+
+def is_task(row: Row) -> bool:
+    """Whether a row is a task, as Label Studio imports and exports it."""
+    return row.has("annotations") or row.has("completions") or isinstance(row.fields.get("data"), dict)
+
+
+def is_annotation(row: Row) -> bool:
+    """Whether a row is an annotation, with its task's data beside it."""
+    return row.has("annotation_id") or _sides(row) is not None or _items(row) is not None
+
+
+def read_task(row: Row, reading: Reading) -> Iterator[Given]:
+    """Every annotation of a task."""
+    given, data = row.fields.get("annotations", row.fields.get("completions")), row.fields.get("data")
+    task = (name(data.get("task")) if isinstance(data, dict) else None) or name(row.fields.get("id"))
+    if given is None or given == []:
+        yield Given("unlabelled", row, task=task)
+    elif not isinstance(given, list) or not isinstance(data, dict):
+        yield Given("rejected", row, why="a task needs a list of annotations and an object as data", task=task)
+    else:
+        for annotation in given:
+            # What is set aside is the task with this annotation alone: once mended, it can be read again.
+            alone = Row(row.path, row.number, {**row.fields, "annotations": [annotation]}, row.needs)
+            yield _annotation(alone, annotation, data, task, reading)
+
+
+def _annotation(row: Row, annotation: Any, data: dict[str, Any], task: str | None, reading: Reading) -> Given:
+    if not isinstance(annotation, dict):
+        return Given("rejected", row, why="an annotation is not an object", task=task)
+    by = annotation.get("completed_by")
+    who = (name(by.get("email")) or name(by.get("id"))) if isinstance(by, dict) else name(by)
+    key, when = _identity(row, task, who), _date(annotation)
+    if any(annotation.get(word) for word in ("was_cancelled", "was_skipped", "skipped")):
+        return Given("skipped", row, task=task, annotator=who, key=key, when=when)
+    try:
+        names = {ours: theirs for ours, theirs in reading.columns.items() if ours != "label"}
+        fields = renamed(Row(row.path, row.number, data, row.needs), names)
+        value = _chosen(fields, _values(fields, annotation.get("result")), reading)
+        judgement = _judgement(fields, value, task, who, reading)
+        _check_touched(fields, value, {**annotation, "predictions": row.fields.get("predictions")}, reading)
+    except RowError as fault:
+        return Given("rejected", row, why=fault.why, task=task, annotator=who, key=key, when=when)
+    return Given("judged", row, judgement, task=task, annotator=who, key=key, when=when)
+
+
+def read_annotation(row: Row, reading: Reading) -> Given:
+    """The annotation that a row of JSON_MIN, CSV or TSV holds; `row` has our names of columns."""
+    fields = row.fields
+    task, who = name(fields.get("task")) or name(fields.get("id")), name(fields.get("annotator"))
+    key, when = _identity(row, task, who), _date(fields)
+    try:
+        values = _column_values(row)
+        if not values and not name(fields.get("annotation_id")):
+            return Given("unlabelled", row, task=task)
+        value = _chosen(row, values, reading)
+        aside = f"_data_{value.control}"  # the data's column of the control's name
+        own = {key: cell for key, cell in fields.items() if key not in (value.control, aside)}
+        if aside in fields:
+            own[value.control] = fields[aside]
+        data = Row(row.path, row.number, own, row.needs)
+        judgement = _judgement(data, value, task, who, reading)
+        _check_touched(data, value, {"lead_time": fields.get("lead_time")}, reading)
+    except RowError as fault:
+        return Given("rejected", row, why=fault.why, task=task, annotator=who, key=key, when=when)
+    return Given("judged", row, judgement, task=task, annotator=who, key=key, when=when)
+
+
+def _identity(row: Row, task: str | None, who: str | None) -> tuple[str, str] | None:
+    known = name(row.fields.get("id")) or task  # the data's own `task` may be a kind of work
+    return (known, who) if known and who else None
+
+
+def _date(fields: Mapping[str, Any]) -> str:
+    found = fields.get("updated_at") or fields.get("created_at")
+    return found if isinstance(found, str) else ""
+
+
+def _values(row: Row, result: Any) -> list[_Value]:
+    """What the two tags wrote among an annotation's results."""
+    if not isinstance(result, list):
+        raise row.error("'result' is not a list")
+    found = []
+    for part in result:
+        held = part.get("value") if isinstance(part, dict) else None
+        if _is_value(held):
+            found.append(_Value(str(name(part.get("from_name"))), held, str(name(part.get("origin")))))
+    return found
+
+
+def _is_value(held: Any) -> TypeGuard[dict[str, Any]]:
+    return isinstance(held, dict) and ("selected" in held or "ranker" in held)
+
+
+def _column_values(row: Row) -> list[_Value]:
+    """Columns, by whatever name, that hold what the two tags write: in full, else in short."""
+    cells = {key: _decoded(cell) for key, cell in row.fields.items() if key not in _ABOUT}
+    lists = [(key, cell if isinstance(cell, list) else [cell]) for key, cell in cells.items()]
+    full = [_Value(key, held) for key, cell in lists for held in cell if _is_value(held)]
+    if full:
+        return full
+    taken, items = {*_PROMPTS, *(_sides(row) or ())}, _items(row) or {}
+    free = {key: cell for key, cell in cells.items() if key not in taken}
+    sides = [_Value(key, {"selected": cell}) for key, cell in free.items() if cell in ("left", "right")]
+    return sides or [_Value(key, {"ranker": cell}) for key, cell in free.items() if _are_ids(cell, items)]
+
+
+def _are_ids(cell: Any, items: Mapping[str, Any]) -> bool:
+    lists = list(cell.values()) if isinstance(cell, dict) else [cell]
+    ids = [name(item) for ids in lists if isinstance(ids, list) for item in ids]
+    return bool(ids) and all(item in items for item in ids)
+
+
+def _chosen(row: Row, values: Sequence[_Value], reading: Reading) -> _Value:
+    """The one value that is the label."""
+    label = reading.columns.get("label")
+    wanted = [value for value in values if label in (None, value.control)]
+    if not wanted:
+        raise row.error("nothing selected" if label is None else f"nothing selected by '{label}' (data.columns.label)")
+    if len(wanted) > 1:
+        controls = ", ".join(sorted({value.control for value in wanted}))
+        raise row.error(f"{len(wanted)} labels in one, by {controls}; data.columns.label=NAME says which one counts")
+    return wanted[0]
+
+
+def _judgement(row: Row, value: _Value, task: str | None, who: str | None, reading: Reading) -> Judgement:
+    prompt = _prompt(row)
+    if "selected" in value.raw:
+        side, sides = value.raw["selected"], _sides(row)
+        if side not in ("left", "right"):
+            raise row.error("'selected' is neither left nor right")
+        if sides is None:
+            raise row.error(
+                "no answers such as answer1 and answer2; data.columns={answer1: .., answer2: ..} names them"
+            )
+        answers = [row.text(key) for key in sides]
+        return judged(row, prompt, answers, (1, 2) if side == "left" else (2, 1), task=task, annotator=who)
+    places, items = _places(row, value, reading), _items(row) or {}
+    shown = sorted(places, key=list(items).index) if set(places) <= set(items) else list(places)
+    texts = [_text(row, items, item) for item in shown]
+    return judged(row, prompt, texts, [places[item] for item in shown], task=task, annotator=who)
+
+
+def _places(row: Row, value: _Value, reading: Reading) -> dict[str, int]:
+    """The rank of every item that has one by its id, in the order of the ranking."""
+    order = _order(value, reading)
+    lists = _buckets(row, value.raw["ranker"], reading) if order is None else [[item] for item in order]
+    found: dict[str, int] = {}
+    for place, ids in enumerate(lists, start=1):
+        for item in ids:
+            known = name(item)
+            if known is None:
+                raise row.error("'ranker' holds what is no id")
+            if known in found:
+                raise row.error(f"'{known[:40]}' is ranked twice")
+            found[known] = place
+    return found
+
+
+def _order(value: _Value, reading: Reading) -> list[Any] | None:
+    """The ids of a ranker without buckets: a list, alone or as the only one under whatever name is no bucket's."""
+    ranker = value.raw["ranker"]
+    if isinstance(ranker, dict) and len(ranker) == 1 and reading.buckets is None:
+        ((only, ids),) = ranker.items()
+        # With buckets, those that are empty are written too: what is unsorted does not stand alone.
+        if only in (value.control, _UNSORTED) or only.strip().lower() not in _LEVELS:
+            return ids if isinstance(ids, list) else None
+    return ranker if isinstance(ranker, list) else None
+
+
+def _buckets(row: Row, ranker: Any, reading: Reading) -> list[list[Any]]:
+    """The lists of a ranker with buckets, best first."""
+    if not isinstance(ranker, dict) or not all(isinstance(ids, list) for ids in ranker.values()):
+        raise row.error("'ranker' is neither a list of ids nor lists of ids by name")
+    if not any(ids for key, ids in ranker.items() if key != _UNSORTED):
+        raise row.error("nothing selected: all is left unsorted")
+    if reading.buckets is None:
+        levels = {key: _LEVELS.get(key.strip().lower()) for key in ranker}
+    else:
+        order = list(reading.buckets)
+        # What is left unsorted has no place in an order of one's own, unless that gives it one.
+        ranker = {key: ids for key, ids in ranker.items() if key != _UNSORTED or key in order}
+        levels = {key: order.index(key) if key in order else None for key in ranker}
+    known = {level: key for key, level in levels.items() if level is not None}
+    if len(known) < len(ranker):
+        names = ", ".join(key[:40] for key in ranker)
+        raise row.error(f"no order is known of the buckets {names}; say data.buckets=[..], best first")
+    return [ranker[known[level]] for level in sorted(known)]
+
+
+def _check_touched(row: Row, value: _Value, annotation: Mapping[str, Any], reading: Reading) -> None:
+    """Refuse what was submitted as it stood, in less time than it takes to judge; a time not known is believed."""
+    seconds = number(annotation.get("lead_time"))
+    if seconds is None or seconds >= reading.untouched_seconds:
+        return
+    parent, ranked = annotation.get("parent_prediction"), "selected" not in value.raw
+    if parent is not None or value.origin.startswith("prediction"):
+        before = _predicted(row, value, annotation)
+        if before is None:
+            same = value.origin == "prediction"
+        elif ranked:
+            same = "ranker" in before.raw and _places(row, before, reading) == _places(row, value, reading)
+        else:
+            same = before.raw.get("selected") == value.raw["selected"]
+    else:
+        in_order = ranked and _order(value, reading) is not None
+        same = in_order and list(_places(row, value, reading)) == list(_items(row) or {})
+    if same:
+        what = "the order as shown" if ranked else "the prediction as it stood"
+        raise row.error(f"untouched: {what}, after {seconds:.1f} s")
+
+
+def _predicted(row: Row, value: _Value, annotation: Mapping[str, Any]) -> _Value | None:
+    """What a prediction, where it is known, had put in the control before the person came."""
+    parent, listed = annotation.get("parent_prediction"), annotation.get("predictions")
+    known = [annotation.get("prediction"), *(listed if isinstance(listed, list) else [])]
+    for prediction in known:
+        if isinstance(prediction, dict) and isinstance(prediction.get("result"), list):
+            held = [v for v in _values(row, prediction["result"]) if v.control == value.control]
+            if held and parent in (None, prediction.get("id")):
+                return held[0]
+    return None
+
+
+def _sides(row: Row) -> tuple[str, str] | None:
+    return next((sides for sides in _SIDES if row.has(*sides)), None)
+
+
+def _items(row: Row) -> dict[str, Any] | None:
+    """The objects of a list by their ids, as they are shown; one whose id is not its own is None."""
+    for key in sorted(row.fields, key=lambda key: key != "items"):
+        cell = None if key in _PROMPTS or key in _ABOUT else _decoded(row.fields[key])
+        if isinstance(cell, list) and cell and all(isinstance(item, dict) and "id" in item for item in cell):
+            found: dict[str, Any] = {}
+            for item in cell:
+                known = str(name(item["id"]))
+                found[known] = None if known in found else item
+            return found
+    return None
+
+
+def _text(row: Row, items: Mapping[str, Any], item: str) -> str:
+    held = items.get(item) or {}
+    texts = [text for text in (held.get("body"), held.get("title"), row.fields.get(item)) if isinstance(text, str)]
+    if not texts:
+        known = ", ".join(items) or ", ".join(row.fields)
+        raise row.error(f"'{item[:40]}' is the id of no answer, or of two; there are {known[:200]}")
+    return texts[0]
+
+
+def _prompt(row: Row) -> Prompt:
+    key = next((key for key in _PROMPTS if row.has(key)), None)
+    if key is not None:
+        cell = _decoded(row.fields[key])
+        if isinstance(cell, list) and cell and isinstance(cell[0], dict):
+            return Row(row.path, row.number, {key: cell}, row.needs).turns(key)
+        return row.text(key)
+    answers = {*(_sides(row) or ()), *(_items(row) or {}), *_ABOUT}
+    others = [key for key, cell in row.fields.items() if isinstance(cell, str) and key not in answers]
+    others = [key for key in others if not _ANSWER.fullmatch(key) and not isinstance(_decoded(row.fields[key]), list)]
+    if others:
+        raise row.error(f"no prompt among {', '.join(others)[:200]}; data.columns={{prompt: ..}} names it")
+    return ""
+
+
+def _decoded(cell: Any) -> Any:
+    """A cell of a CSV, in which lists and objects stand as JSON."""
+    if not isinstance(cell, str) or not cell.startswith(("[", "{")):
+        return cell
+    try:
+        return json.loads(cell)
+    except ValueError:
+        return cell
