@@ -1,16 +1,17 @@
 # Every command of the README, one line each. `make help` lists them.
 PYTHON ?= python3
 VENV ?= .venv
+LABEL_STUDIO_VENV ?= .venv-label-studio
 NAME ?= demo
 ARGS ?=
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m rlhf_pipeline
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo pretrain sft reward ppo evaluate pipeline test bench kills check clean
+.PHONY: help setup demo pretrain sft collect reward ppo evaluate pipeline label-studio test test-label-studio bench kills check clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
 	@echo '  Variables: NAME=demo (the run), ARGS="trainer.kl_coef=0.1 ..." (more settings), PYTHON=python3.12, VENV=.venv'
 
 setup: $(VENV)/.ready  ## make the virtual environment with the tested versions
@@ -25,14 +26,31 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup  ## all steps on the built-in reviews, offline, in minutes
 	$(RUN) stage=pipeline experiment=demo name=$(NAME) $(ARGS)
 
-pretrain sft reward ppo evaluate: setup  ## one stage of a run: make ppo NAME=demo
+pretrain sft collect reward ppo evaluate: setup  ## one stage of a run: make ppo NAME=demo
 	$(RUN) stage=$@ name=$(NAME) $(ARGS)
 
 pipeline: setup  ## an experiment's stages in order: make pipeline NAME=imdb ARGS="experiment=imdb_sentiment"
 	$(RUN) stage=pipeline name=$(NAME) $(ARGS)
 
+label-studio: setup $(LABEL_STUDIO_VENV)/.ready  ## compare a run's answers in the browser: make label-studio NAME=demo
+	LABEL_STUDIO=$(abspath $(LABEL_STUDIO_VENV))/bin/label-studio $(RUN) stage=collect name=$(NAME) labels=serve $(ARGS)
+
+# An environment of its own: its 200 packages are no business of ours. Made anew when its version changes.
+$(LABEL_STUDIO_VENV)/.ready: constraints-label-studio.txt
+	@echo 'Installing Label Studio into $(LABEL_STUDIO_VENV): 1 GB, some minutes'
+	$(PYTHON) -m venv --clear $(LABEL_STUDIO_VENV)
+	$(LABEL_STUDIO_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement constraints-label-studio.txt
+	@touch $@
+
 test: setup  ## the tests
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+test-label-studio: setup $(LABEL_STUDIO_VENV)/.ready $(VENV)/.browser  ## Label Studio for real, by hand in Chromium
+	LABEL_STUDIO=$(abspath $(LABEL_STUDIO_VENV))/bin/label-studio $(BIN)/python -m pytest tests/label_studio $(ARGS)
+
+$(VENV)/.browser: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[browser]'
+	@touch $@
 
 bench: setup  ## speed and memory beside TRL's own trainers, on a machine that does nothing else
 	$(BIN)/python tests/benchmarks/ppo_speed.py $(ARGS)
@@ -47,4 +65,4 @@ check: setup  ## style and types
 	$(BIN)/mypy
 
 clean:  ## remove the virtual environment and caches; runs/ is kept
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(LABEL_STUDIO_VENV) .mypy_cache .ruff_cache .pytest_cache

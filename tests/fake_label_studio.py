@@ -1,0 +1,126 @@
+"""A stand-in for Label Studio's REST interface, in memory: inside a test, or as a `label-studio` command."""
+
+import json
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+TOKEN, ACCESS = "0123456789abcdef0123456789abcdef01234567", "access.of.minutes"
+
+
+class FakeStudio(ThreadingHTTPServer):
+    """Answers as Label Studio 1.23 does, as far as we ask. Tests set what goes wrong."""
+
+    daemon_threads = True
+
+    def __init__(self, port: int = 0, token: str = TOKEN) -> None:
+        super().__init__(("127.0.0.1", port), _Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.accepted = {f"Token {token}"}
+        self.projects: list[dict[str, Any]] = []
+        self.tasks: list[dict[str, Any]] = []
+        self.wrong: tuple[int, str] | None = None  # a status and a text in the place of every answer
+        self.asked: list[str] = []  # "METHOD /path"
+        self.imports: list[int] = []  # how many tasks came at once
+
+    def answer(self, method: str, path: str, asked: dict[str, list[str]], body: Any) -> tuple[int, Any]:
+        """The status and the JSON for one request."""
+        parts = path.strip("/").split("/")
+        if path == "/api/projects" and method == "POST":
+            self.projects.append({"id": len(self.projects) + 1, **body})
+            return 201, self.projects[-1]
+        if path == "/api/projects":
+            return 200, self._page("results", self.projects, asked)
+        if path == "/api/tasks":
+            here = [task for task in self.tasks if task["project"] == int(asked["project"][0])]
+            return 200, self._page("tasks", here, asked)
+        if path == "/api/current-user/whoami":
+            return 200, {"id": 1, "email": "annotator@localhost"}
+        if len(parts) < 3 or not 1 <= int(parts[2]) <= len(self.projects):
+            return 404, {"status_code": 404, "detail": "No Project matches the given query."}
+        project = self.projects[int(parts[2]) - 1]
+        if parts[3:] == ["import"]:
+            self.imports.append(len(body))
+            first = len(self.tasks) + 1
+            self.tasks += [{"id": n, "project": project["id"], **task} for n, task in enumerate(body, first)]
+            return 201, {"task_count": len(body)}
+        if parts[3:] == ["export"]:
+            here = [task for task in self.tasks if task["project"] == project["id"]]
+            return 200, [{"annotations": [], **task} for task in here]
+        project.update(body or {})
+        return 200, project
+
+    @staticmethod
+    def _page(name: str, rows: list[dict[str, Any]], asked: dict[str, list[str]]) -> dict[str, Any]:
+        page, size = int(asked["page"][0]), int(asked["page_size"][0])
+        more = "another page" if page * size < len(rows) else None
+        return {name: rows[(page - 1) * size : page * size], "next": more, "total": len(rows)}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: FakeStudio
+
+    def _handle(self) -> None:
+        parts = urlsplit(self.path)
+        self.server.asked.append(f"{self.command} {parts.path}")
+        length = int(self.headers.get("Content-Length") or 0)
+        body = json.loads(self.rfile.read(length)) if length else None
+        if self.server.wrong:
+            status, text = self.server.wrong
+            self._send(status, text)
+        elif parts.path == "/api/version":
+            self._send(200, json.dumps({"release": "1.23.2", "label-studio-os-package": {}}))
+        elif parts.path == "/api/token/refresh":
+            self.server.accepted.add(f"Bearer {ACCESS}")
+            self._send(200, json.dumps({"access": ACCESS}))
+        elif self.headers.get("Authorization") not in self.server.accepted:
+            self._send(401, json.dumps({"status_code": 401, "detail": "Invalid token."}))
+        else:
+            status, value = self.server.answer(self.command, parts.path, parse_qs(parts.query), body)
+            self._send(status, json.dumps(value))
+
+    do_GET = do_POST = do_PATCH = _handle  # noqa: N815
+
+    def _send(self, status: int, text: str) -> None:
+        self.send_response(status)
+        if 300 <= status < 400:
+            self.send_header("Location", text)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing: the tests read what is printed."""
+
+
+@contextmanager
+def fake_studio() -> Iterator[FakeStudio]:
+    """A stand-in that runs on a thread."""
+    server = FakeStudio()
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def main() -> None:
+    """What `label-studio start ... --port N` does; leaves its command line and environment behind."""
+    data = Path(os.environ["LABEL_STUDIO_BASE_DATA_DIR"])
+    data.mkdir(exist_ok=True)
+    (data / "label_studio.sqlite3").touch()
+    (data / "seen.json").write_text(json.dumps({"arguments": sys.argv[1:], "environment": dict(os.environ)}))
+    port = int(sys.argv[sys.argv.index("--port") + 1])
+    FakeStudio(port, os.environ["LABEL_STUDIO_USER_TOKEN"]).serve_forever()
+
+
+if __name__ == "__main__":
+    main()
