@@ -1,5 +1,7 @@
 """The command line: Hydra's entry, one stage or a pipeline of them, and the table of a sweep."""
 
+import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -23,15 +25,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_pipeline import data, policies, rewards, rundir
-from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.errors import UserError, WaitingError
 from rlhf_pipeline.registry import Registry, suggest
-from rlhf_pipeline.settings import STAGES, Settings, check_sections
+from rlhf_pipeline.settings import SAMPLING, STAGES, Settings, check_sections
 
 _PACKAGE = Path(__file__).parent
 # In a wheel the configurations lie inside the package, in a checkout beside it.
 CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 # Sections that take keys their defaults do not list: Settings checks them, so Hydra need not ask for a '+'.
-_OPEN = re.compile(r"^(trainer|policy|reward|data|ptx|evaluate|stages)\.[\w.]+=")
+_OPEN = re.compile(r"^(trainer|policy|reward|data|ptx|evaluate|collect|labeler|stages)\.[\w.]+=")
 NO_STAGES = "stage=pipeline runs an experiment's stages; choose one, as in experiment=demo."
 _failed_jobs: list[int] = []  # exit statuses of a sweep's jobs that failed
 # Stages that several processes can share.
@@ -43,6 +45,8 @@ _CHOICES: dict[str, Registry[Any]] = {
     "data": data.registry,
 }
 _OWN_CHOICE = re.compile(r"^(policy|reward|data)=")
+# labeler= chooses among the rewards: to Hydra, that group in another place.
+_LABELER = "reward@labeler="
 
 
 def main() -> None:
@@ -55,6 +59,8 @@ def main() -> None:
         _hydra_main()
         if _failed_jobs:
             sys.exit(max(_failed_jobs))
+    except WaitingError as waiting:
+        _leave(str(waiting), "")
     except UserError as error:
         _leave(str(error))
     except (HydraException, OmegaConfBaseException) as error:
@@ -71,6 +77,7 @@ def complete(argv: Sequence[str]) -> list[str]:
     learning rates were chosen for the demo's models.
     """
     args = [f"++{arg}" if _OPEN.match(arg) else arg for arg in argv]
+    args = [re.sub(r"^labeler=", _LABELER, arg) for arg in args]
     args = ["~experiment" if arg in ("experiment=null", "experiment=none") else arg for arg in args]
     if any(arg.startswith(("--config-name", "-cn")) for arg in args):
         return args
@@ -87,6 +94,8 @@ def _hydra_main(cfg: DictConfig) -> float | None:
     overrides = list(HydraConfig.get().overrides.task)
     try:
         return _dispatch(cfg, overrides)
+    except WaitingError as waiting:
+        _leave(str(waiting), "")
     except UserError as error:
         _leave(str(error))
 
@@ -100,9 +109,14 @@ def _dispatch(cfg: DictConfig, overrides: list[str]) -> float | None:
     objective = run_stage(resolve(cfg, overrides))
     if cfg.stage in order[:-1]:
         own = ("stage=", "trainer.", "++trainer.", f"stages.{cfg.stage}.", f"++stages.{cfg.stage}.")
-        rest = shlex.join(o.removeprefix("++") for o in overrides if not o.startswith(own))
+        rest = shlex.join(_as_typed(o) for o in overrides if not o.startswith(own))
         print(f"next: python -m rlhf_pipeline stage={order[order.index(cfg.stage) + 1]} {rest}".rstrip())
     return objective
+
+
+def _as_typed(override: str) -> str:
+    """An override of Hydra's as the user would say it."""
+    return override.removeprefix("++").replace(_LABELER, "labeler=")
 
 
 def resolve(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
@@ -113,8 +127,12 @@ def resolve(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
     """
     OmegaConf.set_struct(cfg, False)
     check_sections(str(name) for name in cfg.stages)
-    said = {o.key_or_group: o for o in OverridesParser.create().parse_overrides(list(overrides)) if not o.is_delete()}
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    said = {o.key_or_group: o for o in parsed if not o.is_delete() and o.package is None}
     section = f"stages.{cfg.stage}."
+    if cfg.stage == "collect":
+        ppo = (cfg.stages.get("ppo") or {}).get("trainer") or {}
+        cfg.collect = {**{key: value for key, value in ppo.items() if key in SAMPLING}, **cfg.collect}
     others = _merge_section(cfg, said)
     if cfg.stage == "reward" and cfg.reward.get("name") == "sum":
         said_parts = said.pop("reward.parts", None)  # of a sum, the part that has no model yet is trained
@@ -174,6 +192,11 @@ def run_stage(settings: Settings) -> float | None:
             )
         return _run_together(settings)
     out = rundir.RunDir.of(settings)
+    if settings.labels:  # given to what was collected last, however that was set up
+        out = out.newest_round()
+        alone = out.held() if settings.labels not in ("serve", "push") else contextlib.nullcontext()
+        with alone:
+            return _run_held(settings, out, done=False)
     with out.held():
         return _run_held(settings, out, out.finished(settings))
 
@@ -219,13 +242,47 @@ def _pipeline(cfg: DictConfig, overrides: list[str]) -> float | None:
     if "reward" in order and chosen not in rewards.TRAINABLE:
         print(f"reward={chosen} needs no training, so stage=reward is left out.", flush=True)
         order.remove("reward")
-    every = [resolve(hydra.compose("config", [*rest, f"stage={stage}"]), rest) for stage in order]
+    whole = resolve(cfg, overrides)
+    every = [_of_pipeline(rest, stage, name) for stage, name in plan(order, whole.name, whole.rounds)]
     started, result = time.monotonic(), None
     for number, settings in enumerate(every, 1):
-        print(f"\n[{number}/{len(every)}] {settings.stage}", flush=True)
+        within = settings.name.removeprefix(whole.name).lstrip("/")  # round2, where there are rounds
+        print(f"\n[{number}/{len(every)}] {f'{within}: ' if within else ''}{settings.stage}", flush=True)
         result = run_stage(settings)
-    print(f"\nAll of {every[0].runs}/{every[0].name} is done ({time.monotonic() - started:.0f} s).")
+        if settings.stage == "collect":
+            _wait_for_people(rundir.RunDir.of(settings))
+        if settings.stage == order[-1] and within:
+            from rlhf_pipeline.rounds import report_rounds
+
+            report_rounds(Path(whole.runs), whole.name)
+    print(f"\nAll of {whole.runs}/{whole.name} is done ({time.monotonic() - started:.0f} s).")
     return result
+
+
+def plan(order: Sequence[str], name: str, rounds: int | None) -> list[tuple[str, str]]:
+    """The stages of a pipeline with their runs' names: collect and what follows it once a round, in its folder."""
+    if rounds is None:
+        return [(stage, name) for stage in order]
+    if "collect" not in order:
+        raise UserError(
+            f"rounds={rounds} repeats stage=collect and what follows it, which this experiment lacks "
+            f"({', '.join(order)}); take experiment=human_feedback, or drop rounds=."
+        )
+    first = order.index("collect")
+    again = [(stage, f"{name}/round{number}") for number in range(1, rounds + 1) for stage in order[first:]]
+    return [*((stage, name) for stage in order[:first]), *again]
+
+
+def _of_pipeline(overrides: Sequence[str], stage: str, name: str) -> Settings:
+    settings = resolve(hydra.compose("config", [*overrides, f"stage={stage}"]), overrides)
+    return dataclasses.replace(settings, name=name)
+
+
+def _wait_for_people(collect: rundir.RunDir) -> None:
+    if collect.record.get("status") == "waiting":
+        from rlhf_pipeline.stages.collect import how_far
+
+        raise WaitingError(f"{how_far(collect.record['results'])}; run again when done.")
 
 
 def _sweep_job(cfg: DictConfig, overrides: list[str]) -> float | None:
@@ -247,12 +304,13 @@ def _sweep_job(cfg: DictConfig, overrides: list[str]) -> float | None:
 
 
 def _last_stage(cfg: DictConfig) -> str:
-    """The stage whose result a run is known by."""
+    """The stage whose result a run is known by; of a pipeline in rounds, the last one's."""
     if cfg.stage != "pipeline":
         return str(cfg.stage)
     if not cfg.stages:
         raise UserError(NO_STAGES)
-    return str(list(cfg.stages)[-1])
+    stage, name = plan([str(stage) for stage in cfg.stages], "", cfg.rounds)[-1]
+    return f"{name}/{stage}".lstrip("/")
 
 
 def swept_overrides(argv: Sequence[str], job: Sequence[str]) -> list[str]:
@@ -307,9 +365,9 @@ def _plain(error: Exception) -> str:
     return text
 
 
-def _leave(message: str) -> NoReturn:
+def _leave(message: str, kind: str = "error: ") -> NoReturn:
     who = f"process {_rank()}: " if _rank() else ""
-    print(f"{who}error: {message}", file=sys.stderr)
+    print(f"{who}{kind}{message}", file=sys.stderr)
     sys.exit(2)
 
 

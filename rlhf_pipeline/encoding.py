@@ -4,16 +4,18 @@ import bisect
 import itertools
 import random
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from rlhf_pipeline.data import texts, whole
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.python_code import functions
-from rlhf_pipeline.records import Code, Demonstration, Dialogue, Preference, Ranking, Row
+from rlhf_pipeline.records import Code, Demonstration, Dialogue, Preference, Prompt, Ranking, Row
 from rlhf_pipeline.templates import pieces, render, written
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
+
+P = TypeVar("P", list[int], "Question")
 
 _PART = 1000  # rows tokenized at once
 
@@ -23,6 +25,13 @@ class Lesson(NamedTuple):
 
     ids: list[int]
     learnt: list[int]
+
+
+class Question(NamedTuple):
+    """A prompt as a record, turns or text, and as the token ids that a policy is asked with."""
+
+    prompt: Prompt
+    ids: list[int]
 
 
 def documents(rows: Sequence[Row], tokenizer: "Tokenizer") -> list[list[int]]:
@@ -56,13 +65,22 @@ def prompts(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any],
 
     A row of code gives as many prompts as it has functions; one without a prompt gives none.
     """
-    if rows and isinstance(rows[0], Code):
-        found = [head for head, _ in _functions(rows, tokenizer, choice, seed)]
-    elif rows and isinstance(rows[0], Demonstration | Preference | Ranking | Dialogue):
-        strings = [_asked(row, tokenizer, choice.get("prompt_turns")) for row in rows]
-        found = [ids for ids in encode(tokenizer, [s for s in strings if s]) if ids]
+    return [question.ids for question in questions(rows, tokenizer, choice, seed)]
+
+
+def questions(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any], seed: int) -> list[Question]:
+    """The prompts of `prompts`, each with its record: turns where the row holds turns, else text."""
+    found: list[Question]
+    if rows and isinstance(rows[0], Demonstration | Preference | Ranking | Dialogue):
+        asked = [_asked(row, tokenizer, choice.get("prompt_turns")) for row in rows]
+        asked = [(prompt, string) for prompt, string in asked if string]
+        ids = encode(tokenizer, [string for _, string in asked])
+        found = [Question(prompt, row) for (prompt, _), row in zip(asked, ids, strict=True) if row]
     else:
-        found = [prompt for prompt, _ in _cut(rows, tokenizer, choice, seed)]
+        code = bool(rows) and isinstance(rows[0], Code)
+        heads = [head for head, _ in (_functions if code else _cut)(rows, tokenizer, choice, seed)]
+        decoded = tokenizer.batch_decode(heads, skip_special_tokens=True) if heads else []
+        found = [Question(text, head) for text, head in zip(decoded, heads, strict=True)]
     if rows and not found:
         raise UserError(
             f"data={choice['name']} gives no prompts: none of {len(rows)} rows has one (data.prompt_tokens is how many "
@@ -71,9 +89,9 @@ def prompts(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any],
     return found
 
 
-def fitting(asked: list[list[int]], room: int) -> list[list[int]]:
-    """The prompts of at most `room` tokens; how many are longer is said in a line."""
-    found = [ids for ids in asked if len(ids) <= room]
+def fitting(asked: list[P], room: int) -> list[P]:
+    """The prompts, ids or questions, of at most `room` tokens; how many are longer is said in a line."""
+    found = [prompt for prompt in asked if len(prompt.ids if isinstance(prompt, Question) else prompt) <= room]
     if len(found) < len(asked):
         print(
             f"warning: {len(asked) - len(found)} of {len(asked)} prompts are longer than the {room} tokens that the "
@@ -136,14 +154,16 @@ def _said(row: Row, tokenizer: "Tokenizer") -> str:
     return whole(row)
 
 
-def _asked(row: Row, tokenizer: "Tokenizer", turns: int | None) -> str:
+def _asked(row: Row, tokenizer: "Tokenizer", turns: int | None) -> tuple[Prompt, str]:
+    """A row's prompt, as a record and as a policy is asked it."""
     if not isinstance(row, Dialogue):
         assert isinstance(row, Demonstration | Preference | Ranking)
-        return written(tokenizer, row.prompt)
+        return row.prompt, written(tokenizer, row.prompt)
     # Of two people's talk the first turn, of a chat all that stands before its last reply.
     last = max(i for i, turn in enumerate(row.turns) if row.both or turn.role == "assistant")
     count = min(turns or (1 if row.both else last), last)
-    return render(tokenizer, row.turns[:count], reply_follows=row.turns[count].role == "assistant")
+    reply_follows = row.turns[count].role == "assistant"
+    return row.turns[:count], render(tokenizer, row.turns[:count], reply_follows)
 
 
 def _lessons(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any], seed: int) -> Iterator[Lesson]:

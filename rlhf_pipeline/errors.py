@@ -3,6 +3,7 @@
 Exception
   UserError             the user can mend it: exit status 2, one message
     NotFinishedError    an earlier stage has not made what this one needs
+    WaitingError        it is people's turn
 """
 
 
@@ -12,3 +13,7 @@ class UserError(Exception):
 
 class NotFinishedError(UserError):
     """What an earlier stage should have made is not there."""
+
+
+class WaitingError(UserError):
+    """People have not done their part yet. The message says how far they are."""

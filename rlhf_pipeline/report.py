@@ -226,6 +226,24 @@ def samples(rows: list[dict[str, Any]], evaluation: dict[str, Any]) -> str:
     return table(first, ["Step", "Prompt", "Response", "Reward"], lines) + table(second, ["Prompt", *names], sides)
 
 
+def candidates(rows: list[dict[str, Any]], labels: list[dict[str, Any]]) -> str:
+    """The answers that people compare, side by side as they are shown, each with the ranks it was given."""
+    ranks: dict[tuple[Any, ...], list[Any]] = {}
+    for judged in labels:
+        answers, given = (judged[key] if isinstance(judged.get(key), list) else [] for key in ("responses", "ranks"))
+        for answer, rank in zip(answers, given, strict=False):
+            ranks.setdefault((str(judged.get("task")), str(answer)), []).append(rank)
+    lines = []
+    for row in rows[:PAIRS]:
+        texts = [answer.get("text") for answer in items(row.get("answers"))]
+        own = [ranks.get((str(row.get("task")), str(answer))) for answer in texts]
+        notes = [f'<span class="soft">rank {show(given)}</span>' if given else "" for given in own]
+        lines.append(said(row.get("shown_prompt")) + "".join(said(a, n) for a, n in zip(texts, notes, strict=True)))
+    most = max((len(items(row.get("answers"))) for row in rows[:PAIRS]), default=0)
+    label = f"Answers to compare ({len(lines)} of {len(rows)})"
+    return table(label, ["Prompt", *(f"Answer {n}" for n in range(1, most + 1))], lines)
+
+
 def page(folder: Path) -> str:
     """The whole page of one stage's folder."""
     notes: list[str] = []
@@ -233,9 +251,15 @@ def page(folder: Path) -> str:
     single = [read(folder / name, notes) or [{}] for name in ("run.json", "evaluation.json", "quality.json")]
     run, evaluation, quality = (objects[0] for objects in single)
     parts = {"What ran": ran(run), "Results": results(run, evaluation, quality)}
-    parts |= {"Curves": curves(metrics), "Samples": samples(written, evaluation)}
+    asked, labels = (read(folder / name, notes) for name in ("candidates.jsonl", "labels.jsonl"))
+    parts |= {"Curves": curves(metrics), "Samples": samples(written, evaluation) + candidates(asked, labels)}
     title = text(" · ".join(str(run[key]) for key in ("name", "stage") if run.get(key)) or folder.resolve().name)
-    status = show(run["status"]) if run.get("status") else ""
+    return assemble(title, str(run.get("status") or ""), parts, notes)
+
+
+def assemble(title: str, state: str, parts: dict[str, str], notes: Sequence[str] = ()) -> str:
+    """A page of named parts, each finished; the title is escaped already."""
+    status = show(state)
     tone = {"done": " good", "failed": " bad"}.get(status, "")
     badge = f'<span class="status{tone}">{status}</span>\n' if status else ""
     warnings = "".join(f'<p class="soft bad">{text(note)}</p>\n' for note in notes)
@@ -249,10 +273,15 @@ def page(folder: Path) -> str:
 
 
 def write_report(folder: Path) -> Path:
-    """Write folder/report.html, whole or not at all, from whatever files the stage has left."""
+    """Write folder/report.html from whatever files the stage has left."""
+    return write_page(folder, page(folder))
+
+
+def write_page(folder: Path, content: str) -> Path:
+    """Write folder/report.html, whole or not at all."""
     target, temporary = folder / "report.html", folder / f".report.{os.getpid()}.tmp"
     try:
-        temporary.write_text(page(folder), encoding="utf-8", newline="\n")
+        temporary.write_text(content, encoding="utf-8", newline="\n")
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

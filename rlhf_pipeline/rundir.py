@@ -1,18 +1,14 @@
 """Run directories, the only state between stages: lineage, atomic files, resuming, metric and sample logs."""
 
 import fcntl
-import hashlib
 import json
 import os
-import platform
+import re
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +16,14 @@ import yaml
 
 from rlhf_pipeline.checkpoints import newest_whole
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.lineage import git, hardware, parent, versions
 from rlhf_pipeline.settings import Settings
 
-_PACKAGES = ("rlhf_pipeline", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "tokenizers")
 # Stages of the same run that a stage takes something from, if they are there.
 _TAKEN_FROM: dict[str, tuple[str, ...]] = {
     "pretrain": (),
     "sft": ("pretrain",),
+    "collect": ("sft",),
     "reward": (),
     "ppo": ("sft", "reward"),
     "evaluate": ("pretrain", "sft", "reward", "ppo"),
@@ -36,9 +33,14 @@ _WORK = {
     "pretrain": ("seed", "policy", "data", "trainer"),
     "sft": ("seed", "policy", "data", "trainer"),
     "reward": ("seed", "policy", "reward", "data", "trainer"),
+    "collect": ("seed", "policy", "data", "collect", "labeler"),
     "ppo": ("seed", "policy", "reward", "data", "trainer"),
-    "evaluate": ("seed", "policy", "reward", "data", "evaluate"),
+    "evaluate": ("seed", "policy", "reward", "data", "evaluate", "labeler"),
 }
+# Of these, what changes nothing of what is made.
+_NOT_WORK = ("collect.enough", "collect.annotators", "collect.batch_size")
+CANDIDATES, CANDIDATES_SO_FAR, LABELS = "candidates.jsonl", "candidates.part.jsonl", "labels.jsonl"
+_ROUND = re.compile(r"round([1-9][0-9]*)")
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -54,6 +56,11 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows as JSON lines, whole or not at all."""
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The rows of a log. A last line cut off by a kill is left out."""
     rows: list[dict[str, Any]] = []
@@ -65,16 +72,6 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
                 continue
             rows.append(row)
     return rows
-
-
-def content_hash(folder: Path) -> str:
-    """SHA-256 over the names and bytes of a folder's files."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        digest.update(str(path.relative_to(folder)).encode() + b"\0")
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 class RunDir:
@@ -105,7 +102,7 @@ class RunDir:
         record = self.record
         if not record:
             return False
-        if record["status"] != "done" and not self.last_checkpoint() and not self.model.exists():
+        if record["status"] != "done" and not self.resumable:
             shutil.rmtree(self.path)  # it came to nothing
             return False
         differences = self._differences(settings, record)
@@ -115,9 +112,23 @@ class RunDir:
                     f"{self.path} holds other work ({'; '.join(differences[:4])}). "
                     "Choose another name=, or say overwrite=true."
                 )
+            if (labels := self.path / LABELS).exists() and not self.config().get("labeler"):
+                raise UserError(
+                    f"{labels} was made by people, so overwrite=true does not delete it; move {self.path} away by hand."
+                )
             shutil.rmtree(self.path)
             return False
         return bool(record["status"] == "done")
+
+    @property
+    def resumable(self) -> bool:
+        """Whether there is anything that a run of this stage could go on from."""
+        return self._begun or self.model.exists()
+
+    @property
+    def _begun(self) -> bool:
+        asked = any((self.path / name).exists() for name in (CANDIDATES, CANDIDATES_SO_FAR))
+        return asked or self.last_checkpoint() is not None
 
     def _differences(self, settings: Settings, record: dict[str, Any]) -> list[str]:
         before = _flat(self.config())
@@ -125,13 +136,13 @@ class RunDir:
         changed = [
             f"{key} is {before.get(key)!r} there and {after.get(key)!r} here"
             for key in sorted({*before, *after})
-            if key.split(".")[0] in _WORK[self.stage] and before.get(key) != after.get(key)
+            if key.split(".")[0] in _WORK[self.stage] and before.get(key) != after.get(key) and key not in _NOT_WORK
         ]
         parents = record.get("parents", {})
-        for role, parent in parents.items():
-            if (now := _parent(parent["path"])["sha256"]) and now != parent["sha256"]:
-                changed.append(f"its {role} {parent['path']} has changed since")
-        taken = {str(Path(parent["path"])) for parent in parents.values()}
+        for role, before_it in parents.items():
+            if (now := parent(before_it["path"])["sha256"]) and now != before_it["sha256"]:
+                changed.append(f"its {role} {before_it['path']} has changed since")
+        taken = {str(Path(other["path"])) for other in parents.values()}
         for stage in _TAKEN_FROM[self.stage]:
             other = RunDir(self.runs, self.name, stage)
             by_hand = (settings.reward if stage == "reward" else settings.policy).get("path")
@@ -178,6 +189,31 @@ class RunDir:
                 return other.model
         return None
 
+    # -- rounds of human feedback: runs/<name>/round1, round2, ...
+
+    @property
+    def round(self) -> int | None:
+        """Which round this directory belongs to, by its name; None where it belongs to none."""
+        found = _ROUND.fullmatch(Path(self.name).name)
+        return int(found[1]) if found else None
+
+    def in_round(self, number: int) -> "RunDir":
+        """The same stage in another round."""
+        return RunDir(self.runs, str(Path(self.name).parent / f"round{number}"), self.stage, self.experiment)
+
+    def newest_round(self) -> "RunDir":
+        """The same stage where it ran last: in this very run, else in the newest of its rounds."""
+        inside = RunDir(self.runs, f"{self.name}/round1", self.stage, self.experiment)
+        rounds = [int(found[1]) for path in (self.runs / self.name).glob("*") if (found := _ROUND.fullmatch(path.name))]
+        there = [other for n in sorted(rounds, reverse=True) if (other := inside.in_round(n)).record]
+        return self if self.record or not there else there[0]
+
+    def labels(self) -> list[Path]:
+        """What stage=collect of this run has brought, of every round up to this one; the newest last."""
+        own = RunDir(self.runs, self.name, "collect")
+        rounds = [own.in_round(number) for number in range(1, self.round + 1)] if self.round else [own]
+        return [path for collect in rounds if (path := collect.path / LABELS).exists()]
+
     def config(self) -> dict[str, Any]:
         """`config.yaml`, empty where there is none."""
         path = self.path / "config.yaml"
@@ -201,8 +237,8 @@ class RunDir:
 
     def begin(self, settings: Settings, parents: dict[str, str], fingerprint: dict[str, Any] | None) -> None:
         """Write down what is about to happen and from what; `parents` maps a role to a folder or a hub id."""
-        before = self.record if self.last_checkpoint() else {}
-        found = {role: _parent(where) for role, where in parents.items()}
+        before = self.record if self._begun else {}
+        found = {role: parent(where) for role, where in parents.items()}
         if before and (before["parents"] != found or before["data"] != fingerprint):
             raise UserError(
                 f"{self.path} was begun with other data or from other models, so it cannot go on with these. "
@@ -223,18 +259,22 @@ class RunDir:
             "resumed": [*self.record.get("resumed", []), _now()] if self.record else [],
             "parents": found,
             "data": fingerprint,
-            "versions": _versions(),
-            "hardware": _hardware(),
-            "git": _git(),
+            "versions": versions(),
+            "hardware": hardware(),
+            "git": git(),
         }
         write_json(self.path / "run.json", self._record)
 
-    def finish(self, results: dict[str, Any], objective: float | None = None) -> None:
-        """Mark the stage done, with its results, and draw its report."""
+    def reopen(self) -> None:
+        """Go on with a stage as it was recorded, whatever the settings are now."""
+        self._record = self.record
+
+    def finish(self, results: dict[str, Any], objective: float | None = None, status: str = "done") -> None:
+        """Mark the stage done, or waiting for people, with its results, and draw its report."""
         from rlhf_pipeline.report import write_report
 
         seconds = round(time.monotonic() - self._started + self._record.get("seconds", 0), 1)
-        self._record |= {"status": "done", "finished": _now(), "seconds": seconds}
+        self._record |= {"status": status, "finished": _now(), "seconds": seconds}
         self._record |= {"results": results, "objective": objective}
         write_json(self.path / "run.json", self._record)
         write_report(self.path)
@@ -270,18 +310,19 @@ class RunDir:
             path = self.path / name
             if path.exists():
                 rows = [row for row in read_jsonl(path) if row["step"] <= step]
-                write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+                write_jsonl(path, rows)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Add one row to `metrics.jsonl`. Only `seconds` depends on the clock."""
         seconds = round(time.monotonic() - self._started, 2)
-        self._append("metrics.jsonl", [{"step": step, **values, "seconds": seconds}])
+        self.add("metrics.jsonl", [{"step": step, **values, "seconds": seconds}])
 
     def log_samples(self, step: int, samples: Iterable[dict[str, Any]]) -> None:
         """Add rows (prompt, response, reward) to `samples.jsonl`."""
-        self._append("samples.jsonl", [{"step": step, **sample} for sample in samples])
+        self.add("samples.jsonl", [{"step": step, **sample} for sample in samples])
 
-    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
+    def add(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Add rows to a file of the directory."""
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         descriptor = os.open(self.path / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
@@ -301,7 +342,7 @@ class ReadOnlyRunDir(RunDir):
     def begin(self, settings: Settings, parents: dict[str, str], fingerprint: dict[str, Any] | None) -> None:
         """Nothing."""
 
-    def finish(self, results: dict[str, Any], objective: float | None = None) -> None:
+    def finish(self, results: dict[str, Any], objective: float | None = None, status: str = "done") -> None:
         """Nothing."""
 
     def failed(self, error: BaseException) -> None:
@@ -314,7 +355,7 @@ class ReadOnlyRunDir(RunDir):
         """Take part in what all processes do to save."""
         save(self.path / ".model.new")
 
-    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
+    def add(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Nothing."""
 
 
@@ -331,47 +372,3 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _parent(where: str) -> dict[str, str | None]:
-    folder, source = Path(where), Path(where.rpartition(":")[0] or where)  # my_rewards.py:politeness
-    if source.is_file():
-        return {"path": where, "sha256": hashlib.sha256(source.read_bytes()).hexdigest()}
-    return {"path": where, "sha256": content_hash(folder) if folder.is_dir() else None}
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _hardware() -> dict[str, Any]:
-    import torch
-
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.partition(":")[2].strip() for line in info.read_text().split("\n") if line.startswith("model name")
-        ]
-        cpu = next(iter(names), cpu) or cpu
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu, "os": sys.platform}
-
-
-def _git() -> dict[str, Any] | None:
-    """The state of this checkout, where it is one."""
-    here = Path(__file__).parent.parent
-    if not (here / ".git").exists():
-        return None
-    run = [["git", "-C", str(here), "rev-parse", "HEAD"], ["git", "-C", str(here), "status", "--porcelain"]]
-    try:
-        commit, status = (subprocess.run(c, capture_output=True, text=True, check=True).stdout.strip() for c in run)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return {"commit": commit, "dirty": bool(status)}

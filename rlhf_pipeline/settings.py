@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -14,7 +15,7 @@ from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.registry import describe, fits, suggest
 
 _COUNTS = ("batch_size", "bootstrap", "response_length")
-STAGES = ("pretrain", "sft", "reward", "ppo", "evaluate", "pipeline")
+STAGES = ("pretrain", "sft", "collect", "reward", "ppo", "evaluate", "pipeline")
 
 # Where each stage's trainer config is declared, the subclass first. The files are parsed, not
 # imported: importing any of them loads torch, and a typo should be refused in a second.
@@ -64,6 +65,30 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Collection:
+    """What `stage=collect` asks a policy, and how; what is not said here is as the experiment's PPO samples."""
+
+    prompts: int = 250
+    answers: int = 4  # K, to each prompt
+    temperatures: list[float] = field(default_factory=lambda: [1.0])  # answers are drawn at each in turn
+    policies: list[str] = field(default_factory=list)  # stages of this run or paths, in turn; empty: the newest
+    similarity: float = 0.9  # an answer whose words are more like another's than this is drawn again
+    annotators: int = 1  # people who label each prompt, so that their agreement can be seen
+    enough: float = 1.0  # the share of prompts that must be labelled before a pipeline goes on
+    batch_size: int = 128
+    response_length: int = 24
+    min_new_tokens: int = 0
+    stop_token: Literal["eos"] | None = "eos"
+    stop_token_id: int | None = None
+    stop_tokens: list[str] = field(default_factory=list)
+    suppress_tokens: list[str] = field(default_factory=list)
+
+
+# What of PPO's settings says how a policy samples, but for the temperature.
+SAMPLING = ("response_length", "min_new_tokens", "stop_token", "stop_token_id", "stop_tokens", "suppress_tokens")
+
+
+@dataclass(frozen=True)
 class Settings:
     """One stage of one run, resolved."""
 
@@ -79,6 +104,10 @@ class Settings:
     trainer: dict[str, Any] = field(default_factory=dict)
     ptx: dict[str, Any] = field(default_factory=dict)
     evaluate: Evaluation = field(default_factory=Evaluation)
+    collect: Collection = field(default_factory=Collection)
+    labeler: dict[str, Any] | None = None  # a reward that ranks in place of people, and its `noise`
+    labels: str | None = None  # of stage=collect: pull, push, serve (Label Studio), or a file of labels
+    rounds: int | None = None  # of stage=pipeline: how often collect and what follows are gone through
     stages: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -88,10 +117,13 @@ class Settings:
         for key in values:
             if key not in known:
                 raise UserError(f"there is no setting '{key}'. {suggest(key, known)}Known: {', '.join(known)}.")
-        _check_fields("", {k: v for k, v in values.items() if k in ("seed", "runs", "overwrite", "name")}, _TOP)
-        evaluate = {f.name: f.type for f in fields(Evaluation)}
-        _check_fields("evaluate.", values.get("evaluate") or {}, evaluate)
-        settings = cls(**{**values, "evaluate": Evaluation(**(values.get("evaluate") or {}))})
+        _check_fields("", {k: v for k, v in values.items() if k in _TOP}, _TOP)
+        sections: dict[str, Any] = {}
+        for name, section in (("evaluate", Evaluation), ("collect", Collection)):
+            given = values.get(name) or {}
+            _check_fields(f"{name}.", given, {f.name: f.type for f in fields(section)})
+            sections[name] = section(**given)
+        settings = cls(**{**values, **sections})
         settings._check()
         return settings
 
@@ -121,7 +153,8 @@ class Settings:
                 with _said_of(what):
                     data.registry.check(choice)
         check_trainer(self.stage, self.trainer)
-        data.check_kind(self.data["name"], self.stage)
+        if not (self.stage == "reward" and self.reward["name"] == _FROM_LABELS):  # else the labels of this run will do
+            data.check_kind(self.data["name"], self.stage)
         if self.stage == "reward" and self.reward["name"] not in rewards.TRAINABLE:
             fitting = ", ".join(rewards.TRAINABLE)
             raise UserError(f"reward={self.reward['name']} is nothing to train; stage=reward takes one of: {fitting}.")
@@ -131,10 +164,31 @@ class Settings:
         for key, (value, least) in at_least.items():
             if value is not None and value < least:
                 raise UserError(f"{key} is {value}; it takes at least {least}.")
+        self._check_collection()
         if self.evaluate.best_of is not None and self.evaluate.best_of < 2:
             raise UserError(f"evaluate.best_of is {self.evaluate.best_of}; it takes at least 2, or null.")
         if self.evaluate.temperature is not None and self.evaluate.temperature <= 0:
             raise UserError(f"evaluate.temperature is {self.evaluate.temperature}; it takes a number above 0.")
+
+    def _check_collection(self) -> None:
+        for key, least in {"prompts": 2, "answers": 2, "annotators": 1, "batch_size": 1, "response_length": 1}.items():
+            if getattr(self.collect, key) < least:
+                raise UserError(f"collect.{key} is {getattr(self.collect, key)}; it takes at least {least}.")
+        for key in ("similarity", "enough"):
+            if not 0 < getattr(self.collect, key) <= 1:
+                raise UserError(f"collect.{key} is {getattr(self.collect, key)}; it takes a number above 0, at most 1.")
+        if not self.collect.temperatures or min(self.collect.temperatures) <= 0:
+            raise UserError(f"collect.temperatures is {self.collect.temperatures}; it takes one or more above 0.")
+        if self.rounds is not None and self.rounds < 1:
+            raise UserError(f"rounds is {self.rounds}; it takes at least 1, or null.")
+        if self.labels is not None and self.stage != "collect":
+            raise UserError(f"labels={self.labels} goes with stage=collect; stage={self.stage} takes none.")
+        if self.labeler is not None:
+            with _said_of("labeler"):
+                noise = self.labeler.get("noise", 0.0)
+                if not fits(noise, float) or not 0 <= noise < math.inf:
+                    raise UserError(f"noise is {noise!r}; it takes a number from 0.")
+                rewards.check_choice({key: value for key, value in self.labeler.items() if key != "noise"})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `config.yaml` holds them."""
@@ -157,7 +211,11 @@ def _said_of(setting: str) -> Iterator[None]:
         raise UserError(f"{setting}: {error}") from error
 
 
-_TOP: dict[str, Any] = {"seed": int, "runs": str, "overwrite": bool, "name": str}
+_TOP: dict[str, Any] = {
+    "seed": int, "runs": str, "overwrite": bool, "name": str,
+    "labeler": dict[str, Any] | None, "labels": str | None, "rounds": int | None,
+}  # fmt: skip
+_FROM_LABELS = "preference_model"  # the reward that learns from what stage=collect brought
 
 
 def _check_fields(prefix: str, values: dict[str, Any], known: dict[str, Any]) -> None:

@@ -76,3 +76,17 @@ def sweep_table(sweep: Path, stage: str) -> None:
             *(number(results.get(column)) for column in columns), number(record.get("seconds"), 0),
         )  # fmt: skip
     _console().print(table)
+
+
+def rounds_table(rows: list[dict[str, Any]]) -> None:
+    """Rounds of human feedback by row: labels, reward model, policy."""
+    judges = {str(row["judge"]) for row in rows if row.get("judge")}
+    table = Table(title=f"by round; reward: {', '.join(sorted(judges)) or '-'}", title_justify="left")
+    columns = ("round", "labelled", "pairs", "agreement", "RM accuracy", "own reward", "reward", "± s.e.", "KL")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        whole = (str(row["round"]), *(str(row[key]) if row.get(key) else "-" for key in ("labelled", "pairs")))
+        keys = ("agreement", "reward_accuracy", "own_reward", "reward_mean", "reward_stderr", "kl")
+        table.add_row(*whole, *(number(row.get(key)) for key in keys))
+    _console().print(table)

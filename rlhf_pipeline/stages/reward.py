@@ -18,14 +18,15 @@ from transformers import (
 )
 from trl import RewardConfig
 
-from rlhf_pipeline.data import Splits, fingerprint, kind, load_data, texts
+from rlhf_pipeline.data import Splits, check_kind, fingerprint, kind, load_data, texts
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import explained, model_folder, open_pretrained
+from rlhf_pipeline.labels import Labels
 from rlhf_pipeline.policies import load_policy
 from rlhf_pipeline.precision import fuse_gelu
-from rlhf_pipeline.records import Labelled
+from rlhf_pipeline.records import Labelled, Preference, Ranking
 from rlhf_pipeline.reward_model import register, shift_scores, with_head
-from rlhf_pipeline.rundir import RunDir, write_json
+from rlhf_pipeline.rundir import RunDir, write_json, write_jsonl
 from rlhf_pipeline.scorer import Scorer
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.stages.batching import OrderedTrainer
@@ -44,15 +45,22 @@ _DEMONSTRATIONS = 1000  # enough for a mean
 def run(settings: Settings, out: RunDir) -> None:
     """Train on what the data holds, then measure on the held-out split."""
     clock, args, choice = Clock(), trainer_args(RewardConfig, settings, out), settings.reward
-    labelled = kind(settings.data["name"]) is Labelled
-    _check(choice, settings.data["name"], labelled)
-    rows = load_data(settings.data, settings.seed)
+    source = collected(settings, out)
+    labelled = kind(source["name"]) is Labelled
+    _check(choice, source["name"], labelled)
+    rows = load_data(source, settings.seed)
     compared = None if labelled else _compared(rows, choice.get("margin", 0.0))
     model, tokenizer, where = _start(settings, out, texts(rows.train), 2 if labelled else 1)
     if choice.get("lm_coef"):
         check_language_model(model)
     say_taken("start", where)
-    out.begin(settings, {"start": where}, fingerprint(settings.data, rows))
+    paths = source["path"] if isinstance(source.get("path"), list) else []
+    for path in paths:
+        say_taken("labels", path)
+    lineage = {f"labels[{number}]" if number else "labels": path for number, path in enumerate(reversed(paths))}
+    out.begin(settings, {"start": where, **lineage}, fingerprint(source, rows))
+    if rows.labels:
+        _say_labels(rows.labels, out)
     longest = fit_length(args, model)
     fuse_gelu(model)
     trainer = _trainer(model, tokenizer, args, compared or rows, choice)
@@ -77,6 +85,34 @@ def run(settings: Settings, out: RunDir) -> None:
     for row in quality["examples"]:
         print(example_line(row))
     say_done(out, f"held-out accuracy {quality['accuracy']:.2%} of {quality.get('pairs', quality['rows'])}", clock)
+
+
+def collected(settings: Settings, out: RunDir) -> dict[str, Any]:
+    """The data to learn from: preferences chosen by hand, else for a preference model what stage=collect brought.
+
+    In rounds, the labels of all rounds so far.
+    """
+    choice = settings.data
+    by_hand = kind(choice["name"]) == Preference | Ranking and choice.get("path")
+    if settings.reward["name"] != "preference_model" or by_hand:
+        return choice
+    if paths := out.labels():
+        return {"name": "preferences", "path": [str(path) for path in paths]}
+    check_kind(choice["name"], "reward")
+    return choice
+
+
+def _say_labels(labels: Labels, out: RunDir) -> None:
+    """What was judged, how far people agree, and what was set aside: on the screen in a line, whole in two files."""
+    write_json(out.path / "labels.json", labels.summary)
+    write_jsonl(out.path / "rejected.jsonl", labels.rejected)
+    figures = {key: value for key, value in labels.summary.items() if value}
+    print("labels  " + ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items()))
+    for row in labels.rejected[:3]:
+        where = f"{row['file']}" + (f", line {row['line']}" if row["line"] else "")
+        print(f"  set aside: {where}" + (f", task {row['task']}" if row["task"] else "") + f": {row['why']}")
+    if len(labels.rejected) > 3:
+        print(f"  set aside: {len(labels.rejected) - 3} more, see {out.path / 'rejected.jsonl'}", flush=True)
 
 
 def _check(choice: dict[str, Any], data: str, labelled: bool) -> None:

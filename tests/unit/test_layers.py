@@ -10,9 +10,10 @@ PACKAGE = ROOT / "rlhf_pipeline"
 LAYERS = [
     ["errors", "records", "scripts"],
     ["registry", "toy_reviews", "python_code", "hub", "metrics", "sampling", "report", "precision", "processes",
-     "checkpoints", "reward_model"],
+     "checkpoints", "reward_model", "labels", "lineage"],
     ["likelihood", "formats", "templates", "scorer", "own_code"],
-    ["data", "policies", "rewards"], ["encoding"], ["settings"], ["rundir"], ["tables", "ppo"], ["stages"], ["cli"],
+    ["data", "policies", "rewards"], ["encoding"], ["settings"], ["rundir"], ["tables", "ppo", "label_studio"],
+    ["stages", "rounds"], ["cli"],
 ]  # fmt: skip
 
 

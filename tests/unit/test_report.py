@@ -61,6 +61,11 @@ def build(folder: Path, word: str = "plain") -> Path:
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     quality = {"accuracy": 0.9612, word: word, "calibration": [{"predicted": 0.25, "observed": 0.3125, "count": 31}]}
     (folder / "quality.json").write_text(json.dumps(quality))
+    answers = [{"id": "answer1", "text": word}, {"id": "answer2", "text": f"{word} b"}]
+    asked = [{"task": f"t{n}", "shown_prompt": word, "answers": answers} for n in range(30)]
+    (folder / "candidates.jsonl").write_text(lines(*asked))
+    ranked = {"task": "t0", "responses": [word, f"{word} b"], "ranks": [17, 1.25]}
+    (folder / "labels.jsonl").write_text(lines(ranked, ranked))
     return folder
 
 
@@ -73,7 +78,7 @@ def made(folder: Path) -> str:
 def test_numbers_of_the_files_appear(tmp_path: Path) -> None:
     page = Page(made(build(tmp_path)))
     wanted = "12.3 s|ab12cd|f00d|1.12.0|0.9137|250000|kl 0.0421|0.1234|0.5678|0.4444|0.9612|0.3125|31|0.8125"
-    for number in [*wanted.split("|"), "python -m x plain"]:
+    for number in [*wanted.split("|"), "python -m x plain", "rank 17, 17", "rank 1.25, 1.25"]:
         assert number in page.text, number
 
 
@@ -95,6 +100,7 @@ def test_samples_are_the_latest_and_bounded(tmp_path: Path) -> None:
     assert found == list(range(59, 19, -1))
     assert "(40 of 60)" in source
     assert "(20 of 25)" in source
+    assert "(20 of 30)" in source
     assert source.count("(empty)") == 20
 
 
@@ -134,7 +140,18 @@ def test_empty_folder(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["report.html"]
 
 
-@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "samples.jsonl", "evaluation.json", "quality.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "run.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "evaluation.json",
+        "quality.json",
+        "candidates.jsonl",
+        "labels.jsonl",
+    ],
+)
 @pytest.mark.parametrize("cut", [0, 9, 60])
 def test_any_file_may_be_cut_short(tmp_path: Path, name: str, cut: int) -> None:
     path = build(tmp_path) / name
@@ -159,6 +176,9 @@ def test_any_shape_of_value(tmp_path: Path, value: Any) -> None:
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     (tmp_path / "metrics.jsonl").write_text(lines({"step": value, "loss": value}, value))
     (tmp_path / "samples.jsonl").write_text(lines({"step": value, "prompt": value, "response": value}))
+    asked = {"task": value, "shown_prompt": value, "answers": value}
+    (tmp_path / "candidates.jsonl").write_text(lines(asked, {**asked, "answers": [{"text": value}]}, value))
+    (tmp_path / "labels.jsonl").write_text(lines({"task": value, "responses": value, "ranks": value}, value))
     assert "<h1>" in made(tmp_path)
 
 

@@ -8,7 +8,8 @@ import pytest
 from rlhf_pipeline.checkpoints import seal
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import model_folder
-from rlhf_pipeline.rundir import RunDir, content_hash, read_jsonl
+from rlhf_pipeline.lineage import content_hash
+from rlhf_pipeline.rundir import RunDir, read_jsonl
 from rlhf_pipeline.settings import Settings
 
 

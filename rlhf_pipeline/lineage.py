@@ -1,0 +1,69 @@
+"""Where a run came from: content hashes of its parents, versions, hardware, the state of the checkout."""
+
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("rlhf_pipeline", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "tokenizers")
+
+
+def content_hash(folder: Path) -> str:
+    """SHA-256 over the names and bytes of a folder's files."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0")
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def parent(where: str) -> dict[str, str | None]:
+    """A parent by where it is: a folder, a file, a function in a file; of a hub's id there is no hash."""
+    folder, source = Path(where), Path(where.rpartition(":")[0] or where)  # my_rewards.py:politeness
+    if source.is_file():
+        return {"path": where, "sha256": hashlib.sha256(source.read_bytes()).hexdigest()}
+    return {"path": where, "sha256": content_hash(folder) if folder.is_dir() else None}
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that matter."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """What this process runs on."""
+    import torch
+
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.partition(":")[2].strip() for line in info.read_text().split("\n") if line.startswith("model name")
+        ]
+        cpu = next(iter(names), cpu) or cpu
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu, "os": sys.platform}
+
+
+def git() -> dict[str, Any] | None:
+    """The state of this checkout, where it is one."""
+    here = Path(__file__).parent.parent
+    if not (here / ".git").exists():
+        return None
+    run = [["git", "-C", str(here), "rev-parse", "HEAD"], ["git", "-C", str(here), "status", "--porcelain"]]
+    try:
+        commit, status = (subprocess.run(c, capture_output=True, text=True, check=True).stdout.strip() for c in run)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"commit": commit, "dirty": bool(status)}

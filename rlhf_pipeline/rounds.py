@@ -1,0 +1,67 @@
+"""Rounds of human feedback side by side: what each was labelled with, what its reward model and its policy came to."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+from rlhf_pipeline.report import assemble, by_row, chart, text, write_page
+from rlhf_pipeline.rundir import RunDir, write_json
+from rlhf_pipeline.tables import rounds_table
+
+# Titles of what is drawn by round.
+_CHARTS = {
+    "reward_accuracy": "reward model: held-out accuracy",
+    "reward_mean": "policy: reward on held-out prompts",
+    "kl": "policy: KL to the reference",
+}
+
+
+def by_round(runs: Path, name: str) -> list[dict[str, Any]]:
+    """A row a round; round 0 is the policy before any, on the same held-out prompts. What is not there yet is None."""
+    rows: list[dict[str, Any]] = []
+    for number in itertools.count(1):
+        folders = {
+            stage: RunDir(runs, f"{name}/round{number}", stage) for stage in ("collect", "reward", "ppo", "evaluate")
+        }
+        results = {stage: folder.record.get("results") or {} for stage, folder in folders.items()}
+        if not any(folder.record for folder in folders.values()):
+            return rows
+        path = folders["evaluate"].path / "evaluation.json"
+        evaluation = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        policies = evaluation.get("metrics") or {}
+        if number == 1 and (before := policies.get(evaluation.get("reference"))):
+            rows.append({"round": 0, **_policy(before)})
+        rows.append(
+            {
+                "round": number,
+                "labelled": results["collect"].get("labelled"),
+                "pairs": results["collect"].get("pairs"),
+                "agreement": results["collect"].get("agreement"),
+                "reward_accuracy": results["reward"].get("accuracy"),
+                "own_reward": results["ppo"].get("scores"),
+                **_policy(policies.get("ppo") or {}),
+                "judge": evaluation.get("reward"),
+            }
+        )
+    return rows
+
+
+def _policy(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {key: metrics.get(key) for key in ("reward_mean", "reward_stderr", "kl", "distinct_2")}
+
+
+def report_rounds(runs: Path, name: str) -> None:
+    """Write `runs/<name>/rounds.json` and `report.html`, and print the table."""
+    rows, folder = by_round(runs, name), runs / name
+    write_json(folder / "rounds.json", rows)
+    shown = {str(row["round"]): {key: value for key, value in row.items() if key != "round"} for row in rows}
+    lines = {
+        title: [(float(row["round"]), float(row[key])) for row in rows if row.get(key) is not None]
+        for key, title in _CHARTS.items()
+    }
+    drawn = "".join(chart(title, {"eval": points}) for title, points in lines.items() if points)
+    parts = {"By round": by_row("Rounds", "Round", shown), "Curves": f'<div class="grid">\n{drawn}</div>\n'}
+    write_page(folder, assemble(text(name), "", parts))
+    rounds_table(rows)
+    print(f"{folder / 'report.html'} shows the rounds", flush=True)

@@ -1,0 +1,118 @@
+"""Several different answers to each prompt: what there is for people to compare."""
+
+import hashlib
+import itertools
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from difflib import SequenceMatcher
+from typing import Any
+
+import torch
+
+from rlhf_pipeline.encoding import Question, encode
+from rlhf_pipeline.policies import Policy
+from rlhf_pipeline.sampling import Sampling, check_positions, sample
+from rlhf_pipeline.scripts import words_of
+from rlhf_pipeline.settings import Collection
+from rlhf_pipeline.templates import visible, written
+
+_TRIES = 5  # draws of one answer until it differs from the others
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer, and all that is needed to draw it again."""
+
+    text: str
+    policy: str
+    temperature: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Asker:
+    """Draws the answers to each prompt from policies and temperatures in turn; near-duplicates are drawn again."""
+
+    policies: Mapping[str, Policy]  # by where each came from
+    sampling: Mapping[str, Sampling]  # of each, at temperature 1
+    collect: Collection
+    seed: str  # what tells this collection from others
+
+    def rows(self, questions: Sequence[Question], first: int = 0) -> Iterator[list[dict[str, Any]]]:
+        """Rows of `candidates.jsonl` by batches of prompts, from prompt number `first`.
+
+        A prompt that does not bring two answers that differ gives no row.
+        """
+        for start in range(first, len(questions), self.collect.batch_size):
+            part = questions[start : start + self.collect.batch_size]
+            numbers = range(start, start + len(part))
+            found = self._different(part, numbers)
+            tokenizer = next(iter(self.policies.values())).tokenizer
+            yield [
+                self._row(number, question, answers, visible(tokenizer, question.prompt))
+                for number, question, answers in zip(numbers, part, found, strict=True)
+                if len(answers) > 1
+            ]
+
+    def _row(self, number: int, question: Question, answers: list[Answer], shown: str) -> dict[str, Any]:
+        """Shuffled, so that the place of an answer tells nothing of where it came from."""
+        random.Random(f"order {self.seed} {number}").shuffle(answers)
+        prompt = question.prompt
+        texts = [answer.text for answer in answers]
+        name = hashlib.sha256(repr((self.seed, number, prompt, texts)).encode()).hexdigest()[:10]
+        return {
+            "task": f"t{name}",  # with a letter, or spreadsheets take some for numbers
+            "number": number,
+            "prompt": prompt if isinstance(prompt, str) else [{"role": t.role, "content": t.text} for t in prompt],
+            "shown_prompt": shown,
+            "answers": [{"id": f"answer{n}", **asdict(answer)} for n, answer in enumerate(answers, 1)],
+        }
+
+    def _different(self, questions: Sequence[Question], numbers: Sequence[int]) -> list[list[Answer]]:
+        """Up to K answers a prompt, no two of them more alike than `similarity`."""
+        sources = list(itertools.product(self.collect.temperatures, self.policies))
+        found: list[dict[int, Answer]] = [{} for _ in questions]
+        for attempt in range(_TRIES):
+            for place, (temperature, policy) in enumerate(sources):
+                slots = range(place, self.collect.answers, len(sources))
+                wanted = [(i, slot) for i, got in enumerate(found) for slot in slots if slot not in got]
+                seeds = [_number(f"{self.seed} {numbers[i]} {slot} {attempt}") for i, slot in wanted]
+                texts = self._draw(policy, temperature, [questions[i] for i, _ in wanted], seeds)
+                for (i, slot), text, seed in zip(wanted, texts, seeds, strict=True):
+                    if not any(alike(text, other.text, self.collect.similarity) for other in found[i].values()):
+                        found[i][slot] = Answer(text, policy, temperature, seed)
+        return [[got[slot] for slot in sorted(got)] for got in found]
+
+    def _draw(self, where: str, temperature: float, questions: Sequence[Question], seeds: Sequence[int]) -> list[str]:
+        """One answer to each prompt, each from a seed of its own: the batch it is drawn in does not matter."""
+        policy, length = self.policies[where], self.collect.response_length
+        base = self.sampling[where]
+        sampling = Sampling(temperature, base.stop_ids, base.min_length, base.suppressed_ids)
+        found: list[str] = []
+        for start in range(0, len(questions), self.collect.batch_size):
+            part = slice(start, start + self.collect.batch_size)
+            ids = self._ids(policy, questions[part])
+            check_positions(policy.model, ids, length)
+            draws = [torch.rand(length, generator=torch.Generator().manual_seed(seed)) for seed in seeds[part]]
+            limits = torch.full((len(ids),), length)
+            found += sample(policy.model, ids, limits, sampling, torch.stack(draws, 1)).texts(policy.tokenizer)[1]
+        return found
+
+    def _ids(self, policy: Policy, questions: Sequence[Question]) -> list[list[int]]:
+        if policy is next(iter(self.policies.values())):
+            return [question.ids for question in questions]
+        return encode(policy.tokenizer, [written(policy.tokenizer, question.prompt) for question in questions])
+
+
+def alike(first: str, second: str, similarity: float) -> bool:
+    """Whether two texts say nearly the same, word by word: equal ones do, whatever the bound."""
+    one, other = (words_of(text.lower()) for text in (first, second))
+    if one == other:
+        return True
+    matcher = SequenceMatcher(None, one, other, autojunk=False)
+    return matcher.real_quick_ratio() > similarity and matcher.ratio() > similarity
+
+
+def _number(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")

@@ -1,0 +1,144 @@
+"""Rounds of human feedback on the built-in reviews, labelled by the truth about them: does more feedback pay?
+
+    python tests/benchmarks/human_feedback.py --seeds 3 --rounds 3 --prompts 250 500 1000
+
+Each cell of the table is the policy's true reward on 512 held-out prompts, mean over seeds ± standard error. It takes
+hours on two cores, goes on where it was cut off, and draws the table as an SVG beside it.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+NAME = "human_feedback"
+COLOURS = ("#2563c9", "#b4530a", "#1a7a48")
+
+
+def run(arguments: list[str], log: Path) -> None:
+    """One command of the pipeline, on one core."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with log.open("a") as file:
+        subprocess.run(
+            [sys.executable, "-m", "rlhf_pipeline", *arguments], env=environment, stdout=file, stderr=file, check=True
+        )
+
+
+def one_seed(seed: int, prompts: list[int], rounds: int, extra: list[str]) -> None:
+    """A policy of its own for each seed, fine-tuned once; then rounds for each number of labelled prompts."""
+    common = [f"experiment={NAME}", f"seed={seed}", "labeler=toy_sentiment", *extra]
+    parent = f"{NAME}/seed{seed}"
+    for stage in ("pretrain", "sft"):
+        run([f"stage={stage}", f"name={parent}", *common], Path(f"{NAME}-{seed}.log"))
+    for count in prompts:
+        own = [f"name={parent}/{count}", f"collect.prompts={count}", "~stages.pretrain", "~stages.sft"]
+        run(["stage=pipeline", f"rounds={rounds}", *own, *common], Path(f"{NAME}-{seed}.log"))
+
+
+def cell(values: list[float]) -> str:
+    """Mean ± standard error, and over how many seeds where some are missing."""
+    if not values:
+        return "-"
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return f"{statistics.mean(values):.3f} ± {error:.3f}"
+
+
+def gather(prompts: list[int], rounds: int, seeds: int) -> dict[tuple[int, int], dict[str, list[float]]]:
+    """(prompts, round) -> by what is measured, one value a seed; round 0 is the SFT policy."""
+    found: dict[tuple[int, int], dict[str, list[float]]] = {}
+    for count in prompts:
+        for number in range(rounds + 1):
+            values = found.setdefault((count, number), {"reward": [], "kl": [], "accuracy": []})
+            for seed in range(seeds):
+                folder = Path("runs") / NAME / f"seed{seed}" / str(count) / f"round{max(number, 1)}"
+                path = folder / "evaluate" / "evaluation.json"
+                if not path.exists():
+                    continue
+                metrics = json.loads(path.read_text())["metrics"]["ppo" if number else "sft"]
+                values["reward"].append(metrics["reward_mean"])
+                values["kl"].append(metrics["kl"])
+                if number:
+                    values["accuracy"].append(json.loads((folder / "reward" / "quality.json").read_text())["accuracy"])
+    return found
+
+
+def table(found: dict[tuple[int, int], dict[str, list[float]]], prompts: list[int], rounds: int, key: str) -> str:
+    """Markdown: a row a number of labelled prompts, a column a round."""
+    lines = [
+        "| labelled prompts a round | " + " | ".join(f"round {n}" if n else "SFT" for n in range(rounds + 1)) + " |"
+    ]
+    lines.append("|---" * (rounds + 2) + "|")
+    lines += [f"| {c} | " + " | ".join(cell(found[c, n][key]) for n in range(rounds + 1)) + " |" for c in prompts]
+    return "\n".join(lines)
+
+
+def plot(found: dict[tuple[int, int], dict[str, list[float]]], prompts: list[int], rounds: int) -> str:
+    """The table of rewards as an SVG: a line a number of labelled prompts, bars of one standard error."""
+    means = {place: statistics.mean(values["reward"]) for place, values in found.items() if values["reward"]}
+    low, high = math.floor(min(means.values()) * 20) / 20, math.ceil(max(means.values()) * 20) / 20 + 0.02
+    left, top, wide, tall = 60, 20, 420, 220
+
+    def x(number: int) -> float:
+        return left + wide * number / rounds
+
+    def y(value: float) -> float:
+        return top + tall * (1 - (value - low) / (high - low))
+
+    parts = [
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 290" width="640" font-family="sans-serif" '
+        'font-size="12">',
+        '<rect width="640" height="290" fill="#fff"/>',
+    ]
+    for n in range(6):
+        value = low + (high - low) * n / 5
+        parts.append(f'<path d="M{left} {y(value):.1f}h{wide}" stroke="#e3e5e8"/>')
+        parts.append(f'<text x="{left - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.2f}</text>')
+    for n in range(rounds + 1):
+        label = f"round {n}" if n else "SFT"
+        parts.append(f'<text x="{x(n):.1f}" y="{top + tall + 20}" text-anchor="middle">{label}</text>')
+    for place, (count, colour) in enumerate(zip(prompts, COLOURS, strict=False)):
+        points = [(n, means[count, n]) for n in range(rounds + 1) if (count, n) in means]
+        line = " ".join(f"{x(n):.1f},{y(v):.1f}" for n, v in points)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        for n, value in points:
+            values = found[count, n]["reward"]
+            error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0
+            parts.append(f'<path d="M{x(n):.1f} {y(value - error):.1f}V{y(value + error):.1f}" stroke="{colour}"/>')
+            parts.append(f'<circle cx="{x(n):.1f}" cy="{y(value):.1f}" r="3" fill="{colour}"/>')
+        parts.append(
+            f'<text x="{left + wide + 12}" y="{top + 16 + 18 * place}" fill="{colour}">{count} prompts a round</text>'
+        )
+    title = "true reward, mean over seeds, ± s.e."
+    parts.append(f'<text x="{left}" y="{top + tall + 44}">{title}</text></svg>\n')
+    return "\n".join(parts)
+
+
+def main() -> None:
+    """Run what is missing, then show the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompts", type=int, nargs="+", default=[250, 500, 1000])
+    parser.add_argument("--jobs", type=int, default=2, help="seeds at a time")
+    parser.add_argument("--plot", type=Path, default=Path("human_feedback.svg"))
+    parser.add_argument("--show", action="store_true", help="run nothing, show what there is")
+    parser.add_argument("extra", nargs="*", help="more settings of the pipeline, after --")
+    given = parser.parse_args()
+    if not given.show:
+        with ThreadPoolExecutor(given.jobs) as pool:
+            list(pool.map(lambda seed: one_seed(seed, given.prompts, given.rounds, given.extra), range(given.seeds)))
+    found = gather(given.prompts, given.rounds, given.seeds)
+    for key in ("reward", "accuracy", "kl"):
+        print(f"\n{key}\n{table(found, given.prompts, given.rounds, key)}")
+    given.plot.write_text(plot(found, given.prompts, given.rounds), encoding="utf-8")
+    print(f"\nplot -> {given.plot}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,291 @@
+"""Rounds of human feedback in miniature: collect, label, reward, PPO, and again; with a labeler and with people."""
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import CommandLine
+
+from rlhf_pipeline.lineage import content_hash
+from rlhf_pipeline.rundir import read_jsonl
+
+SMALL = (
+    "experiment=human_feedback",
+    "data.limit=300",
+    "policy.vocabulary=400",
+    "collect.prompts=12",
+    "collect.batch_size=5",
+    "evaluate.prompts=16",
+    "++stages.pretrain.trainer.num_train_epochs=1",
+    "++stages.sft.data.limit=200",
+    "++stages.reward.trainer.num_train_epochs=1",
+    "++stages.ppo.trainer.total_episodes=32",
+    "++stages.ppo.trainer.per_device_train_batch_size=8",
+    "++stages.ppo.trainer.gradient_accumulation_steps=1",
+    "++stages.ppo.trainer.response_length=8",
+)
+LABELER = ("labeler=length", "labeler.target=5", "labeler.noise=0.5")
+
+
+@pytest.fixture(scope="module")
+def two_rounds(tmp_path_factory: pytest.TempPathFactory, command_line: CommandLine) -> Path:
+    """The folder of a finished run of two rounds with a labeler. Tests read it, or copy it."""
+    folder, before = tmp_path_factory.mktemp("two_rounds"), Path.cwd()
+    os.chdir(folder)
+    try:
+        assert command_line("stage=pipeline", *SMALL, "rounds=2", *LABELER) == 0
+    finally:
+        os.chdir(before)
+    return folder / "runs" / "human_feedback"
+
+
+@pytest.fixture
+def with_people(two_rounds: Path, workplace: Path) -> Path:
+    """A run with an SFT policy and nothing after it, in the current folder."""
+    run = workplace / "runs" / "human_feedback"
+    for stage in ("pretrain", "sft"):
+        shutil.copytree(two_rounds / stage, run / stage)
+    return run
+
+
+def record(folder: Path) -> dict:
+    return json.loads((folder / "run.json").read_text())
+
+
+def test_each_round_is_a_folder_made_from_the_one_before(two_rounds: Path) -> None:
+    first, second = two_rounds / "round1", two_rounds / "round2"
+    parents = {f"{r.name}/{s}": record(r / s)["parents"] for r in (first, second) for s in ("collect", "reward", "ppo")}
+    sft, ppo = "runs/human_feedback/sft/model", "runs/human_feedback/round1/ppo/model"
+    assert parents["round1/collect"]["policy"]["path"] == sft
+    assert parents["round2/collect"]["policy"] == {"path": ppo, "sha256": content_hash(first / "ppo" / "model")}
+    assert parents["round1/ppo"]["policy"]["path"] == parents["round2/ppo"]["policy"]["path"] == sft
+    assert parents["round2/ppo"]["reward"]["path"] == "runs/human_feedback/round2/reward/model"
+    assert parents["round1/reward"]["labels"]["path"] == "runs/human_feedback/round1/collect/labels.jsonl"
+    labels = {key: value["path"] for key, value in parents["round2/reward"].items() if key.startswith("labels")}
+    assert labels == {
+        "labels": "runs/human_feedback/round2/collect/labels.jsonl",
+        "labels[1]": "runs/human_feedback/round1/collect/labels.jsonl",
+    }
+    counts = [json.loads((r / "reward" / "labels.json").read_text())["judgements"] for r in (first, second)]
+    assert counts == [12, 24]
+
+
+def test_rounds_ask_different_prompts_none_of_them_held_out(two_rounds: Path) -> None:
+    asked = [{row["prompt"] for row in read_jsonl(two_rounds / f"round{n}/collect/candidates.jsonl")} for n in (1, 2)]
+    assert len(asked[0]) == len(asked[1]) == 12
+    assert not asked[0] & asked[1]
+
+
+def test_a_labelers_ranks_follow_its_scores_but_for_its_noise(two_rounds: Path) -> None:
+    rows = read_jsonl(two_rounds / "round1" / "collect" / "labels.jsonl")
+    right = []
+    for row in rows:
+        assert row["annotator"] == "length"
+        assert row["scores"] == [-abs(len(response.split()) - 5) / 5 for response in row["responses"]]
+        both = list(zip(row["ranks"], row["scores"], strict=True))
+        right += [a[1] > b[1] for a in both for b in both if a[0] < b[0] and a[1] != b[1]]
+    assert 0.55 < sum(right) / len(right) < 1
+
+
+def test_what_labels_also_judges_the_policies(two_rounds: Path) -> None:
+    evaluation = json.loads((two_rounds / "round2" / "evaluate" / "evaluation.json").read_text())
+    assert evaluation["reward"] == "length"
+    assert list(evaluation["metrics"]) == ["base", "sft", "ppo"]
+
+
+def test_the_report_shows_reward_model_and_policy_by_round(two_rounds: Path) -> None:
+    rows = json.loads((two_rounds / "rounds.json").read_text())
+    assert [row["round"] for row in rows] == [0, 1, 2]
+    for row in rows[1:]:
+        folder = two_rounds / f"round{row['round']}"
+        evaluation = json.loads((folder / "evaluate" / "evaluation.json").read_text())
+        assert row["reward_mean"] == evaluation["metrics"]["ppo"]["reward_mean"]
+        assert row["reward_accuracy"] == record(folder / "reward")["results"]["accuracy"]
+        assert row["labelled"] == 12
+    assert rows[0]["reward_mean"] == evaluation["metrics"]["sft"]["reward_mean"]
+    page = (two_rounds / "report.html").read_text()
+    assert f"{rows[2]['reward_mean']:.4g}" in page
+    assert "<svg" in page
+
+
+def test_more_rounds_go_on_from_those_that_are_done(
+    two_rounds: Path, workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(two_rounds, workplace / "runs" / "human_feedback")
+    before = {n: content_hash(workplace / "runs/human_feedback" / f"round{n}") for n in (1, 2)}
+    assert command_line("stage=pipeline", *SMALL, "rounds=3", *LABELER) == 0
+    assert {n: content_hash(workplace / "runs/human_feedback" / f"round{n}") for n in (1, 2)} == before
+    assert len(json.loads((workplace / "runs/human_feedback/rounds.json").read_text())) == 4
+    assert "round3: ppo" in capsys.readouterr().out
+
+
+def fill_in(sheet: Path, ranks: list[str], rows: int | None = None) -> None:
+    """Give the first rows of a sheet the same ranks, as a person in a spreadsheet."""
+    with sheet.open(encoding="utf-8-sig", newline="") as file:
+        table = list(csv.reader(file))
+    first = table[0].index("rank1")
+    for row in table[1 : None if rows is None else rows + 1]:
+        row[first : first + len(ranks)] = ranks
+    with sheet.open("w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file).writerows(table)
+
+
+def test_a_pipeline_waits_for_people_and_goes_on_from_there(
+    with_people: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line("stage=pipeline", *SMALL, "collect.enough=0.75") == 2
+    said = capsys.readouterr()
+    assert "0 of 12 labelled; run again when done" in said.err
+    assert "error" not in said.err.lower()
+    assert "make label-studio NAME=human_feedback/round1" in said.out
+    collect = with_people / "round1" / "collect"
+    assert record(collect)["status"] == "waiting"
+    candidates = (collect / "candidates.jsonl").read_bytes()
+
+    fill_in(collect / "sheet.csv", ["2", "1", "3", "3"], rows=5)
+    assert command_line("stage=collect", "name=human_feedback", f"labels={collect / 'sheet.csv'}") == 0
+    assert "5 of 12 labelled" in capsys.readouterr().out
+    assert command_line("stage=pipeline", *SMALL, "collect.enough=0.75") == 2
+    assert "5 of 12 labelled; run again when done" in capsys.readouterr().err
+
+    fill_in(collect / "sheet.csv", ["2", "1", "3", "3"], rows=9)
+    assert command_line("stage=collect", "name=human_feedback", f"labels={collect / 'sheet.csv'}") == 0
+    assert command_line("stage=pipeline", *SMALL, "collect.enough=0.75") == 0
+    assert (collect / "candidates.jsonl").read_bytes() == candidates
+    learnt = json.loads((with_people / "round1" / "reward" / "labels.json").read_text())
+    assert (learnt["judgements"], learnt["pairs"]) == (9, 45)  # of six pairs a prompt, one is a tie
+    assert record(with_people / "round1" / "evaluate")["status"] == "done"
+
+
+def test_a_label_means_the_answer_that_was_sampled(with_people: Path, command_line: CommandLine) -> None:
+    assert command_line("stage=collect", *SMALL) == 0
+    collect = with_people / "collect"
+    fill_in(collect / "sheet.csv", ["4", "1", "2", "3"])
+    assert command_line("stage=collect", "name=human_feedback", f"labels={collect / 'sheet.csv'}") == 0
+    candidates = {row["task"]: row for row in read_jsonl(collect / "candidates.jsonl")}
+    labels = read_jsonl(collect / "labels.jsonl")
+    assert len(labels) == 12
+    for row in labels:
+        answers = candidates[row["task"]]["answers"]
+        assert row["responses"] == [answer["text"] for answer in answers]
+        assert row["ranks"] == [4, 1, 2, 3]
+        assert row["annotator"] == "sheet"
+    tasks = json.loads((collect / "tasks.json").read_text())
+    assert "policy" not in json.dumps(tasks[0])  # who labels does not see who said what
+    assert tasks[0]["data"]["items"][1]["body"] == candidates[tasks[0]["data"]["task"]]["answers"][1]["text"]
+
+
+def test_two_sheets_are_two_annotators_and_one_sheet_twice_is_one(
+    with_people: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line("stage=collect", *SMALL) == 0
+    collect = with_people / "collect"
+    for name, ranks in (("anna", ["1", "2", "3", "4"]), ("bo", ["1", "2", "4", "3"]), ("anna", ["1", "2", "3", "4"])):
+        sheet = with_people.parent.parent / f"{name}.csv"
+        shutil.copy(collect / "sheet.csv", sheet)
+        fill_in(sheet, ranks)
+        capsys.readouterr()
+        assert command_line("stage=collect", "name=human_feedback", f"labels={sheet}") == 0
+    assert len(read_jsonl(collect / "labels.jsonl")) == 24
+    assert "2 annotators agree on 83.3% of pairs" in capsys.readouterr().out  # all but one pair of six
+    assert record(collect)["results"]["contradictions"] == 12
+
+
+def test_labels_of_other_candidates_are_set_aside(
+    with_people: Path, workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line("stage=collect", *SMALL) == 0
+    collect = with_people / "collect"
+    rows = [{"task": row["task"], "prompt": row["prompt"], "responses": [a["text"] for a in row["answers"]],
+             "ranks": [1, 2, 3, 4]} for row in read_jsonl(collect / "candidates.jsonl")]  # fmt: skip
+    rows[3]["task"] = "t0"
+    rows[4]["responses"][1] += " or so"
+    (workplace / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert command_line("stage=collect", "name=human_feedback", "labels=mine.jsonl") == 0
+    assert "10 of 12 labelled" in capsys.readouterr().out
+    whys = {row["task"]: row["why"] for row in read_jsonl(collect / "rejected.jsonl")}
+    assert whys == {
+        "t0": "no candidate of this run has that task",
+        rows[4]["task"]: "its answers are not those of the task",
+    }
+    (workplace / "none.jsonl").write_text(json.dumps({**rows[0], "task": "t1"}) + "\n")
+    assert command_line("stage=collect", "name=human_feedback", "labels=none.jsonl") == 2
+    assert "labels none of the tasks" in capsys.readouterr().err
+    assert len(read_jsonl(collect / "labels.jsonl")) == 10
+
+
+def test_peoples_labels_are_never_overwritten(
+    with_people: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line("stage=collect", *SMALL) == 0
+    collect = with_people / "collect"
+    fill_in(collect / "sheet.csv", ["1", "2", "3", "4"])
+    assert command_line("stage=collect", "name=human_feedback", f"labels={collect / 'sheet.csv'}") == 0
+    labels = (collect / "labels.jsonl").read_bytes()
+    assert command_line("stage=collect", *SMALL, "collect.answers=3", "overwrite=true") == 2
+    assert "made by people" in capsys.readouterr().err
+    assert (collect / "labels.jsonl").read_bytes() == labels
+
+
+def test_a_collection_that_was_cut_off_goes_on_to_the_same_candidates(
+    with_people: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rlhf_pipeline.stages import candidates
+
+    assert command_line("stage=collect", *SMALL) == 0
+    collect = with_people / "collect"
+    whole = (collect / "candidates.jsonl").read_bytes()
+    shutil.rmtree(collect)
+    draw, calls = candidates.Asker._draw, []
+
+    def die_later(*args: object) -> list[str]:
+        calls.append(0)
+        if len(calls) > 12:
+            raise KeyboardInterrupt
+        return draw(*args)
+
+    monkeypatch.setattr(candidates.Asker, "_draw", die_later)
+    assert command_line("stage=collect", *SMALL) == 130
+    assert 0 < len(read_jsonl(collect / "candidates.part.jsonl")) < 12
+    monkeypatch.undo()
+    os.chdir(with_people.parent.parent)
+    assert command_line("stage=collect", *SMALL) == 0
+    assert (collect / "candidates.jsonl").read_bytes() == whole
+    assert not (collect / "candidates.part.jsonl").exists()
+
+
+def test_candidates_come_from_several_policies_and_temperatures(with_people: Path, command_line: CommandLine) -> None:
+    assert command_line("stage=collect", *SMALL, "collect.policies=[pretrain,sft]", "collect.temperatures=[0.7,1]") == 0
+    answers = [a for row in read_jsonl(with_people / "collect" / "candidates.jsonl") for a in row["answers"]]
+    sources = {(Path(answer["policy"]).parent.name, answer["temperature"]) for answer in answers}
+    assert sources == {("pretrain", 0.7), ("sft", 0.7), ("pretrain", 1), ("sft", 1)}
+    config = yaml.safe_load((with_people / "collect" / "config.yaml").read_text())
+    assert config["collect"]["response_length"] == 8  # as this experiment's PPO will
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("stage=pipeline", "experiment=demo", "rounds=2"), "which this experiment lacks"),
+        (("stage=collect", "labels=pull"), "run stage=collect without labels= first"),
+        (("stage=sft", "labels=pull"), "labels=pull goes with stage=collect"),
+        (("stage=collect",), "there is no policy to answer yet"),
+        (("stage=collect", "collect.policies=[ppo]"), "names ppo"),
+        (("stage=collect", "collect.answers=1"), "collect.answers is 1; it takes at least 2"),
+        (("stage=collect", "collect.temperatures=[0]"), "above 0"),
+        (("stage=collect", "labeler=toy_sentiment", "labeler.noise=-1"), "labeler: noise is -1"),
+        (("stage=collect", "labeler=keyword"), "Did you mean 'keywords'"),
+        (("stage=collect", "labeler=toy_sentiment", "labeler.words=[a]"), "labeler: reward=toy_sentiment has no field"),
+        (("stage=reward", "reward=preference_model"), "preference_model does not learn from them"),
+        (("stage=reward", "reward=preference_model", "data=preferences"), "run stage=collect first"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str], arguments: tuple, message: str
+) -> None:
+    assert command_line(*arguments) == 2
+    assert message in capsys.readouterr().err

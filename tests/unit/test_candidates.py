@@ -1,0 +1,102 @@
+"""Candidates: several different answers to each prompt, each of which can be drawn again from its seed."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import tiny_policy, tiny_tokenizer
+
+from rlhf_pipeline.encoding import Question, encode
+from rlhf_pipeline.policies import Policy
+from rlhf_pipeline.sampling import Sampling, sample
+from rlhf_pipeline.settings import Collection
+from rlhf_pipeline.stages.candidates import Asker, alike
+from rlhf_pipeline.stages.collect import choose
+
+COLLECT = Collection(prompts=6, answers=4, response_length=8, batch_size=4, temperatures=[0.7, 1.5])
+PROMPTS = ["the film", "the plot was", "nobody", "the cast was fine", "and", "it was good and"]
+
+
+@pytest.fixture(scope="module")
+def asker() -> Asker:
+    tokenizer = tiny_tokenizer()
+    policies = {name: Policy(tiny_policy(tokenizer, seed), tokenizer) for seed, name in enumerate(("one", "two"))}
+    return Asker(policies, dict.fromkeys(policies, Sampling(stop_ids=(0,), min_length=2)), COLLECT, "seed")
+
+
+def questions(asker: Asker) -> list[Question]:
+    tokenizer = asker.policies["one"].tokenizer
+    return [Question(prompt, ids) for prompt, ids in zip(PROMPTS, encode(tokenizer, PROMPTS), strict=True)]
+
+
+def rows(asker: Asker, first: int = 0) -> list[dict]:
+    return list(itertools.chain.from_iterable(asker.rows(questions(asker), first)))
+
+
+def test_every_prompt_has_answers_that_differ_from_policies_and_temperatures_in_turn(asker: Asker) -> None:
+    found = rows(asker)
+    assert [row["prompt"] for row in found] == PROMPTS
+    for row in found:
+        assert [answer["id"] for answer in row["answers"]] == ["answer1", "answer2", "answer3", "answer4"]
+        sources = {(answer["policy"], answer["temperature"]) for answer in row["answers"]}
+        assert sources == {("one", 0.7), ("two", 0.7), ("one", 1.5), ("two", 1.5)}
+        for first, second in itertools.combinations([answer["text"] for answer in row["answers"]], 2):
+            assert not alike(first, second, COLLECT.similarity)
+    assert len({row["task"] for row in found}) == len(found)
+
+
+def test_the_place_of_an_answer_tells_nothing_of_its_source(asker: Asker) -> None:
+    first = {(row["answers"][0]["policy"], row["answers"][0]["temperature"]) for row in rows(asker)}
+    assert len(first) > 1
+
+
+def test_an_answer_can_be_drawn_again_from_what_is_written_of_it(asker: Asker) -> None:
+    for question, row in zip(questions(asker), rows(asker), strict=True):
+        for answer in row["answers"]:
+            policy = asker.policies[answer["policy"]]
+            sampling = replace(asker.sampling[answer["policy"]], temperature=answer["temperature"])
+            draws = torch.rand(8, generator=torch.Generator().manual_seed(answer["seed"]))
+            batch = sample(policy.model, [question.ids], torch.tensor([8]), sampling, draws[:, None])
+            assert batch.texts(policy.tokenizer)[1] == [answer["text"]]
+
+
+def test_neither_the_batches_nor_a_cut_change_the_candidates(asker: Asker) -> None:
+    whole = rows(asker)
+    assert rows(replace(asker, collect=replace(COLLECT, batch_size=2))) == whole
+    assert rows(asker, first=4) == whole[4:]
+
+
+def test_another_seed_brings_others(asker: Asker) -> None:
+    texts = [
+        {answer["text"] for row in rows(a) for answer in row["answers"]} for a in (asker, replace(asker, seed="x"))
+    ]
+    assert len(texts[0] & texts[1]) < len(texts[0]) / 2
+
+
+def test_a_policy_that_says_one_thing_only_gives_no_row(asker: Asker) -> None:
+    sure = replace(asker, collect=replace(COLLECT, temperatures=[1e-4]), policies={"one": asker.policies["one"]})
+    assert rows(sure) == []
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "similar"),
+    [
+        ("a b c", "A  b c", True),
+        ("a b c d e f g h i j k l", "a b c d e f g h i j k m", True),
+        ("a b c d", "a b c e", False),
+        ("很好吃，服务也很热情，下次再来光顾", "很好吃，服务也很热情，下次再来光临", True),
+        ("很好吃", "不好吃", False),
+        ("", "a", False),
+        ("", " ", True),
+    ],
+)
+def test_answers_that_say_nearly_the_same_are_alike(first: str, second: str, similar: bool) -> None:
+    assert alike(first, second, 0.9) is similar
+    assert alike(second, first, 0.9) is similar
+
+
+def test_rounds_go_through_the_prompts_one_after_the_other() -> None:
+    every = [Question(text, [number]) for number, text in enumerate("aabcde")]
+    first, second, third = ("".join(str(q.prompt) for q in choose(every, 2, number)) for number in (1, 2, 3))
+    assert first + second + third == "abcdea"
