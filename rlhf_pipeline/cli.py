@@ -59,10 +59,8 @@ def main() -> None:
         _hydra_main()
         if _failed_jobs:
             sys.exit(max(_failed_jobs))
-    except WaitingError as waiting:
-        _leave(str(waiting), "")
     except UserError as error:
-        _leave(str(error))
+        _leave(str(error), error.kind)
     except (HydraException, OmegaConfBaseException) as error:
         _leave(_plain(error))
     except KeyboardInterrupt:
@@ -94,10 +92,8 @@ def _hydra_main(cfg: DictConfig) -> float | None:
     overrides = list(HydraConfig.get().overrides.task)
     try:
         return _dispatch(cfg, overrides)
-    except WaitingError as waiting:
-        _leave(str(waiting), "")
     except UserError as error:
-        _leave(str(error))
+        _leave(str(error), error.kind)
 
 
 def _dispatch(cfg: DictConfig, overrides: list[str]) -> float | None:
@@ -106,9 +102,10 @@ def _dispatch(cfg: DictConfig, overrides: list[str]) -> float | None:
     if cfg.stage == "pipeline":
         return _pipeline(cfg, overrides)
     order = list(cfg.stages)
-    objective = run_stage(resolve(cfg, overrides))
-    if cfg.stage in order[:-1]:
-        own = ("stage=", "trainer.", "++trainer.", f"stages.{cfg.stage}.", f"++stages.{cfg.stage}.")
+    settings = resolve(cfg, overrides)
+    objective = run_stage(settings)
+    if cfg.stage in order[:-1] and rundir.RunDir.of(settings).record.get("status") == "done":
+        own = ("stage=", "labels=", "trainer.", "++trainer.", f"stages.{cfg.stage}.", f"++stages.{cfg.stage}.")
         rest = shlex.join(_as_typed(o) for o in overrides if not o.startswith(own))
         print(f"next: python -m rlhf_pipeline stage={order[order.index(cfg.stage) + 1]} {rest}".rstrip())
     return objective

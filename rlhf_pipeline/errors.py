@@ -10,6 +10,8 @@ Exception
 class UserError(Exception):
     """Something the user can mend. The message names the thing, what is allowed and the fix."""
 
+    kind = "error: "  # what the command line says before the message
+
 
 class NotFinishedError(UserError):
     """What an earlier stage should have made is not there."""
@@ -17,3 +19,5 @@ class NotFinishedError(UserError):
 
 class WaitingError(UserError):
     """People have not done their part yet. The message says how far they are."""
+
+    kind = ""
