@@ -15,15 +15,25 @@ _CHARTS = {
     "reward_mean": "policy: reward on held-out prompts",
     "kl": "policy: KL to the reference",
 }
+_STAGES = ("collect", "reward", "ppo", "evaluate")
+_COLUMNS = {
+    "labelled": "labelled",
+    "pairs": "pairs",
+    "agreement": "agreement",
+    "reward_accuracy": "RM accuracy",
+    "own_reward": "RM score",
+    "reward_mean": "reward",
+    "reward_stderr": "± s.e.",
+    "kl": "KL",
+    "distinct_2": "distinct-2",
+}
 
 
 def by_round(runs: Path, name: str) -> list[dict[str, Any]]:
     """A row a round; round 0 is the policy before any, on the same held-out prompts. What is not there yet is None."""
     rows: list[dict[str, Any]] = []
     for number in itertools.count(1):
-        folders = {
-            stage: RunDir(runs, f"{name}/round{number}", stage) for stage in ("collect", "reward", "ppo", "evaluate")
-        }
+        folders = {stage: RunDir(runs, f"{name}/round{number}", stage) for stage in _STAGES}
         results = {stage: folder.record.get("results") or {} for stage, folder in folders.items()}
         if not any(folder.record for folder in folders.values()):
             return rows
@@ -51,17 +61,31 @@ def _policy(metrics: dict[str, Any]) -> dict[str, Any]:
     return {key: metrics.get(key) for key in ("reward_mean", "reward_stderr", "kl", "distinct_2")}
 
 
+def _links(folder: Path) -> str:
+    """To the pages of the rounds' stages."""
+    pages = [f"round{n}/{stage}" for n in itertools.takewhile(lambda n: (folder / f"round{n}").is_dir(), itertools.count(1))
+             for stage in _STAGES if (folder / f"round{n}" / stage / "report.html").exists()]  # fmt: skip
+    return "<nav>" + "".join(f'<a href="{page}/report.html">{page}</a>' for page in pages) + "</nav>\n"
+
+
 def report_rounds(runs: Path, name: str) -> None:
     """Write `runs/<name>/rounds.json` and `report.html`, and print the table."""
     rows, folder = by_round(runs, name), runs / name
     write_json(folder / "rounds.json", rows)
-    shown = {str(row["round"]): {key: value for key, value in row.items() if key != "round"} for row in rows}
+    shown = {str(row["round"]): {title: row.get(key) for key, title in _COLUMNS.items()} for row in rows}
     lines = {
         title: [(float(row["round"]), float(row[key])) for row in rows if row.get(key) is not None]
         for key, title in _CHARTS.items()
     }
     drawn = "".join(chart(title, {"eval": points}) for title, points in lines.items() if points)
-    parts = {"By round": by_row("Rounds", "Round", shown), "Curves": f'<div class="grid">\n{drawn}</div>\n'}
+    judges = ", ".join(sorted({str(row["judge"]) for row in rows if row.get("judge")}))
+    about = (
+        f'<p class="soft">Reward: {text(judges)}, on the same held-out prompts in every round.</p>\n' if judges else ""
+    )
+    parts = {
+        "By round": about + by_row("Rounds", "Round", shown) + _links(folder),
+        "Curves": f'<div class="grid">\n{drawn}</div>\n',
+    }
     write_page(folder, assemble(text(name), "", parts))
     rounds_table(rows)
     print(f"{folder / 'report.html'} shows the rounds", flush=True)
