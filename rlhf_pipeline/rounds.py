@@ -63,8 +63,8 @@ def _policy(metrics: dict[str, Any]) -> dict[str, Any]:
 
 def _links(folder: Path) -> str:
     """To the pages of the rounds' stages."""
-    pages = [f"round{n}/{stage}" for n in itertools.takewhile(lambda n: (folder / f"round{n}").is_dir(), itertools.count(1))
-             for stage in _STAGES if (folder / f"round{n}" / stage / "report.html").exists()]  # fmt: skip
+    rounds = itertools.takewhile(Path.is_dir, (folder / f"round{number}" for number in itertools.count(1)))
+    pages = [f"{path.name}/{stage}" for path in rounds for stage in _STAGES if (path / stage / "report.html").exists()]
     return "<nav>" + "".join(f'<a href="{page}/report.html">{page}</a>' for page in pages) + "</nav>\n"
 
 
@@ -78,10 +78,11 @@ def report_rounds(runs: Path, name: str) -> None:
         for key, title in _CHARTS.items()
     }
     drawn = "".join(chart(title, {"eval": points}) for title, points in lines.items() if points)
-    judges = ", ".join(sorted({str(row["judge"]) for row in rows if row.get("judge")}))
-    about = (
-        f'<p class="soft">Reward: {text(judges)}, on the same held-out prompts in every round.</p>\n' if judges else ""
-    )
+    judges = list(dict.fromkeys(str(row["judge"]) for row in rows if row.get("judge")))
+    shared = "on the same held-out prompts"
+    if len(judges) > 1:  # where people label, nothing else knows what is good
+        shared += "; each round has its own reward model for a judge, so rewards compare within a round only"
+    about = f'<p class="soft">Reward: {text(", ".join(judges))}, {shared}.</p>\n' if judges else ""
     parts = {
         "By round": about + by_row("Rounds", "Round", shown) + _links(folder),
         "Curves": f'<div class="grid">\n{drawn}</div>\n',
