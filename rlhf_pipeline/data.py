@@ -257,13 +257,18 @@ def shared_group(groups: Sequence[Any]) -> Any:
 
 
 def _split(rows: list[R], share: float) -> Splits[R]:
-    """Hold out a share of the rows' groups; by a hash, so that a row falls on one side whatever the seed."""
+    """Hold out a share of the rows' groups; by a hash, so that a row falls on one side whatever the seed.
+
+    Of two groups or more, at least one is held out: a few labels are enough to begin with.
+    """
     if not 0 < share < 1:
         raise UserError(f"data.test_share is {share}; it takes a number between 0 and 1.")
     groups = [_group(row) for row in rows]
     shared = shared_group(groups)
     groups = [whole(row) if group == shared else group for row, group in zip(rows, groups, strict=True)]
-    held_out = [int(hashlib.sha256(group.encode()).hexdigest()[:8], 16) < share * 16**8 for group in groups]
+    places = [int(hashlib.sha256(group.encode()).hexdigest()[:8], 16) / 16**8 for group in groups]
+    least = min(places, default=0.0) if len(set(places)) > 1 else 0.0
+    held_out = [place < share or place <= least for place in places]
     pairs = list(zip(rows, held_out, strict=True))
     return Splits([row for row, out in pairs if not out], [row for row, out in pairs if out])
 

@@ -21,7 +21,7 @@ from rlhf_pipeline.formats.tasks import label_studio_tasks, sheet
 from rlhf_pipeline.label_studio import labeling_config, pull, push, serve
 from rlhf_pipeline.policies import Policy, load_policy
 from rlhf_pipeline.ppo.config import PPOConfig, make_sampling
-from rlhf_pipeline.records import Judgement, Prompt, Turn
+from rlhf_pipeline.records import Judgement, Prompt, Row, Turn
 from rlhf_pipeline.rewards import load_reward, trained_part
 from rlhf_pipeline.rundir import (
     CANDIDATES,
@@ -77,30 +77,8 @@ def _ask(settings: Settings, out: RunDir, judge: dict[str, str]) -> None:
         say_taken("policy", where)
     parents = {f"policy[{n}]" if n else "policy": where for n, where in enumerate(policies)}
     out.begin(settings, {**parents, **judge}, fingerprint(settings.data, rows))
-    first = next(iter(policies.values()))
-    room = min(room_for_prompts(policy.model, settings.collect.response_length) for policy in policies.values())
-    every = fitting(questions(rows.train, first.tokenizer, settings.data, settings.seed), room)
-    asked = choose(every, settings.collect.prompts, out.round or 1)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for policy in policies.values():
-        policy.model.to(device).eval()
-    given = {key: value for key in SAMPLING if (value := getattr(settings.collect, key)) is not None}
-    args = PPOConfig(output_dir=str(out.checkpoints), temperature=1.0, bf16=False, **given)
-    sampling = {
-        where: make_sampling(args, policy.tokenizer, policy.model.get_input_embeddings().num_embeddings)
-        for where, policy in policies.items()
-    }
-    asker = Asker(policies, sampling, settings.collect, f"{settings.seed} {out.round or 1}")
-    whole = settings.collect.batch_size
-    kept = read_jsonl(out.path / CANDIDATES_SO_FAR)
-    begun = max((row["number"] for row in kept), default=0) // whole * whole  # the last batch may have been cut off
-    kept = [row for row in kept if row["number"] < begun]
-    write_jsonl(out.path / CANDIDATES_SO_FAR, kept)
-    with progress(len(asked), "collect", begun) as bar:
-        for part in asker.rows(asked, begun):
-            out.add(CANDIDATES_SO_FAR, part)
-            kept += part
-            bar.update(min(whole, len(asked) - bar.n))
+    asker, asked = _asker(settings, out, policies, rows.train)
+    kept = _drawn(asker, asked, out)
     if not kept:
         raise UserError(
             f"none of {len(asked)} prompts brought two answers that differ; raise collect.temperatures, or "
@@ -110,6 +88,41 @@ def _ask(settings: Settings, out: RunDir, judge: dict[str, str]) -> None:
         print(f"{len(asked) - len(kept)} of {len(asked)} prompts brought no two answers that differ", flush=True)
     _offer(out.path, kept)
     os.replace(out.path / CANDIDATES_SO_FAR, out.path / CANDIDATES)
+
+
+def _asker(
+    settings: Settings, out: RunDir, policies: dict[str, Policy], rows: Sequence[Row]
+) -> tuple[Asker, list[Question]]:
+    """What draws the answers, and the prompts to ask, which are in the words of the first policy."""
+    collect, first = settings.collect, next(iter(policies.values()))
+    room = min(room_for_prompts(policy.model, collect.response_length) for policy in policies.values())
+    every = fitting(questions(rows, first.tokenizer, settings.data, settings.seed), room)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for policy in policies.values():
+        policy.model.to(device).eval()
+    given = {key: getattr(collect, key) for key in SAMPLING}
+    args = PPOConfig(output_dir=str(out.checkpoints), temperature=1.0, bf16=False, **given)
+    sampling = {
+        where: make_sampling(args, policy.tokenizer, policy.model.get_input_embeddings().num_embeddings)
+        for where, policy in policies.items()
+    }
+    number = out.round or 1
+    return Asker(policies, sampling, collect, f"{settings.seed} {number}"), choose(every, collect.prompts, number)
+
+
+def _drawn(asker: Asker, asked: Sequence[Question], out: RunDir) -> list[dict[str, Any]]:
+    """All candidates; what an earlier run has finished of them is not drawn again."""
+    size = asker.collect.batch_size
+    kept = read_jsonl(out.path / CANDIDATES_SO_FAR)
+    begun = max((row["number"] for row in kept), default=0) // size * size  # the last batch may have been cut off
+    kept = [row for row in kept if row["number"] < begun]
+    write_jsonl(out.path / CANDIDATES_SO_FAR, kept)
+    with progress(len(asked), "collect", begun) as bar:
+        for part in asker.rows(asked, begun):
+            out.add(CANDIDATES_SO_FAR, part)
+            kept += part
+            bar.update(min(size, len(asked) - bar.n))
+    return kept
 
 
 def _policies(settings: Settings, out: RunDir, strings: Sequence[str]) -> dict[str, Policy]:

@@ -10,7 +10,9 @@ import pytest
 import yaml
 from conftest import CommandLine
 
+from rlhf_pipeline.data import load_data
 from rlhf_pipeline.lineage import content_hash
+from rlhf_pipeline.records import Turn
 from rlhf_pipeline.rundir import read_jsonl
 
 SMALL = (
@@ -289,3 +291,29 @@ def test_what_cannot_be_is_refused(
 ) -> None:
     assert command_line(*arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_conversations_stay_turns_from_prompt_to_reward_model(workplace: Path, command_line: CommandLine) -> None:
+    rows = [{"instruction": f"Name {n} things that are {w}.", "output": f"{w} sky, {w} sea."}
+            for n in range(2, 12) for w in ("blue", "red", "old", "new")]  # fmt: skip
+    (workplace / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = ("name=talk", "experiment=null", "policy.size=tiny", "policy.vocabulary=300", "policy.positions=96",
+           "data=instructions", "data.path=asked.jsonl", "reward=preference_model")  # fmt: skip
+    assert command_line("stage=sft", *own, "trainer.per_device_train_batch_size=4") == 0
+    collect = ("collect.prompts=8", "collect.response_length=12", "collect.min_new_tokens=2")
+    assert command_line("stage=collect", *own, *collect, "labeler=length", "labeler.target=4") == 0
+    folder = workplace / "runs" / "talk"
+    candidates = read_jsonl(folder / "collect" / "candidates.jsonl")
+    for row in candidates:
+        (turn,) = row["prompt"]
+        assert turn["role"] == "user"
+        assert turn["content"].startswith("Name ")
+        assert turn["content"] in row["shown_prompt"] != turn["content"]  # in the words of the policy's template
+    tasks = json.loads((folder / "collect" / "tasks.json").read_text())
+    assert [task["data"]["prompt"] for task in tasks] == [row["prompt"][0]["content"] for row in candidates]
+    assert (
+        command_line("stage=reward", *own, "trainer.num_train_epochs=1", "trainer.per_device_train_batch_size=4") == 0
+    )
+    assert record(folder / "reward")["parents"]["labels"]["path"] == "runs/talk/collect/labels.jsonl"
+    learnt = load_data({"name": "preferences", "path": str(folder / "collect" / "labels.jsonl")}, 0)
+    assert {row.prompt[0] for row in learnt.train} <= {Turn("user", row["prompt"][0]["content"]) for row in candidates}

@@ -124,3 +124,17 @@ def test_without_any_preference_the_error_says_so(tmp_path: Path) -> None:
     path = preferences_file(tmp_path / "a.jsonl", {"prompt": "p", "chosen": "c", "rejected": "c"})
     with pytest.raises(UserError, match=r"a\.jsonl: 1 judgements, and none prefers one answer to a different one"):
         data.load_data({"name": "preferences", "path": path}, seed=0)
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_a_few_labels_are_split_too_and_one_prompt_is_not(tmp_path: Path, count: int) -> None:
+    rows = [{"prompt": f"p{n}", "chosen": "a", "rejected": "b"} for n in range(count)]
+    path = tmp_path / "labels.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    splits = data.load_data({"name": "preferences", "path": str(path), "test_share": 0.001}, 0)
+    assert (len(splits.train), len(splits.test)) == (count - 1, 1)
+    path.write_text(
+        "".join(json.dumps({**row, "prompt": "p", "chosen": str(n)}) + "\n" for n, row in enumerate(rows[:1]))
+    )
+    with pytest.raises(UserError, match="both are needed"):
+        data.load_data({"name": "preferences", "path": str(path)}, 0)
