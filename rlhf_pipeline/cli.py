@@ -75,10 +75,10 @@ def complete(argv: Sequence[str]) -> list[str]:
     learning rates were chosen for the demo's models.
     """
     args = [f"++{arg}" if _OPEN.match(arg) else arg for arg in argv]
-    args = [re.sub(r"^labeler=", _LABELER, arg) for arg in args]
     args = ["~experiment" if arg in ("experiment=null", "experiment=none") else arg for arg in args]
     if any(arg.startswith(("--config-name", "-cn")) for arg in args):
         return args
+    args = [re.sub(r"^labeler=", _LABELER, arg) for arg in args]
     if any(map(_OWN_CHOICE.match, args)) and not any("experiment" in arg.partition("=")[0] for arg in args):
         first = next((i for i, arg in enumerate(args) if arg.startswith("-")), len(args))
         args.insert(first, "~experiment")  # Hydra wants no setting behind an option
@@ -105,7 +105,15 @@ def _dispatch(cfg: DictConfig, overrides: list[str]) -> float | None:
     settings = resolve(cfg, overrides)
     objective = run_stage(settings)
     if cfg.stage in order[:-1] and rundir.RunDir.of(settings).record.get("status") == "done":
-        own = ("stage=", "labels=", "trainer.", "++trainer.", f"stages.{cfg.stage}.", f"++stages.{cfg.stage}.")
+        own = (
+            "stage=",
+            "labels=",
+            "overwrite=",
+            "trainer.",
+            "++trainer.",
+            f"stages.{cfg.stage}.",
+            f"++stages.{cfg.stage}.",
+        )
         rest = shlex.join(_as_typed(o) for o in overrides if not o.startswith(own))
         print(f"next: python -m rlhf_pipeline stage={order[order.index(cfg.stage) + 1]} {rest}".rstrip())
     return objective
@@ -193,7 +201,10 @@ def run_stage(settings: Settings) -> float | None:
         out = out.newest_round()
         alone = out.held() if settings.labels not in ("serve", "push") else contextlib.nullcontext()
         with alone:
-            return _run_held(settings, out, done=False)
+            from rlhf_pipeline import stages
+
+            stages.run(settings, out)  # what goes wrong here leaves the collection as it was
+            return None
     with out.held():
         return _run_held(settings, out, out.finished(settings))
 
@@ -277,15 +288,20 @@ def _of_pipeline(overrides: Sequence[str], stage: str, name: str) -> Settings:
 
 def _wait_for_people(collect: rundir.RunDir) -> None:
     if collect.record.get("status") == "waiting":
-        from rlhf_pipeline.stages.collect import how_far
+        from rlhf_pipeline.stages.labelling import how_far
 
-        raise WaitingError(f"{how_far(collect.record['results'])}; run again when done.")
+        results = collect.record["results"]
+        if results["skipped"] == results["prompts"]:
+            raise UserError(
+                f"people skipped all {results['prompts']} prompts of {collect.path}: nothing can be learnt."
+            )
+        raise WaitingError(f"{how_far(results)}; run again when done.")
 
 
 def _sweep_job(cfg: DictConfig, overrides: list[str]) -> float | None:
     """Run one job of a sweep in a process of its own: two trainers in one process would share their state."""
     swept = swept_overrides(sys.argv[1:], overrides)
-    label = ",".join(re.sub(r"[^\w.=+-]", "_", o.lstrip("+")) for o in swept)
+    label = ",".join(re.sub(r"[^\w.=+-]", "_", _as_typed(o)) for o in swept)
     job = label if 0 < len(label) <= 120 else f"job{HydraConfig.get().job.num}"
     sweep = cfg.name or cfg.experiment or "default"
     name = f"{sweep}/{job}"
@@ -297,23 +313,24 @@ def _sweep_job(cfg: DictConfig, overrides: list[str]) -> float | None:
     if done.returncode != 0:
         _failed_jobs.append(done.returncode)
         return None
-    return rundir.RunDir(Path(cfg.runs), name, _last_stage(cfg)).objective()
+    return rundir.RunDir(Path(cfg.runs), name, _last_stage(cfg)).newest_round().objective()
 
 
 def _last_stage(cfg: DictConfig) -> str:
-    """The stage whose result a run is known by; of a pipeline in rounds, the last one's."""
+    """The stage whose result a run is known by."""
     if cfg.stage != "pipeline":
         return str(cfg.stage)
     if not cfg.stages:
         raise UserError(NO_STAGES)
-    stage, name = plan([str(stage) for stage in cfg.stages], "", cfg.rounds)[-1]
-    return f"{name}/{stage}".lstrip("/")
+    return str(list(cfg.stages)[-1])
 
 
 def swept_overrides(argv: Sequence[str], job: Sequence[str]) -> list[str]:
     """The overrides of `job` that differ between the jobs of the multirun that `argv` asked for."""
     parsed: list[Override] = OverridesParser.create().parse_overrides([a for a in argv if "=" in a and a[0] != "-"])
-    fixed = {o.key_or_group for o in parsed if not o.is_sweep_override()}
+    fixed = {
+        f"{o.key_or_group}@{o.package}" if o.package else o.key_or_group for o in parsed if not o.is_sweep_override()
+    }
     return [o for o in job if o.lstrip("+").partition("=")[0] not in fixed]
 
 

@@ -108,7 +108,10 @@ def preferences(
     are the names of a Ranker's buckets, best first; what was submitted as shown within `untouched_seconds` is no label.
     """
     if not path:
-        raise UserError("data=preferences has no labels yet; run stage=collect first, or give data.path=.")
+        raise UserError(
+            "data=preferences has no file; give data.path=. (stage=reward with reward=preference_model takes what "
+            "this run's stage=collect brought, once it has.)"
+        )
     read = partial(_judged, columns=columns, buckets=buckets, untouched_seconds=untouched_seconds)
     rows, labels = read([path] if isinstance(path, str) else path)
     if test_path is None:

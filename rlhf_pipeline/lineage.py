@@ -22,11 +22,17 @@ def content_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def parent(where: str) -> dict[str, str | None]:
     """A parent by where it is: a folder, a file, a function in a file; of a hub's id there is no hash."""
     folder, source = Path(where), Path(where.rpartition(":")[0] or where)  # my_rewards.py:politeness
     if source.is_file():
-        return {"path": where, "sha256": hashlib.sha256(source.read_bytes()).hexdigest()}
+        return {"path": where, "sha256": file_hash(source)}
     return {"path": where, "sha256": content_hash(folder) if folder.is_dir() else None}
 
 

@@ -24,6 +24,7 @@ _COLUMNS = {
     "own_reward": "RM score",
     "reward_mean": "reward",
     "reward_stderr": "± s.e.",
+    "gain": "gain over the reference",
     "kl": "KL",
     "distinct_2": "distinct-2",
 }
@@ -39,7 +40,7 @@ def by_round(runs: Path, name: str) -> list[dict[str, Any]]:
             return rows
         path = folders["evaluate"].path / "evaluation.json"
         evaluation = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        policies = evaluation.get("metrics") or {}
+        policies, gains = evaluation.get("metrics") or {}, evaluation.get("paired_gain") or {}
         if number == 1 and (before := policies.get(evaluation.get("reference"))):
             rows.append({"round": 0, **_policy(before)})
         rows.append(
@@ -51,6 +52,7 @@ def by_round(runs: Path, name: str) -> list[dict[str, Any]]:
                 "reward_accuracy": results["reward"].get("accuracy"),
                 "own_reward": results["ppo"].get("scores"),
                 **_policy(policies.get("ppo") or {}),
+                "gain": (gains.get(f"ppo - {evaluation.get('reference')}") or {}).get("mean"),
                 "judge": evaluation.get("reward"),
             }
         )
@@ -72,16 +74,17 @@ def report_rounds(runs: Path, name: str) -> None:
     """Write `runs/<name>/rounds.json` and `report.html`, and print the table."""
     rows, folder = by_round(runs, name), runs / name
     write_json(folder / "rounds.json", rows)
+    judges = list(dict.fromkeys(str(row["judge"]) for row in rows if row.get("judge")))
+    charts, shared = dict(_CHARTS), "on the same held-out prompts"
+    if len(judges) > 1:  # where people label, nothing but each round's own reward model knows what is good
+        charts.pop("reward_mean")
+        shared += "; each round has its own reward model for a judge, so rewards compare within a round only"
     shown = {str(row["round"]): {title: row.get(key) for key, title in _COLUMNS.items()} for row in rows}
     lines = {
         title: [(float(row["round"]), float(row[key])) for row in rows if row.get(key) is not None]
-        for key, title in _CHARTS.items()
+        for key, title in charts.items()
     }
     drawn = "".join(chart(title, {"eval": points}) for title, points in lines.items() if points)
-    judges = list(dict.fromkeys(str(row["judge"]) for row in rows if row.get("judge")))
-    shared = "on the same held-out prompts"
-    if len(judges) > 1:  # where people label, nothing else knows what is good
-        shared += "; each round has its own reward model for a judge, so rewards compare within a round only"
     about = f'<p class="soft">Reward: {text(", ".join(judges))}, {shared}.</p>\n' if judges else ""
     parts = {
         "By round": about + by_row("Rounds", "Round", shown) + _links(folder),

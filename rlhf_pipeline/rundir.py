@@ -16,7 +16,7 @@ import yaml
 
 from rlhf_pipeline.checkpoints import newest_whole
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.lineage import git, hardware, parent, versions
+from rlhf_pipeline.lineage import file_hash, git, hardware, parent, versions
 from rlhf_pipeline.settings import Settings
 
 # Stages of the same run that a stage takes something from, if they are there.
@@ -40,6 +40,7 @@ _WORK = {
 # Of these, what changes nothing of what is made.
 _NOT_WORK = ("collect.enough", "collect.annotators", "collect.batch_size")
 CANDIDATES, CANDIDATES_SO_FAR, LABELS = "candidates.jsonl", "candidates.part.jsonl", "labels.jsonl"
+PROJECT, SHEET = "project.json", "sheet.csv"
 _ROUND = re.compile(r"round([1-9][0-9]*)")
 
 
@@ -112,13 +113,24 @@ class RunDir:
                     f"{self.path} holds other work ({'; '.join(differences[:4])}). "
                     "Choose another name=, or say overwrite=true."
                 )
-            if (labels := self.path / LABELS).exists() and not self.config().get("labeler"):
-                raise UserError(
-                    f"{labels} was made by people, so overwrite=true does not delete it; move {self.path} away by hand."
-                )
+            if why := self._peoples_work():
+                if not differences:
+                    return True
+                raise UserError(f"{why}, so overwrite=true does not delete it; move {self.path} away by hand.")
             shutil.rmtree(self.path)
             return False
         return bool(record["status"] == "done")
+
+    def _peoples_work(self) -> str | None:
+        """What people did here, which no run could do again; None where there is nothing of theirs."""
+        if any(row.get("source") for row in read_jsonl(self.path / LABELS)):
+            return f"{self.path / LABELS} holds labels by people"
+        if (self.path / PROJECT).exists():
+            return f"the tasks of {self.path} are in Label Studio"
+        sheet, offered = self.path / SHEET, self.record.get("sheet_sha256")
+        if offered and sheet.exists() and file_hash(sheet) != offered:
+            return f"{sheet} has been filled in"
+        return None
 
     @property
     def resumable(self) -> bool:
@@ -170,7 +182,7 @@ class RunDir:
         made otherwise (in another size, say) is a `UserError`.
         """
         names = [self.name, *(str(p) for p in Path(self.name).parents if str(p) != ".")]
-        if len(names) > 1 and self.experiment:
+        if len(names) > 1 and self.experiment and not self.round:
             names.append(self.experiment)
         for name in names:
             for stage in stages:
@@ -194,7 +206,8 @@ class RunDir:
     @property
     def round(self) -> int | None:
         """Which round this directory belongs to, by its name; None where it belongs to none."""
-        found = _ROUND.fullmatch(Path(self.name).name)
+        path = Path(self.name)
+        found = _ROUND.fullmatch(path.name) if path.parent.name else None
         return int(found[1]) if found else None
 
     def in_round(self, number: int) -> "RunDir":
@@ -265,9 +278,21 @@ class RunDir:
         }
         write_json(self.path / "run.json", self._record)
 
-    def reopen(self) -> None:
-        """Go on with a stage as it was recorded, whatever the settings are now."""
+    def reopen(self, settings: Settings) -> None:
+        """Go on with a stage as it was recorded; of the settings, only what changes nothing of its work is news."""
         self._record = self.record
+        config = self.config()
+        for section, _, key in (name.partition(".") for name in _NOT_WORK):
+            if config.get(section, {}).get(key) is not None:
+                config[section][key] = getattr(getattr(settings, section), key)
+        if config:
+            write_atomic(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+
+    def offer_sheet(self, content: str) -> None:
+        """Write the sheet that people fill in, and note how it was before they did."""
+        write_atomic(self.path / SHEET, content)
+        self._record["sheet_sha256"] = file_hash(self.path / SHEET)
+        write_json(self.path / "run.json", self._record)
 
     def finish(self, results: dict[str, Any], objective: float | None = None, status: str = "done") -> None:
         """Mark the stage done, or waiting for people, with its results, and draw its report."""

@@ -71,7 +71,8 @@ class Collection:
     prompts: int = 250
     answers: int = 4  # K, to each prompt
     temperatures: list[float] = field(default_factory=lambda: [1.0])  # answers are drawn at each in turn
-    policies: list[str] = field(default_factory=list)  # stages of this run or paths, in turn; empty: the newest
+    # Stages of this run or paths, in turn; empty: its SFT policy, and in later rounds the newest that PPO made.
+    policies: list[str] = field(default_factory=list)
     similarity: float = 0.9  # an answer whose words are more like another's than this is drawn again
     annotators: int = 1  # people who label each prompt, so that their agreement can be seen
     enough: float = 1.0  # the share of prompts that must be labelled before a pipeline goes on
@@ -185,6 +186,8 @@ class Settings:
             raise UserError(f"labels={self.labels} goes with stage=collect; stage={self.stage} takes none.")
         if self.labeler is not None:
             with _said_of("labeler"):
+                if "name" not in self.labeler:
+                    raise UserError("fields are set of it, and which it is is not; say labeler=.")
                 noise = self.labeler.get("noise", 0.0)
                 if not fits(noise, float) or not 0 <= noise < math.inf:
                     raise UserError(f"noise is {noise!r}; it takes a number from 0.")

@@ -58,9 +58,11 @@ def _answers(title: str, rows: list[dict[str, Any]]) -> Table:
 def sweep_table(sweep: Path, stage: str) -> None:
     """One row a job of a multirun, the best objective first; a job that failed says so."""
     jobs = [
-        RunDir(sweep.parent, f"{sweep.name}/{path.name}", stage) for path in sorted(sweep.glob("*")) if path.is_dir()
+        (path.name, RunDir(sweep.parent, f"{sweep.name}/{path.name}", stage).newest_round().record)
+        for path in sorted(sweep.glob("*"))
+        if path.is_dir()
     ]
-    records = [(job, job.record) for job in jobs if job.record or "=" in Path(job.name).name]
+    records = [(job, record) for job, record in jobs if record or "=" in job]
     columns = sorted(
         {key for _, record in records for key, value in record.get("results", {}).items() if isinstance(value, float)}
     )
@@ -72,7 +74,7 @@ def sweep_table(sweep: Path, stage: str) -> None:
     for job, record in records:
         results = record.get("results", {})
         table.add_row(
-            Path(job.name).name, record.get("status", "failed"), number(record.get("objective")),
+            job, record.get("status", "failed"), number(record.get("objective")),
             *(number(results.get(column)) for column in columns), number(record.get("seconds"), 0),
         )  # fmt: skip
     _console().print(table)
@@ -80,13 +82,14 @@ def sweep_table(sweep: Path, stage: str) -> None:
 
 def rounds_table(rows: list[dict[str, Any]]) -> None:
     """Rounds of human feedback by row: labels, reward model, policy."""
-    judges = {str(row["judge"]) for row in rows if row.get("judge")}
-    table = Table(title=f"by round; reward: {', '.join(sorted(judges)) or '-'}", title_justify="left")
-    columns = ("round", "labelled", "pairs", "agreement", "RM accuracy", "own reward", "reward", "± s.e.", "KL")
+    judges = list(dict.fromkeys(str(row["judge"]) for row in rows if row.get("judge")))
+    of = judges[0] if len(judges) == 1 else "each round's own reward model, so compare within a round"
+    table = Table(title=f"by round; reward: {of}", title_justify="left")
+    columns = ("round", "labelled", "pairs", "agreement", "RM accuracy", "RM score", "reward", "± s.e.", "gain", "KL")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         whole = (str(row["round"]), *(str(row[key]) if row.get(key) else "-" for key in ("labelled", "pairs")))
-        keys = ("agreement", "reward_accuracy", "own_reward", "reward_mean", "reward_stderr", "kl")
+        keys = ("agreement", "reward_accuracy", "own_reward", "reward_mean", "reward_stderr", "gain", "kl")
         table.add_row(*whole, *(number(row.get(key)) for key in keys))
     _console().print(table)

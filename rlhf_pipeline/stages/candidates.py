@@ -75,8 +75,13 @@ class Asker:
         found: list[dict[int, Answer]] = [{} for _ in questions]
         for attempt in range(_TRIES):
             for place, (temperature, policy) in enumerate(sources):
-                slots = range(place, self.collect.answers, len(sources))
-                wanted = [(i, slot) for i, got in enumerate(found) for slot in slots if slot not in got]
+                # Another source is first for the next prompt, so that each has its turn where there are more than K.
+                wanted = [
+                    (i, slot)
+                    for i, got in enumerate(found)
+                    for slot in range((place - numbers[i]) % len(sources), self.collect.answers, len(sources))
+                    if slot not in got
+                ]
                 seeds = [_number(f"{self.seed} {numbers[i]} {slot} {attempt}") for i, slot in wanted]
                 texts = self._draw(policy, temperature, [questions[i] for i, _ in wanted], seeds)
                 for (i, slot), text, seed in zip(wanted, texts, seeds, strict=True):
@@ -92,17 +97,19 @@ class Asker:
         found: list[str] = []
         for start in range(0, len(questions), self.collect.batch_size):
             part = slice(start, start + self.collect.batch_size)
-            ids = self._ids(policy, questions[part])
+            ids = [ids_for(policy, next(iter(self.policies.values())), question) for question in questions[part]]
             check_positions(policy.model, ids, length)
             draws = [torch.rand(length, generator=torch.Generator().manual_seed(seed)) for seed in seeds[part]]
             limits = torch.full((len(ids),), length)
             found += sample(policy.model, ids, limits, sampling, torch.stack(draws, 1)).texts(policy.tokenizer)[1]
         return found
 
-    def _ids(self, policy: Policy, questions: Sequence[Question]) -> list[list[int]]:
-        if policy is next(iter(self.policies.values())):
-            return [question.ids for question in questions]
-        return encode(policy.tokenizer, [written(policy.tokenizer, question.prompt) for question in questions])
+
+def ids_for(policy: Policy, first: Policy, question: Question) -> list[int]:
+    """A question in the tokens of a policy; it was written in those of the first one."""
+    if policy is first:
+        return question.ids
+    return encode(policy.tokenizer, [written(policy.tokenizer, question.prompt)])[0]
 
 
 def alike(first: str, second: str, similarity: float) -> bool:

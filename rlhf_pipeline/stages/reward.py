@@ -97,7 +97,8 @@ def collected(settings: Settings, out: RunDir) -> dict[str, Any]:
     if settings.reward["name"] != "preference_model" or by_hand:
         return choice
     if paths := out.labels():
-        return {"name": "preferences", "path": [str(path) for path in paths]}
+        said = choice if choice["name"] == "preferences" else {"name": "preferences"}
+        return {**said, "path": [str(path) for path in paths]}
     check_kind(choice["name"], "reward")
     return choice
 

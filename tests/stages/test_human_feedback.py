@@ -197,6 +197,118 @@ def test_two_sheets_are_two_annotators_and_one_sheet_twice_is_one(
     assert record(collect)["results"]["contradictions"] == 12
 
 
+def label_some(collect: Path, sheet: Path, ranks: list[str], first: int, last: int) -> Path:
+    """A person's copy of the sheet with some of its rows filled in."""
+    sheet.parent.mkdir(exist_ok=True)
+    shutil.copy(collect / "sheet.csv", sheet)
+    with sheet.open(encoding="utf-8-sig", newline="") as file:
+        table = list(csv.reader(file))
+    at = table[0].index("rank1")
+    for row in table[first:last]:
+        row[at : at + len(ranks)] = ranks
+    with sheet.open("w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file).writerows(table)
+    return sheet
+
+
+def test_sheets_of_one_name_do_not_take_each_others_place(with_people: Path, command_line: CommandLine) -> None:
+    assert command_line("stage=collect", *SMALL) == 0
+    collect, home = with_people / "collect", with_people.parent.parent
+    for who, first, last in (("anna", 1, 8), ("bo", 5, 13), ("anna", 1, 7)):  # she takes one back
+        sheet = label_some(collect, home / who / "sheet.csv", ["1", "2", "3", "4"], first, last)
+        assert command_line("stage=collect", "name=human_feedback", f"labels={sheet}") == 0
+    people = [(row["annotator"], Path(row["source"]).parent.name) for row in read_jsonl(collect / "labels.jsonl")]
+    assert people.count(("sheet", "anna")) == 6
+    assert people.count(("bo/sheet", "bo")) == 8
+    assert record(collect)["results"]["labelled"] == 12
+
+
+def test_a_labeler_leaves_peoples_labels_alone(with_people: Path, command_line: CommandLine) -> None:
+    assert command_line("stage=collect", *SMALL, *LABELER) == 0
+    collect, home = with_people / "collect", with_people.parent.parent
+    sheet = label_some(collect, home / "mine.csv", ["1", "2", "3", "4"], 1, 13)
+    assert command_line("stage=collect", "name=human_feedback", f"labels={sheet}") == 0
+    before = (collect / "labels.jsonl").read_bytes()
+    assert command_line("stage=collect", "name=human_feedback", "labels=typo.csv") == 2
+    assert record(collect)["status"] == "done"  # a wrong file spoils nothing
+    (collect / "run.json").write_text(json.dumps({**record(collect), "status": "waiting"}))
+    assert command_line("stage=collect", *SMALL, *LABELER) == 0
+    assert sorted((collect / "labels.jsonl").read_bytes().splitlines()) == sorted(before.splitlines())
+    assert command_line("stage=collect", *SMALL, "labeler=length", "overwrite=true") == 2
+
+
+def test_a_sheet_that_was_begun_is_not_overwritten(
+    with_people: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line("stage=collect", *SMALL) == 0
+    assert command_line("stage=collect", *SMALL, "collect.answers=3", "overwrite=true") == 0  # nobody has begun
+    fill_in(with_people / "collect" / "sheet.csv", ["1", "2", "3"], rows=1)
+    assert command_line("stage=collect", *SMALL, "overwrite=true") == 2
+    assert "sheet.csv has been filled in" in capsys.readouterr().err
+
+
+def test_overwriting_a_pipeline_keeps_what_people_labelled(with_people: Path, command_line: CommandLine) -> None:
+    assert command_line("stage=collect", *SMALL, "name=human_feedback/round1") == 0
+    collect = with_people / "round1" / "collect"
+    fill_in(collect / "sheet.csv", ["1", "2", "3", "4"])
+    assert command_line("stage=collect", "name=human_feedback", f"labels={collect / 'sheet.csv'}") == 0
+    before = content_hash(collect)
+    assert command_line("stage=reward", *SMALL, "name=human_feedback/round1") == 0
+    sheet = label_some(collect, with_people / "second.csv", ["1", "2", "3", "4"], 1, 3)
+    assert command_line("stage=collect", "name=human_feedback", f"labels={sheet}") == 0
+    assert content_hash(collect) != before
+    assert command_line("stage=reward", *SMALL, "name=human_feedback/round1") == 2  # its labels have changed
+    after = content_hash(collect)
+    assert command_line("stage=collect", *SMALL, "name=human_feedback/round1", "overwrite=true") == 0
+    assert command_line("stage=reward", *SMALL, "name=human_feedback/round1", "overwrite=true") == 0
+    assert content_hash(collect) == after
+
+
+def test_a_policy_of_ones_own_is_asked_first_and_what_it_became_after(
+    with_people: Path, workplace: Path, command_line: CommandLine
+) -> None:
+    own = with_people.rename(workplace / "own")
+    given = ("~stages.pretrain", "~stages.sft", f"policy.path={own / 'sft'}", "rounds=2", *LABELER)
+    assert command_line("stage=pipeline", *SMALL, *given, "collect.policies=[sft,ppo]") == 2  # this run has no sft
+    shutil.rmtree(workplace / "runs")
+    assert command_line("stage=pipeline", *SMALL, *given) == 0
+    asked = [record(workplace / f"runs/human_feedback/round{n}/collect")["parents"]["policy"]["path"] for n in (1, 2)]
+    assert asked == [str(own / "sft" / "model"), "runs/human_feedback/round1/ppo/model"]
+
+
+def test_another_runs_policy_is_never_taken_for_a_rounds(
+    with_people: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line("stage=collect", *SMALL, "name=mine/round1") == 2
+    assert "no policy to answer yet" in capsys.readouterr().err
+    assert command_line("stage=collect", *SMALL, "name=human_feedback/round2") == 2
+    assert "round1 has no ppo to be asked" in capsys.readouterr().err
+
+
+def test_a_task_is_through_when_all_annotators_have_said_their_word(
+    with_people: Path, command_line: CommandLine
+) -> None:
+    assert command_line("stage=collect", *SMALL, "collect.annotators=2") == 0
+    collect, home = with_people / "collect", with_people.parent.parent
+    first = label_some(collect, home / "anna.csv", ["1", "2", "3", "4"], 1, 13)
+    assert command_line("stage=collect", "name=human_feedback", f"labels={first}") == 0
+    assert record(collect)["results"]["labelled"] == 0
+    tasks = [row["task"] for row in read_jsonl(collect / "candidates.jsonl")]
+    skips = [{"task": task, "annotator": "bo", "source": "there"} for task in tasks[:2]]
+    (collect / "skipped.jsonl").write_text("".join(json.dumps(row) + "\n" for row in skips))
+    second = label_some(collect, home / "bo.csv", ["2", "1", "3", "4"], 3, 6)
+    assert command_line("stage=collect", "name=human_feedback", f"labels={second}") == 0
+    results = record(collect)["results"]
+    assert (results["labelled"], results["skipped"], record(collect)["status"]) == (5, 0, "waiting")
+
+
+def test_prompts_that_leave_no_room_are_said(
+    with_people: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line("stage=collect", *SMALL, "data.prompt_tokens=[60,62]") == 2
+    assert "no prompt leaves room for an answer" in capsys.readouterr().err
+
+
 def test_labels_of_other_candidates_are_set_aside(
     with_people: Path, workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,7 +317,7 @@ def test_labels_of_other_candidates_are_set_aside(
     rows = [{"task": row["task"], "prompt": row["prompt"], "responses": [a["text"] for a in row["answers"]],
              "ranks": [1, 2, 3, 4]} for row in read_jsonl(collect / "candidates.jsonl")]  # fmt: skip
     rows[3]["task"] = "t0"
-    rows[4]["responses"][1] += " or so"
+    rows[4]["responses"] = ["another", "task's", "answers", "these"]
     (workplace / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert command_line("stage=collect", "name=human_feedback", "labels=mine.jsonl") == 0
     assert "10 of 12 labelled" in capsys.readouterr().out
@@ -229,7 +341,7 @@ def test_peoples_labels_are_never_overwritten(
     assert command_line("stage=collect", "name=human_feedback", f"labels={collect / 'sheet.csv'}") == 0
     labels = (collect / "labels.jsonl").read_bytes()
     assert command_line("stage=collect", *SMALL, "collect.answers=3", "overwrite=true") == 2
-    assert "made by people" in capsys.readouterr().err
+    assert "holds labels by people" in capsys.readouterr().err
     assert (collect / "labels.jsonl").read_bytes() == labels
 
 
@@ -276,14 +388,20 @@ def test_candidates_come_from_several_policies_and_temperatures(with_people: Pat
         (("stage=collect", "labels=pull"), "run stage=collect without labels= first"),
         (("stage=sft", "labels=pull"), "labels=pull goes with stage=collect"),
         (("stage=collect",), "there is no policy to answer yet"),
-        (("stage=collect", "collect.policies=[ppo]"), "names ppo"),
+        (("stage=collect", "collect.policies=[reward]"), "which makes no policy"),
+        (("stage=collect", "labeler.noise=1"), "labeler: fields are set of it, and which it is is not; say labeler=."),
+        (("stage=collect", "labeler=classifier"), "labeler=classifier has no model yet"),
+        (("stage=collect", "collect.policies=[ppo]"), "has no ppo to be asked"),
         (("stage=collect", "collect.answers=1"), "collect.answers is 1; it takes at least 2"),
         (("stage=collect", "collect.temperatures=[0]"), "above 0"),
         (("stage=collect", "labeler=toy_sentiment", "labeler.noise=-1"), "labeler: noise is -1"),
         (("stage=collect", "labeler=keyword"), "Did you mean 'keywords'"),
         (("stage=collect", "labeler=toy_sentiment", "labeler.words=[a]"), "labeler: reward=toy_sentiment has no field"),
         (("stage=reward", "reward=preference_model"), "preference_model does not learn from them"),
-        (("stage=reward", "reward=preference_model", "data=preferences"), "run stage=collect first"),
+        (
+            ("stage=reward", "reward=preference_model", "data=preferences"),
+            "this run's stage=collect brought",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(

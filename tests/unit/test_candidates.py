@@ -1,18 +1,25 @@
 """Candidates: several different answers to each prompt, each of which can be drawn again from its seed."""
 
+import csv
+import io
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from tiny import tiny_policy, tiny_tokenizer
 
 from rlhf_pipeline.encoding import Question, encode
+from rlhf_pipeline.formats import read_judgements
+from rlhf_pipeline.formats.tasks import FORMULA, sheet
 from rlhf_pipeline.policies import Policy
+from rlhf_pipeline.records import Judgement
 from rlhf_pipeline.sampling import Sampling, sample
 from rlhf_pipeline.settings import Collection
 from rlhf_pipeline.stages.candidates import Asker, alike
 from rlhf_pipeline.stages.collect import choose
+from rlhf_pipeline.stages.labelling import label_row
 
 COLLECT = Collection(prompts=6, answers=4, response_length=8, batch_size=4, temperatures=[0.7, 1.5])
 PROMPTS = ["the film", "the plot was", "nobody", "the cast was fine", "and", "it was good and"]
@@ -100,3 +107,45 @@ def test_rounds_go_through_the_prompts_one_after_the_other() -> None:
     every = [Question(text, [number]) for number, text in enumerate("aabcde")]
     first, second, third = ("".join(str(q.prompt) for q in choose(every, 2, number)) for number in (1, 2, 3))
     assert first + second + third == "abcdea"
+
+
+def test_where_there_are_more_sources_than_answers_each_has_its_turn(asker: Asker) -> None:
+    found = rows(replace(asker, collect=replace(COLLECT, answers=2)))
+    first = [{(answer["policy"], answer["temperature"]) for answer in row["answers"]} for row in found]
+    assert first[0] == {("one", 0.7), ("two", 0.7)}
+    assert first[0] != first[1]
+    assert set().union(*first) == {("one", 0.7), ("two", 0.7), ("one", 1.5), ("two", 1.5)}
+
+
+def row(*texts: str) -> dict:
+    answers = [{"id": f"answer{n}", "text": text} for n, text in enumerate(texts, 1)]
+    return {"task": "t1", "prompt": "p", "answers": answers}
+
+
+@pytest.mark.parametrize(
+    ("answers", "ranks", "expected"),
+    [
+        (("a b", "c", "d"), (3, 1, 2), [3, 1, 2]),
+        (("d", "a  b\n", "c"), (2, 3, 1), [3, 1, 2]),  # in another order, other blanks
+        (("c", "d"), (1, 2), [1, 2]),  # one was left out
+        (("a b", "007", "d"), (3, 1, 2), [3, 1, 2]),  # a spreadsheet changed one
+        (("d", "007", "a b"), (3, 1, 2), None),  # and the others stand elsewhere
+        (("x", "y", "z"), (3, 1, 2), None),
+        (("a b", "y"), (1, 2), None),
+    ],
+)
+def test_a_label_is_of_the_answers_that_were_asked_about(answers: tuple, ranks: tuple, expected: list | None) -> None:
+    found = label_row(row("a b", "c", "d"), Judgement("p", answers, ranks, "t1"))
+    assert (found and found["ranks"]) == expected
+
+
+def test_a_sheet_gives_back_what_a_spreadsheet_would_run(tmp_path: Path) -> None:
+    texts = ("=1+1", "'-quoted'", "-1", '"a", b\nc')
+    path = tmp_path / "sheet.csv"
+    table = list(csv.reader(io.StringIO(sheet([row(*texts)], ["+p"]).removeprefix("\ufeff"))))
+    assert all(not cell.startswith(FORMULA[:-1]) for cell in table[1])
+    table[1][-4:] = ["4", "3", "2", "1"]
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows(table)
+    (judgement,) = read_judgements(path).judgements
+    assert (judgement.prompt, judgement.answers, judgement.task) == ("+p", texts, "t1")
