@@ -17,23 +17,24 @@ from typing import Any, NoReturn
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf_pipeline import data, policies, rewards, rundir
+from rlhf_pipeline import data, made, policies, rewards, rundir
 from rlhf_pipeline.errors import UserError, WaitingError
-from rlhf_pipeline.registry import Registry, suggest
-from rlhf_pipeline.settings import SAMPLING, STAGES, Settings, check_sections
+from rlhf_pipeline.plain_words import plain
+from rlhf_pipeline.registry import Registry
+from rlhf_pipeline.settings import SAMPLING, Settings, check_sections
 
 _PACKAGE = Path(__file__).parent
 # In a wheel the configurations lie inside the package, in a checkout beside it.
 CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 # Sections that take keys their defaults do not list: Settings checks them, so Hydra need not ask for a '+'.
-_OPEN = re.compile(r"^(trainer|policy|reward|data|ptx|evaluate|collect|labeler|stages)\.[\w.]+=")
+_OPEN = re.compile(r"^(trainer|policy|reward|data|ptx|evaluate|collect|chat|labeler|stages)\.[\w.]+=")
 NO_STAGES = "stage=pipeline runs an experiment's stages; choose one, as in experiment=demo."
 _failed_jobs: list[int] = []  # exit statuses of a sweep's jobs that failed
 # Stages that several processes can share.
@@ -54,15 +55,15 @@ def main() -> None:
     _be_quiet()
     if _rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives): the first one speaks
-    sys.argv[1:] = complete(sys.argv[1:])
     try:
+        sys.argv[1:] = complete(sys.argv[1:])
         _hydra_main()
         if _failed_jobs:
             sys.exit(max(_failed_jobs))
     except UserError as error:
         _leave(str(error), error.kind)
     except (HydraException, OmegaConfBaseException) as error:
-        _leave(_plain(error))
+        _leave(plain(error))
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
         sys.exit(130)
@@ -71,20 +72,44 @@ def main() -> None:
 def complete(argv: Sequence[str]) -> list[str]:
     """What the user typed, as Hydra wants it.
 
-    Open sections take any key. A policy, reward or data of the user's own leaves the demo's experiment: its
-    learning rates were chosen for the demo's models.
+    `--prompt` is a setting. Open sections take any key. A policy, reward or data of the user's own leaves the demo's
+    experiment: its learning rates were chosen for the demo's models.
     """
+    argv = _prompts_quoted(argv)
     args = [f"++{arg}" if _OPEN.match(arg) else arg for arg in argv]
     args = ["~experiment" if arg in ("experiment=null", "experiment=none") else arg for arg in args]
     if any(arg.startswith(("--config-name", "-cn")) for arg in args):
         return args
     args = [re.sub(r"^labeler=", _LABELER, arg) for arg in args]
     if any(map(_OWN_CHOICE.match, args)) and not any("experiment" in arg.partition("=")[0] for arg in args):
-        first = next((i for i, arg in enumerate(args) if arg.startswith("-")), len(args))
-        args.insert(first, "~experiment")  # Hydra wants no setting behind an option
+        args.insert(_end_of_settings(args), "~experiment")
     if any(arg in ("--help", "-h") for arg in args) and not any(arg.startswith("stage=") for arg in args):
         args.append("stage=pipeline")
     return args
+
+
+def _prompts_quoted(argv: Sequence[str]) -> list[str]:
+    """The command line with `--prompt TEXT`, as often as it is said, as one setting, whatever the texts hold."""
+    args, prompts, words = [], [], iter(argv)
+    for word in words:
+        name, joined, text = word.partition("=")
+        if name != "--prompt":
+            args.append(word)
+        elif joined or (text := next(words, "")):
+            whole = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+            # To OmegaConf ${ begins the name of a setting, unless there is an odd number of backslashes before it.
+            plain = re.sub(r"(\\*)\$\{", r"\1\1\\${", whole)
+            prompts.append(QuotedString(plain, Quote.single).with_quotes())
+        else:
+            raise UserError("--prompt takes a text, as in --prompt 'I saw this'.")
+    if prompts:
+        args.insert(_end_of_settings(args), f"chat.prompt=[{','.join(prompts)}]")
+    return args
+
+
+def _end_of_settings(args: Sequence[str]) -> int:
+    """Before the first option: Hydra wants no setting behind one."""
+    return next((i for i, arg in enumerate(args) if arg.startswith("-")), len(args))
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
@@ -98,6 +123,8 @@ def _hydra_main(cfg: DictConfig) -> float | None:
 
 def _dispatch(cfg: DictConfig, overrides: list[str]) -> float | None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
+        if cfg.stage == "chat":
+            raise UserError("stage=chat holds one conversation; drop -m, and compare two policies by against=.")
         return _sweep_job(cfg, overrides)
     if cfg.stage == "pipeline":
         return _pipeline(cfg, overrides)
@@ -139,6 +166,8 @@ def resolve(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
         ppo = (cfg.stages.get("ppo") or {}).get("trainer") or {}
         cfg.collect = {**{key: value for key, value in ppo.items() if key in SAMPLING}, **cfg.collect}
     others = _merge_section(cfg, said)
+    if cfg.stage == "chat":
+        _as_its_run(cfg, said)
     if cfg.stage == "reward" and cfg.reward.get("name") == "sum":
         said_parts = said.pop("reward.parts", None)  # of a sum, the part that has no model yet is trained
         parts = said_parts.value() if said_parts else OmegaConf.to_container(cfg.reward.parts)
@@ -187,6 +216,17 @@ def _merge_section(cfg: DictConfig, said: dict[str, Override]) -> set[str]:
     return others
 
 
+def _as_its_run(cfg: DictConfig, said: dict[str, Override]) -> None:
+    """Of a chat, what is not said is as the run that it opens was made."""
+    run = rundir.RunDir(Path(cfg.runs), cfg.name or cfg.experiment or "default", "chat", cfg.experiment)
+    asked = {key.removeprefix("policy."): o.value() for key, o in said.items() if key.startswith("policy.")}
+    for kind, choice in made.choices(run, asked).items():
+        if kind not in said or cfg[kind].name == choice["name"]:
+            cfg[kind] = choice
+    if any(key.partition(".")[0] == "reward" for key in said):
+        cfg.chat = {"reward": True, **cfg.chat}
+
+
 def run_stage(settings: Settings) -> float | None:
     """Run one stage in its directory; give its objective, for a sweep. A finished stage is left as it is."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -197,6 +237,8 @@ def run_stage(settings: Settings) -> float | None:
             )
         return _run_together(settings)
     out = rundir.RunDir.of(settings)
+    if settings.stage == "chat":  # it makes nothing, so it may go on beside whatever does
+        return _run_held(settings, out, done=False)
     if settings.labels:  # given to what was collected last, however that was set up
         out = out.newest_round()
         alone = out.held() if settings.labels not in ("serve", "push") else contextlib.nullcontext()
@@ -354,29 +396,6 @@ def _be_quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("rlhf_pipeline").setLevel(logging.INFO)
-
-
-def _plain(error: Exception) -> str:
-    """Hydra's and OmegaConf's messages without what only a Hydra user would understand."""
-    lines = [line.rstrip() for line in str(error).splitlines() if line.strip()]
-    missing = re.search(r"Could not find '(\w+)/([^']*)'", lines[0])
-    if missing and len(lines) > 2:
-        known = [line.strip() for line in lines[2:] if line[0] == "\t" and "provider=" not in line]
-        near = suggest(missing[2], known)
-        return f"no {missing[1]} is called '{missing[2]}'. {near}Known: {', '.join(known)}."
-    text = "\n".join(line for line in lines if not re.match(r"\s*(full_key|object_type|set_struct|To append)", line))
-    if "LexerNoViableAlt" in text or "mismatched input" in text:
-        return (
-            f"{lines[0].partition(': ')[2]} cannot be read; put quotes around what is not plain letters and numbers, "
-            "as in 'reward.words=[\"好\"]'."
-        )
-    match = re.search(r"Could not override '([\w.]+)'", text)
-    if match:
-        known = [f.name for f in Settings.__dataclass_fields__.values()]
-        return f"there is no setting '{match[1]}'. {suggest(match[1], known)}Known: {', '.join(known)}."
-    if "must specify 'stage'" in text:
-        return f"say which stage: stage=<{'|'.join(STAGES)}>, as in 'python -m rlhf_pipeline stage=sft'."
-    return text
 
 
 def _leave(message: str, kind: str = "error: ") -> NoReturn:

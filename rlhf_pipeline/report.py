@@ -5,13 +5,13 @@ import html
 import json
 import math
 import os
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_pipeline.scripts import shown
+
 CHARTS, SAMPLES, PAIRS, BUCKETS = 16, 40, 20, 300  # the most that one page shows; BUCKETS a line of a chart
-HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode categories whose characters hide or reorder other text
 DRAWN_LAST = {"epoch", "seconds", "episode", "num_tokens", "eps", "lr", "learning_rate", "grad_norm"}
 LEFT, TOP, WIDE, HIGH = 62, 8, 250, 104  # the plot inside a chart's viewBox of 320 x 134
 STYLE = """
@@ -59,8 +59,7 @@ Lines = dict[str, list[tuple[float, float]]]  # of one metric: train or eval, an
 
 def text(value: object) -> str:
     """Escape for content and attributes alike, with characters that hide shown as escapes such as \\u202e."""
-    safe = (c if c in "\n\t" or unicodedata.category(c) not in HIDDEN else f"\\u{ord(c):04x}" for c in str(value))
-    return html.escape("".join(safe))
+    return html.escape(shown(str(value)))
 
 
 def show(value: object) -> str:

@@ -216,10 +216,14 @@ class RunDir:
 
     def newest_round(self) -> "RunDir":
         """The same stage where it ran last: in this very run, else in the newest of its rounds."""
+        there = [other for other in self.rounds() if other.record]
+        return self if self.record or not there else there[0]
+
+    def rounds(self) -> list["RunDir"]:
+        """The same stage in each round of this run, the newest first."""
         inside = RunDir(self.runs, f"{self.name}/round1", self.stage, self.experiment)
         rounds = [int(found[1]) for path in (self.runs / self.name).glob("*") if (found := _ROUND.fullmatch(path.name))]
-        there = [other for n in sorted(rounds, reverse=True) if (other := inside.in_round(n)).record]
-        return self if self.record or not there else there[0]
+        return [inside.in_round(number) for number in sorted(rounds, reverse=True)]
 
     def labels(self) -> list[Path]:
         """What stage=collect of this run has brought, of every round up to this one; the newest last."""

@@ -1,7 +1,7 @@
 """Sampling from a policy: one distribution, used alike to roll out, to learn and to measure."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -147,12 +147,14 @@ def uniform_draws(limits: Tensor, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def sample(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], limits: Tensor, sampling: Sampling, uniforms: Tensor
-) -> Batch:
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], limits: Tensor, sampling: Sampling, uniforms: Tensor,
+    tell: Callable[[Tensor], None] | None = None,
+) -> Batch:  # fmt: skip
     """Draw one response to each prompt, of at most `limits` (batch,) tokens, from `uniforms` (time, batch) in [0, 1).
 
     A loop over the model's own forward with a key-value cache; a token is drawn by inverting the cumulative
-    distribution. Rows that have ended are taken out of the cache once they are a quarter of it.
+    distribution. Rows that have ended are taken out of the cache once they are a quarter of it. `tell` is given what
+    has been drawn, (batch, time), token by token.
     """
     device = next(model.parameters()).device
     count, width = len(prompts), max(map(len, prompts))
@@ -178,6 +180,8 @@ def sample(
         logits = sampling.adjust_(out.logits[:, -1], torch.full_like(rows, time))
         tokens = draw(logits, uniforms[time, rows])
         drawn[rows, time] = tokens
+        if tell is not None:
+            tell(drawn[:, : time + 1])
         stopped = running & torch.isin(tokens, stops)
         lengths[rows[stopped]] = time + 1
         running = running & ~stopped & (time + 1 < limits[rows])

@@ -15,7 +15,7 @@ from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.registry import describe, fits, suggest
 
 _COUNTS = ("batch_size", "bootstrap", "response_length")
-STAGES = ("pretrain", "sft", "collect", "reward", "ppo", "evaluate", "pipeline")
+STAGES = ("pretrain", "sft", "collect", "reward", "ppo", "evaluate", "chat", "pipeline")
 
 # Where each stage's trainer config is declared, the subclass first. The files are parsed, not
 # imported: importing any of them loads torch, and a typo should be refused in a second.
@@ -30,7 +30,7 @@ _LORA_SOURCES = ("peft/tuners/lora/config.py", "peft/config.py")
 # Of the classes in all these files, those that are meant.
 _CLASSES = ("SFTConfig", "RewardConfig", "PPOConfig", "_BaseConfig", "TrainingArguments", "LoraConfig", "PeftConfig")
 # The stages that train an adapter where `policy.lora` asks for one.
-_ADAPTS = ("sft", "ppo", "evaluate", "pipeline")
+_ADAPTS = ("sft", "ppo", "evaluate", "chat", "pipeline")
 # The run directory owns these, or TRL computes them.
 _RESERVED = {
     "output_dir": "the run directory is chosen by name=",
@@ -85,6 +85,17 @@ class Collection:
     suppress_tokens: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Chat:
+    """How `stage=chat` talks; null: as the run was made."""
+
+    prompt: list[str] = field(default_factory=list)  # answered, and no more is read: --prompt on the command line
+    mode: Literal["chat", "complete"] | None = None  # turns of a conversation, or text that is gone on from
+    temperature: float | None = None  # None: as the run's PPO did
+    response_length: int | None = None  # None: as the run's PPO did
+    reward: bool | None = None  # whether each answer's is shown; None: where the run has one
+
+
 # What of PPO's settings says how a policy samples, but for the temperature.
 SAMPLING = ("response_length", "min_new_tokens", "stop_token", "stop_token_id", "stop_tokens", "suppress_tokens")
 
@@ -106,6 +117,8 @@ class Settings:
     ptx: dict[str, Any] = field(default_factory=dict)
     evaluate: Evaluation = field(default_factory=Evaluation)
     collect: Collection = field(default_factory=Collection)
+    chat: Chat = field(default_factory=Chat)
+    against: str | None = None  # of stage=chat: a second policy, a stage of this run or a path
     labeler: dict[str, Any] | None = None  # a reward that ranks in place of people, and its `noise`
     labels: str | None = None  # of stage=collect: pull, push, serve (Label Studio), or a file of labels
     rounds: int | None = None  # of stage=pipeline: how often collect and what follows are gone through
@@ -120,7 +133,7 @@ class Settings:
                 raise UserError(f"there is no setting '{key}'. {suggest(key, known)}Known: {', '.join(known)}.")
         _check_fields("", {k: v for k, v in values.items() if k in _TOP}, _TOP)
         sections: dict[str, Any] = {}
-        for name, section in (("evaluate", Evaluation), ("collect", Collection)):
+        for name, section in (("evaluate", Evaluation), ("collect", Collection), ("chat", Chat)):
             given = values.get(name) or {}
             _check_fields(f"{name}.", given, {f.name: f.type for f in fields(section)})
             sections[name] = section(**given)
@@ -160,12 +173,14 @@ class Settings:
             fitting = ", ".join(rewards.TRAINABLE)
             raise UserError(f"reward={self.reward['name']} is nothing to train; stage=reward takes one of: {fitting}.")
         at_least = {f"evaluate.{key}": (getattr(self.evaluate, key), 1) for key in _COUNTS}
+        at_least["chat.response_length"] = (self.chat.response_length, 1)
         at_least["evaluate.prompts"] = (self.evaluate.prompts, 2)  # or there is no standard error
         at_least |= {f"data.{key}": (self.data.get(key), 1) for key in ("limit", "test_limit", "prompt_turns")}
         for key, (value, least) in at_least.items():
             if value is not None and value < least:
                 raise UserError(f"{key} is {value}; it takes at least {least}.")
         self._check_collection()
+        self._check_chat()
         if self.evaluate.best_of is not None and self.evaluate.best_of < 2:
             raise UserError(f"evaluate.best_of is {self.evaluate.best_of}; it takes at least 2, or null.")
         if self.evaluate.temperature is not None and self.evaluate.temperature <= 0:
@@ -193,6 +208,15 @@ class Settings:
                     raise UserError(f"noise is {noise!r}; it takes a number from 0.")
                 rewards.check_choice({key: value for key, value in self.labeler.items() if key != "noise"})
 
+    def _check_chat(self) -> None:
+        for said, what in ((self.against, "against="), (self.chat.prompt, "--prompt")):
+            if said and self.stage != "chat":
+                raise UserError(f"{what} goes with stage=chat; stage={self.stage} takes none.")
+        if not all(map(str.strip, self.chat.prompt)):
+            raise UserError("--prompt is empty; it takes a text, as in --prompt 'I saw this'.")
+        if self.chat.temperature is not None and self.chat.temperature <= 0:
+            raise UserError(f"chat.temperature is {self.chat.temperature}; it takes a number above 0.")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `config.yaml` holds them."""
         return asdict(self)
@@ -217,6 +241,7 @@ def _said_of(setting: str) -> Iterator[None]:
 _TOP: dict[str, Any] = {
     "seed": int, "runs": str, "overwrite": bool, "name": str,
     "labeler": dict[str, Any] | None, "labels": str | None, "rounds": int | None,
+    "against": str | None,
 }  # fmt: skip
 _FROM_LABELS = "preference_model"  # the reward that learns from what stage=collect brought
 

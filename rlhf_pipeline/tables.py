@@ -1,5 +1,6 @@
 """Tables on the terminal."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_pipeline.rundir import RunDir
+from rlhf_pipeline.scripts import shown
 
 
 def number(value: Any, digits: int = 3) -> str:
@@ -49,10 +51,21 @@ def _answers(title: str, rows: list[dict[str, Any]]) -> Table:
     for name in ("prompt", *rows[0]["responses"]):
         table.add_column(name, overflow="fold")
     for row in rows:
-        # Text, not markup: what a model wrote is shown as it is.
-        cells = [f"{answer.rstrip()} ({row['rewards'][name]:.2f})" for name, answer in row["responses"].items()]
-        table.add_row(Text(row["prompt"]), *map(Text, cells))
+        # Text, not markup, and escapes that do nothing: what a model wrote is data.
+        cells = [f"{shown(answer).rstrip()} ({row['rewards'][name]:.2f})" for name, answer in row["responses"].items()]
+        table.add_row(Text(shown(row["prompt"])), *map(Text, cells))
     return table
+
+
+def side_by_side(answers: Sequence[tuple[str, str, float | None]]) -> None:
+    """Names, answers and rewards by column, which share the terminal's width."""
+    table = Table(show_edge=False, expand=True)
+    for name, _, _ in answers:
+        table.add_column(Text(shown(name)), ratio=1, overflow="fold")
+    table.add_row(*(Text(shown(answer).strip()) for _, answer, _ in answers))
+    if any(reward is not None for _, _, reward in answers):
+        table.add_row(*(Text(f"reward {number(reward)}", style="dim") for _, _, reward in answers))
+    _console().print(table)
 
 
 def sweep_table(sweep: Path, stage: str) -> None:

@@ -16,11 +16,14 @@ from transformers.trainer_callback import PrinterCallback
 
 from rlhf_pipeline.checkpoints import SEAL, seal
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.policies import Policy
+from rlhf_pipeline.ppo.config import PPOConfig, make_sampling
 from rlhf_pipeline.precision import choose_bf16
 from rlhf_pipeline.rewards import Reward
 from rlhf_pipeline.rundir import RunDir
+from rlhf_pipeline.sampling import Sampling
 from rlhf_pipeline.scripts import mismatch
-from rlhf_pipeline.settings import Settings
+from rlhf_pipeline.settings import SAMPLING, Settings
 
 A = TypeVar("A", bound=TrainingArguments)
 
@@ -51,6 +54,19 @@ def trainer_args(kind: type[A], settings: Settings, out: RunDir) -> A:
         raise UserError(f"{kind.__name__} refuses these trainer settings: {error}") from error
     set_seed(settings.seed)
     return args
+
+
+def sampling_as(trained: dict[str, Any], policy: Policy, **asked: Any) -> tuple[Sampling, int, int]:
+    """How to sample: as PPO with the `trained` settings did, but for what is `asked` and not None.
+
+    And the longest and the shortest limit of a response.
+    """
+    values = {key: value for key, value in trained.items() if key in (*SAMPLING, "min_response_length", "temperature")}
+    values |= {key: value for key, value in asked.items() if value is not None}
+    args = PPOConfig(output_dir="unused", bf16=False, **{"temperature": 1.0, "stop_token": "eos", **values})
+    shortest = min(args.min_response_length or args.response_length, args.response_length)
+    embeddings = policy.model.get_input_embeddings().num_embeddings
+    return make_sampling(args, policy.tokenizer, embeddings), args.response_length, shortest
 
 
 def fit_length(args: Any, model: Any) -> int:

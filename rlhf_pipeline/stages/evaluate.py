@@ -26,13 +26,18 @@ from rlhf_pipeline.rewards import Reward, load_reward, trained_part
 from rlhf_pipeline.rundir import RunDir, write_json
 from rlhf_pipeline.sampling import Batch, Sampling, check_positions, room_for_prompts, sample, uniform_draws
 from rlhf_pipeline.settings import Evaluation, Settings
-from rlhf_pipeline.stages.common import Clock, check_languages, judges, progress, quiet, say_done, say_taken
+from rlhf_pipeline.stages.common import (
+    Clock,
+    check_languages,
+    judges,
+    progress,
+    quiet,
+    sampling_as,
+    say_done,
+    say_taken,
+)
 from rlhf_pipeline.tables import evaluation_table
 from rlhf_pipeline.templates import written
-
-# The fields of PPO's configuration that say how its policy samples.
-_SAMPLING = ("response_length", "min_response_length", "temperature", "stop_token", "stop_token_id", "min_new_tokens",
-             "suppress_tokens")  # fmt: skip
 
 
 class Answers(NamedTuple):
@@ -174,18 +179,9 @@ def policies_of(out: RunDir, policy: dict[str, Any]) -> tuple[dict[str, str], st
 
 def sampling_of(out: RunDir, asked: Evaluation, policy: Policy) -> tuple[Sampling, int, int]:
     """How to sample: as the run's PPO did, but for what `evaluate.*` sets; and the longest and shortest limit."""
-    from rlhf_pipeline.ppo.config import PPOConfig, make_sampling
-
     ppo = out.upstream("ppo")
     config = yaml.safe_load((ppo.parent / "config.yaml").read_text(encoding="utf-8"))["trainer"] if ppo else {}
-    values = {key: value for key, value in config.items() if key in _SAMPLING}
-    for key in ("response_length", "temperature"):
-        if getattr(asked, key) is not None:
-            values[key] = getattr(asked, key)
-    args = PPOConfig(output_dir=str(out.checkpoints), **{"temperature": 1.0, "stop_token": "eos", **values})
-    shortest = min(args.min_response_length or args.response_length, args.response_length)
-    embeddings = policy.model.get_input_embeddings().num_embeddings
-    return make_sampling(args, policy.tokenizer, embeddings), args.response_length, shortest
+    return sampling_as(config, policy, response_length=asked.response_length, temperature=asked.temperature)
 
 
 def response_limits(shortest: int, longest: int, count: int, seed: int) -> torch.Tensor:

@@ -85,6 +85,21 @@ def settings(*overrides: str) -> Settings:
         return cli.resolve(compose("config", args), args)
 
 
+TEXTS = (
+    "it's", 'say "x"', "a,b", "{a: b}", "$x ${name} \\${name} \\\\${x}", "a\nb", "你好，“吗”？", "\\", "a\\'", "[1]",
+    "null", "5", " =x ", "${", "}\\${'\\", "--prompt", "stage=sft", "a=1,2",
+)  # fmt: skip
+
+
+def test_a_prompt_reaches_the_chat_as_it_was_typed() -> None:
+    for text in TEXTS:
+        assert settings("stage=chat", "--prompt", text).chat.prompt == [text]
+        assert settings("stage=chat", f"--prompt={text}").chat.prompt == [text]
+    every = [word for text in TEXTS for word in ("--prompt", text)]
+    assert settings("stage=chat", *every).chat.prompt == list(TEXTS)
+    assert cli.complete(["stage=chat", "--cfg", "job", "--prompt", "x"])[1] == "++chat.prompt=['x']"
+
+
 def test_an_experiments_section_goes_over_the_stage_and_below_the_command_line() -> None:
     assert settings("stage=sft", "policy=gpt2").trainer["learning_rate"] == 5e-5
     assert settings("stage=sft").trainer["learning_rate"] == 5e-4

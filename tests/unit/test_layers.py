@@ -12,8 +12,8 @@ LAYERS = [
     ["registry", "toy_reviews", "python_code", "hub", "metrics", "sampling", "report", "precision", "processes",
      "checkpoints", "reward_model", "labels", "lineage"],
     ["likelihood", "formats", "templates", "scorer", "own_code"],
-    ["data", "policies", "rewards"], ["encoding"], ["settings"], ["rundir"], ["tables", "ppo", "label_studio"],
-    ["stages", "rounds"], ["cli"],
+    ["data", "policies", "rewards"], ["encoding"], ["settings"], ["rundir"],
+    ["tables", "ppo", "label_studio", "made", "plain_words"], ["stages", "rounds"], ["cli"],
 ]  # fmt: skip
 
 

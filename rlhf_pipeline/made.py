@@ -1,0 +1,69 @@
+"""What runs have made: the newest policy of a run, whose work a model is, and what it was made with."""
+
+from pathlib import Path
+from typing import Any
+
+from rlhf_pipeline.hub import model_folder
+from rlhf_pipeline.rundir import RunDir
+
+# Of a policy's settings, what says how it was trained and not what it is.
+_TRAINING = ("path", "lora", "quantize")
+POLICIES = ("ppo", "sft", "pretrain")  # the stages that make one, the newest first
+
+
+def newest_policy(run: RunDir, policy: dict[str, Any] | None = None) -> Path | None:
+    """PPO's model, of the newest round that has one; else that of sft, else of pretrain."""
+    for each in (*run.rounds(), run):
+        if found := each.upstream("ppo", policy=policy):
+            return found
+    return run.upstream("sft", "pretrain", policy=policy)
+
+
+def locate(path: str) -> str:
+    """A model's folder or hub id: a run's folder stands for its newest policy, a stage's for its model."""
+    folder = Path(path).expanduser()
+    if any((folder / stage / "run.json").exists() for stage in POLICIES):
+        return str(newest_policy(RunDir(folder.parent, folder.name, "chat")) or model_folder(path))
+    return model_folder(path)
+
+
+def run_of(model: str | Path) -> RunDir | None:
+    """The run and stage that a model is the work of; None where it is no run's."""
+    stage = Path(model).parent
+    if len(stage.parts) < 2:  # from within the run
+        stage = stage.absolute()
+    record = RunDir(stage.parent.parent, stage.parent.name, stage.name).record
+    if not record:
+        return None
+    name = Path(record["name"])  # of a round or a job of a sweep it has several parts
+    if stage.parent.parts[-len(name.parts) :] != name.parts:
+        name = Path(stage.parent.name)  # it has been moved
+    return RunDir(stage.parents[len(name.parts)], str(name), stage.name, record.get("experiment"))
+
+
+def policies_in(runs: Path) -> list[str]:
+    """The names of the runs that have a policy."""
+    return sorted(folder.name for folder in runs.glob("*") if newest_policy(RunDir(runs, folder.name, "chat")))
+
+
+def choices(run: RunDir, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The policy, reward and data that a run was made with, so that nobody need say them again.
+
+    `asked` are the policy's fields that were said: a `path` may lead to another run, and what does not fit the newest
+    policy (another size, say) is a `UserError`. Of what no run made, there is nothing to tell.
+    """
+    path = asked.get("path")
+    where = locate(path) if path else newest_policy(run)
+    home = run_of(where) if where else None
+    found: dict[str, dict[str, Any]] = {}
+    if home is not None:
+        config = home.config()
+        own = {key: value for key, value in config["policy"].items() if key not in _TRAINING}
+        if not path:
+            newest_policy(run, policy={**own, **{key: value for key, value in asked.items() if key != "template"}})
+        found = {"policy": {**own, "path": str(where)}, "data": config["data"], "reward": config["reward"]}
+    # The reward that PPO was given, else the one that was trained; what sft has of it is what nobody asked for.
+    for stage in ("ppo", "reward"):
+        if config := RunDir((home or run).runs, (home or run).name, stage).config():
+            return {**found, "reward": config["reward"]}
+    return found

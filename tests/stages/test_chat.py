@@ -1,0 +1,336 @@
+"""Talking to the policies of the miniature run: from a script, through a pipe, at a terminal."""
+
+import dataclasses
+import io
+import json
+import os
+import pty
+import select
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, CommandLine
+from transformers import AutoModelForCausalLM
+
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.lineage import content_hash
+from rlhf_pipeline.made import run_of
+from rlhf_pipeline.policies import Policy, make_policy, open_policy
+from rlhf_pipeline.rundir import RunDir
+from rlhf_pipeline.sampling import Sampling
+from rlhf_pipeline.settings import Chat as Chatting
+from rlhf_pipeline.settings import Settings
+from rlhf_pipeline.stages.chat import Stream, open_talk
+from rlhf_pipeline.stages.common import sampling_as
+from rlhf_pipeline.stages.speaker import Speaker
+
+Chat = Callable[..., tuple[str, str]]
+
+
+@pytest.fixture
+def chat(miniature: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]) -> Chat:
+    """`stage=chat` in the miniature run; gives what it said on stdout and on stderr."""
+
+    def call(*args: str, status: int = 0) -> tuple[str, str]:
+        assert command_line("stage=chat", f"runs={miniature.parent}", *args) == status
+        said = capsys.readouterr()
+        return said.out, said.err
+
+    return call
+
+
+def test_one_prompt_is_answered_by_the_newest_policy_and_nothing_else_is_on_stdout(chat: Chat, miniature: Path) -> None:
+    before = content_hash(miniature)
+    out, err = chat("--prompt", "I saw this")
+    assert out.count("\n") >= 1
+    assert "policy" not in out
+    assert "reward 0." not in out
+    assert f"policy  {miniature}/ppo/model" in err
+    assert "reward 0." in err
+    assert content_hash(miniature) == before
+    assert not (miniature / "chat").exists()
+
+
+def test_it_is_what_the_policy_says_by_the_runs_own_sampling(chat: Chat, miniature: Path) -> None:
+    settings = Settings(
+        "chat", "demo", runs=str(miniature.parent), policy={"name": "causal_lm", "path": str(miniature / "ppo")},
+        reward={"name": "classifier", "scale": "probability"}, data={"name": "toy_reviews"},
+    )  # fmt: skip
+    talk = open_talk(settings, RunDir.of(settings))
+    assert talk.speakers[0].length == 8  # as PPO's response_length
+    grown: list[str] = []
+    (answer,) = talk.ask("I saw this", grown.append)
+    assert chat("--prompt", "I saw this")[0].endswith(f"/reward/model\n{answer.text}\n")  # what open_talk said, too
+    assert grown[-1] == answer.text
+    assert len(grown) > 1
+    assert answer.reward == talk.reward(["I saw this"], [answer.text])[0]  # type: ignore[misc]
+
+
+def test_the_seed_decides(chat: Chat) -> None:
+    said = [chat(f"seed={seed}", "--prompt", "I saw this")[0] for seed in (1, 1, 2)]
+    assert said[0] == said[1] != said[2]
+
+
+def test_a_chat_goes_on_beside_a_stage_that_is_running(chat: Chat, miniature: Path) -> None:
+    with RunDir(miniature.parent, "demo", "ppo").held():
+        assert chat("--prompt", "I saw this")[0]
+
+
+def test_two_policies_are_labelled_and_share_the_prompts(chat: Chat, miniature: Path) -> None:
+    out, err = chat("against=sft", "--prompt", "I saw this", "--prompt=The plot was")
+    assert [line.partition(":")[0] for line in out.splitlines() if line[:4] in ("ppo:", "sft:")] == ["ppo", "sft"] * 2
+    assert err.count("sft: reward 0.") == 2
+    other, _ = chat("against=sft", f"policy.path={miniature}/ppo", "--prompt", "I saw this", "--prompt=The plot was")
+    assert out == other
+    same, _ = chat(f"against={miniature}", "--prompt", "I saw this")
+    first, second = same.split("ppo: ")[1:]
+    assert first == second
+
+
+def test_lines_of_a_pipe_are_answered_and_commands_obeyed(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("I saw this\n\n/help\n/reset\nThe plot was\n/quit\nnever read\n"))
+    out, err = chat("against=pretrain")
+    assert out.count("ppo: ") == out.count("pretrain: ") == 2
+    assert "/reset  begin a new conversation" in err
+    assert "\na new conversation" in err
+
+
+def test_other_settings_than_the_runs_are_said_by_chat(chat: Chat) -> None:
+    whole, short = (chat(*length, "--prompt", "I saw this")[0][:-1] for length in ((), ("chat.response_length=1",)))
+    assert whole.startswith(short)
+    assert len(whole) > len(short)
+    cold = [chat("chat.temperature=0.001", f"seed={seed}", "--prompt", "I saw this")[0] for seed in (1, 2)]
+    assert cold[0] == cold[1]
+
+
+def test_a_reward_by_hand_and_none(chat: Chat) -> None:
+    _, err = chat("name=demo", "reward=length", "reward.target=4", "--prompt", "I saw this")
+    assert "reward  length\nreward " in err
+    assert "\nreward" not in chat("chat.reward=false", "--prompt", "I saw this")[1]
+    assert "has no model yet" in chat("name=demo", "reward=preference_model", "--prompt", "I saw", status=2)[1]
+
+
+def test_a_run_without_a_reward_has_none_to_show(miniature: Path, workplace: Path, chat: Chat) -> None:
+    shutil.copytree(miniature / "sft", workplace / "runs" / "demo" / "sft")
+    out, err = chat(f"runs={workplace / 'runs'}", "--prompt", "I saw this")
+    assert out.strip()
+    assert err.endswith("demo/sft/model\n")
+
+
+def test_a_conversation_is_remembered_and_its_oldest_turns_are_dropped(chat: Chat) -> None:
+    alone = chat("chat.mode=chat", "--prompt", "good")[0]
+    turns = [word for text in ("hi", "good") for word in ("--prompt", text)]
+    assert chat("chat.mode=chat", *turns)[0].endswith(alone) is False
+    _, err = chat("chat.mode=chat", *turns * 4)
+    assert err.count("its oldest turns are dropped") == 1
+    assert "tokens, and ppo has room for 1 to 56" in chat("--prompt", "quite wonderful " * 40, status=2)[1]
+
+
+def test_what_a_model_writes_never_steers_the_terminal(
+    miniature: Path, workplace: Path, chat: Chat, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = workplace / "esc"
+    shutil.copytree(miniature / "ppo" / "model", folder)
+    policy = open_policy(str(folder))
+    (escape,) = policy.tokenizer("\x1b")["input_ids"]
+    with torch.no_grad():  # this token, whatever was asked
+        policy.model.transformer.wte.weight.zero_()[escape] = 1
+        policy.model.transformer.ln_f.weight.zero_()
+        policy.model.transformer.ln_f.bias.fill_(1)
+    policy.save(folder)
+    assert AutoModelForCausalLM.from_pretrained(folder).transformer.wte.weight.sum() > 0
+    out, err = chat(f"policy.path={folder}", f"against={folder}", "chat.response_length=3", "--prompt", "I saw")
+    assert out.count(r"\u001b\u001b\u001b") == 2
+    out += chat(f"policy.path={folder}", "chat.response_length=3", "--prompt", "I saw")[0]
+    assert out.endswith("\\u001b\\u001b\\u001b\n")
+    assert "\x1b" not in out + err
+
+
+def test_a_growing_answer_is_printed_once_and_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    stream = Stream()
+    for text in ("A", "A f\ufffd", "A fé", "A fé\r", "A fé\r!"):
+        stream.grow(text)
+    stream.end("A fé\r!\ufffd")
+    assert capsys.readouterr().out == "A fé\\u000d!\ufffd\n"
+    stream = Stream()
+    stream.grow("do n")
+    stream.end("don't")
+    assert capsys.readouterr().out == "do n\ndon't\n"
+
+
+DIALOGUE = ["你好吗", "我很好，谢谢你", "今天天气真好", "我们去吃饭吧"] * 10
+
+
+@pytest.fixture
+def chinese(workplace: Path) -> Policy:
+    """A Chinese policy from scratch, which lies where a run's PPO would have put it."""
+    choice = {"name": "gpt2_scratch", "tokenizer": "characters", "vocabulary": 60, "positions": 32}
+    policy = make_policy(choice, DIALOGUE, 0)
+    stage = workplace / "runs" / "zh" / "ppo"
+    policy.save(stage / "model")
+    config = {
+        "policy": choice, "data": {"name": "dialogue", "path": "gone.jsonl"}, "reward": {"name": "length"},
+        "trainer": {"response_length": 6, "suppress_tokens": ["[UNK]", "[PAD]", "[CLS]", "[MASK]"]},
+    }  # fmt: skip
+    (stage / "config.yaml").write_text(yaml.safe_dump(config))
+    (stage / "run.json").write_text(json.dumps({"status": "done", "stage": "ppo", "name": "zh"}))
+    return policy
+
+
+def test_chinese_is_asked_turn_by_turn_between_its_special_tokens(chinese: Policy) -> None:
+    speaker = Speaker("zh", chinese, Sampling(stop_ids=(chinese.tokenizer.sep_token_id,)), 6, converses=True)
+    ids = speaker.hear("你好吗")
+    assert chinese.tokenizer.convert_ids_to_tokens(ids) == ["[CLS]", "你", "好", "吗", "[SEP]"]
+    _, text = speaker.answer("你好吗", ids, torch.rand(6, generator=torch.Generator().manual_seed(0)))
+    again = chinese.tokenizer.decode(speaker.hear("我很好"))
+    assert again.replace(" ", "") == f"[CLS]你好吗[SEP]{text}[SEP]我很好[SEP]".replace(" ", "")
+    for _ in range(6):
+        speaker.answer("今天天气真好", speaker.hear("今天天气真好"), torch.full((6,), 0.5))
+    assert speaker.forgetful
+    assert [turn.role for turn in speaker.turns] == ["user", "assistant"] * (len(speaker.turns) // 2)
+    before = speaker.turns
+    with pytest.raises(UserError, match="that takes 62 tokens, and zh has room for 1 to 26"):
+        speaker.hear("好" * 60)
+    assert speaker.turns == before
+    speaker.forget()
+    assert speaker.hear("你好吗") == ids
+
+
+def test_a_chinese_run_needs_nothing_said_again(
+    chinese: Policy, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line("stage=chat", "name=zh", "--prompt", "你好，“吗”") == 0
+    said = capsys.readouterr()
+    assert "[UNK]" not in said.out
+    assert "reward  length" in said.err
+    home = run_of("runs/zh/ppo/model")
+    settings = Settings("chat", "zh", policy={"name": "causal_lm", "path": "runs/zh"}, reward={"name": "length"})
+    (speaker,) = open_talk(settings, home or RunDir.of(settings)).speakers
+    assert (speaker.name, speaker.converses, speaker.length) == ("ppo", True, 6)
+    assert chinese.tokenizer.unk_token_id in speaker.sampling.suppressed_ids
+
+
+def test_the_newest_round_answers(
+    miniature: Path, workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = workplace / "runs" / "demo"
+    shutil.copytree(miniature / "sft", run / "sft")
+    for name in ("round1", "round2"):
+        shutil.copytree(miniature / "ppo", run / name / "ppo")
+        path = run / name / "ppo" / "run.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "name": f"demo/{name}"}))
+    (run / "round10" / "ppo").mkdir(parents=True)  # only begun
+    assert command_line("stage=chat", "against=sft", "--prompt", "I saw") == 0
+    said = capsys.readouterr()
+    assert "policy  runs/demo/round2/ppo/model" in said.err
+    assert "demo/sft: " in said.out
+
+
+REFUSED = {
+    "name=none": ["has no policy to talk to", "name= demo", "policy.path="],
+    "against=reward": ["against=reward", "has made no such policy. It has: ppo, sft, pretrain"],
+    "against=./nowhere": ["there is no folder ./nowhere"],
+    "chat.temperature=0": ["chat.temperature is 0; it takes a number above 0"],
+    "chat.response_length=0": ["chat.response_length is 0; it takes at least 1"],
+    "chat.response_length=64": ["the policy has 64 positions"],
+    "chat.mode=talk": ["chat.mode is 'talk'", "'chat' or 'complete' or null"],
+    "chat.top_k=3": ["no setting 'chat.top_k'"],
+    "policy.size=small": ["has policy.size=tiny, and here it is small"],
+    "trainer.temperature=2": ["stage=chat has no trainer"],
+    "-m": ["stage=chat holds one conversation"],
+}
+
+
+@pytest.mark.parametrize("asked", REFUSED)
+def test_what_cannot_be_is_said(asked: str, chat: Chat) -> None:
+    out, err = chat("--prompt", "I saw this", asked, status=2)
+    assert not out
+    for part in REFUSED[asked]:
+        assert part in err
+    assert "Traceback" not in err
+
+
+def test_a_prompt_goes_with_a_chat_and_is_not_empty(
+    command_line: CommandLine, workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for args, said in (
+        (("stage=sft", "--prompt", "x"), "--prompt goes with stage=chat"),
+        (("stage=sft", "against=ppo"), "against= goes with stage=chat"),
+        (("stage=chat", "--prompt"), "--prompt takes a text"),
+        (("stage=chat", "--prompt", " "), "--prompt is empty"),
+    ):
+        assert command_line(*args) == 2
+        assert said in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert command_line("stage=chat") == 2
+    assert "stage=chat runs in one process" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("against", "key", "status"), [("null", b"\x04", 0), ("sft", b"\x03", 130)])
+def test_at_a_terminal(against: str, key: bytes, status: int, miniature: Path) -> None:
+    command = ["-m", "rlhf_pipeline", "stage=chat", f"runs={miniature.parent}", f"against={against}"]
+    process, terminal = pty.fork()
+    if not process:
+        os.execve(sys.executable, [sys.executable, *command], {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "90"})
+    shown = [read_until_asked(terminal)]
+    for line in (b"I saw this\n", b"/rest\n", b"/reset\n", key):
+        os.write(terminal, line)
+        shown.append(read_until_asked(terminal))
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == status
+    assert "/help lists the commands" in shown[0]
+    assert "reward 0." in shown[1]
+    assert ("ppo" in shown[1] and "│" in shown[1]) == (against == "sft")
+    assert "Did you mean '/reset'?" in shown[2]
+    assert "a new conversation" in shown[3]
+    assert "Traceback" not in "".join(shown)
+
+
+def read_until_asked(terminal: int, seconds: float = 120) -> str:
+    """What a terminal shows up to the next prompt, or to the end of the program."""
+    shown, end = b"", time.monotonic() + seconds
+    while not shown.endswith(b"> ") and time.monotonic() < end:
+        if select.select([terminal], [], [], 1)[0]:
+            try:
+                part = os.read(terminal, 4096)
+            except OSError:  # on Linux, the end
+                part = b""
+            if not part:
+                break
+            shown += part
+    return shown.decode()
+
+
+def test_all_that_ppo_said_of_sampling_is_taken(chinese: Policy) -> None:
+    trained = {"response_length": 9, "min_response_length": 4, "temperature": 0.5, "min_new_tokens": 2, "kl_coef": 1.0,
+               "stop_tokens": ["气"], "suppress_tokens": ["[UNK]"]}  # fmt: skip
+    sampling, longest, shortest = sampling_as(trained, chinese, temperature=0.7, response_length=None)
+    number = chinese.tokenizer.convert_tokens_to_ids
+    assert sampling == Sampling(0.7, tuple(sorted((number("[SEP]"), number("气")))), 2, (number("[UNK]"),))
+    assert (longest, shortest) == (9, 4)
+
+
+@pytest.mark.parametrize(("prompt", "mode"), [("Say it.", "complete"), ([{"role": "user", "content": "Hi"}], "chat")])
+def test_whether_it_converses_is_told_by_the_runs_rows(prompt: object, mode: str, chinese: Policy) -> None:
+    path = Path("runs/zh/ppo/config.yaml")
+    rows = [{"prompt": prompt, "completion": f"Yes, {number}."} for number in range(20)]
+    if mode == "chat":
+        rows = [{"messages": [*prompt, {"role": "assistant", "content": f"Yes {n}"}]} for n in range(20)]  # type: ignore[misc]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = yaml.safe_load(path.read_text())
+    path.write_text(
+        yaml.safe_dump({**config, "data": {"name": "instructions", "path": "rows.jsonl", "test_share": 0.5}})
+    )
+    settings = Settings("chat", "zh", policy={"name": "causal_lm", "path": "runs/zh"}, reward={"name": "length"})
+    for asked, expected in (
+        (Chatting(), mode),
+        (Chatting(mode="complete"), "complete"),
+        (Chatting(mode="chat"), "chat"),
+    ):
+        (speaker,) = open_talk(dataclasses.replace(settings, chat=asked), RunDir.of(settings)).speakers
+        assert speaker.converses == (expected == "chat")
