@@ -72,9 +72,13 @@ def complete(argv: Sequence[str]) -> list[str]:
     """What the user typed, as Hydra wants it.
 
     Open sections take any key. A policy, reward or data of the user's own leaves the demo's experiment: its
-    learning rates were chosen for the demo's models.
+    learning rates were chosen for the demo's models. A folder of configurations is one below the current folder, where
+    Hydra would look below this package.
     """
     args = [f"++{arg}" if _OPEN.match(arg) else arg for arg in argv]
+    before = ["", *args]
+    args = [os.path.abspath(arg) if before[i] in ("--config-path", "-cp") else arg for i, arg in enumerate(args)]
+    args = [re.sub(r"^--config-path=(.*)", lambda p: f"--config-path={os.path.abspath(p[1])}", arg) for arg in args]
     args = [re.sub(r"^labeler=", _LABELER, arg) for arg in args]
     args = ["~experiment" if arg in ("experiment=null", "experiment=none") else arg for arg in args]
     if any(arg.startswith(("--config-name", "-cn")) for arg in args):
