@@ -26,14 +26,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_pipeline import data, policies, rewards, rundir
 from rlhf_pipeline.errors import UserError, WaitingError
+from rlhf_pipeline.publish import last_model, publish
 from rlhf_pipeline.registry import Registry, suggest
-from rlhf_pipeline.settings import SAMPLING, STAGES, Settings, check_sections
+from rlhf_pipeline.settings import SAMPLING, STAGES, TRAINED, Hub, Settings, check_sections
 
 _PACKAGE = Path(__file__).parent
 # In a wheel the configurations lie inside the package, in a checkout beside it.
 CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 # Sections that take keys their defaults do not list: Settings checks them, so Hydra need not ask for a '+'.
-_OPEN = re.compile(r"^(trainer|policy|reward|data|ptx|evaluate|collect|labeler|stages)\.[\w.]+=")
+_OPEN = re.compile(r"^(trainer|policy|reward|data|ptx|evaluate|collect|hub|labeler|stages)\.[\w.]+=")
 NO_STAGES = "stage=pipeline runs an experiment's stages; choose one, as in experiment=demo."
 _failed_jobs: list[int] = []  # exit statuses of a sweep's jobs that failed
 # Stages that several processes can share.
@@ -102,6 +103,10 @@ def _hydra_main(cfg: DictConfig) -> float | None:
 
 def _dispatch(cfg: DictConfig, overrides: list[str]) -> float | None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
+        if (cfg.get("hub") or {}).get("push"):
+            raise UserError(
+                "the jobs of a sweep would push to one place; push the one that you choose when it is done."
+            )
         return _sweep_job(cfg, overrides)
     if cfg.stage == "pipeline":
         return _pipeline(cfg, overrides)
@@ -109,7 +114,16 @@ def _dispatch(cfg: DictConfig, overrides: list[str]) -> float | None:
     settings = resolve(cfg, overrides)
     objective = run_stage(settings)
     if cfg.stage in order[:-1] and rundir.RunDir.of(settings).record.get("status") == "done":
-        own = ("stage=", "labels=", "trainer.", "++trainer.", f"stages.{cfg.stage}.", f"++stages.{cfg.stage}.")
+        own = (
+            "stage=",
+            "labels=",
+            "hub.",
+            "++hub.",
+            "trainer.",
+            "++trainer.",
+            f"stages.{cfg.stage}.",
+            f"++stages.{cfg.stage}.",
+        )
         rest = shlex.join(_as_typed(o) for o in overrides if not o.startswith(own))
         print(f"next: python -m rlhf_pipeline stage={order[order.index(cfg.stage) + 1]} {rest}".rstrip())
     return objective
@@ -185,6 +199,8 @@ def _merge_section(cfg: DictConfig, said: dict[str, Override]) -> set[str]:
 
 def run_stage(settings: Settings) -> float | None:
     """Run one stage in its directory; give its objective, for a sweep. A finished stage is left as it is."""
+    if settings.hub.push and settings.stage not in TRAINED:
+        raise UserError(f"stage={settings.stage} makes no model, so hub.push= goes with one of: {', '.join(TRAINED)}.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if settings.stage not in _BY_SEVERAL:
             raise UserError(
@@ -222,14 +238,16 @@ def _run_held(settings: Settings, out: rundir.RunDir, done: bool) -> float | Non
             from rlhf_pipeline.tables import evaluation_table
 
             evaluation_table(json.loads((out.path / "evaluation.json").read_text(encoding="utf-8")))
-        return out.objective()
-    from rlhf_pipeline import stages  # loads torch and trl, so only now
+    else:
+        from rlhf_pipeline import stages  # loads torch and trl, so only now
 
-    try:
-        stages.run(settings, out)
-    except BaseException as error:
-        out.failed(error)
-        raise
+        try:
+            stages.run(settings, out)
+        except BaseException as error:
+            out.failed(error)
+            raise
+    if settings.hub.push and not _rank():
+        publish(out, settings.hub)
     return out.objective()
 
 
@@ -244,7 +262,8 @@ def _pipeline(cfg: DictConfig, overrides: list[str]) -> float | None:
         print(f"reward={chosen} needs no training, so stage=reward is left out.", flush=True)
         order.remove("reward")
     whole = resolve(cfg, overrides)
-    every = [_of_pipeline(rest, stage, name) for stage, name in plan(order, whole.name, whole.rounds)]
+    every = [_of_pipeline(rest, stage, name, whole.hub) for stage, name in plan(order, whole.name, whole.rounds)]
+    last = last_model(every) if whole.hub.push else None
     started, result = time.monotonic(), None
     for number, settings in enumerate(every, 1):
         within = settings.name.removeprefix(whole.name).lstrip("/")  # round2, where there are rounds
@@ -256,7 +275,9 @@ def _pipeline(cfg: DictConfig, overrides: list[str]) -> float | None:
             from rlhf_pipeline.rounds import report_rounds
 
             report_rounds(Path(whole.runs), whole.name)
-    print(f"\nAll of {whole.runs}/{whole.name} is done ({time.monotonic() - started:.0f} s).")
+    print(f"\nAll of {whole.runs}/{whole.name} is done ({time.monotonic() - started:.0f} s).", flush=True)
+    if last:  # at the end, for then the card says how it did
+        publish(rundir.RunDir.of(last), whole.hub)
     return result
 
 
@@ -274,9 +295,10 @@ def plan(order: Sequence[str], name: str, rounds: int | None) -> list[tuple[str,
     return [*((stage, name) for stage in order[:first]), *again]
 
 
-def _of_pipeline(overrides: Sequence[str], stage: str, name: str) -> Settings:
+def _of_pipeline(overrides: Sequence[str], stage: str, name: str, to: Hub) -> Settings:
     settings = resolve(hydra.compose("config", [*overrides, f"stage={stage}"]), overrides)
-    return dataclasses.replace(settings, name=name)
+    # What is said of the pipeline is done at its end; a stage may have a repository of its own.
+    return dataclasses.replace(settings, name=name, hub=Hub() if settings.hub == to else settings.hub)
 
 
 def _wait_for_people(collect: rundir.RunDir) -> None:

@@ -246,7 +246,8 @@ class RunDir:
             )
         hydra = {"run": {"dir": "."}, "output_subdir": None}
         logging = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}, "_self_"]
-        config = {"defaults": logging, "hydra": hydra, **_plain_values(settings), "overwrite": False}
+        once = {"overwrite": False, "hub": {}}  # who repeats the run has not asked for these
+        config = {"defaults": logging, "hydra": hydra, **_plain_values(settings), **once}
         write_atomic(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         self._record = {
             "stage": self.stage,
@@ -270,12 +271,14 @@ class RunDir:
         self._record = self.record
 
     def finish(self, results: dict[str, Any], objective: float | None = None, status: str = "done") -> None:
-        """Mark the stage done, or waiting for people, with its results, and draw its report."""
+        """Mark the stage done, or waiting for people, with its results; write the model's card and draw the report."""
+        from rlhf_pipeline.cards import write_cards
         from rlhf_pipeline.report import write_report
 
         seconds = round(time.monotonic() - self._started + self._record.get("seconds", 0), 1)
         self._record |= {"status": status, "finished": _now(), "seconds": seconds}
         self._record |= {"results": results, "objective": objective}
+        write_cards(self.path, self._record)  # first: what is done is never without
         write_json(self.path / "run.json", self._record)
         write_report(self.path)
 

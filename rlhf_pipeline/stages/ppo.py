@@ -67,7 +67,8 @@ def run(settings: Settings, out: RunDir) -> None:
     results = {name: sum(row[f"objective/{name}"] for row in last) / len(last) for name in ("scores", "kl")}
     if trainer.state.best_metric is not None:
         results["best_eval_reward"] = trainer.state.best_metric
-    out.finish(results, objective=results["scores"])
+    signs = {"collapse_watch": sorted(trainer.watch.warned)} if trainer.watch.warned else {}
+    out.finish({**results, **signs}, objective=results["scores"])
     what = f"reward {results['scores']:.3f} at KL {results['kl']:.2f} over the last {len(last)} logged updates"
     say_done(out, what, clock)
 

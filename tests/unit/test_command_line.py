@@ -34,6 +34,11 @@ REFUSED = {
     "stage=sft data.prompt_turns=-1": ["data.prompt_turns is -1; it takes at least 1"],
     "stage=sft data.limit=-1": ["data.limit is -1; it takes at least 1"],
     "stage=sft trainer.hub_token=hf_secret": ["trainer.hub_token is not yours to set", "HF_TOKEN"],
+    "stage=sft hub.push=nobody": ["hub.push=nobody is no repository of the hub", "user/name"],
+    "stage=sft hub.push=a/b/c": ["hub.push=a/b/c is no repository of the hub"],
+    "stage=sft hub.token=hf_secret": ["there is no setting 'hub.token'", "push, private"],
+    "stage=sft hub.push=a/b hub.private=maybe": ["hub.private is 'maybe'", "takes bool"],
+    "stage=evaluate hub.push=a/b": ["stage=evaluate makes no model", "ppo"],
     "stage=sft nam=x": ["no setting 'nam'", "Did you mean 'name'"],
     "stage=sft +kl.taget=6": ["no setting 'kl'"],
     "stage=ppo reward=keywords reward.words=[好]": ["reward.words=[好]", "put quotes", '["好"]'],
@@ -56,6 +61,21 @@ def test_what_is_wrong_is_named_with_what_is_near(
         assert part in said
     assert "Traceback" not in said
     assert not (workplace / "runs").exists()
+
+
+def test_the_jobs_of_a_sweep_do_not_push_over_one_another(
+    command_line: CommandLine, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line("-m", "stage=sft", "seed=1,2", "hub.push=me/x") == 2
+    assert "the jobs of a sweep would push to one place" in capsys.readouterr().err
+
+
+def test_a_folder_of_configurations_is_one_below_the_current_folder(workplace: Path) -> None:
+    absolute = str(workplace / "runs" / "demo")
+    assert cli.complete(["--config-path", "runs/demo", "--config-name", "config"])[1] == absolute
+    assert cli.complete(["-cp", "runs/demo", "-cn", "config"])[1] == absolute
+    assert cli.complete(["--config-path=runs/demo", "-cn=config"])[0] == f"--config-path={absolute}"
+    assert cli.complete(["--config-path", "/x/y", "--config-name", "config"])[1] == "/x/y"
 
 
 @pytest.mark.parametrize("asked", ["--help", "stage=sft trainer.learning_rat=1", "stage=ppo --cfg job"])

@@ -12,7 +12,8 @@ LAYERS = [
     ["registry", "toy_reviews", "python_code", "hub", "metrics", "sampling", "report", "precision", "processes",
      "checkpoints", "reward_model", "labels", "lineage"],
     ["likelihood", "formats", "templates", "scorer", "own_code"],
-    ["data", "policies", "rewards"], ["encoding"], ["settings"], ["rundir"], ["tables", "ppo", "label_studio"],
+    ["data", "policies", "rewards"], ["encoding"], ["settings"], ["cards"], ["rundir"],
+    ["tables", "ppo", "label_studio", "publish"],
     ["stages", "rounds"], ["cli"],
 ]  # fmt: skip
 
