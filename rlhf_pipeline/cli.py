@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -25,16 +25,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_pipeline import data, made, policies, rewards, rundir
+from rlhf_pipeline.arguments import as_typed, complete, swept_overrides
 from rlhf_pipeline.errors import UserError, WaitingError
 from rlhf_pipeline.plain_words import plain
+from rlhf_pipeline.publish import last_model, publish
 from rlhf_pipeline.registry import Registry
-from rlhf_pipeline.settings import SAMPLING, Settings, check_sections
+from rlhf_pipeline.settings import SAMPLING, TRAINED, Hub, Settings, check_sections
 
 _PACKAGE = Path(__file__).parent
 # In a wheel the configurations lie inside the package, in a checkout beside it.
 CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
-# Sections that take keys their defaults do not list: Settings checks them, so Hydra need not ask for a '+'.
-_OPEN = re.compile(r"^(trainer|policy|reward|data|ptx|evaluate|collect|chat|labeler|stages)\.[\w.]+=")
 NO_STAGES = "stage=pipeline runs an experiment's stages; choose one, as in experiment=demo."
 _failed_jobs: list[int] = []  # exit statuses of a sweep's jobs that failed
 # Stages that several processes can share.
@@ -45,9 +45,6 @@ _CHOICES: dict[str, Registry[Any]] = {
     "reward": rewards.registry,
     "data": data.registry,
 }
-_OWN_CHOICE = re.compile(r"^(policy|reward|data)=")
-# labeler= chooses among the rewards: to Hydra, that group in another place.
-_LABELER = "reward@labeler="
 
 
 def main() -> None:
@@ -69,49 +66,6 @@ def main() -> None:
         sys.exit(130)
 
 
-def complete(argv: Sequence[str]) -> list[str]:
-    """What the user typed, as Hydra wants it.
-
-    `--prompt` is a setting. Open sections take any key. A policy, reward or data of the user's own leaves the demo's
-    experiment: its learning rates were chosen for the demo's models.
-    """
-    argv = _prompts_quoted(argv)
-    args = [f"++{arg}" if _OPEN.match(arg) else arg for arg in argv]
-    args = ["~experiment" if arg in ("experiment=null", "experiment=none") else arg for arg in args]
-    if any(arg.startswith(("--config-name", "-cn")) for arg in args):
-        return args
-    args = [re.sub(r"^labeler=", _LABELER, arg) for arg in args]
-    if any(map(_OWN_CHOICE.match, args)) and not any("experiment" in arg.partition("=")[0] for arg in args):
-        args.insert(_end_of_settings(args), "~experiment")
-    if any(arg in ("--help", "-h") for arg in args) and not any(arg.startswith("stage=") for arg in args):
-        args.append("stage=pipeline")
-    return args
-
-
-def _prompts_quoted(argv: Sequence[str]) -> list[str]:
-    """The command line with `--prompt TEXT`, as often as it is said, as one setting, whatever the texts hold."""
-    args, prompts, words = [], [], iter(argv)
-    for word in words:
-        name, joined, text = word.partition("=")
-        if name != "--prompt":
-            args.append(word)
-        elif joined or (text := next(words, "")):
-            whole = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-            # To OmegaConf ${ begins the name of a setting, unless there is an odd number of backslashes before it.
-            plain = re.sub(r"(\\*)\$\{", r"\1\1\\${", whole)
-            prompts.append(QuotedString(plain, Quote.single).with_quotes())
-        else:
-            raise UserError("--prompt takes a text, as in --prompt 'I saw this'.")
-    if prompts:
-        args.insert(_end_of_settings(args), f"chat.prompt=[{','.join(prompts)}]")
-    return args
-
-
-def _end_of_settings(args: Sequence[str]) -> int:
-    """Before the first option: Hydra wants no setting behind one."""
-    return next((i for i, arg in enumerate(args) if arg.startswith("-")), len(args))
-
-
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
 def _hydra_main(cfg: DictConfig) -> float | None:
     overrides = list(HydraConfig.get().overrides.task)
@@ -125,6 +79,10 @@ def _dispatch(cfg: DictConfig, overrides: list[str]) -> float | None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         if cfg.stage == "chat":
             raise UserError("stage=chat holds one conversation; drop -m, and compare two policies by against=.")
+        if (cfg.get("hub") or {}).get("push"):
+            raise UserError(
+                "the jobs of a sweep would push to one place; push the one that you choose when it is done."
+            )
         return _sweep_job(cfg, overrides)
     if cfg.stage == "pipeline":
         return _pipeline(cfg, overrides)
@@ -132,23 +90,10 @@ def _dispatch(cfg: DictConfig, overrides: list[str]) -> float | None:
     settings = resolve(cfg, overrides)
     objective = run_stage(settings)
     if cfg.stage in order[:-1] and rundir.RunDir.of(settings).record.get("status") == "done":
-        own = (
-            "stage=",
-            "labels=",
-            "overwrite=",
-            "trainer.",
-            "++trainer.",
-            f"stages.{cfg.stage}.",
-            f"++stages.{cfg.stage}.",
-        )
-        rest = shlex.join(_as_typed(o) for o in overrides if not o.startswith(own))
+        own = ("stage=", "labels=", "overwrite=", "hub.", "trainer.", f"stages.{cfg.stage}.")
+        rest = shlex.join(typed for o in overrides if not (typed := as_typed(o)).startswith(own))
         print(f"next: python -m rlhf_pipeline stage={order[order.index(cfg.stage) + 1]} {rest}".rstrip())
     return objective
-
-
-def _as_typed(override: str) -> str:
-    """An override of Hydra's as the user would say it."""
-    return override.removeprefix("++").replace(_LABELER, "labeler=")
 
 
 def resolve(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
@@ -229,6 +174,8 @@ def _as_its_run(cfg: DictConfig, said: dict[str, Override]) -> None:
 
 def run_stage(settings: Settings) -> float | None:
     """Run one stage in its directory; give its objective, for a sweep. A finished stage is left as it is."""
+    if settings.hub.push and settings.stage not in TRAINED:
+        raise UserError(f"stage={settings.stage} makes no model, so hub.push= goes with one of: {', '.join(TRAINED)}.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if settings.stage not in _BY_SEVERAL:
             raise UserError(
@@ -271,14 +218,16 @@ def _run_held(settings: Settings, out: rundir.RunDir, done: bool) -> float | Non
             from rlhf_pipeline.tables import evaluation_table
 
             evaluation_table(json.loads((out.path / "evaluation.json").read_text(encoding="utf-8")))
-        return out.objective()
-    from rlhf_pipeline import stages  # loads torch and trl, so only now
+    else:
+        from rlhf_pipeline import stages  # loads torch and trl, so only now
 
-    try:
-        stages.run(settings, out)
-    except BaseException as error:
-        out.failed(error)
-        raise
+        try:
+            stages.run(settings, out)
+        except BaseException as error:
+            out.failed(error)
+            raise
+    if settings.hub.push and not _rank():
+        publish(out, settings.hub)
     return out.objective()
 
 
@@ -293,7 +242,8 @@ def _pipeline(cfg: DictConfig, overrides: list[str]) -> float | None:
         print(f"reward={chosen} needs no training, so stage=reward is left out.", flush=True)
         order.remove("reward")
     whole = resolve(cfg, overrides)
-    every = [_of_pipeline(rest, stage, name) for stage, name in plan(order, whole.name, whole.rounds)]
+    every = [_of_pipeline(rest, stage, name, whole.hub) for stage, name in plan(order, whole.name, whole.rounds)]
+    last = last_model(every) if whole.hub.push else None
     started, result = time.monotonic(), None
     for number, settings in enumerate(every, 1):
         within = settings.name.removeprefix(whole.name).lstrip("/")  # round2, where there are rounds
@@ -305,7 +255,9 @@ def _pipeline(cfg: DictConfig, overrides: list[str]) -> float | None:
             from rlhf_pipeline.rounds import report_rounds
 
             report_rounds(Path(whole.runs), whole.name)
-    print(f"\nAll of {whole.runs}/{whole.name} is done ({time.monotonic() - started:.0f} s).")
+    print(f"\nAll of {whole.runs}/{whole.name} is done ({time.monotonic() - started:.0f} s).", flush=True)
+    if last:  # at the end, for then the card says how it did
+        publish(rundir.RunDir.of(last), whole.hub)
     return result
 
 
@@ -323,9 +275,10 @@ def plan(order: Sequence[str], name: str, rounds: int | None) -> list[tuple[str,
     return [*((stage, name) for stage in order[:first]), *again]
 
 
-def _of_pipeline(overrides: Sequence[str], stage: str, name: str) -> Settings:
+def _of_pipeline(overrides: Sequence[str], stage: str, name: str, to: Hub) -> Settings:
     settings = resolve(hydra.compose("config", [*overrides, f"stage={stage}"]), overrides)
-    return dataclasses.replace(settings, name=name)
+    # What is said of the pipeline is done at its end; a stage may have a repository of its own.
+    return dataclasses.replace(settings, name=name, hub=Hub() if settings.hub == to else settings.hub)
 
 
 def _wait_for_people(collect: rundir.RunDir) -> None:
@@ -343,7 +296,7 @@ def _wait_for_people(collect: rundir.RunDir) -> None:
 def _sweep_job(cfg: DictConfig, overrides: list[str]) -> float | None:
     """Run one job of a sweep in a process of its own: two trainers in one process would share their state."""
     swept = swept_overrides(sys.argv[1:], overrides)
-    label = ",".join(re.sub(r"[^\w.=+-]", "_", _as_typed(o)) for o in swept)
+    label = ",".join(re.sub(r"[^\w.=+-]", "_", as_typed(o)) for o in swept)
     job = label if 0 < len(label) <= 120 else f"job{HydraConfig.get().job.num}"
     sweep = cfg.name or cfg.experiment or "default"
     name = f"{sweep}/{job}"
@@ -365,15 +318,6 @@ def _last_stage(cfg: DictConfig) -> str:
     if not cfg.stages:
         raise UserError(NO_STAGES)
     return str(list(cfg.stages)[-1])
-
-
-def swept_overrides(argv: Sequence[str], job: Sequence[str]) -> list[str]:
-    """The overrides of `job` that differ between the jobs of the multirun that `argv` asked for."""
-    parsed: list[Override] = OverridesParser.create().parse_overrides([a for a in argv if "=" in a and a[0] != "-"])
-    fixed = {
-        f"{o.key_or_group}@{o.package}" if o.package else o.key_or_group for o in parsed if not o.is_sweep_override()
-    }
-    return [o for o in job if o.lstrip("+").partition("=")[0] not in fixed]
 
 
 class SweepTable(Callback):

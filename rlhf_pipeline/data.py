@@ -4,7 +4,7 @@ import hashlib
 import random
 import typing
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from rlhf_pipeline import formats
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.hub import explained
+from rlhf_pipeline.hub import explained, is_hub_id
 from rlhf_pipeline.labels import Labels, settle
 from rlhf_pipeline.python_code import source_files
 from rlhf_pipeline.records import Code, Demonstration, Dialogue, Labelled, Preference, Prompt, Ranking, Row, Text
@@ -20,6 +20,8 @@ from rlhf_pipeline.registry import Registry
 
 R = TypeVar("R", bound=Row)
 S = TypeVar("S")
+
+IMDB = "stanfordnlp/imdb"  # on the hub
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def toy_reviews(seed: int, *, train: int = 20_000, test: int = 2_000) -> Splits[
 
 
 @registry.register
-def imdb(seed: int, *, path: str = "stanfordnlp/imdb") -> Splits[Labelled]:
+def imdb(seed: int, *, path: str = IMDB) -> Splits[Labelled]:
     """The Large Movie Review Dataset (Maas et al. 2011): the hub's, or the original aclImdb as a folder or .tar.gz."""
     where = Path(path).expanduser()
     if where.exists() or path.endswith((".tar.gz", ".tgz", ".tar")):
@@ -214,6 +216,15 @@ def fingerprint(choice: dict[str, Any], splits: Splits[Any]) -> dict[str, Any]:
         digest.update(repr(row).encode())
     counts = {"train": len(splits.train), "test": len(splits.test)}
     return {"name": choice["name"], "path": choice.get("path"), **counts, "sha256": digest.hexdigest()}
+
+
+def hub_set(choice: Mapping[str, Any]) -> str | None:
+    """The id of the hub's data set that a choice (name, path) reads; None where it reads files, or what is built in."""
+    default = {"imdb": IMDB, "python_code": None}  # the others read files
+    path = choice.get("path") or default.get(str(choice.get("name")))
+    if choice.get("name") not in default or not isinstance(path, str) or Path(path).expanduser().exists():
+        return None
+    return path if is_hub_id(path) else None
 
 
 def plain(prompt: Prompt) -> str:

@@ -80,6 +80,16 @@ def hub_silence() -> str | None:
     return silence
 
 
+def why_unreachable() -> str | None:
+    """Why nothing can be taken to the hub, or None. Unlike `hub_silence` it takes no process offline."""
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        return hub_silence()
+    fault = _fault(constants.ENDPOINT)
+    return f"the hub at {constants.ENDPOINT} cannot be reached ({fault})" if fault else None
+
+
 def _fault(endpoint: str) -> str | None:
     """What is wrong with an endpoint; any HTTP answer is none.
 
@@ -121,6 +131,18 @@ def _near(what: str) -> str:
     names = os.listdir(path.parent) if os.access(path.parent, os.R_OK) else []
     found = [str(path.parent / name) for name in difflib.get_close_matches(path.name, names)]
     return f" (near it: {', '.join(found)})" if found else ""
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether this has the form of a repository's id."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return True
 
 
 def model_folder(path: str) -> str:

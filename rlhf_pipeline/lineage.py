@@ -13,9 +13,12 @@ _PACKAGES = ("rlhf_pipeline", "torch", "transformers", "trl", "accelerate", "dat
 
 
 def content_hash(folder: Path) -> str:
-    """SHA-256 over the names and bytes of a folder's files."""
+    """SHA-256 over the names and bytes of a folder's files, but for the README.md beside them.
+
+    That is a model's card: stage=evaluate writes it anew, and people do; the model stays what it was.
+    """
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / "README.md"):
         digest.update(str(path.relative_to(folder)).encode() + b"\0")
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

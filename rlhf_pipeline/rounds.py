@@ -5,8 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rlhf_pipeline.atomic import write_json
 from rlhf_pipeline.report import assemble, by_row, chart, text, write_page
-from rlhf_pipeline.rundir import RunDir, write_json
+from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.tables import rounds_table
 
 # Titles of what is drawn by round.

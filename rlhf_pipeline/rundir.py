@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from rlhf_pipeline.atomic import read_jsonl, write_atomic, write_json, write_jsonl
 from rlhf_pipeline.checkpoints import newest_whole
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.lineage import file_hash, git, hardware, parent, versions
@@ -42,37 +43,6 @@ _NOT_WORK = ("collect.enough", "collect.annotators", "collect.batch_size")
 CANDIDATES, CANDIDATES_SO_FAR, LABELS = "candidates.jsonl", "candidates.part.jsonl", "labels.jsonl"
 PROJECT, SHEET = "project.json", "sheet.csv"
 _ROUND = re.compile(r"round([1-9][0-9]*)")
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
-    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write rows as JSON lines, whole or not at all."""
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log. A last line cut off by a kill is left out."""
-    rows: list[dict[str, Any]] = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").split("\n"):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            rows.append(row)
-    return rows
 
 
 class RunDir:
@@ -263,7 +233,8 @@ class RunDir:
             )
         hydra = {"run": {"dir": "."}, "output_subdir": None}
         logging = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}, "_self_"]
-        config = {"defaults": logging, "hydra": hydra, **_plain_values(settings), "overwrite": False}
+        once = {"overwrite": False, "hub": {}}  # who repeats the run has not asked for these
+        config = {"defaults": logging, "hydra": hydra, **_plain_values(settings), **once}
         write_atomic(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         self._record = {
             "stage": self.stage,
@@ -299,12 +270,14 @@ class RunDir:
         write_json(self.path / "run.json", self._record)
 
     def finish(self, results: dict[str, Any], objective: float | None = None, status: str = "done") -> None:
-        """Mark the stage done, or waiting for people, with its results, and draw its report."""
+        """Mark the stage done, or waiting for people, with its results; write the model's card and draw the report."""
+        from rlhf_pipeline.cards import write_cards
         from rlhf_pipeline.report import write_report
 
         seconds = round(time.monotonic() - self._started + self._record.get("seconds", 0), 1)
         self._record |= {"status": status, "finished": _now(), "seconds": seconds}
         self._record |= {"results": results, "objective": objective}
+        write_cards(self.path, self._record)  # first: what is done is never without
         write_json(self.path / "run.json", self._record)
         write_report(self.path)
 

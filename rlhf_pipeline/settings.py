@@ -12,9 +12,11 @@ from typing import Any, Literal
 
 from rlhf_pipeline import data, policies, rewards
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.hub import is_hub_id
 from rlhf_pipeline.registry import describe, fits, suggest
 
 _COUNTS = ("batch_size", "bootstrap", "response_length")
+TRAINED = ("reward", "pretrain", "sft", "ppo")  # the stages that make a model; a run is known by the last of them
 STAGES = ("pretrain", "sft", "collect", "reward", "ppo", "evaluate", "chat", "pipeline")
 
 # Where each stage's trainer config is declared, the subclass first. The files are parsed, not
@@ -96,6 +98,15 @@ class Chat:
     reward: bool | None = None  # whether each answer's is shown; None: where the run has one
 
 
+@dataclass(frozen=True)
+class Hub:
+    """Where a finished model goes, if anywhere. The token comes from HF_TOKEN or the client's login: no file has it."""
+
+    push: str | None = None  # user/name
+    private: bool = True
+
+
+_SECTIONS = {"evaluate": Evaluation, "collect": Collection, "chat": Chat, "hub": Hub}
 # What of PPO's settings says how a policy samples, but for the temperature.
 SAMPLING = ("response_length", "min_new_tokens", "stop_token", "stop_token_id", "stop_tokens", "suppress_tokens")
 
@@ -119,6 +130,7 @@ class Settings:
     collect: Collection = field(default_factory=Collection)
     chat: Chat = field(default_factory=Chat)
     against: str | None = None  # of stage=chat: a second policy, a stage of this run or a path
+    hub: Hub = field(default_factory=Hub)
     labeler: dict[str, Any] | None = None  # a reward that ranks in place of people, and its `noise`
     labels: str | None = None  # of stage=collect: pull, push, serve (Label Studio), or a file of labels
     rounds: int | None = None  # of stage=pipeline: how often collect and what follows are gone through
@@ -133,7 +145,7 @@ class Settings:
                 raise UserError(f"there is no setting '{key}'. {suggest(key, known)}Known: {', '.join(known)}.")
         _check_fields("", {k: v for k, v in values.items() if k in _TOP}, _TOP)
         sections: dict[str, Any] = {}
-        for name, section in (("evaluate", Evaluation), ("collect", Collection), ("chat", Chat)):
+        for name, section in _SECTIONS.items():
             given = values.get(name) or {}
             _check_fields(f"{name}.", given, {f.name: f.type for f in fields(section)})
             sections[name] = section(**given)
@@ -181,6 +193,10 @@ class Settings:
                 raise UserError(f"{key} is {value}; it takes at least {least}.")
         self._check_collection()
         self._check_chat()
+        if (to := self.hub.push) is not None and not (to.count("/") == 1 and is_hub_id(to)):
+            raise UserError(
+                f"hub.push={to} is no repository of the hub; it takes user/name, as in hub.push=me/my-model."
+            )
         if self.evaluate.best_of is not None and self.evaluate.best_of < 2:
             raise UserError(f"evaluate.best_of is {self.evaluate.best_of}; it takes at least 2, or null.")
         if self.evaluate.temperature is not None and self.evaluate.temperature <= 0:

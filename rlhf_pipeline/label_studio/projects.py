@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from rlhf_pipeline.atomic import write_json
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.label_studio import server
 from rlhf_pipeline.label_studio.client import LabelStudio
-from rlhf_pipeline.rundir import write_json
 
 URL, KEY = "LABEL_STUDIO_URL", "LABEL_STUDIO_API_KEY"
 _TITLE = (3, 50)  # the lengths that Label Studio allows

@@ -25,9 +25,9 @@ from typing import IO, Any
 
 from rich.console import Console
 
+from rlhf_pipeline.atomic import write_json
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.label_studio.client import LabelStudio
-from rlhf_pipeline.rundir import write_json
 
 COMMAND = "LABEL_STUDIO"  # names its executable, which lives in an environment of its own
 _INSTALLED = ".venv-label-studio/bin/label-studio"  # where `make label-studio` puts it

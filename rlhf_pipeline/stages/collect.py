@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from rlhf_pipeline.atomic import read_jsonl, write_jsonl
 from rlhf_pipeline.data import fingerprint, load_data, texts
 from rlhf_pipeline.encoding import Question, fitting, questions
 from rlhf_pipeline.errors import NotFinishedError, UserError
@@ -17,7 +18,7 @@ from rlhf_pipeline.policies import Policy, load_policy
 from rlhf_pipeline.ppo.config import PPOConfig, make_sampling
 from rlhf_pipeline.records import Row
 from rlhf_pipeline.rewards import Reward, load_reward, trained_part
-from rlhf_pipeline.rundir import CANDIDATES, CANDIDATES_SO_FAR, LABELS, PROJECT, RunDir, read_jsonl, write_jsonl
+from rlhf_pipeline.rundir import CANDIDATES, CANDIDATES_SO_FAR, LABELS, PROJECT, RunDir
 from rlhf_pipeline.sampling import room_for_prompts
 from rlhf_pipeline.settings import SAMPLING, STAGES, Settings
 from rlhf_pipeline.stages.candidates import Asker, ids_for

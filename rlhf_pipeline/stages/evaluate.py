@@ -15,6 +15,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_pipeline import metrics
+from rlhf_pipeline.atomic import write_json
 from rlhf_pipeline.data import fingerprint, load_data, texts
 from rlhf_pipeline.encoding import conversational, encode, fitting, prompts
 from rlhf_pipeline.errors import NotFinishedError
@@ -23,7 +24,7 @@ from rlhf_pipeline.likelihood import log_probs
 from rlhf_pipeline.policies import Policy, load_policy
 from rlhf_pipeline.records import Row, Turn
 from rlhf_pipeline.rewards import Reward, load_reward, trained_part
-from rlhf_pipeline.rundir import RunDir, write_json
+from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.sampling import Batch, Sampling, check_positions, room_for_prompts, sample, uniform_draws
 from rlhf_pipeline.settings import Evaluation, Settings
 from rlhf_pipeline.stages.common import (

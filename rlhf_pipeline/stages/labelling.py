@@ -8,22 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline import labels
+from rlhf_pipeline.atomic import read_jsonl, write_atomic, write_json, write_jsonl
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.formats import read_judgements
 from rlhf_pipeline.formats.tasks import label_studio_tasks, sheet
 from rlhf_pipeline.label_studio import labeling_config, pull, push, serve
 from rlhf_pipeline.records import Judgement, Prompt, Turn
-from rlhf_pipeline.rundir import (
-    CANDIDATES,
-    LABELS,
-    PROJECT,
-    SHEET,
-    RunDir,
-    read_jsonl,
-    write_atomic,
-    write_json,
-    write_jsonl,
-)
+from rlhf_pipeline.rundir import CANDIDATES, LABELS, PROJECT, SHEET, RunDir
 from rlhf_pipeline.settings import Collection, Settings
 from rlhf_pipeline.stages.common import Clock, say_done
 

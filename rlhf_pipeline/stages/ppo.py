@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from rlhf_pipeline.atomic import read_jsonl
 from rlhf_pipeline.data import fingerprint, load_data, texts
 from rlhf_pipeline.encoding import documents, fitting, prompts
 from rlhf_pipeline.policies import load_policy, lora_config
@@ -18,7 +19,7 @@ from rlhf_pipeline.ppo import PPOConfig, PPOTrainer
 from rlhf_pipeline.ppo.config import check_config
 from rlhf_pipeline.records import Row
 from rlhf_pipeline.rewards import load_reward, trained_part
-from rlhf_pipeline.rundir import RunDir, read_jsonl
+from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.sampling import room_for_prompts
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.stages.common import Clock, check_languages, judges, say_done, say_taken, trainer_args, watch
@@ -67,7 +68,8 @@ def run(settings: Settings, out: RunDir) -> None:
     results = {name: sum(row[f"objective/{name}"] for row in last) / len(last) for name in ("scores", "kl")}
     if trainer.state.best_metric is not None:
         results["best_eval_reward"] = trainer.state.best_metric
-    out.finish(results, objective=results["scores"])
+    signs = {"collapse_watch": sorted(trainer.watch.warned)} if trainer.watch.warned else {}
+    out.finish({**results, **signs}, objective=results["scores"])
     what = f"reward {results['scores']:.3f} at KL {results['kl']:.2f} over the last {len(last)} logged updates"
     say_done(out, what, clock)
 

@@ -18,6 +18,7 @@ from transformers import (
 )
 from trl import RewardConfig
 
+from rlhf_pipeline.atomic import write_json, write_jsonl
 from rlhf_pipeline.data import Splits, check_kind, fingerprint, kind, load_data, texts
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import explained, model_folder, open_pretrained
@@ -26,7 +27,7 @@ from rlhf_pipeline.policies import load_policy
 from rlhf_pipeline.precision import fuse_gelu
 from rlhf_pipeline.records import Labelled, Preference, Ranking
 from rlhf_pipeline.reward_model import register, shift_scores, with_head
-from rlhf_pipeline.rundir import RunDir, write_json, write_jsonl
+from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.scorer import Scorer
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.stages.batching import OrderedTrainer

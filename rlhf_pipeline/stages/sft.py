@@ -11,11 +11,12 @@ from datasets import Dataset
 from peft import PeftModel
 from trl import SFTConfig
 
+from rlhf_pipeline.atomic import read_jsonl
 from rlhf_pipeline.data import fingerprint, load_data, texts
 from rlhf_pipeline.encoding import conversational, demonstrations
 from rlhf_pipeline.policies import Policy, load_policy, lora_config, open_policy
 from rlhf_pipeline.precision import fuse_gelu
-from rlhf_pipeline.rundir import RunDir, read_jsonl
+from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.stages.batching import OrderedSFTTrainer
 from rlhf_pipeline.stages.common import Clock, fit_length, say_done, say_taken, trainer_args, watch

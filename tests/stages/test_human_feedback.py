@@ -10,10 +10,10 @@ import pytest
 import yaml
 from conftest import CommandLine
 
+from rlhf_pipeline.atomic import read_jsonl
 from rlhf_pipeline.data import load_data
 from rlhf_pipeline.lineage import content_hash
 from rlhf_pipeline.records import Turn
-from rlhf_pipeline.rundir import read_jsonl
 
 SMALL = (
     "experiment=human_feedback",

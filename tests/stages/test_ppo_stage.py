@@ -12,7 +12,7 @@ from conftest import MINIATURE, CommandLine
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from rlhf_pipeline.rundir import read_jsonl
+from rlhf_pipeline.atomic import read_jsonl
 
 
 def ppo(command_line: CommandLine, miniature: Path, name: str, *more: str) -> Path:

@@ -9,7 +9,7 @@ from conftest import MINIATURE, CommandLine
 from safetensors.torch import load_file
 
 from rlhf_pipeline import precision
-from rlhf_pipeline.rundir import read_jsonl
+from rlhf_pipeline.atomic import read_jsonl
 
 
 def test_every_stage_computes_in_bf16_where_it_is_native(

@@ -23,12 +23,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from rlhf_pipeline.atomic import read_jsonl
 from rlhf_pipeline.data import load_data
 from rlhf_pipeline.policies import train_tokenizer
 from rlhf_pipeline.records import Demonstration, Dialogue, Preference, Ranking, Turn
 from rlhf_pipeline.reward_model import with_head
 from rlhf_pipeline.rewards import load_reward
-from rlhf_pipeline.rundir import read_jsonl
 from rlhf_pipeline.scorer import Scorer
 from rlhf_pipeline.stages.batching import OrderedRewardTrainer
 from rlhf_pipeline.stages.classification import language_loss

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, CommandLine
 from hydra import compose, initialize_config_dir
 
-from rlhf_pipeline import cli
+from rlhf_pipeline import arguments, cli
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.settings import Settings, trainer_fields
 
@@ -34,6 +34,11 @@ REFUSED = {
     "stage=sft data.prompt_turns=-1": ["data.prompt_turns is -1; it takes at least 1"],
     "stage=sft data.limit=-1": ["data.limit is -1; it takes at least 1"],
     "stage=sft trainer.hub_token=hf_secret": ["trainer.hub_token is not yours to set", "HF_TOKEN"],
+    "stage=sft hub.push=nobody": ["hub.push=nobody is no repository of the hub", "user/name"],
+    "stage=sft hub.push=a/b/c": ["hub.push=a/b/c is no repository of the hub"],
+    "stage=sft hub.token=hf_secret": ["there is no setting 'hub.token'", "push, private"],
+    "stage=sft hub.push=a/b hub.private=maybe": ["hub.private is 'maybe'", "takes bool"],
+    "stage=evaluate hub.push=a/b": ["stage=evaluate makes no model", "ppo"],
     "stage=sft nam=x": ["no setting 'nam'", "Did you mean 'name'"],
     "stage=sft +kl.taget=6": ["no setting 'kl'"],
     "stage=ppo reward=keywords reward.words=[好]": ["reward.words=[好]", "put quotes", '["好"]'],
@@ -58,6 +63,21 @@ def test_what_is_wrong_is_named_with_what_is_near(
     assert not (workplace / "runs").exists()
 
 
+def test_the_jobs_of_a_sweep_do_not_push_over_one_another(
+    command_line: CommandLine, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line("-m", "stage=sft", "seed=1,2", "hub.push=me/x") == 2
+    assert "the jobs of a sweep would push to one place" in capsys.readouterr().err
+
+
+def test_a_folder_of_configurations_is_one_below_the_current_folder(workplace: Path) -> None:
+    absolute = str(workplace / "runs" / "demo")
+    assert arguments.complete(["--config-path", "runs/demo", "--config-name", "config"])[1] == absolute
+    assert arguments.complete(["-cp", "runs/demo", "-cn", "config"])[1] == absolute
+    assert arguments.complete(["--config-path=runs/demo", "-cn=config"])[0] == f"--config-path={absolute}"
+    assert arguments.complete(["--config-path", "/x/y", "--config-name", "config"])[1] == "/x/y"
+
+
 @pytest.mark.parametrize("asked", ["--help", "stage=sft trainer.learning_rat=1", "stage=ppo --cfg job"])
 def test_refusals_and_help_load_no_torch(asked: str) -> None:
     code = (
@@ -72,15 +92,15 @@ def test_refusals_and_help_load_no_torch(asked: str) -> None:
 
 
 def test_an_own_choice_leaves_the_demos_experiment() -> None:
-    assert cli.complete(["stage=sft", "policy=gpt2"]) == ["stage=sft", "policy=gpt2", "~experiment"]
-    assert cli.complete(["stage=sft", "policy=gpt2", "--cfg", "job"])[2:] == ["~experiment", "--cfg", "job"]
-    assert cli.complete(["stage=sft", "policy=gpt2", "experiment=demo"])[-1] == "experiment=demo"
-    assert cli.complete(["stage=sft", "trainer.max_steps=3"]) == ["stage=sft", "++trainer.max_steps=3"]
+    assert arguments.complete(["stage=sft", "policy=gpt2"]) == ["stage=sft", "policy=gpt2", "~experiment"]
+    assert arguments.complete(["stage=sft", "policy=gpt2", "--cfg", "job"])[2:] == ["~experiment", "--cfg", "job"]
+    assert arguments.complete(["stage=sft", "policy=gpt2", "experiment=demo"])[-1] == "experiment=demo"
+    assert arguments.complete(["stage=sft", "trainer.max_steps=3"]) == ["stage=sft", "++trainer.max_steps=3"]
 
 
 def settings(*overrides: str) -> Settings:
     """What the command line would run."""
-    args = cli.complete(overrides)
+    args = arguments.complete(overrides)
     with initialize_config_dir(str(cli.CONF), version_base="1.3"):
         return cli.resolve(compose("config", args), args)
 
@@ -97,7 +117,7 @@ def test_a_prompt_reaches_the_chat_as_it_was_typed() -> None:
         assert settings("stage=chat", f"--prompt={text}").chat.prompt == [text]
     every = [word for text in TEXTS for word in ("--prompt", text)]
     assert settings("stage=chat", *every).chat.prompt == list(TEXTS)
-    assert cli.complete(["stage=chat", "--cfg", "job", "--prompt", "x"])[1] == "++chat.prompt=['x']"
+    assert arguments.complete(["stage=chat", "--cfg", "job", "--prompt", "x"])[1] == "++chat.prompt=['x']"
 
 
 def test_an_experiments_section_goes_over_the_stage_and_below_the_command_line() -> None:
@@ -202,7 +222,7 @@ def test_the_fields_of_trls_configs_are_found_without_importing_them() -> None:
 def test_swept_overrides_are_those_that_differ() -> None:
     argv = ["-m", "stage=ppo", "name=s", "++trainer.kl_coef=0.1,0.2", "seed=range(2)"]
     job = ["stage=ppo", "name=s", "++trainer.kl_coef=0.1", "seed=1"]
-    assert cli.swept_overrides(argv, job) == ["++trainer.kl_coef=0.1", "seed=1"]
+    assert arguments.swept_overrides(argv, job) == ["++trainer.kl_coef=0.1", "seed=1"]
 
 
 def test_settings_refuse_what_they_do_not_know() -> None:

@@ -11,7 +11,7 @@ from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from tiny import PROMPTS, TEXTS, good_share, tiny_policy
 
-from rlhf_pipeline import cli
+from rlhf_pipeline import arguments, cli
 from rlhf_pipeline.policies import train_tokenizer
 
 READMES = ("README.md", "README.zh-CN.md")
@@ -46,7 +46,7 @@ def test_every_command_of_the_program_resolves(readme: str) -> None:
         words = shlex.split(command.partition("rlhf_pipeline")[2])
         words = [word for word in words if word not in ("-m", "--cfg", "job")]
         plain = [word if "[" in word else re.sub(r"(=[^=,]*),.*", r"\1", word) for word in words]
-        args = cli.complete(plain)
+        args = arguments.complete(plain)
         with initialize_config_dir(str(cli.CONF), version_base="1.3"):
             cfg = compose("config", args)
             order = list(cfg.stages) if cfg.stage == "pipeline" else [cfg.stage]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-from rlhf_pipeline import cli, rewards, scorer
+from rlhf_pipeline import arguments, cli, rewards, scorer
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.policies import train_tokenizer
 
@@ -226,10 +226,10 @@ def test_a_sum_weighs_its_parts() -> None:
 
 def test_the_command_line_takes_the_parts_of_a_sum() -> None:
     parts = "[{name: keywords, words: [great], weight: 1.0}, {name: length, target: 12, weight: 0.5}]"
-    args = cli.complete(["stage=ppo", "reward=sum", f"reward.parts={parts}"])
+    args = arguments.complete(["stage=ppo", "reward=sum", f"reward.parts={parts}"])
     with initialize_config_dir(str(cli.CONF), version_base="1.3"):
         choice = cli.resolve(compose("config", args), args).reward
-        shipped = cli.resolve(compose("config", cli.complete(["stage=ppo", "reward=sum"])), []).reward
+        shipped = cli.resolve(compose("config", arguments.complete(["stage=ppo", "reward=sum"])), []).reward
     rewards.check_choice(choice)
     assert rewards.load_reward(choice, None)[0](["It was"], [" great"]) == [pytest.approx(1 - 0.5 * 11 / 12)]
     rewards.check_choice(shipped)

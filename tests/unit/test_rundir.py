@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_pipeline.atomic import read_jsonl
 from rlhf_pipeline.checkpoints import seal
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import model_folder
 from rlhf_pipeline.lineage import content_hash
-from rlhf_pipeline.rundir import RunDir, read_jsonl
+from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.settings import Settings
 
 
@@ -113,6 +114,27 @@ def test_content_hash_sees_names_and_bytes(tmp_path: Path) -> None:
     second = content_hash(tmp_path)
     (tmp_path / "b").write_text("2")
     assert len({first, second, content_hash(tmp_path)}) == 3
+
+
+def test_a_models_card_is_no_part_of_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    bare = content_hash(tmp_path)
+    (tmp_path / "README.md").write_text("a card")
+    assert content_hash(tmp_path) == bare
+    (tmp_path / "readme.md").write_text("another file")
+    other = content_hash(tmp_path)
+    (tmp_path / "deeper" / "README.md").write_text("deeper")
+    assert len({bare, other, content_hash(tmp_path)}) == 3
+
+
+def test_a_card_written_anew_leaves_what_was_made_from_the_model_as_it_is(workplace: Path) -> None:
+    parent = finish(settings("pretrain"))
+    child, asked = RunDir.of(settings()), settings()
+    child.begin(asked, {"policy": str(parent.model)}, None)
+    child.finish({}, 0.0)
+    (parent.model / "README.md").write_text("words of my own")
+    assert child.finished(asked)
 
 
 def test_lineage_is_recorded(workplace: Path) -> None:

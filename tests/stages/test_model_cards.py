@@ -1,0 +1,132 @@
+"""The cards of a miniature run: they say what the run was, their code runs, and the hub gives their models back."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import MINIATURE, CommandLine
+from huggingface_hub import ModelCard
+
+from rlhf_pipeline import cli
+from rlhf_pipeline.cards import named
+from rlhf_pipeline.lineage import content_hash
+from rlhf_pipeline.rundir import RunDir
+from rlhf_pipeline.settings import Hub
+
+STAGES = ("pretrain", "sft", "reward", "ppo")
+
+
+def card(run: Path, stage: str) -> str:
+    return (run / stage / "model" / "README.md").read_text(encoding="utf-8")
+
+
+def code(text: str, language: str) -> str:
+    """The block of a language."""
+    found = re.search(rf"^```{language}\n(.*?)\n```$", text, re.MULTILINE | re.DOTALL)
+    assert found
+    return found[1]
+
+
+def printed(program: str, **where: object) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=180, check=False, **where
+    )  # type: ignore[call-overload]
+    assert done.returncode == 0, done.stderr
+    return str(done.stdout)
+
+
+def test_every_model_has_a_card_with_its_figures(miniature: Path) -> None:
+    evaluation = json.loads((miniature / "evaluate" / "evaluation.json").read_text())
+    roles = {"pretrain": "base", "sft": "sft", "ppo": "ppo"}
+    for stage in STAGES:
+        text, record = card(miniature, stage), json.loads((miniature / stage / "run.json").read_text())
+        head = ModelCard.load(miniature / stage / "model" / "README.md").data
+        figures = {(r.metric_type, r.metric_name): r.metric_value for r in head.eval_results or []}
+        assert (head.library_name, head.base_model, head.datasets) == ("transformers", None, None)
+        assert record["data"]["sha256"] in text
+        for parent in record["parents"].values():
+            assert f"| {parent['path']} | {parent['sha256']} |" in text
+        if stage in roles:
+            row = evaluation["metrics"][roles[stage]]
+            assert figures["mean_reward", "mean reward"] == pytest.approx(row["reward_mean"], rel=1e-5)
+            assert f"This model is {roles[stage]}." in text
+        else:
+            assert figures["accuracy", "held-out accuracy"] == pytest.approx(record["results"]["accuracy"], rel=1e-5)
+            assert "## Evaluation" not in text
+
+
+@pytest.mark.parametrize("stage", ["ppo", "reward"])
+def test_the_code_of_a_card_runs_where_the_run_is(
+    stage: str, miniature: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(miniature.parents[1])
+    exec(code(card(miniature, stage), "python"), {})
+    if stage == "reward":
+        probabilities = eval(capsys.readouterr().out)
+        assert set(probabilities) == {"negative", "positive"}
+        assert sum(probabilities.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_settings_of_a_card_are_the_same_work(
+    stage: str, miniature: Path, workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(miniature, workplace / "runs" / "demo")
+    before = content_hash(workplace / "runs")
+    (workplace / "config.yaml").write_text(code(card(miniature, stage), "yaml"))
+    assert command_line("--config-path", ".", "--config-name", "config") == 0
+    assert f"runs/demo/{stage} is done already" in capsys.readouterr().out
+    for lock in (workplace / "runs").rglob(".*.lock"):
+        lock.unlink()
+    for lock in miniature.glob(".*.lock"):
+        shutil.copy(lock, workplace / "runs" / "demo")
+    assert content_hash(workplace / "runs") == before
+
+
+def test_the_models_card_is_not_what_the_next_stage_was_made_from(
+    miniature: Path, workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = workplace / "runs" / "demo"
+    shutil.copytree(miniature, run)
+    for stage in STAGES:
+        (run / stage / "model" / "README.md").write_text("words of my own")
+    assert command_line("stage=pipeline", *MINIATURE) == 0
+    assert capsys.readouterr().out.count("is done already") == 5
+    assert card(run, "ppo") == "words of my own"
+
+
+def test_a_pipeline_pushes_the_policy_that_it_trained_last_once_it_is_judged(
+    miniature: Path, workplace: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = workplace / "runs" / "demo"
+    shutil.copytree(miniature, run)
+    shutil.rmtree(run / "evaluate")
+    pushed: list[tuple[str, Hub, bool]] = []
+
+    def publish(out: RunDir, to: Hub) -> None:
+        pushed.append((str(out.model), to, (run / "evaluate" / "evaluation.json").exists()))
+
+    monkeypatch.setattr(cli, "publish", publish)
+    assert command_line("stage=pipeline", *MINIATURE, "hub.push=me/tiny", "++stages.sft.hub.push=me/before") == 0
+    assert pushed == [
+        ("runs/demo/sft/model", Hub("me/before"), False),
+        ("runs/demo/ppo/model", Hub("me/tiny"), True),
+    ]
+    assert "push: null" not in (config := (run / "evaluate" / "config.yaml").read_text())
+    assert yaml.safe_load(config)["hub"] == {}
+
+
+def test_the_hub_gives_a_model_back(miniature: Path, hub: dict[str, str]) -> None:
+    """Its files, in a repository of the stand-in, open by the card's own code, with the id for a folder."""
+    root = Path(hub["REQUESTS_LOG"]).parent
+    for stage in ("ppo", "reward"):
+        shutil.copytree(miniature / stage / "model", root / "models" / "me" / f"tiny-{stage}")
+        program = code(named(card(miniature, stage), f"me/tiny-{stage}"), "python")
+        assert printed(program, env=hub, cwd=root)
+        asked = Path(hub["REQUESTS_LOG"]).read_text()
+        assert re.search(rf"GET /me/tiny-{stage}/resolve/\w+/model.safetensors", asked)

@@ -1,0 +1,167 @@
+"""A finished model goes to the hub when that is asked for: the model and its card, nothing else, no token anywhere."""
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_hub import TOKEN, FakeHub, fake_hub
+from huggingface_hub import ModelCard
+from safetensors.numpy import save_file
+
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.lineage import content_hash
+from rlhf_pipeline.publish import last_model
+from rlhf_pipeline.rundir import RunDir
+from rlhf_pipeline.settings import Hub, Settings
+
+REPEAT = "--config-path runs/demo/sft --config-name config"
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    with fake_hub() as server:
+        yield server
+
+
+@pytest.fixture
+def sft(workplace: Path) -> RunDir:
+    """A finished stage with a model of three files."""
+    asked = Settings("sft", "demo", "demo", policy={"name": "gpt2_scratch"}, reward={"name": "classifier"},
+                     data={"name": "toy_reviews"}, hub=Hub("me/asked-before"))  # fmt: skip
+
+    def save(folder: Path) -> None:
+        (folder / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+        save_file({"wte": np.ones((3, 2), np.float32)}, folder / "model.safetensors")
+        (folder / "extra").mkdir()
+        (folder / "extra" / "notes.txt").write_text("a file further down")
+
+    out = RunDir.of(asked)
+    out.begin(asked, {}, {"name": "toy_reviews", "path": None, "train": 3, "test": 2, "sha256": "ab"})
+    out.save_model(save)
+    out.finish({"eval_loss": 1.5}, -1.5)
+    return out
+
+
+def run(args: str, endpoint: str, token: str = TOKEN, **more: str) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own, online."""
+    usual = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
+    environment = {**usual, "HF_ENDPOINT": endpoint, "HF_HOME": str(Path.cwd() / "home"), "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_TOKEN": token} if token else {}
+    command = [sys.executable, "-m", "rlhf_pipeline", *shlex.split(args)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment | more, check=False, timeout=120)
+
+
+def test_what_is_sent_is_the_model_with_its_card_and_nothing_else(sft: RunDir, hub: FakeHub, workplace: Path) -> None:
+    before = content_hash(sft.path)
+    done = run(f"{REPEAT} hub.push=me/tiny", hub.url)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "runs/demo/sft is done already (eval_loss 1.5).",
+        f"runs/demo/sft/model -> {hub.url}/me/tiny (private, 4 files)",
+    ]
+    assert hub.private == {"me/tiny": True}
+    sent = hub.files["me/tiny"]
+    here = {str(path.relative_to(sft.model)): path.read_bytes() for path in sft.model.rglob("*") if path.is_file()}
+    assert set(sent) == {"README.md", "config.json", "model.safetensors", "extra/notes.txt"}
+    assert {name: data for name, data in sent.items() if name != "README.md"} == {
+        name: data for name, data in here.items() if name != "README.md"
+    }
+    named, own = sent["README.md"].decode(), here["README.md"].decode()
+    assert 'model_id = "runs/demo/sft/model"' in own
+    assert named == own.replace('model_id = "runs/demo/sft/model"', 'model_id = "me/tiny"')
+    assert ModelCard(named).data.pipeline_tag == "text-generation"
+    assert hub.commits == ["sft of demo"]
+    assert content_hash(sft.path) == before  # nothing was trained, and nothing written down
+    kept = [path.read_bytes() for path in workplace.rglob("*") if path.is_file()]
+    assert all(
+        TOKEN.encode() not in data for data in [*sent.values(), *kept, done.stdout.encode(), done.stderr.encode()]
+    )
+
+
+def test_who_repeats_a_run_pushes_nothing(sft: RunDir, hub: FakeHub) -> None:
+    assert "me/asked-before" not in "".join(
+        path.read_text() for path in sft.path.rglob("*.*") if path.suffix != ".safetensors"
+    )
+    assert run(REPEAT, hub.url).returncode == 0
+    assert hub.private == {}
+
+
+def test_a_card_that_was_edited_goes_as_it_is_and_one_that_is_missing_is_made(sft: RunDir, hub: FakeHub) -> None:
+    card = sft.model / "README.md"
+    card.write_text(card.read_text() + "\nMy own words.\n")
+    assert run(f"{REPEAT} hub.push=me/tiny", hub.url).returncode == 0
+    assert hub.files["me/tiny"]["README.md"].endswith(b"\nMy own words.\n")
+    card.unlink()
+    assert run(f"{REPEAT} hub.push=me/tiny", hub.url).returncode == 0
+    assert b"# demo, sft" in hub.files["me/tiny"]["README.md"]
+    assert not card.exists()
+
+
+def test_public_only_when_that_is_said(sft: RunDir, hub: FakeHub) -> None:
+    assert "(public, 4 files)" in run(f"{REPEAT} hub.push=me/open hub.private=false", hub.url).stdout
+    assert hub.private == {"me/open": False}
+    hub.files.clear()
+    refused = run(f"{REPEAT} hub.push=me/open", hub.url)
+    assert refused.returncode == 2
+    assert "hub.push=me/open: it is there already and public; say hub.private=false" in refused.stderr
+    assert hub.files == {}
+
+
+def check_plain(done: subprocess.CompletedProcess[str], sft: RunDir, reason: str) -> str:
+    """A failure is one line with its reason and the command that tries again, which is given back."""
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: hub.push=me/tiny: {reason}")
+    assert TOKEN not in done.stderr + done.stdout
+    assert sft.record["status"] == "done"
+    said, _, again = done.stderr.strip().partition("; to try again: python -m rlhf_pipeline ")
+    assert said.endswith(f"{sft.model} is whole and stays")
+    return again
+
+
+def test_the_command_that_a_failure_names_tries_again(sft: RunDir, hub: FakeHub) -> None:
+    lost = f"the hub at {hub.url} takes no model without a token; set HF_TOKEN"
+    again = check_plain(run(f"{REPEAT} hub.push=me/tiny hub.private=false", hub.url, token=""), sft, lost)
+    assert hub.private == {}
+    assert run(again, hub.url).returncode == 0
+    assert hub.private == {"me/tiny": False}
+
+
+def test_failures_are_plain(sft: RunDir, hub: FakeHub) -> None:
+    push = f"{REPEAT} hub.push=me/tiny"
+    check_plain(run(push, hub.url, token="hf_another"), sft, "the hub does not know the token; set HF_TOKEN to another")
+    hub.read_only = True
+    check_plain(run(push, hub.url), sft, "the token may not write to me/tiny; give it the right to")
+    hub.read_only, hub.metadata_fault = False, '"tags" must be an array'
+    check_plain(run(push, hub.url), sft, 'Invalid metadata in README.md. - "tags" must be an array')
+    assert hub.files == {}
+    dead = "http://127.0.0.1:9"
+    check_plain(run(push, dead), sft, f"the hub at {dead} cannot be reached (")
+    check_plain(run(push, dead, HF_HUB_OFFLINE="1"), sft, "the hub is not asked while HF_HUB_OFFLINE is set")
+
+
+def test_a_token_that_no_header_takes_is_not_quoted(sft: RunDir, hub: FakeHub) -> None:
+    done = run(f"{REPEAT} hub.push=me/tiny", hub.url, token=f"{TOKEN}\x0bx")
+    check_plain(done, sft, "")
+
+
+def test_a_pipeline_is_known_by_the_policy_that_it_trains_last() -> None:
+    def last(*stages: str) -> str:
+        every = [Settings(stage, name) for stage, name in (each.split("@") for each in stages)]
+        found = last_model(every)
+        return f"{found.stage}@{found.name}"
+
+    assert last("pretrain@x", "sft@x", "reward@x", "ppo@x", "evaluate@x") == "ppo@x"
+    assert last("sft@x", "reward@x") == "sft@x"
+    assert last("reward@x") == "reward@x"
+    rounds = [
+        f"{stage}@x/round{number}" for number in range(1, 12) for stage in ("collect", "reward", "ppo", "evaluate")
+    ]
+    assert last("sft@x", *rounds) == "ppo@x/round11"
+    with pytest.raises(UserError, match="no stage of this pipeline makes a model"):
+        last("evaluate@x")
