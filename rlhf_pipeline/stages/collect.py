@@ -129,11 +129,12 @@ def _drawn(asker: Asker, asked: Sequence[Question], out: RunDir) -> list[dict[st
 def _policies(settings: Settings, out: RunDir, strings: Sequence[str]) -> dict[str, Policy]:
     """Who answers, by where each came from: those of `collect.policies`, else the newest that the run has made."""
     found: dict[str, Policy] = {}
-    for name in settings.collect.policies or ["ppo" if (out.round or 1) > 1 else ""]:
+    first_round = (out.round or 1) == 1
+    names = [name for name in settings.collect.policies if not (out.round == 1 and name == "ppo")]
+    if len(names) < len(settings.collect.policies):
+        print("note: collect.policies names ppo, which there is from round 2 on", flush=True)
+    for name in names or ["" if first_round else "ppo"]:
         choice, upstream = settings.policy, None
-        if name == "ppo" and out.round == 1:
-            print("note: collect.policies names ppo, which there is from round 2 on", flush=True)
-            continue
         if not name:
             upstream = out.upstream("sft", "pretrain", policy=settings.policy)
         elif name in _MAKE_POLICIES:

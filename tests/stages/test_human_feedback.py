@@ -276,6 +276,15 @@ def test_a_policy_of_ones_own_is_asked_first_and_what_it_became_after(
     assert asked == [str(own / "sft" / "model"), "runs/human_feedback/round1/ppo/model"]
 
 
+def test_in_the_first_round_sft_answers_in_the_place_of_ppo(
+    with_people: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line("stage=collect", *SMALL, "name=human_feedback/round1", "collect.policies=[ppo]") == 0
+    assert "from round 2 on" in capsys.readouterr().out
+    parents = record(with_people / "round1" / "collect")["parents"]
+    assert parents["policy"]["path"] == "runs/human_feedback/sft/model"
+
+
 def test_another_runs_policy_is_never_taken_for_a_rounds(
     with_people: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
