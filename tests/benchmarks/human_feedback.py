@@ -81,24 +81,23 @@ def table(found: dict[tuple[int, int], dict[str, list[float]]], prompts: list[in
 def plot(found: dict[tuple[int, int], dict[str, list[float]]], prompts: list[int], rounds: int) -> str:
     """The table of rewards as an SVG: a line a number of labelled prompts, bars of one standard error."""
     means = {place: statistics.mean(values["reward"]) for place, values in found.items() if values["reward"]}
-    low, high = math.floor(min(means.values()) * 20) / 20, math.ceil(max(means.values()) * 20) / 20 + 0.02
+    low, high = math.floor(min(means.values()) * 10), math.ceil(max(means.values()) * 10)  # in tenths
     left, top, wide, tall = 60, 20, 420, 220
 
     def x(number: int) -> float:
         return left + wide * number / rounds
 
     def y(value: float) -> float:
-        return top + tall * (1 - (value - low) / (high - low))
+        return top + tall * (1 - (10 * value - low) / (high - low))
 
     parts = [
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 290" width="640" font-family="sans-serif" '
         'font-size="12">',
         '<rect width="640" height="290" fill="#fff"/>',
     ]
-    for n in range(6):
-        value = low + (high - low) * n / 5
+    for value in (tenths / 10 for tenths in range(low, high + 1)):
         parts.append(f'<path d="M{left} {y(value):.1f}h{wide}" stroke="#e3e5e8"/>')
-        parts.append(f'<text x="{left - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.2f}</text>')
+        parts.append(f'<text x="{left - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.1f}</text>')
     for n in range(rounds + 1):
         label = f"round {n}" if n else "SFT"
         parts.append(f'<text x="{x(n):.1f}" y="{top + tall + 20}" text-anchor="middle">{label}</text>')
