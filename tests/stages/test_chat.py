@@ -7,6 +7,7 @@ import os
 import pty
 import select
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -277,18 +278,29 @@ def test_at_a_terminal(against: str, key: bytes, status: int, miniature: Path) -
     command = ["-m", "rlhf_pipeline", "stage=chat", f"runs={miniature.parent}", f"against={against}"]
     process, terminal = pty.fork()
     if not process:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # what runs in the background ignores it, and so would we
         os.execve(sys.executable, [sys.executable, *command], {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "90"})
     shown = [read_until_asked(terminal)]
     for line in (b"I saw this\n", b"/rest\n", b"/reset\n", key):
         os.write(terminal, line)
         shown.append(read_until_asked(terminal))
-    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == status
+    assert left_with(process) == status
     assert "/help lists the commands" in shown[0]
     assert "reward 0." in shown[1]
     assert ("ppo" in shown[1] and "│" in shown[1]) == (against == "sft")
     assert "Did you mean '/reset'?" in shown[2]
     assert "a new conversation" in shown[3]
     assert "Traceback" not in "".join(shown)
+
+
+def left_with(process: int, seconds: float = 60) -> int:
+    """A process's exit status, which it has to come to."""
+    end = time.monotonic() + seconds
+    while not (waited := os.waitpid(process, os.WNOHANG))[0]:
+        if time.monotonic() > end:
+            os.kill(process, signal.SIGKILL)
+        time.sleep(0.1)
+    return os.waitstatus_to_exitcode(waited[1])
 
 
 def read_until_asked(terminal: int, seconds: float = 120) -> str:
