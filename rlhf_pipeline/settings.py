@@ -202,6 +202,11 @@ class Settings:
         if self.evaluate.temperature is not None and self.evaluate.temperature <= 0:
             raise UserError(f"evaluate.temperature is {self.evaluate.temperature}; it takes a number above 0.")
 
+    @property
+    def labelling_reward(self) -> dict[str, Any] | None:
+        """The reward that labels in the place of people, without its noise; None where people do."""
+        return {key: value for key, value in self.labeler.items() if key != "noise"} if self.labeler else None
+
     def _check_collection(self) -> None:
         for key, least in {"prompts": 2, "answers": 2, "annotators": 1, "batch_size": 1, "response_length": 1}.items():
             if getattr(self.collect, key) < least:
@@ -222,7 +227,7 @@ class Settings:
                 noise = self.labeler.get("noise", 0.0)
                 if not fits(noise, float) or not 0 <= noise < math.inf:
                     raise UserError(f"noise is {noise!r}; it takes a number from 0.")
-                rewards.check_choice({key: value for key, value in self.labeler.items() if key != "noise"})
+                rewards.check_choice(self.labelling_reward or {})
 
     def _check_chat(self) -> None:
         for said, what in ((self.against, "against="), (self.chat.prompt, "--prompt")):

@@ -59,9 +59,9 @@ def run(settings: Settings, out: RunDir) -> None:
 
 def _labeler(settings: Settings, out: RunDir) -> tuple[Reward | None, str]:
     """The reward in the place of people, if there is to be one, and where it came from."""
-    if not settings.labeler:
+    choice = settings.labelling_reward
+    if choice is None:
         return None, ""
-    choice = {key: value for key, value in settings.labeler.items() if key != "noise"}
     try:
         return load_reward(choice, out.upstream("reward", reward=trained_part(choice)))
     except UserError as error:

@@ -70,7 +70,8 @@ def run(settings: Settings, out: RunDir) -> None:
     quiet()
     clock = Clock()
     paths, reference = policies_of(out, settings.policy)
-    choice = judge_of(settings)
+    # Where a reward labels in the place of people, it judges: it is what they would say.
+    choice = settings.labelling_reward or settings.reward
     reward, judge = load_reward(choice, out.upstream("reward", reward=trained_part(choice)))
     rows = load_data(settings.data, settings.seed)
     opened = {name: load_policy({**settings.policy, "path": path}, None, texts(rows.train), settings.seed)[0]
@@ -148,13 +149,6 @@ def own_prompts(strings: Sequence[str], rows: Sequence[Row], tokenizer: PreTrain
     """Token ids of the user's own prompts: turns of a conversation where the data holds such, else as they stand."""
     talks = conversational(rows)
     return encode(tokenizer, [written(tokenizer, (Turn("user", s),) if talks else s) for s in strings])
-
-
-def judge_of(settings: Settings) -> dict[str, Any]:
-    """The reward that judges: where a reward labels in place of people, that one, for it is what they would say."""
-    if settings.labeler:
-        return {key: value for key, value in settings.labeler.items() if key != "noise"}
-    return settings.reward
 
 
 def policies_of(out: RunDir, policy: dict[str, Any]) -> tuple[dict[str, str], str]:

@@ -17,7 +17,8 @@ from xml.etree import ElementTree
 
 import pytest
 from conftest import ROOT
-from fake_label_studio import ACCESS, TOKEN, FakeStudio, fake_studio
+from fake_label_studio import ACCESS, TOKEN, FakeStudio
+from loopback import answering
 
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.label_studio import LabelStudio, labeling_config, pull, push, serve
@@ -34,7 +35,7 @@ def _no_server_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def fake() -> Iterator[FakeStudio]:
-    with fake_studio() as server:
+    with answering(FakeStudio()) as server:
         yield server
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_hub import TOKEN, FakeHub, fake_hub
+from fake_hub import TOKEN, FakeHub
 from huggingface_hub import ModelCard
+from loopback import answering
 from safetensors.numpy import save_file
 
 from rlhf_pipeline.errors import UserError
@@ -24,7 +25,7 @@ REPEAT = "--config-path runs/demo/sft --config-name config"
 
 @pytest.fixture
 def hub() -> Iterator[FakeHub]:
-    with fake_hub() as server:
+    with answering(FakeHub()) as server:
         yield server
 
 

@@ -1,0 +1,22 @@
+"""Stand-ins for servers, on loopback."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import HTTPServer
+from typing import TypeVar
+
+S = TypeVar("S", bound=HTTPServer)
+
+
+@contextmanager
+def answering(server: S) -> Iterator[S]:
+    """A server that answers on a thread until the block is left."""
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
