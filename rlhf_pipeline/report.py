@@ -145,6 +145,11 @@ def results(run: dict[str, Any], evaluation: dict[str, Any], quality: dict[str, 
         by_name("This stage", run.get("results"))
         + by_row("Evaluation by policy", "Policy", policies)
         + by_name("Paired gain", evaluation.get("paired_gain"))
+        + by_name("How far each reward moved, in s.d. of the reference's answers", evaluation.get("moved"))
+        + "".join(
+            by_row(f"By another reward: {text(name)}", "Policy", members(members(judged).get("metrics")))
+            for name, judged in members(evaluation.get("rewards")).items()
+        )
         + by_name("Reward model quality", {key: value for key, value in quality.items() if key != "calibration"})
         + by_row("Calibration", "Bin", bins)
     )
