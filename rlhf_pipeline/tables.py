@@ -11,6 +11,8 @@ from rich.text import Text
 from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.scripts import shown
 
+_ABREAST = 4  # policies whose answers can be read side by side
+
 
 def number(value: Any, digits: int = 3) -> str:
     """A number for people; a dash for none."""
@@ -39,20 +41,25 @@ def evaluation_table(evaluation: dict[str, Any]) -> None:
     keys = {"distinct_1": "distinct-1", "distinct_2": "distinct-2", "distinct_3": "distinct-3",
             "repeated": "repeated", "self_bleu": "self-BLEU", "held_out_perplexity": "held-out perplexity"}  # fmt: skip
     if any("self_bleu" in row for row in evaluation["metrics"].values()):
-        texts = [(name, *(number(row.get(key)) for key in keys)) for name, row in evaluation["metrics"].items()]
+        texts = [(name, *(number(row.get(key), 2 if "perplexity" in key else 3) for key in keys))
+                 for name, row in evaluation["metrics"].items()]  # fmt: skip
         console.print(_by_policy("The answers' texts, and what each makes of held-out ones", [*keys.values()], texts))
     for pair, gain in evaluation["paired_gain"].items():
         console.print(Text(f"{shown(pair)}: {_interval(gain)}"))
     for line in evaluation.get("warnings", []):
         console.print(Text(shown(f"warning: {line}"), style="yellow"))
+    names = list(evaluation["metrics"])
     extremes = [{**rows[0], "prompt": f"{kind}: {rows[0]['prompt']}"}
                 for kind, rows in evaluation.get("extremes", {}).items() if rows]  # fmt: skip
-    for title, answers in (
-        ("Typical answers", evaluation["examples"]), ("And the", extremes),
-        ("Answers to your own", evaluation.get("shown")),
-    ):  # fmt: skip
+    # Of many policies those that matter, or no column could be read; the file has them all.
+    few = names if len(names) <= _ABREAST else list(dict.fromkeys((names[0], evaluation["reference"], names[-1])))
+    for title, answers, who in (
+        ("Typical answers", evaluation["examples"], few),
+        (f"Best and worst of {names[-1]}, and most changed from {names[0]}", extremes, few),
+        ("Answers to your own", evaluation.get("shown"), names),
+    ):
         if answers:
-            console.print(_answers(title, answers))
+            console.print(_answers(title, answers, who))
 
 
 def _means(row: dict[str, Any]) -> tuple[str, ...]:
@@ -97,14 +104,15 @@ def _by_reward(evaluation: dict[str, Any]) -> Table:
     return table
 
 
-def _answers(title: str, rows: list[dict[str, Any]]) -> Table:
-    """Prompts by row, policies by column."""
-    table = Table(title=title, title_justify="left", show_lines=True)
-    for name in ("prompt", *rows[0]["responses"]):
+def _answers(title: str, rows: list[dict[str, Any]], policies: Sequence[str]) -> Table:
+    """Prompts by row, those of the policies that have answered by column."""
+    names = [name for name in policies if name in rows[0]["responses"]]
+    table = Table(title=Text(shown(title)), title_justify="left", show_lines=True)
+    for name in ("prompt", *names):
         table.add_column(Text(shown(name)), overflow="fold")
     for row in rows:
         # Text, not markup, and escapes that do nothing: what a model wrote is data.
-        cells = [f"{shown(answer).rstrip()} ({row['rewards'][name]:.2f})" for name, answer in row["responses"].items()]
+        cells = [f"{shown(row['responses'][name]).rstrip()} ({row['rewards'][name]:.2f})" for name in names]
         table.add_row(Text(shown(row["prompt"])), *map(Text, cells))
     return table
 

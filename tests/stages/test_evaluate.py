@@ -57,7 +57,7 @@ def test_policies_by_hand_and_more_rewards(
     best = found["extremes"]["best"][0]["rewards"]["other"]
     assert best == max(sample["rewards"]["other"] for sample in found["samples"])
     assert "More rewards" in shown
-    assert max(map(len, shown.splitlines())) <= 110
+    assert max(map(len, shown.splitlines())) <= 100
     record = json.loads((run / "evaluate" / "run.json").read_text())
     assert record["parents"]["evaluate.rewards[1]"]["path"] == "toy_sentiment"
     assert record["results"]["speed"]["tokens_per_second"] > 0
