@@ -9,6 +9,8 @@ from conftest import MINIATURE, CommandLine
 from tiny import TEXTS, tiny_policy
 
 from rlhf_pipeline.policies import Policy, train_tokenizer
+from rlhf_pipeline.rewards import Reward
+from rlhf_pipeline.stages.evaluate import learnt_from
 
 ARGS = [arg for arg in MINIATURE if "stages" not in arg]
 
@@ -104,6 +106,13 @@ def test_what_cannot_be_compared_is_said_in_one_line(
 ) -> None:
     assert command_line("stage=evaluate", "overwrite=true", *args, *ARGS) == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_ppo_learnt_from_is_known_beside_a_labeler(run: Path) -> None:
+    rewards = {name: Reward(lambda _, answers: [0.0] * len(answers), where)
+               for name, where in (("length", "length"), ("classifier", "runs/demo/reward/model"))}  # fmt: skip
+    assert learnt_from(["runs/demo/sft/model", "runs/demo/ppo/model"], rewards) == "classifier"
+    assert learnt_from(["runs/demo/sft/model"], rewards) == "length"
 
 
 def test_two_rewards_of_one_kind_are_told_apart_by_their_fields(run: Path, command_line: CommandLine) -> None:
