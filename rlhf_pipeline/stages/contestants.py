@@ -118,7 +118,7 @@ def _by_hand(names: Sequence[str], out: RunDir) -> dict[str, str]:
         try:
             path = own[word] if word in own else locate(name)
         except UserError as error:
-            raise type(error)(f"evaluate.policies: {error} {suggest(name, own)}".rstrip()) from error
+            raise type(error)(f"evaluate.policies: {error}") from error
         if path in found:
             raise UserError(f"evaluate.policies names {path} twice; name it once.")
         found[path] = [word, f"{out.name}/{word}", path] if word in own else _names(path, out)
@@ -164,4 +164,5 @@ def _open(path: str, settings: Settings) -> Policy:
     except UserError as error:
         if not settings.evaluate.policies:
             raise
-        raise type(error)(str(error).replace("policy.path", "evaluate.policies")) from error
+        hint = "" if "/" in path else suggest(path, ("pretrain", "sft", "ppo"))  # a word may be a hub id, too
+        raise type(error)(f"{error} {hint}".replace("policy.path", "evaluate.policies").rstrip()) from error

@@ -90,6 +90,7 @@ def test_runs_are_compared_where_there_is_no_run_of_that_name(run: Path, command
         (["evaluate.policies=[sft,round1]"], "runs/demo has made no policy round1. It has: base, sft, ppo"),
         (["evaluate.policies=[sft,runs/demo/sft]"], "evaluate.policies names runs/demo/sft/model twice"),
         (["evaluate.policies=[./nowhere]"], "evaluate.policies: there is no folder ./nowhere"),
+        (["evaluate.policies=[sft,pppo]"], "Did you mean 'ppo'?"),
         (["evaluate.policies=['']"], "evaluate.policies has an empty name"),
         (
             ["evaluate.rewards=[{name: lenght}]"],
