@@ -124,7 +124,7 @@ def _beginning(tokenizer: "Tokenizer") -> list[int]:
     return list(first) if first == [tokenizer.bos_token_id] else []
 
 
-def _lesson(tokenizer: "Tokenizer", parts: Sequence[tuple[str, bool]]) -> Lesson:
+def lesson(tokenizer: "Tokenizer", parts: Sequence[tuple[str, bool]]) -> Lesson:
     """A text in parts as token ids, with those of the learnt parts marked.
 
     As one text, where its first part then has the tokens that it is asked with; else part by part. A vocabulary that
@@ -176,7 +176,7 @@ def _lessons(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any]
                 assert isinstance(row, Demonstration)
                 parts = [(written(tokenizer, row.prompt), False), (row.completion, True)]
             if parts:
-                yield _lesson(tokenizer, parts)
+                yield lesson(tokenizer, parts)
         return
     code = bool(rows) and isinstance(rows[0], Code)
     for prompt, rest in (_functions if code else _cut)(rows, tokenizer, choice, seed):

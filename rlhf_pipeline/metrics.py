@@ -1,5 +1,7 @@
 """Measures of texts and scores, as `evaluate` modules where others may want them: defined here, so no network."""
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +37,71 @@ class Distinct(evaluate.Metric):
 
     def _compute(self, predictions: Sequence[str], references: Sequence[str], n: int = 2) -> dict[str, float]:
         return {f"distinct_{n}": distinct(predictions, n)}
+
+
+class Repeated(evaluate.Metric):
+    """Share of texts that are there more than once, blanks around them apart."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return _of_texts("repeated")
+
+    def _compute(self, predictions: Sequence[str]) -> dict[str, float]:
+        return {"repeated": repeated(predictions)}
+
+
+class SelfBleu(evaluate.Metric):
+    """How much texts are like each other: the mean BLEU of each against the others (Zhu et al. 2018, 1802.01886)."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return _of_texts("self-BLEU")
+
+    def _compute(self, predictions: Sequence[str]) -> dict[str, float | None]:
+        return {"self_bleu": self_bleu(predictions)}
+
+
+def _of_texts(name: str) -> evaluate.MetricInfo:
+    features = datasets.Features({"predictions": datasets.Value("string")})
+    return evaluate.MetricInfo(description=name, citation="", inputs_description="", features=features)
+
+
+def repeated(texts: Sequence[str]) -> float:
+    """Share of texts that are there more than once, blanks around them apart; 0 where there are none."""
+    counts = Counter(text.strip() for text in texts)
+    return sum(count for count in counts.values() if count > 1) / max(len(texts), 1)
+
+
+def self_bleu(texts: Sequence[str], most: int = 200) -> float | None:
+    """Mean BLEU-4 of each text with all others as its references, from 0 to 1; None where fewer than two have words.
+
+    Of the first `most` texts alone: it grows with their number, so that only equal numbers compare. An order of
+    n-grams without a match counts as a tenth of one (Chen and Cherry 2014, method 1), one that a text is too short for
+    not at all.
+    """
+    said = [words for text in texts[:most] if (words := words_of(text))]
+    if len(said) < 2:
+        return None
+    precisions: list[list[float]] = [[] for _ in said]
+    for n in range(1, 5):
+        counts = [Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1)) for words in said]
+        highest: dict[tuple[str, ...], tuple[int, int]] = {}  # of each n-gram, in any text and in any other than that
+        for own in counts:
+            for gram, count in own.items():
+                first, second = highest.get(gram, (0, 0))
+                highest[gram] = (max(first, count), max(second, min(first, count)))
+        for place, own in enumerate(counts):
+            matched = sum(min(count, highest[gram][count == highest[gram][0]]) for gram, count in own.items())
+            if own:
+                precisions[place].append(math.log((matched or 0.1) / own.total()))
+    lengths = Counter(map(len, said))
+    scores = [math.exp(float(np.mean(p)) + _brevity(len(w), lengths)) for p, w in zip(precisions, said, strict=True)]
+    return float(np.mean(scores))
+
+
+def _brevity(length: int, lengths: Counter[int]) -> float:
+    """The logarithm of BLEU's penalty for a text shorter than the other that is nearest in length."""
+    others = lengths - Counter([length])
+    nearest = min(others, key=lambda other: (abs(other - length), other))
+    return min(0.0, 1 - nearest / length)
 
 
 def distinct(texts: Sequence[str], n: int) -> float:

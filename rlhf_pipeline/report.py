@@ -141,10 +141,17 @@ def results(run: dict[str, Any], evaluation: dict[str, Any], quality: dict[str, 
     """The numbers that a stage ended with: its own, those of each policy and those of the reward model."""
     policies = {name: members(row) for name, row in members(evaluation.get("metrics")).items()}
     bins = {str(i): row for i, row in enumerate(items(quality.get("calibration")), 1)}
+    lines = evaluation.get("warnings")
     return (
-        by_name("This stage", run.get("results"))
+        "".join(f'<p class="soft bad">{text(line)}</p>\n' for line in (lines if isinstance(lines, list) else []))
+        + by_name("This stage", run.get("results"))
         + by_row("Evaluation by policy", "Policy", policies)
         + by_name("Paired gain", evaluation.get("paired_gain"))
+        + by_name("How far each reward moved, in s.d. of the reference's answers", evaluation.get("moved"))
+        + "".join(
+            by_row(f"By another reward: {text(name)}", "Policy", members(members(judged).get("metrics")))
+            for name, judged in members(evaluation.get("rewards")).items()
+        )
         + by_name("Reward model quality", {key: value for key, value in quality.items() if key != "calibration"})
         + by_row("Calibration", "Bin", bins)
     )

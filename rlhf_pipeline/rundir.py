@@ -126,11 +126,14 @@ class RunDir:
                 changed.append(f"its {role} {before_it['path']} has changed since")
         taken = {str(Path(other["path"])) for other in parents.values()}
         for stage in _TAKEN_FROM[self.stage]:
-            other = RunDir(self.runs, self.name, stage)
+            own = RunDir(self.runs, self.name, stage)
             by_hand = (settings.reward if stage == "reward" else settings.policy).get("path")
-            newer = other.record.get("status") == "done" and other.record["finished"] > record["started"]
-            if newer and not by_hand and str(other.model) not in taken:
-                changed.append(f"{other.path} has been made since")
+            if self.stage == "evaluate" and stage != "reward":
+                by_hand = by_hand or settings.evaluate.policies
+            for other in (own, *(own.rounds() if self.stage == "evaluate" else [])):
+                newer = other.record.get("status") == "done" and other.record["finished"] > record["started"]
+                if newer and not by_hand and str(other.model) not in taken:
+                    changed.append(f"{other.path} has been made since")
         return changed
 
     def headline(self) -> str:

@@ -64,6 +64,11 @@ class Evaluation:
     temperature: float | None = None  # None: as the run's PPO did
     best_of: int | None = None  # also the best of so many answers of the reference: what no training brings
     show: list[str] = field(default_factory=list)  # prompts of one's own, whose answers are shown
+    # Who is compared: stages of this run, other runs (runs/x, runs/x/ppo), hub ids; empty: all that this run has made.
+    policies: list[str] = field(default_factory=list)
+    # More rewards beside the run's own, each by its name and fields: what else changed while that one rose.
+    rewards: list[dict[str, Any]] = field(default_factory=list)
+    held_out_tokens: int = 10_000  # of held-out texts, on which each policy's perplexity is taken; 0: on none
 
 
 @dataclass(frozen=True)
@@ -187,20 +192,29 @@ class Settings:
         at_least = {f"evaluate.{key}": (getattr(self.evaluate, key), 1) for key in _COUNTS}
         at_least["chat.response_length"] = (self.chat.response_length, 1)
         at_least["evaluate.prompts"] = (self.evaluate.prompts, 2)  # or there is no standard error
+        at_least["evaluate.held_out_tokens"] = (self.evaluate.held_out_tokens, 0)
         at_least |= {f"data.{key}": (self.data.get(key), 1) for key in ("limit", "test_limit", "prompt_turns")}
         for key, (value, least) in at_least.items():
             if value is not None and value < least:
                 raise UserError(f"{key} is {value}; it takes at least {least}.")
+        self._check_evaluation()
         self._check_collection()
         self._check_chat()
         if (to := self.hub.push) is not None and not (to.count("/") == 1 and is_hub_id(to)):
             raise UserError(
                 f"hub.push={to} is no repository of the hub; it takes user/name, as in hub.push=me/my-model."
             )
+
+    def _check_evaluation(self) -> None:
         if self.evaluate.best_of is not None and self.evaluate.best_of < 2:
             raise UserError(f"evaluate.best_of is {self.evaluate.best_of}; it takes at least 2, or null.")
         if self.evaluate.temperature is not None and self.evaluate.temperature <= 0:
             raise UserError(f"evaluate.temperature is {self.evaluate.temperature}; it takes a number above 0.")
+        if not all(map(str.strip, self.evaluate.policies)):
+            raise UserError("evaluate.policies has an empty name; it takes stages of this run, runs, paths or hub ids.")
+        for number, choice in enumerate(self.evaluate.rewards):
+            with _said_of(f"evaluate.rewards[{number}]"):
+                rewards.check_choice(choice)
 
     @property
     def labelling_reward(self) -> dict[str, Any] | None:

@@ -11,6 +11,8 @@ from rich.text import Text
 from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.scripts import shown
 
+_ABREAST = 4  # policies whose answers can be read side by side
+
 
 def number(value: Any, digits: int = 3) -> str:
     """A number for people; a dash for none."""
@@ -24,35 +26,93 @@ def _console() -> Console:
 
 
 def evaluation_table(evaluation: dict[str, Any]) -> None:
-    """Policies by row, then the paired gain, then typical pairs of answers."""
+    """Policies by row, by more rewards and by their texts; then the paired gains, then answers."""
     title = f"{evaluation['prompts']} held-out prompts; reward: {evaluation['reward']}; KL to {evaluation['reference']}"
-    table = Table(title=title, title_justify="left")
-    for column in ("", "reward", "± s.e.", "median", "positive", "KL", "perplexity", "distinct-2", "length"):
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    for name, row in evaluation["metrics"].items():
-        table.add_row(
-            name, number(row["reward_mean"]), number(row["reward_stderr"]), number(row["reward_median"]),
-            f"{row['positive']:.1%}", number(row["kl"], 2), number(row["perplexity"], 2), number(row["distinct_2"]),
-            number(row["length"], 1),
-        )  # fmt: skip
+    columns = ("reward", "± s.e.", "median", "positive", "KL", "perplexity", "distinct-2", "length")
     console = _console()
-    console.print(table)
+    rows = [
+        (name, *_means(row), number(row["kl"], 2), number(row["perplexity"], 2), number(row["distinct_2"]),
+         number(row["length"], 1))
+        for name, row in evaluation["metrics"].items()
+    ]  # fmt: skip
+    console.print(_by_policy(title, columns, rows))
+    if evaluation.get("rewards"):
+        console.print(_by_reward(evaluation))
+    keys = {"distinct_1": "distinct-1", "distinct_2": "distinct-2", "distinct_3": "distinct-3",
+            "repeated": "repeated", "self_bleu": "self-BLEU", "held_out_perplexity": "held-out perplexity"}  # fmt: skip
+    if any("self_bleu" in row for row in evaluation["metrics"].values()):
+        texts = [(name, *(number(row.get(key), 2 if "perplexity" in key else 3) for key in keys))
+                 for name, row in evaluation["metrics"].items()]  # fmt: skip
+        console.print(_by_policy("The answers' texts, and what each makes of held-out ones", [*keys.values()], texts))
     for pair, gain in evaluation["paired_gain"].items():
-        interval = f"[{gain['low']:+.3f}, {gain['high']:+.3f}]"
-        console.print(Text(f"{pair}: {gain['mean']:+.3f}, 95 % interval {interval}, wins {gain['win_rate']:.1%}"))
-    for title, rows in (("Typical answers", evaluation["examples"]), ("Answers to your own", evaluation.get("shown"))):
-        if rows:
-            console.print(_answers(title, rows))
+        console.print(Text(f"{shown(pair)}: {_interval(gain)}"))
+    for line in evaluation.get("warnings", []):
+        console.print(Text(shown(f"warning: {line}"), style="yellow"))
+    names = list(evaluation["metrics"])
+    extremes = [{**rows[0], "prompt": f"{kind}: {rows[0]['prompt']}"}
+                for kind, rows in evaluation.get("extremes", {}).items() if rows]  # fmt: skip
+    # Of many policies those that matter, or no column could be read; the file has them all.
+    few = names if len(names) <= _ABREAST else list(dict.fromkeys((names[0], evaluation["reference"], names[-1])))
+    for title, answers, who in (
+        ("Typical answers", evaluation["examples"], few),
+        (f"Best and worst of {names[-1]}, and most changed from {names[0]}", extremes, few),
+        ("Answers to your own", evaluation.get("shown"), names),
+    ):
+        if answers:
+            console.print(_answers(title, answers, who))
 
 
-def _answers(title: str, rows: list[dict[str, Any]]) -> Table:
-    """Prompts by row, policies by column."""
-    table = Table(title=title, title_justify="left", show_lines=True)
-    for name in ("prompt", *rows[0]["responses"]):
-        table.add_column(name, overflow="fold")
+def _means(row: dict[str, Any]) -> tuple[str, ...]:
+    """A policy's rewards in four columns."""
+    keys = ("reward_mean", "reward_stderr", "reward_median")
+    return (*(number(row[key]) for key in keys), f"{row['positive']:.1%}")
+
+
+def _interval(gain: dict[str, Any]) -> str:
+    return f"{gain['mean']:+.3f}, 95 % interval [{gain['low']:+.3f}, {gain['high']:+.3f}], wins {gain['win_rate']:.1%}"
+
+
+def _by_policy(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Policies by row; a name that is long is folded, a figure is not."""
+    table = Table(title=Text(shown(title)), title_justify="left")
+    table.add_column("", overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, *cells in rows:
+        table.add_row(Text(shown(name)), *cells)
+    return table
+
+
+def _by_reward(evaluation: dict[str, Any]) -> Table:
+    """Of each further reward, the policies by row; and of the main one, how far it moved, to set beside them."""
+    reference, moves = evaluation["reference"], evaluation["moved"]
+    main = next(iter(moves))
+    judged = {main: evaluation, **evaluation["rewards"]}
+    title = f"More rewards; moved: from {reference}, in standard deviations of its answers"
+    table = Table(title=Text(shown(title)), title_justify="left")
+    table.add_column("reward", overflow="fold")
+    table.add_column("", overflow="fold")
+    for column in ("mean", "± s.e.", "median", "positive", "moved", "gain, 95 % interval"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for reward, found in judged.items():
+        table.add_section()
+        for name, row in found["metrics"].items():
+            gain = found["paired_gain"].get(f"{name} - {reference}")
+            change = f"{gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]" if gain else "-"
+            cells = (*_means(row), number(moves[reward][name], 2), change)
+            table.add_row(Text(shown(reward)), Text(shown(name)), *cells)
+    return table
+
+
+def _answers(title: str, rows: list[dict[str, Any]], policies: Sequence[str]) -> Table:
+    """Prompts by row, those of the policies that have answered by column."""
+    names = [name for name in policies if name in rows[0]["responses"]]
+    table = Table(title=Text(shown(title)), title_justify="left", show_lines=True)
+    for name in ("prompt", *names):
+        table.add_column(Text(shown(name)), overflow="fold")
     for row in rows:
         # Text, not markup, and escapes that do nothing: what a model wrote is data.
-        cells = [f"{shown(answer).rstrip()} ({row['rewards'][name]:.2f})" for name, answer in row["responses"].items()]
+        cells = [f"{shown(row['responses'][name]).rstrip()} ({row['rewards'][name]:.2f})" for name in names]
         table.add_row(Text(shown(row["prompt"])), *map(Text, cells))
     return table
 

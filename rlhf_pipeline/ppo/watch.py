@@ -1,10 +1,10 @@
 """The collapse watch: signs that a policy has found one thing to say, or is running away from its reference."""
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf_pipeline.metrics import Distinct
+from rlhf_pipeline.metrics import Distinct, repeated
 
 # What counts as a collapse, against the run's first updates.
 _DISTINCT_SHARE = 0.5  # of the distinct bigrams there were at first
@@ -25,11 +25,10 @@ class CollapseWatch:
 
     def update(self, responses: Sequence[str], length: float, kl: float) -> tuple[dict[str, float], list[str]]:
         """Take in one update's answers; give figures to log, and warnings that have not been given before."""
-        counts = Counter(text.strip() for text in responses)
         distinct = Distinct().compute(predictions=list(responses), references=list(responses), n=2)["distinct_2"]
         figures = {
             "distinct_2": float(distinct),
-            "repeated": sum(n for n in counts.values() if n > 1) / max(len(responses), 1),
+            "repeated": repeated(responses),
             "length": length,
             "kl": kl,
         }

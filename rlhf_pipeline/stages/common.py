@@ -167,9 +167,9 @@ class Clock:
         return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
 
 
-def judges(reward: Reward, where: str) -> dict[str, str]:
+def judges(reward: Reward, where: str, role: str = "reward") -> dict[str, str]:
     """A reward's place in a run's lineage, and that of each part of a sum."""
-    return {"reward": where, **{f"reward.parts[{number}]": part for number, part in enumerate(reward.parts)}}
+    return {role: where, **{f"{role}.parts[{number}]": part for number, part in enumerate(reward.parts)}}
 
 
 def check_languages(reward: Reward, tokenizer: Any, strings: Sequence[str]) -> None:
@@ -181,7 +181,7 @@ def check_languages(reward: Reward, tokenizer: Any, strings: Sequence[str]) -> N
 
 def say_taken(role: str, where: str) -> None:
     """One line for what a stage took."""
-    print(f"{role:<8}{where}", flush=True)
+    print(f"{role:<7} {where}", flush=True)
 
 
 def say_done(out: RunDir, what: str, clock: Clock) -> None:

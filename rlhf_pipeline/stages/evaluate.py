@@ -1,182 +1,140 @@
-"""Before and after: every policy of the run on the same held-out prompts, by the same reward.
+"""Before and after: every policy of the run on the same held-out prompts, by the same rewards.
 
 python -m rlhf_pipeline stage=evaluate
 """
 
 import dataclasses
-import json
-import math
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
 import torch
-import yaml
-from transformers import PreTrainedTokenizerBase
 
-from rlhf_pipeline import metrics
 from rlhf_pipeline.atomic import write_json
-from rlhf_pipeline.data import fingerprint, load_data, texts
-from rlhf_pipeline.encoding import conversational, encode, fitting, prompts
-from rlhf_pipeline.errors import NotFinishedError
-from rlhf_pipeline.hub import model_folder
-from rlhf_pipeline.likelihood import log_probs
-from rlhf_pipeline.policies import Policy, load_policy
-from rlhf_pipeline.records import Row, Turn
+from rlhf_pipeline.data import Splits, fingerprint, load_data, texts
+from rlhf_pipeline.encoding import Question, conversational, encode, fitting, questions
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.made import run_of
+from rlhf_pipeline.policies import Policy
+from rlhf_pipeline.records import Prompt, Row, Turn
 from rlhf_pipeline.rewards import Reward, load_reward, trained_part
 from rlhf_pipeline.rundir import RunDir
-from rlhf_pipeline.sampling import Batch, Sampling, check_positions, room_for_prompts, sample, uniform_draws
-from rlhf_pipeline.settings import Evaluation, Settings
-from rlhf_pipeline.stages.common import (
-    Clock,
-    check_languages,
-    judges,
-    progress,
-    quiet,
-    sampling_as,
-    say_done,
-    say_taken,
-)
+from rlhf_pipeline.sampling import check_positions, room_for_prompts
+from rlhf_pipeline.settings import Settings
+from rlhf_pipeline.stages.answers import Answers, Trial, draw, held_out_perplexity, held_out_texts, measure
+from rlhf_pipeline.stages.common import Clock, check_languages, judges, progress, quiet, say_done, say_taken
+from rlhf_pipeline.stages.contestants import Contestant, asked_of, lineup, open_all
+from rlhf_pipeline.stages.standings import sample_row, standing
 from rlhf_pipeline.tables import evaluation_table
 from rlhf_pipeline.templates import written
 
 
-class Answers(NamedTuple):
-    """What one policy said to all prompts, and what that was worth."""
-
-    responses: list[str]
-    rewards: list[float]
-    metrics: dict[str, float]
-
-
-class Judged(NamedTuple):
-    """What all policies are asked, how they sample, and what their answers are held against."""
-
-    asked: Sequence[Sequence[int]]
-    limits: torch.Tensor  # (prompts,): tokens of each response
-    sampling: Sampling
-    reward: Reward
-    base: Policy
-    reference: Policy
-
-    def parts(self, size: int) -> Iterator[tuple[Sequence[Sequence[int]], torch.Tensor]]:
-        """Prompts and limits by batches."""
-        for start in range(0, len(self.asked), size):
-            yield self.asked[start : start + size], self.limits[start : start + size]
-
-
 def run(settings: Settings, out: RunDir) -> None:
-    """Sample from each policy, then reward, KL to the reference, perplexity under the base model, diversity."""
+    """Sample from each policy, then rewards, KL to the reference, perplexity, and what the texts are like."""
     quiet()
     clock = Clock()
-    paths, reference = policies_of(out, settings.policy)
-    # Where a reward labels in the place of people, it judges: it is what they would say.
-    choice = settings.labelling_reward or settings.reward
-    reward, judge = load_reward(choice, out.upstream("reward", reward=trained_part(choice)))
+    paths, reference = lineup(out, settings)
+    rewards = load_rewards(settings, out)
+    main = next(iter(rewards))
     rows = load_data(settings.data, settings.seed)
-    opened = {name: load_policy({**settings.policy, "path": path}, None, texts(rows.train), settings.seed)[0]
-              for name, path in paths.items()}  # fmt: skip
+    policies, longest, shortest = open_all(paths, out, settings)
     for name, path in paths.items():
         say_taken(name, path)
-    say_taken("reward", judge)
-    out.begin(settings, {**paths, **judges(reward, judge)}, fingerprint(settings.data, rows))
+    roles = ["reward", *(f"evaluate.rewards[{number}]" for number in range(len(rewards) - 1))]
+    lineage: dict[str, str] = {}
+    for role, reward in zip(roles, rewards.values(), strict=True):
+        say_taken(role.partition(".")[2] or role, reward.name)
+        lineage |= judges(reward, reward.name, role)
+    out.begin(settings, {**paths, **lineage}, fingerprint(settings.data, rows))
 
-    base = opened[next(iter(opened))]
-    check_languages(reward, base.tokenizer, texts(rows.test))
-    asked = prompts(rows.test, base.tokenizer, settings.data, settings.seed)
-    own = own_prompts(settings.evaluate.show, rows.test, base.tokenizer)
-    sampling, longest, shortest = sampling_of(out, settings.evaluate, base)
-    room = min(room_for_prompts(policy.model, longest) for policy in opened.values())
-    asked = fitting(asked, room)[: settings.evaluate.prompts]
+    first = policies[0].policy
+    check_languages(rewards[main], first.tokenizer, texts(rows.test))
+    for name, reward in [*rewards.items()][1:]:
+        if reason := reward.unfit(texts(rows.test)):
+            print(f"warning: {name}: {reason}", flush=True)
+    asked = prompts_for(policies, rows.test, longest, settings)
     limits = response_limits(shortest, longest, len(asked), settings.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for policy in opened.values():
-        check_positions(policy.model, asked + own, int(limits.max()))
-        policy.model.to(device)
-    judged = Judged(asked, limits, sampling, reward, base, opened[reference])
-    shown = judged._replace(asked=own, limits=torch.full((len(own),), int(limits.max())))
-    answers, own_answers = ask(opened, reference, judged, shown, settings)
-    said = [base.tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (asked, own)]
-    last = list(opened)[-1]
-    # From the first policy to the last, and from PPO's reference to PPO, where they are two.
-    pairs = {f"{last} - {name}": name for name in (next(iter(opened)), reference) if name != last}
-    gains = {
-        pair: metrics.paired_gain(
-            answers[before].rewards, answers[last].rewards, settings.evaluate.bootstrap, settings.seed
-        )
-        for pair, before in pairs.items()
-    }
+    own = own_questions(settings.evaluate.show, rows.test, first)
+    for each in policies:
+        check_positions(each.policy.model, asked_of(each.policy, first, [*asked, *own]), int(limits.max()))
+    start = next(each for each in policies if each.name == reference)
+    trial = Trial(asked, limits, rewards, first, start, settings.evaluate.batch_size, settings.seed)
+    answers, shown = ask(policies, trial, own, rows, settings)
+
+    judged = {name: (reward.name, reward.neutral) for name, reward in rewards.items()}
+    last, trained = policies[-1].name, learnt_from(list(paths.values()), rewards)
     evaluation = {
         "prompts": len(asked),
-        "reward": judge,
+        "reward": rewards[main].name,
         "reference": reference,
-        "sampling": dataclasses.asdict(sampling),
-        "metrics": {name: answer.metrics for name, answer in answers.items()},
-        "paired_gain": gains,
-        "samples": [sample_row(said[0], answers, index) for index in range(len(asked))],
-        "examples": typical(said[0], answers, last, settings.evaluate.examples),
-        "shown": [sample_row(said[1], own_answers, index) for index in range(len(own))],
+        "sampling": dataclasses.asdict(policies[0].sampling),
+        **standing(answers, last, reference, judged, trained, trial.prompts, settings.evaluate, settings.seed),
+        "shown": shown,
     }
     write_json(out.path / "evaluation.json", evaluation)
-    after = answers[last].metrics
+    after, speed = evaluation["metrics"][last], trial.speed.figures()
     results = {"reward_mean": after["reward_mean"], "kl": after["kl"]}
-    if gains:
-        gain = next(iter(gains.values()))
+    if gain := evaluation["paired_gain"].get(f"{last} - {policies[0].name}"):
         results |= {"gain": gain["mean"], "gain_low": gain["low"], "gain_high": gain["high"]}
-    out.finish(results, objective=after["reward_mean"])
+    out.finish({**results, "speed": speed}, objective=after["reward_mean"])
     evaluation_table(evaluation)
-    say_done(out, f"{len(opened)} policies on {len(asked)} held-out prompts", clock)
+    print("answers drawn: {tokens_per_second:.0f} tokens/s, {prompts_per_second:.1f} prompts/s".format(**speed))
+    say_done(out, f"{len(policies)} policies on {len(asked)} held-out prompts", clock)
 
 
-def ask(
-    policies: dict[str, Policy], reference: str, judged: Judged, shown: Judged, settings: Settings
-) -> tuple[dict[str, Answers], dict[str, Answers]]:
-    """Every policy's answers to the held-out prompts, the best of several beside the reference's, and to one's own."""
-    answers: dict[str, Answers] = {}
-    own: dict[str, Answers] = {}
-    n = settings.evaluate.best_of
-    with progress((len(policies) + (n or 0)) * len(judged.asked), "evaluate") as bar:
-        for name, policy in policies.items():
-            answers[name] = measure(policy, judged, settings, bar.update)
-            if shown.asked:
-                own[name] = measure(policy, shown, settings, lambda _: None)
-            if n and name == reference:
-                answers[f"best of {n}"] = best_of(policy, n, judged, settings, bar.update)
-    return answers, own
+def load_rewards(settings: Settings, out: RunDir) -> dict[str, Reward]:
+    """The reward that judges and those beside it, by name, and by its fields where that is not enough.
+
+    Where a reward labels in place of people, that one judges, for it is what they would say.
+    """
+    choices = [settings.labelling_reward or settings.reward, *settings.evaluate.rewards]
+    names = [str(choice["name"]) for choice in choices]
+    found: dict[str, Reward] = {}
+    for number, (choice, name) in enumerate(zip(choices, names, strict=True)):
+        fields = ", ".join(f"{key}={value}" for key, value in choice.items() if key != "name" and value is not None)
+        full = f"{name} ({fields})" if fields and names.count(name) > 1 else name
+        if full in found:
+            raise UserError(f"evaluate.rewards[{number - 1}] is {full}, which judges already; leave it out.")
+        made = (each.upstream("reward", reward=trained_part(choice)) for each in (out, *out.rounds()))
+        try:
+            found[full] = load_reward(choice, next((path for path in made if path), None))[0]
+        except UserError as error:
+            raise type(error)(f"evaluate.rewards[{number - 1}]: {error}" if number else str(error)) from error
+    return found
 
 
-def own_prompts(strings: Sequence[str], rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of the user's own prompts: turns of a conversation where the data holds such, else as they stand."""
-    talks = conversational(rows)
-    return encode(tokenizer, [written(tokenizer, (Turn("user", s),) if talks else s) for s in strings])
+def learnt_from(paths: Sequence[str], rewards: dict[str, Reward]) -> str:
+    """The reward that the newest of PPO's policies learnt from, where it is one of these; else the main one."""
+    homes = [home for path in reversed(paths) if (home := run_of(path)) and home.stage == "ppo"]
+    where = homes[0].record["parents"].get("reward", {}).get("path") if homes else None
+    return next((name for name, reward in rewards.items() if reward.name == where), next(iter(rewards)))
 
 
-def policies_of(out: RunDir, policy: dict[str, Any]) -> tuple[dict[str, str], str]:
-    """The run's policies from first to last by name, and the name of PPO's reference."""
-    trained = {"base": "pretrain", "sft": "sft", "ppo": "ppo"}
-    if policy.get("path"):  # chosen by hand: it stands for what came before PPO
-        trained = {"ppo": "ppo"}
-    paths = {name: str(found) for name, stage in trained.items() if (found := out.upstream(stage, policy=policy))}
-    if policy.get("path"):
-        paths = {"base": model_folder(policy["path"]), **paths}
-    if not paths:
-        raise NotFinishedError(
-            f"{out.runs / out.name} has no policy to evaluate; 'make ppo NAME={out.name}' makes one."
+def prompts_for(
+    policies: Sequence[Contestant], rows: Sequence[Row], longest: int, settings: Settings
+) -> list[Question]:
+    """The held-out prompts that every policy has room for, in the tokens of the first."""
+    first, every = policies[0].policy, [each.policy for each in policies]
+    room = min(room_for_prompts(policy.model, longest) for policy in every)
+    asked = fitting(questions(rows, first.tokenizer, settings.data, settings.seed), room)
+    kept = [all(1 <= len(ids) <= room for ids in each)
+            for each in zip(*(asked_of(policy, first, asked) for policy in every), strict=True)]  # fmt: skip
+    if not any(kept):
+        raise UserError(
+            f"no held-out prompt leaves room for an answer of {longest} tokens in the policies' positions; lower "
+            "evaluate.response_length, or data.prompt_tokens."
         )
-    ppo = out.upstream("ppo", policy=policy)
-    record = json.loads((ppo.parent / "run.json").read_text(encoding="utf-8")) if ppo else {}
-    parent = record["parents"]["policy"]["path"] if record else None
-    if parent and parent not in paths.values() and not parent.endswith(", untrained"):
-        paths = {"base": parent, **{name: path for name, path in paths.items() if name == "ppo"}}
-    reference = next((name for name, path in paths.items() if path == parent), list(paths)[-1 if not ppo else 0])
-    return paths, reference
+    if not all(kept):
+        left_out = f"{kept.count(False)} of {len(kept)} prompts are"
+        print(f"warning: {left_out} nothing or too long in another policy's tokens, and are left out", flush=True)
+    return [question for question, fits in zip(asked, kept, strict=True) if fits][: settings.evaluate.prompts]
 
 
-def sampling_of(out: RunDir, asked: Evaluation, policy: Policy) -> tuple[Sampling, int, int]:
-    """How to sample: as the run's PPO did, but for what `evaluate.*` sets; and the longest and shortest limit."""
-    ppo = out.upstream("ppo")
-    config = yaml.safe_load((ppo.parent / "config.yaml").read_text(encoding="utf-8"))["trainer"] if ppo else {}
-    return sampling_as(config, policy, response_length=asked.response_length, temperature=asked.temperature)
+def own_questions(strings: Sequence[str], rows: Sequence[Row], first: Policy) -> list[Question]:
+    """The user's own prompts: turns of a conversation where the data holds such, else as they stand."""
+    talks = conversational(rows)
+    asked: list[Prompt] = [(Turn("user", string),) if talks else string for string in strings]
+    ids = encode(first.tokenizer, [written(first.tokenizer, prompt) for prompt in asked])
+    return [Question(prompt, row) for prompt, row in zip(asked, ids, strict=True)]
 
 
 def response_limits(shortest: int, longest: int, count: int, seed: int) -> torch.Tensor:
@@ -184,96 +142,36 @@ def response_limits(shortest: int, longest: int, count: int, seed: int) -> torch
     return torch.randint(shortest, longest + 1, (count,), generator=torch.Generator().manual_seed(seed))
 
 
-@torch.no_grad()
-def measure(policy: Policy, judged: Judged, settings: Settings, tick: Any) -> Answers:
-    """One policy's answers to all prompts. Every policy draws with the same random numbers."""
-    for each in (policy, judged.reference, judged.base):
-        each.model.eval()
-    generator = torch.Generator().manual_seed(settings.seed)
-    responses: list[str] = []
-    rewards: list[float] = []
-    kl = surprise = length = 0.0
-    for asked, limits in judged.parts(settings.evaluate.batch_size):
-        batch = sample(policy.model, asked, limits, judged.sampling, uniform_draws(limits, generator))
-        said, answered = batch.texts(policy.tokenizer)
-        rewards += judged.reward(said, answered)
-        responses += answered
-        mine = log_probs(policy.model, batch, judged.sampling)
-        kl += float((mine - log_probs(judged.reference.model, batch, judged.sampling)).sum())
-        surprise -= float(_plain_log_probs(judged.base, batch).sum())
-        length += float(batch.response_lengths.sum())
-        tick(len(answered))
-    return summary(responses, rewards, judged.reward, kl / len(rewards), surprise, length)
+def ask(
+    policies: Sequence[Contestant], trial: Trial, own: list[Question], rows: Splits[Row], settings: Settings
+) -> tuple[dict[str, Answers], list[dict[str, Any]]]:
+    """Every policy's answers, the best of several beside the reference's; and rows of those to the user's own prompts.
 
-
-@torch.no_grad()
-def best_of(policy: Policy, n: int, judged: Judged, settings: Settings, tick: Any) -> Answers:
-    """Of several answers of one policy to each prompt the one with the highest reward: what no training has to bring.
-
-    Its KL to the policy is at most log n - (n - 1) / n, whatever the policy (Stiennon et al. 2020, app. G.3).
+    A policy is on the accelerator while it is measured, the first and the reference all the time.
     """
-    generator = torch.Generator().manual_seed(settings.seed + 1)
-    responses: list[str] = []
-    rewards: list[float] = []
-    surprise = length = 0.0
-    for asked, limits in judged.parts(settings.evaluate.batch_size):
-        tries = []
-        for _ in range(n):
-            batch = sample(policy.model, asked, limits, judged.sampling, uniform_draws(limits, generator))
-            said, answered = batch.texts(policy.tokenizer)
-            tries.append((judged.reward(said, answered), answered, batch))
-            tick(len(answered))
-        scores = np.array([scores for scores, _, _ in tries])
-        chosen = scores.argmax(0)
-        rewards += scores.max(0).tolist()
-        responses += [tries[which][1][row] for row, which in enumerate(chosen)]
-        for which, (_, _, batch) in enumerate(tries):
-            rows = torch.from_numpy(np.flatnonzero(chosen == which)).to(batch.tokens.device)
-            if len(rows):
-                part = batch.rows(rows)
-                surprise -= float(_plain_log_probs(judged.base, part).sum())
-                length += float(part.response_lengths.sum())
-    return summary(responses, rewards, judged.reward, math.log(n) - (n - 1) / n, surprise, length)
-
-
-def summary(
-    responses: list[str], rewards: list[float], reward: Reward, kl: float, surprise: float, length: float
-) -> Answers:
-    """Answers and rewards with the figures of the table; `surprise` and `length` are totals over all answers."""
-    values = np.array(rewards)
-    found = metrics.Distinct().compute(predictions=responses, references=responses, n=2)
-    return Answers(
-        responses,
-        rewards,
-        {
-            "reward_mean": float(values.mean()),
-            "reward_median": float(np.median(values)),
-            "reward_stderr": float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0,
-            "positive": float((values > reward.neutral).mean()),
-            "kl": kl,
-            "perplexity": math.exp(surprise / length),
-            "distinct_2": found["distinct_2"],
-            "length": length / len(values),
-        },
-    )
-
-
-def _plain_log_probs(base: Policy, batch: Batch) -> torch.Tensor:
-    """The base model's own surprise at the answers, whatever distribution they were drawn from."""
-    return log_probs(base.model, batch, Sampling())
-
-
-def sample_row(seen: Sequence[str], answers: dict[str, Answers], index: int) -> dict[str, Any]:
-    """One prompt with every policy's answer and reward."""
-    return {
-        "prompt": seen[index],
-        "responses": {name: answer.responses[index] for name, answer in answers.items()},
-        "rewards": {name: answer.rewards[index] for name, answer in answers.items()},
-    }
-
-
-def typical(seen: Sequence[str], answers: dict[str, Answers], last: str, count: int) -> list[dict[str, Any]]:
-    """Prompts whose reward changed, from the first policy to the last, as the median did: typical, not the best."""
-    gain = np.array(answers[last].rewards) - np.array(next(iter(answers.values())).rewards)
-    near = np.argsort(np.abs(gain - np.median(gain)), kind="stable")[:count]
-    return [sample_row(seen, answers, int(index)) for index in near]
+    answers: dict[str, Answers] = {}
+    shown: dict[str, Answers] = {}
+    n = settings.evaluate.best_of or 0
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    known, window = held_out_texts(rows.test, [each.policy for each in policies], settings.evaluate.held_out_tokens)
+    stay = (trial.first.model, trial.reference.policy.model)
+    own_trial = dataclasses.replace(trial, questions=own, limits=torch.full((len(own),), int(trial.limits.max())))
+    for model in stay:
+        model.to(device)
+    with progress((len(policies) + n) * len(trial.questions), "evaluate") as bar:
+        trial = dataclasses.replace(trial, tick=bar.update)
+        for each in policies:
+            model = each.policy.model.to(device)
+            answers[each.name] = measure(each, trial)
+            perplexity = held_out_perplexity(each.policy, known, window, settings.evaluate.batch_size)
+            answers[each.name].figures["held_out_perplexity"] = perplexity
+            if own:
+                said = [text for _, _, part in draw(each, own_trial) for text in part]
+                rewards = {name: reward(own_trial.prompts, said) for name, reward in trial.rewards.items()}
+                shown[each.name] = Answers(said, rewards, {})
+            if n and each is trial.reference:
+                answers[f"best of {n}"] = measure(each, trial, n)
+            if not any(model is other for other in stay):
+                model.to("cpu")
+    main, prompts = next(iter(trial.rewards)), own_trial.prompts
+    return answers, [sample_row(prompts, shown, main, index) for index in range(len(own))]

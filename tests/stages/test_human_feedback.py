@@ -99,6 +99,31 @@ def test_what_labels_also_judges_the_policies(two_rounds: Path) -> None:
     assert list(evaluation["metrics"]) == ["base", "sft", "ppo"]
 
 
+def test_the_run_that_has_rounds_compares_what_each_made(
+    two_rounds: Path, workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(two_rounds, workplace / "runs" / "human_feedback"))
+    small = [arg for arg in SMALL if "stages" not in arg]
+    assert command_line("stage=evaluate", *small, "evaluate.rewards=[{name: preference_model}]") == 2  # judged by it
+    more = (*small, *LABELER, "evaluate.rewards=[{name: preference_model}]")
+    assert command_line("stage=evaluate", *more) == 0
+    evaluation = json.loads((run / "evaluate" / "evaluation.json").read_text())
+    assert list(evaluation["metrics"]) == ["base", "sft", "round1", "round2"]
+    assert evaluation["reference"] == "sft"
+    assert evaluation["reward"] == "length"
+    assert evaluation["rewards"]["preference_model"]["reward"] == "runs/human_feedback/round2/reward/model"
+    within = json.loads((run / "round2" / "evaluate" / "evaluation.json").read_text())
+    assert evaluation["metrics"]["round2"] == within["metrics"]["ppo"]
+
+    assert command_line("stage=evaluate", *more) == 0
+    assert "is done already" in capsys.readouterr().out
+    shutil.copytree(run / "round2" / "ppo", run / "round3" / "ppo")
+    newer = {**record(run / "round3" / "ppo"), "name": "human_feedback/round3", "finished": "2999-01-01T00:00:00+00:00"}
+    (run / "round3" / "ppo" / "run.json").write_text(json.dumps(newer))
+    assert command_line("stage=evaluate", *more) == 2
+    assert "round3/ppo has been made since" in capsys.readouterr().err
+
+
 def test_the_report_shows_reward_model_and_policy_by_round(two_rounds: Path) -> None:
     rows = json.loads((two_rounds / "rounds.json").read_text())
     assert [row["round"] for row in rows] == [0, 1, 2]

@@ -34,3 +34,30 @@ def test_the_paired_gain_and_its_interval() -> None:
     assert gain["high"] - gain["low"] == pytest.approx(2 * 1.96 * 0.1 / 20, rel=0.15)
     assert gain["win_rate"] > 0.99
     assert metrics.paired_gain([1, 1], [1, 1], 10, 0) == {"mean": 0, "low": 0, "high": 0, "win_rate": 0.5}
+
+
+def test_repeated_answers_are_those_that_another_prompt_got_as_well() -> None:
+    assert metrics.Repeated().compute(predictions=["yes", " yes", "no", "well"]) == {"repeated": 0.5}
+    assert metrics.repeated(["a", "b"]) == metrics.repeated([]) == 0
+
+
+def test_self_bleu_is_the_mean_bleu_of_each_text_against_the_others() -> None:
+    assert metrics.SelfBleu().compute(predictions=["a b c d"] * 3) == {"self_bleu": pytest.approx(1)}
+    # Nothing in common: a tenth of a match in each order, of 4, 3, 2 and 1 n-grams.
+    assert metrics.self_bleu(["a b c d", "e f g h"]) == pytest.approx(0.1 / 24**0.25)
+    # "a b c": 2 of 3, 1 of 2, none of 1, and a penalty for 3 words beside 4. "a b d e": 2 of 4, 1 of 3, none of 2 or 1.
+    first = (2 / 3 * 1 / 2 * 0.1) ** (1 / 3) * np.exp(1 - 4 / 3)
+    second = (2 / 4 * 1 / 3 * 0.1 / 2 * 0.1) ** (1 / 4)
+    assert metrics.self_bleu(["a b c", "a b d e"]) == pytest.approx((first + second) / 2)
+    # A word counts no more often than the other text has it.
+    assert metrics.self_bleu(["a a a", "a"]) == pytest.approx(((1 / 3 * 0.1 / 2 * 0.1) ** (1 / 3) + np.exp(-2)) / 2)
+    # Of three, an n-gram matches if either of the others has it, and a text is no reference to itself.
+    assert metrics.self_bleu(["a b", "a c", "d b"], most=3) == pytest.approx(
+        ((1 * 0.1) ** 0.5 + 2 * (1 / 2 * 0.1) ** 0.5) / 3
+    )
+
+
+def test_self_bleu_is_bounded_and_knows_what_it_cannot_say() -> None:
+    assert metrics.self_bleu(["a b", "a b", "c d"], most=2) == pytest.approx(1)
+    assert metrics.self_bleu(["", " ", "one"]) is None
+    assert metrics.self_bleu(["好吃", "好吃"]) == pytest.approx(1)

@@ -58,6 +58,8 @@ def build(folder: Path, word: str = "plain") -> Path:
     judged = {"prompt": word, "responses": {"base": "", word: word}, "rewards": {"base": None, word: 0.8125}}
     metrics = {"base": {"reward_mean": 0.1234}, word: {"reward_mean": 0.5678, word: None}}
     evaluation = {"metrics": metrics, "paired_gain": {"mean": 0.4444}, "samples": [judged] * 25}
+    others = {word: {"reward": word, "metrics": {word: {"reward_mean": 0.2468}}}}
+    evaluation |= {"rewards": others, "moved": {word: {word: 1.432}}, "warnings": [f"{word} fell by 0.7531"]}
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     quality = {"accuracy": 0.9612, word: word, "calibration": [{"predicted": 0.25, "observed": 0.3125, "count": 31}]}
     (folder / "quality.json").write_text(json.dumps(quality))
@@ -78,6 +80,7 @@ def made(folder: Path) -> str:
 def test_numbers_of_the_files_appear(tmp_path: Path) -> None:
     page = Page(made(build(tmp_path)))
     wanted = "12.3 s|ab12cd|f00d|1.12.0|0.9137|250000|kl 0.0421|0.1234|0.5678|0.4444|0.9612|0.3125|31|0.8125"
+    wanted += "|0.2468|1.432|fell by 0.7531"
     for number in [*wanted.split("|"), "python -m x plain", "rank 17, 17", "rank 1.25, 1.25"]:
         assert number in page.text, number
 
@@ -172,7 +175,9 @@ def test_truncated_last_line_keeps_the_rest(tmp_path: Path) -> None:
 def test_any_shape_of_value(tmp_path: Path, value: Any) -> None:
     for name in ("run", "evaluation", "quality"):
         keys = ("name", "status", "seconds", "parents", "data", "git", "hardware", "versions", "results", "command")
-        content = dict.fromkeys([*keys, "metrics", "paired_gain", "samples", "calibration"], value)
+        content = dict.fromkeys(
+            [*keys, "metrics", "paired_gain", "rewards", "moved", "warnings", "samples", "calibration"], value
+        )
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     (tmp_path / "metrics.jsonl").write_text(lines({"step": value, "loss": value}, value))
     (tmp_path / "samples.jsonl").write_text(lines({"step": value, "prompt": value, "response": value}))

@@ -1,0 +1,112 @@
+"""Answers of policies with their own or another vocabulary, and perplexities against transformers' own loss."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import TEXTS, tiny_policy
+
+from rlhf_pipeline.encoding import Question
+from rlhf_pipeline.policies import Policy, train_tokenizer
+from rlhf_pipeline.records import Preference, Text
+from rlhf_pipeline.rewards import Reward
+from rlhf_pipeline.sampling import Sampling
+from rlhf_pipeline.stages.answers import Trial, held_out_perplexity, held_out_texts, measure, reread
+from rlhf_pipeline.stages.contestants import Contestant, _different, asked_of
+
+SAMPLING = Sampling(stop_ids=(0,))
+
+
+def policy(vocabulary: int = 300, seed: int = 0) -> Policy:
+    tokenizer = train_tokenizer(TEXTS, vocabulary, 64)
+    return Policy(tiny_policy(tokenizer, seed), tokenizer)
+
+
+def trial_of(first: Policy) -> Trial:
+    prompts = ["the film", "nobody", "the plot was", "the cast"]
+    questions = [Question(text, first.tokenizer(text)["input_ids"]) for text in prompts]
+    reward = Reward(lambda _, answers: [float(answer.count("o")) for answer in answers], "letters")
+    start = Contestant("sft", first, SAMPLING)
+    return Trial(questions, torch.tensor([12, 8, 12, 8]), {"letters": reward}, first, start, batch_size=3, seed=0)
+
+
+def test_of_the_reference_itself_the_kl_is_0_and_the_perplexity_that_of_its_samples() -> None:
+    trial = trial_of(policy())
+    own = measure(trial.reference, trial)
+    assert own.figures["kl"] == pytest.approx(0, abs=1e-5)
+    assert own.rewards["letters"] == [answer.count("o") for answer in own.responses]
+    assert 1 <= own.figures["length"] <= 12
+    other = measure(Contestant("ppo", policy(seed=1), SAMPLING), trial)
+    assert other.figures["kl"] > 0.1
+    assert other.figures["perplexity"] > own.figures["perplexity"]
+
+
+def test_the_best_of_several_is_worth_the_most_and_costs_what_the_bound_says() -> None:
+    trial = trial_of(policy())
+    ticks = []
+    best = measure(trial.reference, replace(trial, tick=ticks.append), 8)
+    plain = measure(trial.reference, trial)
+    assert sum(best.rewards["letters"]) > sum(plain.rewards["letters"])
+    assert best.rewards["letters"] == [answer.count("o") for answer in best.responses]
+    assert best.figures["kl"] == pytest.approx(math.log(8) - 7 / 8)
+    assert sum(ticks) == 8 * 4
+    assert trial.speed.figures()["tokens_per_second"] > 0
+
+
+def test_another_vocabulary_is_asked_in_its_own_tokens_and_has_no_kl() -> None:
+    trial = trial_of(policy())
+    foreign = policy(280, seed=1)
+    asked = asked_of(foreign, trial.first, trial.questions)
+    assert [foreign.tokenizer.decode(ids) for ids in asked] == trial.prompts
+    assert asked != [question.ids for question in trial.questions]
+    found = measure(Contestant("other", foreign, SAMPLING), trial)
+    assert found.figures["kl"] is None
+    assert found.figures["perplexity"] > 1
+
+
+def test_texts_read_again_are_the_tokens_that_they_were_sampled_as_or_as_many_as_fit() -> None:
+    first = policy()
+    question = Question("the film", first.tokenizer("the film")["input_ids"])
+    answer = first.tokenizer(" was good")["input_ids"]
+    batch = reread(first, [question] * 3, [" was good", "", ""], [True, True, False])
+    assert batch is not None
+    assert batch.prompt_lengths.tolist() == [len(question.ids)] * 2
+    assert batch.tokens[0].tolist() == [*question.ids, *answer, 0]
+    assert batch.response_lengths.tolist() == [len(answer) + 1, 1]
+    long = reread(first, [question], [" was good" * 40], [True])
+    assert long is not None
+    assert long.tokens.shape[1] == 64
+    assert reread(first, [question], [""], [False]) is None
+
+
+def test_held_out_perplexity_is_transformers_own() -> None:
+    own = policy()
+    rows = [Text("the film was good"), Text("nobody liked the plot and the cast was bad")]
+    losses, tokens = 0.0, 0
+    for row in rows:
+        ids = torch.tensor([[*own.tokenizer(row.text)["input_ids"], 0]])
+        with torch.no_grad():
+            losses += float(own.model(ids, labels=ids).loss) * (ids.shape[1] - 1)
+        tokens += ids.shape[1] - 1
+    assert held_out_perplexity(own, rows, 64, 8) == pytest.approx(math.exp(losses / tokens), rel=1e-5)
+    assert held_out_perplexity(own, [], 64, 8) is None
+
+
+def test_held_out_texts_are_bounded_by_tokens_and_comparisons_are_none() -> None:
+    own = policy()
+    rows = [Text("the film was good and the cast was fine")] * 50
+    length = len(own.tokenizer(rows[0].text)["input_ids"]) + 1
+    assert held_out_texts(rows, [own], 3 * length) == (rows[:3], 64)
+    assert held_out_texts(rows, [own], 3 * length + 1) == (rows[:4], 64)
+    assert held_out_texts(rows, [own], 0) == ([], 64)
+    assert held_out_texts([Preference("a", "b", "c")], [own], 100) == ([], 64)
+
+
+def test_names_are_short_and_no_others() -> None:
+    assert _different([["sft", "demo/sft"], ["x", "x/ppo", "p1"], ["y", "y/ppo", "p2"]]) == ["sft", "x", "y"]
+    assert _different([["x", "x/sft", "p1"], ["x", "x/ppo", "p2"]]) == ["x/sft", "x/ppo"]
+    assert _different([["sft", "demo/sft", "p0"], ["sft", "sft/ppo", "p1"]]) == ["demo/sft", "sft/ppo"]
+    assert _different([["reward", "reward/ppo", "p1"], ["gpt2", "a/gpt2"], ["gpt2", "b/gpt2"]]) == [
+        "reward/ppo", "a/gpt2", "b/gpt2",
+    ]  # fmt: skip

@@ -1,0 +1,59 @@
+"""What stage=evaluate prints: readable at 100 columns, and what models and people wrote is shown, not obeyed."""
+
+import random
+
+import pytest
+
+from rlhf_pipeline.settings import Evaluation
+from rlhf_pipeline.stages.answers import Answers, of_texts
+from rlhf_pipeline.stages.standings import standing
+from rlhf_pipeline.tables import evaluation_table
+
+PROMPTS = [f"prompt {number}" for number in range(8)]
+
+
+def evaluation(names: list[str], said: str = "an answer") -> dict:
+    """Of policies that gain of the first reward, one after the other, and lose of the second."""
+    draw = random.Random(0)
+    texts = [f"{said} {number}" for number in range(8)]
+    figures = {"kl": None, "perplexity": 3.0, **of_texts(texts), "length": 4.0}
+    answers = {}
+    for place, name in enumerate(names):
+        rewards = {"classifier": [place + draw.random() for _ in PROMPTS], "length": [-place - draw.random()] * 8}
+        answers[name] = Answers(texts, rewards, dict(figures))
+    rewards = {"classifier": ("runs/demo/reward/model", 0.0), "length": ("length", -0.5)}
+    found = standing(answers, names[-1], names[1], rewards, "classifier", PROMPTS, Evaluation(bootstrap=50), 0)
+    return {"prompts": 8, "reward": "runs/demo/reward/model", "reference": names[1], **found}
+
+
+def test_many_policies_are_readable_at_100_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["base", "sft", "best of 4", "round1", "round2", "a-user/" + "a-model-with-a-long-name" * 2]
+    evaluation_table(evaluation(names))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    figures = [line for line in lines if line.startswith("│ base ")]
+    assert len(figures) == 2
+    assert "…" not in "".join(lines)
+    said = "\n".join(lines)
+    assert "More rewards" in said
+    assert "warning: round1: classifier rose by" in said
+    assert "worst: prompt" in said
+
+
+def test_names_and_answers_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    evaluation_table(evaluation(["base", "[red]sft"], said="[bold]so\x1b[2J"))
+    said = capsys.readouterr().out
+    assert "[red]sft" in said
+    assert "[bold]so" in said
+    assert "\x1b" not in said
+
+
+def test_an_evaluation_from_before_there_were_more_rewards_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    found = evaluation(["base", "sft"])
+    for key in ("rewards", "moved", "warnings", "extremes"):
+        del found[key]
+    for row in found["metrics"].values():
+        for key in ("self_bleu", "repeated", "distinct_1", "distinct_3"):
+            del row[key]
+    evaluation_table(found)
+    assert "Typical answers" in capsys.readouterr().out
