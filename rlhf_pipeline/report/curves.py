@@ -70,7 +70,7 @@ def chart(name: str, lines: Sequence[Line], words: Words = ENGLISH, key: str = "
 
 
 def _moves(lines: Iterable[Line]) -> bool:
-    return any(len({y for _, y in thin(line.points)}) > 1 for line in lines)
+    return any(len({y for _, y in line.points if math.isfinite(y)}) > 1 for line in lines)
 
 
 def draw(measures: Mapping[str, Sequence[Line]], words: Words) -> str:

@@ -102,7 +102,7 @@ def _part(name: str) -> tuple[str, str]:
 def assemble(
     title: str, state: str, parts: Mapping[str, str], notes: Sequence[str] = (), words: Words = ENGLISH
 ) -> str:
-    """A page of named parts, each finished; the title is escaped already, the names are English.
+    """A page of named parts, each finished, without the empty ones; the title is escaped already, names are English.
 
     The browser is told to load nothing, and to run nothing but this very script.
     """
@@ -113,11 +113,12 @@ def assemble(
     tone = {"done": " good", "failed": " bad"}.get(state, "")
     badge = f'<span class="status{tone}">{text(words(state))}</span>\n' if state else ""
     told = "".join(f'<p class="soft bad">{text(note)}</p>\n' for note in notes)
-    none, links, body = f'<p class="soft">{words("Nothing recorded.")}</p>\n', "", ""
-    for name, inner in parts.items():
+    links = body = ""
+    for name, inner in ((name, inner) for name, inner in parts.items() if inner):
         key = name.lower().replace(" ", "-")
         links += f'<a href="#{key}">{words(name)}</a>'
-        body += f'<section id="{key}">\n<h2>{words(name)}</h2>\n{inner or none}</section>\n'
+        body += f'<section id="{key}">\n<h2>{words(name)}</h2>\n{inner}</section>\n'
+    body = body or f'<p class="soft">{words("Nothing recorded.")}</p>\n'
     return (
         f'<!DOCTYPE html>\n<html lang="{"zh-CN" if words.lang == "zh" else "en"}">\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'

@@ -13,9 +13,11 @@ from rlhf_pipeline.report.parents import lineage
 from rlhf_pipeline.report.texts import candidates, judged, over_time, warned
 from rlhf_pipeline.report.words import LANGUAGES, Words
 
-LIVE_BYTES = 2 << 20  # of each log, while training goes: what a drawing costs does not grow with the run
+# Of each log, at the end and while training goes: what a drawing costs does not grow with the run.
+BYTES, LIVE_BYTES = 32 << 20, 1 << 19
 SECONDS, SHARE = 5.0, 50.0  # between two drawings: at least so long, and so many times what the last one took
 TILES = 12
+_EXTREMES = ("best", "worst", "most changed")
 _CLOCK = re.compile(r"^(\d{4}-\d\d-\d\d)T(\d\d:\d\d):\d\d\+00:00$")
 _GAIN = {"mean": "gain", "low": "95 % from", "high": "95 % to"}
 
@@ -50,21 +52,27 @@ def results(run: Mapping[str, Any], evaluation: Mapping[str, Any], quality: Mapp
 
 
 def compared(evaluation: Mapping[str, Any], words: Words) -> str:
-    """Before and after: what each policy came to, what was gained, and whatever else there is by name."""
-    policies = {name: members(row) for name, row in members(evaluation.get("metrics")).items()}
+    """Before and after: what each policy came to and what was gained, by the reward that judges and by the others."""
+    policies = evaluation.get("metrics")
     asked = [evaluation.get(key) for key in ("prompts", "reward", "reference")]
     about = words("{} held-out prompts; reward: {}; KL to {}.", *(show(value, words) for value in asked))
     out = f'<p class="soft">{about}</p>\n' if policies and None not in asked else ""
-    out += by_row("Before and after", "Policy", policies, words=words)
-    gain = members(evaluation.get("paired_gain"))
+    out += _by_policy("Before and after", "Paired gain", evaluation, words)
+    for name, judge in members(evaluation.get("rewards")).items():
+        titles = words("Judged by {}", name), words("Paired gain by {}", name)
+        out += _by_policy(*titles, members(judge), words)
+    label = "Away from the reference, in standard deviations of its rewards"
+    rows = {name: members(row) for name, row in members(evaluation.get("moved")).items()}
+    return out + by_row(label, "Judge", rows, words=words)
+
+
+def _by_policy(label: str, gained: str, judged: Mapping[str, Any], words: Words) -> str:
+    """What each policy came to by one reward, and what was gained by pair of policies."""
+    policies = {name: members(row) for name, row in members(judged.get("metrics")).items()}
+    gain = members(judged.get("paired_gain"))
     pairs = {name: row for name, row in gain.items() if isinstance(row, dict)} or ({"": gain} if gain else {})
     named = {name: {_GAIN.get(str(key), str(key)): value for key, value in row.items()} for name, row in pairs.items()}
-    out += by_row("Paired gain", "Pair", named, words=words)
-    for key, value in evaluation.items():
-        rows = {name: row for name, row in members(value).items() if isinstance(row, dict)}
-        if rows and key not in ("metrics", "paired_gain", "sampling"):
-            out += by_row(key.replace("_", " ").capitalize(), "Name", rows, words=words)
-    return out
+    return by_row(label, "Policy", policies, words=words) + by_row(gained, "Pair", named, words=words)
 
 
 def again(run: Mapping[str, Any], words: Words) -> str:
@@ -79,21 +87,28 @@ def again(run: Mapping[str, Any], words: Words) -> str:
     return command + by_row("Made from", "Role", made, "files", words) + facts(told)
 
 
-def page(folder: Path, lang: str | None = None, most: int | None = None) -> str:
+def page(folder: Path, lang: str | None = None, most: int = BYTES) -> str:
     """The whole page of one stage's folder; of each log at most so many bytes."""
     lang = lang or members(config(folder).get("report")).get("lang")
     words = Words(lang if lang in LANGUAGES else "en")
     notes: list[str] = []
     logs = ("metrics", "samples", "warnings", "candidates", "labels")
-    metrics, written, warnings, asked, labels = (read(folder / f"{name}.jsonl", notes, most) for name in logs)
+    files = [folder / f"{name}.jsonl" for name in logs]
+    if most == BYTES:  # a page drawn on the way says so by its status
+        long = [path.name for path in files if path.is_file() and path.stat().st_size > most]
+        notes += [f"{name} is long: of its rows, {most >> 20} MiB from all over it are shown." for name in long]
+    metrics, written, warnings, asked, labels = (read(path, notes, most) for path in files)
     run, evaluation, quality = (only(folder / f"{name}.json", notes) for name in ("run", "evaluation", "quality"))
+    extremes = members(evaluation.get("extremes"))
     texts = (
         judged("Answers to your own prompts", items(evaluation.get("shown")), words)
+        + "".join(judged(f"{kind.capitalize()} answers", items(extremes.get(kind)), words) for kind in _EXTREMES)
         + judged("Evaluation, side by side", items(evaluation.get("samples")), words)
         + over_time(written, words)
         + candidates(asked, labels, words)
     )
-    told = warned(warnings)
+    also = evaluation.get("warnings")
+    told = warned([row.get("warning") for row in warnings] + (also if isinstance(also, list) else []))
     last = metrics[-1].get("step") if metrics else None
     parts = {"Warnings": told} if told else {}
     parts |= {
@@ -107,7 +122,7 @@ def page(folder: Path, lang: str | None = None, most: int | None = None) -> str:
     return assemble(title, str(run.get("status") or ""), parts, notes, words)
 
 
-def write_report(folder: Path, lang: str | None = None, most: int | None = None) -> Path:
+def write_report(folder: Path, lang: str | None = None, most: int = BYTES) -> Path:
     """Write folder/report.html from whatever files the stage has left, by default in the language it was made in."""
     return write_page(folder / "report.html", page(folder, lang, most))
 
@@ -124,7 +139,7 @@ class LivePage:
         if not whole and began < self._next:
             return
         try:
-            write_report(self.folder, most=None if whole else LIVE_BYTES)
+            write_report(self.folder, most=BYTES if whole else LIVE_BYTES)
         except Exception as error:  # whatever it is, what was being made is worth more than its page
             if not self._told:
                 print(f"warning: {self.folder / 'report.html'} could not be drawn: {error}", flush=True)

@@ -94,7 +94,7 @@ def candidates(rows: Sequence[Row], labels: Sequence[Row], words: Words) -> str:
     return table(label, [words("Prompt"), *(words("Answer {}", n) for n in range(1, most + 1))], lines)
 
 
-def warned(rows: Sequence[Row]) -> str:
+def warned(lines: Sequence[object]) -> str:
     """What a run was warned of, as a list."""
-    told = [text(row["warning"]) for row in rows if row.get("warning")]
+    told = [text(line) for line in lines if line]
     return f'<ul class="warnings">\n{"".join(f"<li>{line}</li>" for line in told)}</ul>\n' if told else ""

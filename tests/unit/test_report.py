@@ -169,7 +169,8 @@ def test_nothing_is_fetched(tmp_path: Path) -> None:
 
 def test_empty_folder(tmp_path: Path) -> None:
     source = made(tmp_path)
-    assert source.count("Nothing recorded.") == 5
+    assert source.count("Nothing recorded.") == 1
+    assert "<section" not in source
     assert tmp_path.name in source
     assert os.listdir(tmp_path) == ["report.html"]
 
@@ -207,7 +208,21 @@ def test_truncated_last_line_keeps_the_rest(tmp_path: Path) -> None:
 def test_any_shape_of_value(tmp_path: Path, value: Any) -> None:
     for name in ("run", "evaluation", "quality"):
         keys = ("name", "status", "seconds", "parents", "data", "git", "hardware", "versions", "results", "command")
-        content = dict.fromkeys([*keys, "metrics", "paired_gain", "samples", "calibration"], value)
+        content = dict.fromkeys(
+            [
+                *keys,
+                "metrics",
+                "paired_gain",
+                "samples",
+                "calibration",
+                "rewards",
+                "moved",
+                "warnings",
+                "extremes",
+                "shown",
+            ],
+            value,
+        )
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     (tmp_path / "metrics.jsonl").write_text(lines({"step": value, "loss": value}, value))
     (tmp_path / "samples.jsonl").write_text(lines({"step": value, "prompt": value, "response": value}))
@@ -335,7 +350,9 @@ def test_every_phrase_of_the_page_is_translated() -> None:
         assert phrase.count("{}") == chinese.count("{}"), phrase
 
 
-def test_a_page_of_a_running_stage_costs_the_same_however_long_it_runs(tmp_path: Path) -> None:
+def test_a_page_of_a_running_stage_costs_the_same_however_long_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(lines(*({"step": i, "loss": i / 10} for i in range(50_000))))
     notes: list[str] = []
@@ -348,10 +365,13 @@ def test_a_page_of_a_running_stage_costs_the_same_however_long_it_runs(tmp_path:
     assert 4_000 < len(steps) < 9_000
     assert max(b - a for a, b in itertools.pairwise(steps)) < 1_500
     assert len(read(path, notes)) == 50_000
+    assert "is long" not in made(tmp_path)
+    monkeypatch.setattr(stage_page, "BYTES", 1 << 20)
+    assert "metrics.jsonl is long" in stage_page.page(tmp_path, most=1 << 20)
 
 
 def test_a_running_stage_is_drawn_seldom_and_its_end_always(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[int | None] = []
+    drawn: list[int] = []
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(stage_page, "write_report", lambda folder, most: drawn.append(most))
@@ -361,7 +381,7 @@ def test_a_running_stage_is_drawn_seldom_and_its_end_always(tmp_path: Path, monk
         live.draw()
     assert drawn == [stage_page.LIVE_BYTES] * 3  # at once, after 5 and after 10 seconds
 
-    def slow(folder: Path, most: int | None) -> None:
+    def slow(folder: Path, most: int) -> None:
         now[0] += 1.0
         drawn.append(most)
 
@@ -372,7 +392,7 @@ def test_a_running_stage_is_drawn_seldom_and_its_end_always(tmp_path: Path, monk
     live.draw()
     assert len(drawn) == 4  # a drawing that takes a second is not for every 5
     live.draw(whole=True)
-    assert drawn[-1] is None
+    assert drawn[-1] == stage_page.BYTES
 
 
 def test_a_page_that_cannot_be_drawn_stops_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -443,3 +463,17 @@ def test_the_pages_of_a_run_are_made_anew(tmp_path: Path, capsys: pytest.Capture
     assert main([str(mild), "fr"]) == 2
     assert main([str(tmp_path / "nothing")]) == 2
     assert "holds no run" in capsys.readouterr().err
+
+
+def test_what_several_rewards_say_is_shown(tmp_path: Path) -> None:
+    build(tmp_path)
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    gain = {"mean": -0.0625, "low": -0.09, "high": -0.03, "win_rate": 0.2}
+    row = {"prompt": "Go", "responses": {"ppo": "the worst of all"}, "rewards": {"ppo": -7.5}}
+    other = {"metrics": {"ppo": {"reward_mean": 0.28125}}, "paired_gain": {"ppo - base": gain}, "reward": "length"}
+    evaluation |= {"rewards": {"length": other}, "moved": {"length": {"base": 0.0, "ppo": -1.625}}}
+    evaluation |= {"warnings": ["ppo: sentiment rose while <length> fell"], "extremes": {"worst": [row]}}
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    page = Page(made(tmp_path))
+    for said in ("Judged by length", "0.2812", "-0.0625", "-1.625", "rose while <length> fell", "the worst of all"):
+        assert said in page.text, said
