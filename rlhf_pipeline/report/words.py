@@ -67,8 +67,9 @@ SAME = {
 # The columns of tables and the numbers of a stage.
 NAMES = {
     "reward_mean": "reward", "reward_median": "median", "reward_stderr": "± s.e.", "positive": "positive", "kl": "KL",
-    "perplexity": "perplexity", "distinct_1": "distinct-1", "distinct_2": "distinct-2", "distinct_3": "distinct-3", "repeated": "repeated",
-    "self_bleu": "self-BLEU", "held_out_perplexity": "held-out perplexity", "length": "length", "win_rate": "better than before",
+    "perplexity": "perplexity", "distinct_1": "distinct-1", "distinct_2": "distinct-2", "distinct_3": "distinct-3",
+    "repeated": "repeated", "self_bleu": "self-BLEU", "held_out_perplexity": "held-out perplexity",
+    "length": "length", "win_rate": "better than before",
     "eval_loss": "held-out loss", "scores": "reward",
     "eval_perplexity": "held-out perplexity", "eval_loss_before": "held-out loss before", "gain": "gain",
     "gain_low": "gain, 95 % from", "gain_high": "gain, 95 % to", "parameters_M": "million parameters",
