@@ -59,7 +59,7 @@ def compared(evaluation: Mapping[str, Any], words: Words) -> str:
     out = f'<p class="soft">{about}</p>\n' if policies and None not in asked else ""
     out += _by_policy("Before and after", "Paired gain", evaluation, words)
     for name, judge in members(evaluation.get("rewards")).items():
-        titles = words("Judged by {}", name), words("Paired gain by {}", name)
+        titles = words("By another reward: {}", name), words("Paired gain by {}", name)
         out += _by_policy(*titles, members(judge), words)
     label = "Away from the reference, in standard deviations of its rewards"
     rows = {name: members(row) for name, row in members(evaluation.get("moved")).items()}
@@ -139,6 +139,8 @@ class LivePage:
         if not whole and began < self._next:
             return
         try:
+            for left in self.folder.glob(".report.*.tmp") if not self._next else ():  # by a process that was killed
+                left.unlink()
             write_report(self.folder, most=BYTES if whole else LIVE_BYTES)
         except Exception as error:  # whatever it is, what was being made is worth more than its page
             if not self._told:

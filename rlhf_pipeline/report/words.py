@@ -108,7 +108,7 @@ CHINESE = {
     "During training, side by side": "训练过程，并排对照",
     "Evaluation, side by side": "评估，并排对照",
     "Answers to compare": "待比较的回答",
-    "Judged by {}": "由 {} 评判",
+    "By another reward: {}": "由 {} 评判",
     "Paired gain by {}": "配对提升（由 {} 评判）",
     "Away from the reference, in standard deviations of its rewards": "与参考模型的距离（以其奖励的标准差计）",
     "Judge": "评判者",

@@ -395,6 +395,12 @@ def test_a_running_stage_is_drawn_seldom_and_its_end_always(tmp_path: Path, monk
     assert drawn[-1] == stage_page.BYTES
 
 
+def test_what_a_kill_left_of_a_page_goes(tmp_path: Path) -> None:
+    (tmp_path / ".report.123.tmp").write_text("<!DOCTYPE")
+    LivePage(tmp_path).draw()
+    assert os.listdir(tmp_path) == ["report.html"]
+
+
 def test_a_page_that_cannot_be_drawn_stops_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "report.html").mkdir()
     live = LivePage(tmp_path)
@@ -475,5 +481,12 @@ def test_what_several_rewards_say_is_shown(tmp_path: Path) -> None:
     evaluation |= {"warnings": ["ppo: sentiment rose while <length> fell"], "extremes": {"worst": [row]}}
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
     page = Page(made(tmp_path))
-    for said in ("Judged by length", "0.2812", "-0.0625", "-1.625", "rose while <length> fell", "the worst of all"):
+    for said in (
+        "By another reward: length",
+        "0.2812",
+        "-0.0625",
+        "-1.625",
+        "rose while <length> fell",
+        "the worst of all",
+    ):
         assert said in page.text, said
