@@ -32,6 +32,9 @@ pretrain sft collect reward ppo evaluate chat: setup  ## one stage of a run: mak
 pipeline: setup  ## an experiment's stages in order: make pipeline NAME=imdb ARGS="experiment=imdb_sentiment"
 	$(RUN) stage=pipeline name=$(NAME) $(ARGS)
 
+report: setup  ## draw a run's pages anew: make report NAME=demo ARGS=zh
+	$(BIN)/python -m rlhf_pipeline.report runs/$(NAME) $(ARGS)
+
 label-studio: setup $(LABEL_STUDIO_VENV)/.ready  ## compare a run's answers in the browser: make label-studio NAME=demo
 	LABEL_STUDIO=$(abspath $(LABEL_STUDIO_VENV))/bin/label-studio $(RUN) stage=collect name=$(NAME) labels=serve $(ARGS)
 

@@ -30,6 +30,7 @@ from rlhf_pipeline.errors import UserError, WaitingError
 from rlhf_pipeline.plain_words import plain
 from rlhf_pipeline.publish import last_model, publish
 from rlhf_pipeline.registry import Registry
+from rlhf_pipeline.report import compare
 from rlhf_pipeline.settings import SAMPLING, TRAINED, Hub, Settings, check_sections
 
 _PACKAGE = Path(__file__).parent
@@ -184,6 +185,9 @@ def run_stage(settings: Settings) -> float | None:
             )
         return _run_together(settings)
     out = rundir.RunDir.of(settings)
+    if settings.compare:  # it shows what has been made, and makes nothing itself
+        _compare(settings)
+        return None
     if settings.stage == "chat":  # it makes nothing, so it may go on beside whatever does
         return _run_held(settings, out, done=False)
     if settings.labels:  # given to what was collected last, however that was set up
@@ -196,6 +200,13 @@ def run_stage(settings: Settings) -> float | None:
             return None
     with out.held():
         return _run_held(settings, out, out.finished(settings))
+
+
+def _compare(settings: Settings) -> None:
+    """One page of several runs, each a name below `runs/` or a folder."""
+    runs = Path(settings.runs)
+    folders = [inside if (inside := runs / name).is_dir() else Path(name) for name in settings.compare]
+    print(f"{compare(folders, runs / settings.name / 'compare.html', settings.report.lang)} shows the runs", flush=True)
 
 
 def _run_together(settings: Settings) -> float | None:
@@ -254,7 +265,7 @@ def _pipeline(cfg: DictConfig, overrides: list[str]) -> float | None:
         if settings.stage == order[-1] and within:
             from rlhf_pipeline.rounds import report_rounds
 
-            report_rounds(Path(whole.runs), whole.name)
+            report_rounds(Path(whole.runs), whole.name, whole.report.lang)
     print(f"\nAll of {whole.runs}/{whole.name} is done ({time.monotonic() - started:.0f} s).", flush=True)
     if last:  # at the end, for then the card says how it did
         publish(rundir.RunDir.of(last), whole.hub)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.atomic import write_json
-from rlhf_pipeline.report import assemble, by_row, chart, text, write_page
+from rlhf_pipeline.report import Line, Words, assemble, by_row, chart, text, write_page
 from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.tables import rounds_table
 
@@ -71,10 +71,22 @@ def _links(folder: Path) -> str:
     return "<nav>" + "".join(f'<a href="{page}/report.html">{page}</a>' for page in pages) + "</nav>\n"
 
 
-def report_rounds(runs: Path, name: str) -> None:
+def report_rounds(runs: Path, name: str, lang: str | None = None) -> None:
     """Write `runs/<name>/rounds.json` and `report.html`, and print the table."""
+    rows = by_round(runs, name)
+    write_json(runs / name / "rounds.json", rows)
+    page = write_rounds(runs, name, lang)
+    rounds_table(rows)
+    print(f"{page} shows the rounds", flush=True)
+
+
+def write_rounds(runs: Path, name: str, lang: str | None = None) -> Path:
+    """Write `runs/<name>/report.html` from what the rounds have left; by default in the first one's language."""
     rows, folder = by_round(runs, name), runs / name
-    write_json(folder / "rounds.json", rows)
+    first = RunDir(runs, f"{name}/round1", "collect")
+    made = (first.config().get("report") or {}).get("lang")
+    title = str(Path(first.record.get("name") or f"{name}/round1").parent)
+    words = Words(lang or made or "en")
     judges = list(dict.fromkeys(str(row["judge"]) for row in rows if row.get("judge")))
     charts, shared = dict(_CHARTS), "on the same held-out prompts"
     if len(judges) > 1:  # where people label, nothing but each round's own reward model knows what is good
@@ -85,12 +97,12 @@ def report_rounds(runs: Path, name: str) -> None:
         title: [(float(row["round"]), float(row[key])) for row in rows if row.get(key) is not None]
         for key, title in charts.items()
     }
-    drawn = "".join(chart(title, {"eval": points}) for title, points in lines.items() if points)
+    drawn = "".join(
+        chart(words(k), [Line("", "eval", points)], words, unit="Round") for k, points in lines.items() if points
+    )
     about = f'<p class="soft">Reward: {text(", ".join(judges))}, {shared}.</p>\n' if judges else ""
     parts = {
-        "By round": about + by_row("Rounds", "Round", shown) + _links(folder),
+        "By round": about + by_row("Rounds", "Round", shown, words=words) + _links(folder),
         "Curves": f'<div class="grid">\n{drawn}</div>\n',
     }
-    write_page(folder, assemble(text(name), "", parts))
-    rounds_table(rows)
-    print(f"{folder / 'report.html'} shows the rounds", flush=True)
+    return write_page(folder / "report.html", assemble(text(title), "", parts, words=words))

@@ -18,6 +18,7 @@ from rlhf_pipeline.atomic import read_jsonl, write_atomic, write_json, write_jso
 from rlhf_pipeline.checkpoints import newest_whole
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.lineage import file_hash, git, hardware, parent, versions
+from rlhf_pipeline.report import LivePage
 from rlhf_pipeline.settings import Settings
 
 # Stages of the same run that a stage takes something from, if they are there.
@@ -54,6 +55,7 @@ class RunDir:
         self.checkpoints, self.model = self.path / "checkpoints", self.path / "model"
         self._started = time.monotonic()
         self._record: dict[str, Any] = {}
+        self.page = LivePage(self.path)
 
     @classmethod
     def of(cls, settings: Settings) -> "RunDir":
@@ -275,14 +277,13 @@ class RunDir:
     def finish(self, results: dict[str, Any], objective: float | None = None, status: str = "done") -> None:
         """Mark the stage done, or waiting for people, with its results; write the model's card and draw the report."""
         from rlhf_pipeline.cards import write_cards
-        from rlhf_pipeline.report import write_report
 
         seconds = round(time.monotonic() - self._started + self._record.get("seconds", 0), 1)
         self._record |= {"status": status, "finished": _now(), "seconds": seconds}
         self._record |= {"results": results, "objective": objective}
         write_cards(self.path, self._record)  # first: what is done is never without
         write_json(self.path / "run.json", self._record)
-        write_report(self.path)
+        self.page.draw(whole=True)
 
     def failed(self, error: BaseException) -> None:
         """Note that the stage was cut off by an error; it can be resumed."""
@@ -290,6 +291,7 @@ class RunDir:
             kind = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             self._record |= {"status": kind, "error": f"{type(error).__name__}: {error}"[:500]}
             write_json(self.path / "run.json", self._record)
+            self.page.draw(whole=True)
 
     def save_model(self, save: Callable[[Path], None]) -> None:
         """Let `save` fill a folder, then put it in the place of `model/` at once."""
@@ -311,16 +313,25 @@ class RunDir:
 
     def rewind(self, step: int) -> None:
         """Drop log rows after `step`: a resumed run takes those steps again."""
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl", "warnings.jsonl"):
             path = self.path / name
             if path.exists():
                 rows = [row for row in read_jsonl(path) if row["step"] <= step]
                 write_jsonl(path, rows)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """Add one row to `metrics.jsonl`. Only `seconds` depends on the clock."""
+        """Add one row to `metrics.jsonl`, and draw the page where it is due. Only `seconds` depends on the clock."""
         seconds = round(time.monotonic() - self._started, 2)
         self.add("metrics.jsonl", [{"step": step, **values, "seconds": seconds}])
+        self.draw()
+
+    def draw(self) -> None:
+        """Show what there is so far, where the page is due."""
+        self.page.draw()
+
+    def warn(self, step: int, warning: str) -> None:
+        """Keep in `warnings.jsonl` what the user was told, for the page to show."""
+        self.add("warnings.jsonl", [{"step": step, "warning": warning}])
 
     def log_samples(self, step: int, samples: Iterable[dict[str, Any]]) -> None:
         """Add rows (prompt, response, reward) to `samples.jsonl`."""
@@ -354,6 +365,9 @@ class ReadOnlyRunDir(RunDir):
         """Nothing."""
 
     def rewind(self, step: int) -> None:
+        """Nothing."""
+
+    def draw(self) -> None:
         """Nothing."""
 
     def save_model(self, save: Callable[[Path], None]) -> None:

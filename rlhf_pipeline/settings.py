@@ -111,7 +111,14 @@ class Hub:
     private: bool = True
 
 
-_SECTIONS = {"evaluate": Evaluation, "collect": Collection, "chat": Chat, "hub": Hub}
+@dataclass(frozen=True)
+class Report:
+    """How report.html is written; it changes nothing of the work."""
+
+    lang: Literal["en", "zh"] = "en"
+
+
+_SECTIONS = {"evaluate": Evaluation, "collect": Collection, "chat": Chat, "hub": Hub, "report": Report}
 # What of PPO's settings says how a policy samples, but for the temperature.
 SAMPLING = ("response_length", "min_new_tokens", "stop_token", "stop_token_id", "stop_tokens", "suppress_tokens")
 
@@ -135,7 +142,9 @@ class Settings:
     collect: Collection = field(default_factory=Collection)
     chat: Chat = field(default_factory=Chat)
     against: str | None = None  # of stage=chat: a second policy, a stage of this run or a path
+    compare: list[str] = field(default_factory=list)  # of stage=evaluate: runs that one page shows side by side
     hub: Hub = field(default_factory=Hub)
+    report: Report = field(default_factory=Report)
     labeler: dict[str, Any] | None = None  # a reward that ranks in place of people, and its `noise`
     labels: str | None = None  # of stage=collect: pull, push, serve (Label Studio), or a file of labels
     rounds: int | None = None  # of stage=pipeline: how often collect and what follows are gone through
@@ -200,6 +209,8 @@ class Settings:
         self._check_evaluation()
         self._check_collection()
         self._check_chat()
+        if self.compare and self.stage != "evaluate":
+            raise UserError(f"compare= goes with stage=evaluate; stage={self.stage} takes none.")
         if (to := self.hub.push) is not None and not (to.count("/") == 1 and is_hub_id(to)):
             raise UserError(
                 f"hub.push={to} is no repository of the hub; it takes user/name, as in hub.push=me/my-model."
@@ -276,7 +287,7 @@ def _said_of(setting: str) -> Iterator[None]:
 _TOP: dict[str, Any] = {
     "seed": int, "runs": str, "overwrite": bool, "name": str,
     "labeler": dict[str, Any] | None, "labels": str | None, "rounds": int | None,
-    "against": str | None,
+    "against": str | None, "compare": list[str],
 }  # fmt: skip
 _FROM_LABELS = "preference_model"  # the reward that learns from what stage=collect brought
 

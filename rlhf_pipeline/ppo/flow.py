@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ class Flow(Trainer):
     prepared: Any
     last_rollout: Any
     made_scheduler: bool = False
+    on_warning: Callable[[int, str], None] | None = None  # told of each warning, with its update
 
     # -- beginning and end
 
@@ -132,6 +133,8 @@ class Flow(Trainer):
         """One line for the user, once over all processes."""
         if self.is_world_process_zero():
             tqdm.write(f"warning: {message}")  # above the progress bar, where there is one
+            if self.on_warning:
+                self.on_warning(self.state.global_step + 1, message)
 
     # -- evaluation
 

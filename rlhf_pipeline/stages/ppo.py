@@ -62,6 +62,7 @@ def run(settings: Settings, out: RunDir) -> None:
         ptx_dataset=_pretraining_texts(settings, policy.tokenizer, rows.train) if args.ptx_coef else None,
     )
     trainer.add_callback(SampleLog(trainer, out))
+    trainer.on_warning = out.warn
     trainer.train(watch(trainer, out, "ppo"))
     out.save_model(functools.partial(_save, trainer))
     last = [row for row in read_jsonl(out.path / "metrics.jsonl") if "objective/scores" in row][-10:]

@@ -21,6 +21,12 @@ REFUSED = {
     "stage=ppo trainer.kl_estimator=k2": ["trainer.kl_estimator is 'k2'", "'k1' or 'k3'"],
     "stage=ppo trainer.bf16=maybe": ["trainer.bf16 is 'maybe'", "bool or 'auto' or null"],
     "stage=sft trainer.output_dir=x": ["trainer.output_dir is not yours to set", "name="],
+    "stage=sft compare=[a,b]": ["compare= goes with stage=evaluate"],
+    "stage=evaluate compare=a": ["compare is 'a'", "list"],
+    "stage=evaluate compare=[a]": ["2 to 8 different runs", "compare=[run1,run2]"],
+    "stage=evaluate compare=[a,b]": ["holds no stage that has run"],
+    "stage=sft report.lang=fr": ["report.lang is 'fr'", "'en' or 'zh'"],
+    "stage=sft report.language=zh": ["no setting 'report.language'", "lang"],
     "stage=evaluate trainer.learning_rate=1": ["stage=evaluate has no trainer"],
     "stage=pipeline trainer.learning_rate=1": ["say stages.<stage>.trainer.learning_rate="],
     "stage=sft policy.sise=tiny": ["policy=gpt2_scratch has no field 'sise'", "Did you mean 'size'"],
@@ -228,3 +234,18 @@ def test_swept_overrides_are_those_that_differ() -> None:
 def test_settings_refuse_what_they_do_not_know() -> None:
     with pytest.raises(UserError, match="no setting 'bogus'"):
         Settings.of({"stage": "sft", "name": "x", "bogus": 1})
+
+
+def test_runs_are_compared_by_name_or_folder(
+    command_line: CommandLine, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("runs/a/sft", "elsewhere/b"):
+        Path(folder).mkdir(parents=True)
+        (Path(folder) / "run.json").write_text(f'{{"stage": "sft", "results": {{"eval_loss": {len(folder)}.25}}}}')
+    assert command_line("stage=evaluate", "name=both", "compare=[a,elsewhere/b]", "report.lang=zh") == 0
+    assert "runs/both/compare.html shows the runs" in capsys.readouterr().out
+    page = Path("runs/both/compare.html").read_text(encoding="utf-8")
+    assert "<td>10.25</td>" in page
+    assert "<td>11.25</td>" in page
+    assert "留出集损失" in page
+    assert sorted(path.name for path in Path("runs/both").iterdir()) == ["compare.html"]

@@ -404,6 +404,15 @@ def test_the_collapse_watch_warns_once() -> None:
     assert again.update(["a b"], 1.0, 30.0) == watch.update(["a b"], 1.0, 30.0)
 
 
+def test_who_asks_is_told_of_each_warning_with_its_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CollapseWatch, "_warnings", lambda self, rolling: [f"seen {self.seen}"])
+    ppo = trainer(tiny_tokenizer(), tmp_path, total_episodes=24, watch_window=4, logging_steps=3)
+    told: list[tuple[int, str]] = []
+    ppo.on_warning = lambda update, warning: told.append((update, warning))
+    ppo.train()
+    assert told == [(2, "update 2: seen 2"), (3, "update 3: seen 3")]
+
+
 def test_a_healthy_run_is_not_warned_of() -> None:
     watch = CollapseWatch(window=8)
     for update in range(30):  # KL rises from 0 to 6 nats, as it does where a policy learns

@@ -1,15 +1,24 @@
 """The report is a plain page of the numbers in the files, and text in the files never becomes markup."""
 
+import ast
+import base64
+import hashlib
+import itertools
 import json
 import os
 import re
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rlhf_pipeline.report import write_report
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.report import LivePage, compare, read, write_report
+from rlhf_pipeline.report import stage as stage_page
+from rlhf_pipeline.report import words as page_words
+from rlhf_pipeline.report.__main__ import main
 
 NASTY = (
     "<script>alert(1)</script> \" ' onload=x <img src=https://evil.example/x.png onerror=alert(2)>"
@@ -68,6 +77,9 @@ def build(folder: Path, word: str = "plain") -> Path:
     (folder / "candidates.jsonl").write_text(lines(*asked))
     ranked = {"task": "t0", "responses": [word, f"{word} b"], "ranks": [17, 1.25]}
     (folder / "labels.jsonl").write_text(lines(ranked, ranked))
+    (folder / "warnings.jsonl").write_text(
+        lines({"step": 3, "warning": f"update 3: {word} fell to 0.07; a higher kl_coef keeps it nearer"})
+    )
     return folder
 
 
@@ -79,19 +91,22 @@ def made(folder: Path) -> str:
 
 def test_numbers_of_the_files_appear(tmp_path: Path) -> None:
     page = Page(made(build(tmp_path)))
-    wanted = "12.3 s|ab12cd|f00d|1.12.0|0.9137|250000|kl 0.0421|0.1234|0.5678|0.4444|0.9612|0.3125|31|0.8125"
-    wanted += "|0.2468|1.432|fell by 0.7531"
+    wanted = (
+        "fell to 0.07|12.3 s|ab12cd|f00d|1.12.0|0.9137|250000|kl 0.0421|0.1234|0.5678|0.4444|0.9612|0.3125|31|0.8125"
+        "|0.2468|1.432|fell by 0.7531"
+    )
     for number in [*wanted.split("|"), "python -m x plain", "rank 17, 17", "rank 1.25, 1.25"]:
         assert number in page.text, number
 
 
 def test_train_and_eval_share_a_chart_and_constants_are_left_out(tmp_path: Path) -> None:
     source = made(build(tmp_path))
-    assert source.count("<svg") == source.count("<figure") == 2
+    assert source.count("<svg") == source.count("<figure") == 3  # with the calibration
     assert "train 2.429" in source
     assert "eval 2.625" in source
     assert re.search(r"Not drawn[^<]*: flat\.", source)
-    loss = source[source.index("<figure") : source.index("</figure>")]
+    loss = source[source.index("<b>loss</b>") :]
+    loss = loss[: loss.index("</figure>")]
     assert ">3</text>" in loss
     assert ">2.429</text>" in loss
     assert ">40</text>" in loss
@@ -100,11 +115,23 @@ def test_train_and_eval_share_a_chart_and_constants_are_left_out(tmp_path: Path)
 def test_samples_are_the_latest_and_bounded(tmp_path: Path) -> None:
     source = made(build(tmp_path))
     found = [int(n) for n in re.findall(r"answer(\d+);", source)]
-    assert found == list(range(59, 19, -1))
-    assert "(40 of 60)" in source
-    assert "(20 of 25)" in source
-    assert "(20 of 30)" in source
-    assert source.count("(empty)") == 20
+    assert sorted(found) == list(range(60))  # each once, in stretches side by side: the start beside the newest
+    assert found[:4] == [0, 29, 44, 59]
+    for count in ("(60 of 60)", "(25 of 25)", "(30 of 30)"):
+        assert count in source
+    assert source.count("(empty)") == 25
+    many = [{"step": i, "prompt": f"p{i}", "response": f"answer{i};", "reward": 0} for i in range(3000)]
+    (tmp_path / "samples.jsonl").write_text(lines(*many))
+    source = made(tmp_path)
+    assert "(200 of 3000)" in source
+    assert len(re.findall(r"answer(\d+);", source)) == 200
+
+
+def test_a_prompt_asked_again_stands_beside_itself(tmp_path: Path) -> None:
+    asked = [(1, "b"), (1, "a"), (2, "c"), (3, "d"), (4, "a")]
+    rows = [{"step": step, "prompt": f"{p}?", "response": f"{p}{step}!", "reward": step} for step, p in asked]
+    (tmp_path / "samples.jsonl").write_text(lines(*rows))
+    assert re.findall(r"[a-d]\d!", made(tmp_path)) == ["a1!", "a4!", "b1!", "c2!", "d3!"]
 
 
 @pytest.mark.parametrize("word", [NASTY, "\ud800", "</title><h1 onclick='x'>", "-->]]>&lt;&#x202e;"])
@@ -112,7 +139,7 @@ def test_text_stays_text(tmp_path: Path, word: str) -> None:
     source = made(build(tmp_path, word))
     page, plain = Page(source), Page(made(build(tmp_path / "plain")))
     assert page.tags == plain.tags
-    assert "script" not in page.tags
+    assert page.tags.count("script") == 1  # ours
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2066-\u2069\ud800-\udfff]", page.text)
     names = [name for name, _ in page.attributes]
     assert names == [name for name, _ in plain.attributes]
@@ -132,13 +159,21 @@ def test_nothing_is_fetched(tmp_path: Path) -> None:
     page = Page(made(build(tmp_path)))
     source = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"https?:|url\s*\(|@import|<link|<base|<form|<iframe|\bsrc\s*=", source)
-    assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes
-    assert not {"script", "img", "object", "embed", "use", "image"} & set(page.tags)
+    kinds = {}
+    for tag in ("script", "style"):
+        found = re.findall(rf"<{tag}>(.*?)</{tag}>", source, re.DOTALL)
+        assert len(found) == 1
+        kinds[tag] = base64.b64encode(hashlib.sha256(found[0].encode()).digest()).decode()
+    hashes = "; ".join(f"{tag}-src 'sha256-{kinds[tag]}'" for tag in ("style", "script"))
+    assert ("content", f"default-src 'none'; {hashes}; base-uri 'none'; form-action 'none'") in page.attributes
+    assert "style" not in dict(page.attributes)  # such an attribute would not be applied
+    assert not {"img", "object", "embed", "use", "image"} & set(page.tags)
 
 
 def test_empty_folder(tmp_path: Path) -> None:
     source = made(tmp_path)
-    assert source.count("Nothing recorded.") == 4
+    assert source.count("Nothing recorded.") == 1
+    assert "<section" not in source
     assert tmp_path.name in source
     assert os.listdir(tmp_path) == ["report.html"]
 
@@ -153,6 +188,7 @@ def test_empty_folder(tmp_path: Path) -> None:
         "quality.json",
         "candidates.jsonl",
         "labels.jsonl",
+        "warnings.jsonl",
     ],
 )
 @pytest.mark.parametrize("cut", [0, 9, 60])
@@ -176,7 +212,19 @@ def test_any_shape_of_value(tmp_path: Path, value: Any) -> None:
     for name in ("run", "evaluation", "quality"):
         keys = ("name", "status", "seconds", "parents", "data", "git", "hardware", "versions", "results", "command")
         content = dict.fromkeys(
-            [*keys, "metrics", "paired_gain", "rewards", "moved", "warnings", "samples", "calibration"], value
+            [
+                *keys,
+                "metrics",
+                "paired_gain",
+                "samples",
+                "calibration",
+                "rewards",
+                "moved",
+                "warnings",
+                "extremes",
+                "shown",
+            ],
+            value,
         )
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     (tmp_path / "metrics.jsonl").write_text(lines({"step": value, "loss": value}, value))
@@ -196,7 +244,7 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
     assert "train 4.5 " in source
     assert "2 not finite" in source
     assert re.search(r"Not drawn[^<]*: gone\.", source)
-    assert "<td>nan</td>" in source
+    assert "<b>nan</b>" in source
     for points in re.findall(r'points="([^"]*)"', source):
         assert re.fullmatch(r"[-\d., ]+", points)
 
@@ -211,11 +259,11 @@ def test_long_lines_are_thinned_without_losing_a_spike(tmp_path: Path) -> None:
     assert len(source) < 30_000
 
 
-def test_at_most_sixteen_charts(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text(lines(*({f"m{k}": k + i for k in range(20)} | {"step": i} for i in (1, 2))))
+def test_at_most_so_many_charts(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(lines(*({f"m{k}": k + i for k in range(36)} | {"step": i} for i in (1, 2))))
     source = made(tmp_path)
-    assert source.count("<svg") == 16
-    assert "m16, m17, m18, m19." in source
+    assert source.count("<svg") == 32
+    assert "m32, m33, m34, m35." in source
 
 
 def test_two_runs_give_identical_bytes(tmp_path: Path) -> None:
@@ -234,3 +282,214 @@ def test_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         write_report(tmp_path)
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == before
     assert not list(tmp_path.glob(".report*"))
+
+
+def test_names_that_training_and_evaluation_give_to_one_thing_share_a_chart(tmp_path: Path) -> None:
+    rows = [{"step": i, "objective/scores": i / 8, "eval_reward": i / 4, "objective/kl": i / 2} for i in range(4)]
+    (tmp_path / "metrics.jsonl").write_text(lines(*rows))
+    source = made(tmp_path)
+    charts = re.findall(r"<figure>.*?</figure>", source, re.DOTALL)
+    assert len(charts) == 2
+    assert "train 0.375" in charts[0]
+    assert "eval 0.75" in charts[0]
+    assert source.index("<h3>Reward</h3>") < source.index("<h3>KL</h3>")
+    assert "KL to the reference" in charts[1]
+
+
+def test_the_stages_before_are_a_tree_from_the_first(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    taken = {
+        "pretrain": {},
+        "sft": {"policy": "pretrain/model"},
+        "reward": {"start": "sft/model"},
+        "ppo": {"policy": "sft/model", "reward": "reward/model"},
+    }
+    for stage, before in taken.items():
+        (runs / "a" / "b" / stage / "model").mkdir(parents=True)
+        parents = {role: {"path": f"runs/a/b/{where}", "sha256": "00"} for role, where in before.items()}
+        record = {"stage": stage, "name": "a/b", "parents": parents, "data": {"name": f"data-of-{stage}"}}
+        (runs / "a" / "b" / stage / "run.json").write_text(json.dumps(record))
+    source = made(runs / "a" / "b" / "ppo")
+    tree = re.findall(r'<li class="d(\d)"><b>(\w+)</b>(.*)</li>', source)
+    assert [(level, stage) for level, stage, _ in tree] == [
+        ("0", "pretrain"),
+        ("1", "sft"),
+        ("2", "reward"),
+        ("3", "ppo"),
+    ]
+    assert "data-of-sft" in tree[1][2]
+    assert "policy b/sft, reward b/reward" in tree[3][2]
+    own = json.loads((runs / "a" / "b" / "pretrain" / "run.json").read_text())
+    (runs / "a" / "b" / "pretrain" / "run.json").write_text(
+        json.dumps(own | {"parents": {"x": {"path": "runs/a/b/ppo"}}})
+    )
+    assert made(runs / "a" / "b" / "ppo").count("<li class") == 4  # a ring ends
+
+
+def test_the_language_is_the_runs_own_or_the_one_asked_for(tmp_path: Path) -> None:
+    build(tmp_path)
+    assert '<html lang="en">' in made(tmp_path)
+    (tmp_path / "config.yaml").write_text("report: {lang: zh}\n")
+    chinese = made(tmp_path)
+    for said in ('<html lang="zh-CN">', "<h2>运行内容</h2>", "训练 2.429", "评估 2.625", "<b>损失</b>"):
+        assert said in chinese
+    assert "What ran" not in chinese
+    assert "What ran" in write_report(tmp_path, "en").read_text(encoding="utf-8")
+    (tmp_path / "config.yaml").write_text("report: {lang: [")
+    assert '<html lang="en">' in made(tmp_path)
+
+
+def test_every_phrase_of_the_page_is_translated() -> None:
+    said = {phrase for named in page_words.MEASURES.values() for phrase in (*named.values(), *page_words.MEASURES)}
+    said |= {*page_words.NAMES.values(), page_words.OTHER}
+    for path in Path(page_words.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+                name = node.func.id if isinstance(node.func, ast.Name) else ""
+                said |= {node.args[0].value} if name in ("words", "judged", "by_name", "by_row") else set()
+    assert len(said) > 80
+    assert {phrase for phrase in said if phrase not in page_words.CHINESE} == set()
+    for phrase, chinese in page_words.CHINESE.items():
+        assert phrase.count("{}") == chinese.count("{}"), phrase
+
+
+def test_a_page_of_a_running_stage_costs_the_same_however_long_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(lines(*({"step": i, "loss": i / 10} for i in range(50_000))))
+    notes: list[str] = []
+    rows = read(path, notes, 200_000)
+    steps = [row["step"] for row in rows]
+    assert not notes
+    assert steps == sorted(set(steps))
+    assert steps[0] == 0
+    assert steps[-1] == 49_999
+    assert 4_000 < len(steps) < 9_000
+    assert max(b - a for a, b in itertools.pairwise(steps)) < 1_500
+    assert len(read(path, notes)) == 50_000
+    assert "is long" not in made(tmp_path)
+    monkeypatch.setattr(stage_page, "BYTES", 1 << 20)
+    assert "metrics.jsonl is long" in stage_page.page(tmp_path, most=1 << 20)
+
+
+def test_a_running_stage_is_drawn_seldom_and_its_end_always(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(stage_page, "write_report", lambda folder, most: drawn.append(most))
+    live = LivePage(tmp_path)
+    for second in range(12):
+        now[0] = 100.0 + second
+        live.draw()
+    assert drawn == [stage_page.LIVE_BYTES] * 3  # at once, after 5 and after 10 seconds
+
+    def slow(folder: Path, most: int) -> None:
+        now[0] += 1.0
+        drawn.append(most)
+
+    monkeypatch.setattr(stage_page, "write_report", slow)
+    now[0] = 200.0
+    live.draw()
+    now[0] = 240.0
+    live.draw()
+    assert len(drawn) == 4  # a drawing that takes a second is not for every 5
+    live.draw(whole=True)
+    assert drawn[-1] == stage_page.BYTES
+
+
+def test_what_a_kill_left_of_a_page_goes(tmp_path: Path) -> None:
+    (tmp_path / ".report.123.tmp").write_text("<!DOCTYPE")
+    LivePage(tmp_path).draw()
+    assert os.listdir(tmp_path) == ["report.html"]
+
+
+def test_a_page_that_cannot_be_drawn_stops_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "report.html").mkdir()
+    live = LivePage(tmp_path)
+    live.draw(whole=True)
+    live.draw(whole=True)
+    assert capsys.readouterr().out.count("could not be drawn") == 1
+
+
+def two_runs(folder: Path) -> tuple[Path, Path]:
+    """Runs with a PPO and an evaluation each, which differ in a setting."""
+    for name, kl_coef, reward in (("mild", 0.1, 0.625), ("strict", 0.4, 0.375)):
+        for stage in ("ppo", "evaluate"):
+            own = build(folder / name / stage)
+            (own / "config.yaml").write_text(f"name: {name}\nseed: 3\ntrainer: {{kl_coef: {kl_coef}, batch: 4}}\n")
+            metrics = {"base": {"reward_mean": 0.125}, "ppo": {"reward_mean": reward}}
+            sample = {"prompt": "Say", "responses": {"ppo": f"I am {name}"}, "rewards": {"ppo": reward}}
+            evaluation = {
+                "metrics": metrics,
+                "paired_gain": {"ppo - base": {"mean": reward - 0.125}},
+                "samples": [sample],
+            }
+            (own / "evaluation.json").write_text(json.dumps(evaluation))
+            (own / "run.json").write_text(json.dumps({"name": name, "stage": stage, "results": {"scores": reward}}))
+    return folder / "mild", folder / "strict"
+
+
+def test_several_runs_on_one_page(tmp_path: Path) -> None:
+    target = compare(two_runs(tmp_path), tmp_path / "out" / "compare.html")
+    source = target.read_text(encoding="utf-8")
+    page = Page(source)
+    for said in ("mild · base", "strict · ppo", "strict · ppo - base", "0.625", "0.375", "0.5", "0.25", "I am mild"):
+        assert said in page.text, said
+    assert re.search(r"trainer.kl_coef</th><td>0.1</td><td>0.4</td>", source)
+    for same in ("trainer.batch", "seed</th>"):
+        assert same not in source
+    loss = source[source.index("<b>loss</b>") :]
+    loss = loss[: loss.index("</figure>")]
+    assert re.findall(r'<polyline class="([^"]*)"', loss) == ["c0", "c0 dashed", "c1", "c1 dashed"]
+    assert "mild train 2.429" in loss
+    assert "strict eval 2.625" in loss
+    answers = source[source.index("last policy said") :]
+    assert re.search(r"I am mild.*I am strict", answers[: answers.index("</table>")], re.DOTALL)
+    assert page.tags.count("script") == 1
+
+
+def test_a_comparison_needs_runs_that_are_there(tmp_path: Path) -> None:
+    mild, _ = two_runs(tmp_path)
+    with pytest.raises(UserError, match="2 to 8 different runs"):
+        compare([mild, mild], tmp_path / "compare.html")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no stage that has run"):
+        compare([mild, tmp_path / "empty"], tmp_path / "compare.html")
+    assert not (tmp_path / "compare.html").exists()
+
+
+def test_the_pages_of_a_run_are_made_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mild, _ = two_runs(tmp_path)
+    build(mild / "round1" / "collect")
+    (mild / "ppo" / "model").mkdir()
+    (mild / "ppo" / "model" / "run.json").write_text("{}")  # whatever it is, no stage of ours
+    assert main([str(mild), "zh"]) == 0
+    pages = {path.relative_to(mild) for path in mild.rglob("report.html")}
+    assert pages == {Path(p) / "report.html" for p in ("ppo", "evaluate", "round1/collect", ".")}
+    assert all('lang="zh-CN"' in (mild / path).read_text(encoding="utf-8") for path in pages)
+    assert capsys.readouterr().out.count("report.html") == 4
+    assert main([str(mild), "fr"]) == 2
+    assert main([str(tmp_path / "nothing")]) == 2
+    assert "holds no run" in capsys.readouterr().err
+
+
+def test_what_several_rewards_say_is_shown(tmp_path: Path) -> None:
+    build(tmp_path)
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    gain = {"mean": -0.0625, "low": -0.09, "high": -0.03, "win_rate": 0.2}
+    row = {"prompt": "Go", "responses": {"ppo": "the worst of all"}, "rewards": {"ppo": -7.5}}
+    other = {"metrics": {"ppo": {"reward_mean": 0.28125}}, "paired_gain": {"ppo - base": gain}, "reward": "length"}
+    evaluation |= {"rewards": {"length": other}, "moved": {"length": {"base": 0.0, "ppo": -1.625}}}
+    evaluation |= {"warnings": ["ppo: sentiment rose while <length> fell"], "extremes": {"worst": [row]}}
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    page = Page(made(tmp_path))
+    for said in (
+        "By another reward: length",
+        "0.2812",
+        "-0.0625",
+        "-1.625",
+        "rose while <length> fell",
+        "the worst of all",
+    ):
+        assert said in page.text, said

@@ -1,5 +1,6 @@
 """Run directories: other work is not overwritten, upstreams are found, logs survive a kill."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import model_folder
 from rlhf_pipeline.lineage import content_hash
 from rlhf_pipeline.rundir import RunDir
-from rlhf_pipeline.settings import Settings
+from rlhf_pipeline.settings import Report, Settings
 
 
 def settings(stage: str = "sft", name: str = "demo", seed: int = 0, overwrite: bool = False) -> Settings:
@@ -189,3 +190,43 @@ def test_a_directory_in_use_is_left_alone(workplace: Path) -> None:
 def test_no_path_of_this_machine_is_in_the_command_that_repeats_it(workplace: Path) -> None:
     out = finish(settings())
     assert str(workplace) not in (out.path / "run.json").read_text()
+
+
+def test_the_page_shows_a_stage_while_it_goes_and_after_it_failed(workplace: Path) -> None:
+    out, asked = RunDir.of(settings()), dataclasses.replace(settings(), report=Report("zh"))
+    out.begin(asked, {}, None)
+    out.log(1, {"loss": 3.5})
+    page = out.path / "report.html"
+    assert "运行中" in page.read_text(encoding="utf-8")
+    out.log(2, {"loss": 2.625})
+    assert "2.625" not in page.read_text(encoding="utf-8"), "it is drawn too often"
+    out.failed(RuntimeError("the disk is full"))
+    shown = page.read_text(encoding="utf-8")
+    for said in ("失败", "the disk is full", "2.625"):
+        assert said in shown
+
+
+def test_warnings_are_kept_and_those_of_steps_taken_again_are_not(workplace: Path) -> None:
+    out = RunDir.of(settings())
+    out.begin(settings(), {}, None)
+    for step in (2, 5):
+        out.warn(step, f"update {step}: answers shrank")
+    out.rewind(4)
+    assert read_jsonl(out.path / "warnings.jsonl") == [{"step": 2, "warning": "update 2: answers shrank"}]
+    out.finish({})
+    assert "update 2: answers shrank" in (out.path / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_language_of_the_page_is_no_work(workplace: Path) -> None:
+    finish(settings())
+    chinese = dataclasses.replace(settings(), report=Report("zh"))
+    assert RunDir.of(chinese).finished(chinese)
+
+
+def test_a_page_that_cannot_be_written_leaves_the_stage_done(workplace: Path) -> None:
+    out = RunDir.of(settings())
+    out.begin(settings(), {}, None)
+    (out.path / "report.html").mkdir()
+    out.log(1, {"loss": 1.0})
+    out.finish({"loss": 1.0})
+    assert out.record["status"] == "done"

@@ -1,0 +1,51 @@
+"""Draws the pages of a run anew: `python -m rlhf_pipeline.report runs/demo [en|zh]`."""
+
+import sys
+from pathlib import Path
+
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.report.stage import write_report
+from rlhf_pipeline.report.words import LANGUAGES
+
+_NO_STAGES = ("checkpoints", "model")
+
+
+def stages_below(folder: Path) -> list[Path]:
+    """Every stage's folder of a run, also those of its rounds or of a sweep's jobs."""
+    if (folder / "run.json").is_file():
+        return [folder]
+    inside = sorted(path for path in folder.iterdir() if path.is_dir() and path.name not in _NO_STAGES)
+    return [stage for path in inside for stage in stages_below(path)]
+
+
+def rebuild(folder: Path, lang: str | None = None) -> list[Path]:
+    """Draw the page of every stage of a run, and that of its rounds; None is the language each was made in."""
+    from rlhf_pipeline.rounds import write_rounds  # it stands above this package, and only a command needs it
+
+    if lang not in (None, *LANGUAGES):
+        raise UserError(f"a report is written in one of: {', '.join(LANGUAGES)}; '{lang}' is none.")
+    stages = stages_below(folder) if folder.is_dir() else []
+    if not stages:
+        raise UserError(f"{folder} holds no run; a report is made of a folder such as runs/demo or runs/demo/ppo.")
+    pages = [write_report(stage, lang) for stage in stages]
+    rounds = {stage.parent.parent for stage in stages if stage.parent.name == "round1"}
+    inside = sorted(path for path in rounds if path.is_relative_to(folder))
+    return pages + [write_rounds(path.parent, path.name, lang) for path in inside]
+
+
+def main(arguments: list[str]) -> int:
+    """The exit status: 0 done, 2 the user can mend it."""
+    if not 1 <= len(arguments) <= 2 or arguments[0].startswith("-"):
+        print(__doc__, file=sys.stderr)
+        return 2
+    try:
+        for path in rebuild(Path(arguments[0]), *arguments[1:]):
+            print(path)
+    except UserError as error:
+        print(f"{error.kind}{error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
