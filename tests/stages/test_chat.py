@@ -284,7 +284,7 @@ def test_at_a_terminal(against: str, key: bytes, status: int, miniature: Path) -
     for line in (b"I saw this\n", b"/rest\n", b"/reset\n", key):
         os.write(terminal, line)
         shown.append(read_until_asked(terminal))
-    assert left_with(process) == status
+    assert left_with(process, lambda: os.write(terminal, key)) == status
     assert "/help lists the commands" in shown[0]
     assert "reward 0." in shown[1]
     assert ("ppo" in shown[1] and "│" in shown[1]) == (against == "sft")
@@ -293,12 +293,17 @@ def test_at_a_terminal(against: str, key: bytes, status: int, miniature: Path) -
     assert "Traceback" not in "".join(shown)
 
 
-def left_with(process: int, seconds: float = 60) -> int:
-    """A process's exit status, which it has to come to."""
-    end = time.monotonic() + seconds
+def left_with(process: int, again: Callable[[], object], seconds: float = 60) -> int:
+    """A process's exit status, which it has to come to.
+
+    As a person would, press the key again after a while: between showing the prompt and waiting for a key, Python's
+    readline notes an interrupt but acts on it at the next one.
+    """
+    presses, end = 1, time.monotonic() + seconds / 3
     while not (waited := os.waitpid(process, os.WNOHANG))[0]:
         if time.monotonic() > end:
-            os.kill(process, signal.SIGKILL)
+            again() if presses < 3 else os.kill(process, signal.SIGKILL)
+            presses, end = presses + 1, end + seconds / 3
         time.sleep(0.1)
     return os.waitstatus_to_exitcode(waited[1])
 
