@@ -7,5 +7,5 @@ from rlhf_pipeline.settings import Settings
 
 
 def run(settings: Settings, out: RunDir) -> None:
-    """Run the stage that the settings name, in its run directory."""
-    importlib.import_module(f"rlhf_pipeline.stages.{settings.stage}").run(settings, out)
+    """Run a stage in its run directory."""
+    importlib.import_module(f"rlhf_pipeline.stages.{out.stage}").run(settings, out)
