@@ -290,8 +290,8 @@ class RunDir:
         self.page.draw(whole=True)
 
     def failed(self, error: BaseException) -> None:
-        """Note that the stage was cut off by an error; it can be resumed."""
-        if self._record:
+        """Note that the stage was cut off by an error; it can be resumed. What is done stays done."""
+        if self._record and self._record["status"] == "running":
             kind = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             self._record |= {"status": kind, "error": f"{type(error).__name__}: {error}"[:500]}
             write_json(self.path / "run.json", self._record)

@@ -1,5 +1,6 @@
 """Tables on the terminal."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,7 @@ def frontier_table(frontier: dict[str, Any]) -> None:
     results = {row["run"]: row for row in points}.values()
     shown_rows = points if len(points) <= _MANY else [row for row in points if row["frontier"] or row in results]
     most = min(len(start["best_of"]) for start in frontier["starts"])
-    cells = [(f"{'* ' if row['frontier'] else '  '}{row['run']}", "result" if row["step"] is None else str(row["step"]),
+    cells = [(f"{'* ' if row['frontier'] else '  '}{_short(row['run'])}", str(row["step"] or "result"),
               number(row["reward_mean"]), number(row["reward_stderr"]), number(row["kl"], 2),
               f"{row['gain']['mean']:+.2f} [{row['gain']['low']:+.2f}, {row['gain']['high']:+.2f}]",
               str(row["best_of"] or f"> {most}"), number(row["distinct_2"])) for row in shown_rows]  # fmt: skip
@@ -126,6 +127,11 @@ def frontier_table(frontier: dict[str, Any]) -> None:
         few = [row for row in start["best_of"] if row["n"] in _BEST_OF]
         told = "; ".join(f"{row['n']}: {number(row['reward_mean'])} at {number(row['kl'], 2)}" for row in few)
         console.print(Text(f"best of n of {shown(start['path'])}: {told}"))
+
+
+def _short(job: str) -> str:
+    """A job of a sweep by the last word of each setting: kl_coef=0.05."""
+    return re.sub(r"[\w.]+\.(\w+=)", r"\1", job)
 
 
 def _answers(title: str, rows: list[dict[str, Any]], policies: Sequence[str]) -> Table:
