@@ -62,6 +62,9 @@ class Point(NamedTuple):
     job: RunDir
 
 
+Keys = dict[Point | None, str]  # of the policies that began at one; None is that one, with the best of n of it
+
+
 @dataclass(frozen=True)
 class Start:
     """What jobs have in common that began at one policy and are asked the same: one line of the best of n."""
@@ -98,14 +101,15 @@ def run(settings: Settings, out: RunDir) -> None:
     out.begin(settings, lineage, fingerprint(first.data, rows))
     known = {row["key"]: row for row in read_jsonl(out.path / POINTS)}
     write_jsonl(out.path / POINTS, list(known.values()))  # without a row that was cut off, to be added to
+    keys = {start: {who: start.key(who) for who in (None, *points)} for start, points in starts.items()}
     for start, points in starts.items():
-        left = [who for who in (None, *points) if start.key(who) not in known]
+        left = {who: key for who, key in keys[start].items() if key not in known}
         for row in measured(start, left, points[0].job, rewards, settings) if left else ():
             known[row["key"]] = row
             out.add(POINTS, [row])
-            write_json(out.path / FRONTIER, {**about, **laid_out(starts, known)})
+            write_json(out.path / FRONTIER, {**about, **laid_out(keys, known)})
             out.draw()
-    found = {**about, **laid_out(starts, known)}
+    found = {**about, **laid_out(keys, known)}
     write_json(out.path / FRONTIER, found)
     best = max(found["points"], key=lambda row: row["reward_mean"])
     results = {"policies": len(found["points"]), "reward_mean": best["reward_mean"], "kl": best["kl"]}
@@ -176,30 +180,29 @@ def check_judge(settings: Settings, jobs: Sequence[RunDir], rewards: dict[str, R
 
 
 def measured(
-    start: Start, left: Sequence[Point | None], job: RunDir, rewards: dict[str, Reward], settings: Settings
+    start: Start, left: Keys, job: RunDir, rewards: dict[str, Reward], settings: Settings
 ) -> Iterator[dict[str, Any]]:
-    """A row for each policy of those that began at one; None is that one, with the best of n of it."""
+    """A row for each policy of those that began at one."""
     most, draws = settings.evaluate.best_of or _BEST_OF, settings.evaluate.bootstrap
     trial = trial_of(start, job, rewards, _as_begun(settings, start))
     with progress((1 + len(left) + (most - 1) * (None in left)) * len(trial.questions), "frontier") as bar:
         trial = dataclasses.replace(trial, tick=bar.update)
         own = measure(trial.reference, trial)
-        for who in left:
+        for who, key in left.items():
             row = start_row(trial, own, most) if who is None else point_row(who, trial, own, start, draws)
-            yield {"key": start.key(who), **row}
+            yield {"key": key, **row}
 
 
-def laid_out(starts: dict[Start, list[Point]], known: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def laid_out(keys: dict[Start, Keys], known: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What is known so far of where the jobs began, and of their policies in order."""
-    begun = [
-        {"path": start.path, "seed": start.seed, **known[key]} for start in starts if (key := start.key()) in known
-    ]
-    points = [
-        {"run": point.run, "step": point.step, "path": str(point.where), "start": start.key(), **known[key]}
-        for start, own in starts.items()
-        for point in own
-        if (key := start.key(point)) in known
-    ]
+    begun, points = [], []
+    for start, own in keys.items():
+        for who, key in own.items():
+            if key in known and who is None:
+                begun.append({"path": start.path, "seed": start.seed, **known[key]})
+            elif key in known and who is not None:
+                about = {"run": who.run, "step": who.step, "path": str(who.where), "start": own[None]}
+                points.append({**about, **known[key]})
     compare_points(points, {row["key"]: row["best_of"] for row in begun})
     return {"starts": begun, "points": points}
 
