@@ -9,13 +9,16 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.progress import parts
 from rlhf_pipeline.records import Labelled
 from rlhf_pipeline.stages.batching import OrderedTrainer
 
 
 def tokenized(rows: Sequence[Labelled], tokenizer: Any, longest: int) -> Dataset:
     """Token ids and class of each row, at most `longest` tokens."""
-    ids = tokenizer([row.text for row in rows], truncation=True, max_length=longest)["input_ids"]
+    ids: list[list[int]] = []
+    for part in parts([row.text for row in rows], 1000, "tokenize", "text"):
+        ids += tokenizer(part, truncation=True, max_length=longest)["input_ids"]
     return Dataset.from_dict({"input_ids": ids, "labels": [row.label for row in rows]})
 
 
