@@ -88,11 +88,12 @@ def _dispatch(cfg: DictConfig, overrides: list[str]) -> float | None:
         return _sweep_job(cfg, overrides)
     if cfg.stage == "pipeline":
         return _pipeline(cfg, overrides)
+    order = list(cfg.stages)
     settings = resolve(cfg, overrides)
     objective = run_stage(settings)
     if rundir.RunDir.of(settings).record.get("status") == "done":
         again = any(arg.startswith(("--config-name", "-cn")) for arg in sys.argv)
-        say_next(settings, list(cfg.stages), None if again else overrides)
+        say_next(settings, order, None if again else overrides)
     return objective
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 P = TypeVar("P", list[int], "Question")
 
-_PART = 1000  # rows tokenized at once
+_PART = 100  # rows tokenized at once: some are whole files of code
 
 
 class Lesson(NamedTuple):

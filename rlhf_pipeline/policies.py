@@ -92,6 +92,7 @@ class _FromScratch:
         from transformers import GPT2Config, GPT2LMHeadModel
 
         train = train_tokenizer if self.tokenizer == "bytes" else train_character_tokenizer
+        print(f"training a tokenizer of {self.vocabulary} tokens on {len(texts)} texts", flush=True)
         tokenizer = train(texts, self.vocabulary, self.positions)
         layers, width, heads = SIZES[self.size]
         config = GPT2Config(
@@ -306,8 +307,8 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int, positions: int) -> "P
 
 
 def _read(texts: Sequence[str]) -> Iterator[str]:
-    """The texts for a tokenizer to be trained on; after the last of them it takes some time more."""
-    return itertools.chain.from_iterable(parts(texts, 100, "train the tokenizer", "text"))
+    """The texts for a tokenizer to be trained on, with a bar."""
+    return itertools.chain.from_iterable(parts(texts, 100, "read", "text"))
 
 
 def train_character_tokenizer(texts: Sequence[str], vocabulary: int, positions: int) -> "PreTrainedTokenizerBase":

@@ -5,14 +5,14 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import IO, Any, TypeVar
+from weakref import WeakSet
 
 from tqdm import tqdm
-from tqdm.contrib import DummyTqdmFile
 
 S = TypeVar("S", bound=Sequence[Any])
 
 _LINE = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-_open: list[Any] = []  # what `screen` closes
+_open: WeakSet[Any] = WeakSet()  # what `screen` closes
 
 
 class _Lines:
@@ -31,6 +31,24 @@ class _Lines:
         self.file.flush()
 
 
+class _Above:
+    """Standard output at a terminal with bars: whole lines, above them."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self.file, self.begun = file, ""
+
+    def write(self, text: str) -> None:
+        """Keep a line that has begun until it is whole."""
+        whole, end, self.begun = (self.begun + text).rpartition("\n")
+        if end:
+            with tqdm.external_write_mode(file=sys.stderr):
+                self.file.write(whole + end)
+                self.file.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
 def progress(total: int, title: str, unit: str, initial: int = 0, delay: float = 0.0, leave: bool = True) -> Any:
     """A bar of `total` units, the first `initial` of which were done before: they count for no rate.
 
@@ -42,7 +60,7 @@ def progress(total: int, title: str, unit: str, initial: int = 0, delay: float =
         total=total, initial=initial, desc=title, unit=unit, delay=delay, leave=leave, smoothing=0.1,
         mininterval=0.2 if terminal else 10.0, disable=os.environ.get("RANK", "0") != "0", **how,
     )  # fmt: skip
-    _open.append(bar)
+    _open.add(bar)
     return bar
 
 
@@ -63,13 +81,16 @@ def at_terminal() -> bool:
 @contextlib.contextmanager
 def screen() -> Iterator[None]:
     """Keep what is printed above the bars, and leave none open, however the block ends."""
-    printed: Any = DummyTqdmFile(sys.stdout) if at_terminal() else sys.stdout
+    out: Any = _Above(sys.stdout) if at_terminal() else sys.stdout
     try:
-        with contextlib.redirect_stdout(printed):
+        with contextlib.redirect_stdout(out):
             yield
     finally:
-        while _open:
-            _open.pop().close()
+        for bar in list(_open):
+            bar.close()
+        _open.clear()
+        if isinstance(out, _Above) and out.begun:
+            out.write("\n")
 
 
 def say_loading() -> None:

@@ -19,7 +19,7 @@ from rlhf_pipeline.stages.batching import OrderedRewardTrainer
 from rlhf_pipeline.templates import visible
 
 _COLUMNS = ("texts", "better", "worse", "margin", "length")
-_PART = 1000  # rows tokenized at once
+_PART = 200  # rows tokenized at once
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,8 +30,12 @@ from rlhf_pipeline.reward_model import register, shift_scores, with_head
 from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.scorer import Scorer
 from rlhf_pipeline.settings import Settings
-from rlhf_pipeline.stages.batching import OrderedTrainer
-from rlhf_pipeline.stages.classification import LanguageClassifierTrainer, check_language_model, tokenized
+from rlhf_pipeline.stages.classification import (
+    ClassifierTrainer,
+    LanguageClassifierTrainer,
+    check_language_model,
+    tokenized,
+)
 from rlhf_pipeline.stages.common import fit_length, say_taken, take_data, trainer_args, watch
 from rlhf_pipeline.stages.comparisons import Comparison, ComparisonTrainer, compare, shown
 from rlhf_pipeline.stages.reward_quality import example_line, example_rows, labelled_quality, preference_quality, scores
@@ -145,7 +149,7 @@ def _trainer(model: Any, tokenizer: Any, args: RewardConfig, rows: Splits[Any], 
     train, test = (tokenized(split, tokenizer, args.max_length) for split in (rows.train, rows.test))
     given = (model, args, DataCollatorWithPadding(tokenizer), train, test)
     if not choice.get("lm_coef"):
-        return OrderedTrainer(*given, processing_class=tokenizer)
+        return ClassifierTrainer(*given, processing_class=tokenizer)
     return LanguageClassifierTrainer(*given, processing_class=tokenizer, lm_coef=choice["lm_coef"])
 
 
