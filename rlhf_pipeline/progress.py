@@ -22,8 +22,8 @@ class _Lines:
         self.file = file
 
     def write(self, text: str) -> None:
-        """Without the carriage returns and blanks by which a bar draws over itself."""
-        if line := text.strip():
+        """Without that by which a bar draws over itself: carriage returns, blanks, cursor movements."""
+        if line := text.replace("\x1b[A", "").strip():
             self.file.write(f"{line}\n")
 
     def flush(self) -> None:

@@ -141,11 +141,11 @@ class Bar(TrainerCallback):
         """One step on; with a large model a checkpoint takes its time."""
         self.bar.update(state.global_step - self.bar.n)
         if control.should_save and at_terminal():
-            self.bar.set_description(f"{self.title}, saving")
+            self.bar.set_description_str(f"{self.title}, saving")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """It is saved."""
-        self.bar.set_description(self.title, refresh=False)
+        self.bar.set_description_str(self.title, refresh=False)
 
     def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                            eval_dataloader: Any = None, **_: Any) -> None:  # fmt: skip

@@ -35,6 +35,21 @@ def test_a_log_file_gets_lines_without_carriage_returns(capsys: pytest.CaptureFi
     assert last.endswith("update/s, reward=0.500, kl=1.250, held-out=0.750]")
 
 
+def test_a_bar_within_a_bar_moves_no_cursor_in_a_log_file(capsys: pytest.CaptureFixture[str]) -> None:
+    bar, state = Bar("sft", "step"), SimpleNamespace(global_step=0, max_steps=2)
+    control: Any = SimpleNamespace(should_save=True)
+    bar.on_train_begin(None, state, control)  # type: ignore[arg-type]
+    state.global_step = 2
+    bar.on_step_end(None, state, control)  # type: ignore[arg-type]
+    bar.on_save(None, state, control)  # type: ignore[arg-type]
+    inner = progress.progress(4, "held-out", "batch", leave=False)
+    inner.update(4)
+    inner.close()
+    bar.on_train_end(None, state, control)  # type: ignore[arg-type]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(" [")[0] for line in lines] == ["sft:   0% 0/2", "held-out:   0% 0/4", "sft: 100% 2/2"]
+
+
 def test_a_resumed_bar_begins_at_its_step_and_counts_no_others(capsys: pytest.CaptureFixture[str]) -> None:
     bar = Bar("sft", "step")
     state: Any = SimpleNamespace(global_step=40, max_steps=80)
