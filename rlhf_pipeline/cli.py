@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import re
-import shlex
 import subprocess
 import sys
 import time
@@ -28,10 +27,12 @@ from rlhf_pipeline import data, made, policies, rewards, rundir
 from rlhf_pipeline.arguments import as_typed, complete, swept_overrides
 from rlhf_pipeline.errors import UserError, WaitingError
 from rlhf_pipeline.plain_words import plain
+from rlhf_pipeline.progress import say_loading, screen
 from rlhf_pipeline.publish import last_model, publish
 from rlhf_pipeline.registry import Registry
 from rlhf_pipeline.report import compare
 from rlhf_pipeline.settings import SAMPLING, TRAINED, Hub, Settings, check_sections
+from rlhf_pipeline.summary import how_far, say_all_done, say_done, say_done_before, say_next
 
 _PACKAGE = Path(__file__).parent
 # In a wheel the configurations lie inside the package, in a checkout beside it.
@@ -90,10 +91,9 @@ def _dispatch(cfg: DictConfig, overrides: list[str]) -> float | None:
     order = list(cfg.stages)
     settings = resolve(cfg, overrides)
     objective = run_stage(settings)
-    if cfg.stage in order[:-1] and rundir.RunDir.of(settings).record.get("status") == "done":
-        own = ("stage=", "labels=", "overwrite=", "hub.", "trainer.", f"stages.{cfg.stage}.")
-        rest = shlex.join(typed for o in overrides if not (typed := as_typed(o)).startswith(own))
-        print(f"next: python -m rlhf_pipeline stage={order[order.index(cfg.stage) + 1]} {rest}".rstrip())
+    if rundir.RunDir.of(settings).record.get("status") == "done":
+        again = any(arg.startswith(("--config-name", "-cn")) for arg in sys.argv)
+        say_next(settings, order, None if again else overrides)
     return objective
 
 
@@ -197,12 +197,15 @@ def run_stage(settings: Settings) -> float | None:
         return _run_held(settings, out, done=False)
     if settings.labels:  # given to what was collected last, however that was set up
         out = out.newest_round()
+        say_loading()
         alone = out.held() if settings.labels not in ("serve", "push") else contextlib.nullcontext()
         with alone:
             from rlhf_pipeline import stages
 
             stages.run(settings, out)  # what goes wrong here leaves the collection as it was
-            return None
+        if settings.labels not in ("serve", "push"):
+            say_done(out)
+        return None
     with out.held():
         done = out.finished(settings) and not settings.sweep  # of which there may be more by now
         return _run_held(settings, out, done)
@@ -217,6 +220,7 @@ def _compare(settings: Settings) -> None:
 
 def _run_together(settings: Settings) -> float | None:
     """Run a stage in several processes: the first holds the directory and decides, the others follow."""
+    say_loading()
     from rlhf_pipeline.processes import agree, leave
 
     out = rundir.ReadOnlyRunDir.of(settings) if _rank() else rundir.RunDir.of(settings)
@@ -230,19 +234,26 @@ def _run_together(settings: Settings) -> float | None:
 
 def _run_held(settings: Settings, out: rundir.RunDir, done: bool) -> float | None:
     if done:
-        print(f"{out.path} is done already ({out.headline()}).", flush=True)
+        say_done_before(out)
         if settings.stage == "evaluate":
             from rlhf_pipeline.tables import evaluation_table
 
             evaluation_table(json.loads((out.path / "evaluation.json").read_text(encoding="utf-8")))
     else:
+        say_loading()
         from rlhf_pipeline import stages  # loads torch and trl, so only now
 
-        try:
+        if settings.stage == "chat":  # it has the screen to itself
             stages.run(settings, out)
+            return None
+        try:
+            with screen():
+                stages.run(settings, out)
         except BaseException as error:
             out.failed(error)
             raise
+        if not _rank():
+            say_done(out)
     if settings.hub.push and not _rank():
         publish(out, settings.hub)
     return out.objective()
@@ -272,9 +283,11 @@ def _pipeline(cfg: DictConfig, overrides: list[str]) -> float | None:
             from rlhf_pipeline.rounds import report_rounds
 
             report_rounds(Path(whole.runs), whole.name, whole.report.lang)
-    print(f"\nAll of {whole.runs}/{whole.name} is done ({time.monotonic() - started:.0f} s).", flush=True)
+    folders = [rundir.RunDir.of(settings) for settings in every]
+    say_all_done(folders, Path(whole.runs) / whole.name, time.monotonic() - started)
     if last:  # at the end, for then the card says how it did
         publish(rundir.RunDir.of(last), whole.hub)
+    say_next(dataclasses.replace(every[-1], name=whole.name), [], rest)
     return result
 
 
@@ -300,8 +313,6 @@ def _of_pipeline(overrides: Sequence[str], stage: str, name: str, to: Hub) -> Se
 
 def _wait_for_people(collect: rundir.RunDir) -> None:
     if collect.record.get("status") == "waiting":
-        from rlhf_pipeline.stages.labelling import how_far
-
         results = collect.record["results"]
         if results["skipped"] == results["prompts"]:
             raise UserError(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from rlhf_pipeline.data import texts, whole
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.progress import parts
 from rlhf_pipeline.python_code import functions
 from rlhf_pipeline.records import Code, Demonstration, Dialogue, Preference, Prompt, Ranking, Row
 from rlhf_pipeline.templates import pieces, render, written
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 P = TypeVar("P", list[int], "Question")
 
-_PART = 1000  # rows tokenized at once
+_PART = 100  # rows tokenized at once: some are whole files of code
 
 
 class Lesson(NamedTuple):
@@ -38,8 +39,7 @@ def documents(rows: Sequence[Row], tokenizer: "Tokenizer") -> list[list[int]]:
     """Token ids of whole rows, each with its end, to learn a language from."""
     end = int(tokenizer.eos_token_id)
     found: list[list[int]] = []
-    for start in range(0, len(rows), _PART):
-        part = rows[start : start + _PART]
+    for part in parts(rows, _PART, "tokenize", "text"):
         strings = [
             render(tokenizer, row.turns, False) if isinstance(row, Dialogue) else _said(row, tokenizer) for row in part
         ]
@@ -169,14 +169,14 @@ def _asked(row: Row, tokenizer: "Tokenizer", turns: int | None) -> tuple[Prompt,
 def _lessons(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any], seed: int) -> Iterator[Lesson]:
     """Each row as token ids, with whether they are learnt."""
     if rows and isinstance(rows[0], Demonstration | Dialogue):
-        for row in rows:
+        for row in itertools.chain.from_iterable(parts(rows, _PART, "tokenize", "text")):
             if isinstance(row, Dialogue):
-                parts = pieces(tokenizer, row)
+                said = pieces(tokenizer, row)
             else:
                 assert isinstance(row, Demonstration)
-                parts = [(written(tokenizer, row.prompt), False), (row.completion, True)]
-            if parts:
-                yield lesson(tokenizer, parts)
+                said = [(written(tokenizer, row.prompt), False), (row.completion, True)]
+            if said:
+                yield lesson(tokenizer, said)
         return
     code = bool(rows) and isinstance(rows[0], Code)
     for prompt, rest in (_functions if code else _cut)(rows, tokenizer, choice, seed):
@@ -205,8 +205,8 @@ def _cut(
     first, last = choice.get("prompt_tokens", (2, 8))
     if not 1 <= first <= last:
         raise UserError(f"data.prompt_tokens is [{first}, {last}]; it takes two numbers, 1 <= first <= last.")
-    for start in range(0, len(rows), _PART):
-        for ids in encode(tokenizer, texts(rows[start : start + _PART])):
+    for part in parts(rows, _PART, "tokenize", "text"):
+        for ids in encode(tokenizer, texts(part)):
             cut = draw.randint(first, last)
             if len(ids) > cut:
                 yield ids[:cut], ids[cut:]

@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from rlhf_pipeline.progress import parts
+
 _PACKAGES = ("rlhf_pipeline", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "tokenizers")
 
 
@@ -18,7 +20,8 @@ def content_hash(folder: Path) -> str:
     That is a model's card: stage=evaluate writes it anew, and people do; the model stays what it was.
     """
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / "README.md"):
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / "README.md")
+    for (path,) in parts(files, 1, "hash", "file"):
         digest.update(str(path.relative_to(folder)).encode() + b"\0")
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

@@ -1,12 +1,14 @@
 """The registry of policies: from the hub, from a folder, from scratch; with their special tokens."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import explained, model_folder, open_pretrained
+from rlhf_pipeline.progress import parts
 from rlhf_pipeline.registry import Registry
 from rlhf_pipeline.templates import TEMPLATES
 
@@ -90,6 +92,7 @@ class _FromScratch:
         from transformers import GPT2Config, GPT2LMHeadModel
 
         train = train_tokenizer if self.tokenizer == "bytes" else train_character_tokenizer
+        print(f"training a tokenizer of {self.vocabulary} tokens on {len(texts)} texts", flush=True)
         tokenizer = train(texts, self.vocabulary, self.positions)
         layers, width, heads = SIZES[self.size]
         config = GPT2Config(
@@ -292,7 +295,7 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int, positions: int) -> "P
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(texts, trainer)
+    bpe.train_from_iterator(_read(texts), trainer, length=len(texts))
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=specials[0],
@@ -301,6 +304,11 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int, positions: int) -> "P
         model_max_length=positions,
         clean_up_tokenization_spaces=False,
     )
+
+
+def _read(texts: Sequence[str]) -> Iterator[str]:
+    """The texts for a tokenizer to be trained on, with a bar."""
+    return itertools.chain.from_iterable(parts(texts, 100, "read", "text"))
 
 
 def train_character_tokenizer(texts: Sequence[str], vocabulary: int, positions: int) -> "PreTrainedTokenizerBase":
@@ -315,7 +323,7 @@ def train_character_tokenizer(texts: Sequence[str], vocabulary: int, positions: 
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocabulary, special_tokens=specials, limit_alphabet=vocabulary - len(specials), show_progress=False
     )
-    pieces.train_from_iterator(texts, trainer)
+    pieces.train_from_iterator(_read(texts), trainer, length=len(texts))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=pieces,
         bos_token="[CLS]",

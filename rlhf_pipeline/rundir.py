@@ -57,7 +57,7 @@ class RunDir:
         self.runs, self.name, self.stage, self.experiment = runs, name, stage, experiment
         self.path = runs / name / stage
         self.checkpoints, self.model = self.path / "checkpoints", self.path / "model"
-        self._started = time.monotonic()
+        self._started, self._before = time.monotonic(), 0.0  # seconds of the sessions before this one
         self._record: dict[str, Any] = {}
         self.page = LivePage(self.path)
 
@@ -141,11 +141,6 @@ class RunDir:
                 if newer and not by_hand and str(other.model) not in taken:
                     changed.append(f"{other.path} has been made since")
         return changed
-
-    def headline(self) -> str:
-        """The stage's result in a few words."""
-        results = self.record.get("results", {})
-        return ", ".join(f"{k} {v:.4g}" for k, v in list(results.items())[:3] if isinstance(v, int | float))
 
     def objective(self) -> float | None:
         """The one number that a sweep compares."""
@@ -245,6 +240,9 @@ class RunDir:
         once = {"overwrite": False, "hub": {}}  # who repeats the run has not asked for these
         config = {"defaults": logging, "hydra": hydra, **_plain_values(settings), **once}
         write_atomic(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        # Of a session that was killed, what its log says.
+        logged = read_jsonl(self.path / "metrics.jsonl")[-1:] if before else []
+        self._before = max([before.get("seconds", 0.0), *(row["seconds"] for row in logged)])
         self._record = {
             "stage": self.stage,
             "name": self.name,
@@ -265,6 +263,7 @@ class RunDir:
     def reopen(self, settings: Settings) -> None:
         """Go on with a stage as it was recorded; of the settings, only what changes nothing of its work is news."""
         self._record = self.record
+        self._before = self._record.get("seconds", 0.0)
         config = self.config()
         for section, _, key in (name.partition(".") for name in _NOT_WORK):
             if config.get(section, {}).get(key) is not None:
@@ -282,8 +281,7 @@ class RunDir:
         """Mark the stage done, or waiting for people, with its results; write the model's card and draw the report."""
         from rlhf_pipeline.cards import write_cards
 
-        seconds = round(time.monotonic() - self._started + self._record.get("seconds", 0), 1)
-        self._record |= {"status": status, "finished": _now(), "seconds": seconds}
+        self._record |= {"status": status, "finished": _now(), "seconds": round(self._seconds, 1)}
         self._record |= {"results": results, "objective": objective}
         write_cards(self.path, self._record)  # first: what is done is never without
         write_json(self.path / "run.json", self._record)
@@ -294,8 +292,14 @@ class RunDir:
         if self._record and self._record["status"] == "running":
             kind = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             self._record |= {"status": kind, "error": f"{type(error).__name__}: {error}"[:500]}
+            self._record["seconds"] = round(self._seconds, 1)
             write_json(self.path / "run.json", self._record)
             self.page.draw(whole=True)
+
+    @property
+    def _seconds(self) -> float:
+        """What the stage has taken so far, all sessions together."""
+        return time.monotonic() - self._started + self._before
 
     def save_model(self, save: Callable[[Path], None]) -> None:
         """Let `save` fill a folder, then put it in the place of `model/` at once."""
@@ -325,8 +329,7 @@ class RunDir:
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Add one row to `metrics.jsonl`, and draw the page where it is due. Only `seconds` depends on the clock."""
-        seconds = round(time.monotonic() - self._started, 2)
-        self.add("metrics.jsonl", [{"step": step, **values, "seconds": seconds}])
+        self.add("metrics.jsonl", [{"step": step, **values, "seconds": round(self._seconds, 2)}])
         self.draw()
 
     def draw(self) -> None:

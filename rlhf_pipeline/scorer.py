@@ -1,6 +1,6 @@
 """Sequence classifiers of any family as scorers of text: texts in, logits out; classes by their names."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_pipeline.errors import UserError
@@ -54,8 +54,11 @@ class Scorer:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(model.to(device), tokenizer, batch_size, max_length, truncation_side, append_eos)
 
-    def logits(self, texts: Sequence[str]) -> "Tensor":
-        """(len(texts), classes). Sorted by length inside, so that little is padded; a long text is cut at one end."""
+    def logits(self, texts: Sequence[str], tick: Callable[[int], Any] = lambda _: None) -> "Tensor":
+        """(len(texts), classes). Sorted by length inside, so that little is padded; a long text is cut at one end.
+
+        `tick` is told how many of a batch are done.
+        """
         import torch
 
         room = self.max_length - len(self.ending)
@@ -75,6 +78,7 @@ class Scorer:
                     **{k: v.to(self.model.device) for k, v in batch.items() if k in ("input_ids", "attention_mask")}
                 )
             found[part] = out.logits.float().cpu()
+            tick(len(part))
         return found
 
     def pairs(self, prompts: Sequence[str], answers: Sequence[str]) -> "Tensor":

@@ -144,12 +144,15 @@ class Flow(Trainer):
         prompts = self.eval_prompts if eval_dataset is None else read_prompts(eval_dataset, self.processing_class)
         if prompts is None:
             raise UserError("evaluate() needs held-out prompts: pass an eval_dataset.")
+        size = self.args.per_device_eval_batch_size * self.accelerator.num_processes
+        self.callback_handler.eval_dataloader = range(0, len(prompts.ids), size)  # as Trainer's: how many there will be
         rewards, kls, lengths, answers = [], [], [], []
         for rollout in self._answers(prompts, self.sampling, derive_seed(self.args.seed, "evaluate", 0)):
             rewards.append(rollout.scores.float())
             kls.append((rollout.log_probs - rollout.ref_log_probs).sum(1).float())
             lengths.append(rollout.batch.response_lengths.float())
             answers += rollout.responses
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         reward = torch.cat(rewards)
         found = {
             "reward": float(reward.mean()),
@@ -196,7 +199,8 @@ class Flow(Trainer):
             table = Table("query", "model response", "score", show_lines=True)
             for query, response, score in rows[:5]:
                 table.add_row(Text(query), Text(response), f"{score:.3f}")  # Text: what is said is no markup
-            Console().print(table)
+            with tqdm.external_write_mode():  # above the progress bar, where there is one
+                Console().print(table)
 
     # -- checkpoints: whole or not there
 

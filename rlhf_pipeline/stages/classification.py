@@ -9,17 +9,47 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.progress import parts
 from rlhf_pipeline.records import Labelled
 from rlhf_pipeline.stages.batching import OrderedTrainer
 
 
 def tokenized(rows: Sequence[Labelled], tokenizer: Any, longest: int) -> Dataset:
     """Token ids and class of each row, at most `longest` tokens."""
-    ids = tokenizer([row.text for row in rows], truncation=True, max_length=longest)["input_ids"]
+    ids: list[list[int]] = []
+    for part in parts([row.text for row in rows], 200, "tokenize", "text"):
+        ids += tokenizer(part, truncation=True, max_length=longest)["input_ids"]
     return Dataset.from_dict({"input_ids": ids, "labels": [row.label for row in rows]})
 
 
-class LanguageClassifierTrainer(OrderedTrainer):
+class ClassifierTrainer(OrderedTrainer):
+    """A classifier's trainer that logs how often it is right, as TRL's RewardTrainer does."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.parts: dict[str, list[Tensor]] = defaultdict(list)  # figures of batches by the name they are logged under
+
+    @property
+    def _mode(self) -> str:
+        return "" if self.model.training else "eval_"
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **options: Any
+    ) -> Any:
+        """As Trainer's."""
+        labels = inputs["labels"]
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **options)
+        self.parts[f"{self._mode}accuracy"].append((outputs.logits.argmax(-1) == labels).float().mean())
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the figures, over the batches since the last log."""
+        for name in [name for name in self.parts if name.startswith("eval_") == bool(self._mode)]:
+            logs[name] = float(self.accelerator.gather(torch.stack(self.parts.pop(name)).mean()[None]).mean())
+        super().log(logs, start_time)
+
+
+class LanguageClassifierTrainer(ClassifierTrainer):
     """A classifier's trainer whose trunk goes on learning language (Radford et al. 2018, section 3.2, L3 = L2 + λ L1).
 
     L1 is the mean over a batch's tokens, each told from those before it, by the input embedding as the head.
@@ -28,11 +58,6 @@ class LanguageClassifierTrainer(OrderedTrainer):
     def __init__(self, *args: Any, lm_coef: float, **options: Any) -> None:
         super().__init__(*args, **options)
         self.lm_coef = lm_coef
-        self.parts: dict[str, list[Tensor]] = defaultdict(list)  # a batch's losses by the name they are logged under
-
-    @property
-    def _mode(self) -> str:
-        return "" if self.model.training else "eval_"
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **options: Any
@@ -46,12 +71,6 @@ class LanguageClassifierTrainer(OrderedTrainer):
             self.parts[self._mode + name].append(value.detach())
         loss = loss + self.lm_coef * language
         return (loss, outputs) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add both parts, over the batches since the last log."""
-        for name in [name for name in self.parts if name.startswith("eval_") == bool(self._mode)]:
-            logs[name] = float(self.accelerator.gather(torch.stack(self.parts.pop(name)).mean()[None]).mean())
-        super().log(logs, start_time)
 
 
 def language_loss(states: Tensor, ids: Tensor, mask: Tensor, head: Tensor) -> Tensor:

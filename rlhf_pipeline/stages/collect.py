@@ -11,18 +11,19 @@ from typing import Any
 import torch
 
 from rlhf_pipeline.atomic import read_jsonl, write_jsonl
-from rlhf_pipeline.data import fingerprint, load_data, texts
+from rlhf_pipeline.data import fingerprint, texts
 from rlhf_pipeline.encoding import Question, fitting, questions
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.policies import Policy, load_policy
 from rlhf_pipeline.ppo.config import PPOConfig, make_sampling
+from rlhf_pipeline.progress import progress
 from rlhf_pipeline.records import Row
 from rlhf_pipeline.rewards import Reward, load_reward, trained_part
 from rlhf_pipeline.rundir import CANDIDATES, CANDIDATES_SO_FAR, LABELS, PROJECT, RunDir
 from rlhf_pipeline.sampling import room_for_prompts
 from rlhf_pipeline.settings import SAMPLING, STAGES, Settings
 from rlhf_pipeline.stages.candidates import Asker, ids_for
-from rlhf_pipeline.stages.common import Clock, progress, quiet, say_taken
+from rlhf_pipeline.stages.common import quiet, say_taken, take_data
 from rlhf_pipeline.stages.labeler import rank
 from rlhf_pipeline.stages.labelling import bring_pulled, offer, settle, take
 
@@ -35,7 +36,6 @@ def run(settings: Settings, out: RunDir) -> None:
     if settings.labels:
         take(settings, out)
         return
-    clock = Clock()
     reward, judge = _labeler(settings, out)
     if (out.path / CANDIDATES).exists() and out.record:
         out.reopen(settings)
@@ -54,7 +54,7 @@ def run(settings: Settings, out: RunDir) -> None:
             bring_pulled(out)
         except UserError as error:  # it need not be running
             print(f"note: nothing new from Label Studio: {error}", flush=True)
-    settle(settings.collect, out, clock)
+    settle(settings.collect, out)
 
 
 def _labeler(settings: Settings, out: RunDir) -> tuple[Reward | None, str]:
@@ -70,7 +70,7 @@ def _labeler(settings: Settings, out: RunDir) -> tuple[Reward | None, str]:
 
 def _ask(settings: Settings, out: RunDir, judge: dict[str, str]) -> None:
     """Draw the candidates; a batch of prompts that is finished stays, should the rest be cut off."""
-    rows = load_data(settings.data, settings.seed)
+    rows = take_data(settings.data, settings.seed)
     policies = _policies(settings, out, texts(rows.train))
     for where in policies:
         say_taken("policy", where)
@@ -118,7 +118,7 @@ def _drawn(asker: Asker, asked: Sequence[Question], out: RunDir) -> list[dict[st
     begun = max((row["number"] for row in kept), default=0) // size * size  # the last batch may have been cut off
     kept = [row for row in kept if row["number"] < begun]
     write_jsonl(out.path / CANDIDATES_SO_FAR, kept)
-    with progress(len(asked), "collect", begun) as bar:
+    with progress(len(asked), "collect", "prompt", initial=begun) as bar:
         for part in asker.rows(asked, begun):
             out.add(CANDIDATES_SO_FAR, part)
             kept += part

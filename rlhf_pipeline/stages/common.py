@@ -1,6 +1,5 @@
 """What the stages share: a trainer's settings, its log and its progress bar."""
 
-import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,15 +9,16 @@ import datasets
 import torch
 import transformers
 from accelerate.state import AcceleratorState
-from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from rlhf_pipeline.checkpoints import SEAL, seal
+from rlhf_pipeline.data import Splits, load_data
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.policies import Policy
 from rlhf_pipeline.ppo.config import PPOConfig, make_sampling
 from rlhf_pipeline.precision import choose_bf16
+from rlhf_pipeline.progress import at_terminal, progress
 from rlhf_pipeline.rewards import Reward
 from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.sampling import Sampling
@@ -29,7 +29,16 @@ A = TypeVar("A", bound=TrainingArguments)
 
 # Of a Trainer's log rows, what depends on the clock (`RunDir.log` adds the time itself) or restarts with a resumed run.
 _LEFT_OUT = ("runtime", "per_second", "preparation_time", "total_flos", "num_tokens")
-_BAR = {"loss": "loss", "eval_loss": "eval", "objective/scores": "reward", "objective/kl": "kl"}
+# What the bar shows of them.
+_BAR = {
+    "loss": "loss",
+    "accuracy": "accuracy",
+    "objective/scores": "reward",
+    "objective/kl": "kl",
+    "eval_loss": "held-out",
+    "eval_accuracy": "held-out accuracy",
+    "eval_reward": "held-out",
+}
 
 
 def trainer_args(kind: type[A], settings: Settings, out: RunDir) -> A:
@@ -38,7 +47,7 @@ def trainer_args(kind: type[A], settings: Settings, out: RunDir) -> A:
     AcceleratorState._reset_state(
         reset_partial_state=False
     )  # an earlier stage of this process may have chosen otherwise
-    values = {"disable_tqdm": True, "report_to": "none", **settings.trainer}
+    values = {"disable_tqdm": True, "report_to": "none", "logging_first_step": True, **settings.trainer}
     if settings.stage != "ppo" and not values.get("fp16"):
         values["bf16"], chosen = choose_bf16(values.get("bf16", "auto"))
         print(f"computing in {chosen}", flush=True)
@@ -84,11 +93,11 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", module="(torch|transformers|trl|datasets|accelerate|peft|multiprocess)")
 
 
-def watch(trainer: transformers.Trainer, out: RunDir, title: str) -> str | None:
+def watch(trainer: transformers.Trainer, out: RunDir) -> str | None:
     """Log a trainer's rows to the run directory, show a bar, and give the checkpoint to resume from."""
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(RunLog(out))
-    trainer.add_callback(Bar(title))
+    trainer.add_callback(Bar(out.stage, "update" if out.stage == "ppo" else "step"))
     checkpoint = out.last_checkpoint()
     out.rewind(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
     if checkpoint:
@@ -117,54 +126,52 @@ class RunLog(TrainerCallback):
 
 
 class Bar(TrainerCallback):
-    """A progress bar with rate, time left and the last figures."""
+    """A bar of training steps with the last figures, and one of batches while it is measured."""
 
-    def __init__(self, title: str) -> None:
-        self.title, self.shown = title, {"": ""}
+    def __init__(self, title: str, unit: str) -> None:
+        self.title, self.unit, self.shown = title, unit, dict[str, float]()
         self.bar: Any = None
+        self.measured: Any = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start where the training starts, which need not be 0."""
-        if not state.is_world_process_zero:
-            return
-        self.bar = progress(total=state.max_steps, title=self.title, initial=state.global_step)
-        self.shown = {}
+        self.bar = progress(state.max_steps, self.title, self.unit, initial=state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """One step on."""
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
+        """One step on; with a large model a checkpoint takes its time."""
+        self.bar.update(state.global_step - self.bar.n)
+        if control.should_save and at_terminal():
+            self.bar.set_description_str(f"{self.title}, saving")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """It is saved."""
+        self.bar.set_description_str(self.title, refresh=False)
+
+    def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+                           eval_dataloader: Any = None, **_: Any) -> None:  # fmt: skip
+        """One batch measured."""
+        if self.measured is None:
+            self.measured = progress(len(eval_dataloader), "held-out", "batch", delay=1, leave=False)
+        self.measured.update()
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """All measured."""
+        if self.measured is not None:
+            self.measured.close()
+        self.measured = None
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                logs: dict[str, Any] | None = None, **_: Any) -> None:  # fmt: skip
-        """Show the newest figures."""
-        self.shown |= {_BAR[key]: f"{float(value):.3f}" for key, value in (logs or {}).items() if key in _BAR}
+        """Show the newest figures; in a log file they stand in the next line."""
+        found = {key: float(value) for key, value in (logs or {}).items() if key in _BAR}
+        self.shown = {key: value for key in _BAR if (value := found.get(key, self.shown.get(key))) is not None}
         if self.bar is not None:
-            self.bar.set_postfix(self.shown, refresh=False)
+            figures = ", ".join(f"{_BAR[key]}={value:.3f}" for key, value in self.shown.items())
+            self.bar.set_postfix_str(figures, refresh=at_terminal())
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Leave the full bar on the screen."""
-        if self.bar is not None:
-            self.bar.close()
-
-
-def progress(total: int, title: str, initial: int = 0) -> Any:
-    """A bar that does not flood a log file: there it prints a line now and then."""
-    import sys
-
-    seconds = 0.2 if sys.stderr.isatty() else 10.0
-    return tqdm(total=total, initial=initial, desc=title, mininterval=seconds, dynamic_ncols=True, smoothing=0.1)
-
-
-class Clock:
-    """Seconds since it was made."""
-
-    def __init__(self) -> None:
-        self.start = time.monotonic()
-
-    def __str__(self) -> str:
-        seconds = time.monotonic() - self.start
-        return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+        self.bar.close()
 
 
 def judges(reward: Reward, where: str, role: str = "reward") -> dict[str, str]:
@@ -179,11 +186,13 @@ def check_languages(reward: Reward, tokenizer: Any, strings: Sequence[str]) -> N
             print(f"warning: {what}: {reason}", flush=True)
 
 
+def take_data(choice: dict[str, Any], seed: int) -> Splits[Any]:
+    """Read the chosen data; a line says so beforehand, for large files take their time."""
+    path = choice.get("path") or ""
+    say_taken("data", f"{choice['name']} {path if isinstance(path, str) else ', '.join(path)}".rstrip())
+    return load_data(choice, seed)
+
+
 def say_taken(role: str, where: str) -> None:
     """One line for what a stage took."""
     print(f"{role:<7} {where}", flush=True)
-
-
-def say_done(out: RunDir, what: str, clock: Clock) -> None:
-    """One line for what a stage made, where, and in what time."""
-    print(f"{what} -> {out.path} ({clock})", flush=True)

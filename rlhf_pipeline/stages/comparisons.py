@@ -13,12 +13,13 @@ from trl import RewardConfig
 from trl.trainer.utils import pad
 
 from rlhf_pipeline.data import shared_group
+from rlhf_pipeline.progress import parts
 from rlhf_pipeline.records import Demonstration, Dialogue, Preference, Prompt, Ranking, Row
 from rlhf_pipeline.stages.batching import OrderedRewardTrainer
 from rlhf_pipeline.templates import visible
 
 _COLUMNS = ("texts", "better", "worse", "margin", "length")
-_PART = 1000  # rows tokenized at once
+_PART = 200  # rows tokenized at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +94,8 @@ def encode(texts: Sequence[str], tokenizer: Any, longest: int) -> list[list[int]
 
 def tokenized(rows: Sequence[Comparison], tokenizer: Any, longest: int) -> Dataset:
     """Rows for `Collator`: a prompt's `texts`, its pairs as places among them, and the length of the longest text."""
-    parts = [rows[start : start + _PART] for start in range(0, len(rows), _PART)]
-    return concatenate_datasets([_tokenized(part, tokenizer, longest) for part in parts])
+    every = parts(rows, _PART, "tokenize", "prompt")
+    return concatenate_datasets([_tokenized(part, tokenizer, longest) for part in every])
 
 
 def _tokenized(rows: Sequence[Comparison], tokenizer: Any, longest: int) -> Dataset:

@@ -10,18 +10,19 @@ from typing import Any
 import torch
 
 from rlhf_pipeline.atomic import write_json
-from rlhf_pipeline.data import Splits, fingerprint, load_data, texts
+from rlhf_pipeline.data import Splits, fingerprint, texts
 from rlhf_pipeline.encoding import Question, conversational, encode, fitting, questions
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.made import run_of
 from rlhf_pipeline.policies import Policy
+from rlhf_pipeline.progress import progress
 from rlhf_pipeline.records import Prompt, Row, Turn
 from rlhf_pipeline.rewards import Reward, load_reward, trained_part
 from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.sampling import check_positions, room_for_prompts
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.stages.answers import Answers, Trial, draw, held_out_perplexity, held_out_texts, measure
-from rlhf_pipeline.stages.common import Clock, check_languages, judges, progress, quiet, say_done, say_taken
+from rlhf_pipeline.stages.common import check_languages, judges, quiet, say_taken, take_data
 from rlhf_pipeline.stages.contestants import Contestant, asked_of, lineup, open_all
 from rlhf_pipeline.stages.standings import sample_row, standing
 from rlhf_pipeline.tables import evaluation_table
@@ -31,11 +32,10 @@ from rlhf_pipeline.templates import written
 def run(settings: Settings, out: RunDir) -> None:
     """Sample from each policy, then rewards, KL to the reference, perplexity, and what the texts are like."""
     quiet()
-    clock = Clock()
     paths, reference = lineup(out, settings)
     rewards = load_rewards(settings, out)
     main = next(iter(rewards))
-    rows = load_data(settings.data, settings.seed)
+    rows = take_data(settings.data, settings.seed)
     policies, longest, shortest = open_all(paths, out, settings)
     for name, path in paths.items():
         say_taken(name, path)
@@ -77,8 +77,6 @@ def run(settings: Settings, out: RunDir) -> None:
         results |= {"gain": gain["mean"], "gain_low": gain["low"], "gain_high": gain["high"]}
     out.finish({**results, "speed": speed}, objective=after["reward_mean"])
     evaluation_table(evaluation)
-    print("answers drawn: {tokens_per_second:.0f} tokens/s, {prompts_per_second:.1f} prompts/s".format(**speed))
-    say_done(out, f"{len(policies)} policies on {len(asked)} held-out prompts", clock)
 
 
 def load_rewards(settings: Settings, out: RunDir) -> dict[str, Reward]:
@@ -158,7 +156,7 @@ def ask(
     own_trial = dataclasses.replace(trial, questions=own, limits=torch.full((len(own),), int(trial.limits.max())))
     for model in stay:
         model.to(device)
-    with progress((len(policies) + n) * len(trial.questions), "evaluate") as bar:
+    with progress((len(policies) + n) * len(trial.questions), "evaluate", "prompt") as bar:
         trial = dataclasses.replace(trial, tick=bar.update)
         for each in policies:
             model = each.policy.model.to(device)

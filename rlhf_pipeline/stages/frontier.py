@@ -28,18 +28,16 @@ from rlhf_pipeline.made import ppo_jobs
 from rlhf_pipeline.policies import Policy, load_policy, lora_config
 from rlhf_pipeline.ppo.actor_critic import with_master_weights
 from rlhf_pipeline.ppo.storage import WEIGHTS, load_policy_weights
+from rlhf_pipeline.progress import progress
 from rlhf_pipeline.rewards import Reward
 from rlhf_pipeline.rundir import FRONTIER, POINTS, RunDir
 from rlhf_pipeline.settings import SAMPLING, Settings
 from rlhf_pipeline.stages.answers import Answers, Trial, draw, measure
 from rlhf_pipeline.stages.common import (
-    Clock,
     check_languages,
     judges,
-    progress,
     quiet,
     sampling_as,
-    say_done,
     say_taken,
 )
 from rlhf_pipeline.stages.contestants import Contestant
@@ -85,7 +83,7 @@ class Start:
 def run(settings: Settings, out: RunDir) -> None:
     """Measure every policy of the sweep that is not measured yet, and the best of n of where each began."""
     quiet()
-    clock, folder = Clock(), Path(settings.sweep or "")
+    folder = Path(settings.sweep or "")
     starts = by_start(points_of(folder), settings)
     jobs = [point.job for points in starts.values() for point in points]
     rewards = load_rewards(settings, jobs[0])
@@ -115,7 +113,6 @@ def run(settings: Settings, out: RunDir) -> None:
     results = {"policies": len(found["points"]), "reward_mean": best["reward_mean"], "kl": best["kl"]}
     out.finish(results, objective=best["reward_mean"])
     frontier_table(found)
-    say_done(out, f"{len(jobs)} policies, each on {found['starts'][0]['prompts']} held-out prompts", clock)
 
 
 def points_of(folder: Path) -> list[Point]:
@@ -185,7 +182,7 @@ def measured(
     """A row for each policy of those that began at one."""
     most, draws = settings.evaluate.best_of or _BEST_OF, settings.evaluate.bootstrap
     trial = trial_of(start, job, rewards, _as_begun(settings, start))
-    with progress((1 + len(left) + (most - 1) * (None in left)) * len(trial.questions), "frontier") as bar:
+    with progress((1 + len(left) + (most - 1) * (None in left)) * len(trial.questions), "frontier", "prompt") as bar:
         trial = dataclasses.replace(trial, tick=bar.update)
         own = measure(trial.reference, trial)
         for who, key in left.items():

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.progress import parts
 from rlhf_pipeline.rewards import Reward
 
 
@@ -18,8 +19,10 @@ def rank(rows: Sequence[dict[str, Any]], reward: Reward, noise: float, seed: str
     `noise`, in standard deviations of all scores, is the scale of Gumbel noise on each score, so that a better answer
     is put first with the probability of Bradley and Terry (1952): close pairs are confused, clear ones hardly ever.
     """
-    prompts = [row["shown_prompt"] for row in rows for _ in row["answers"]]
-    scores = reward(prompts, [answer["text"] for row in rows for answer in row["answers"]])
+    asked = [(row["shown_prompt"], answer["text"]) for row in rows for answer in row["answers"]]
+    scores: list[float] = []
+    for part in parts(asked, 128, "label", "answer"):
+        scores += reward([prompt for prompt, _ in part], [text for _, text in part])
     scale = noise * float(np.std(scores))
     draw = random.Random(f"labeler {seed}")
     found, right, pairs, start = [], 0, 0, 0

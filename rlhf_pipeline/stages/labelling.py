@@ -14,9 +14,8 @@ from rlhf_pipeline.formats import read_judgements
 from rlhf_pipeline.formats.tasks import label_studio_tasks, sheet
 from rlhf_pipeline.label_studio import labeling_config, pull, push, serve
 from rlhf_pipeline.records import Judgement, Prompt, Turn
-from rlhf_pipeline.rundir import CANDIDATES, LABELS, PROJECT, SHEET, RunDir
+from rlhf_pipeline.rundir import CANDIDATES, LABELS, PROJECT, RunDir
 from rlhf_pipeline.settings import Collection, Settings
-from rlhf_pipeline.stages.common import Clock, say_done
 
 REJECTED, SKIPPED, EXPORT = "rejected.jsonl", "skipped.jsonl", "export.json"
 # Of a collection, what may be said anew once it is there.
@@ -39,7 +38,6 @@ def offer(out: RunDir, rows: Sequence[dict[str, Any]]) -> None:
 
 def take(settings: Settings, out: RunDir) -> None:
     """What `labels=` asks for: labels brought in, or the tasks to where people label them."""
-    clock = Clock()
     if not (out.path / CANDIDATES).exists():
         raise NotFinishedError(f"{out.path} has no {CANDIDATES} yet; run stage=collect without labels= first.")
     collect = recorded(settings.collect, out)
@@ -50,14 +48,14 @@ def take(settings: Settings, out: RunDir) -> None:
             print("\nLabel Studio has ended; its labels are kept.", flush=True)
     elif settings.labels == "push":
         print(f"tasks    {push(out.path, out.name, out.runs, collect.annotators)}", flush=True)
-        say_done(out, "tasks brought to Label Studio; labels=pull fetches what is labelled", clock)
+        print("labels=pull fetches what is labelled", flush=True)
     else:
         if settings.labels == "pull":
             bring_pulled(out)
         else:
             _bring(out, Path(str(settings.labels)).expanduser())
         out.reopen(dataclasses.replace(settings, collect=collect))
-        settle(collect, out, clock)
+        settle(collect, out)
 
 
 def recorded(now: Collection, out: RunDir) -> Collection:
@@ -146,8 +144,8 @@ def _blanks(text: str) -> str:
     return " ".join(text.split())
 
 
-def settle(collect: Collection, out: RunDir, clock: Clock) -> None:
-    """Say how far the candidates are labelled, and whether that is enough to go on. A skip is a word too."""
+def settle(collect: Collection, out: RunDir) -> None:
+    """Note how far the candidates are labelled, and whether that is enough to go on. A skip is a word too."""
     tasks = {row["task"] for row in read_jsonl(out.path / CANDIDATES)}
     rows = read_jsonl(out.path / LABELS)
     people: dict[str, set[str]] = defaultdict(set)
@@ -166,28 +164,3 @@ def settle(collect: Collection, out: RunDir, clock: Clock) -> None:
     results["rejected"] = len(read_jsonl(out.path / REJECTED))
     enough = labelled and len(through) >= collect.enough * len(tasks)
     out.finish(results, status="done" if enough else "waiting")
-    figures = [how_far(results)]
-    if results.get("agreement") is not None:
-        figures.append(f"{results['annotators']} annotators agree on {results['agreement']:.1%} of pairs")
-    if results["rejected"]:
-        figures.append(f"{results['rejected']} labels set aside, see {out.path / REJECTED}")
-    if not enough:
-        _say_how(out)
-    say_done(out, ", ".join(figures), clock)
-
-
-def how_far(results: dict[str, Any]) -> str:
-    """How many tasks people are through with."""
-    skipped = f" ({results['skipped']} skipped)" if results["skipped"] else ""
-    return f"{results['labelled'] + results['skipped']} of {results['prompts']} labelled{skipped}"
-
-
-def _say_how(out: RunDir) -> None:
-    """How people label, from here."""
-    print(
-        f"to label in the browser: make label-studio NAME={out.name}, then "
-        f"python -m rlhf_pipeline stage=collect name={out.name} labels=pull\n"
-        f"or in a spreadsheet: fill in {out.path / SHEET}, then "
-        f"python -m rlhf_pipeline stage=collect name={out.name} labels={out.path / SHEET}",
-        flush=True,
-    )

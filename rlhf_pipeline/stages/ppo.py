@@ -22,16 +22,16 @@ from rlhf_pipeline.rewards import load_reward, trained_part
 from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.sampling import room_for_prompts
 from rlhf_pipeline.settings import Settings
-from rlhf_pipeline.stages.common import Clock, check_languages, judges, say_done, say_taken, trainer_args, watch
+from rlhf_pipeline.stages.common import check_languages, judges, say_taken, take_data, trainer_args, watch
 
 
 def run(settings: Settings, out: RunDir) -> None:
     """Start from the SFT policy, keep it as the reference, and learn from the reward."""
-    clock, args = Clock(), trainer_args(PPOConfig, settings, out)
+    args = trainer_args(PPOConfig, settings, out)
     check_config(args)
     adapter = lora_config(settings.policy)
     reward, judge = load_reward(settings.reward, out.upstream("reward", reward=trained_part(settings.reward)))
-    rows = load_data(settings.data, settings.seed)
+    rows = take_data(settings.data, settings.seed)
     policy, where = load_policy(
         settings.policy,
         out.upstream("sft", "pretrain", policy=settings.policy),
@@ -63,7 +63,7 @@ def run(settings: Settings, out: RunDir) -> None:
     )
     trainer.add_callback(SampleLog(trainer, out))
     trainer.on_warning = out.warn
-    trainer.train(watch(trainer, out, "ppo"))
+    trainer.train(watch(trainer, out))
     out.save_model(functools.partial(_save, trainer))
     last = [row for row in read_jsonl(out.path / "metrics.jsonl") if "objective/scores" in row][-10:]
     results = {name: sum(row[f"objective/{name}"] for row in last) / len(last) for name in ("scores", "kl")}
@@ -71,8 +71,6 @@ def run(settings: Settings, out: RunDir) -> None:
         results["best_eval_reward"] = trainer.state.best_metric
     signs = {"collapse_watch": sorted(trainer.watch.warned)} if trainer.watch.warned else {}
     out.finish({**results, **signs}, objective=results["scores"])
-    what = f"reward {results['scores']:.3f} at KL {results['kl']:.2f} over the last {len(last)} logged updates"
-    say_done(out, what, clock)
 
 
 def _pretraining_texts(settings: Settings, tokenizer: Any, own: Sequence[Row]) -> list[list[int]]:

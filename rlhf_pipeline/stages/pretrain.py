@@ -8,19 +8,19 @@ import math
 from datasets import Dataset
 from trl import SFTConfig
 
-from rlhf_pipeline.data import fingerprint, load_data, texts
+from rlhf_pipeline.data import fingerprint, texts
 from rlhf_pipeline.encoding import documents
 from rlhf_pipeline.policies import make_policy
 from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.stages.batching import OrderedSFTTrainer
-from rlhf_pipeline.stages.common import Clock, fit_length, say_done, trainer_args, watch
+from rlhf_pipeline.stages.common import fit_length, take_data, trainer_args, watch
 
 
 def run(settings: Settings, out: RunDir) -> None:
     """Train the policy on all of each text, packed into blocks."""
-    clock, args = Clock(), trainer_args(SFTConfig, settings, out)
-    rows = load_data(settings.data, settings.seed)
+    args = trainer_args(SFTConfig, settings, out)
+    rows = take_data(settings.data, settings.seed)
     out.begin(settings, {}, fingerprint(settings.data, rows))
     policy = make_policy(settings.policy, texts(rows.train), settings.seed)
     fit_length(args, policy.model)
@@ -35,8 +35,7 @@ def run(settings: Settings, out: RunDir) -> None:
         eval_dataset=Dataset.from_dict({"input_ids": documents(rows.test, policy.tokenizer)}),
         processing_class=policy.tokenizer,
     )
-    trainer.train(resume_from_checkpoint=watch(trainer, out, "pretrain"))
+    trainer.train(resume_from_checkpoint=watch(trainer, out))
     loss = trainer.evaluate()["eval_loss"]
     out.save_model(policy.save)
     out.finish({"eval_loss": loss, "eval_perplexity": math.exp(loss), "parameters_M": parameters}, objective=-loss)
-    say_done(out, f"perplexity {math.exp(loss):.1f} a token on held-out texts", clock)

@@ -30,9 +30,13 @@ from rlhf_pipeline.reward_model import register, shift_scores, with_head
 from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.scorer import Scorer
 from rlhf_pipeline.settings import Settings
-from rlhf_pipeline.stages.batching import OrderedTrainer
-from rlhf_pipeline.stages.classification import LanguageClassifierTrainer, check_language_model, tokenized
-from rlhf_pipeline.stages.common import Clock, fit_length, say_done, say_taken, trainer_args, watch
+from rlhf_pipeline.stages.classification import (
+    ClassifierTrainer,
+    LanguageClassifierTrainer,
+    check_language_model,
+    tokenized,
+)
+from rlhf_pipeline.stages.common import fit_length, say_taken, take_data, trainer_args, watch
 from rlhf_pipeline.stages.comparisons import Comparison, ComparisonTrainer, compare, shown
 from rlhf_pipeline.stages.reward_quality import example_line, example_rows, labelled_quality, preference_quality, scores
 from rlhf_pipeline.templates import TEMPLATES, visible
@@ -45,11 +49,11 @@ _DEMONSTRATIONS = 1000  # enough for a mean
 
 def run(settings: Settings, out: RunDir) -> None:
     """Train on what the data holds, then measure on the held-out split."""
-    clock, args, choice = Clock(), trainer_args(RewardConfig, settings, out), settings.reward
+    args, choice = trainer_args(RewardConfig, settings, out), settings.reward
     source = collected(settings, out)
     labelled = kind(source["name"]) is Labelled
     _check(choice, source["name"], labelled)
-    rows = load_data(source, settings.seed)
+    rows = take_data(source, settings.seed)
     compared = None if labelled else _compared(rows, choice.get("margin", 0.0))
     model, tokenizer, where = _start(settings, out, texts(rows.train), 2 if labelled else 1)
     if choice.get("lm_coef"):
@@ -66,7 +70,7 @@ def run(settings: Settings, out: RunDir) -> None:
     fuse_gelu(model)
     trainer = _trainer(model, tokenizer, args, compared or rows, choice)
     demonstrations = _demonstrations(settings, compared.train, tokenizer) if compared else []
-    trainer.train(resume_from_checkpoint=watch(trainer, out, "reward"))
+    trainer.train(resume_from_checkpoint=watch(trainer, out))
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # scored as others will: in fp32
     scorer = Scorer(model, tokenizer, args.per_device_eval_batch_size, longest, tokenizer.truncation_side, not labelled)
     before = {} if labelled else {"demonstration_mean": _normalise(scorer, demonstrations)}
@@ -85,7 +89,6 @@ def run(settings: Settings, out: RunDir) -> None:
     print(", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in results.items() if v is not None))
     for row in quality["examples"]:
         print(example_line(row))
-    say_done(out, f"held-out accuracy {quality['accuracy']:.2%} of {quality.get('pairs', quality['rows'])}", clock)
 
 
 def collected(settings: Settings, out: RunDir) -> dict[str, Any]:
@@ -146,7 +149,7 @@ def _trainer(model: Any, tokenizer: Any, args: RewardConfig, rows: Splits[Any], 
     train, test = (tokenized(split, tokenizer, args.max_length) for split in (rows.train, rows.test))
     given = (model, args, DataCollatorWithPadding(tokenizer), train, test)
     if not choice.get("lm_coef"):
-        return OrderedTrainer(*given, processing_class=tokenizer)
+        return ClassifierTrainer(*given, processing_class=tokenizer)
     return LanguageClassifierTrainer(*given, processing_class=tokenizer, lm_coef=choice["lm_coef"])
 
 

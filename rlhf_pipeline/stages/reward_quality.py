@@ -8,20 +8,16 @@ import torch
 from numpy.typing import NDArray
 
 from rlhf_pipeline import metrics
+from rlhf_pipeline.progress import progress
 from rlhf_pipeline.records import Labelled
 from rlhf_pipeline.scorer import Scorer
-from rlhf_pipeline.stages.common import progress
 from rlhf_pipeline.stages.comparisons import Comparison
 
 
 def scores(strings: Sequence[str], scorer: Scorer, title: str = "quality") -> torch.Tensor:
     """(strings, classes), with a bar."""
-    found, part = [], 512
-    with progress(len(strings), title) as bar:
-        for start in range(0, len(strings), part):
-            found.append(scorer.logits(strings[start : start + part]))
-            bar.update(len(found[-1]))
-    return torch.cat(found)
+    with progress(len(strings), title, "text") as bar:
+        return torch.cat([scorer.logits(strings[i : i + 512], bar.update) for i in range(0, len(strings), 512)])
 
 
 def labelled_quality(rows: Sequence[Labelled], scorer: Scorer) -> dict[str, Any]:

@@ -12,21 +12,21 @@ from peft import PeftModel
 from trl import SFTConfig
 
 from rlhf_pipeline.atomic import read_jsonl
-from rlhf_pipeline.data import fingerprint, load_data, texts
+from rlhf_pipeline.data import fingerprint, texts
 from rlhf_pipeline.encoding import conversational, demonstrations
 from rlhf_pipeline.policies import Policy, load_policy, lora_config, open_policy
 from rlhf_pipeline.precision import fuse_gelu
 from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.stages.batching import OrderedSFTTrainer
-from rlhf_pipeline.stages.common import Clock, fit_length, say_done, say_taken, trainer_args, watch
+from rlhf_pipeline.stages.common import fit_length, say_taken, take_data, trainer_args, watch
 from rlhf_pipeline.templates import template_of
 
 
 def run(settings: Settings, out: RunDir) -> None:
     """Train on the completions alone, unless `trainer.completion_only_loss=false`."""
-    clock, args = Clock(), trainer_args(SFTConfig, settings, out)
-    rows = load_data(settings.data, settings.seed)
+    args = trainer_args(SFTConfig, settings, out)
+    rows = take_data(settings.data, settings.seed)
     policy, where = load_policy(
         settings.policy,
         out.upstream("pretrain", policy=settings.policy),
@@ -53,7 +53,7 @@ def run(settings: Settings, out: RunDir) -> None:
         processing_class=policy.tokenizer,
         peft_config=lora_config(settings.policy),
     )
-    checkpoint = watch(trainer, out, "sft")
+    checkpoint = watch(trainer, out)
     logged = [row["eval_loss"] for row in read_jsonl(out.path / "metrics.jsonl") if row["step"] == 0]
     before = logged[0] if logged else trainer.evaluate()["eval_loss"]
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -61,11 +61,6 @@ def run(settings: Settings, out: RunDir) -> None:
     out.save_model(merged(trainer.model, policy, where).save)
     results = {"eval_loss": loss, "eval_loss_before": before, "eval_perplexity": math.exp(loss)}
     out.finish(results, objective=-loss)
-    say_done(
-        out,
-        f"held-out loss {loss:.3f}, from {before:.3f}",
-        clock,
-    )
 
 
 def merged(trained: Any, policy: Policy, where: str) -> Policy:

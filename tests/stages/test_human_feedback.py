@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -169,12 +170,14 @@ def test_a_pipeline_waits_for_people_and_goes_on_from_there(
     assert "0 of 12 labelled; run again when done" in said.err
     assert "error" not in said.err.lower()
     assert "make label-studio NAME=human_feedback/round1" in said.out
+    assert "collect  0 of 12 labelled\n" in said.out
+    in_a_sheet = said.out.rpartition("then: ")[2].strip()
     collect = with_people / "round1" / "collect"
     assert record(collect)["status"] == "waiting"
     candidates = (collect / "candidates.jsonl").read_bytes()
 
     fill_in(collect / "sheet.csv", ["2", "1", "3", "3"], rows=5)
-    assert command_line("stage=collect", "name=human_feedback", f"labels={collect / 'sheet.csv'}") == 0
+    assert command_line(*shlex.split(in_a_sheet)[3:]) == 0
     assert "5 of 12 labelled" in capsys.readouterr().out
     assert command_line("stage=pipeline", *SMALL, "collect.enough=0.75") == 2
     assert "5 of 12 labelled; run again when done" in capsys.readouterr().err

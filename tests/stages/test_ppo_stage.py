@@ -63,7 +63,7 @@ def test_two_processes_share_one_run(miniature: Path, command_line: CommandLine,
     command = [sys.executable, *launcher, *common, half]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("over the last 6 logged updates") == 1
+    assert done.stdout.count("(last 6 logged updates)") == 1
     two = Path("runs/two/ppo")
     rows = [read_jsonl(folder / "metrics.jsonl") for folder in (one, two)]
     assert len(rows[0]) == len(rows[1]) == 6

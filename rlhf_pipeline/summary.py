@@ -1,0 +1,169 @@
+"""How a stage ended, in a few lines: what came of it, in what time, where it lies, what to run next."""
+
+import itertools
+import json
+import shlex
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rlhf_pipeline.arguments import as_typed
+from rlhf_pipeline.atomic import read_jsonl
+from rlhf_pipeline.made import newest_policy
+from rlhf_pipeline.rundir import CANDIDATES, LABELS, SHEET, RunDir
+from rlhf_pipeline.scripts import shown
+from rlhf_pipeline.settings import Settings
+
+_MADE = ("model", CANDIDATES, LABELS, "quality.json", "evaluation.json", "frontier.json", "report.html")
+_RUN = "python -m rlhf_pipeline"
+
+
+def say(label: str, text: str) -> None:
+    """One line of a summary."""
+    print(f"{label:<9}{shown(text)}", flush=True)
+
+
+def say_done(out: RunDir) -> None:
+    """A stage's result, time and place, all from its files; where it waits for people, how they label."""
+    record = out.record
+    say(out.stage, outcome(out))
+    say("time", ", ".join([_time(record), *_rates(out)]))
+    made = [f"{name}/" if (out.path / name).is_dir() else name for name in _MADE if (out.path / name).exists()]
+    say("made", f"{out.path}: {', '.join(made)}")
+    if record.get("status") == "waiting":
+        again = f"{_RUN} stage=collect name={shlex.quote(out.name)} labels="
+        sheet = shlex.quote(str(out.path / SHEET))
+        say("next", f"in the browser: make label-studio NAME={shlex.quote(out.name)}, then: {again}pull")
+        say("or", f"in a spreadsheet: fill in {sheet}, then: {again}{sheet}")
+
+
+def say_done_before(out: RunDir) -> None:
+    """One line of a stage that was done already."""
+    when = datetime.fromisoformat(out.record["finished"]).astimezone().strftime("%Y-%m-%d %H:%M")
+    print(f"{out.path} is done already: {shown(outcome(out))} ({when}, in {_time(out.record)})", flush=True)
+
+
+def say_all_done(every: Sequence[RunDir], folder: Path, seconds: float) -> None:
+    """A pipeline's time, of all its stages, and its pages."""
+    whole = sum(out.record.get("seconds", 0.0) for out in every)
+    now = f", {lasted(seconds)} of it now" if seconds < 0.9 * whole else ""
+    print()
+    say("pipeline", f"all {len(every)} stages are done")
+    say("time", f"{lasted(max(whole, seconds))}{now}")
+    pages = [folder / "report.html", *(out.path / "report.html" for out in every[-2:])]
+    say("made", f"{folder}: {', '.join(str(page.relative_to(folder)) for page in pages if page.exists())}")
+
+
+def say_next(settings: Settings, order: Sequence[str], overrides: Sequence[str] | None) -> None:
+    """What to run after a stage, if anything."""
+    if command := next_command(settings, order, overrides):
+        say("next", command)
+
+
+def next_command(settings: Settings, order: Sequence[str], overrides: Sequence[str] | None) -> str | None:
+    """The command that goes on after a stage: the next of the experiment's `order`, with what the user said for all.
+
+    Where the order ends: PPO after a reward, the evaluation after PPO, else a chat. `overrides` are the user's own;
+    None where a recorded configuration was run again, which says nothing of the other stages.
+    """
+    stage = settings.stage
+    if overrides is not None:
+        after = dict(itertools.pairwise(order)).get(stage) or {"reward": "ppo", "ppo": "evaluate"}.get(stage)
+        if after:
+            return shlex.join([*_RUN.split(), f"stage={after}", *_for_others(settings, overrides)])
+    run = RunDir(Path(settings.runs), settings.name, "chat", settings.experiment)
+    if stage == "collect" or newest_policy(run) is None:
+        return None
+    elsewhere = [f"runs={settings.runs}"] if settings.runs != "runs" else []
+    return shlex.join([*_RUN.split(), "stage=chat", f"name={settings.name}", *elsewhere])
+
+
+def _for_others(settings: Settings, overrides: Sequence[str]) -> list[str]:
+    """Of what the user said to one stage, what goes for the others; what it started from gives way to what it made."""
+    stage = settings.stage
+    own = ("stage=", "labels=", "overwrite=", "hub.", "trainer.", f"stages.{stage}.", "policy.lora", "policy.quantize")
+    made = {"sft": "policy.path", "reward": "reward.path"}.get(stage, "")
+    said = [typed for o in overrides if not (typed := as_typed(o)).startswith(own)]
+    if "~experiment" in said:  # added to a choice of the user's own, or said as such
+        chosen = any(o.startswith(("policy=", "reward=", "data=")) for o in said)
+        said = [o for o in said if o != "~experiment"] + ([] if chosen else ["experiment=null"])
+    place = RunDir.of(settings).path
+    return [f"{made}={place}" if made and o.startswith(f"{made}=") else o for o in said]
+
+
+def outcome(out: RunDir) -> str:
+    """A stage's result in a few words, from its files."""
+    results = out.record.get("results", {})
+    try:
+        match out.stage:
+            case "pretrain":
+                return f"perplexity {results['eval_perplexity']:.1f} a token on held-out texts"
+            case "sft":
+                return f"held-out loss {results['eval_loss']:.3f}, from {results['eval_loss_before']:.3f}"
+            case "reward":
+                return f"held-out accuracy {results['accuracy']:.2%} of {results.get('pairs', results['rows'])}"
+            case "collect":
+                return _collected(out, results)
+            case "ppo":
+                rows = [row for row in read_jsonl(out.path / "metrics.jsonl") if "objective/scores" in row]
+                first = f", from {rows[0]['objective/scores']:.3f}" if rows else ""
+                last = f" (last {min(10, len(rows))} logged updates)"
+                return f"reward {results['scores']:.3f} at KL {results['kl']:.2f}{first}{last}"
+            case "evaluate":
+                return _evaluated(out, results)
+            case "frontier":
+                best = f"reward {results['reward_mean']:.3f} at KL {results['kl']:.2f}"
+                return f"{results['policies']} policies, the best has {best}"
+    except (KeyError, TypeError, ValueError):  # of another version, or by another hand
+        pass
+    return ", ".join(f"{k} {v:.4g}" for k, v in [*results.items()][:3] if isinstance(v, int | float))
+
+
+def _collected(out: RunDir, results: dict[str, Any]) -> str:
+    figures = [how_far(results)]
+    if results.get("agreement") is not None:
+        figures.append(f"{results['annotators']} annotators agree on {results['agreement']:.1%} of pairs")
+    if results["rejected"]:
+        figures.append(f"{results['rejected']} labels set aside, see {out.path / 'rejected.jsonl'}")
+    return ", ".join(figures)
+
+
+def _evaluated(out: RunDir, results: dict[str, Any]) -> str:
+    evaluation = json.loads((out.path / "evaluation.json").read_text(encoding="utf-8"))
+    names = [name for name in evaluation["metrics"] if not name.startswith("best of ")]
+    kl = "" if results["kl"] is None else f" at KL {results['kl']:.2f}"
+    gain = ""
+    if "gain" in results:
+        gain = f", {results['gain']:+.3f} [{results['gain_low']:+.3f}, {results['gain_high']:+.3f}] over {names[0]}"
+    return f"{names[-1]} has reward {results['reward_mean']:.3f}{kl}{gain}; {evaluation['prompts']} held-out prompts"
+
+
+def how_far(results: dict[str, Any]) -> str:
+    """How many tasks people are through with."""
+    skipped = f" ({results['skipped']} skipped)" if results["skipped"] else ""
+    return f"{results['labelled'] + results['skipped']} of {results['prompts']} labelled{skipped}"
+
+
+def lasted(seconds: float) -> str:
+    """A time in the two largest units that it has."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _time(record: dict[str, Any]) -> str:
+    sessions = 1 + len(record.get("resumed", []))
+    return lasted(record.get("seconds", 0.0)) + (f" in {sessions} sessions" if sessions > 1 else "")
+
+
+def _rates(out: RunDir) -> list[str]:
+    """How fast it was: updates, steps or tokens in the stage's whole time."""
+    record = out.record
+    if speed := record.get("results", {}).get("speed"):
+        return ["{tokens_per_second:.0f} tokens/s, {prompts_per_second:.1f} prompts/s".format(**speed)]
+    steps = max((row["step"] for row in read_jsonl(out.path / "metrics.jsonl")), default=0)
+    unit = "updates" if out.stage == "ppo" else "steps"
+    return [f"{steps} {unit}, {60 * steps / max(record['seconds'], 0.1):.0f}/min"] if steps else []

@@ -1,0 +1,147 @@
+"""How a stage goes and ends: bars with figures, a summary that its files bear out, a next command that runs."""
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import MINIATURE, CommandLine
+from hydra import compose, initialize_config_dir
+from terminal import at_a_terminal, left_standing
+
+from rlhf_pipeline import arguments, cli
+from rlhf_pipeline.atomic import read_jsonl
+from rlhf_pipeline.rundir import RunDir
+from rlhf_pipeline.settings import Settings
+from rlhf_pipeline.summary import lasted, next_command, say_done
+
+STAGES = ("pretrain", "sft", "reward", "ppo", "evaluate")
+
+
+@pytest.fixture
+def run(miniature: Path, workplace: Path) -> Path:
+    """A copy of the miniature run in the current folder."""
+    return Path(shutil.copytree(miniature, workplace / "runs" / "demo"))
+
+
+@pytest.fixture
+def settings() -> object:
+    """What a command line asks for."""
+
+    def asked(*overrides: str) -> Settings:
+        args = arguments.complete(overrides)
+        with initialize_config_dir(str(cli.CONF), version_base="1.3"):
+            return cli.resolve(compose("config", args), args)
+
+    return asked
+
+
+def test_a_summary_says_what_the_files_hold(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for stage in STAGES:
+        say_done(RunDir(Path("runs"), "demo", stage))
+        result, took, made = capsys.readouterr().out.splitlines()
+        record = json.loads((run / stage / "run.json").read_text())
+        found = record["results"]
+        if stage == "ppo":
+            rows = read_jsonl(run / "ppo" / "metrics.jsonl")
+            figures = [found["scores"], found["kl"], rows[0]["objective/scores"]]
+            assert result == "ppo      reward {:.3f} at KL {:.2f}, from {:.3f} (last 6 logged updates)".format(*figures)
+            assert f"6 updates, {360 / record['seconds']:.0f}/min" in took
+        elif stage == "evaluate":
+            assert result.startswith(f"evaluate ppo has reward {found['reward_mean']:.3f} at KL {found['kl']:.2f}, ")
+            assert result.endswith(
+                f"[{found['gain_low']:+.3f}, {found['gain_high']:+.3f}] over base; 24 held-out prompts"
+            )
+            assert f"{found['speed']['prompts_per_second']:.1f} prompts/s" in took
+        else:
+            expected = {
+                "pretrain": f"perplexity {found.get('eval_perplexity', 0):.1f} a token on held-out texts",
+                "sft": f"held-out loss {found.get('eval_loss', 0):.3f}, from {found.get('eval_loss_before', 0):.3f}",
+                "reward": f"held-out accuracy {found.get('accuracy', 0):.2%} of 300",
+            }
+            assert result == f"{stage:<9}{expected[stage]}"
+        assert took.startswith(f"time     {lasted(record['seconds'])}, ")
+        own = {"evaluate": "evaluation.json", "reward": "model/, quality.json"}.get(stage, "model/")
+        assert made == f"made     runs/demo/{stage}: {own}, report.html"
+
+
+def test_the_next_command_of_each_stage_is_the_next_stages(
+    run: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for stage, after in zip(STAGES, [*STAGES[1:], "chat"], strict=True):
+        assert command_line(f"stage={stage}", *MINIATURE) == 0
+        said = capsys.readouterr().out
+        assert f"runs/demo/{stage} is done already: " in said
+        label, command = said.splitlines()[-1].split(maxsplit=1)
+        assert label == "next"
+        assert command.startswith(f"python -m rlhf_pipeline stage={after}")
+        more = ["--prompt", "This film"] if after == "chat" else []
+        assert command_line(*shlex.split(command)[3:], *more) == 0
+        assert after == "chat" or f"runs/demo/{after} is done already" in capsys.readouterr().out
+
+
+NEXT = {
+    "stage=sft name=x trainer.learning_rate=1 policy.path=runs/y": "reward name=x policy.path=runs/x/sft",
+    "stage=reward name=x reward.path=distilbert seed=3": "ppo name=x reward.path=runs/x/reward seed=3",
+    "stage=reward reward=classifier data=sentiment data.path=a.csv policy=gpt2 hub.push=a/b":
+        "ppo reward=classifier data=sentiment data.path=a.csv policy=gpt2",
+    "stage=ppo experiment=null name=x overwrite=true": "evaluate name=x experiment=null",
+    "stage=pretrain stages.pretrain.trainer.max_steps=1 'evaluate.show=[it is]'": "sft 'evaluate.show=[it is]'",
+    "stage=evaluate name=nobody": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("asked", NEXT)
+def test_the_next_command_keeps_what_was_said_of_all_stages(asked: str, workplace: Path, settings: object) -> None:
+    words = arguments.complete(shlex.split(asked))
+    with initialize_config_dir(str(cli.CONF), version_base="1.3"):
+        cfg = compose("config", words)
+        order = list(cfg.stages)
+        found = next_command(cli.resolve(cfg, words), order, words)
+    if NEXT[asked] is None:
+        assert found is None
+    else:
+        assert found == f"python -m rlhf_pipeline stage={NEXT[asked]}"
+        settings(*shlex.split(found)[3:])  # type: ignore[operator]
+
+
+def test_a_resumed_run_shows_where_it_begins_and_counts_all_its_time(
+    run: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = json.loads((run / "ppo" / "run.json").read_text())  # as a kill leaves it
+    killed = {key: value for key, value in record.items() if key not in ("seconds", "finished", "results", "objective")}
+    (run / "ppo" / "run.json").write_text(json.dumps({**killed, "status": "running"}))
+    (run / "ppo" / "checkpoints" / "checkpoint-6" / "complete").unlink()
+    before = read_jsonl(run / "ppo" / "metrics.jsonl")[-1]["seconds"]
+    assert command_line("stage=ppo", *MINIATURE) == 0
+    said, record = capsys.readouterr(), json.loads((run / "ppo" / "run.json").read_text())
+    bar = [line for line in said.err.splitlines() if line.startswith("ppo: ")]
+    assert bar[0] == "ppo:  67% 4/6 [00:00<?, ?update/s]"
+    assert re.search(r"100% 6/6 \[.*<00:00, .*update.*, reward=\d\.\d{3}, kl=\d\.\d{3}\]$", bar[-1])
+    assert "\r" not in said.err
+    assert record["seconds"] > before
+    assert read_jsonl(run / "ppo" / "metrics.jsonl")[4]["seconds"] > before  # update 5, again
+    assert f"time     {lasted(record['seconds'])} in 2 sessions, 6 updates" in said.out
+
+
+def test_at_a_terminal_bars_show_rate_time_left_reward_and_kl(run: Path, workplace: Path) -> None:
+    (workplace / "loud.py").write_text(
+        "def loud(prompts, texts):\n    print('judged', len(texts))\n    return [float(len(t)) for t in texts]\n"
+    )
+    args = ["reward=python", "reward.path=loud.py:loud", "experiment=demo", "name=bar", "policy.path=runs/demo/sft"]
+    status, shown = at_a_terminal(["-m", "rlhf_pipeline", "stage=ppo", *args, *MINIATURE], workplace)
+    assert status == 0, shown
+    assert re.search(r"ppo:  33%\|.*\| 2/6 \[\d\d:\d\d<\d\d:\d\d, .*(update/s|s/update), reward=\d+\.\d{3}, kl=", shown)
+    lines = left_standing(shown)
+    assert lines[0] == "loading PyTorch and TRL"
+    judged = [line for line in lines if "judged" in line]
+    assert len(judged) >= 6
+    assert all(re.fullmatch(r"judged \d+", line) for line in judged)
+    *_, result, took, made, after = (line for line in lines if line)
+    found = json.loads((workplace / "runs/bar/ppo/run.json").read_text())["results"]
+    assert result.startswith(f"ppo      reward {found['scores']:.3f} at KL {found['kl']:.2f}, from ")
+    assert took.startswith("time     ")
+    assert made == "made     runs/bar/ppo: model/, report.html"
+    assert after.startswith("next     python -m rlhf_pipeline stage=evaluate reward=python")

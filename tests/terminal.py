@@ -1,0 +1,40 @@
+"""A terminal for a program to run at, and what it shows."""
+
+import os
+import pty
+import re
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+from conftest import ROOT
+
+
+def at_a_terminal(command: list[str], folder: Path) -> tuple[int, str]:
+    """The exit status of a Python program, and all that it wrote to a terminal of 150 columns."""
+    terminal, inside = pty.openpty()
+    termios.tcsetwinsize(terminal, (40, 150))
+    with subprocess.Popen(
+        [sys.executable, *command], stdin=subprocess.DEVNULL, stdout=inside, stderr=inside, cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    ) as process:  # fmt: skip
+        os.close(inside)
+        shown = b""
+        while part := _read(terminal):
+            shown += part
+    os.close(terminal)
+    return process.returncode, shown.decode()
+
+
+def left_standing(shown: str) -> list[str]:
+    """The lines as they were when the next one began, without colours and the like."""
+    lines = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", shown).split("\r\n")
+    return [next((state for state in reversed(line.split("\r")) if state.strip()), "") for line in lines]
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 65_536)
+    except OSError:  # on Linux, the end
+        return b""
