@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from rlhf_pipeline import trackers
 from rlhf_pipeline.checkpoints import SEAL, seal
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.policies import Policy
@@ -38,7 +39,8 @@ def trainer_args(kind: type[A], settings: Settings, out: RunDir) -> A:
     AcceleratorState._reset_state(
         reset_partial_state=False
     )  # an earlier stage of this process may have chosen otherwise
-    values = {"disable_tqdm": True, "report_to": "none", **settings.trainer}
+    values = {"disable_tqdm": True, **settings.trainer, **trackers.naming(vars(settings))}
+    values["report_to"] = trackers.chosen(values.get("report_to"))
     if settings.stage != "ppo" and not values.get("fp16"):
         values["bf16"], chosen = choose_bf16(values.get("bf16", "auto"))
         print(f"computing in {chosen}", flush=True)
@@ -90,7 +92,10 @@ def watch(trainer: transformers.Trainer, out: RunDir, title: str) -> str | None:
     trainer.add_callback(RunLog(out))
     trainer.add_callback(Bar(title))
     checkpoint = out.last_checkpoint()
-    out.rewind(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
+    step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    out.rewind(step)
+    if trainer.is_world_process_zero():
+        out.trackers.start(out.config(), step, trainer.callback_handler.callbacks)
     if checkpoint:
         print(f"resuming from {checkpoint}", flush=True)
     return str(checkpoint) if checkpoint else None
