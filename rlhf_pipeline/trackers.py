@@ -57,11 +57,11 @@ def ready(report_to: Any) -> None:
     import wandb
 
     try:
-        if wandb.setup().settings.mode not in ("online", "run", "shared") or wandb.login(prompt=False):
-            return
+        if wandb.setup().settings.mode not in ("online", "run", "shared") or wandb.login(prompt=False, verify=False):
+            return  # a network that is down is the run's affair, not the key's
         reason = "nobody is logged in"
     except Exception as error:
-        reason = str(error).partition("\n")[0]
+        reason = " ".join(str(error).split())[:300].rstrip(".")
     raise UserError(
         f"trainer.report_to=wandb: {reason}. Say 'wandb login' or set WANDB_API_KEY; WANDB_MODE=offline keeps the run "
         "on this machine, for 'wandb sync'."
@@ -215,7 +215,7 @@ class Trackers:
     """The trackers of one stage's run. One that fails is warned of and left out from then on.
 
     TensorBoard hides the steps that a resumed run takes again. The others cannot: `trackers.json` keeps how far each
-    has come, and what it has is not sent again.
+    has come, and what it was sent is not sent again, though a kill may cost the last row.
     """
 
     def __init__(self, folder: Path) -> None:
