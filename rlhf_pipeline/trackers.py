@@ -18,7 +18,7 @@ from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.registry import suggest
 from rlhf_pipeline.scripts import shown
 
-# The fields of `trainer` that say where figures are shown. Every stage takes them, and none of them changes its work.
+# The fields of `trainer` that say where figures are shown. Every stage but chat takes them; its work is the same.
 FIELDS = ("report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
 PROJECT = "rlhf_pipeline"
 _STEP = "train/global_step"  # as transformers calls it in trackers that count rows instead
@@ -31,11 +31,14 @@ _REFERENCES = {"\n": "<br>", " ": "&#160;"}
 def chosen(report_to: Any) -> list[str]:
     """The trackers that `report_to` names; none for null and `none`."""
     words = report_to if isinstance(report_to, list) else [report_to]
-    return [word for word in dict.fromkeys(words) if word not in (None, "none")]
+    return [word for word in dict.fromkeys(str(word) for word in words if word is not None) if word != "none"]
 
 
 def check(report_to: Any) -> None:
-    """Refuse a word that names no tracker of ours, and a tracker that is not installed."""
+    """Refuse a word that names no tracker of ours, and a tracker that is not installed.
+
+    Transformers knows more of them, to which samples and tables would not go, and which have not been tried.
+    """
     for word in chosen(report_to):
         if word not in _KINDS:
             takes = f"It takes none, {', '.join(_KINDS)}, or a list: trainer.report_to=[{','.join(_KINDS)}]."
@@ -228,7 +231,7 @@ class Trackers:
     def start(self, config: dict[str, Any], step: int = 0, callbacks: Iterable[Any] = ()) -> None:
         """Open what the resolved settings name, from `step` on, and have a trainer's callbacks log into it."""
         config = {key: value for key, value in config.items() if key not in ("defaults", "hydra")}
-        file = self.folder / "trackers.json"
+        file = self.folder / _STATE
         self.state = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         for name in chosen(config["trainer"].get("report_to")):
             own, named = self.state.get(name, {}), naming(config, name)
@@ -287,7 +290,7 @@ class Trackers:
             self._try(name, act, args, state, *rest, **more)
             if event == "on_log":
                 self.state[name]["step"] = state.global_step
-                write_json(self.folder / "trackers.json", self.state)
+                write_json(self.folder / _STATE, self.state)
 
     def _try(self, name: str, act: Callable[..., Any], *args: Any, **more: Any) -> None:
         try:
