@@ -38,10 +38,15 @@ def step_of(folder: Path) -> int:
     return int(number) if number.isdigit() else -1
 
 
+def sealed(parent: Path) -> list[Path]:
+    """The checkpoints below `parent` that were sealed, the oldest first."""
+    there = [path for path in parent.glob("checkpoint-*") if step_of(path) >= 0 and (path / SEAL).exists()]
+    return sorted(there, key=step_of)
+
+
 def newest_whole(parent: Path) -> Path | None:
     """The newest checkpoint below `parent` that holds all it was sealed with. One that does not is named and left."""
-    there = [path for path in parent.glob("checkpoint-*") if step_of(path) >= 0 and (path / SEAL).exists()]
-    for folder in sorted(there, key=step_of, reverse=True):
+    for folder in reversed(sealed(parent)):
         fault = fault_of(folder)
         if fault is None:
             return folder
@@ -51,8 +56,7 @@ def newest_whole(parent: Path) -> Path | None:
 
 def drop_old(parent: Path, keep: int | None) -> None:
     """Delete all but the newest `keep` whole checkpoints; None keeps all."""
-    whole = sorted((p for p in parent.glob("checkpoint-*") if (p / SEAL).exists()), key=step_of)
-    for old in whole[: -max(keep, 1)] if keep else []:
+    for old in sealed(parent)[: -max(keep, 1)] if keep else []:
         shutil.rmtree(old)
 
 

@@ -112,7 +112,7 @@ def resolve(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
         ppo = (cfg.stages.get("ppo") or {}).get("trainer") or {}
         cfg.collect = {**{key: value for key, value in ppo.items() if key in SAMPLING}, **cfg.collect}
     others = _merge_section(cfg, said)
-    if cfg.stage == "chat":
+    if cfg.stage == "chat" or (cfg.stage == "evaluate" and cfg.get("sweep")):
         _as_its_run(cfg, said)
     if cfg.stage == "reward" and cfg.reward.get("name") == "sum":
         said_parts = said.pop("reward.parts", None)  # of a sum, the part that has no model yet is trained
@@ -163,11 +163,16 @@ def _merge_section(cfg: DictConfig, said: dict[str, Override]) -> set[str]:
 
 
 def _as_its_run(cfg: DictConfig, said: dict[str, Override]) -> None:
-    """Of a chat, what is not said is as the run that it opens was made."""
-    run = rundir.RunDir(Path(cfg.runs), cfg.name or cfg.experiment or "default", "chat", cfg.experiment)
-    asked = {key.removeprefix("policy."): o.value() for key, o in said.items() if key.startswith("policy.")}
-    for kind, choice in made.choices(run, asked).items():
-        if kind not in said or cfg[kind].name == choice["name"]:
+    """Of a chat, or of the policies of a sweep, what is not said is as the run that is opened was made."""
+    if cfg.get("sweep"):
+        said.pop("sweep", None)
+        cfg.name, cfg.sweep, found = made.sweep(Path(cfg.runs), cfg.sweep, cfg.name)
+    else:
+        run = rundir.RunDir(Path(cfg.runs), cfg.name or cfg.experiment or "default", "chat", cfg.experiment)
+        asked = {key.removeprefix("policy."): o.value() for key, o in said.items() if key.startswith("policy.")}
+        found = made.choices(run, asked)
+    for kind, choice in found.items():
+        if (kind not in said and kind != "labeler") or not cfg[kind] or cfg[kind].name == choice["name"]:
             cfg[kind] = choice
     if any(key.partition(".")[0] == "reward" for key in said):
         cfg.chat = {"reward": True, **cfg.chat}
@@ -199,13 +204,14 @@ def run_stage(settings: Settings) -> float | None:
             stages.run(settings, out)  # what goes wrong here leaves the collection as it was
             return None
     with out.held():
-        return _run_held(settings, out, out.finished(settings))
+        done = out.finished(settings) and not settings.sweep  # of which there may be more by now
+        return _run_held(settings, out, done)
 
 
 def _compare(settings: Settings) -> None:
     """One page of several runs, each a name below `runs/` or a folder."""
     runs = Path(settings.runs)
-    folders = [inside if (inside := runs / name).is_dir() else Path(name) for name in settings.compare]
+    folders = [made.folder_of(runs, name) for name in settings.compare]
     print(f"{compare(folders, runs / settings.name / 'compare.html', settings.report.lang)} shows the runs", flush=True)
 
 
@@ -340,6 +346,8 @@ class SweepTable(Callback):
 
         name = config.name or config.experiment or "default"
         sweep_table(Path(config.runs) / name, _last_stage(config))
+        if made.ppo_jobs(Path(config.runs) / name):
+            print(f"next: python -m rlhf_pipeline stage=evaluate sweep={name}   # reward against KL of them all")
 
 
 def _be_quiet() -> None:

@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from rlhf_pipeline.errors import NotFinishedError
 from rlhf_pipeline.hub import model_folder
+from rlhf_pipeline.report.files import stages_below
 from rlhf_pipeline.rundir import RunDir
 
 # Of a policy's settings, what says how it was trained and not what it is.
@@ -44,6 +46,32 @@ def run_of(model: str | Path) -> RunDir | None:
 def policies_in(runs: Path) -> list[str]:
     """The names of the runs that have a policy."""
     return sorted(folder.name for folder in runs.glob("*") if newest_policy(RunDir(runs, folder.name, "chat")))
+
+
+def folder_of(runs: Path, name: str) -> Path:
+    """The folder of a run by its name below `runs`, or by its path."""
+    return inside if (inside := runs / name).is_dir() else Path(name).expanduser()
+
+
+def ppo_jobs(folder: Path) -> list[RunDir]:
+    """The PPO stages of a run, of the jobs of a sweep or of the rounds of either."""
+    found = [run_of(path / "model") for path in stages_below(folder) if path.name == "ppo"]
+    return [job for job in found if job]
+
+
+def sweep(runs: Path, said: str, name: str | None) -> tuple[str, str, dict[str, dict[str, Any]]]:
+    """Of a sweep its name, unless there is one, its folder, and what its first job's PPO was made with."""
+    folder = folder_of(runs, said)
+    jobs = ppo_jobs(folder)
+    if not jobs:
+        raise NotFinishedError(
+            f"{folder} holds no run of stage=ppo; sweep= takes a multirun, as 'python -m rlhf_pipeline -m stage=ppo "
+            "name=coefs trainer.kl_coef=0.02,0.1' makes one, or any run with a stage=ppo."
+        )
+    inside = folder.relative_to(runs) if folder.is_relative_to(runs) else Path(folder.name)
+    config = jobs[0].config()
+    made_with = {kind: config[kind] for kind in ("policy", "reward", "data", "labeler") if config.get(kind)}
+    return name or str(inside), str(folder), made_with
 
 
 def choices(run: RunDir, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -19,6 +19,7 @@ from rlhf_pipeline.checkpoints import newest_whole
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.lineage import file_hash, git, hardware, parent, versions
 from rlhf_pipeline.report import LivePage
+from rlhf_pipeline.report.files import flat
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.trackers import FIELDS, Trackers
 
@@ -30,6 +31,7 @@ _TAKEN_FROM: dict[str, tuple[str, ...]] = {
     "reward": (),
     "ppo": ("sft", "reward"),
     "evaluate": ("pretrain", "sft", "reward", "ppo"),
+    "frontier": (),
 }
 # The settings that make a stage's work; asking for others differently is the same work.
 _WORK = {
@@ -39,12 +41,14 @@ _WORK = {
     "collect": ("seed", "policy", "data", "collect", "labeler"),
     "ppo": ("seed", "policy", "reward", "data", "trainer"),
     "evaluate": ("seed", "policy", "reward", "data", "evaluate", "labeler"),
+    "frontier": ("reward", "data", "evaluate", "labeler", "sweep"),
 }
 # Of these, what changes nothing of what is made.
 _NOT_WORK = ("collect.enough", "collect.annotators", "collect.batch_size")
 _SHOWS_WORK = tuple(f"trainer.{name}" for name in FIELDS)
 CANDIDATES, CANDIDATES_SO_FAR, LABELS = "candidates.jsonl", "candidates.part.jsonl", "labels.jsonl"
 PROJECT, SHEET = "project.json", "sheet.csv"
+FRONTIER, POINTS = "frontier.json", "points.jsonl"
 _ROUND = re.compile(r"round([1-9][0-9]*)")
 
 
@@ -61,8 +65,9 @@ class RunDir:
 
     @classmethod
     def of(cls, settings: Settings) -> "RunDir":
-        """The directory of one stage of one run."""
-        return cls(Path(settings.runs), settings.name, settings.stage, settings.experiment)
+        """The directory of one stage of one run; of a sweep's evaluation, frontier/."""
+        stage = "frontier" if settings.sweep else settings.stage
+        return cls(Path(settings.runs), settings.name, stage, settings.experiment)
 
     # -- what is there already
 
@@ -113,12 +118,11 @@ class RunDir:
 
     @property
     def _begun(self) -> bool:
-        asked = any((self.path / name).exists() for name in (CANDIDATES, CANDIDATES_SO_FAR))
-        return asked or self.last_checkpoint() is not None
+        made = any((self.path / name).exists() for name in (CANDIDATES, CANDIDATES_SO_FAR, POINTS))
+        return made or self.last_checkpoint() is not None
 
     def _differences(self, settings: Settings, record: dict[str, Any]) -> list[str]:
-        before = _flat(self.config())
-        after = _flat(_plain_values(settings))
+        before, after = dict(flat(self.config())), dict(flat(_plain_values(settings)))
         changed = [
             f"{key} is {before.get(key)!r} there and {after.get(key)!r} here"
             for key in sorted({*before, *after})
@@ -290,8 +294,8 @@ class RunDir:
         self.page.draw(whole=True)
 
     def failed(self, error: BaseException) -> None:
-        """Note that the stage was cut off by an error; it can be resumed."""
-        if self._record:
+        """Note that the stage was cut off by an error; it can be resumed. What is done stays done."""
+        if self._record and self._record["status"] == "running":
             kind = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             self._record |= {"status": kind, "error": f"{type(error).__name__}: {error}"[:500]}
             write_json(self.path / "run.json", self._record)
@@ -385,12 +389,6 @@ class ReadOnlyRunDir(RunDir):
 def _plain_values(settings: Settings) -> dict[str, Any]:
     values: dict[str, Any] = json.loads(json.dumps(settings.to_dict()))
     return values
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict) and value:
-        return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}".lstrip(".")).items()}
-    return {prefix: value}
 
 
 def _now() -> str:

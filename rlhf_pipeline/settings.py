@@ -143,6 +143,7 @@ class Settings:
     chat: Chat = field(default_factory=Chat)
     against: str | None = None  # of stage=chat: a second policy, a stage of this run or a path
     compare: list[str] = field(default_factory=list)  # of stage=evaluate: runs that one page shows side by side
+    sweep: str | None = None  # of stage=evaluate: a multirun whose policies are set against their KL
     hub: Hub = field(default_factory=Hub)
     report: Report = field(default_factory=Report)
     labeler: dict[str, Any] | None = None  # a reward that ranks in place of people, and its `noise`
@@ -209,8 +210,11 @@ class Settings:
         self._check_evaluation()
         self._check_collection()
         self._check_chat()
-        if self.compare and self.stage != "evaluate":
-            raise UserError(f"compare= goes with stage=evaluate; stage={self.stage} takes none.")
+        for what, said in (("compare=", self.compare), ("sweep=", self.sweep)):
+            if said and self.stage != "evaluate":
+                raise UserError(f"{what} goes with stage=evaluate; stage={self.stage} takes none.")
+        if self.sweep and (self.compare or self.evaluate.policies):
+            raise UserError("sweep= measures the policies of a sweep; drop compare= and evaluate.policies=.")
         if (to := self.hub.push) is not None and not (to.count("/") == 1 and is_hub_id(to)):
             raise UserError(
                 f"hub.push={to} is no repository of the hub; it takes user/name, as in hub.push=me/my-model."
@@ -287,7 +291,7 @@ def _said_of(setting: str) -> Iterator[None]:
 _TOP: dict[str, Any] = {
     "seed": int, "runs": str, "overwrite": bool, "name": str,
     "labeler": dict[str, Any] | None, "labels": str | None, "rounds": int | None,
-    "against": str | None, "compare": list[str],
+    "against": str | None, "compare": list[str], "sweep": str | None,
 }  # fmt: skip
 _FROM_LABELS = "preference_model"  # the reward that learns from what stage=collect brought
 

@@ -1,5 +1,6 @@
 """Tables on the terminal."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.scripts import shown
 
 _ABREAST = 4  # policies whose answers can be read side by side
+_MANY = 30  # policies of a sweep that a table shows
+_BEST_OF = (1, 2, 4, 8, 16, 32, 64, 128)  # the n of best-of-n that are told
 
 
 def number(value: Any, digits: int = 3) -> str:
@@ -102,6 +105,33 @@ def _by_reward(evaluation: dict[str, Any]) -> Table:
             cells = (*_means(row), number(moves[reward][name], 2), change)
             table.add_row(Text(shown(reward)), Text(shown(name)), *cells)
     return table
+
+
+def frontier_table(frontier: dict[str, Any]) -> None:
+    """The policies of a sweep by row, those that none beats marked; of many only these and the results."""
+    points = frontier["points"]
+    results = {row["run"]: row for row in points}.values()
+    shown_rows = points if len(points) <= _MANY else [row for row in points if row["frontier"] or row in results]
+    most = min(len(start["best_of"]) for start in frontier["starts"])
+    cells = [(f"{'* ' if row['frontier'] else '  '}{_short(row['run'])}", str(row["step"] or "result"),
+              number(row["reward_mean"]), number(row["reward_stderr"]), number(row["kl"], 2),
+              f"{row['gain']['mean']:+.2f} [{row['gain']['low']:+.2f}, {row['gain']['high']:+.2f}]",
+              str(row["best_of"] or f"> {most}"), number(row["distinct_2"])) for row in shown_rows]  # fmt: skip
+    console = _console()
+    title = f"{frontier['sweep']}; reward: {frontier['reward']}; *: none has more reward at no more KL"
+    columns = ("step", "reward", "± s.e.", "KL", "gain, 95 % interval", "= best of", "distinct-2")
+    console.print(_by_policy(title, columns, cells))
+    if len(shown_rows) < len(points):
+        console.print(f"{len(points) - len(shown_rows)} more checkpoints are in frontier.json")
+    for start in frontier["starts"]:
+        few = [row for row in start["best_of"] if row["n"] in _BEST_OF]
+        told = "; ".join(f"{row['n']}: {number(row['reward_mean'])} at {number(row['kl'], 2)}" for row in few)
+        console.print(Text(f"best of n of {shown(start['path'])}: {told}"))
+
+
+def _short(job: str) -> str:
+    """A job of a sweep by the last word of each setting: kl_coef=0.05."""
+    return re.sub(r"[\w.]+\.(\w+=)", r"\1", job)
 
 
 def _answers(title: str, rows: list[dict[str, Any]], policies: Sequence[str]) -> Table:

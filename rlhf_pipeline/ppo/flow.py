@@ -22,6 +22,7 @@ from rlhf_pipeline.metrics import distinct
 from rlhf_pipeline.ppo.objective import Moments
 from rlhf_pipeline.ppo.prompts import derive_seed, read_prompts
 from rlhf_pipeline.ppo.storage import (
+    WEIGHTS,
     fresh_folder,
     generation_config,
     load_optimizer,
@@ -31,8 +32,6 @@ from rlhf_pipeline.ppo.storage import (
 )
 from rlhf_pipeline.ppo.watch import CollapseWatch
 from rlhf_pipeline.sampling import Sampling, uniform_draws
-
-_WEIGHTS = "actor_critic.safetensors"
 
 
 class Flow(Trainer):
@@ -93,7 +92,7 @@ class Flow(Trainer):
         """The best policy back, where that was asked for; the last words to the callbacks."""
         if self.args.load_best_model_at_end and self.state.best_global_step:
             with torch.no_grad():
-                load_weights(self.model, Path(self.args.output_dir) / "best" / _WEIGHTS)
+                load_weights(self.model, Path(self.args.output_dir) / "best" / WEIGHTS)
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
 
     def end_update(self, rollout: Any, stats: dict[str, float]) -> None:
@@ -219,7 +218,7 @@ class Flow(Trainer):
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.is_world_process_zero():
             temporary = fresh_folder(folder)
-            save_weights(self.model, temporary / _WEIGHTS)
+            save_weights(self.model, temporary / WEIGHTS)
             torch.save(self.optimizer.state_dict(), temporary / "optimizer.pt")
             torch.save(self.lr_scheduler.state_dict(), temporary / "scheduler.pt")
             exported = [c for c in [*self.callback_handler.callbacks, self.control] if isinstance(c, ExportableState)]
@@ -234,7 +233,7 @@ class Flow(Trainer):
 
     def _load_checkpoint(self, folder: Path) -> None:
         with torch.no_grad():
-            load_weights(self.model, folder / _WEIGHTS)
+            load_weights(self.model, folder / WEIGHTS)
         load_optimizer(self.optimizer, folder / "optimizer.pt")
         self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
         self.state = OnlineTrainerState.load_from_json(str(folder / "trainer_state.json"))
@@ -255,7 +254,7 @@ class Flow(Trainer):
         if self.is_world_process_zero():
             temporary = fresh_folder(folder)
             self._write(temporary, merge=False)
-            save_weights(self.model, temporary / _WEIGHTS)
+            save_weights(self.model, temporary / WEIGHTS)
             put_in_place(temporary, folder)
         self.state.best_model_checkpoint = str(folder)
         self.accelerator.wait_for_everyone()

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.likelihood import language_model
 from rlhf_pipeline.ppo.actor_critic import ActorCritic
 from rlhf_pipeline.sampling import Sampling
+
+WEIGHTS = "actor_critic.safetensors"  # of a checkpoint: what is trained, policy and critic
 
 
 def trained_state(actor: ActorCritic) -> dict[str, Tensor]:
@@ -30,7 +32,16 @@ def save_weights(actor: ActorCritic, path: Path) -> None:
 
 def load_weights(actor: ActorCritic, path: Path) -> None:
     """Read what `save_weights` wrote, into the same tensors."""
-    found, own = load_file(path), trained_state(actor)
+    _copy(load_file(path), trained_state(actor), path)
+
+
+def load_policy_weights(policy: nn.Module, path: Path) -> None:
+    """Read the policy's share of what `save_weights` wrote, into a policy that is set up as the trained one was."""
+    found = {name.removeprefix("policy."): t for name, t in load_file(path).items() if name.startswith("policy.")}
+    _copy(found, {name: p.detach() for name, p in policy.named_parameters() if p.requires_grad}, path)
+
+
+def _copy(found: dict[str, Tensor], own: dict[str, Tensor], path: Path) -> None:
     if found.keys() != own.keys():
         odd = ", ".join(sorted(found.keys() ^ own.keys())[:3])
         raise UserError(f"{path} holds the weights of another set-up: {odd} are in one only. Resume with its settings.")

@@ -4,18 +4,9 @@ import sys
 from pathlib import Path
 
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.report.files import stages_below
 from rlhf_pipeline.report.stage import write_report
 from rlhf_pipeline.report.words import LANGUAGES
-
-_NO_STAGES = ("checkpoints", "model")
-
-
-def stages_below(folder: Path) -> list[Path]:
-    """Every stage's folder of a run, also those of its rounds or of a sweep's jobs."""
-    if (folder / "run.json").is_file():
-        return [folder]
-    inside = sorted(path for path in folder.iterdir() if path.is_dir() and path.name not in _NO_STAGES)
-    return [stage for path in inside for stage in stages_below(path)]
 
 
 def rebuild(folder: Path, lang: str | None = None) -> list[Path]:

@@ -9,7 +9,16 @@ from typing import Any
 
 import yaml
 
+_NO_STAGES = ("checkpoints", "model")  # of what lies in a run's folders
 PARTS = 64  # places that a log too long to be read whole is read at
+
+
+def stages_below(folder: Path) -> list[Path]:
+    """Every stage's folder of a run, also those of its rounds or of a sweep's jobs."""
+    if (folder / "run.json").is_file():
+        return [folder]
+    inside = sorted(path for path in folder.glob("*") if path.is_dir() and path.name not in _NO_STAGES)
+    return [stage for path in inside for stage in stages_below(path)]
 
 
 def number(value: object) -> float | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rlhf_pipeline.report.curves import calibration, curves
 from rlhf_pipeline.report.files import config, items, members, number, only, read
+from rlhf_pipeline.report.frontier import answers, frontier
 from rlhf_pipeline.report.markup import assemble, by_name, by_row, facts, search_box, show, text, tiles, write_page
 from rlhf_pipeline.report.parents import lineage
 from rlhf_pipeline.report.texts import candidates, judged, over_time, warned
@@ -98,12 +99,14 @@ def page(folder: Path, lang: str | None = None, most: int = BYTES) -> str:
         long = [path.name for path in files if path.is_file() and path.stat().st_size > most]
         notes += [f"{name} is long: of its rows, {most >> 20} MiB from all over it are shown." for name in long]
     metrics, written, warnings, asked, labels = (read(path, notes, most) for path in files)
-    run, evaluation, quality = (only(folder / f"{name}.json", notes) for name in ("run", "evaluation", "quality"))
+    named = ("run", "evaluation", "quality", "frontier")
+    run, evaluation, quality, swept = (only(folder / f"{name}.json", notes) for name in named)
     extremes = members(evaluation.get("extremes"))
     texts = (
         judged("Answers to your own prompts", items(evaluation.get("shown")), words)
         + "".join(judged(f"{kind.capitalize()} answers", items(extremes.get(kind)), words) for kind in _EXTREMES)
         + judged("Evaluation, side by side", items(evaluation.get("samples")), words)
+        + answers(swept, words)
         + over_time(written, words)
         + candidates(asked, labels, words)
     )
@@ -113,7 +116,7 @@ def page(folder: Path, lang: str | None = None, most: int = BYTES) -> str:
     parts = {"Warnings": told} if told else {}
     parts |= {
         "What ran": ran(folder, run, last, words),
-        "Results": results(run, evaluation, quality, words),
+        "Results": results(run, evaluation, quality, words) + frontier(swept, words),
         "Curves": curves(metrics, words),
         "Samples": texts and search_box(words) + texts,
         "To repeat it": again(run, words),

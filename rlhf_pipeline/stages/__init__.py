@@ -8,7 +8,7 @@ from rlhf_pipeline.trackers import ready
 
 
 def run(settings: Settings, out: RunDir) -> None:
-    """Run the stage that the settings name, in its run directory."""
+    """Run a stage in its run directory."""
     ready(settings.trainer.get("report_to"))
     with out.trackers:
-        importlib.import_module(f"rlhf_pipeline.stages.{settings.stage}").run(settings, out)
+        importlib.import_module(f"rlhf_pipeline.stages.{out.stage}").run(settings, out)

@@ -11,7 +11,7 @@ from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from tiny import PROMPTS, TEXTS, good_share, tiny_policy
 
-from rlhf_pipeline import arguments, cli
+from rlhf_pipeline import arguments, cli, made
 from rlhf_pipeline.policies import train_tokenizer
 
 READMES = ("README.md", "README.zh-CN.md")
@@ -34,12 +34,13 @@ def commands(readme: str) -> list[str]:
 def test_it_can_be_read_in_one_sitting() -> None:
     for readme in READMES:
         text = (ROOT / readme).read_text(encoding="utf-8")
-        assert 60 < text.count("\n") < 380
+        assert 60 < text.count("\n") < 400
         assert "@" not in re.sub(r"https?://\S+", "", text), "a table is missing"
 
 
 @pytest.mark.parametrize("readme", READMES)
-def test_every_command_of_the_program_resolves(readme: str) -> None:
+def test_every_command_of_the_program_resolves(readme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(made, "sweep", lambda runs, said, name: (name or said, said, {}))  # of which there is none here
     asked = [c for c in commands(readme) if "python -m rlhf_pipeline" in c and "<" not in c]
     assert len(asked) >= 12
     for command in asked:

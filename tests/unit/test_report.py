@@ -72,6 +72,21 @@ def build(folder: Path, word: str = "plain") -> Path:
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     quality = {"accuracy": 0.9612, word: word, "calibration": [{"predicted": 0.25, "observed": 0.3125, "count": 31}]}
     (folder / "quality.json").write_text(json.dumps(quality))
+    spot = {
+        "reward_mean": 0.7771,
+        "kl": 2.125,
+        "rewards": {word: {"reward_mean": 0.3331}},
+        "answers": [{"response": word}],
+    }
+    begun = {
+        "key": word,
+        "path": word,
+        "asked": [word],
+        **spot,
+        "best_of": [{"n": 2, "reward_mean": 0.6661, "kl": 0.19}],
+    }
+    way = [{"run": word, "step": step, "start": word, **spot, "gain": {"low": 0.1919}} for step in (7, None)]
+    (folder / "frontier.json").write_text(json.dumps({"reward": word, "starts": [begun], "points": way}))
     answers = [{"id": "answer1", "text": word}, {"id": "answer2", "text": f"{word} b"}]
     asked = [{"task": f"t{n}", "shown_prompt": word, "answers": answers} for n in range(30)]
     (folder / "candidates.jsonl").write_text(lines(*asked))
@@ -93,7 +108,7 @@ def test_numbers_of_the_files_appear(tmp_path: Path) -> None:
     page = Page(made(build(tmp_path)))
     wanted = (
         "fell to 0.07|12.3 s|ab12cd|f00d|1.12.0|0.9137|250000|kl 0.0421|0.1234|0.5678|0.4444|0.9612|0.3125|31|0.8125"
-        "|0.2468|1.432|fell by 0.7531"
+        "|0.2468|1.432|fell by 0.7531|0.7771|2.125|0.3331|0.6661|0.1919"
     )
     for number in [*wanted.split("|"), "python -m x plain", "rank 17, 17", "rank 1.25, 1.25"]:
         assert number in page.text, number
@@ -101,7 +116,7 @@ def test_numbers_of_the_files_appear(tmp_path: Path) -> None:
 
 def test_train_and_eval_share_a_chart_and_constants_are_left_out(tmp_path: Path) -> None:
     source = made(build(tmp_path))
-    assert source.count("<svg") == source.count("<figure") == 3  # with the calibration
+    assert source.count("<svg") == source.count("<figure") == 5  # with the calibration, and a sweep's two rewards
     assert "train 2.429" in source
     assert "eval 2.625" in source
     assert re.search(r"Not drawn[^<]*: flat\.", source)
@@ -209,7 +224,7 @@ def test_truncated_last_line_keeps_the_rest(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [[], [1], "x", 3, None, {"a": "x"}, {"a": [1, None]}, [{"a": {}}]])
 def test_any_shape_of_value(tmp_path: Path, value: Any) -> None:
-    for name in ("run", "evaluation", "quality"):
+    for name in ("run", "evaluation", "quality", "frontier"):
         keys = ("name", "status", "seconds", "parents", "data", "git", "hardware", "versions", "results", "command")
         content = dict.fromkeys(
             [
@@ -223,9 +238,13 @@ def test_any_shape_of_value(tmp_path: Path, value: Any) -> None:
                 "warnings",
                 "extremes",
                 "shown",
+                "starts",
+                "points",
             ],
             value,
         )
+        spot = dict.fromkeys(("key", "start", "run", "step", "kl", "reward_mean", "rewards", "answers", "asked"), value)
+        content |= {"starts": [{**spot, "best_of": value}], "points": [spot, value]} if name == "frontier" else {}
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     (tmp_path / "metrics.jsonl").write_text(lines({"step": value, "loss": value}, value))
     (tmp_path / "samples.jsonl").write_text(lines({"step": value, "prompt": value, "response": value}))

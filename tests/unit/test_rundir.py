@@ -61,6 +61,12 @@ def test_a_stage_that_came_to_nothing_is_in_nobodys_way(workplace: Path) -> None
     assert not RunDir.of(settings(seed=1)).finished(settings(seed=1))
 
 
+def test_what_is_done_stays_done_whatever_fails_after_it(workplace: Path) -> None:
+    out = finish(settings())
+    out.failed(BrokenPipeError("whoever read the table has left"))
+    assert out.record["status"] == "done"
+
+
 def test_only_whole_checkpoints_count(workplace: Path) -> None:
     out = RunDir.of(settings())
     for step, whole in ((2, True), (10, True), (12, False)):

@@ -1,0 +1,132 @@
+"""stage=evaluate sweep=: reward against KL over the jobs of a sweep and their checkpoints."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MINIATURE, CommandLine
+
+from rlhf_pipeline.made import ppo_jobs
+from rlhf_pipeline.policies import load_policy
+from rlhf_pipeline.stages import frontier
+from rlhf_pipeline.stages.frontier import Point, Start, open_point, points_of
+
+ARGS = [arg for arg in MINIATURE if "stages.ppo" in arg or "stages" not in arg]
+SWEEP = ["stage=evaluate", "sweep=coefs", "evaluate.prompts=24", "evaluate.best_of=4"]
+
+
+@pytest.fixture
+def sweep(miniature: Path, workplace: Path, command_line: CommandLine) -> Path:
+    """A run, and a sweep of two jobs from it: one with an adapter, one that was cut off."""
+    shutil.copytree(miniature, workplace / "runs" / "demo")
+    some = ["stage=ppo", "trainer.save_total_limit=null", *ARGS]
+    assert command_line(*some, "name=coefs/low", "trainer.kl_coef=0.01") == 0
+    assert command_line(*some, "name=coefs/lora", "policy.lora.r=2", "trainer.learning_rate=0.01") == 0
+    cut = workplace / "runs" / "coefs" / "cut"
+    shutil.copytree(workplace / "runs" / "coefs" / "low", cut)
+    record = json.loads((cut / "ppo" / "run.json").read_text())
+    (cut / "ppo" / "run.json").write_text(json.dumps({**record, "name": "coefs/cut", "status": "failed"}))
+    return workplace / "runs" / "coefs"
+
+
+def found_in(sweep: Path) -> dict:
+    return json.loads((sweep / "frontier" / "frontier.json").read_text())
+
+
+def test_every_checkpoint_of_every_job_is_measured(
+    sweep: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command_line(*SWEEP, "evaluate.rewards=[{name: length, target: 5}]") == 0
+    shown = capsys.readouterr().out
+    found = found_in(sweep)
+    rows = {(row["run"], row["step"]): row for row in found["points"]}
+    assert sorted(rows) == [(job, step) for job in ("cut", "lora", "low") for step in (2, 4, 6)]
+    assert rows["cut", 4]["reward_mean"] == rows["low", 4]["reward_mean"]
+    assert rows["low", 4]["kl"] != rows["low", 2]["kl"]
+    assert len(found["starts"]) == 1
+    assert [row["n"] for row in found["starts"][0]["best_of"]] == [1, 2, 3, 4]
+    assert all("length" in row["rewards"] for row in found["points"])
+    assert "best of n of runs/demo/sft/model: 1: " in shown
+    assert max(map(len, shown.splitlines())) <= 100
+
+    # A job's result has the figures that evaluating this job gives it.
+    assert command_line("stage=evaluate", "name=coefs/lora", *ARGS[:2], "evaluate.prompts=24") == 0
+    own = json.loads((sweep / "lora" / "evaluate" / "evaluation.json").read_text())
+    for key in ("reward_mean", "reward_stderr", "kl", "distinct_2", "self_bleu"):
+        assert rows["lora", 6][key] == pytest.approx(own["metrics"]["ppo"][key], abs=1e-6), key
+        assert found["starts"][0][key] == pytest.approx(own["metrics"]["sft"][key], abs=1e-6), key
+    assert rows["lora", 6]["gain"]["mean"] == pytest.approx(own["paired_gain"]["ppo - sft"]["mean"], abs=1e-6)
+
+    page = (sweep / "frontier" / "report.html").read_text()
+    assert page.count('<figure class="wide">') == 2
+    assert "Best of n, without training" in page
+
+    # Again, nothing is measured; after one more job, that job alone.
+    monkeypatch.setattr(frontier, "measure", lambda *_: pytest.fail("measured again"))
+    assert command_line(*SWEEP, "evaluate.rewards=[{name: length, target: 5}]") == 0
+    assert found_in(sweep) == found
+    monkeypatch.undo()
+
+
+def test_a_sweep_that_grew_and_a_measuring_that_was_cut_off_go_on(sweep: Path, command_line: CommandLine) -> None:
+    assert command_line(*SWEEP) == 0
+    whole, points = found_in(sweep), sweep / "frontier" / "points.jsonl"
+    kept = points.read_text().splitlines(keepends=True)
+    points.write_text("".join(kept[:3]) + kept[3][:20])  # as a kill would leave it
+    record = sweep / "frontier" / "run.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "status": "running"}))
+    assert command_line(*SWEEP) == 0
+    assert found_in(sweep) == whole
+
+    before = points.read_text()
+    shutil.copytree(sweep / "low", sweep / "new")
+    assert command_line(*SWEEP) == 0
+    assert points.read_text() == before  # what is the same weights from the same start has been measured
+    assert {row["run"] for row in found_in(sweep)["points"]} == {"cut", "lora", "low", "new"}
+    assert command_line(*SWEEP, "evaluate.prompts=20") == 2
+
+
+@pytest.mark.parametrize("job", ["low", "lora"])
+def test_a_checkpoint_opens_as_the_policy_that_was_trained(job: str, sweep: Path, workplace: Path) -> None:
+    (run,) = (each for each in ppo_jobs(sweep) if each.name == f"coefs/{job}")
+    start = Start(str(workplace / "runs" / "demo" / "sft" / "model"), "{}", 0, ())
+    last = open_point(Point(job, 6, run.checkpoints / "checkpoint-6", run), start).model.state_dict()
+    result, _ = load_policy({**run.config()["policy"], "path": str(run.model)}, None, [], 0)
+    for name, tensor in result.model.state_dict().items():
+        torch.testing.assert_close(last[name], tensor, msg=name)
+    assert [point.step for point in points_of(sweep) if point.run == job] == [2, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["stage=evaluate", "sweep=nowhere"], "nowhere holds no run of stage=ppo"),
+        (["stage=ppo", "sweep=demo"], "sweep= goes with stage=evaluate"),
+        (["stage=evaluate", "sweep=demo", "compare=[demo,demo]"], "drop compare="),
+        (["stage=evaluate", "sweep=demo", "evaluate.policies=[sft]"], "drop compare= and evaluate.policies="),
+    ],
+)
+def test_what_cannot_be_is_said(
+    asked: list[str], said: str, miniature: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line(*asked, f"runs={miniature.parent}") == 2
+    assert said in capsys.readouterr().err
+
+
+def test_jobs_that_learnt_from_different_rewards_need_a_judge(
+    miniature: Path, workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(miniature, workplace / "runs" / "demo")
+    for name in ("a", "b"):
+        shutil.copytree(miniature / "ppo", workplace / "runs" / "two" / name / "ppo")
+        path = workplace / "runs" / "two" / name / "ppo" / "run.json"
+        record = json.loads(path.read_text())
+        record["parents"]["reward"]["path"] = f"runs/{name}/reward/model"
+        path.write_text(json.dumps({**record, "name": f"two/{name}"}))
+    args = ["stage=evaluate", "sweep=two", "evaluate.prompts=24", "evaluate.best_of=2"]
+    assert command_line(*args) == 2
+    assert "learnt from different rewards (runs/a/reward/model, runs/b/reward/model)" in capsys.readouterr().err
+    assert command_line(*args, "reward=toy_sentiment") == 0
+    assert found_in(workplace / "runs" / "two")["reward"] == "toy_sentiment"
