@@ -21,6 +21,7 @@ from rlhf_pipeline.lineage import file_hash, git, hardware, parent, versions
 from rlhf_pipeline.report import LivePage
 from rlhf_pipeline.report.files import flat
 from rlhf_pipeline.settings import Settings
+from rlhf_pipeline.trackers import FIELDS, Trackers
 
 # Stages of the same run that a stage takes something from, if they are there.
 _TAKEN_FROM: dict[str, tuple[str, ...]] = {
@@ -44,6 +45,7 @@ _WORK = {
 }
 # Of these, what changes nothing of what is made.
 _NOT_WORK = ("collect.enough", "collect.annotators", "collect.batch_size")
+_SHOWS_WORK = tuple(f"trainer.{name}" for name in FIELDS)
 CANDIDATES, CANDIDATES_SO_FAR, LABELS = "candidates.jsonl", "candidates.part.jsonl", "labels.jsonl"
 PROJECT, SHEET = "project.json", "sheet.csv"
 FRONTIER, POINTS = "frontier.json", "points.jsonl"
@@ -59,7 +61,7 @@ class RunDir:
         self.checkpoints, self.model = self.path / "checkpoints", self.path / "model"
         self._started, self._before = time.monotonic(), 0.0  # seconds of the sessions before this one
         self._record: dict[str, Any] = {}
-        self.page = LivePage(self.path)
+        self.page, self.trackers = LivePage(self.path), Trackers(self.path)
 
     @classmethod
     def of(cls, settings: Settings) -> "RunDir":
@@ -124,7 +126,9 @@ class RunDir:
         changed = [
             f"{key} is {before.get(key)!r} there and {after.get(key)!r} here"
             for key in sorted({*before, *after})
-            if key.split(".")[0] in _WORK[self.stage] and before.get(key) != after.get(key) and key not in _NOT_WORK
+            if key.split(".")[0] in _WORK[self.stage]
+            and before.get(key) != after.get(key)
+            and key not in (*_NOT_WORK, *_SHOWS_WORK)
         ]
         parents = record.get("parents", {})
         for role, before_it in parents.items():

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_pipeline import data, policies, rewards
+from rlhf_pipeline import data, policies, rewards, trackers
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import is_hub_id
 from rlhf_pipeline.registry import describe, fits, suggest
@@ -307,12 +307,11 @@ def _check_fields(prefix: str, values: dict[str, Any], known: dict[str, Any]) ->
 def check_trainer(stage: str, values: dict[str, Any]) -> None:
     """Refuse what the stage's TRL config would not take."""
     if stage not in _TRAINER_SOURCES:
-        if values:
-            key = next(iter(values))
-            hint = f"say stages.<stage>.trainer.{key}=" if stage == "pipeline" else "drop it"
-            raise UserError(f"stage={stage} has no trainer, so trainer.{key} means nothing; {hint}.")
-        return
-    known = trainer_fields(stage)
+        for key in values:
+            if key not in trackers.FIELDS or stage == "chat":
+                hint = f"say stages.<stage>.trainer.{key}=" if stage == "pipeline" else "drop it"
+                raise UserError(f"stage={stage} has no trainer, so trainer.{key} means nothing; {hint}.")
+    known = trainer_fields(stage if stage in _TRAINER_SOURCES else "sft")
     config = {"ppo": "PPOConfig", "reward": "RewardConfig"}.get(stage, "SFTConfig")
     for key, value in values.items():
         if key in _RESERVED:
@@ -324,6 +323,7 @@ def check_trainer(stage: str, values: dict[str, Any]) -> None:
             )
         if not fits(value, known[key]):
             raise UserError(f"trainer.{key} is {value!r}; {config} takes {describe(known[key])}.")
+    trackers.check(values.get("report_to"))
 
 
 @cache

@@ -4,8 +4,11 @@ import importlib
 
 from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.settings import Settings
+from rlhf_pipeline.trackers import ready
 
 
 def run(settings: Settings, out: RunDir) -> None:
     """Run a stage in its run directory."""
-    importlib.import_module(f"rlhf_pipeline.stages.{out.stage}").run(settings, out)
+    ready(settings.trainer.get("report_to"))
+    with out.trackers:
+        importlib.import_module(f"rlhf_pipeline.stages.{out.stage}").run(settings, out)

@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from rlhf_pipeline import trackers
 from rlhf_pipeline.checkpoints import SEAL, seal
 from rlhf_pipeline.data import Splits, load_data
 from rlhf_pipeline.errors import UserError
@@ -47,7 +48,8 @@ def trainer_args(kind: type[A], settings: Settings, out: RunDir) -> A:
     AcceleratorState._reset_state(
         reset_partial_state=False
     )  # an earlier stage of this process may have chosen otherwise
-    values = {"disable_tqdm": True, "report_to": "none", "logging_first_step": True, **settings.trainer}
+    values = {"disable_tqdm": True, "logging_first_step": True, **settings.trainer, **trackers.naming(vars(settings))}
+    values["report_to"] = trackers.chosen(values.get("report_to"))
     if settings.stage != "ppo" and not values.get("fp16"):
         values["bf16"], chosen = choose_bf16(values.get("bf16", "auto"))
         print(f"computing in {chosen}", flush=True)
@@ -99,7 +101,10 @@ def watch(trainer: transformers.Trainer, out: RunDir) -> str | None:
     trainer.add_callback(RunLog(out))
     trainer.add_callback(Bar(out.stage, "update" if out.stage == "ppo" else "step"))
     checkpoint = out.last_checkpoint()
-    out.rewind(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
+    step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    out.rewind(step)
+    if trainer.is_world_process_zero():
+        out.trackers.start(out.config(), step, trainer.callback_handler.callbacks)
     if checkpoint:
         print(f"resuming from {checkpoint}", flush=True)
     return str(checkpoint) if checkpoint else None

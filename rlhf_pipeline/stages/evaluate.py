@@ -75,6 +75,7 @@ def run(settings: Settings, out: RunDir) -> None:
     results = {"reward_mean": after["reward_mean"], "kl": after["kl"]}
     if gain := evaluation["paired_gain"].get(f"{last} - {policies[0].name}"):
         results |= {"gain": gain["mean"], "gain_low": gain["low"], "gain_high": gain["high"]}
+    out.trackers.evaluation(out.config(), evaluation)
     out.finish({**results, "speed": speed}, objective=after["reward_mean"])
     evaluation_table(evaluation)
 

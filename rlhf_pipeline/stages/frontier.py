@@ -111,8 +111,19 @@ def run(settings: Settings, out: RunDir) -> None:
     write_json(out.path / FRONTIER, found)
     best = max(found["points"], key=lambda row: row["reward_mean"])
     results = {"policies": len(found["points"]), "reward_mean": best["reward_mean"], "kl": best["kl"]}
+    out.trackers.evaluation(out.config(), _as_evaluation(found["points"]))
     out.finish(results, objective=best["reward_mean"])
     frontier_table(found)
+
+
+def _as_evaluation(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The policies' figures as stage=evaluate has them, for the trackers."""
+    rows = {f"{row['run']} {row['step'] or 'result'}": row for row in points}
+    numbers = {
+        name: {key: value for key, value in row.items() if isinstance(value, float)} for name, row in rows.items()
+    }
+    gains = {name: row["gain"] for name, row in rows.items()}
+    return {"metrics": numbers, "paired_gain": gains, "rewards": {}, "extremes": {}, "examples": [], "shown": []}
 
 
 def points_of(folder: Path) -> list[Point]:

@@ -1,0 +1,188 @@
+"""Trackers by the real command: TensorBoard's files say what metrics.jsonl says, and nothing of the work changes."""
+
+import json
+import os
+import shutil
+import sqlite3
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import MINIATURE, CommandLine
+
+from rlhf_pipeline.atomic import read_jsonl
+from rlhf_pipeline.lineage import content_hash
+from rlhf_pipeline.trackers import literal
+
+NOT_A_TOKEN = "hf_" + "NotARealToken" * 2
+
+
+def without_time(path: Path) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in read_jsonl(path)]
+
+
+def cut_off(folder: Path) -> None:
+    """As a kill would leave it: the newest checkpoint half-written, rows beyond the one before it logged."""
+    shutil.rmtree(folder / "model")
+    newest = max(folder.glob("checkpoints/checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    (newest / "complete").unlink()
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**record, "status": "running"}))
+
+
+@pytest.fixture(scope="module")
+def tracked(miniature: Path, tmp_path_factory: pytest.TempPathFactory, command_line: CommandLine) -> Path:
+    """The miniature run, some stages of it made again by a pipeline with TensorBoard, the others done already."""
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    folder, before = tmp_path_factory.mktemp("tracked"), Path.cwd()
+    run = folder / "runs" / "demo"
+    shutil.copytree(miniature, run, ignore=shutil.ignore_patterns("sft", "ppo", "evaluate"))
+    os.chdir(folder)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("HF_TOKEN", NOT_A_TOKEN)
+            assert command_line("stage=pipeline", *MINIATURE, "trainer.report_to=tensorboard") == 0
+    finally:
+        os.chdir(before)
+    return run
+
+
+def events(stage: Path) -> Any:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(stage / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
+    return found.Reload()
+
+
+def text(found: Any, tag: str) -> dict[int, str]:
+    return {event.step: event.tensor_proto.string_val[0].decode() for event in found.Tensors(f"{tag}/text_summary")}
+
+
+def steps_of_samples(stage: Path) -> list[int]:
+    """As TensorBoard's page takes them; the reader of `events` hides no texts that were logged twice."""
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(stage / "tensorboard"), size_guidance={"tensors": 0}).Reload()
+    return [event.step for event in found.Tensors("samples/text_summary")]
+
+
+def check_figures(stage: Path) -> None:
+    """Every number of metrics.jsonl stands in the event files, at its step, and no more often."""
+    rows, found = without_time(stage / "metrics.jsonl"), events(stage)
+    for key in {key for row in rows for key in row} - {"step", "epoch"}:  # which the summary at the end repeats
+        tag = key.replace("eval_", "eval/", 1) if key.startswith("eval_") else f"train/{key}"
+        logged = [(event.step, event.value) for event in found.Scalars(tag)]
+        assert logged == [(row["step"], pytest.approx(row[key], rel=1e-6)) for row in rows if key in row], tag
+
+
+def test_the_work_is_the_same_with_a_tracker(tracked: Path, miniature: Path) -> None:
+    for stage in ("sft", "ppo"):
+        assert without_time(tracked / stage / "metrics.jsonl") == without_time(miniature / stage / "metrics.jsonl")
+        assert content_hash(tracked / stage / "model") == content_hash(miniature / stage / "model")
+    assert read_jsonl(tracked / "ppo" / "samples.jsonl") == read_jsonl(miniature / "ppo" / "samples.jsonl")
+    for stage in ("pretrain", "reward"):
+        assert not (tracked / stage / "tensorboard").exists(), "it was done already"
+
+
+def test_tensorboard_has_the_figures(tracked: Path) -> None:
+    for stage in ("sft", "ppo"):
+        check_figures(tracked / stage)
+
+
+def test_tensorboard_has_the_samples(tracked: Path) -> None:
+    shown = text(events(tracked / "ppo"), "samples")
+    rows = read_jsonl(tracked / "ppo" / "samples.jsonl")
+    assert Counter(row["step"] for row in rows) == {step: table.count("\n") - 1 for step, table in shown.items()}
+    for row in rows:
+        assert f"| {literal(row['prompt'])} | {literal(row['response'])} | " in shown[row["step"]]
+
+
+def test_tensorboard_has_the_table_of_before_and_after(tracked: Path) -> None:
+    evaluation, found = json.loads((tracked / "evaluate" / "evaluation.json").read_text()), events(tracked / "evaluate")
+    table = text(found, "evaluate/metrics")[0]
+    for policy, row in evaluation["metrics"].items():
+        assert found.Scalars(f"evaluate/{policy}/reward_mean")[0].value == pytest.approx(row["reward_mean"])
+        assert f"| {policy} | {literal(row['reward_mean'])} | {literal(row['reward_median'])} |" in table
+    gains = text(found, "evaluate/paired_gain")[0]
+    for pair, gain in evaluation["paired_gain"].items():
+        assert f"| {literal(pair)} | {literal(gain['mean'])} |" in gains
+    answers = text(found, "evaluate/answers")[0]
+    for row in evaluation["examples"]:
+        assert all(literal(said) in answers for said in (row["prompt"], *row["responses"].values()))
+
+
+def test_the_settings_are_shown_and_no_token_is(tracked: Path) -> None:
+    for stage in ("sft", "ppo", "evaluate"):
+        settings = json.loads(text(events(tracked / stage), "settings")[0])
+        assert settings["stage"] == stage
+        assert settings["data"]["name"] == "toy_reviews"
+        for path in (tracked / stage).rglob("*"):
+            assert not path.is_file() or NOT_A_TOKEN.encode() not in path.read_bytes(), path
+
+
+def test_another_tracker_is_no_other_work(
+    tracked: Path, workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tracked, workplace / "runs" / "demo")
+    before = content_hash(workplace / "runs")
+    assert command_line("stage=pipeline", *MINIATURE, "trainer.report_to=none", "trainer.run_name=other") == 0
+    assert capsys.readouterr().out.count("is done already") == 5
+    assert content_hash(workplace / "runs") == before
+
+
+def test_a_resumed_run_shows_no_step_twice(tracked: Path, workplace: Path, command_line: CommandLine) -> None:
+    run = workplace / "runs" / "demo"
+    shutil.copytree(tracked, run)
+    expected = without_time(run / "ppo" / "metrics.jsonl")
+    cut_off(run / "ppo")
+    assert command_line("stage=ppo", *MINIATURE, "trainer.report_to=tensorboard") == 0
+    assert without_time(run / "ppo" / "metrics.jsonl") == expected
+    check_figures(run / "ppo")
+    assert steps_of_samples(run / "ppo") == [row["step"] for row in read_jsonl(run / "ppo" / "samples.jsonl")][::4]
+
+
+@pytest.mark.parametrize("tracker", ["trackio", "wandb"])
+def test_the_others_for_real(
+    tracker: str, miniature: Path, workplace: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PPO that is cut off, resumed, then evaluated; on this machine alone."""
+    pytest.importorskip(tracker, reason=f"{tracker} is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    if tracker == "trackio":
+        import trackio.sqlite_storage
+
+        monkeypatch.setattr(trackio.sqlite_storage, "TRACKIO_DIR", workplace / "trackio")
+    run = workplace / "runs" / "demo"
+    shutil.copytree(miniature, run, ignore=shutil.ignore_patterns("ppo", "evaluate"))
+    args = [*MINIATURE, f"trainer.report_to={tracker}"]
+    assert command_line("stage=ppo", *args) == 0
+    cut_off(run / "ppo")
+    assert command_line("stage=ppo", *args) == 0
+    assert command_line("stage=evaluate", *args) == 0
+    assert without_time(run / "ppo" / "metrics.jsonl") == without_time(miniature / "ppo" / "metrics.jsonl")
+    samples = read_jsonl(run / "ppo" / "samples.jsonl")
+    evaluation = json.loads((run / "evaluate" / "evaluation.json").read_text())
+    if tracker == "trackio":
+        with sqlite3.connect(workplace / "trackio" / "rlhf_pipeline.db") as database:
+            found = database.execute("SELECT run_name, metrics FROM metrics ORDER BY id").fetchall()
+        rows = [(name, json.loads(values)) for name, values in found]
+        assert {name for name, _ in rows} == {"demo/ppo", "demo/evaluate"}
+        steps = [row["train/global_step"] for _, row in rows if "train/objective/scores" in row]
+        tables = [row["samples"]["_value"] for _, row in rows if "samples" in row]
+        assert steps == [1, 2, 3, 4, 5, 6]
+        said = [{key: row[key] for key in ("prompt", "response", "reward")} for row in samples]
+        assert [row for table in tables for row in table] == said
+        compared = next(row["evaluate/metrics"]["_value"] for _, row in rows if "evaluate/metrics" in row)
+        assert {row["policy"]: row["reward_mean"] for row in compared} == {
+            name: row["reward_mean"] for name, row in evaluation["metrics"].items()
+        }
+    else:
+        ids = {path.name.rpartition("-")[2] for path in (run / "ppo" / "wandb").glob("offline-run-*")}
+        assert ids == {json.loads((run / "ppo" / "trackers.json").read_text())["wandb"]["id"]}
+        files = [json.loads(path.read_text()) for path in (run / "ppo" / "wandb").rglob("samples_*.json")]
+        assert sorted(row for table in files for row in table["data"]) == sorted(
+            [row["prompt"], row["response"], row["reward"]] for row in samples
+        )
+        (table,) = (run / "evaluate" / "wandb").rglob("metrics_*.json")
+        assert [row[0] for row in json.loads(table.read_text())["data"]] == list(evaluation["metrics"])

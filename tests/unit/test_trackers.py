@@ -1,0 +1,205 @@
+"""Trackers: what is refused, what is told of a run, and that none of them can end it."""
+
+import html
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import CommandLine
+
+from rlhf_pipeline import trackers
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.trackers import Run, Trackers
+
+REFUSED = {
+    "stage=sft trainer.report_to=tensorbord": ["report_to=tensorbord", "Did you mean 'tensorboard'", "none, tens"],
+    "stage=pipeline trainer.report_to=all": ["report_to=all would be whatever is installed", "none, tensorboard"],
+    "stage=ppo trainer.report_to=[none,mlflow]": ["report_to=mlflow is no tracker", "none, tensorboard"],
+    "stage=evaluate trainer.report_to=[wandbb]": ["Did you mean 'wandb'"],
+    "stage=evaluate trainer.report_to=[3]": ["report_to=3 is no tracker"],
+    "stage=evaluate trainer.report_to=3": ["trainer.report_to is 3"],
+    "stage=chat trainer.report_to=none": ["stage=chat has no trainer"],
+}
+
+
+@pytest.mark.parametrize("asked", REFUSED)
+def test_what_is_no_tracker_is_refused(
+    asked: str, command_line: CommandLine, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line(*asked.split()) == 2
+    error = capsys.readouterr().err
+    assert all(part in error for part in REFUSED[asked]), error
+
+
+@pytest.mark.parametrize("stage", ["sft", "evaluate", "pipeline"])
+def test_a_tracker_that_is_not_installed_is_refused_with_the_way_to_it(
+    stage: str, command_line: CommandLine, workplace: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    spec = SimpleNamespace(origin=None, submodule_search_locations=[])  # what a folder wandb/ looks like
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec if name == "wandb" else real(name))
+    assert command_line(f"stage={stage}", "trainer.report_to=wandb") == 2
+    error = capsys.readouterr().err
+    assert "trainer.report_to=wandb" in error
+    assert "pip install 'rlhf_pipeline[wandb]'" in error
+    assert "none, tensorboard, trackio" in error
+    assert not Path("runs").exists()
+
+
+def test_none_in_all_its_spellings() -> None:
+    for nothing in (None, "none", [], ["none"], [None]):
+        assert trackers.chosen(nothing) == []
+        trackers.check(nothing)
+    assert trackers.chosen(["wandb", "none", "wandb", "trackio"]) == ["wandb", "trackio"]
+
+
+@pytest.mark.parametrize(("mode", "key", "refused"), [
+    ("online", False, True), ("online", True, False), ("offline", False, False), ("disabled", False, False),
+])  # fmt: skip
+def test_wandb_is_asked_for_its_key_before_anything_else(
+    mode: str, key: bool, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def login(prompt: bool, verify: bool) -> bool:
+        assert not prompt, "a script would hang"
+        return key
+
+    singleton = SimpleNamespace(settings=SimpleNamespace(mode=mode))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(setup=lambda: singleton, login=login))
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    if not refused:
+        return trackers.ready("wandb")
+    with pytest.raises(UserError, match=r"wandb login.*WANDB_MODE=offline"):
+        trackers.ready(["tensorboard", "wandb"])
+
+
+def test_a_run_is_named_after_its_stage_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    config: dict[str, Any] = {"name": "demo/round2", "stage": "ppo", "trainer": {}}
+    for variable in ("WANDB_PROJECT", "TRACKIO_PROJECT"):
+        monkeypatch.delenv(variable, raising=False)
+    assert trackers.naming(config) == {"run_name": "demo/round2/ppo", "project": "rlhf_pipeline"}
+    monkeypatch.setenv("WANDB_PROJECT", "ours")
+    assert trackers.naming(config, "wandb")["project"] == "ours"
+    assert trackers.naming(config, "trackio")["project"] == "rlhf_pipeline"
+    config["trainer"] = {"run_name": "x", "project": "mine"}
+    assert trackers.naming(config, "wandb") == {"run_name": "x", "project": "mine"}
+
+
+SAID = [
+    "a | b `c` ``d``\n# head\n    code\t<script>alert(1)</script>",
+    "```\nfence\n```\n| --- |",
+    "**b** __init__ ![i](http://x/y.png) [l](j) &lt; \\| <!-- -->",
+    "\u202etxt \x02\x03 1. - + > 日本 é \U0001f600",
+]
+
+
+@pytest.mark.parametrize("text", SAID)
+def test_what_a_model_wrote_marks_up_nothing(text: str) -> None:
+    cell = trackers.literal(text)
+    assert not set(cell.replace("<br>", "")) & set("<>|`*_[]()!\n\\\u202e\x02")
+    util = pytest.importorskip("tensorboard.plugin_util", reason="tensorboard is not installed")
+    page = util.markdown_to_safe_html(f"| p |\n| --- |\n| {cell} |")
+    inside = page.partition("<td>")[2].partition("</td>")[0]
+    read = html.unescape(inside.replace("<br>", "\n")).replace("\xa0", " ")
+    assert read == trackers.shown(text)
+    assert page.count("<tr>") == 2
+    assert not {"<script", "<img", "<a ", "<code", "<strong", "<h1"} & set(page.split())
+
+
+class Fake:
+    """A tracker that remembers, and breaks where it is told to."""
+
+    def __init__(self, breaks: str = "") -> None:
+        self.breaks, self.log = breaks, list[Any]()
+
+    def __call__(self, run: Run) -> "Fake":
+        self.run = run
+        return self._did("open")
+
+    def _did(self, what: str, *values: Any) -> "Fake":
+        if what == self.breaks:
+            raise OSError("no\nroute")
+        self.log.append((what, *values))
+        return self
+
+    def adopt(self, callback: Any) -> None:
+        self._did("adopt")
+
+    def figures(self, values: dict[str, float]) -> None:
+        self._did("figures", values)
+
+    def table(self, name: str, columns: list[str], rows: list[list[Any]], step: int) -> None:
+        self._did("table", step, rows)
+
+    def close(self, failed: bool) -> None:
+        self._did("close", failed)
+
+
+class WandbCallback:
+    """Named as transformers' is."""
+
+    def __init__(self, fake: Fake) -> None:
+        self.fake = fake
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.fake._did("log", state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.fake._did("end")
+
+
+CONFIG = {"name": "demo", "stage": "ppo", "trainer": {"report_to": "wandb"}, "defaults": [], "hydra": {}}
+
+
+def go(monkeypatch: pytest.MonkeyPatch, folder: Path, fake: Fake, first: int, last: int, dies: bool = False) -> None:
+    """Train from one step to another, then log once more, as stages do."""
+    monkeypatch.setitem(trackers._KINDS, "wandb", fake)
+    opened, callback = Trackers(folder), WandbCallback(fake)
+    with opened:
+        opened.start(CONFIG, first - 1, [callback, object()])
+        for step in range(first, last + 1):
+            callback.on_log(None, SimpleNamespace(global_step=step), None, logs={})
+            opened.samples(step, [{"prompt": "p", "response": "r", "reward": 1.0, "more": 2}])
+        if dies:
+            raise KeyboardInterrupt
+        callback.on_train_end(None, SimpleNamespace(global_step=last), None)
+        callback.on_log(None, SimpleNamespace(global_step=last), None, logs={})
+
+
+def test_the_callbacks_end_comes_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    go(monkeypatch, tmp_path, fake := Fake(), 1, 1)
+    row = ("table", 1, [["p", "r", 1.0]])
+    assert fake.log == [("open",), ("adopt",), ("log", 1), row, ("log", 1), ("end",), ("close", False)]
+    assert fake.run.config == {key: CONFIG[key] for key in ("name", "stage", "trainer")}
+
+
+def test_a_resumed_run_goes_on_in_the_same_one_and_sends_no_step_twice(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        go(monkeypatch, tmp_path, before := Fake(), 1, 5, dies=True)
+    assert before.log[-1] == ("close", True)
+    go(monkeypatch, tmp_path, after := Fake(), 4, 7)  # from the checkpoint of step 3
+    assert (before.run.resumed, after.run.resumed) == (False, True)
+    assert before.run.id == after.run.id
+    assert [entry[1] for entry in after.log if entry[0] == "log"] == [6, 7, 7]
+    assert [entry[1] for entry in after.log if entry[0] == "table"] == [6, 7]
+    monkeypatch.setenv("WANDB_PROJECT", "another")
+    go(monkeypatch, tmp_path, other := Fake(), 7, 7)
+    assert not other.run.resumed
+    assert other.run.id != after.run.id
+    assert json.loads((tmp_path / "trackers.json").read_text())["wandb"]["project"] == "another"
+
+
+@pytest.mark.parametrize("where", ["open", "adopt", "log", "table", "end", "close"])
+def test_a_tracker_that_fails_is_warned_of_once_and_left_out(
+    where: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    go(monkeypatch, tmp_path, fake := Fake(where), 1, 3)
+    assert capsys.readouterr().out == "warning: wandb failed (OSError: no) and is left out; the run goes on\n"
+    done = ["open", "adopt", "log", "table"]
+    assert [entry[0] for entry in fake.log][:4] == (done[: done.index(where)] if where in done else done)
