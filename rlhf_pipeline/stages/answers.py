@@ -168,18 +168,22 @@ def reread(
     return make_batch(prompts, responses).to(policy.model.device) if prompts else None
 
 
-def held_out_texts(rows: Sequence[Row], policies: Sequence[Policy], tokens: int) -> tuple[list[Row], int]:
+def held_out_texts(rows: Sequence[Row], policies: Sequence[Contestant], tokens: int) -> tuple[list[Row], int]:
     """The first held-out rows that come to `tokens` tokens of the first policy, and how many of each all can read.
 
-    Comparisons of answers are no texts: of such there are none.
+    A policy may have positions that no text of its pretraining reached: there it would guess. Comparisons of answers
+    are no texts: of such there are none.
     """
-    places = [getattr(policy.model.config, "max_position_embeddings", None) or 1024 for policy in policies]
-    window = min(1024, *places)
+    models = [each.policy.model.config for each in policies]
+    places = [getattr(config, "max_position_embeddings", None) or 1024 for config in models]
+    window = min(1024, *places, *(each.taught for each in policies if each.taught))
     found: list[Row] = []
     if not rows or isinstance(rows[0], Preference | Ranking):
         return found, window
     for start in range(0, len(rows), _ROWS):
-        for row, ids in zip(part := rows[start : start + _ROWS], documents(part, policies[0].tokenizer), strict=True):
+        for row, ids in zip(
+            part := rows[start : start + _ROWS], documents(part, policies[0].policy.tokenizer), strict=True
+        ):
             if tokens <= 0:
                 return found, window
             found.append(row)

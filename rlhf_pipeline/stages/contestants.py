@@ -31,6 +31,7 @@ class Contestant:
     name: str
     policy: Policy
     sampling: Sampling
+    taught: int | None = None  # tokens of the texts that it was pretrained on; None where no run of ours did that
 
 
 def same_vocabulary(first: Policy, second: Policy) -> bool:
@@ -71,8 +72,16 @@ def open_all(paths: dict[str, str], out: RunDir, settings: Settings) -> tuple[li
             own = {key: value for key, value in trained.items() if key not in _IN_TOKENS}
             own |= {key: value for key, value in theirs.items() if key in _IN_TOKENS}
         sampling, longest, shortest = sampling_as(own, policy, **asked)
-        found.append(Contestant(name, policy, sampling))
+        found.append(Contestant(name, policy, sampling, taught_length(path)))
     return found, longest, shortest
+
+
+def taught_length(path: str) -> int | None:
+    """How many tokens the texts of a policy's pretraining had at most; None where no run of ours pretrained it."""
+    home = run_of(path)
+    while home and home.stage != "pretrain":
+        home = run_of(home.record["parents"].get("policy", {}).get("path", ""))
+    return home.config()["trainer"].get("max_length") if home else None
 
 
 def ppo_models(out: RunDir, policy: dict[str, Any] | None = None) -> dict[str, str]:

@@ -152,7 +152,7 @@ def ask(
     shown: dict[str, Answers] = {}
     n = settings.evaluate.best_of or 0
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    known, window = held_out_texts(rows.test, [each.policy for each in policies], settings.evaluate.held_out_tokens)
+    known, window = held_out_texts(rows.test, policies, settings.evaluate.held_out_tokens)
     stay = (trial.first.model, trial.reference.policy.model)
     own_trial = dataclasses.replace(trial, questions=own, limits=torch.full((len(own),), int(trial.limits.max())))
     for model in stay:

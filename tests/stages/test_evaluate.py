@@ -1,6 +1,7 @@
 """stage=evaluate with more policies and more rewards than the run's own."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from tiny import TEXTS, tiny_policy
 
 from rlhf_pipeline.policies import Policy, train_tokenizer
 from rlhf_pipeline.rewards import Reward
+from rlhf_pipeline.stages.contestants import taught_length
 from rlhf_pipeline.stages.evaluate import learnt_from
 
 ARGS = [arg for arg in MINIATURE if "stages" not in arg]
@@ -72,6 +74,19 @@ def test_policies_by_hand_and_more_rewards(
     assert "More rewards" in capsys.readouterr().out
     assert command_line("stage=evaluate", "overwrite=true", policies, rewards, *ARGS) == 0
     assert (run / "evaluate" / "evaluation.json").read_bytes() == before
+
+
+def test_what_a_policy_was_taught_is_told_by_its_pretraining(miniature: Path, workplace: Path) -> None:
+    run = Path(shutil.copytree(miniature, workplace / "runs" / "demo"))
+    path = run / "pretrain" / "config.yaml"
+    path.write_text(re.sub(r"max_length: \d+", "max_length: 48", path.read_text()))
+    for stage in ("sft", "ppo"):  # as a run in this place would have it
+        record = json.loads((run / stage / "run.json").read_text())
+        before = {"sft": "pretrain", "ppo": "sft"}[stage]
+        record["parents"]["policy"]["path"] = str(run / before / "model")
+        (run / stage / "run.json").write_text(json.dumps(record))
+    assert [taught_length(str(run / stage / "model")) for stage in ("pretrain", "sft", "ppo")] == [48] * 3
+    assert taught_length("openai-community/gpt2") is None
 
 
 def test_runs_are_compared_where_there_is_no_run_of_that_name(run: Path, command_line: CommandLine) -> None:

@@ -97,10 +97,17 @@ def test_held_out_texts_are_bounded_by_tokens_and_comparisons_are_none() -> None
     own = policy()
     rows = [Text("the film was good and the cast was fine")] * 50
     length = len(own.tokenizer(rows[0].text)["input_ids"]) + 1
-    assert held_out_texts(rows, [own], 3 * length) == (rows[:3], 64)
-    assert held_out_texts(rows, [own], 3 * length + 1) == (rows[:4], 64)
-    assert held_out_texts(rows, [own], 0) == ([], 64)
-    assert held_out_texts([Preference("a", "b", "c")], [own], 100) == ([], 64)
+    who = [Contestant("own", own, SAMPLING)]
+    assert held_out_texts(rows, who, 3 * length) == (rows[:3], 64)
+    assert held_out_texts(rows, who, 3 * length + 1) == (rows[:4], 64)
+    assert held_out_texts(rows, who, 0) == ([], 64)
+    assert held_out_texts([Preference("a", "b", "c")], who, 100) == ([], 64)
+
+
+def test_no_text_is_read_beyond_what_a_policy_was_taught() -> None:
+    who = [Contestant("long", policy(), SAMPLING), Contestant("short", policy(), SAMPLING, taught=5)]
+    rows = [Text("the film was good and the cast was fine")] * 50
+    assert held_out_texts(rows, who, 10) == (rows[:2], 5)
 
 
 def test_names_are_short_and_no_others() -> None:
