@@ -41,7 +41,8 @@ def ran(folder: Path, run: Mapping[str, Any], last: object, words: Words) -> str
 
 def results(run: Mapping[str, Any], evaluation: Mapping[str, Any], quality: Mapping[str, Any], words: Words) -> str:
     """The numbers that a stage ended with: its own, those of each policy and those of the reward model."""
-    own = members(run.get("results"))
+    own = dict(members(run.get("results")))
+    own |= members(own.pop("speed", None))
     first = {key: value for key, value in own.items() if number(value) is not None}
     first = dict(list(first.items())[:TILES])
     out = tiles(first, words) + by_name("This stage", {k: v for k, v in own.items() if k not in first}, words)
