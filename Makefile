@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python -m rlhf_pipeline
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo pretrain sft collect reward ppo evaluate chat pipeline label-studio test test-label-studio bench kills check clean
+.PHONY: help setup demo pretrain sft collect reward ppo evaluate chat pipeline report label-studio test test-label-studio bench kills check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'

@@ -32,7 +32,7 @@ from rlhf_pipeline.publish import last_model, publish
 from rlhf_pipeline.registry import Registry
 from rlhf_pipeline.report import compare
 from rlhf_pipeline.settings import SAMPLING, TRAINED, Hub, Settings, check_sections
-from rlhf_pipeline.summary import how_far, say_all_done, say_done, say_done_before, say_next
+from rlhf_pipeline.summary import command, how_far, say, say_all_done, say_done, say_done_before, say_next
 
 _PACKAGE = Path(__file__).parent
 # In a wheel the configurations lie inside the package, in a checkout beside it.
@@ -92,9 +92,13 @@ def _dispatch(cfg: DictConfig, overrides: list[str]) -> float | None:
     settings = resolve(cfg, overrides)
     objective = run_stage(settings)
     if rundir.RunDir.of(settings).record.get("status") == "done":
-        again = any(arg.startswith(("--config-name", "-cn")) for arg in sys.argv)
-        say_next(settings, order, None if again else overrides)
+        say_next(settings, order, None if _recorded() else overrides)
     return objective
+
+
+def _recorded() -> bool:
+    """Whether a recorded configuration is run again: it says all there is to say."""
+    return any(arg.startswith(("--config-name", "-cn")) for arg in sys.argv)
 
 
 def resolve(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
@@ -112,7 +116,7 @@ def resolve(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
         ppo = (cfg.stages.get("ppo") or {}).get("trainer") or {}
         cfg.collect = {**{key: value for key, value in ppo.items() if key in SAMPLING}, **cfg.collect}
     others = _merge_section(cfg, said)
-    if cfg.stage == "chat" or (cfg.stage == "evaluate" and cfg.get("sweep")):
+    if cfg.stage == "chat" or (cfg.stage == "evaluate" and cfg.get("sweep") and not _recorded()):
         _as_its_run(cfg, said)
     if cfg.stage == "reward" and cfg.reward.get("name") == "sum":
         said_parts = said.pop("reward.parts", None)  # of a sum, the part that has no model yet is trained
@@ -166,7 +170,7 @@ def _as_its_run(cfg: DictConfig, said: dict[str, Override]) -> None:
     """Of a chat, or of the policies of a sweep, what is not said is as the run that is opened was made."""
     if cfg.get("sweep"):
         said.pop("sweep", None)
-        cfg.name, cfg.sweep, found = made.sweep(Path(cfg.runs), cfg.sweep, cfg.name)
+        cfg.name, cfg.sweep, found = made.sweep(Path(cfg.runs), cfg.sweep, cfg.name, cfg.overwrite)
     else:
         run = rundir.RunDir(Path(cfg.runs), cfg.name or cfg.experiment or "default", "chat", cfg.experiment)
         asked = {key.removeprefix("policy."): o.value() for key, o in said.items() if key.startswith("policy.")}
@@ -234,6 +238,8 @@ def _run_together(settings: Settings) -> float | None:
 
 def _run_held(settings: Settings, out: rundir.RunDir, done: bool) -> float | None:
     if done:
+        if settings.stage == "evaluate" and not (out.path / "evaluation.json").exists():
+            raise UserError(f"{out.path} is done, but its evaluation.json is gone; overwrite=true makes it anew.")
         say_done_before(out)
         if settings.stage == "evaluate":
             from rlhf_pipeline.tables import evaluation_table
@@ -358,7 +364,7 @@ class SweepTable(Callback):
         name = config.name or config.experiment or "default"
         sweep_table(Path(config.runs) / name, _last_stage(config))
         if made.ppo_jobs(Path(config.runs) / name):
-            print(f"next: python -m rlhf_pipeline stage=evaluate sweep={name}   # reward against KL of them all")
+            say("next", command("evaluate", config.runs, sweep=name))
 
 
 def _be_quiet() -> None:

@@ -15,6 +15,7 @@ from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import is_hub_id
 from rlhf_pipeline.registry import describe, fits, suggest
 
+_NOT_OF_SWEEPS = ("policies", "show", "examples", "held_out_tokens")
 _COUNTS = ("batch_size", "bootstrap", "response_length")
 TRAINED = ("reward", "pretrain", "sft", "ppo")  # the stages that make a model; a run is known by the last of them
 STAGES = ("pretrain", "sft", "collect", "reward", "ppo", "evaluate", "chat", "pipeline")
@@ -213,8 +214,10 @@ class Settings:
         for what, said in (("compare=", self.compare), ("sweep=", self.sweep)):
             if said and self.stage != "evaluate":
                 raise UserError(f"{what} goes with stage=evaluate; stage={self.stage} takes none.")
-        if self.sweep and (self.compare or self.evaluate.policies):
-            raise UserError("sweep= measures the policies of a sweep; drop compare= and evaluate.policies=.")
+        own, usual = asdict(self.evaluate), asdict(Evaluation())
+        odd = [f"evaluate.{key}=" for key in _NOT_OF_SWEEPS if own[key] != usual[key]]
+        if self.sweep and (odd := [*odd, *(["compare="] if self.compare else [])]):
+            raise UserError(f"sweep= measures the policies of a sweep; drop {', '.join(odd)}.")
         if (to := self.hub.push) is not None and not (to.count("/") == 1 and is_hub_id(to)):
             raise UserError(
                 f"hub.push={to} is no repository of the hub; it takes user/name, as in hub.push=me/my-model."

@@ -27,7 +27,8 @@ class ClassifierTrainer(OrderedTrainer):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.parts: dict[str, list[Tensor]] = defaultdict(list)  # figures of batches by the name they are logged under
+        # Figures of batches, (sum, rows), by the name they are logged under.
+        self.parts: dict[str, list[Tensor]] = defaultdict(list)
 
     @property
     def _mode(self) -> str:
@@ -39,13 +40,18 @@ class ClassifierTrainer(OrderedTrainer):
         """As Trainer's."""
         labels = inputs["labels"]
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **options)
-        self.parts[f"{self._mode}accuracy"].append((outputs.logits.argmax(-1) == labels).float().mean())
+        self.note("accuracy", (outputs.logits.argmax(-1) == labels).float().mean(), len(labels))
         return (loss, outputs) if return_outputs else loss
 
+    def note(self, name: str, mean: Tensor, rows: int) -> None:
+        """Keep a figure of a batch, which counts by its rows."""
+        self.parts[self._mode + name].append(torch.stack([mean.detach() * rows, torch.full_like(mean, rows)]))
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the figures, over the batches since the last log."""
+        """Add the figures, over the rows since the last log."""
         for name in [name for name in self.parts if name.startswith("eval_") == bool(self._mode)]:
-            logs[name] = float(self.accelerator.gather(torch.stack(self.parts.pop(name)).mean()[None]).mean())
+            total, rows = self.accelerator.gather(torch.stack(self.parts.pop(name)).sum(0)[None]).sum(0)
+            logs[name] = float(total / rows)
         super().log(logs, start_time)
 
 
@@ -68,7 +74,7 @@ class LanguageClassifierTrainer(ClassifierTrainer):
         head = self.accelerator.unwrap_model(model).get_input_embeddings().weight
         language = language_loss(outputs.hidden_states[-1], inputs["input_ids"], inputs["attention_mask"], head)
         for name, value in (("classification_loss", loss), ("lm_loss", language)):
-            self.parts[self._mode + name].append(value.detach())
+            self.note(name, value, len(inputs["labels"]))
         loss = loss + self.lm_coef * language
         return (loss, outputs) if return_outputs else loss
 
