@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline.arguments import as_typed
+from rlhf_pipeline.arguments import as_typed, quoted
 from rlhf_pipeline.atomic import read_jsonl
 from rlhf_pipeline.made import newest_policy
 from rlhf_pipeline.rundir import CANDIDATES, LABELS, SHEET, RunDir
@@ -83,13 +83,8 @@ def next_command(settings: Settings, order: Sequence[str], overrides: Sequence[s
 def command(stage: str, runs: str, **said: str) -> str:
     """A stage's command line with settings whose values are plain text."""
     said |= {"runs": runs} if runs != "runs" else {}
-    words = [f"{key}={value if _PLAIN.fullmatch(value) else _quoted(value)}" for key, value in said.items()]
+    words = [f"{key}={value if _PLAIN.fullmatch(value) else quoted(value)}" for key, value in said.items()]
     return shlex.join([*_RUN.split(), f"stage={stage}", *words])
-
-
-def _quoted(value: str) -> str:
-    """As Hydra takes what has signs of its own in it."""
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _for_others(settings: Settings, overrides: Sequence[str]) -> list[str]:

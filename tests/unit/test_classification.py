@@ -15,7 +15,7 @@ from transformers import (
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.policies import train_tokenizer
 from rlhf_pipeline.stages.batching import OrderedTrainer
-from rlhf_pipeline.stages.classification import LanguageClassifierTrainer, check_language_model
+from rlhf_pipeline.stages.classification import ClassifierTrainer, LanguageClassifierTrainer, check_language_model
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +57,24 @@ def test_the_auxiliary_loss_is_that_of_the_language_model_with_tied_head(
     )
     (parts[0] + 0.5 * parts[1]).backward()
     assert loss.item() == pytest.approx((parts[0] + 0.5 * parts[1]).item(), rel=1e-5)
-    logged = {name.removeprefix("eval_"): values[0].item() for name, values in trainer.parts.items()}
+    logged = {name.removeprefix("eval_"): (kept[0][0] / len(rows)).item() for name, kept in trainer.parts.items()}
     right = (logits.argmax(-1) == batch["labels"]).float().mean()
     expected = dict(zip(("classification_loss", "lm_loss", "accuracy"), (*parts, right), strict=True))
     assert logged == pytest.approx({name: value.item() for name, value in expected.items()})
     for name, p in trainer.model.named_parameters():
         torch.testing.assert_close(found[name], p.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_a_short_last_batch_counts_by_its_rows(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = classifier_rows(5)
+    args = reward_args(tmp_path, per_device_eval_batch_size=4)
+    trainer = ClassifierTrainer(tiny_model(num_labels=2), args, DataCollatorWithPadding(tokenizer), rows, rows,
+                                processing_class=tokenizer)  # fmt: skip
+    batch = trainer.data_collator(list(rows))
+    logits = trainer.model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    right = (logits.argmax(-1) == batch["labels"]).float()
+    assert right[:4].mean() != right.mean()
+    assert trainer.evaluate()["eval_accuracy"] == pytest.approx(float(right.mean()))
 
 
 def test_accumulated_rows_make_the_same_update(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
