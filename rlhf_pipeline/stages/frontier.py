@@ -136,7 +136,7 @@ def points_of(folder: Path) -> list[Point]:
         name = folder.resolve().name if below == "." else below
         record, config = job.record, job.config()
         steps = [int(row["step"]) for row in read_jsonl(job.path / "metrics.jsonl")]
-        last = max(steps) if record.get("status") == "done" and job.model.is_dir() else None
+        last = max(steps, default=0) if record.get("status") == "done" and job.model.is_dir() else None
         best = bool(config["trainer"].get("load_best_model_at_end"))
         own = []
         for checkpoint in sealed(job.checkpoints):
