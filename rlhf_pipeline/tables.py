@@ -206,7 +206,7 @@ def plan_table(plan: dict[str, Any]) -> None:
     """What a launch needs, a column each; before it what was counted, after it which fits. All of it is computed."""
     console, rows = _console(), plan["launches"]
     for label, text in _counted(plan).items():
-        console.print(Text(f"{label:<9}{shown(text)}"))
+        console.print(Text(f"{label:<11}{shown(text)}"))
     title = f"Computed, not measured: a process of {plan['gpus']} x {plan['gpu']}, {plan['memory'] / 2**30:.0f} GiB"
     table = Table(title=Text(f"{title}, MFU {plan['mfu']:.0%}"), title_justify="left")
     table.add_column("", no_wrap=True)
@@ -228,17 +228,17 @@ def plan_table(plan: dict[str, Any]) -> None:
     for part in dict.fromkeys(part for row in rows for part in row["seconds"]):
         line(f"  {part}", [f"{row['seconds'][part]:.3g}" if part in row["seconds"] else "-" for row in rows])
     line("updates", [str(row["updates"] or "-") for row in rows])
-    line("hours", [f"{row['run_seconds'] / 3600:.3g}" if row["run_seconds"] else "-" for row in rows])
+    line("minutes, whole run", [f"{row['run_seconds'] / 60:,.1f}" if row["run_seconds"] else "-" for row in rows])
     console.print(table)
     if plan["chosen"]:
         least = plan["fewest"]
-        less = f"; {least['launch']} on {least['gpus']} fits too" if least["gpus"] < plan["gpus"] else ""
-        console.print(Text(f"fits     {plan['chosen']} is the simplest that does{less}"))
-    else:
-        console.print(Text("fits     none; what would need less:"))
+        less = f"; {least['launch']} on {least['gpus']} of them fits too" if least["gpus"] < plan["gpus"] else ""
+        console.print(Text(f"{'fits':<11}{plan['chosen']} is the simplest that does{less}"))
+        return
+    console.print(Text(f"{'fits':<11}none; what would need less:"))
     for name, found in plan["helps"].items():
         verdict = "fits" if found["fits"] else "does not fit"
-        console.print(Text(f"         {name}: {found['bytes'] / 2**30:.1f} GiB ({found['launch']}), {verdict}"))
+        console.print(Text(f"{'':<11}{name}: {found['bytes'] / 2**30:.2f} GiB ({found['launch']}), {verdict}"))
 
 
 def _counted(plan: dict[str, Any]) -> dict[str, str]:

@@ -22,7 +22,7 @@ class Work:
     """What one process does in an update."""
 
     rows: int  # responses
-    micro: int  # rows of a micro-batch
+    micro: int  # rows of a forward pass that learns
     minibatches: int  # optimizer steps an epoch
     epochs: int
     at_once: int  # rows rolled out together
@@ -39,14 +39,9 @@ class Work:
         return self.prompt + self.response - 1
 
     @property
-    def micro_rows(self) -> int:
-        """Rows of the largest forward pass that learns."""
-        return min(self.micro, self.rows // self.minibatches)
-
-    @property
     def accumulates(self) -> bool:
         """Whether an optimizer step takes several backward passes."""
-        return self.rows // self.minibatches > self.micro_rows
+        return self.rows // self.minibatches > self.micro
 
 
 @dataclass(frozen=True)
@@ -167,7 +162,7 @@ def _update(roles: Roles, work: Work, how: Sharding) -> dict[str, Parts]:
 
     The last layer's come first, each as its activations go, so the fullest is an end of the way and no place between.
     """
-    policy, critic, rows = roles.policy, roles.critic, work.micro_rows
+    policy, critic, rows = roles.policy, roles.critic, work.micro
     size = _BF16 if work.bf16 else _FP32
     states = _activations(policy, work)
     others = _activations(critic, work) if critic else 0
@@ -198,7 +193,7 @@ def _update(roles: Roles, work: Work, how: Sharding) -> dict[str, Parts]:
 
 def _activations(network: Network, work: Work) -> float:
     """What the forward pass of a micro-batch keeps. Checkpointing keeps each layer's input, and one layer whole."""
-    rows = work.micro_rows
+    rows = work.micro
     head = rows * work.response * network.width * _FP32
     whole = rows * network.kept
     if not work.checkpointing:

@@ -4,10 +4,12 @@ It is built from its configuration on the meta device, and run under PyTorch's F
 shapes and no storage: a model of 7 B parameters takes seconds, of whatever family transformers knows.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import get_peft_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -45,9 +47,7 @@ def count_policy(config: Any, tokens: int, bf16: bool, lora: Any = None) -> Netw
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         if lora is not None:
-            from peft import get_peft_model
-
-            model = get_peft_model(model, lora)
+            model = get_peft_model(model, copy.deepcopy(lora))
     return _count(model, tokens, bf16)
 
 
@@ -56,14 +56,14 @@ def count_critic(config: Any, tokens: int, bf16: bool, lora: Any = None) -> Netw
 
     As `rlhf_pipeline.ppo.actor_critic.separate_critic` makes it.
     """
+    config = copy.deepcopy(config)
     config.num_labels = 1
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
         if lora is not None:
-            from peft import get_peft_model
-
-            lora.task_type, lora.modules_to_save = "SEQ_CLS", ["score"]
-            model = get_peft_model(model, lora)
+            own = copy.deepcopy(lora)
+            own.task_type, own.modules_to_save = "SEQ_CLS", ["score"]
+            model = get_peft_model(model, own)
     return _count(model, tokens, bf16)
 
 

@@ -3,7 +3,6 @@
 python -m rlhf_pipeline stage=plan policy=gpt2_scratch policy.size=xl plan.gpus=8 plan.gpu=a100
 """
 
-import copy
 import dataclasses
 import json
 import math
@@ -19,6 +18,7 @@ from rlhf_pipeline.plan.networks import count_classifier, count_critic, count_po
 from rlhf_pipeline.policies import lora_config, open_config, policy_config
 from rlhf_pipeline.ppo.config import PPOConfig, check_config
 from rlhf_pipeline.precision import native_bf16
+from rlhf_pipeline.reward_model import register
 from rlhf_pipeline.rewards import ON_THE_HUB, TRAINABLE
 from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.settings import Settings
@@ -92,17 +92,16 @@ def prepared(settings: Settings, config: Any, reward: int) -> tuple[PPOConfig, W
     if bf16 in ("auto", None):
         bf16 = native_bf16() if asked.gpu == "cpu" else True
     prompt, mean = prompts_of(settings, config, args.response_length)
+    micro = min(args.per_device_train_batch_size, rows // args.num_mini_batches)
     work = Work(
-        rows, args.per_device_train_batch_size, args.num_mini_batches, args.num_ppo_epochs,
+        rows, micro, args.num_mini_batches, args.num_ppo_epochs,
         args.local_rollout_forward_batch_size, prompt, args.response_length, mean,
         ((args.min_response_length or args.response_length) + args.response_length) / 2,
         bool(bf16), args.gradient_checkpointing,
     )  # fmt: skip
     adapter = lora_config(settings.policy)
-    policy = count_policy(config, work.width, work.bf16, copy.deepcopy(adapter))
-    critic = None
-    if args.critic == "separate":
-        critic = count_critic(copy.deepcopy(config), work.width, work.bf16, copy.deepcopy(adapter))
+    policy = count_policy(config, work.width, work.bf16, adapter)
+    critic = count_critic(config, work.width, work.bf16, adapter) if args.critic == "separate" else None
     return args, work, Roles(policy, critic, 0 if adapter else policy.parameters, reward)
 
 
@@ -132,6 +131,7 @@ def device_of(settings: Settings) -> Device:
 
 def reward_parameters(choice: dict[str, Any], upstream: Path | None) -> tuple[int, str]:
     """How many the reward has, and what is counted: a classifier's if its configuration can be had, else none."""
+    register()
     parts = choice["parts"] if choice["name"] == "sum" else [choice]
     total, said = 0, list[str]()
     for part in parts:

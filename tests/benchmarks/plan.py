@@ -76,10 +76,11 @@ def lora_of(shape: Shape) -> Any:
 
 def computed(shape: Shape, slack: float) -> tuple[str, dict[str, float]]:
     """The plan's peak: which moment, and bytes by part."""
+    micro = shape.batch // max(shape.micro_batches, shape.minibatches)
     work = Work(
-        rows=shape.batch, micro=shape.batch // shape.micro_batches, minibatches=shape.minibatches, epochs=shape.epochs,
-        at_once=64, prompt=shape.prompt, response=shape.response, mean_prompt=shape.prompt,
-        mean_response=shape.response, bf16=False, checkpointing=shape.checkpointing,
+        rows=shape.batch, micro=micro, minibatches=shape.minibatches, epochs=shape.epochs, at_once=64,
+        prompt=shape.prompt, response=shape.response, mean_prompt=shape.prompt, mean_response=shape.response,
+        bf16=False, checkpointing=shape.checkpointing,
     )  # fmt: skip
     policy = count_policy(config_of(shape), work.width, False, lora_of(shape))
     critic = None

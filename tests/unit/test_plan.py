@@ -206,7 +206,7 @@ def test_what_does_not_fit_is_told_what_would_help(
     asked = ("stage=plan", "policy=causal_lm", "policy.path=llama", "reward=length", "plan.gpu_memory=0.01")
     assert command_line(*asked, "trainer.response_length=16") == 0
     said = capsys.readouterr().out
-    assert "fits     none" in said
+    assert "none; what would need less" in said
     for part in ("trainer.gradient_checkpointing=true:", "policy.lora.r=8:", "per_device_train_batch_size=1"):
         assert part in said
 
