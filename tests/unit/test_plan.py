@@ -51,7 +51,8 @@ def test_parameters_are_those_of_the_trainers_own_networks(critic: str, adapter:
 
 
 @pytest.mark.parametrize(
-    "model", [GPT2LMHeadModel(TINY), *(LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=t)) for t in (0, 1))]
+    "model",
+    [GPT2LMHeadModel(TINY), *(LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=t)) for t in (False, True))],
 )
 def test_of_any_family_the_counts_are_those_of_a_model_with_weights(model: PreTrainedModel) -> None:
     found = count_policy(model.config, 10, False)
@@ -79,7 +80,7 @@ def test_a_model_of_seven_billion_is_counted_in_seconds_and_without_its_weights(
 # By hand: 2 layers of width 4, a vocabulary of 10, tied.
 POLICY = Network(
     parameters=500, trained=500, layers=2, width=4, vocabulary=10, head=40, head_trained=True, tied=True, matrices=400,
-    matrices_trained=400, attention=8, largest=200, cache=64, kept=1000, copies=800,
+    matrices_trained=400, attention=8, largest=200, cache=64, kept=1000, copies=0,
 )  # fmt: skip
 WORK = Work(
     rows=8, micro=4, minibatches=1, epochs=2, at_once=8, prompt=3, response=5, mean_prompt=3, mean_response=5,
@@ -105,7 +106,7 @@ def test_bytes_by_part() -> None:
 def test_in_bf16_the_weights_are_held_once_more_and_the_reference_in_half() -> None:
     work = replace(WORK, bf16=True)
     assert reference_bytes(ROLES, True) == 4 * 100 + 2 * 400
-    found = moments(ROLES, work, Sharding(), base=0)
+    found = moments(replace(ROLES, policy=replace(POLICY, copies=800)), work, Sharding(), base=0)
     assert found["rollout"]["bf16 copies"] == 2 * (400 + 40)
     assert found["rollout"]["KV cache"] == 32 * 8 * 8 * 1.5
     assert found["update: head"]["bf16 copies"] == 800 + 4 * 40
@@ -218,7 +219,7 @@ REFUSED = {
     "stage=plan plan.mfu=40": ["plan.mfu is 40; it is a share"],
     "stage=plan plan.gpus=2 plan.launch=single": ["plan.launch=single goes with plan.gpus=1"],
     "stage=plan plan.launch=zero3": ["every other launch with more"],
-    "stage=plan plan.gpuz=2": ["no setting 'plan.gpuz'", "Did you mean 'gpus'"],
+    "stage=plan plan.gpuz=2": ["no setting 'plan.gpuz'", "Known: gpus, gpu, "],
     "stage=plan trainer.learning_rat=1": ["trainer.learning_rat is no field of PPOConfig"],
     "stage=plan policy=causal_lm policy.path=./nowhere reward=length": ["there is no folder ./nowhere"],
     "stage=plan policy.path=x/y/z": ["there is no folder x/y/z"],
