@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
+from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.likelihood import language_model, trunk
 from rlhf_pipeline.precision import fuse_gelu
 
@@ -43,7 +44,15 @@ class Network:
 
 
 def count_policy(config: Any, tokens: int, bf16: bool, lora: Any = None) -> Network:
-    """A causal language model of a configuration, with an adapter where `lora` (peft's LoraConfig) is given."""
+    """A causal language model of a configuration, with an adapter where `lora` (peft's LoraConfig) is given.
+
+    `tokens` is the width of a forward pass. A configuration of something else is a `UserError`.
+    """
+    if type(config) not in AutoModelForCausalLM._model_mapping or not hasattr(config, "num_attention_heads"):
+        raise UserError(
+            f"{type(config).__name__} is not the configuration of a causal language model with attention, and no other "
+            "is counted; give policy.path= another."
+        )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         if lora is not None:

@@ -10,8 +10,9 @@ import torch
 from conftest import CommandLine
 from peft import LoraConfig
 from tiny import tiny_tokenizer, trainer
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config
 
+from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.likelihood import trunk
 from rlhf_pipeline.plan import cost, networks
 from rlhf_pipeline.plan.devices import DEVICES, GIB, Device
@@ -71,10 +72,18 @@ def test_of_any_family_the_counts_are_those_of_a_model_with_weights(model: PreTr
     assert found.cache * 10 == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
-def test_a_model_of_seven_billion_is_counted_in_seconds_and_without_its_weights() -> None:
-    found = count_policy(LlamaConfig(), 64, True)
-    assert found.parameters == 6_738_415_616
-    assert found.copies == pytest.approx(2 * found.matrices, rel=0.01)  # bf16, of 32 layers
+def test_the_parameters_of_llama_2_are_those_of_its_table() -> None:
+    found = count_policy(LlamaConfig(num_hidden_layers=2), 16, True)
+    layer = 4 * 4096**2 + 3 * 4096 * 11008
+    assert found.matrices == 2 * layer
+    assert found.parameters == 2 * 32000 * 4096 + 2 * (layer + 2 * 4096) + 4096
+    assert found.parameters + 30 * (layer + 2 * 4096) == 6_738_415_616  # with all 32 layers
+    assert found.copies == pytest.approx(2 * found.matrices, rel=0.01)  # bf16
+
+
+def test_what_is_no_causal_language_model_is_refused() -> None:
+    with pytest.raises(UserError, match="T5Config is not the configuration of a causal language model"):
+        count_policy(T5Config(), 8, False)
 
 
 # By hand: 2 layers of width 4, a vocabulary of 10, tied.
