@@ -207,8 +207,9 @@ def plan_table(plan: dict[str, Any]) -> None:
     console, rows = _console(), plan["launches"]
     for label, text in _counted(plan).items():
         console.print(Text(f"{label:<11}{shown(text)}"))
-    title = f"Computed, not measured: a process of {plan['gpus']} x {plan['gpu']}, {plan['memory'] / 2**30:.0f} GiB"
-    table = Table(title=Text(f"{title}, MFU {plan['mfu']:.0%}"), title_justify="left")
+    machine = f"{plan['gpus']} x {plan['gpu']} of {plan['memory'] / 2**30:.0f} GiB, MFU {plan['mfu']:.0%}"
+    console.print(Text(f"{'computed':<11}not measured: what each process takes on {machine}"))
+    table = Table()
     table.add_column("", no_wrap=True)
     for row in rows:
         table.add_column(row["launch"], justify="right", no_wrap=True)
