@@ -23,12 +23,14 @@ def main() -> None:
         given["ptx_dataset"] = [[i, i + 1, i + 2, i + 3][: 2 + i % 3] for i in range(2, 40)]
     if asked.get("evaluate"):
         given["eval_dataset"] = [[5, 9], [7], [8, 9, 10]]
-    ppo = trainer(tiny_tokenizer(), folder, torch.float64, given, **asked["options"])
+    dtype = getattr(torch, asked.get("dtype", "float64"))
+    ppo = trainer(tiny_tokenizer(), folder, dtype, given, **asked["options"])
     ppo.train(asked.get("resume"))
     ppo.save_model(str(folder / "model"))
-    if int(os.environ.get("RANK", 0)) == 0:
-        torch.save({n: p.detach() for n, p in ppo.model.named_parameters()}, folder / "weights.pt")
-        (folder / "log.json").write_text(json.dumps(ppo.state.log_history))
+    with ppo.learner.whole():
+        if int(os.environ.get("RANK", 0)) == 0:
+            torch.save({n: p.detach().clone() for n, p in ppo.model.named_parameters()}, folder / "weights.pt")
+            (folder / "log.json").write_text(json.dumps(ppo.state.log_history))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,13 @@ from trl.experimental.ppo.ppo_trainer import OnlineTrainerState
 from rlhf_pipeline.checkpoints import drop_old, fault_of, newest_whole, put_in_place, seal, step_of
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.metrics import distinct
+from rlhf_pipeline.ppo.learner import make_learner
 from rlhf_pipeline.ppo.objective import Moments
 from rlhf_pipeline.ppo.prompts import derive_seed, read_prompts
 from rlhf_pipeline.ppo.storage import (
     WEIGHTS,
     fresh_folder,
     generation_config,
-    load_optimizer,
     load_weights,
     save_policy,
     save_weights,
@@ -50,7 +51,7 @@ class Flow(Trainer):
     moments: Moments
     watch: Any
     sampling: Sampling
-    prepared: Any
+    learner: Any
     last_rollout: Any
     made_scheduler: bool = False
     on_warning: Callable[[int, str], None] | None = None  # told of each warning, with its update
@@ -63,19 +64,22 @@ class Flow(Trainer):
         count = len(self.prompts.ids)
         episodes = args.total_episodes or int(args.num_train_epochs * count)
         updates = args.max_steps if args.max_steps > 0 else math.ceil(episodes / self.batch_rows)
-        if self.prepared is not None and self.made_scheduler:  # a second training in this process
+        if self.learner is not None and self.made_scheduler:  # a second training in this process
             self.lr_scheduler = None
         self.made_scheduler = self.lr_scheduler is None
         self.create_optimizer_and_scheduler(num_training_steps=updates)
         self.kl_coef, self.moments, self.watch = args.kl_coef, Moments(), CollapseWatch(args.watch_window)
-        if self.prepared is None:
-            self.prepared, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
-            self.model_wrapped = self.prepared
+        folder = self._checkpoint_of(resume_from_checkpoint) if resume_from_checkpoint else None
+        if folder:  # before the learner is made: what shards the weights copies them
+            self._load_weights(folder)
+        if self.learner is None:
+            self.learner = make_learner(self.accelerator, self.model, self.optimizer, args.max_grad_norm)
+            self.optimizer, self.model_wrapped = self.learner.optimizer, self.learner.network
         self.state = OnlineTrainerState(max_steps=updates, is_world_process_zero=self.is_world_process_zero())
         self.state.is_local_process_zero = self.is_local_process_zero()
         self.state.num_train_epochs = math.ceil(episodes / count)
-        if resume_from_checkpoint:
-            self._load_checkpoint(self._checkpoint_of(resume_from_checkpoint))
+        if folder:
+            self._load_checkpoint(folder)
             self.state.max_steps = updates
         for name in ("logging_steps", "eval_steps", "save_steps"):  # below 1 they are shares of the whole
             asked = getattr(args, name) or 1
@@ -92,8 +96,7 @@ class Flow(Trainer):
     def end(self) -> None:
         """The best policy back, where that was asked for; the last words to the callbacks."""
         if self.args.load_best_model_at_end and self.state.best_global_step:
-            with torch.no_grad():
-                load_weights(self.model, Path(self.args.output_dir) / "best" / WEIGHTS)
+            self._load_weights(Path(self.args.output_dir) / "best")
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
 
     def end_update(self, rollout: Any, stats: dict[str, float]) -> None:
@@ -220,26 +223,36 @@ class Flow(Trainer):
         return found
 
     def _save_checkpoint(self, *_: Any) -> None:
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if self.is_world_process_zero():
-            temporary = fresh_folder(folder)
-            save_weights(self.model, temporary / WEIGHTS)
-            torch.save(self.optimizer.state_dict(), temporary / "optimizer.pt")
-            torch.save(self.lr_scheduler.state_dict(), temporary / "scheduler.pt")
-            exported = [c for c in [*self.callback_handler.callbacks, self.control] if isinstance(c, ExportableState)]
-            self.state.stateful_callbacks = {type(each).__name__: each.state() for each in exported}
-            self.state.save_to_json(str(temporary / "trainer_state.json"))
-            own = {"kl_coef": self.kl_coef, "moments": self.moments, "watch": self.watch.state_dict()}
-            (temporary / "ppo_state.json").write_text(json.dumps(own))
-            seal(temporary)
-            put_in_place(temporary, folder)
-            drop_old(folder.parent, self.args.save_total_limit)
+        moments = self.learner.state_dict()
+        with self._whole():
+            if self.is_world_process_zero():
+                self._write_checkpoint(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", moments)
         self.accelerator.wait_for_everyone()
 
-    def _load_checkpoint(self, folder: Path) -> None:
-        with torch.no_grad():
+    def _write_checkpoint(self, folder: Path, moments: Any) -> None:
+        temporary = fresh_folder(folder)
+        save_weights(self.model, temporary / WEIGHTS)
+        torch.save(moments, temporary / "optimizer.pt")
+        torch.save(self.lr_scheduler.state_dict(), temporary / "scheduler.pt")
+        exported = [c for c in [*self.callback_handler.callbacks, self.control] if isinstance(c, ExportableState)]
+        self.state.stateful_callbacks = {type(each).__name__: each.state() for each in exported}
+        self.state.save_to_json(str(temporary / "trainer_state.json"))
+        own = {"kl_coef": self.kl_coef, "moments": self.moments, "watch": self.watch.state_dict()}
+        (temporary / "ppo_state.json").write_text(json.dumps(own))
+        seal(temporary)
+        put_in_place(temporary, folder)
+        drop_old(folder.parent, self.args.save_total_limit)
+
+    def _load_weights(self, folder: Path) -> None:
+        with torch.no_grad(), self._whole(change=True):
             load_weights(self.model, folder / WEIGHTS)
-        load_optimizer(self.optimizer, folder / "optimizer.pt")
+
+    def _whole(self, change: bool = False) -> AbstractContextManager[None]:
+        """All weights at hand, also where they are in shards."""
+        return self.learner.whole(change) if self.learner else nullcontext()
+
+    def _load_checkpoint(self, folder: Path) -> None:
+        self.learner.load_state_dict(folder / "optimizer.pt")
         self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
         self.state = OnlineTrainerState.load_from_json(str(folder / "trainer_state.json"))
         self.state.is_world_process_zero = self.is_world_process_zero()
@@ -256,11 +269,12 @@ class Flow(Trainer):
 
     def _save_best(self) -> None:
         folder = Path(self.args.output_dir) / "best"
-        if self.is_world_process_zero():
-            temporary = fresh_folder(folder)
-            self._write(temporary, merge=False)
-            save_weights(self.model, temporary / WEIGHTS)
-            put_in_place(temporary, folder)
+        with self._whole():
+            if self.is_world_process_zero():
+                temporary = fresh_folder(folder)
+                self._write(temporary, merge=False)
+                save_weights(self.model, temporary / WEIGHTS)
+                put_in_place(temporary, folder)
         self.state.best_model_checkpoint = str(folder)
         self.accelerator.wait_for_everyone()
 
@@ -269,8 +283,9 @@ class Flow(Trainer):
 
         An adapter is saved as one; with `merge`, the policy as one model that needs no other.
         """
-        if self.is_world_process_zero():
-            self._write(Path(output_dir or self.args.output_dir), merge)
+        with self._whole():
+            if self.is_world_process_zero():
+                self._write(Path(output_dir or self.args.output_dir), merge)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")

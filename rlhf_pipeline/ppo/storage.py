@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -97,8 +96,3 @@ def fresh_folder(folder: Path) -> Path:
         shutil.rmtree(leftover)
     temporary.mkdir(parents=True)
     return temporary
-
-
-def load_optimizer(optimizer: Any, path: Path) -> None:
-    """Read an optimizer's state, which moves to where its weights are; nothing that the file may contain is run."""
-    optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

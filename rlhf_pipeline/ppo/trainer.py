@@ -4,7 +4,6 @@ import copy
 import math
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -94,6 +93,8 @@ class PPOTrainer(Flow, TRLPPOTrainer):
             raise UserError("trainer.eval_steps and eval_strategy need held-out prompts: pass an eval_dataset.")
         model, ref_model, value_model = _networks(args, model, ref_model, reward_model, value_model, peft_config)
         actor = ActorCritic(model, value_model, bool(args.bf16))
+        # A field of TRL's in the place of transformers' property, which the constructor multiplies by under DeepSpeed.
+        args.world_size = args.distributed_state.num_processes
         # Trainer's own constructor: TRL's builds a second backbone for the critic and an optimizer over it.
         Trainer.__init__(
             self, actor, args, eval_dataset=eval_dataset, processing_class=processing_class, callbacks=callbacks,
@@ -131,12 +132,20 @@ class PPOTrainer(Flow, TRLPPOTrainer):
         self.train_dataset_len = len(self.prompts.ids)
         self.stop_token_id = self.sampling.stop_ids[0] if self.sampling.stop_ids else None
         self.last_rollout: Rollout | None = None
-        self.prepared: Any = None  # the actor-critic as it is called to learn: wrapped, where there are processes
+        self.learner: Any = None  # made as the training begins
 
     def _check_launch(self, optimizer: Any) -> None:
         """Refuse what would silently do something else than asked."""
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise UserError("PPOTrainer does not run under DeepSpeed or FSDP yet; launch it as DDP or in one process.")
+        if self.is_fsdp_enabled:
+            raise UserError("PPOTrainer does not run under FSDP; launch it with DeepSpeed, as DDP or in one process.")
+        if self.is_deepspeed_enabled:
+            if self.args.max_update_kl is not None:
+                raise UserError("DeepSpeed takes no step back: drop trainer.max_update_kl, or launch it as DDP.")
+            if self.args.ptx_coef and (self.args.ptx_batch_size or 0) % self.accelerator.num_processes:
+                raise UserError(
+                    f"under DeepSpeed trainer.ptx_batch_size takes a multiple of {self.accelerator.num_processes}, the "
+                    "processes."
+                )
         if self.accelerator.mixed_precision == "fp16":
             raise UserError("fp16 is not carried out: its range is too small for PPO's ratios; use bf16.")
         if optimizer is not None:
@@ -202,17 +211,19 @@ class PPOTrainer(Flow, TRLPPOTrainer):
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         self.model.eval()
         mine = range(rank, len(prompts.ids), world)
-        part = roll_out(
-            self.model, self.reference, self.judge, self.processing_class, prompts.pick(mine), limits[rank::world],
-            sampling, uniforms[:, rank::world], self.args.local_rollout_forward_batch_size,
-        )  # fmt: skip
+        with self.learner.whole():
+            part = roll_out(
+                self.model, self.reference, self.judge, self.processing_class, prompts.pick(mine), limits[rank::world],
+                sampling, uniforms[:, rank::world], self.args.local_rollout_forward_batch_size,
+            )  # fmt: skip
         return part if world == 1 else merge(gather_object([part.to("cpu")])).to(device)
 
     def _estimate(self, rollout: Rollout) -> Experience:
         """Rewards at every token, advantages and returns."""
         args, batch, mask = self.args, rollout.batch, rollout.batch.response_mask
         if self.state.global_step == 0 and self.reference.same:
-            check_reference(rollout, self.model, self.sampling)
+            with self.learner.whole():
+                check_reference(rollout, self.model, self.sampling)
         self.reference.same = False  # from the first step on
         scores = rollout.scores
         if args.use_score_scaling:
@@ -243,15 +254,12 @@ class PPOTrainer(Flow, TRLPPOTrainer):
                 if first:
                     ratio, approx_kl = (float(found[_STATS.index(n)]) for n in ("val/ratio", "policy/approxkl_avg"))
                     if math.isfinite(ratio):
-                        check_first_ratio(ratio, approx_kl, self.model, experience.rollout, self.sampling)
+                        with self.learner.whole():
+                            check_first_ratio(ratio, approx_kl, self.model, experience.rollout, self.sampling)
                 elif args.max_update_kl is not None and found[_STATS.index("policy/approxkl_avg")] > args.max_update_kl:
-                    self.optimizer.zero_grad()
+                    self.learner.drop()
                     return self._means(stats, update)
-                limit = args.max_grad_norm or math.inf
-                norm = self.accelerator.clip_grad_norm_(self.prepared.parameters(), limit)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-                stats.append(torch.cat([found, norm.detach().to(found)[None]]))
+                stats.append(torch.cat([found, self.learner.step().to(found)[None]]))
         return self._means(stats, update)
 
     def _means(self, stats: list[Tensor], update: int) -> dict[str, float]:
@@ -283,15 +291,14 @@ class PPOTrainer(Flow, TRLPPOTrainer):
             width = mask.shape[1]
             old, old_values = rollout.log_probs[index, :width], rollout.values[index, :width]
             advantages, returns = experience.advantages[index, :width], experience.returns[index, :width]
-            last = number == len(parts) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.prepared):
-                new = self.prepared(part, self.sampling)
+            with self.learner.adding(last=number == len(parts) - 1) as network:
+                new = network(part, self.sampling)
                 policy = policy_loss(new.log_probs, old, advantages, mask, args.cliprange, count)
                 value = value_loss(new.values, old_values, returns, mask, args.cliprange_value, count)
                 loss = policy.loss + args.vf_coef * value.loss
                 if args.entropy_coef:
                     loss = loss - args.entropy_coef * new.entropy.sum() / count
-                self.accelerator.backward(loss * world)  # processes are averaged, and this is a sum
+                self.learner.backward(loss * world)  # processes are averaged, and this is a sum
             seen = [*policy, value.loss, value.clipped, new.entropy.sum() / count]
             total += torch.stack([value.detach().to(total.dtype) for value in seen])
         return self.accelerator.reduce(total, "sum") if world > 1 else total
@@ -308,9 +315,10 @@ class PPOTrainer(Flow, TRLPPOTrainer):
         for start in range(0, len(mine), args.per_device_train_batch_size):
             part = mine[start : start + args.per_device_train_batch_size]
             batch = make_batch([t[:1] for t in part], [t[1:] for t in part]).to(self.accelerator.device)
-            with self.accelerator.no_sync(self.prepared):
-                found = self.prepared(batch, Sampling(), values=False)
-                self.accelerator.backward(-args.ptx_coef * found.log_probs.sum() / count * world)
+            with self.learner.adding(last=False) as network:
+                found = network(batch, Sampling(), values=self.learner.every_weight)
+                loss = -args.ptx_coef * found.log_probs.sum() / count * world
+                self.learner.backward(loss + 0 * found.values.sum())
 
     def _describe(self, experience: Experience) -> dict[str, float]:
         """An update in TRL's names. Means are over tokens that the policy chose, and nothing else."""

@@ -63,15 +63,17 @@ def test_how_a_batch_is_cut_changes_nothing(
         assert others[name] == pytest.approx(value, rel=1e-6, abs=1e-9), name
 
 
-def launch(folder: Path, processes: int, **asked: Any) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+def launch(
+    folder: Path, processes: int, environment: dict[str, str] | None = None, **asked: Any
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Train in so many processes; the weights and the log."""
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(ROOT / "tests" / "two_processes.py"), json.dumps({"folder": str(folder), **asked})]
     if processes > 1:
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = {**os.environ, "PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    mine = {**os.environ, "PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false", **(environment or {})}
+    done = subprocess.run(command, env=mine, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return torch.load(folder / "weights.pt"), json.loads((folder / "log.json").read_text())
 

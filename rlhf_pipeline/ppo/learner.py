@@ -1,0 +1,172 @@
+"""What takes an optimizer step: alone, as DDP, or under DeepSpeed, where gradients and Adam's moments are in shards.
+
+A checkpoint is the same whatever wrote it, so a run goes on with another number of processes, or launched otherwise.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from rlhf_pipeline.errors import UserError
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, as torch calls them
+
+
+def make_learner(accelerator: Accelerator, model: nn.Module, optimizer: Any, max_norm: float | None) -> "Learner":
+    """The learner that the launch asks for. `max_norm` bounds the gradient's norm; None or 0: nothing does."""
+    kind = Learner if accelerator.state.deepspeed_plugin is None else ShardedLearner
+    return kind(accelerator, model, optimizer, max_norm or 0.0)
+
+
+class Learner:
+    """The networks as they are called to learn, and their optimizer: in one process, or in several as DDP."""
+
+    every_weight = False  # whether each backward pass of a step has to reach all weights
+
+    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Any, max_norm: float) -> None:
+        self.accelerator, self.max_norm = accelerator, max_norm
+        self.network, self.optimizer = accelerator.prepare(model, optimizer)
+
+    @contextmanager
+    def adding(self, last: bool) -> Iterator[Any]:
+        """The network for one forward and backward pass; processes add up their gradients in a step's last."""
+        with nullcontext() if last else self.accelerator.no_sync(self.network):
+            yield self.network
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a loss's gradients; they are averaged over processes."""
+        self.accelerator.backward(loss)
+
+    def step(self) -> Tensor:
+        """Move the weights, forget the gradients; their norm before it was bounded, a scalar."""
+        norm = self.accelerator.clip_grad_norm_(self.network.parameters(), self.max_norm or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm.detach()
+
+    def drop(self) -> None:
+        """Forget the gradients, and take no step."""
+        self.optimizer.zero_grad()
+
+    @contextmanager
+    def whole(self, change: bool = False) -> Iterator[None]:
+        """All weights are in this process, to sample with, to save or to `change`; every process has to enter."""
+        yield
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """The optimizer's state, in the first process; every process has to ask."""
+        state: dict[str, Any] = self.optimizer.state_dict()
+        return state
+
+    def load_state_dict(self, path: Path) -> None:
+        """Read what `state_dict` gave, which moves to where the weights are; nothing the file may hold is run."""
+        self.optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+
+class ShardedLearner(Learner):
+    """The same under DeepSpeed: ZeRO-2 shards gradients and Adam's moments, ZeRO-3 the weights too (arXiv 1910.02054).
+
+    Adam's moments are put together to be saved, and cut up again when they are read.
+    """
+
+    # ZeRO-3 adds to the last step's gradient of a weight that a step's first backward pass did not reach.
+    every_weight = True
+
+    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Any, max_norm: float) -> None:
+        # In the order of the optimizer's state, and what it is told of each group.
+        self._parameters: list[Any] = [p for group in optimizer.param_groups for p in group["params"]]
+        self._sizes = [len(group["params"]) for group in optimizer.param_groups]
+        plugin: Any = accelerator.state.deepspeed_plugin
+        plugin.deepspeed_config["gradient_clipping"] = max_norm
+        super().__init__(accelerator, model, optimizer, max_norm)
+        self._adam: Any = optimizer
+
+    @contextmanager
+    def adding(self, last: bool) -> Iterator[Any]:
+        self.network.set_gradient_accumulation_boundary(is_boundary=last)
+        yield self.network
+
+    def backward(self, loss: Tensor) -> None:
+        # accelerate's own would take the step, too, before it is known whether it should be.
+        self.network.backward(loss, scale_wrt_gas=False)
+
+    def step(self) -> Tensor:
+        self.network.step()
+        return torch.as_tensor(self.network.get_global_grad_norm())
+
+    def drop(self) -> None:
+        raise UserError("DeepSpeed takes no step back: leave trainer.max_update_kl out, or launch it as DDP.")
+
+    @contextmanager
+    def whole(self, change: bool = False) -> Iterator[None]:
+        if self.network.zero_optimization_stage() < 3:
+            yield
+            return
+        import deepspeed
+        from trl.models.utils import add_hooks, remove_hooks
+
+        every = list(self.network.module.parameters())
+        with deepspeed.zero.GatheredParameters(every, modifier_rank=0 if change else None):
+            remove_hooks(self.network)  # they would put the weights away again after each layer
+            try:
+                yield
+            finally:
+                add_hooks(self.network)
+
+    def state_dict(self) -> dict[str, Any] | None:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        self._link()
+        every = dict[int, dict[str, Tensor]]()
+        step = max(float(s["step"]) for s in self._adam.state.values())
+        for number, parameter in enumerate(self._parameters):
+            moments = {name: safe_get_full_optimizer_state(parameter, name) for name in _MOMENTS}
+            if self.accelerator.is_main_process:  # the others take part, and keep nothing
+                every[number] = {"step": torch.tensor(step), **{k: v.cpu().clone() for k, v in moments.items()}}
+        if not self.accelerator.is_main_process:
+            return None
+        numbers = iter(range(len(self._parameters)))
+        groups = [
+            {**{k: v for k, v in group.items() if k != "params"}, "params": [next(numbers) for _ in range(size)]}
+            for group, size in zip(self._adam.param_groups, self._sizes, strict=True)
+        ]
+        return {"state": every, "param_groups": groups}
+
+    def load_state_dict(self, path: Path) -> None:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        engine = self.network.optimizer
+        deep = self.network.zero_optimization_stage() == 3
+        step = max((state["step"] for state in found["state"].values()), default=torch.tensor(0.0))
+        for flat in engine.fp32_partitioned_groups_flat if deep else engine.single_partition_of_fp32_groups:
+            self._adam.state[flat] = {"step": step.clone(), **{name: torch.zeros_like(flat) for name in _MOMENTS}}
+        self._link()
+        for number, state in found["state"].items():
+            for name in _MOMENTS:
+                self._put(self._parameters[number], state[name], name, deep)
+        for group, kept in zip(self._adam.param_groups, found["param_groups"], strict=True):
+            group.update({k: v for k, v in kept.items() if k != "params"})
+
+    def _link(self) -> None:
+        """Let parameters know their moments. DeepSpeed does so once, when only the first group has taken a step."""
+        engine = self.network.optimizer
+        if hasattr(engine, "_lazy_init_hp_params_optimizer_state"):  # ZeRO-1 and 2
+            engine._hp_optimizer_states_linked = False
+            engine._lazy_init_hp_params_optimizer_state()
+
+    def _put(self, parameter: Any, moment: Tensor, name: str, deep: bool) -> None:
+        """One of Adam's moments, (the parameter's shape), into this process's shard."""
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        if not deep:
+            return safe_set_full_optimizer_state(parameter, moment.to(parameter.device), name)
+        size, rank = parameter.ds_tensor.numel(), self.accelerator.process_index
+        flat = nn.functional.pad(moment.flatten(), (0, size * self.accelerator.num_processes - moment.numel()))
+        return safe_set_local_optimizer_state(
+            parameter, flat[size * rank : size * (rank + 1)].to(self.network.device), name
+        )
