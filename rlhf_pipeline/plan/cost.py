@@ -91,12 +91,7 @@ def _sent(roles: Roles, work: Work, how: Sharding) -> float:
     steps = work.epochs * work.minibatches
     parts = math.ceil(work.rows / work.minibatches / work.micro)
     total = 2.0 * _FP32 * roles.trained * steps  # reduced and gathered, be it gradients or the weights that they moved
-    if how.weights > 1:
-        size = _BF16 if work.bf16 else _FP32
-        passes = math.ceil(work.rows / work.at_once)
-        forward = passes * (work.response + 1) + steps * parts * (2 + work.checkpointing)
-        whole = roles.policy.parameters * forward
-        if roles.critic:
-            whole += roles.critic.parameters * (passes + steps * parts * (2 + work.checkpointing))
-        total += size * whole
+    if how.weights > 1:  # put together once to sample, and in each pass that learns
+        every = roles.policy.parameters + roles.value_head + (roles.critic.parameters if roles.critic else 0)
+        total += _FP32 * every * (1 + steps * parts * (2 + work.checkpointing))
     return total * (n - 1) / n

@@ -34,10 +34,10 @@ class Option:
 
 
 def sharding(launch: str, processes: int) -> Sharding:
-    """What a launch divides among its processes: ZeRO's stages; FSDP shards what ZeRO-3 does (arXiv 2304.11277)."""
+    """What a launch divides among its processes, by ZeRO's stages."""
     if launch == "zero2":
         return Sharding(processes, gradients=processes, adam=processes)
-    if launch in ("zero3", "fsdp"):
+    if launch == "zero3":
         return Sharding(processes, weights=processes, gradients=processes, adam=processes)
     return Sharding(processes, buckets=launch == "ddp" and processes > 1)
 

@@ -6,6 +6,7 @@ update's backward pass the three that can be the fullest. What is sharded follow
 
 from dataclasses import dataclass
 
+from rlhf_pipeline.plan.devices import ZERO
 from rlhf_pipeline.plan.networks import Network
 
 Parts = dict[str, float]  # bytes
@@ -91,9 +92,11 @@ def peak(roles: Roles, work: Work, how: Sharding, base: float = 0, slack: float 
 
 def moments(roles: Roles, work: Work, how: Sharding, base: float = 0) -> dict[str, Parts]:
     """Bytes by part at each moment that can be the fullest, once Adam's states are there."""
-    held = _held(roles, work, how, base)
-    found = {"rollout": _rollout(roles, work, how), "log p": _look_back(roles, work, how)}
-    found |= {f"update: {name}": parts for name, parts in _update(roles, work, how).items()}
+    held, (gathered, some) = _held(roles, work, how, base), _gathered(roles, how)
+    sampling = {"rollout": _rollout(roles, work, how), "log p": _look_back(roles, work, how)}
+    found = {name: {**parts, "gathered": gathered} for name, parts in sampling.items()}
+    learning = _update(roles, work, how)
+    found |= {f"update: {name}": {**parts, "gathered": some} for name, parts in learning.items()}
     return {name: {**held, **{k: v for k, v in parts.items() if v}} for name, parts in found.items()}
 
 
@@ -107,8 +110,7 @@ def _held(roles: Roles, work: Work, how: Sharding, base: float) -> Parts:
         "reference": reference_bytes(roles, work.bf16),
         "reward": _FP32 * roles.reward,
         "Adam": _ADAM * roles.trained / how.adam,
-        "gathered": _gathered(roles, work) if how.weights > 1 else 0,
-        "buckets": _FP32 * roles.trained if how.buckets else 0,
+        "buckets": _buckets(roles, how),
     }
     return {name: size for name, size in parts.items() if size}
 
@@ -120,10 +122,21 @@ def reference_bytes(roles: Roles, bf16: bool) -> float:
     return _FP32 * roles.reference - (_FP32 - _BF16) * roles.policy.matrices * bf16
 
 
-def _gathered(roles: Roles, work: Work) -> float:
-    """Of sharded weights two layers are there whole: the one at work, and the next, which is on its way."""
-    largest = max(roles.policy.largest, roles.critic.largest if roles.critic else 0)
-    return 2 * largest * (_BF16 if work.bf16 else _FP32)
+def _buckets(roles: Roles, how: Sharding) -> float:
+    """Gradients on their way: all of them under DDP, under ZeRO what DeepSpeed sends at a time."""
+    if how.buckets:
+        return _FP32 * roles.trained
+    return _FP32 * ZERO["reduce_bucket_size"] if how.adam > 1 else 0
+
+
+def _gathered(roles: Roles, how: Sharding) -> tuple[float, float]:
+    """Of sharded weights what is there whole: while sampling the rest of all, while learning what is at work."""
+    if how.weights == 1:
+        return 0, 0
+    networks = [network for network in (roles.policy, roles.critic) if network]
+    every = sum(network.parameters for network in networks) + roles.value_head
+    some = min(every, max(ZERO["stage3_max_live_parameters"], 2 * max(network.largest for network in networks)))
+    return _FP32 * every * (1 - 1 / how.weights), _FP32 * some
 
 
 def _rollout(roles: Roles, work: Work, how: Sharding) -> Parts:

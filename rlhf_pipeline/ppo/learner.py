@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.plan.devices import ZERO
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, as torch calls them
 
@@ -82,8 +83,9 @@ class ShardedLearner(Learner):
         # In the order of the optimizer's state, and what it is told of each group.
         self._parameters: list[Any] = [p for group in optimizer.param_groups for p in group["params"]]
         self._sizes = [len(group["params"]) for group in optimizer.param_groups]
-        plugin: Any = accelerator.state.deepspeed_plugin
-        plugin.deepspeed_config["gradient_clipping"] = max_norm
+        config: dict[str, Any] = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["gradient_clipping"] = max_norm
+        config["zero_optimization"] = {**ZERO, **config["zero_optimization"]}
         super().__init__(accelerator, model, optimizer, max_norm)
         self._adam: Any = optimizer
 
