@@ -13,8 +13,8 @@ LAYERS = [
      "checkpoints", "reward_model", "labels", "lineage", "atomic"],
     ["likelihood", "formats", "templates", "scorer", "own_code", "report", "trackers"],
     ["data", "policies", "rewards", "plan"], ["encoding"], ["settings"], ["cards"], ["rundir"],
-    ["tables", "ppo", "label_studio", "made", "publish"],
-    ["stages", "rounds"], ["plain_words", "arguments"], ["summary"], ["cli"],
+    ["tables", "ppo", "label_studio", "made", "publish", "jobs"],
+    ["stages", "rounds"], ["plain_words", "arguments"], ["summary"], ["sweeps"], ["cli"],
 ]  # fmt: skip
 
 
