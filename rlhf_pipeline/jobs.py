@@ -91,4 +91,5 @@ def note_lost(folder: Path) -> None:
     if known.get("status") in UNFINISHED:
         began = known["status"] == "running"
         what = "killed from outside (time limit, memory, cancelled)" if began else "never began"
-        note(folder, status="failed", exit=1, error=f"{what}; its output is in {known.get('log') or folder.parent}")
+        where = known.get("log") or folder.parent / ".submitit"
+        note(folder, status="failed", exit=1, error=f"{what}; its output is in {where}")

@@ -163,7 +163,7 @@ def sweep_table(found: dict[str, Any]) -> None:
     left = sum(row["left"] for row in rows)
     with_kl = any("kl" in row["results"] for row in rows)
     cells = [
-        (settings_of(row), number(row["objective"]), number(row["stderr"]),
+        (_settings(row), number(row["objective"]), number(row["stderr"]),
          *([number(row["results"].get("kl"), 2)] if with_kl else []), str(row["seeds"]),
          *([str(row["failed"] or "-")] if failed else []), *([str(row["left"] or "-")] if left else []),
          number(row["seconds"], 0))
@@ -180,9 +180,9 @@ def sweep_table(found: dict[str, Any]) -> None:
         console.print(f"{len(failed)} of {len(jobs)} jobs failed; the same command tries them again")
 
 
-def settings_of(row: dict[str, Any]) -> str:
-    """What sets a row of a sweep apart, in a word."""
-    return ", ".join(f"{key}={value}" for key, value in row["settings"].items()) or "all"
+def _settings(row: dict[str, Any]) -> str:
+    """What sets a row of a sweep apart, by the last word of each setting: kl_coef=0.05."""
+    return ", ".join(f"{key.split('.')[-1]}={value}" for key, value in row["settings"].items()) or "all"
 
 
 def rounds_table(rows: list[dict[str, Any]]) -> None:

@@ -11,7 +11,7 @@ from rlhf_pipeline.report.markup import assemble, by_row, show, table, text
 from rlhf_pipeline.report.words import Words
 
 WIDE, BETWEEN = 420, 24  # of a plot's viewBox, and between two rows
-LONGEST, BARS = 34, 40  # characters of a row's name, and rows, that are drawn
+LONGEST, BARS = 28, 40  # characters of a row's name, and rows, that are drawn
 _SPREAD = 10  # times the least that the greatest is, from which a scale is logarithmic
 Row = Mapping[str, Any]
 
@@ -46,12 +46,17 @@ _SEEDS = "Means over seeds, with their standard error."
 
 def name_of(row: Row) -> str:
     """What sets a row apart."""
-    return ", ".join(f"{key}={value}" for key, value in members(row.get("settings")).items()) or "–"
+    return ", ".join(f"{key}={value}" for key, value in members(row.get("settings")).items()) or "all"
+
+
+def _short(row: Row) -> str:
+    """The same by the last word of each setting."""
+    return ", ".join(f"{key.split('.')[-1]}={value}" for key, value in members(row.get("settings")).items()) or "all"
 
 
 def _figures(row: Row, words: Words) -> dict[str, Any]:
     whole = {"objective": row.get("objective"), "± s.e.": row.get("stderr"), "seeds": row.get("seeds")}
-    ended = {key: row.get(key) for key in ("failed", "left") if row.get(key)}
+    ended = {key: row.get(key) for key in ("failed", "left")}
     return {**whole, **ended, "time": row.get("seconds"), **members(row.get("results"))}
 
 
@@ -66,18 +71,18 @@ def _jobs(jobs: Sequence[Row], words: Words) -> str:
         kind = ' class="bad"' if status == "failed" else ""
         cells = f"<td{kind}>{text(words(status))}</td><td>{show(job.get('objective'))}</td>"
         rows.append(f'<th scope="row">{link}</th>{cells}<td>{text(job.get("error") or "")}</td>')
-    return table(words("Jobs"), [words(head) for head in ("Run", "status", "objective", "error")], rows, "keys")
+    return table(words("Every job"), [words(head) for head in ("Run", "status", "objective", "error")], rows, "keys")
 
 
 def _plot(rows: Sequence[Row], words: Words) -> str:
     """The objective against the one number that was swept; else by row."""
     drawn = [row for row in rows if (mean := number(row.get("objective"))) is not None and math.isfinite(mean)]
-    dots = [Dot(name_of(row), float(row["objective"]), number(row.get("stderr")) or 0.0, _values(row)) for row in drawn]
-    if len(dots) < 2:
+    dots = [Dot(_short(row), float(row["objective"]), number(row.get("stderr")) or 0.0, _values(row)) for row in drawn]
+    if sum(len(dot.values) for dot in dots) < 2:
         return ""
     keys = {key for row in drawn for key in members(row.get("settings"))}
     at = [_float(members(row.get("settings")).get(key)) for row in drawn for key in keys]
-    if len(keys) == 1 and None not in at:
+    if len(keys) == 1 and len(dots) > 1 and None not in at:
         return _against(keys.pop(), [(x, dot) for x, dot in zip(at, dots, strict=True) if x is not None], words)
     return _by_name(dots[:BARS], words)
 
