@@ -18,7 +18,7 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from rlhf_pipeline.errors import UserError
 
@@ -42,7 +42,9 @@ class JobsSweeper(Sweeper):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Open the launcher."""
         self.cfg, self.loader = config, hydra_context.config_loader
-        self.folder = Path(config.hydra.sweep.dir)
+        self.folder = Path(config.runs) / (config.name or config.experiment or "default")
+        with read_write(config), open_dict(config):
+            config.hydra.sweep.dir = str(self.folder)  # where submitit keeps its own
         self.jobs_launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )

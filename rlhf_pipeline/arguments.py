@@ -31,7 +31,7 @@ def complete(argv: Sequence[str]) -> list[str]:
     current folder, where Hydra would look below this package. `sweep=kl` is a multirun over what
     conf/sweeps/kl.yaml says.
     """
-    argv = _sweeps_spelt_out(_prompts_quoted(argv))
+    argv = _sweeps_spelt_out(_multirun_last(_prompts_quoted(argv)))
     args = [f"++{arg}" if _OPEN.match(arg) else arg for arg in argv]
     before = ["", *args]
     args = [os.path.abspath(arg) if before[i] in ("--config-path", "-cp") else arg for i, arg in enumerate(args)]
@@ -63,6 +63,12 @@ def _prompts_quoted(argv: Sequence[str]) -> list[str]:
     return args
 
 
+def _multirun_last(argv: Sequence[str]) -> list[str]:
+    """The command line with `-m` behind the settings, wherever it was: they cannot be parted by an option."""
+    flags = ("-m", "--multirun")
+    return [*(word for word in argv if word not in flags), *(["-m"] if {*flags} & {*argv} else [])]
+
+
 def _sweeps_spelt_out(argv: Sequence[str]) -> list[str]:
     """The command line with the settings of the sweeps that it names; what is said beside them goes over theirs.
 
@@ -91,7 +97,7 @@ def _sweeps_spelt_out(argv: Sequence[str]) -> list[str]:
         return args  # of which one job is shown
     added = [f"{key}={value}" for key, value in found.items() if key not in said]
     end = _end_of_settings(args)
-    return [*args[:end], *added, *([] if {"-m", "--multirun"} & {*args} else ["-m"]), *args[end:]]
+    return _multirun_last([*args[:end], *added, *args[end:], "-m"])
 
 
 def _is_of(stage: str, key: str) -> bool:

@@ -72,6 +72,8 @@ def _hydra_main(cfg: DictConfig) -> float | None:
 
 def _dispatch(cfg: DictConfig, overrides: list[str]) -> float | None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
+        if not HydraConfig.get().sweeper._target_.startswith("hydra_plugins.rlhf_pipeline"):
+            raise UserError("-m goes with hydra/sweeper=grid or optuna, and with no recorded configuration.")
         return run_job(Path(cfg.runs), str(cfg.name), _last_stage(cfg), overrides)
     if cfg.stage == "pipeline":
         return _pipeline(cfg, overrides)

@@ -9,7 +9,7 @@ import pytest
 from conftest import CommandLine
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from rlhf_pipeline import arguments, jobs
+from rlhf_pipeline import arguments, cli, jobs
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.report import Words, sweep_page
 from rlhf_pipeline.report.__main__ import rebuild
@@ -22,7 +22,14 @@ def test_a_sweeps_name_is_a_multirun_of_its_settings() -> None:
     assert arguments.complete([*PPO, "sweep=kl"]) == [*PPO, "++trainer.kl_coef=0.01,0.02,0.05,0.1,0.2", "-m"]
     both = arguments.complete([*PPO, "sweep=kl,seeds"])
     assert both == [*PPO, "++trainer.kl_coef=0.01,0.02,0.05,0.1,0.2", "seed=1,2,3,4,5", "-m"]
-    assert sorted(arguments.complete(["-m", *PPO, "sweep=[kl, seeds]"])) == sorted(both)
+    assert arguments.complete(["-m", *PPO, "sweep=[kl, seeds]"]) == both
+    assert arguments.complete(["stage=ppo", "-m", "seed=1,2"]) == ["stage=ppo", "seed=1,2", "-m"]
+    assert arguments.complete(["--multirun", "stage=ppo", "policy=gpt2"]) == [
+        "stage=ppo",
+        "policy=gpt2",
+        "~experiment",
+        "-m",
+    ]
 
 
 def test_what_is_said_goes_over_a_sweeps_own_settings() -> None:
@@ -64,6 +71,7 @@ REFUSED = {
     "-m stage=sft seed=1,2 trainer.learning_rate=fast": "trainer.learning_rate is 'fast'",
     "-m stage=sft seed=1,2 trainer.hub_token=hf_secret": "trainer.hub_token is not yours to set",
     "-m stage=chat seed=1,2": "drop -m",
+    "-m stage=sft seed=1,2 hydra/sweeper=basic hydra.sweep.dir=.": "-m goes with hydra/sweeper=grid or optuna",
     "-m stage=sft trainer.learning_rate=interval(0.1,0.2)": "trainer.learning_rate=interval(...) has no end of values",
     "-m stage=sft seed=1,2 hydra/launcher=submitit_no": "pip install 'rlhf_pipeline[slurm]'",
 }
@@ -76,7 +84,6 @@ def test_a_mistake_in_a_sweep_is_told_before_any_job_begins(
     assert command_line(*asked.split()) == 2
     assert REFUSED[asked] in capsys.readouterr().err
     assert not (workplace / "runs").exists()
-    assert not list(workplace.iterdir())
 
 
 def test_a_cluster_that_is_not_there_is_said_to_be_missing(
@@ -208,3 +215,44 @@ def test_why_a_command_was_refused_is_kept_where_it_is_a_jobs(
     monkeypatch.setenv("RLHF_PIPELINE_JOB", str(workplace / "job"))
     assert command_line("stage=sfd") == 2
     assert "no stage is called 'sfd'" in jobs.read_job(workplace / "job")["error"]
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, list[str]]]:
+    """The name, stage and settings of each job that is launched, and not run."""
+    found: list[tuple[str, str, list[str]]] = []
+
+    def run_job(runs: Path, name: str, stage: str, command: list[str]) -> float:
+        found.append((name, stage, command))
+        jobs.note(runs / name, status="done")
+        return 0.0
+
+    monkeypatch.setattr(cli, "run_job", run_job)
+    return found
+
+
+def test_a_job_is_a_command_that_can_be_typed(
+    launched: list[tuple[str, str, list[str]]], command_line: CommandLine, workplace: Path
+) -> None:
+    assert command_line("-m", "stage=sft", "policy=gpt2", "name=it is", "seed=1,2", "data.limit=9") == 0
+    assert [(name, stage) for name, stage, _ in launched] == [("it is/seed=1", "sft"), ("it is/seed=2", "sft")]
+    name, _, command = launched[0]
+    assert sorted(command) == sorted(
+        ["stage=sft", "policy=gpt2", "++data.limit=9", "~experiment", "seed=1", f"name='{name}'"]
+    )
+    # As the command line takes it.
+    assert command_line(*command, "--cfg", "job") == 0
+    assert set(json.loads((workplace / "runs" / "it is" / "sweep.json").read_text())["rows"][0]["settings"]) == set()
+
+
+def test_a_whole_pipeline_and_a_choice_can_be_swept(
+    launched: list[tuple[str, str, list[str]]], command_line: CommandLine, workplace: Path
+) -> None:
+    assert command_line("stage=pipeline", "sweep=seeds", "seed=1,2", "stages.ppo.trainer.kl_coef=0.1,0.2") == 0
+    assert {stage for _, stage, _ in launched} == {"evaluate"}
+    assert len(launched) == 4
+    assert launched[0][0] == "demo/seed=1,stages.ppo.trainer.kl_coef=0.1"
+    launched.clear()
+    assert command_line("-m", "stage=ppo", "reward=length,toy_sentiment", "name=x", "labeler=length,repetition") == 0
+    assert launched[0][0] == "x/reward=length,labeler=length"
+    assert len(launched) == 4
