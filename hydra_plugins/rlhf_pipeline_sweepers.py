@@ -62,9 +62,9 @@ class JobsSweeper(Sweeper):
         fixed = [o.input_line for key, o in said.items() if not o.is_sweep_override() and key != "name"]
         self.run([line for line in fixed if line], {key: o for key, o in said.items() if o.is_sweep_override()})
         report_sweep(self.folder, self.jobs[0].stage)
-        failed = [job for each in self.jobs if (job := read_job(each.folder)).get("status") == "failed"]
-        if failed:
-            sys.exit(max(1, *(job["exit"] for job in failed)))
+        ended = [read_job(job.folder) for job in self.jobs]
+        if not all(job["status"] == "done" for job in ended):
+            sys.exit(max(1, *(job["exit"] for job in ended)))
 
     def run(self, fixed: list[str], swept: Mapping[str, Override]) -> None:
         """Launch what there is to be launched; `fixed` are the settings of all jobs."""
@@ -72,7 +72,7 @@ class JobsSweeper(Sweeper):
 
     def launch(self, fixed: list[str], varied: Iterable[Sequence[str]], first: int = 0) -> list[float | None]:
         """Run jobs, each with settings of its own; give their objectives, None for one that failed."""
-        from rlhf_pipeline.jobs import note, note_lost
+        from rlhf_pipeline.jobs import note, note_lost, read_job
         from rlhf_pipeline.rundir import RunDir
 
         # A mistake in any of them is told before any begins.
@@ -87,9 +87,9 @@ class JobsSweeper(Sweeper):
                 self.jobs_launcher.launch([job.command for job in left], initial_job_idx=first)
         for job in left:
             note_lost(job.folder)
-        runs = Path(self.cfg.runs)
-        records = [RunDir(runs, str(job.folder.relative_to(runs)), job.stage).newest_round() for job in jobs]
-        return [out.objective() if out.record.get("status") == "done" else None for out in records]
+        runs = [RunDir(self.folder, job.folder.name, job.stage).newest_round() for job in jobs]
+        whole = [read_job(job.folder)["status"] == "done" for job in jobs]
+        return [out.objective() if done else None for out, done in zip(runs, whole, strict=True)]
 
     def _job(self, fixed: list[str], own: Sequence[str], number: int) -> Job:
         from rlhf_pipeline.arguments import as_typed, quoted

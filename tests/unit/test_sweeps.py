@@ -256,3 +256,13 @@ def test_a_whole_pipeline_and_a_choice_can_be_swept(
     assert command_line("-m", "stage=ppo", "reward=length,toy_sentiment", "name=x", "labeler=length,repetition") == 0
     assert launched[0][0] == "x/reward=length,labeler=length"
     assert len(launched) == 4
+
+
+def test_a_job_that_was_interrupted_leaves_the_sweep_unfinished(
+    command_line: CommandLine, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = iter(("done", "interrupted"))
+    monkeypatch.setattr(cli, "run_job", lambda runs, name, *_: jobs.note(runs / name, status=next(ends)) and None)
+    assert command_line("-m", "stage=sft", "seed=1,2") == 1
+    (row,) = json.loads((workplace / "runs" / "demo" / "sweep.json").read_text())["rows"]
+    assert (row["failed"], row["left"]) == (0, 1)
