@@ -3,11 +3,18 @@
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
+import yaml
+from hydra.core.override_parser.types import Quote, QuotedString
 
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.registry import suggest
+from rlhf_pipeline.settings import TRAINED, trainer_fields
+
+_PACKAGE = Path(__file__).parent
+# In a wheel the configurations lie inside the package, in a checkout beside it.
+CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 
 # Sections that take keys their defaults do not list: Settings checks them, so Hydra need not ask for a '+'.
 _OPEN = re.compile(r"^(trainer|policy|reward|data|ptx|evaluate|collect|chat|plan|hub|report|labeler|stages)\.[\w.]+=")
@@ -21,9 +28,10 @@ def complete(argv: Sequence[str]) -> list[str]:
 
     `--prompt` is a setting. Open sections take any key. A policy, reward or data of the user's own leaves the demo's
     experiment: its learning rates were chosen for the demo's models. A folder of configurations is one below the
-    current folder, where Hydra would look below this package.
+    current folder, where Hydra would look below this package. `sweep=kl` is a multirun over what
+    conf/sweeps/kl.yaml says.
     """
-    argv = _prompts_quoted(argv)
+    argv = _sweeps_spelt_out(_multirun_last(_prompts_quoted(argv)))
     args = [f"++{arg}" if _OPEN.match(arg) else arg for arg in argv]
     before = ["", *args]
     args = [os.path.abspath(arg) if before[i] in ("--config-path", "-cp") else arg for i, arg in enumerate(args)]
@@ -55,6 +63,49 @@ def _prompts_quoted(argv: Sequence[str]) -> list[str]:
     return args
 
 
+def _multirun_last(argv: Sequence[str]) -> list[str]:
+    """The command line with `-m` behind the settings, wherever it was: they cannot be parted by an option."""
+    flags = ("-m", "--multirun")
+    return [*(word for word in argv if word not in flags), *(["-m"] if {*flags} & {*argv} else [])]
+
+
+def _sweeps_spelt_out(argv: Sequence[str]) -> list[str]:
+    """The command line with the settings of the sweeps that it names; what is said beside them goes over theirs.
+
+    Of stage=evaluate, `sweep=` is a multirun that has been.
+    """
+    said = dict(re.sub("^[+]*", "", word).split("=", 1) for word in argv if "=" in word and word[0] != "-")
+    stage, names = said.get("stage"), said.get("sweep", "").strip("[]").split(",")
+    if names == [""] or stage in (None, "evaluate") or any(w.startswith(("--config-name", "-cn")) for w in argv):
+        return list(argv)
+    args = [word for word in argv if not word.startswith("sweep=")]
+    found: dict[str, str] = {}
+    for name in map(str.strip, names):
+        path = CONF / "sweeps" / f"{name}.yaml"
+        if not path.is_file():
+            known = sorted(file.stem for file in path.parent.glob("*.yaml"))
+            raise UserError(
+                f"no sweep is called '{name}'. {suggest(name, known)}Known: {', '.join(known)}. "
+                "stage=evaluate alone takes a multirun here, by its name or folder."
+            )
+        own = yaml.safe_load(path.read_text(encoding="utf-8"))
+        fitting = {key: str(value) for key, value in own.items() if _is_of(str(stage), key)}
+        if not fitting:
+            raise UserError(f"sweep={name} varies {', '.join(own)}, which stage={stage} has not.")
+        found |= fitting
+    if any(word.split("=")[0] in ("--cfg", "-c", "--help", "-h", "--info", "-i") for word in args):
+        return args  # of which one job is shown
+    added = [f"{key}={value}" for key, value in found.items() if key not in said]
+    end = _end_of_settings(args)
+    return _multirun_last([*args[:end], *added, *args[end:], "-m"])
+
+
+def _is_of(stage: str, key: str) -> bool:
+    """Whether a stage has a setting, as far as it is one of a trainer."""
+    section, _, field = key.partition(".")
+    return section != "trainer" or (stage in TRAINED and field in trainer_fields(stage))
+
+
 def quoted(text: str) -> str:
     """A text as a setting's value, whatever it holds."""
     # To OmegaConf ${ begins the name of a setting, unless there is an odd number of backslashes before it.
@@ -70,12 +121,3 @@ def _end_of_settings(args: Sequence[str]) -> int:
 def as_typed(override: str) -> str:
     """An override of Hydra's as the user would say it."""
     return override.removeprefix("++").replace(_LABELER, "labeler=")
-
-
-def swept_overrides(argv: Sequence[str], job: Sequence[str]) -> list[str]:
-    """The overrides of `job` that differ between the jobs of the multirun that `argv` asked for."""
-    parsed: list[Override] = OverridesParser.create().parse_overrides([a for a in argv if "=" in a and a[0] != "-"])
-    fixed = {
-        f"{o.key_or_group}@{o.package}" if o.package else o.key_or_group for o in parsed if not o.is_sweep_override()
-    }
-    return [o for o in job if o.lstrip("+").partition("=")[0] not in fixed]

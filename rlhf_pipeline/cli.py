@@ -1,12 +1,10 @@
-"""The command line: Hydra's entry, one stage or a pipeline of them, and the table of a sweep."""
+"""The command line: Hydra's entry, one stage, a pipeline of them, or a job of a sweep."""
 
 import contextlib
 import dataclasses
 import json
 import logging
 import os
-import re
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -18,27 +16,24 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_pipeline import data, made, policies, rewards, rundir
-from rlhf_pipeline.arguments import as_typed, complete, swept_overrides
+from rlhf_pipeline.arguments import CONF, complete
 from rlhf_pipeline.errors import UserError, WaitingError
+from rlhf_pipeline.jobs import note_error, run_job
 from rlhf_pipeline.plain_words import plain
 from rlhf_pipeline.progress import say_loading, screen
 from rlhf_pipeline.publish import last_model, publish
 from rlhf_pipeline.registry import Registry
 from rlhf_pipeline.report import compare
 from rlhf_pipeline.settings import SAMPLING, TRAINED, Hub, Settings, check_sections
-from rlhf_pipeline.summary import command, how_far, say, say_all_done, say_done, say_done_before, say_next
+from rlhf_pipeline.summary import how_far, say_all_done, say_done, say_done_before, say_next
 
-_PACKAGE = Path(__file__).parent
-# In a wheel the configurations lie inside the package, in a checkout beside it.
-CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
+sys.path.append(str(Path(__file__).parent / "plugins"))  # Hydra knows a plugin by its package: hydra_plugins
 NO_STAGES = "stage=pipeline runs an experiment's stages; choose one, as in experiment=demo."
-_failed_jobs: list[int] = []  # exit statuses of a sweep's jobs that failed
 # Stages that several processes can share.
 _BY_SEVERAL = ("ppo",)
 _MAKES_NOTHING = ("chat", "plan")
@@ -58,8 +53,6 @@ def main() -> None:
     try:
         sys.argv[1:] = complete(sys.argv[1:])
         _hydra_main()
-        if _failed_jobs:
-            sys.exit(max(_failed_jobs))
     except UserError as error:
         _leave(str(error), error.kind)
     except (HydraException, OmegaConfBaseException) as error:
@@ -80,15 +73,9 @@ def _hydra_main(cfg: DictConfig) -> float | None:
 
 def _dispatch(cfg: DictConfig, overrides: list[str]) -> float | None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        if cfg.stage == "chat":
-            raise UserError("stage=chat holds one conversation; drop -m, and compare two policies by against=.")
-        if cfg.stage == "plan":
-            raise UserError("stage=plan leaves nothing that a sweep could compare; drop -m.")
-        if (cfg.get("hub") or {}).get("push"):
-            raise UserError(
-                "the jobs of a sweep would push to one place; push the one that you choose when it is done."
-            )
-        return _sweep_job(cfg, overrides)
+        if not HydraConfig.get().sweeper._target_.startswith("hydra_plugins.rlhf_pipeline"):
+            raise UserError("-m goes with hydra/sweeper=grid or optuna, and with no recorded configuration.")
+        return run_job(Path(cfg.runs), str(cfg.name), _last_stage(cfg), overrides)
     if cfg.stage == "pipeline":
         return _pipeline(cfg, overrides)
     order = list(cfg.stages)
@@ -333,22 +320,21 @@ def _wait_for_people(collect: rundir.RunDir) -> None:
         raise WaitingError(f"{how_far(results)}; run again when done.")
 
 
-def _sweep_job(cfg: DictConfig, overrides: list[str]) -> float | None:
-    """Run one job of a sweep in a process of its own: two trainers in one process would share their state."""
-    swept = swept_overrides(sys.argv[1:], overrides)
-    label = ",".join(re.sub(r"[^\w.=+-]", "_", as_typed(o)) for o in swept)
-    job = label if 0 < len(label) <= 120 else f"job{HydraConfig.get().job.num}"
-    sweep = cfg.name or cfg.experiment or "default"
-    name = f"{sweep}/{job}"
-    command = [*(o for o in overrides if not o.startswith("name=")), f"name='{name}'"]
-    print(f"\n== {name}", flush=True)
-    done = subprocess.run([sys.executable, "-m", "rlhf_pipeline", *command], check=False)
-    if done.returncode in (130, -2):
-        raise KeyboardInterrupt
-    if done.returncode != 0:
-        _failed_jobs.append(done.returncode)
-        return None
-    return rundir.RunDir(Path(cfg.runs), name, _last_stage(cfg)).newest_round().objective()
+def check_job(cfg: DictConfig, overrides: Sequence[str]) -> tuple[str, bool]:
+    """Refuse what cannot be a job of a sweep; give the stage it is known by, and whether it is done already."""
+    if cfg.stage == "chat":
+        raise UserError("stage=chat holds one conversation; drop -m, and compare two policies by against=.")
+    if cfg.stage == "plan":
+        raise UserError("stage=plan leaves nothing that a sweep could compare; drop -m.")
+    if (cfg.get("hub") or {}).get("push"):
+        raise UserError("the jobs of a sweep would push to one place; push the one that you choose when it is done.")
+    last = _last_stage(cfg)
+    settings = resolve(cfg, overrides)
+    out = rundir.RunDir.of(settings)
+    if settings.stage == "pipeline" or not out.path.exists():
+        return last, False
+    with out.held():
+        return last, out.finished(settings)
 
 
 def _last_stage(cfg: DictConfig) -> str:
@@ -358,19 +344,6 @@ def _last_stage(cfg: DictConfig) -> str:
     if not cfg.stages:
         raise UserError(NO_STAGES)
     return str(list(cfg.stages)[-1])
-
-
-class SweepTable(Callback):
-    """Prints what each job of a multirun came to, once all are done."""
-
-    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Read the jobs' run directories, so that it does not matter where they ran."""
-        from rlhf_pipeline.tables import sweep_table
-
-        name = config.name or config.experiment or "default"
-        sweep_table(Path(config.runs) / name, _last_stage(config))
-        if made.ppo_jobs(Path(config.runs) / name):
-            say("next", command("evaluate", config.runs, sweep=name))
 
 
 def _be_quiet() -> None:
@@ -385,6 +358,7 @@ def _be_quiet() -> None:
 
 
 def _leave(message: str, kind: str = "error: ") -> NoReturn:
+    note_error(message)
     who = f"process {_rank()}: " if _rank() else ""
     print(f"{who}{kind}{message}", file=sys.stderr)
     sys.exit(2)

@@ -9,6 +9,8 @@ from rlhf_pipeline.settings import STAGES, Settings
 def plain(error: Exception) -> str:
     """Hydra's and OmegaConf's messages without what only a Hydra user would understand."""
     lines = [line.rstrip() for line in str(error).splitlines() if line.strip()]
+    if "hydra/launcher/submitit" in lines[0]:
+        return "hydra/launcher=submitit_... needs an extra: pip install 'rlhf_pipeline[slurm]'."
     missing = re.search(r"Could not find '(\w+)/([^']*)'", lines[0])
     if missing and len(lines) > 2:
         known = [line.strip() for line in lines[2:] if line[0] == "\t" and "provider=" not in line]

@@ -2,14 +2,12 @@
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.scripts import shown
 
 _ABREAST = 4  # policies whose answers can be read side by side
@@ -158,29 +156,33 @@ def side_by_side(answers: Sequence[tuple[str, str, float | None]]) -> None:
     _console().print(table)
 
 
-def sweep_table(sweep: Path, stage: str) -> None:
-    """One row a job of a multirun, the best objective first; a job that failed says so."""
-    jobs = [
-        (path.name, RunDir(sweep.parent, f"{sweep.name}/{path.name}", stage).newest_round().record)
-        for path in sorted(sweep.glob("*"))
-        if path.is_dir()
-    ]
-    records = [(job, record) for job, record in jobs if record or "=" in job]
-    columns = sorted(
-        {key for _, record in records for key, value in record.get("results", {}).items() if isinstance(value, float)}
-    )
-    records.sort(key=lambda pair: (pair[1].get("objective") is None, -(pair[1].get("objective") or 0.0)))
-    table = Table(title=f"{sweep} ({stage})", title_justify="left")
-    table.add_column("job", overflow="fold")
-    for column in ("status", "objective", *columns, "seconds"):
-        table.add_column(column, justify="right")
-    for job, record in records:
-        results = record.get("results", {})
-        table.add_row(
-            job, record.get("status", "failed"), number(record.get("objective")),
-            *(number(results.get(column)) for column in columns), number(record.get("seconds"), 0),
-        )  # fmt: skip
-    _console().print(table)
+def sweep_table(found: dict[str, Any]) -> None:
+    """The settings of a sweep by row, the best objective first; then the jobs that failed, and why."""
+    rows, jobs = found["rows"], found["jobs"]
+    failed = [job for job in jobs if job["status"] == "failed"]
+    left = sum(row["left"] for row in rows)
+    with_kl = any("kl" in row["results"] for row in rows)
+    cells = [
+        (_settings(row), number(row["objective"]), number(row["stderr"]),
+         *([number(row["results"].get("kl"), 2)] if with_kl else []), str(row["seeds"]),
+         *([str(row["failed"] or "-")] if failed else []), *([str(row["left"] or "-")] if left else []),
+         number(row["seconds"], 0))
+        for row in rows
+    ]  # fmt: skip
+    columns = ("objective", "± s.e.", *(["KL"] if with_kl else []), "seeds", *(["failed"] if failed else []),
+               *(["left"] if left else []), "seconds")  # fmt: skip
+    console = _console()
+    about = f"; objective: {found['objective']}" if found["objective"] else ""
+    console.print(_by_policy(f"{found['sweep']} ({found['stage']}){about}", columns, cells))
+    for job in failed:
+        console.print(Text(shown(f"failed: {job['job']}: {job['error']}"), style="red"))
+    if failed:
+        console.print(f"{len(failed)} of {len(jobs)} jobs failed; the same command tries them again")
+
+
+def _settings(row: dict[str, Any]) -> str:
+    """What sets a row of a sweep apart, by the last word of each setting: kl_coef=0.05."""
+    return ", ".join(f"{key.split('.')[-1]}={value}" for key, value in row["settings"].items()) or "all"
 
 
 def rounds_table(rows: list[dict[str, Any]]) -> None:

@@ -148,6 +148,14 @@ class Flow(Trainer):
         prompts = self.eval_prompts if eval_dataset is None else read_prompts(eval_dataset, self.processing_class)
         if prompts is None:
             raise UserError("evaluate() needs held-out prompts: pass an eval_dataset.")
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.measure(prompts).items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def measure(self, prompts: Any = None) -> dict[str, float]:
+        """The means of the answers to prompts, by default the held-out ones, without a word to any log."""
+        prompts = prompts or self.eval_prompts
         size = self.args.per_device_eval_batch_size * self.accelerator.num_processes
         self.callback_handler.eval_dataloader = range(0, len(prompts.ids), size)  # as Trainer's: how many there will be
         rewards, kls, lengths, answers = [], [], [], []
@@ -158,18 +166,14 @@ class Flow(Trainer):
             answers += rollout.responses
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         reward = torch.cat(rewards)
-        found = {
+        self.model.train()
+        return {
             "reward": float(reward.mean()),
             "reward_stderr": float(reward.std() / math.sqrt(len(reward))) if len(reward) > 1 else 0.0,
             "kl": float(torch.cat(kls).mean()),
             "length": float(torch.cat(lengths).mean()),
             "distinct_2": distinct(answers, 2),
         }
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.model.train()
-        return metrics
 
     def _answers(self, prompts: Any, sampling: Sampling, seed: int) -> Iterator[Any]:
         """Rollouts of prompts that are not trained on, part by part; how they are parted changes no draw.

@@ -10,18 +10,23 @@ from rlhf_pipeline.report.words import LANGUAGES
 
 
 def rebuild(folder: Path, lang: str | None = None) -> list[Path]:
-    """Draw the page of every stage of a run, and that of its rounds; None is the language each was made in."""
-    from rlhf_pipeline.rounds import write_rounds  # it stands above this package, and only a command needs it
+    """Draw every page of a run: of its stages, its rounds, of a sweep; None is the language each was made in."""
+    # They stand above this package, and only a command needs them.
+    from rlhf_pipeline.jobs import JOB
+    from rlhf_pipeline.rounds import write_rounds
+    from rlhf_pipeline.sweeps import write_sweep
 
     if lang not in (None, *LANGUAGES):
         raise UserError(f"a report is written in one of: {', '.join(LANGUAGES)}; '{lang}' is none.")
     stages = stages_below(folder) if folder.is_dir() else []
-    if not stages:
+    sweeps = sorted({path.parent.parent for path in folder.rglob(JOB)})
+    if not stages and not sweeps:
         raise UserError(f"{folder} holds no run; a report is made of a folder such as runs/demo or runs/demo/ppo.")
     pages = [write_report(stage, lang) for stage in stages]
     rounds = {stage.parent.parent for stage in stages if stage.parent.name == "round1"}
     inside = sorted(path for path in rounds if path.is_relative_to(folder))
-    return pages + [write_rounds(path.parent, path.name, lang) for path in inside]
+    pages += [write_rounds(path.parent, path.name, lang) for path in inside]
+    return pages + [write_sweep(path, lang) for path in sweeps]
 
 
 def main(arguments: list[str]) -> int:

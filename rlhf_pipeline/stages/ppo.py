@@ -64,13 +64,16 @@ def run(settings: Settings, out: RunDir) -> None:
     trainer.add_callback(SampleLog(trainer, out))
     trainer.on_warning = out.warn
     trainer.train(watch(trainer, out))
+    held_out = trainer.measure() if trainer.eval_prompts and trainer.eval_prompts.ids else None
     out.save_model(functools.partial(_save, trainer))
     last = [row for row in read_jsonl(out.path / "metrics.jsonl") if "objective/scores" in row][-10:]
     results = {name: sum(row[f"objective/{name}"] for row in last) / len(last) for name in ("scores", "kl")}
     if trainer.state.best_metric is not None:
         results["best_eval_reward"] = trainer.state.best_metric
+    if held_out:
+        results["held_out_reward"] = held_out["reward"]
     signs = {"collapse_watch": sorted(trainer.watch.warned)} if trainer.watch.warned else {}
-    out.finish({**results, **signs}, objective=results["scores"])
+    out.finish({**results, **signs}, objective=results.get("held_out_reward", results["scores"]))
 
 
 def _pretraining_texts(settings: Settings, tokenizer: Any, own: Sequence[Row]) -> list[list[int]]:

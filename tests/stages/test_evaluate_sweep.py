@@ -110,7 +110,7 @@ def test_a_checkpoint_opens_as_the_policy_that_was_trained(job: str, sweep: Path
     ("asked", "said"),
     [
         (["stage=evaluate", "sweep=nowhere"], "nowhere holds no run of stage=ppo"),
-        (["stage=ppo", "sweep=demo"], "sweep= goes with stage=evaluate"),
+        (["stage=ppo", "sweep=demo"], "stage=evaluate alone takes a multirun here"),
         (["stage=evaluate", "sweep=demo", "compare=[demo,demo]"], "drop compare="),
         (["stage=evaluate", "sweep=demo", "evaluate.policies=[sft]"], "drop evaluate.policies="),
         (["stage=evaluate", "sweep=demo", "evaluate.show=[x]"], "drop evaluate.show="),

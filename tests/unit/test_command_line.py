@@ -226,12 +226,6 @@ def test_the_fields_of_trls_configs_are_found_without_importing_them() -> None:
         assert declared - set(trainer_fields(stage)) == set()
 
 
-def test_swept_overrides_are_those_that_differ() -> None:
-    argv = ["-m", "stage=ppo", "name=s", "++trainer.kl_coef=0.1,0.2", "seed=range(2)"]
-    job = ["stage=ppo", "name=s", "++trainer.kl_coef=0.1", "seed=1"]
-    assert arguments.swept_overrides(argv, job) == ["++trainer.kl_coef=0.1", "seed=1"]
-
-
 def test_settings_refuse_what_they_do_not_know() -> None:
     with pytest.raises(UserError, match="no setting 'bogus'"):
         Settings.of({"stage": "sft", "name": "x", "bogus": 1})

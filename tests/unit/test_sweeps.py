@@ -1,0 +1,268 @@
+"""Sweeps: what their names stand for, how jobs are called, grouped over seeds, and shown."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CommandLine
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from rlhf_pipeline import arguments, cli, jobs
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.report import Words, sweep_page
+from rlhf_pipeline.report.__main__ import rebuild
+from rlhf_pipeline.sweeps import report_sweep, summarise
+
+PPO = ["stage=ppo", "name=x"]
+
+
+def test_a_sweeps_name_is_a_multirun_of_its_settings() -> None:
+    assert arguments.complete([*PPO, "sweep=kl"]) == [*PPO, "++trainer.kl_coef=0.01,0.02,0.05,0.1,0.2", "-m"]
+    both = arguments.complete([*PPO, "sweep=kl,seeds"])
+    assert both == [*PPO, "++trainer.kl_coef=0.01,0.02,0.05,0.1,0.2", "seed=1,2,3,4,5", "-m"]
+    assert arguments.complete(["-m", *PPO, "sweep=[kl, seeds]"]) == both
+    assert arguments.complete(["stage=ppo", "-m", "seed=1,2"]) == ["stage=ppo", "seed=1,2", "-m"]
+    assert arguments.complete(["--multirun", "stage=ppo", "policy=gpt2"]) == [
+        "stage=ppo",
+        "policy=gpt2",
+        "~experiment",
+        "-m",
+    ]
+
+
+def test_what_is_said_goes_over_a_sweeps_own_settings() -> None:
+    assert arguments.complete([*PPO, "sweep=kl", "trainer.kl_coef=0.03,0.3"])[2:] == [
+        "++trainer.kl_coef=0.03,0.3",
+        "-m",
+    ]
+    assert arguments.complete([*PPO, "sweep=seeds", "seed=1,2"])[2:] == ["seed=1,2", "-m"]
+    found = arguments.complete([*PPO, "sweep=optuna", "++trainer.kl_coef=0.05"])
+    assert "hydra/sweeper=optuna" in found
+    assert [a for a in found if "kl_coef" in a] == ["++trainer.kl_coef=0.05"]
+
+
+def test_a_sweep_keeps_to_what_a_stage_has() -> None:
+    found = arguments.complete(["stage=sft", "sweep=optuna"])
+    assert any(a.startswith("++trainer.learning_rate=tag(log") for a in found)
+    assert not any("kl_coef" in a for a in found)
+    with pytest.raises(UserError, match=r"sweep=kl varies trainer\.kl_coef, which stage=sft has not"):
+        arguments.complete(["stage=sft", "sweep=kl"])
+    with pytest.raises(UserError, match=r"no sweep is called 'k'.*'kl'.*Known: kl, optuna, seeds"):
+        arguments.complete([*PPO, "sweep=k"])
+
+
+def test_of_an_evaluation_a_sweep_is_one_that_has_been() -> None:
+    for said in (["stage=evaluate", "sweep=kl"], ["sweep=kl"], ["--config-name", "config", "stage=ppo", "sweep=kl"]):
+        assert "sweep=kl" in arguments.complete(said)
+    assert arguments.complete([*PPO, "sweep=kl", "--cfg", "job"]) == [*PPO, "--cfg", "job"]
+
+
+def test_every_sweep_that_is_shipped_can_be_read() -> None:
+    for path in (arguments.CONF / "sweeps").glob("*.yaml"):
+        swept = [a for a in arguments.complete([*PPO, f"sweep={path.stem}"]) if a != "-m"]
+        assert any(o.is_sweep_override() for o in OverridesParser.create().parse_overrides(swept)), path
+
+
+REFUSED = {
+    "-m stage=sft name=a,b": "name= is the whole sweep's, and takes one value",
+    "-m stage=sft,ppo name=a": "stage= is the whole sweep's",
+    "-m stage=sft seed=1,2 trainer.learning_rate=fast": "trainer.learning_rate is 'fast'",
+    "-m stage=sft seed=1,2 trainer.hub_token=hf_secret": "trainer.hub_token is not yours to set",
+    "-m stage=chat seed=1,2": "drop -m",
+    "-m stage=sft seed=1,2 hydra/sweeper=basic hydra.sweep.dir=.": "-m goes with hydra/sweeper=grid or optuna",
+    "-m stage=sft trainer.learning_rate=interval(0.1,0.2)": "trainer.learning_rate=interval(...) has no end of values",
+    "-m stage=sft seed=1,2 hydra/launcher=submitit_no": "pip install 'rlhf_pipeline[slurm]'",
+}
+
+
+@pytest.mark.parametrize("asked", REFUSED)
+def test_a_mistake_in_a_sweep_is_told_before_any_job_begins(
+    asked: str, command_line: CommandLine, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line(*asked.split()) == 2
+    assert REFUSED[asked] in capsys.readouterr().err
+    assert not (workplace / "runs").exists()
+
+
+def test_a_cluster_that_is_not_there_is_said_to_be_missing(
+    command_line: CommandLine, workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="the extra slurm is not installed")
+    monkeypatch.setenv("PATH", "")
+    assert command_line("-m", "stage=sft", "seed=1,2", "hydra/launcher=submitit_slurm") == 2
+    assert "submitit could not submit the jobs: Could not detect" in capsys.readouterr().err
+
+
+def test_a_job_is_called_by_what_sets_it_apart() -> None:
+    assert jobs.job_name(["trainer.kl_coef=0.1", "seed=1"], 3) == "trainer.kl_coef=0.1,seed=1"
+    assert jobs.job_name(["data.path=a/b c.jsonl"], 0) == "data.path=a_b_c.jsonl"
+    assert jobs.job_name(["policy.path=" + "x" * 120], 7) == "job7"
+    assert jobs.job_name([], 0) == "job0"
+
+
+def add(sweep: Path, settings: dict[str, str], objective: float | None, status: str = "done", **more: Any) -> Path:
+    """A job of a sweep, as it leaves its files."""
+    folder = sweep / ",".join(f"{key}={value}" for key, value in settings.items()).replace("/", "_")
+    known = {"stage": "ppo", "settings": settings, "status": status, "exit": int(status == "failed"), "error": None}
+    jobs.note(folder, **{**known, **more})
+    if objective is not None:
+        (folder / "ppo").mkdir()
+        record = {
+            "name": f"{sweep.name}/{folder.name}",
+            "status": "done",
+            "objective": objective,
+            "seconds": 2.0,
+            "results": {"kl": 2 * objective},
+        }
+        (folder / "ppo" / "run.json").write_text(json.dumps(record))
+        (folder / "ppo" / "report.html").write_text("")
+    return folder
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Three coefficients: two seeds done of one, one of two of another, none of the last."""
+    folder = tmp_path / "runs" / "coefs"
+    add(folder, {"trainer.kl_coef": "0.1", "seed": "1"}, 0.5)
+    add(folder, {"trainer.kl_coef": "0.1", "seed": "2"}, 0.7)
+    add(folder, {"trainer.kl_coef": "0.2", "seed": "1"}, 0.9)
+    add(folder, {"trainer.kl_coef": "0.2", "seed": "2"}, None, "failed", error="out of <memory>")
+    add(folder, {"trainer.kl_coef": "0.3", "seed": "1"}, None, "waiting")
+    add(folder, {"seed": "1"}, None, "done", stage="sft")  # of another stage, which does not compare
+    return folder
+
+
+def test_jobs_are_grouped_over_seeds_and_the_best_comes_first(sweep: Path) -> None:
+    found = summarise(sweep, "ppo")
+    rows = [(row["settings"], row["objective"], row["stderr"], row["seeds"]) for row in found["rows"]]
+    assert rows[0] == ({"trainer.kl_coef": "0.2"}, 0.9, None, 1)  # of one seed there is no standard error
+    assert rows[1][0] == {"trainer.kl_coef": "0.1"}
+    # Of 0.5 and 0.7: the mean 0.6, the deviation sqrt(2 x 0.01), over sqrt(2).
+    assert rows[1][1:] == (pytest.approx(0.6), pytest.approx(0.1), 2)
+    assert rows[2] == ({"trainer.kl_coef": "0.3"}, None, None, 0)
+    assert [(row["failed"], row["left"]) for row in found["rows"]] == [(1, 0), (0, 0), (0, 1)]
+    assert found["rows"][1]["results"] == {"kl": pytest.approx(1.2)}
+    assert found["objective"] == "mean reward of answers to held-out prompts"
+
+
+def test_the_table_is_sorted_and_says_what_failed(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report_sweep(sweep, "ppo")
+    said = capsys.readouterr().out
+    assert said.index("kl_coef=0.2") < said.index("kl_coef=0.1") < said.index("kl_coef=0.3")
+    assert "held-out prompts" in said
+    assert "failed: trainer.kl_coef=0.2,seed=2: out of <memory>" in said
+    assert "1 of 5 jobs failed" in said
+    assert json.loads((sweep / "sweep.json").read_text()) == summarise(sweep, "ppo")
+    assert not list(sweep.glob(".sweep.json*"))
+
+
+def test_an_objective_that_is_no_number_is_a_failure(tmp_path: Path) -> None:
+    add(tmp_path, {"seed": "1"}, math.nan)
+    found = summarise(tmp_path, "ppo")
+    assert found["jobs"][0]["error"] == "the objective is nan"
+    assert (found["rows"][0]["objective"], found["rows"][0]["failed"]) == (None, 1)
+
+
+def test_the_page_links_jobs_and_takes_what_files_hold_as_text(sweep: Path) -> None:
+    add(sweep, {"data.path": "<script>alert(1)</script>", "seed": "1"}, 0.1)
+    (page,) = (path for path in rebuild(sweep) if path.parent == sweep)  # as make report draws it
+    source = page.read_text()
+    assert "<script>alert" not in source
+    assert "&lt;script&gt;alert" in source
+    assert "out of &lt;memory&gt;" in source
+    assert 'href="trainer.kl_coef%3D0.1%2Cseed%3D1/ppo/report.html"' in source
+    assert "1 of 6 jobs failed" in source
+    assert source.index("trainer.kl_coef=0.2</th>") < source.index("trainer.kl_coef=0.1</th>")
+    assert "个作业失败" in rebuild(sweep, "zh")[-1].read_text()
+
+
+def test_one_number_that_was_swept_is_the_plots_axis_and_anything_else_a_row() -> None:
+    def page(*settings: dict[str, str]) -> str:
+        rows = [{"settings": own, "objective": float(i), "stderr": 0.5, "values": [float(i)]}
+                for i, own in enumerate(settings)]  # fmt: skip
+        return sweep_page({"sweep": "x", "stage": "ppo", "rows": rows, "jobs": []}, Words())
+
+    numbers = page({"a.lr": "0.001"}, {"a.lr": "0.01"}, {"a.lr": "0.1"})
+    assert ">a.lr (logarithmic)</text>" in numbers
+    # Equal steps of a logarithm; the mean's standard error is a line from below it to above.
+    assert ['cx="52.0"' in numbers, 'cx="227.0"' in numbers, 'cx="402.0"' in numbers] == [True] * 3
+    assert numbers.count("<polyline") == 4
+    assert ">a.lr</text>" in page({"a.lr": "1"}, {"a.lr": "2"})
+    assert ">lr=1, b=2</text>" in page({"a.lr": "1", "b": "2"}, {"a.lr": "2", "b": "2"})
+    assert ">data=imdb</text>" in page({"data": "imdb"}, {"data": "toy"})
+    assert "<svg" not in page({"a.lr": "1"})
+    broken = {"rows": [{"objective": "x"}, {"objective": math.inf}, 3], "jobs": None}
+    assert "<svg" not in sweep_page(broken, Words())
+
+
+def test_a_job_that_did_not_say_how_it_ended_was_killed(tmp_path: Path) -> None:
+    for status, said in (("running", "killed from outside"), ("waiting", "never began")):
+        jobs.note(tmp_path, status=status)
+        jobs.note_lost(tmp_path)
+        known = jobs.read_job(tmp_path)
+        assert known["status"] == "failed"
+        assert said in known["error"]
+    jobs.note(tmp_path, status="done", error=None)
+    jobs.note_lost(tmp_path)
+    assert jobs.read_job(tmp_path)["status"] == "done"
+
+
+def test_why_a_command_was_refused_is_kept_where_it_is_a_jobs(
+    command_line: CommandLine, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RLHF_PIPELINE_JOB", str(workplace / "job"))
+    assert command_line("stage=sfd") == 2
+    assert "no stage is called 'sfd'" in jobs.read_job(workplace / "job")["error"]
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, list[str]]]:
+    """The name, stage and settings of each job that is launched, and not run."""
+    found: list[tuple[str, str, list[str]]] = []
+
+    def run_job(runs: Path, name: str, stage: str, command: list[str]) -> float:
+        found.append((name, stage, command))
+        jobs.note(runs / name, status="done")
+        return 0.0
+
+    monkeypatch.setattr(cli, "run_job", run_job)
+    return found
+
+
+def test_a_job_is_a_command_that_can_be_typed(
+    launched: list[tuple[str, str, list[str]]], command_line: CommandLine, workplace: Path
+) -> None:
+    assert command_line("-m", "stage=sft", "policy=gpt2", "name=it is", "seed=1,2", "data.limit=9") == 0
+    assert [(name, stage) for name, stage, _ in launched] == [("it is/seed=1", "sft"), ("it is/seed=2", "sft")]
+    name, _, command = launched[0]
+    assert sorted(command) == sorted(
+        ["stage=sft", "policy=gpt2", "++data.limit=9", "~experiment", "seed=1", f"name='{name}'"]
+    )
+    # As the command line takes it.
+    assert command_line(*command, "--cfg", "job") == 0
+    assert set(json.loads((workplace / "runs" / "it is" / "sweep.json").read_text())["rows"][0]["settings"]) == set()
+
+
+def test_a_whole_pipeline_and_a_choice_can_be_swept(
+    launched: list[tuple[str, str, list[str]]], command_line: CommandLine, workplace: Path
+) -> None:
+    assert command_line("stage=pipeline", "sweep=seeds", "seed=1,2", "stages.ppo.trainer.kl_coef=0.1,0.2") == 0
+    assert {stage for _, stage, _ in launched} == {"evaluate"}
+    assert len(launched) == 4
+    assert launched[0][0] == "demo/seed=1,stages.ppo.trainer.kl_coef=0.1"
+    launched.clear()
+    assert command_line("-m", "stage=ppo", "reward=length,toy_sentiment", "name=x", "labeler=length,repetition") == 0
+    assert launched[0][0] == "x/reward=length,labeler=length"
+    assert len(launched) == 4
+
+
+def test_a_job_that_was_interrupted_leaves_the_sweep_unfinished(
+    command_line: CommandLine, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = iter(("done", "interrupted"))
+    monkeypatch.setattr(cli, "run_job", lambda runs, name, *_: jobs.note(runs / name, status=next(ends)) and None)
+    assert command_line("-m", "stage=sft", "seed=1,2") == 1
+    (row,) = json.loads((workplace / "runs" / "demo" / "sweep.json").read_text())["rows"]
+    assert (row["failed"], row["left"]) == (0, 1)
