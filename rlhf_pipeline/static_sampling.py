@@ -21,6 +21,7 @@ from rlhf_pipeline.sampling import Batch, Sampling, draw, ids_on, make_batch, sa
 Sampler = Callable[..., Batch]
 
 _COLUMNS = 64  # of the cache are taken at a time, so that a prompt a little longer than the last finds room
+_REHEARSALS = 2  # steps before one is recorded: what is set up at a first use must not be part of the recording
 
 
 def make_sampler(cache_implementation: str, model: PreTrainedModel) -> Sampler:
@@ -61,7 +62,7 @@ class StaticSampler:
         device = next(model.parameters()).device
         step = self.step
         if step is None or not step.fits(model, sampling, len(prompts), width + longest):
-            columns = -(-(width + longest) // _COLUMNS) * _COLUMNS
+            columns = -(-(width + max(longest, 2 + _REHEARSALS)) // _COLUMNS) * _COLUMNS
             self.step = step = None  # its memory first
             self.step = step = _Step(model, sampling, len(prompts), columns)
             if device.type == "cuda" if self.graph is None else self.graph:
@@ -154,8 +155,8 @@ class _Step:
         """Record a step as a CUDA graph. What state it leaves means nothing: begin anew."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # what is set up at a first use must not be part of the recording
-            for _ in range(2):
+        with torch.cuda.stream(side):
+            for _ in range(_REHEARSALS):
                 self._go()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()

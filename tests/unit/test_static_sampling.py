@@ -125,6 +125,25 @@ def test_a_step_could_be_recorded(tokenizer: PreTrainedTokenizerBase) -> None:
     assert sampler.step is not step, "a step of another distribution was taken"
 
 
+def test_a_recording_has_room_to_be_rehearsed(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step too many would write beyond the cache, which a GPU answers with a broken process."""
+    recorded = []
+
+    def record(step: Any) -> None:
+        for _ in range(static_sampling._REHEARSALS + 1):
+            step._go()
+        recorded.append(step)
+
+    monkeypatch.setattr(static_sampling._Step, "record", record)
+    policy = tiny_policy(tokenizer)
+    for width in range(58, 64):  # up to all the positions that the policy has
+        prompt = [[5 + place % 40 for place in range(width)]]
+        assert alike(*both(StaticSampler(graph=True), policy, prompt, [1], Sampling()))
+    assert [step.columns for step in recorded] == [64] * 3 + [128] * 3
+
+
 def test_a_copy_in_16_bits_follows_the_weights(tokenizer: PreTrainedTokenizerBase) -> None:
     policy, sampler = tiny_policy(tokenizer), StaticSampler()
     limits, draws = torch.tensor([10] * 16), torch.rand(10, 16, generator=torch.Generator().manual_seed(1))
