@@ -10,7 +10,7 @@ from hydra.core.override_parser.types import Override, Quote, QuotedString
 from rlhf_pipeline.errors import UserError
 
 # Sections that take keys their defaults do not list: Settings checks them, so Hydra need not ask for a '+'.
-_OPEN = re.compile(r"^(trainer|policy|reward|data|ptx|evaluate|collect|chat|hub|report|labeler|stages)\.[\w.]+=")
+_OPEN = re.compile(r"^(trainer|policy|reward|data|ptx|evaluate|collect|chat|plan|hub|report|labeler|stages)\.[\w.]+=")
 _OWN_CHOICE = re.compile(r"^(policy|reward|data)=")
 # labeler= chooses among the rewards: to Hydra, that group in another place.
 _LABELER = "reward@labeler="

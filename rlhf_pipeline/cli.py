@@ -41,6 +41,7 @@ NO_STAGES = "stage=pipeline runs an experiment's stages; choose one, as in exper
 _failed_jobs: list[int] = []  # exit statuses of a sweep's jobs that failed
 # Stages that several processes can share.
 _BY_SEVERAL = ("ppo",)
+_MAKES_NOTHING = ("chat", "plan")
 # What is chosen by name.
 _CHOICES: dict[str, Registry[Any]] = {
     "policy": policies.registry,
@@ -81,6 +82,8 @@ def _dispatch(cfg: DictConfig, overrides: list[str]) -> float | None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         if cfg.stage == "chat":
             raise UserError("stage=chat holds one conversation; drop -m, and compare two policies by against=.")
+        if cfg.stage == "plan":
+            raise UserError("stage=plan leaves nothing that a sweep could compare; drop -m.")
         if (cfg.get("hub") or {}).get("push"):
             raise UserError(
                 "the jobs of a sweep would push to one place; push the one that you choose when it is done."
@@ -107,6 +110,9 @@ def resolve(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
     From weakest to strongest: the stage's and groups' files, the experiment, its section for the stage, what the
     command line says in general, what it says of this stage (`stages.ppo.trainer.kl_coef=0.1`).
     """
+    if cfg.stage == "plan":  # in the words of the stage that is planned
+        of_ppo = [o for o in overrides if not o.startswith("stage=")]
+        return dataclasses.replace(resolve(hydra.compose("config", [*of_ppo, "stage=ppo"]), overrides), stage="plan")
     OmegaConf.set_struct(cfg, False)
     check_sections(str(name) for name in cfg.stages)
     parsed = OverridesParser.create().parse_overrides(list(overrides))
@@ -197,7 +203,7 @@ def run_stage(settings: Settings) -> float | None:
     if settings.compare:  # it shows what has been made, and makes nothing itself
         _compare(settings)
         return None
-    if settings.stage == "chat":  # it makes nothing, so it may go on beside whatever does
+    if settings.stage in _MAKES_NOTHING:  # so it may go on beside whatever does
         return _run_held(settings, out, done=False)
     if settings.labels:  # given to what was collected last, however that was set up
         out = out.newest_round()
@@ -249,7 +255,7 @@ def _run_held(settings: Settings, out: rundir.RunDir, done: bool) -> float | Non
         say_loading()
         from rlhf_pipeline import stages  # loads torch and trl, so only now
 
-        if settings.stage == "chat":  # it has the screen to itself
+        if settings.stage in _MAKES_NOTHING:  # and has the screen to itself
             stages.run(settings, out)
             return None
         try:
