@@ -1,5 +1,6 @@
 """A cache of fixed size draws what a growing one draws, in steps that could be recorded."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,21 @@ import pytest
 import torch
 from tiny import PROMPTS, answers, tiny_policy, tiny_tokenizer, trainer, weights
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    GPT2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerBase,
+    masking_utils,
+)
 
 from rlhf_pipeline import sampling as dynamic
 from rlhf_pipeline import static_sampling
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.ppo.actor_critic import ActorCritic
+from rlhf_pipeline.ppo.objective import policy_loss, value_loss
 from rlhf_pipeline.sampling import Batch, Sampling, sample, uniform_draws
 from rlhf_pipeline.static_sampling import StaticSampler, make_sampler
 
@@ -199,3 +209,25 @@ def test_a_micro_batch_asks_the_device_for_nothing(tokenizer: PreTrainedTokenize
     with Asked() as anew:
         actor(Batch(batch.tokens, batch.prompt_lengths, batch.response_lengths), ODD)
     assert len(anew.found) > len(asked.found), "a batch that is not carried over asks, so the test would see it"
+
+
+def test_nothing_is_mixed_over_two_devices(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On torch's device without memory, which takes no operand from the CPU, as a GPU, and can be asked for nothing."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which it has not
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda _: None)
+    monkeypatch.setattr(GPT2Model, "warn_if_padding_and_no_attention_mask", lambda *_: None)
+    policy = tiny_policy(tokenizer)
+    batch = answers(policy, PROMPTS, [8, 3, 5, 1], ODD).to("meta")
+    actor = ActorCritic(policy).to("meta")
+    with torch.no_grad():
+        step = static_sampling._Step(actor.policy, ODD, 5, 64)
+        step.begin(PROMPTS, torch.tensor([8, 3, 5, 1]), torch.rand(8, 4))
+        step.go()
+    assert step.drawn.device.type == "meta"
+    seen = actor(batch, ODD)
+    nothing = torch.zeros_like(seen.log_probs)
+    count = torch.tensor(17)  # on the CPU, as the trainer has it: a single number may be
+    loss = policy_loss(seen.log_probs, nothing, nothing, batch.response_mask, 0.2, count).loss
+    (loss + value_loss(seen.values, nothing, nothing, batch.response_mask, 0.2, count).loss).backward()
+    assert all(p.grad is not None for p in actor.parameters())
