@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python -m rlhf_pipeline
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo pretrain sft collect reward ppo evaluate chat plan pipeline report label-studio test test-label-studio bench kills check clean
+.PHONY: help setup demo pretrain sft collect reward ppo evaluate chat plan pipeline report label-studio test test-label-studio bench bench-gpu kills check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -58,6 +58,9 @@ $(VENV)/.browser: $(VENV)/.ready
 bench: setup  ## speed and memory beside TRL's own trainers, on a machine that does nothing else
 	$(BIN)/python tests/benchmarks/ppo_speed.py $(ARGS)
 	$(BIN)/python tests/benchmarks/stages_speed.py
+
+bench-gpu: setup  ## PPO, SFT, rollouts, sharding and whole IMDB on a CUDA card: make bench-gpu ARGS="--parts ppo"
+	$(BIN)/python tests/benchmarks/gpu.py $(ARGS)
 
 kills: setup  ## kill -9 runs at random moments and see that they end with the same bits
 	$(BIN)/python tests/benchmarks/kills.py $(ARGS)

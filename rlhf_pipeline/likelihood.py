@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 
 from rlhf_pipeline.sampling import Batch, Sampling
 
-# Rows of the vocabulary are worked on in pieces that stay in a core's cache.
-_PIECE = 2**20
+# Rows of the vocabulary are worked on in pieces that stay in a core's cache; on a GPU in pieces that keep it busy.
+_PIECE, _PIECE_ON_GPU = 2**20, 2**24
 # Without gradients no more logits than these exist at a time.
 _SCRATCH = 2**24
 
@@ -28,7 +28,7 @@ def trunk(model: Any) -> nn.Module:
 
 def response_states(body: nn.Module, batch: Batch) -> Tensor:
     """The last hidden states that predict the responses' tokens, row after row: (tokens, hidden)."""
-    row, time = batch.response_mask.nonzero(as_tuple=True)
+    row, time = batch.places
     # Nothing is predicted from the last column.
     states: Tensor = body(input_ids=batch.tokens[:, :-1], use_cache=False).last_hidden_state
     return states[row, batch.prompt_lengths[row] + time - 1]
@@ -39,8 +39,7 @@ def token_likelihood(model: Any, states: Tensor, batch: Batch, sampling: Samplin
 
     `states` as `response_states` gives them; both results are (batch, longest response), 0 beyond a response's end.
     """
-    mask = batch.response_mask
-    targets, times = batch.responses[mask], mask.nonzero()[:, 1]
+    targets, times = batch.chosen, batch.places[1]
     inner = language_model(model)
     head = inner.get_output_embeddings()
     if type(head) is nn.Linear and not _reshaped(inner):
@@ -57,7 +56,8 @@ def token_likelihood(model: Any, states: Tensor, batch: Batch, sampling: Samplin
             found = tuple(torch.cat(parts) for parts in zip(*each, strict=True))
     else:
         found = _plain_likelihood(_reshape(inner, head(states)), targets, times, sampling)
-    log_probs, entropy = (torch.zeros(mask.shape, dtype=f.dtype, device=f.device).index_put((mask,), f) for f in found)
+    shape = batch.response_mask.shape
+    log_probs, entropy = (torch.zeros(shape, dtype=f.dtype, device=f.device).index_put(batch.places, f) for f in found)
     return log_probs, entropy
 
 
@@ -86,6 +86,10 @@ def _plain_likelihood(logits: Tensor, targets: Tensor, times: Tensor, sampling: 
     return found.gather(-1, targets[:, None])[:, 0], -(found.exp() * found).sum(-1)
 
 
+def _rows_of_a_piece(logits: Tensor) -> int:
+    return max((_PIECE_ON_GPU if logits.is_cuda else _PIECE) // logits.shape[1], 1)
+
+
 def _likelihood(
     states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, times: Tensor, sampling: Sampling, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,7 +100,7 @@ def _likelihood(
         states, weight = states.to(dtype), weight.to(dtype)
         logits = states @ weight.t() if bias is None else torch.addmm(bias.to(dtype), states, weight.t())
         log_p, entropy = [], []
-        rows = max(_PIECE // logits.shape[1], 1)
+        rows = _rows_of_a_piece(logits)
         for part, target, time in zip(logits.split(rows), targets.split(rows), times.split(rows), strict=True):
             z = sampling.adjust_(part, time)
             z.sub_(z.amax(-1, keepdim=True))
@@ -129,7 +133,7 @@ class _TokenLikelihood(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         states, weight, targets, log_p, entropy, p = ctx.saved_tensors
         by_log_p, by_entropy = (None if g is None else g / ctx.temperature for g in grads)
-        rows = max(_PIECE // p.shape[1], 1)
+        rows = _rows_of_a_piece(p)
         for start in range(0, len(p), rows):
             part = slice(start, start + rows)
             piece = p[part].to(entropy.dtype)

@@ -54,7 +54,7 @@ class ActorCritic(nn.Module):
             found = torch.zeros_like(log_probs)
             if values:
                 flat = self._values(states, batch).squeeze(-1)
-                found = found.index_put((batch.response_mask,), flat.to(found.dtype))
+                found = found.index_put(batch.places, flat.to(found.dtype))
         return Seen(log_probs, entropy, found)
 
     def _values(self, states: Tensor, batch: Batch) -> Tensor:

@@ -14,7 +14,8 @@ from rlhf_pipeline.likelihood import trunk
 from rlhf_pipeline.ppo.actor_critic import ActorCritic, Reference
 from rlhf_pipeline.ppo.prompts import Prompts
 from rlhf_pipeline.precision import autocast
-from rlhf_pipeline.sampling import Batch, Sampling, join, length_mask, sample
+from rlhf_pipeline.sampling import Batch, Sampling, join, length_mask
+from rlhf_pipeline.static_sampling import Sampler
 
 TextReward = Callable[..., Sequence[float]]
 Judge = Callable[[Batch, list[str], list[str], dict[str, list[Any]]], Tensor]
@@ -50,6 +51,7 @@ class Rollout(NamedTuple):
 def roll_out(
     actor: ActorCritic,
     reference: Reference,
+    sampler: Sampler,
     judge: Judge,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Prompts,
@@ -63,7 +65,7 @@ def roll_out(
     with autocast(actor.bf16, device):
         batch = join(
             [
-                sample(actor.policy, prompts.ids[part], limits[part], sampling, uniforms[:, part])
+                sampler(actor.policy, prompts.ids[part], limits[part], sampling, uniforms[:, part])
                 for part in _slices(len(prompts.ids), rows_at_once)
             ]
         )

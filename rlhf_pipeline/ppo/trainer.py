@@ -42,6 +42,7 @@ from rlhf_pipeline.ppo.rollout import Rollout, TextReward, make_judge, merge, ro
 from rlhf_pipeline.ppo.watch import CollapseWatch
 from rlhf_pipeline.precision import fuse_gelu
 from rlhf_pipeline.sampling import Batch, Sampling, check_positions, make_batch, uniform_draws
+from rlhf_pipeline.static_sampling import make_sampler
 
 
 class Experience(NamedTuple):
@@ -113,6 +114,7 @@ class PPOTrainer(Flow, TRLPPOTrainer):
         self._check_prompts()
         embeddings = language_model(model).get_input_embeddings().num_embeddings
         self.sampling: Sampling = make_sampling(args, processing_class, embeddings)
+        self.sampler = make_sampler(args.cache_implementation, model)
         tokens = min(len(processing_class), embeddings)
         self.judge = make_judge(reward_model, tokens, args.local_rollout_forward_batch_size)
         for network in (reward_model, ref_model):
@@ -211,10 +213,10 @@ class PPOTrainer(Flow, TRLPPOTrainer):
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         self.model.eval()
         mine = range(rank, len(prompts.ids), world)
-        with self.learner.whole():
+        with self._whole():
             part = roll_out(
-                self.model, self.reference, self.judge, self.processing_class, prompts.pick(mine), limits[rank::world],
-                sampling, uniforms[:, rank::world], self.args.local_rollout_forward_batch_size,
+                self.model, self.reference, self.sampler, self.judge, self.processing_class, prompts.pick(mine),
+                limits[rank::world], sampling, uniforms[:, rank::world], self.args.local_rollout_forward_batch_size,
             )  # fmt: skip
         return part if world == 1 else merge(gather_object([part.to("cpu")])).to(device)
 
@@ -222,7 +224,7 @@ class PPOTrainer(Flow, TRLPPOTrainer):
         """Rewards at every token, advantages and returns."""
         args, batch, mask = self.args, rollout.batch, rollout.batch.response_mask
         if self.state.global_step == 0 and self.reference.same:
-            with self.learner.whole():
+            with self._whole():
                 check_reference(rollout, self.model, self.sampling)
         self.reference.same = False  # from the first step on
         scores = rollout.scores
@@ -247,14 +249,15 @@ class PPOTrainer(Flow, TRLPPOTrainer):
         self.model.train()
         order = torch.Generator().manual_seed(derive_seed(args.seed, "minibatches", update))
         rows = self.batch_rows // args.num_mini_batches
+        batch = experience.rollout.batch.to("cpu")  # its lengths are asked for in every micro-batch
         for _ in range(args.num_ppo_epochs):
             for minibatch in torch.randperm(self.batch_rows, generator=order).split(rows):
                 first, step = not stats, len(stats)
-                found = self._backward(experience, minibatch.to(self.accelerator.device), update, step)
+                found = self._backward(experience, batch, minibatch, update, step)
                 if first:
                     ratio, approx_kl = (float(found[_STATS.index(n)]) for n in ("val/ratio", "policy/approxkl_avg"))
                     if math.isfinite(ratio):
-                        with self.learner.whole():
+                        with self._whole():
                             check_first_ratio(ratio, approx_kl, self.model, experience.rollout, self.sampling)
                 elif args.max_update_kl is not None and found[_STATS.index("policy/approxkl_avg")] > args.max_update_kl:
                     self.learner.drop()
@@ -273,21 +276,24 @@ class PPOTrainer(Flow, TRLPPOTrainer):
         check_health(worst, self.args.ratio_threshold, update, self.last_checkpoint)
         return means
 
-    def _backward(self, experience: Experience, minibatch: Tensor, update: int, step: int) -> Tensor:
-        """The gradient of one minibatch, added up over micro-batches and processes; its statistics (len(_STATS),)."""
-        args, rollout, lengths = self.args, experience.rollout, experience.rollout.batch.response_lengths
+    def _backward(self, experience: Experience, batch: Batch, minibatch: Tensor, update: int, step: int) -> Tensor:
+        """The gradient of one minibatch, added up over micro-batches and processes; its statistics (len(_STATS),).
+
+        `batch` is the rollout's on the CPU, `minibatch` (rows,) an index there.
+        """
+        args, rollout, device = self.args, experience.rollout, self.accelerator.device
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        count = lengths[minibatch].sum()
-        total = torch.zeros(len(_STATS), device=lengths.device, dtype=rollout.log_probs.dtype)
+        count = batch.response_lengths[minibatch].sum()
+        total = torch.zeros(len(_STATS), device=device, dtype=rollout.log_probs.dtype)
         if args.ptx_coef:
             self._backward_ptx(update, step, world * len(minibatch[rank::world]))
         # Rows of like length together: a micro-batch is as wide as its longest row.
-        widths = (rollout.batch.prompt_lengths + lengths)[minibatch]
+        widths = (batch.prompt_lengths + batch.response_lengths)[minibatch]
         mine = minibatch[widths.argsort(stable=True)][rank::world]
         parts = mine.split(args.per_device_train_batch_size)
         for number, index in enumerate(parts):
-            part: Batch = rollout.batch.rows(index)
-            mask = part.response_mask
+            part = batch.rows(index).to(device)
+            index, mask = index.to(device, non_blocking=True), part.response_mask
             width = mask.shape[1]
             old, old_values = rollout.log_probs[index, :width], rollout.values[index, :width]
             advantages, returns = experience.advantages[index, :width], experience.returns[index, :width]

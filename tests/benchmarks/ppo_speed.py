@@ -125,7 +125,8 @@ class Stopwatch(TrainerCallback):
             gc.collect()
         if DEVICE == "cuda":
             torch.cuda.synchronize()
-        self._report({"seconds": time.perf_counter() - self.start, "peak": peak_memory()})
+        reserved = torch.cuda.max_memory_reserved() if DEVICE == "cuda" else 0
+        self._report({"seconds": time.perf_counter() - self.start, "peak": peak_memory(), "reserved": reserved})
 
     def _report(self, what: dict[str, Any]) -> None:
         print(json.dumps(what), file=self.pipe, flush=True)
@@ -234,7 +235,7 @@ class Worker:
                 env={**clean, **ENVIRONMENT, **side.environment},
             )  # fmt: skip
         self.seconds: list[float] = []
-        self.peak = 0
+        self.peak = self.reserved = 0
 
     def hear(self) -> dict[str, Any]:
         """The worker's next report."""
@@ -251,7 +252,7 @@ class Worker:
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
         report = self.hear()
-        self.peak = report["peak"]
+        self.peak, self.reserved = report["peak"], report["reserved"]
         if count:
             self.seconds.append(report["seconds"])
 
@@ -292,7 +293,7 @@ def measure(name: str, work: Work, sides: dict[str, Side], pairs: int, warm_up: 
                 workers[(turn + place) % len(workers)].update(count=turn >= warm_up)
             say(f"{name}: {max(turn + 1 - warm_up, 0)} of {pairs} rounds")
     return {
-        "sides": {worker.name: {"seconds": worker.seconds, "peak": worker.peak} for worker in workers},
+        "sides": {w.name: {"seconds": w.seconds, "peak": w.peak, "reserved": w.reserved} for w in workers},
         "gflop": work.gflop(),
         "matmul_gflops": median(rates),
     }

@@ -21,7 +21,6 @@ from transformers import GPT2ForSequenceClassification, PreTrainedTokenizerBase,
 from trl.experimental.ppo import PPOConfig as TRLConfig
 from trl.experimental.ppo import PPOTrainer as TRLTrainer
 
-import rlhf_pipeline.ppo.rollout as our_rollout
 from rlhf_pipeline.ppo import PPOConfig, PPOTrainer
 from rlhf_pipeline.sampling import Batch, make_batch
 
@@ -173,8 +172,8 @@ def test_every_step_equals_trls(
         width = queries.shape[1]
         return make_batch(queries.tolist(), tokens[:, width:].tolist())
 
-    monkeypatch.setattr(our_rollout, "sample", same_rollout)
     ours = our_trainer(tokenizer, tmp_path, mine, temperature=0.7, adam_epsilon=epsilon)
+    ours.sampler = same_rollout
     our_steps, experiences = Record(), []
     estimate = ours._estimate
     ours._estimate = lambda rollout: (experiences.append(estimate(rollout)), experiences[-1])[1]  # type: ignore[method-assign]

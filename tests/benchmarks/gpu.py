@@ -1,0 +1,121 @@
+"""All that is to be known of a GPU, in one go: tables of PPO beside TRL's, SFT, rollouts, sharding and whole IMDB.
+
+    python tests/benchmarks/gpu.py [--parts ppo,sft,rollout,shard,imdb] [--quick] [--device cpu] [--out runs/gpu]
+
+A part is a process of its own with a time limit, so that one that fails or hangs leaves the others their tables. Each
+figure is written to OUT/results.jsonl as it is found, what the parts say to OUT/PART.log, and the tables are printed at
+the end. Models are untrained ones of GPT-2's sizes; nothing is fetched. `--device cpu --quick` goes through all of it
+in minutes with tiny shapes, on any machine. In a comparison all sides hold the card at once, so that they can take
+turns: on a small card, say `--models small`.
+
+- ppo: seconds of an update of TRL 1.12's own loop and of ours in turns, medians of the paired rounds.
+- sft: tokens/s of training steps, and MFU: the share of the card's peak that 6 N + 12 L d T operations a token are
+  (PaLM, arXiv 2204.02311, app. B; N without the table of positions, T the length of a text).
+- rollout: new tokens/s of `sample`, of the static cache with and without CUDA graph, and of transformers' generate.
+- shard: a few steps of stage=sft by conf/accelerate/zero2.yaml and fsdp.yaml on one card, beside a plain run.
+- imdb: a GPT-2 small trained on the reviews, a classifier, PPO, the table; RLHF_SHARED holds data/imdb. A stage that
+  runs out of time goes on from its checkpoint when the same command is given again.
+"""
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from gpu_parts import PARTS, ROOT, SHAPES, Row, SkipError, call
+
+LIMITS = {"ppo": 900, "sft": 300, "rollout": 420, "shard": 480, "imdb": 1100}  # seconds of a part
+# bf16 without sparsity, TFLOP/s, by the makers' data sheets; the first that the card's name holds.
+PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "RTX 4090": 165, "L4": 121}
+
+
+def run_part(asked: argparse.Namespace) -> None:
+    """Be the process of one part: write its rows as they come."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `call` ends what this part has started
+    with (asked.out / "results.jsonl").open("a") as results:
+
+        def write(row: Row) -> None:
+            print(json.dumps({"part": asked.part, **row}), file=results, flush=True)
+
+        try:
+            for row in PARTS[asked.part](asked):
+                write(row)
+        except SkipError as why:
+            write({"ended": f"skipped: {why}"})
+
+
+def card() -> tuple[str, float | None]:
+    """The card's name and its peak in TFLOP/s, asked for in a process of its own: this one leaves the card alone."""
+    ask = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU', torch.__version__)"
+    said = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
+    return said, next((peak for name, peak in PEAKS.items() if re.search(rf"\b{name}\b", said)), None)
+
+
+def print_tables(rows: list[Row]) -> None:
+    """One markdown table a part; what is a list is for the file alone."""
+    for part in dict.fromkeys(row["part"] for row in rows):
+        own = [row for row in rows if row["part"] == part]
+        table = [row for row in own if "ended" not in row]
+        columns = list(dict.fromkeys(k for row in table for k, v in row.items() if k != "part" and type(v) is not list))
+        print(f"\n## {part}: {'; '.join(row['ended'] for row in own if 'ended' in row)}\n")
+        for line in [columns, ["---"] * len(columns)] if table else []:
+            print(f"| {' | '.join(line)} |")
+        for row in table:
+            print(f"| {' | '.join(str(row.get(column, '')) for column in columns)} |")
+
+
+def main() -> None:
+    """Run the parts, then print what they found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated (default: all)")
+    parser.add_argument("--models", default="small,medium", help="of small, medium (default: both)")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, a few steps: that it runs, not how fast")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a card where there is one")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds that count (default: 5)")
+    parser.add_argument("--peak-tflops", type=float, help="the card's bf16 peak, for the MFU of one not known here")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", help="default: runs/gpu")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # installed or not
+    os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TRL_EXPERIMENTAL_SILENCE="1")
+    if asked.part:
+        return run_part(asked)
+    for option, known in (("parts", PARTS), ("models", SHAPES)):
+        if unknown := set(getattr(asked, option).split(",")) - set(known):
+            parser.error(f"--{option} has {', '.join(sorted(unknown))}; it takes any of {', '.join(known)}.")
+    name, peak = card()
+    asked.peak_tflops = asked.peak_tflops or peak
+    if asked.device == "cuda" and name.startswith("CPU"):
+        parser.error("--device cuda: torch sees no card; say --device cpu.")
+    if "sft" in asked.parts.split(",") and not asked.peak_tflops and not name.startswith("CPU"):
+        parser.error(f"the peak of {name} is not known here; say --peak-tflops, its bf16 TFLOP/s without sparsity.")
+    asked.out.mkdir(parents=True, exist_ok=True)
+    results = asked.out / "results.jsonl"
+    before = results.stat().st_size if results.exists() else 0
+    options = ["--models", asked.models, "--rounds", str(asked.rounds), "--out", str(asked.out)]
+    options += ["--quick"] * asked.quick + (["--peak-tflops", str(asked.peak_tflops)] if asked.peak_tflops else [])
+    for part in asked.parts.split(","):
+        print(f"{part}: at most {LIMITS[part]} s, log in {asked.out / part}.log", flush=True)
+        start = time.monotonic()
+        with (asked.out / f"{part}.log").open("w") as log:
+            ended = call([sys.executable, __file__, "--part", part, *options], LIMITS[part], log)
+        how = "done" if ended == "0" else f"failed, see {part}.log" if ended.lstrip("-").isdigit() else ended
+        with results.open("a") as file:
+            row = {"part": part, "ended": f"{how} in {time.monotonic() - start:.0f} s", "machine": name}
+            print(json.dumps(row), file=file)
+    with results.open() as file:
+        file.seek(before)
+        rows = [json.loads(line) for line in file]
+    print(f"\n# {name}, {'quick' if asked.quick else f'medians of {asked.rounds}'}")
+    print_tables(rows)
+
+
+if __name__ == "__main__":
+    main()
