@@ -4,6 +4,7 @@ Exception
   UserError             the user can mend it: exit status 2, one message
     NotFinishedError    an earlier stage has not made what this one needs
     WaitingError        it is people's turn
+    LostProcessError    of several processes one has ended, and the others with it
 """
 
 
@@ -21,3 +22,9 @@ class WaitingError(UserError):
     """People have not done their part yet. The message says how far they are."""
 
     kind = ""
+
+
+class LostProcessError(UserError):
+    """Another process has ended, by itself or by another hand."""
+
+    kind = "stopped: "

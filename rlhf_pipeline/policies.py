@@ -91,9 +91,11 @@ class _FromScratch:
         import torch
         from transformers import GPT2Config, GPT2LMHeadModel
 
+        from rlhf_pipeline.processes import agree
+
         train = train_tokenizer if self.tokenizer == "bytes" else train_character_tokenizer
         print(f"training a tokenizer of {self.vocabulary} tokens on {len(texts)} texts", flush=True)
-        tokenizer = train(texts, self.vocabulary, self.positions)
+        tokenizer = agree(lambda: train(texts, self.vocabulary, self.positions))
         layers, width, heads = SIZES[self.size]
         config = GPT2Config(
             vocab_size=len(tokenizer),

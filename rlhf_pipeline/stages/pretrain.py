@@ -37,5 +37,7 @@ def run(settings: Settings, out: RunDir) -> None:
     )
     trainer.train(resume_from_checkpoint=watch(trainer, out))
     loss = trainer.evaluate()["eval_loss"]
+    if not out.leads:
+        return
     out.save_model(policy.save)
     out.finish({"eval_loss": loss, "eval_perplexity": math.exp(loss), "parameters_M": parameters}, objective=-loss)

@@ -54,10 +54,13 @@ def run(settings: Settings, out: RunDir) -> None:
         peft_config=lora_config(settings.policy),
     )
     checkpoint = watch(trainer, out)
-    logged = [row["eval_loss"] for row in read_jsonl(out.path / "metrics.jsonl") if row["step"] == 0]
-    before = logged[0] if logged else trainer.evaluate()["eval_loss"]
+    logged = [row for row in read_jsonl(out.path / "metrics.jsonl") if row["step"] == 0]
+    args.eval_on_start = not logged  # not evaluate(): accelerate would take the model for one that is prepared to train
     trainer.train(resume_from_checkpoint=checkpoint)
+    before = next(row["eval_loss"] for row in logged or trainer.state.log_history if "eval_loss" in row)
     loss = trainer.evaluate()["eval_loss"]
+    if not out.leads:
+        return
     out.save_model(merged(trainer.model, policy, where).save)
     results = {"eval_loss": loss, "eval_loss_before": before, "eval_perplexity": math.exp(loss)}
     out.finish(results, objective=-loss)
