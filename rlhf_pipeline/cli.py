@@ -213,6 +213,7 @@ def run_stage(settings: Settings) -> float | None:
 def _said(settings: Settings) -> str:
     """What is asked for, as it was said."""
     more = [f"{name}=" for name in ("compare", "labels", "sweep") if getattr(settings, name)]
+    more += ["policy.lora="] if settings.policy.get("lora") else []
     return " ".join([f"stage={settings.stage}", *more])
 
 

@@ -1,5 +1,6 @@
 """How this process was started: alone, or as one of several by torchrun or accelerate launch."""
 
+import importlib.util
 import math
 import os
 from collections.abc import Mapping
@@ -11,8 +12,10 @@ from rlhf_pipeline.errors import UserError
 CUT = ("per_device_train_batch_size", "gradient_accumulation_steps")
 # What has one screen, or writes all by itself.
 _ALONE = ("stage=chat", "compare=", "labels=", "sweep=")
-# What accelerate launch can shard by.
-_SHARDED = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed (zero2, zero3)", "ACCELERATE_USE_FSDP": "FSDP (fsdp)"}
+# What accelerate launch can shard by, each with the stages that are right with it: their trainers are transformers'
+# own, and of ZeRO-3 and FSDP nothing is asked of the model after training but its weights. Our PPO samples between its
+# steps, and stage=evaluate and collect train nothing.
+_SHARDED = {"zero2": ("pretrain", "sft", "reward"), "zero3": ("pretrain", "sft"), "fsdp": ("pretrain", "sft")}
 
 
 def rank() -> int:
@@ -47,11 +50,27 @@ def same_step(before: Mapping[str, Any], count: int, asked: Mapping[str, Any]) -
     return {CUT[0]: size, CUT[1]: rows // (size * now)}
 
 
+def sharding() -> str | None:
+    """What accelerate launch was told to shard by: zero2, zero3 or fsdp; None where each process has the whole."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        return f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"
+    return "fsdp" if os.environ.get("ACCELERATE_USE_FSDP") == "true" else None
+
+
 def check_launch(said: str) -> None:
     """Refuse what would be done otherwise than it was asked for. `said` is the stage, as on the command line."""
     alone = next((word for word in _ALONE if word in said.split()), None)
     if processes() > 1 and alone:
         raise UserError(f"{said} runs in one process; start it by python -m rlhf_pipeline.")
-    for name, what in _SHARDED.items():
-        if os.environ.get(name, "").lower() in ("1", "true"):
-            raise UserError(f"{said} does not run under {what} yet; launch it by ddp, or cpu where there is no GPU.")
+    if (kind := sharding()) is None:
+        return
+    stages = _SHARDED.get(kind, ())
+    if said.removeprefix("stage=") not in stages:
+        fits = f"{kind} is for {', '.join(f'stage={name}' for name in stages)} without an adapter" if stages else ""
+        raise UserError(f"{said} does not run under {kind}; launch it by ddp.{fits and f' ({fits}.)'}")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError(f"{kind} needs GPUs: on a CPU accelerate would run DDP in its place; launch it by ddp.")
+    if kind != "fsdp" and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(f"{kind} needs DeepSpeed: pip install 'rlhf_pipeline[gpu]'.")

@@ -23,9 +23,9 @@ class Policy:
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
 
-    def save(self, folder: Path) -> None:
-        """Write both so that AutoModelForCausalLM and AutoTokenizer open them."""
-        self.model.save_pretrained(folder)
+    def save(self, folder: Path, weights: dict[str, Any] | None = None) -> None:
+        """Write both so that AutoModel... and AutoTokenizer open them; `weights` where the model has a shard."""
+        self.model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
 
 

@@ -16,7 +16,7 @@ from rlhf_pipeline import trackers
 from rlhf_pipeline.checkpoints import SEAL, seal
 from rlhf_pipeline.data import Splits, load_data
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.launch import processes
+from rlhf_pipeline.launch import processes, sharding
 from rlhf_pipeline.policies import Policy
 from rlhf_pipeline.ppo.config import PPOConfig, make_sampling
 from rlhf_pipeline.precision import choose_bf16
@@ -114,6 +114,14 @@ def watch(trainer: transformers.Trainer, out: RunDir) -> str | None:
     if checkpoint:
         print(f"resuming from {checkpoint}", flush=True)
     return str(checkpoint) if checkpoint else None
+
+
+def sharded_weights(trainer: transformers.Trainer) -> dict[str, Any] | None:
+    """All weights of a model that the processes have shards of, in the first one; None where each has the whole."""
+    if not sharding():
+        return None
+    found: dict[str, Any] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return found
 
 
 class RunLog(TrainerCallback):

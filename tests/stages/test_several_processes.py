@@ -1,0 +1,157 @@
+"""Stages in two processes on one run: the result of one, a process that is killed, and going on with two or one."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MINIATURE, CommandLine
+from launched import environment, run, torchrun
+from safetensors.torch import load_file
+
+from rlhf_pipeline.atomic import read_jsonl
+
+HALVES = (
+    *(f"++stages.{stage}.trainer.per_device_train_batch_size=16" for stage in ("pretrain", "sft", "reward")),
+    "++stages.ppo.trainer.gradient_accumulation_steps=1",
+)
+
+
+def on_two(*asked: str) -> subprocess.CompletedProcess[str]:
+    return run(torchrun(2, "-m", "rlhf_pipeline", *asked))
+
+
+def difference(one: Path, two: Path) -> float:
+    """The largest of two models' weights."""
+    a, b = (load_file(folder / "model" / "model.safetensors") for folder in (one, two))
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def figures(folder: Path) -> dict[str, Any]:
+    record = json.loads((folder / "run.json").read_text())
+    return {name: value for name, value in record["results"].items() if isinstance(value, float)}
+
+
+def test_a_pipeline_in_two_processes_ends_as_in_one(miniature: Path, workplace: Path) -> None:
+    """Every stage on the one before: the same weights and figures, one log on the screen, one directory."""
+    done = on_two("stage=pipeline", *MINIATURE, *HALVES)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    two = Path("runs/demo")
+    for stage in ("pretrain", "sft", "reward", "ppo"):
+        assert difference(miniature / stage, two / stage) < 1e-5, stage
+        rows = [read_jsonl(folder / stage / "metrics.jsonl") for folder in (miniature, two)]
+        assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
+        for one, other in zip(*rows, strict=True):
+            for name in one.keys() & {"loss", "grad_norm", "eval_loss", "accuracy", "objective/scores"}:
+                assert other[name] == pytest.approx(one[name], abs=1e-5, rel=1e-4), (stage, name)
+        assert json.loads((two / stage / "run.json").read_text())["processes"] == 2
+        assert done.stderr.count(f"{stage}: 100%") == 1
+    for stage in ("pretrain", "sft", "reward"):
+        assert figures(two / stage) == pytest.approx(figures(miniature / stage), abs=1e-5), stage
+    assert done.stdout.count("training a tokenizer") == 1
+    assert "training a tokenizer" in (two / "pretrain" / "rank1.log").read_text()
+    assert "0/24" not in (two / "evaluate" / "rank1.log").read_text(), "a bar of its own"
+
+
+def test_an_evaluation_and_a_collection_are_shared_out(
+    miniature: Path, command_line: CommandLine, workplace: Path
+) -> None:
+    """Of the same models the very same answers; what is finished is known to two processes as well."""
+    for name in ("one", "two"):
+        shutil.copytree(miniature, Path("runs") / name)
+        shutil.rmtree(Path("runs") / name / "evaluate")
+    asked = [
+        "stage=pipeline", *MINIATURE, "evaluate.batch_size=5", "evaluate.best_of=2", "evaluate.show=[so this film]",
+        "++stages.collect.collect.prompts=7", "++stages.collect.collect.batch_size=2",
+        "++stages.collect.labeler.name=toy_sentiment",
+    ]  # fmt: skip
+    assert command_line(*asked, "name=one") == 0
+    done = on_two(*asked, *HALVES, "name=two")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.stdout.count("is done already") == 4
+    runs = [Path("runs") / name for name in ("one", "two")]
+    texts = [(folder / "evaluate" / "evaluation.json").read_text() for folder in runs]
+    assert texts[0].replace("runs/one/", "runs/two/") == texts[1]
+    for name in ("candidates.jsonl", "labels.jsonl"):
+        one, two = ((folder / "collect" / name).read_text() for folder in runs)
+        assert len(one.splitlines()) > 3
+        assert one.replace("runs/one/", "runs/two/") == two, name
+
+
+def test_a_killed_process_ends_the_others_and_the_run_goes_on(
+    miniature: Path, command_line: CommandLine, workplace: Path
+) -> None:
+    """With an adapter and rows that do not divide by two; then on two processes, and by the same command on one."""
+    asked = [
+        "stage=sft", "experiment=demo", f"policy.path={miniature / 'pretrain'}", "policy.lora.r=4",
+        "policy.lora.target_modules=[c_attn]", "data.limit=193", "trainer.num_train_epochs=3", "trainer.save_steps=2",
+        "trainer.logging_steps=1", "trainer.learning_rate=1e-2",
+    ]  # fmt: skip
+    assert command_line(*asked, "name=whole") == 0
+    half = [*asked, "trainer.per_device_train_batch_size=16", "name=killed"]
+    folder = Path("runs/killed/sft")
+    status, told, seconds = kill_one(half, folder)
+    assert status != 0
+    assert seconds < 30
+    assert "another process has ended, so this one stops; the same command goes on" in told
+    assert not list(folder.glob(".model.*"))
+    assert not (folder / "model").exists()
+    shutil.copytree(Path("runs/killed"), Path("runs/alone"))
+    done = on_two(*half)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resuming from" in done.stdout
+    assert command_line(*half[:-1], "name=alone") == 0
+    whole = Path("runs/whole/sft")
+    for name in ("killed", "alone"):
+        assert difference(whole, Path("runs") / name / "sft") < 1e-5, name
+        logs = [read_jsonl(run / "metrics.jsonl") for run in (whole, Path("runs") / name / "sft")]
+        assert [row["step"] for row in logs[0]] == [row["step"] for row in logs[1]]
+        for one, other in zip(*logs, strict=True):
+            assert other.get("loss") == pytest.approx(one.get("loss"), abs=1e-5)
+
+
+def kill_one(asked: list[str], folder: Path) -> tuple[int, str, float]:
+    """Start two processes and kill -9 the second once there is a checkpoint; status, errors, seconds to the end."""
+    command = torchrun(2, "-m", "rlhf_pipeline", *asked)
+    with subprocess.Popen(
+        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as it:
+        try:
+            deadline = time.monotonic() + 200
+            while not list(folder.glob("checkpoints/*/complete")):
+                assert it.poll() is None, "it ended before there was a checkpoint"
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            os.kill(rank_one(it.pid), signal.SIGKILL)
+            clock = time.monotonic()
+            assert it.stderr is not None
+            told = it.stderr.read()
+            return it.wait(60), told, time.monotonic() - clock
+        finally:
+            it.kill()
+
+
+def rank_one(launcher: int) -> int:
+    """Its number among all processes, by its environment."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "environ").read_bytes().split(b"\0")
+            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        if parent == launcher and b"RANK=1" in words:
+            return int(process.name)
+    raise AssertionError("there is no second process")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
