@@ -1,5 +1,6 @@
 """Several processes on one run: agreeing, sharing out what there is to do, and leaving together."""
 
+import atexit
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import TypeVar
@@ -22,6 +23,7 @@ def join() -> None:
     if processes() > 1 and not PartialState._shared_state:
         # Without an accelerator accelerate must be told so, or it takes each process for one of its own.
         PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
+        atexit.register(_leave)
 
 
 def agree(decide: Callable[[], T]) -> T:
@@ -61,7 +63,7 @@ def lost(error: BaseException) -> bool:
     return isinstance(error, DistError) or any(word in str(error) for word in ("gloo", "NCCL", "Connection closed by"))
 
 
-def leave() -> None:
-    """Take leave of the other processes."""
+def _leave() -> None:
+    """Take leave of the other processes, or the connections would be found open when all is torn down."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

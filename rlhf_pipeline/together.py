@@ -16,7 +16,7 @@ from rlhf_pipeline.progress import say_loading
 from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.settings import Settings
 
-_STOPPED = "another process has ended, so this one stops; the same command goes on from the last checkpoint."
+_STOPPED = "another process has ended, or all were told to; the same command goes on from the last checkpoint."
 
 
 class ReadOnlyRunDir(RunDir):
@@ -133,7 +133,7 @@ def _stop_at_sigterm() -> None:
     def wait() -> None:
         while os.read(reader, 1)[0] != signal.SIGTERM:
             pass
-        print(f"process {rank()} of {processes()}: {_STOPPED}", file=sys.__stderr__, flush=True)
+        print(f"process {rank()} of {processes()}: stopped: {_STOPPED}", file=sys.__stderr__, flush=True)
         os._exit(128 + signal.SIGTERM)
 
     def alone() -> None:

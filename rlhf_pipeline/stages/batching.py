@@ -107,18 +107,18 @@ class _Ordered:
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """As Trainer's; of several processes each gets its share."""
-        sampler = self._get_train_sampler()
-        if self.args.world_size == 1 or sampler is None or self.args.train_sampling_strategy == "batch_rebalance":
+        args = self.args
+        if args.world_size == 1 or args.train_sampling_strategy == "batch_rebalance":
             return super().get_train_dataloader()  # type: ignore[misc]
-        return self._shared(self.train_dataset, sampler, self.args.train_batch_size, self.args.dataloader_drop_last)
+        order = self._get_train_sampler()
+        return self._shared(self.train_dataset, order, args.train_batch_size, args.dataloader_drop_last)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """As Trainer's; of several processes each gets its share."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        sampler = self._get_eval_sampler(rows) if isinstance(rows, Dataset) and self.args.world_size > 1 else None
         if self.args.world_size == 1 or not isinstance(rows, Dataset):
             return super().get_eval_dataloader(eval_dataset)  # type: ignore[misc]
-        return self._shared(rows, sampler or range(len(rows)), self.args.eval_batch_size, False)
+        return self._shared(rows, self._get_eval_sampler(rows) or range(len(rows)), self.args.eval_batch_size, False)
 
     def _shared(self, rows: Dataset, order: Any, size: int, drop_last: bool) -> DataLoader[Any]:
         """accelerate would fill the last batch up with rows that have had their turn."""

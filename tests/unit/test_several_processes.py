@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT
 from launched import run, torchrun
 from torch.utils.data import SequentialSampler
@@ -91,3 +92,21 @@ def test_what_cannot_be_sharded_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         check_launch("stage=ppo")
     with pytest.raises(UserError, match="zero2 needs GPUs"):
         check_launch("stage=reward")
+
+
+def test_every_launch_of_make_is_a_configuration_of_accelerates() -> None:
+    """make takes the files' names; of several processes on a CPU accelerate would start one."""
+    files = sorted((ROOT / "conf" / "accelerate").glob("*.yaml"))
+    assert [path.stem for path in files] == ["cpu", "ddp", "fsdp", "zero2", "zero3"]
+    kinds = {path.stem: str(load_config_from_file(str(path)).distributed_type.value) for path in files}
+    assert kinds == {"cpu": "NO", "ddp": "MULTI_GPU", "fsdp": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+
+    def make(*asked: str) -> str:
+        done = run(["make", "-C", str(ROOT), "-n", "sft", *asked])
+        return done.stdout + done.stderr
+
+    assert "accelerate launch --config_file conf/accelerate/ddp.yaml --num_processes 4 -m rlhf_pipeline stage=sft" in (
+        make("LAUNCH=ddp", "PROCS=4")
+    )
+    assert "torchrun --standalone --nproc_per_node 3 -m rlhf_pipeline stage=sft" in make("LAUNCH=cpu", "PROCS=3")
+    assert "LAUNCH=dpp is none of: cpu ddp fsdp zero2 zero3" in make("LAUNCH=dpp")
