@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from conftest import MINIATURE, CommandLine
 from safetensors.torch import load_file

@@ -71,7 +71,7 @@ def test_an_evaluation_and_a_collection_are_shared_out(
     asked = [
         "stage=pipeline", *MINIATURE, "evaluate.batch_size=5", "evaluate.best_of=2", "evaluate.show=[so this film]",
         "++stages.collect.collect.prompts=7", "++stages.collect.collect.batch_size=2",
-        "++stages.collect.labeler.name=toy_sentiment",
+        "++stages.collect.labeler.name=length", "++stages.collect.labeler.target=5",
     ]  # fmt: skip
     monkeypatch.chdir(workplace / "one")
     assert command_line(*asked) == 0
