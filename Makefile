@@ -18,7 +18,7 @@ $(error LAUNCH=$(LAUNCH) is none of: $(STARTS))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo pretrain sft collect reward ppo evaluate chat pipeline label-studio test test-label-studio bench kills check clean
+.PHONY: help setup demo pretrain sft collect reward ppo evaluate chat plan pipeline report label-studio test test-label-studio bench kills check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -37,7 +37,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup  ## all steps on the built-in reviews, offline, in minutes
 	$(RUN) stage=pipeline experiment=demo name=$(NAME) $(ARGS)
 
-pretrain sft collect reward ppo evaluate chat: setup  ## one stage of a run: make ppo NAME=demo
+pretrain sft collect reward ppo evaluate chat plan: setup  ## one stage of a run: make ppo NAME=demo
 	$(RUN) stage=$@ name=$(NAME) $(ARGS)
 
 pipeline: setup  ## an experiment's stages in order: make pipeline NAME=imdb ARGS="experiment=imdb_sentiment"

@@ -10,7 +10,7 @@ from hydra.core.override_parser.types import Override, Quote, QuotedString
 from rlhf_pipeline.errors import UserError
 
 # Sections that take keys their defaults do not list: Settings checks them, so Hydra need not ask for a '+'.
-_OPEN = re.compile(r"^(trainer|policy|reward|data|ptx|evaluate|collect|chat|hub|report|labeler|stages)\.[\w.]+=")
+_OPEN = re.compile(r"^(trainer|policy|reward|data|ptx|evaluate|collect|chat|plan|hub|report|labeler|stages)\.[\w.]+=")
 _OWN_CHOICE = re.compile(r"^(policy|reward|data)=")
 # labeler= chooses among the rewards: to Hydra, that group in another place.
 _LABELER = "reward@labeler="
@@ -47,15 +47,19 @@ def _prompts_quoted(argv: Sequence[str]) -> list[str]:
         if name != "--prompt":
             args.append(word)
         elif joined or (text := next(words, "")):
-            whole = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-            # To OmegaConf ${ begins the name of a setting, unless there is an odd number of backslashes before it.
-            plain = re.sub(r"(\\*)\$\{", r"\1\1\\${", whole)
-            prompts.append(QuotedString(plain, Quote.single).with_quotes())
+            prompts.append(quoted(text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")))
         else:
             raise UserError("--prompt takes a text, as in --prompt 'I saw this'.")
     if prompts:
         args.insert(_end_of_settings(args), f"chat.prompt=[{','.join(prompts)}]")
     return args
+
+
+def quoted(text: str) -> str:
+    """A text as a setting's value, whatever it holds."""
+    # To OmegaConf ${ begins the name of a setting, unless there is an odd number of backslashes before it.
+    plain = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+    return QuotedString(plain, Quote.single).with_quotes()
 
 
 def _end_of_settings(args: Sequence[str]) -> int:

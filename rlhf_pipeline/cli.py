@@ -33,7 +33,7 @@ from rlhf_pipeline.publish import last_model, publish
 from rlhf_pipeline.registry import Registry
 from rlhf_pipeline.report import compare
 from rlhf_pipeline.settings import SAMPLING, TRAINED, Hub, Settings, check_sections
-from rlhf_pipeline.summary import how_far, say_all_done, say_done, say_done_before, say_next
+from rlhf_pipeline.summary import command, how_far, say, say_all_done, say_done, say_done_before, say_next
 from rlhf_pipeline.together import leave, own_log, run_together
 
 _PACKAGE = Path(__file__).parent
@@ -41,6 +41,7 @@ _PACKAGE = Path(__file__).parent
 CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 NO_STAGES = "stage=pipeline runs an experiment's stages; choose one, as in experiment=demo."
 _failed_jobs: list[int] = []  # exit statuses of a sweep's jobs that failed
+_MAKES_NOTHING = ("chat", "plan")
 # What is chosen by name.
 _CHOICES: dict[str, Registry[Any]] = {
     "policy": policies.registry,
@@ -84,6 +85,8 @@ def _dispatch(cfg: DictConfig, overrides: list[str]) -> float | None:
             )
         if cfg.stage == "chat":
             raise UserError("stage=chat holds one conversation; drop -m, and compare two policies by against=.")
+        if cfg.stage == "plan":
+            raise UserError("stage=plan leaves nothing that a sweep could compare; drop -m.")
         if (cfg.get("hub") or {}).get("push"):
             raise UserError(
                 "the jobs of a sweep would push to one place; push the one that you choose when it is done."
@@ -95,9 +98,13 @@ def _dispatch(cfg: DictConfig, overrides: list[str]) -> float | None:
     settings = resolve(cfg, overrides)
     objective = run_stage(settings)
     if rank() == 0 and rundir.RunDir.of(settings).record.get("status") == "done":
-        again = any(arg.startswith(("--config-name", "-cn")) for arg in sys.argv)
-        say_next(settings, order, None if again else overrides)
+        say_next(settings, order, None if _recorded() else overrides)
     return objective
+
+
+def _recorded() -> bool:
+    """Whether a recorded configuration is run again: it says all there is to say."""
+    return any(arg.startswith(("--config-name", "-cn")) for arg in sys.argv)
 
 
 def resolve(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
@@ -106,6 +113,9 @@ def resolve(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
     From weakest to strongest: the stage's and groups' files, the experiment, its section for the stage, what the
     command line says in general, what it says of this stage (`stages.ppo.trainer.kl_coef=0.1`).
     """
+    if cfg.stage == "plan":  # in the words of the stage that is planned
+        of_ppo = [o for o in overrides if not o.startswith("stage=")]
+        return dataclasses.replace(resolve(hydra.compose("config", [*of_ppo, "stage=ppo"]), overrides), stage="plan")
     OmegaConf.set_struct(cfg, False)
     check_sections(str(name) for name in cfg.stages)
     parsed = OverridesParser.create().parse_overrides(list(overrides))
@@ -115,7 +125,7 @@ def resolve(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
         ppo = (cfg.stages.get("ppo") or {}).get("trainer") or {}
         cfg.collect = {**{key: value for key, value in ppo.items() if key in SAMPLING}, **cfg.collect}
     others = _merge_section(cfg, said)
-    if cfg.stage == "chat" or (cfg.stage == "evaluate" and cfg.get("sweep")):
+    if cfg.stage == "chat" or (cfg.stage == "evaluate" and cfg.get("sweep") and not _recorded()):
         _as_its_run(cfg, said)
     if cfg.stage == "reward" and cfg.reward.get("name") == "sum":
         said_parts = said.pop("reward.parts", None)  # of a sum, the part that has no model yet is trained
@@ -169,7 +179,7 @@ def _as_its_run(cfg: DictConfig, said: dict[str, Override]) -> None:
     """Of a chat, or of the policies of a sweep, what is not said is as the run that is opened was made."""
     if cfg.get("sweep"):
         said.pop("sweep", None)
-        cfg.name, cfg.sweep, found = made.sweep(Path(cfg.runs), cfg.sweep, cfg.name)
+        cfg.name, cfg.sweep, found = made.sweep(Path(cfg.runs), cfg.sweep, cfg.name, cfg.overwrite)
     else:
         run = rundir.RunDir(Path(cfg.runs), cfg.name or cfg.experiment or "default", "chat", cfg.experiment)
         asked = {key.removeprefix("policy."): o.value() for key, o in said.items() if key.startswith("policy.")}
@@ -192,7 +202,7 @@ def run_stage(settings: Settings) -> float | None:
     if settings.compare:  # it shows what has been made, and makes nothing itself
         _compare(settings)
         return None
-    if settings.stage == "chat":  # it makes nothing, so it may go on beside whatever does
+    if settings.stage in _MAKES_NOTHING:  # so it may go on beside whatever does
         return _run_held(settings, out, done=False)
     if settings.labels:  # given to what was collected last, however that was set up
         out = out.newest_round()
@@ -226,6 +236,8 @@ def _compare(settings: Settings) -> None:
 
 def _run_held(settings: Settings, out: rundir.RunDir, done: bool) -> float | None:
     if done:
+        if settings.stage == "evaluate" and not (out.path / "evaluation.json").exists():
+            raise UserError(f"{out.path} is done, but its evaluation.json is gone; overwrite=true makes it anew.")
         say_done_before(out)
         if settings.stage == "evaluate":
             from rlhf_pipeline.tables import evaluation_table
@@ -235,7 +247,7 @@ def _run_held(settings: Settings, out: rundir.RunDir, done: bool) -> float | Non
         say_loading()
         from rlhf_pipeline import stages  # loads torch and trl, so only now
 
-        if settings.stage == "chat":  # it has the screen to itself
+        if settings.stage in _MAKES_NOTHING:  # and has the screen to itself
             stages.run(settings, out)
             return None
         try:
@@ -352,7 +364,7 @@ class SweepTable(Callback):
         name = config.name or config.experiment or "default"
         sweep_table(Path(config.runs) / name, _last_stage(config))
         if made.ppo_jobs(Path(config.runs) / name):
-            print(f"next: python -m rlhf_pipeline stage=evaluate sweep={name}   # reward against KL of them all")
+            say("next", command("evaluate", config.runs, sweep=name))
 
 
 def _be_quiet() -> None:

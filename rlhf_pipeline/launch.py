@@ -11,7 +11,7 @@ from rlhf_pipeline.errors import UserError
 # How a step's rows are cut; together with the number of processes it says how many there are.
 CUT = ("per_device_train_batch_size", "gradient_accumulation_steps")
 # What has one screen, or writes all by itself.
-_ALONE = ("stage=chat", "compare=", "labels=", "sweep=")
+_ALONE = ("stage=chat", "stage=plan", "compare=", "labels=", "sweep=")
 # What accelerate launch can shard by, each with the stages that are right with it: their trainers are transformers'
 # own, and of ZeRO-3 and FSDP nothing is asked of the model after training but its weights. Our PPO samples between its
 # steps, and stage=evaluate and collect train nothing.

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from rlhf_pipeline.checkpoints import sealed
 from rlhf_pipeline.errors import NotFinishedError
 from rlhf_pipeline.hub import model_folder
 from rlhf_pipeline.report.files import stages_below
@@ -59,19 +60,26 @@ def ppo_jobs(folder: Path) -> list[RunDir]:
     return [job for job in found if job]
 
 
-def sweep(runs: Path, said: str, name: str | None) -> tuple[str, str, dict[str, dict[str, Any]]]:
-    """Of a sweep its name, unless there is one, its folder, and what its first job's PPO was made with."""
+def sweep(runs: Path, said: str, name: str | None, afresh: bool = False) -> tuple[str, str, dict[str, dict[str, Any]]]:
+    """Of a sweep its name, unless there is one, its folder, and what its policies are judged with.
+
+    That is what they were before, unless `afresh`; else what the first job with a policy was made with.
+    """
     folder = folder_of(runs, said)
-    jobs = ppo_jobs(folder)
+    if (folder / "run.json").is_file():  # a stage of one run
+        folder = folder.resolve().parent
+    jobs = [job for job in ppo_jobs(folder) if job.model.is_dir() or sealed(job.checkpoints)]
     if not jobs:
         raise NotFinishedError(
-            f"{folder} holds no run of stage=ppo; sweep= takes a multirun, as 'python -m rlhf_pipeline -m stage=ppo "
-            "name=coefs trainer.kl_coef=0.02,0.1' makes one, or any run with a stage=ppo."
+            f"{folder} holds no run of stage=ppo with a checkpoint; sweep= takes a multirun, as 'python -m "
+            "rlhf_pipeline -m stage=ppo name=coefs trainer.kl_coef=0.02,0.1' makes one, or any run with a stage=ppo."
         )
-    inside = folder.relative_to(runs) if folder.is_relative_to(runs) else Path(folder.name)
-    config = jobs[0].config()
-    made_with = {kind: config[kind] for kind in ("policy", "reward", "data", "labeler") if config.get(kind)}
-    return name or str(inside), str(folder), made_with
+    inside = folder.resolve().is_relative_to(runs.resolve()) and folder.resolve() != runs.resolve()
+    name = name or str(folder.resolve().relative_to(runs.resolve()) if inside else folder.resolve().name)
+    before = {} if afresh else RunDir(runs, name, "frontier").config()
+    config = before or jobs[0].config()
+    kinds = ("policy", "reward", "data", "labeler")
+    return name, str(folder), {kind: config[kind] for kind in kinds if config.get(kind)}
 
 
 def choices(run: RunDir, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -129,8 +129,17 @@ def calibration(probability: NDArray[Any], truth: NDArray[Any], bins: int = 10) 
     return rows, float(error)
 
 
+def standard_error(values: ArrayLike) -> float:
+    """Of the mean of independent values; 0 of a single one, which says nothing of it."""
+    own = np.asarray(values, float)
+    return float(own.std(ddof=1) / math.sqrt(len(own))) if len(own) > 1 else 0.0
+
+
 def paired_gain(before: Sequence[float], after: Sequence[float], draws: int, seed: int) -> dict[str, float]:
-    """Mean of `after - before` over the same prompts, its 95 % bootstrap interval, and how often `after` wins."""
+    """Mean of `after - before` over the same prompts, its 95 % bootstrap interval, and how often `after` wins.
+
+    A tie is half a win.
+    """
     gain = np.asarray(after, float) - np.asarray(before, float)
     rng = np.random.default_rng(seed)
     means = np.array([gain[rng.integers(0, len(gain), len(gain))].mean() for _ in range(draws)])

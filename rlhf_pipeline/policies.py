@@ -39,6 +39,9 @@ class Source(Protocol):
     def make(self, texts: Sequence[str], seed: int) -> Policy:
         """A new policy, untrained, with a tokenizer trained on `texts`."""
 
+    def config(self) -> Any:
+        """The configuration of its model, of which no weights are read or made."""
+
 
 # `lora` holds the fields of peft's LoraConfig; with it the stages that take an adapter train one, on `quantize`d
 # weights (QLoRA) if so asked. `template` is how conversations are written; null: the tokenizer's own, else by its
@@ -75,6 +78,9 @@ class _Pretrained:
             f"stage=pretrain makes a policy from scratch, and {self.path} is made already. Use policy=gpt2_scratch."
         )
 
+    def config(self) -> Any:
+        return open_config(str(self.path), "policy.path")
+
 
 @dataclass(frozen=True)
 class _FromScratch:
@@ -89,16 +95,24 @@ class _FromScratch:
         if self.path is not None:
             raise UserError("stage=pretrain starts from nothing; drop policy.path, or go on from it with stage=sft.")
         import torch
-        from transformers import GPT2Config, GPT2LMHeadModel
+        from transformers import GPT2LMHeadModel
 
         from rlhf_pipeline.processes import agree
 
         train = train_tokenizer if self.tokenizer == "bytes" else train_character_tokenizer
         print(f"training a tokenizer of {self.vocabulary} tokens on {len(texts)} texts", flush=True)
         tokenizer = agree(lambda: train(texts, self.vocabulary, self.positions))
+        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        config = self.config(vocab_size=len(tokenizer), **ids)
+        torch.manual_seed(seed)
+        return Policy(GPT2LMHeadModel(config), tokenizer)
+
+    def config(self, **tokens: int) -> Any:
+        from transformers import GPT2Config
+
         layers, width, heads = SIZES[self.size]
-        config = GPT2Config(
-            vocab_size=len(tokenizer),
+        return GPT2Config(
+            **{"vocab_size": self.vocabulary, "bos_token_id": None, "eos_token_id": None, **tokens},
             n_positions=self.positions,
             n_layer=layers,
             n_embd=width,
@@ -107,12 +121,7 @@ class _FromScratch:
             resid_pdrop=self.dropout,
             embd_pdrop=self.dropout,
             attn_pdrop=self.dropout,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
         )
-        torch.manual_seed(seed)
-        return Policy(GPT2LMHeadModel(config), tokenizer)
 
 
 @registry.register
@@ -170,6 +179,24 @@ def load_policy(choice: dict[str, Any], upstream: Path | None, texts: Sequence[s
         where = model_folder(where)
         policy = open_policy(where, choice.get("quantize"))
     return _with_template(policy, choice), where
+
+
+def policy_config(choice: dict[str, Any], upstream: Path | None) -> tuple[Any, str]:
+    """The configuration of what `load_policy` would give, and where it lies; no weights are read."""
+    source = registry.build(choice)
+    where = choice.get("path") or (str(upstream) if upstream else None) or source.path
+    if where is None:
+        return source.config(), f"{choice['name']}, untrained"
+    return open_config(where, "policy.path"), model_folder(where)
+
+
+def open_config(path: str, setting: str) -> Any:
+    """The configuration of a model in a folder or on the hub."""
+    from transformers import AutoConfig
+
+    where = model_folder(path)
+    with explained(where, setting):
+        return AutoConfig.from_pretrained(where)
 
 
 def make_policy(choice: dict[str, Any], texts: Sequence[str], seed: int) -> Policy:

@@ -127,10 +127,13 @@ def _on_the_hub(hub_id: str, seen: Seen) -> Callable[..., Reward]:
     return entry
 
 
-# The DistilBERT of TRL's classic demo: the raw logit of POSITIVE for query and response.
-registry.entries["imdb_sentiment"] = _on_the_hub("lvwerra/distilbert-imdb", "prompt_response")
-# A Chinese RoBERTa trained on Dianping reviews, of the response alone.
-registry.entries["dianping_sentiment"] = _on_the_hub("liam168/c2-roberta-base-finetuned-dianping-chinese", "response")
+ON_THE_HUB: dict[str, tuple[str, Seen]] = {
+    # The DistilBERT of TRL's classic demo: the raw logit of POSITIVE for query and response.
+    "imdb_sentiment": ("lvwerra/distilbert-imdb", "prompt_response"),
+    # A Chinese RoBERTa trained on Dianping reviews, of the response alone.
+    "dianping_sentiment": ("liam168/c2-roberta-base-finetuned-dianping-chinese", "response"),
+}
+registry.entries |= {name: _on_the_hub(*entry) for name, entry in ON_THE_HUB.items()}
 
 
 @registry.register

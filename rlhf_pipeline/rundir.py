@@ -42,7 +42,7 @@ _WORK = {
     "collect": ("seed", "policy", "data", "collect", "labeler"),
     "ppo": ("seed", "policy", "reward", "data", "trainer"),
     "evaluate": ("seed", "policy", "reward", "data", "evaluate", "labeler"),
-    "frontier": ("reward", "data", "evaluate", "labeler", "sweep"),
+    "frontier": ("reward", "data", "evaluate", "labeler"),
 }
 # Of these, what changes nothing of what is made.
 _NOT_WORK = ("collect.enough", "collect.annotators", "collect.batch_size")
@@ -274,6 +274,7 @@ class RunDir:
             "seed": settings.seed,
             "command": f"python -m rlhf_pipeline --config-path {self.path} --config-name config",
             "started": self.record.get("started") or _now(),
+            "seconds": round(self._before, 1),
             "resumed": [*self.record.get("resumed", []), _now()] if self.record else [],
             "parents": found,
             "data": fingerprint,

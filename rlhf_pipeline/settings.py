@@ -13,11 +13,13 @@ from typing import Any, Literal
 from rlhf_pipeline import data, policies, rewards, trackers
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import is_hub_id
+from rlhf_pipeline.plan.devices import check_machine
 from rlhf_pipeline.registry import describe, fits, suggest
 
+_NOT_OF_SWEEPS = ("policies", "show", "examples", "held_out_tokens")
 _COUNTS = ("batch_size", "bootstrap", "response_length")
 TRAINED = ("reward", "pretrain", "sft", "ppo")  # the stages that make a model; a run is known by the last of them
-STAGES = ("pretrain", "sft", "collect", "reward", "ppo", "evaluate", "chat", "pipeline")
+STAGES = ("pretrain", "sft", "collect", "reward", "ppo", "evaluate", "chat", "plan", "pipeline")
 
 # Where each stage's trainer config is declared, the subclass first. The files are parsed, not
 # imported: importing any of them loads torch, and a typo should be refused in a second.
@@ -104,6 +106,20 @@ class Chat:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """What `stage=plan` reckons with: the machine, and of the work what only its data could tell."""
+
+    gpus: int = 1
+    gpu: str = "h100"  # a key of plan.devices.DEVICES; what is set below goes over what its maker says
+    gpu_memory: float | None = None  # GiB
+    flops: float | None = None  # a second, of dense products in the form that is computed in
+    mfu: float = 0.4  # the share of these that a forward and backward pass reaches
+    launch: str | None = None  # of plan.devices.LAUNCHES; None: all, and the simplest that fits
+    prompt_tokens: int | None = None  # of the longest prompt; None: data.prompt_tokens, else 256
+    json: bool = False  # the plan as JSON in place of a table
+
+
+@dataclass(frozen=True)
 class Hub:
     """Where a finished model goes, if anywhere. The token comes from HF_TOKEN or the client's login: no file has it."""
 
@@ -118,7 +134,7 @@ class Report:
     lang: Literal["en", "zh"] = "en"
 
 
-_SECTIONS = {"evaluate": Evaluation, "collect": Collection, "chat": Chat, "hub": Hub, "report": Report}
+_SECTIONS = {"evaluate": Evaluation, "collect": Collection, "chat": Chat, "plan": Plan, "hub": Hub, "report": Report}
 # What of PPO's settings says how a policy samples, but for the temperature.
 SAMPLING = ("response_length", "min_new_tokens", "stop_token", "stop_token_id", "stop_tokens", "suppress_tokens")
 
@@ -141,6 +157,7 @@ class Settings:
     evaluate: Evaluation = field(default_factory=Evaluation)
     collect: Collection = field(default_factory=Collection)
     chat: Chat = field(default_factory=Chat)
+    plan: Plan = field(default_factory=Plan)
     against: str | None = None  # of stage=chat: a second policy, a stage of this run or a path
     compare: list[str] = field(default_factory=list)  # of stage=evaluate: runs that one page shows side by side
     sweep: str | None = None  # of stage=evaluate: a multirun whose policies are set against their KL
@@ -210,11 +227,14 @@ class Settings:
         self._check_evaluation()
         self._check_collection()
         self._check_chat()
+        check_machine(vars(self.plan))
         for what, said in (("compare=", self.compare), ("sweep=", self.sweep)):
             if said and self.stage != "evaluate":
                 raise UserError(f"{what} goes with stage=evaluate; stage={self.stage} takes none.")
-        if self.sweep and (self.compare or self.evaluate.policies):
-            raise UserError("sweep= measures the policies of a sweep; drop compare= and evaluate.policies=.")
+        own, usual = asdict(self.evaluate), asdict(Evaluation())
+        odd = [f"evaluate.{key}=" for key in _NOT_OF_SWEEPS if own[key] != usual[key]]
+        if self.sweep and (odd := [*odd, *(["compare="] if self.compare else [])]):
+            raise UserError(f"sweep= measures the policies of a sweep; drop {', '.join(odd)}.")
         if (to := self.hub.push) is not None and not (to.count("/") == 1 and is_hub_id(to)):
             raise UserError(
                 f"hub.push={to} is no repository of the hub; it takes user/name, as in hub.push=me/my-model."

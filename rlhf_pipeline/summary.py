@@ -2,13 +2,14 @@
 
 import itertools
 import json
+import re
 import shlex
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline.arguments import as_typed
+from rlhf_pipeline.arguments import as_typed, quoted
 from rlhf_pipeline.atomic import read_jsonl
 from rlhf_pipeline.made import newest_policy
 from rlhf_pipeline.rundir import CANDIDATES, LABELS, SHEET, RunDir
@@ -17,6 +18,7 @@ from rlhf_pipeline.settings import Settings
 
 _MADE = ("model", CANDIDATES, LABELS, "quality.json", "evaluation.json", "frontier.json", "report.html")
 _RUN = "python -m rlhf_pipeline"
+_PLAIN = re.compile(r"[\w./-]+")
 
 
 def say(label: str, text: str) -> None:
@@ -32,7 +34,7 @@ def say_done(out: RunDir) -> None:
     made = [f"{name}/" if (out.path / name).is_dir() else name for name in _MADE if (out.path / name).exists()]
     say("made", f"{out.path}: {', '.join(made)}")
     if record.get("status") == "waiting":
-        again = f"{_RUN} stage=collect name={shlex.quote(out.name)} labels="
+        again = f"{command('collect', str(out.runs), name=out.name)} labels="
         sheet = shlex.quote(str(out.path / SHEET))
         say("next", f"in the browser: make label-studio NAME={shlex.quote(out.name)}, then: {again}pull")
         say("or", f"in a spreadsheet: fill in {sheet}, then: {again}{sheet}")
@@ -75,8 +77,14 @@ def next_command(settings: Settings, order: Sequence[str], overrides: Sequence[s
     run = RunDir(Path(settings.runs), settings.name, "chat", settings.experiment)
     if stage == "collect" or newest_policy(run) is None:
         return None
-    elsewhere = [f"runs={settings.runs}"] if settings.runs != "runs" else []
-    return shlex.join([*_RUN.split(), "stage=chat", f"name={settings.name}", *elsewhere])
+    return command("chat", settings.runs, name=settings.name)
+
+
+def command(stage: str, runs: str, **said: str) -> str:
+    """A stage's command line with settings whose values are plain text."""
+    said |= {"runs": runs} if runs != "runs" else {}
+    words = [f"{key}={value if _PLAIN.fullmatch(value) else quoted(value)}" for key, value in said.items()]
+    return shlex.join([*_RUN.split(), f"stage={stage}", *words])
 
 
 def _for_others(settings: Settings, overrides: Sequence[str]) -> list[str]:

@@ -196,3 +196,62 @@ def rounds_table(rows: list[dict[str, Any]]) -> None:
         keys = ("agreement", "reward_accuracy", "own_reward", "reward_mean", "reward_stderr", "gain", "kl")
         table.add_row(*whole, *(number(row.get(key)) for key in keys))
     _console().print(table)
+
+
+_PARTS = ("process", "weights", "gradients", "Adam", "reference", "critic", "reward", "activations", "bf16 copies",
+          "KV cache", "logits", "buckets", "gathered", "allocator")  # fmt: skip
+
+
+def plan_table(plan: dict[str, Any]) -> None:
+    """What a launch needs, a column each; before it what was counted, after it which fits. All of it is computed."""
+    console, rows = _console(), plan["launches"]
+    for label, text in _counted(plan).items():
+        console.print(Text(f"{label:<11}{shown(text)}"))
+    title = f"Computed, not measured: a process of {plan['gpus']} x {plan['gpu']}, {plan['memory'] / 2**30:.0f} GiB"
+    table = Table(title=Text(f"{title}, MFU {plan['mfu']:.0%}"), title_justify="left")
+    table.add_column("", no_wrap=True)
+    for row in rows:
+        table.add_column(row["launch"], justify="right", no_wrap=True)
+
+    def line(name: str, cells: Sequence[str]) -> None:
+        if any(cell != "-" for cell in cells):
+            table.add_row(Text(name), *cells)
+
+    line("GiB", [f"{row['bytes'] / 2**30:.2f}" for row in rows])
+    for part in _PARTS:
+        line(f"  {part}", [f"{row['parts'][part] / 2**30:.2f}" if part in row["parts"] else "-" for row in rows])
+    line("fullest at", [row["moment"] for row in rows])
+    line("fits", ["yes" if row["fits"] else "no" for row in rows])
+    table.add_section()
+    line("TFLOPs/update", [f"{row['update_flops'] / 1e12:.3g}" for row in rows])
+    line("seconds/update", [f"{row['update_seconds']:.3g}" for row in rows])
+    for part in dict.fromkeys(part for row in rows for part in row["seconds"]):
+        line(f"  {part}", [f"{row['seconds'][part]:.3g}" if part in row["seconds"] else "-" for row in rows])
+    line("updates", [str(row["updates"] or "-") for row in rows])
+    line("minutes, whole run", [f"{row['run_seconds'] / 60:,.1f}" if row["run_seconds"] else "-" for row in rows])
+    console.print(table)
+    if plan["chosen"]:
+        least = plan["fewest"]
+        less = f"; {least['launch']} on {least['gpus']} of them fits too" if least["gpus"] < plan["gpus"] else ""
+        console.print(Text(f"{'fits':<11}{plan['chosen']} is the simplest that does{less}"))
+        return
+    console.print(Text(f"{'fits':<11}none; what would need less:"))
+    for name, found in plan["helps"].items():
+        verdict = "fits" if found["fits"] else "does not fit"
+        console.print(Text(f"{'':<11}{name}: {found['bytes'] / 2**30:.2f} GiB ({found['launch']}), {verdict}"))
+
+
+def _counted(plan: dict[str, Any]) -> dict[str, str]:
+    """Parameters by role, and the work of an update."""
+    count, work = plan["parameters"], plan["work"]
+    critic = f"a critic of {count['critic']:,}" if count["critic"] else f"a value head of {count['value_head']:,}"
+    own = "the policy, its adapter off"
+    reference = f"{count['reference']:,}, {plan['reference_bytes'] / 2**30:.2f} GiB" if count["reference"] else own
+    return {
+        "policy": f"{count['policy']:,} parameters and {critic}; {count['trained']:,} are trained: {plan['policy']}",
+        "reference": f"{reference}; reward: {count['reward']:,} ({plan['reward']})",
+        "update": f"{work['rows']} responses a process, up to {work['prompt']} + {work['response']} tokens, "
+        f"{work['epochs']} epochs of {work['minibatches']} steps, {work['micro']} rows at a time, "
+        f"{'bf16 with fp32 master weights' if work['bf16'] else 'fp32'}"
+        + (", checkpointed" if work["checkpointing"] else ""),
+    }  # fmt: skip

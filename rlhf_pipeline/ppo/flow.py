@@ -32,6 +32,7 @@ from rlhf_pipeline.ppo.storage import (
 )
 from rlhf_pipeline.ppo.watch import CollapseWatch
 from rlhf_pipeline.sampling import Sampling, uniform_draws
+from rlhf_pipeline.scripts import shown
 
 
 class Flow(Trainer):
@@ -198,7 +199,7 @@ class Flow(Trainer):
         if self.is_world_process_zero():
             table = Table("query", "model response", "score", show_lines=True)
             for query, response, score in rows[:5]:
-                table.add_row(Text(query), Text(response), f"{score:.3f}")  # Text: what is said is no markup
+                table.add_row(Text(shown(query)), Text(shown(response)), f"{score:.3f}")  # it is no markup
             with tqdm.external_write_mode():  # above the progress bar, where there is one
                 Console().print(table)
 

@@ -24,17 +24,24 @@ def frontier(found: Row, words: Words) -> str:
     drawn = "".join(_drawn(name, starts, points, words) for name in (None, *others))
     rows = {f"{row.get('run')} · {_step(row, words)}": _figures(row, words) for row in points}
     best = {
-        f"{words('best of')} {show(row.get('n'))}": {"reward_mean": row.get("reward_mean"),
-                                                     "reward_stderr": row.get("reward_stderr"), "kl": row.get("kl")}
-        for start in starts[:1] for row in items(start.get("best_of"))
+        " · ".join([f"{words('best of')} {show(row.get('n'))}", *_place(start, starts)]): {
+            key: row.get(key) for key in ("reward_mean", "reward_stderr", "kl")
+        }
+        for start in starts
+        for row in items(start.get("best_of"))
         if (n := number(row.get("n"))) and math.log2(max(n, 1)).is_integer()
-    }  # fmt: skip
+    }
     return (
         f'<p class="soft">{words("Reward: {}. KL in nats, on a square-root scale.", show(found.get("reward")))}</p>\n'
         + drawn
         + by_row("Policies of the sweep", "Run", rows, words=words)
         + by_row("Best of n, without training", "", best, words=words)
     )
+
+
+def _place(start: Row, starts: Sequence[Row]) -> list[str]:
+    """Where a policy lies, with its seed, where there is more than one."""
+    return [f"{start.get('path')} · {start.get('seed')}"] if len(starts) > 1 else []
 
 
 def answers(found: Row, words: Words) -> str:
@@ -44,7 +51,7 @@ def answers(found: Row, words: Words) -> str:
         own = [row for row in items(found.get("points")) if row.get("start") == start.get("key")]
         last = {words("before"): start, **{str(row.get("run")): row for row in own}}
         asked: Any = start.get("asked") if isinstance(start.get("asked"), list) else []
-        said = {name: items(row.get("answers")) for name, row in list(last.items())[:COLOURS]}
+        said = {name: items(row.get("answers")) for name, row in list(last.items())[:RUNS]}
         rows = [
             {"prompt": prompt, **{f"{kind}s": {name: row[at].get(kind) for name, row in said.items() if at < len(row)}
                                   for kind in ("response", "reward")}}

@@ -3,12 +3,12 @@
 import base64
 import hashlib
 import html
-import os
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from rlhf_pipeline.atomic import write_atomic
 from rlhf_pipeline.report.files import members
 from rlhf_pipeline.report.words import Words
 from rlhf_pipeline.scripts import shown
@@ -129,11 +129,6 @@ def assemble(
 
 
 def write_page(target: Path, content: str) -> Path:
-    """Write a page whole or not at all."""
-    temporary = target.with_name(f".{target.stem}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(content, encoding="utf-8", newline="\n")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a page whole or not at all; give where it is."""
+    write_atomic(target, content)
     return target

@@ -143,7 +143,7 @@ class LivePage:
         if not whole and began < self._next:
             return
         try:
-            for left in self.folder.glob(".report.*.tmp") if not self._next else ():  # by a process that was killed
+            for left in self.folder.glob(".report.html.*") if not self._next else ():  # by a process that was killed
                 left.unlink()
             write_report(self.folder, most=BYTES if whole else LIVE_BYTES)
         except Exception as error:  # whatever it is, what was being made is worth more than its page

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,7 +70,7 @@ class Trial:
     tick: Callable[[int], Any] = lambda _: None
     speed: Speed = field(default_factory=Speed)
 
-    @property
+    @cached_property
     def prompts(self) -> list[str]:
         """The prompts as rewards and people see them, the same for all policies."""
         ids = [question.ids for question in self.questions]

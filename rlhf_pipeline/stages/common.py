@@ -32,7 +32,9 @@ A = TypeVar("A", bound=TrainingArguments)
 
 # Of a Trainer's log rows, what depends on the clock (`RunDir.log` adds the time itself) or restarts with a resumed run.
 _LEFT_OUT = ("runtime", "per_second", "preparation_time", "total_flos", "num_tokens")
-# What the bar shows of them.
+# What of PPO's settings says how answers are drawn.
+HOW_ANSWERS_ARE_DRAWN = (*SAMPLING, "min_response_length", "temperature")
+# What the bar shows of a Trainer's log rows.
 _BAR = {
     "loss": "loss",
     "accuracy": "accuracy",
@@ -78,7 +80,7 @@ def sampling_as(trained: dict[str, Any], policy: Policy, **asked: Any) -> tuple[
 
     And the longest and the shortest limit of a response.
     """
-    values = {key: value for key, value in trained.items() if key in (*SAMPLING, "min_response_length", "temperature")}
+    values = {key: value for key, value in trained.items() if key in HOW_ANSWERS_ARE_DRAWN}
     values |= {key: value for key, value in asked.items() if value is not None}
     args = PPOConfig(output_dir="unused", bf16=False, **{"temperature": 1.0, "stop_token": "eos", **values})
     shortest = min(args.min_response_length or args.response_length, args.response_length)

@@ -51,8 +51,14 @@ def lineup(out: RunDir, settings: Settings) -> tuple[dict[str, str], str]:
     if not settings.evaluate.policies:
         return _whole_run(out, settings.policy)
     paths = _by_hand(settings.evaluate.policies, out)
-    starts = [Path(start).resolve() for path in paths.values() if (start := _started_from(path))]
-    return paths, next((name for name, path in paths.items() if Path(path).resolve() in starts), next(iter(paths)))
+    starts = {name: start for name, path in paths.items() if (start := _started_from(path))}
+    for name, path in paths.items():
+        learners = [other for other, start in starts.items() if same_place(start, path)]
+        if learners:  # where it began stands before what was trained
+            order = [other for other in paths if other != name]
+            order.insert(min(*map(order.index, learners), [*paths].index(name)), name)
+            return {other: paths[other] for other in order}, name
+    return paths, next(iter(paths))
 
 
 def open_all(paths: dict[str, str], out: RunDir, settings: Settings) -> tuple[list[Contestant], int, int]:
@@ -107,9 +113,15 @@ def _whole_run(out: RunDir, policy: dict[str, Any]) -> tuple[dict[str, str], str
             f"{out.runs / out.name} has no policy to evaluate; 'make ppo NAME={out.name}' makes one."
         )
     start = _started_from(list(trained.values())[-1]) if trained else None
-    if start and start not in paths.values() and not start.endswith(", untrained"):
+    if start and not start.endswith(", untrained") and not any(same_place(start, path) for path in paths.values()):
         paths = {"base": start, **trained}
-    return paths, next((name for name, path in paths.items() if path == start), list(paths)[-1 if not trained else 0])
+    found = (name for name, path in paths.items() if start and same_place(start, path))
+    return paths, next(found, list(paths)[-1 if not trained else 0])
+
+
+def same_place(one: str, other: str) -> bool:
+    """Whether two paths, or hub ids, name the same model."""
+    return one == other or Path(one).resolve() == Path(other).resolve()
 
 
 def _by_hand(names: Sequence[str], out: RunDir) -> dict[str, str]:
@@ -125,7 +137,8 @@ def _by_hand(names: Sequence[str], out: RunDir) -> dict[str, str]:
                 f"{', '.join(own) or 'none'}; or give a run's folder, a path or a hub id."
             )
         try:
-            path = own[word] if word in own else locate(name)
+            run = out.runs / name  # by its name, as elsewhere
+            path = own[word] if word in own else locate(str(run) if run.is_dir() else name)
         except UserError as error:
             raise type(error)(f"evaluate.policies: {error}") from error
         if path in found:

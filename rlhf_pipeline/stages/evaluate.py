@@ -24,7 +24,7 @@ from rlhf_pipeline.sampling import check_positions, room_for_prompts
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.stages.answers import Answers, Trial, draw, held_out_perplexity, held_out_texts, measure
 from rlhf_pipeline.stages.common import check_languages, judges, quiet, say_taken, take_data
-from rlhf_pipeline.stages.contestants import Contestant, asked_of, lineup, open_all
+from rlhf_pipeline.stages.contestants import Contestant, asked_of, lineup, open_all, same_place, same_vocabulary
 from rlhf_pipeline.stages.standings import sample_row, standing
 from rlhf_pipeline.tables import evaluation_table
 from rlhf_pipeline.templates import written
@@ -109,7 +109,7 @@ def learnt_from(paths: Sequence[str], rewards: dict[str, Reward]) -> str:
     """The reward that the newest of PPO's policies learnt from, where it is one of these; else the main one."""
     homes = [home for path in reversed(paths) if (home := run_of(path)) and home.stage == "ppo"]
     where = homes[0].record["parents"].get("reward", {}).get("path") if homes else None
-    return next((name for name, reward in rewards.items() if reward.name == where), next(iter(rewards)))
+    return next((name for name, reward in rewards.items() if same_place(reward.name, str(where))), next(iter(rewards)))
 
 
 def prompts_for(
@@ -166,7 +166,9 @@ def ask(
         for each in policies:
             model = each.policy.model.to(device)
             answers[each.name] = measure(each, trial)
-            perplexity = held_out_perplexity(each.policy, known, window, settings.evaluate.batch_size)
+            perplexity = None  # a token of another vocabulary is another measure
+            if same_vocabulary(each.policy, trial.first):
+                perplexity = held_out_perplexity(each.policy, known, window, settings.evaluate.batch_size)
             answers[each.name].figures["held_out_perplexity"] = perplexity
             if own:
                 own_said = gathered({number: part for number, _, _, part in draw(each, own_trial)})

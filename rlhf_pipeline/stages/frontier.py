@@ -9,8 +9,8 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,14 +31,16 @@ from rlhf_pipeline.ppo.storage import WEIGHTS, load_policy_weights
 from rlhf_pipeline.progress import progress
 from rlhf_pipeline.rewards import Reward
 from rlhf_pipeline.rundir import FRONTIER, POINTS, RunDir
-from rlhf_pipeline.settings import SAMPLING, Settings
+from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.stages.answers import Answers, Trial, draw, measure
 from rlhf_pipeline.stages.common import (
+    HOW_ANSWERS_ARE_DRAWN,
     check_languages,
     judges,
     quiet,
     sampling_as,
     say_taken,
+    take_data,
 )
 from rlhf_pipeline.stages.contestants import Contestant
 from rlhf_pipeline.stages.evaluate import load_rewards, prompts_for, response_limits
@@ -47,8 +49,6 @@ from rlhf_pipeline.tables import frontier_table
 
 _BEST_OF = 16  # answers to a prompt that the best of n are estimated from, where evaluate.best_of does not say
 _SHOWN = 8  # prompts whose answers are kept to be looked at
-# What of PPO's settings says how answers are drawn.
-_SAMPLING_OF_PPO = (*SAMPLING, "min_response_length", "temperature")
 
 
 class Point(NamedTuple):
@@ -58,17 +58,13 @@ class Point(NamedTuple):
     step: int | None  # None: a result that is not the last step's
     where: Path
     job: RunDir
+    began: str  # when the job did: another one may come to be in its place
 
 
-Keys = dict[Point | None, str]  # of the policies that began at one; None is that one, with the best of n of it
-
-
-@dataclass(frozen=True)
-class Start:
+class Start(NamedTuple):
     """What jobs have in common that began at one policy and are asked the same: one line of the best of n."""
 
     path: str
-    data: str  # as JSON
     seed: int
     sampling: tuple[tuple[str, str], ...]  # what of PPO's settings says how answers are drawn, as JSON
 
@@ -77,38 +73,46 @@ class Start:
         where = point.where if point else Path(self.path)
         weights = where / WEIGHTS if (where / WEIGHTS).exists() else where
         hashes = [parent(str(place))["sha256"] or str(place) for place in (weights, self.path)]
-        return hashlib.sha256(json.dumps([*hashes, dataclasses.astuple(self)]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([*hashes, self]).encode()).hexdigest()
+
+
+Keys = dict[Point | None, str]  # of the policies that began at one; None is that one, with the best of n of it
+Rows = dict[str, dict[str, Any]]  # what was measured, by key
 
 
 def run(settings: Settings, out: RunDir) -> None:
     """Measure every policy of the sweep that is not measured yet, and the best of n of where each began."""
     quiet()
     folder = Path(settings.sweep or "")
-    starts = by_start(points_of(folder), settings)
-    jobs = [point.job for points in starts.values() for point in points]
+    points = points_of(folder)
+    starts = by_start(points, settings)
+    jobs = list({point.job.path: point.job for own in starts.values() for point in own}.values())
     rewards = load_rewards(settings, jobs[0])
-    check_judge(settings, jobs, rewards)
-    say_taken("sweep", f"{folder}: {len(jobs)} policies of {len({job.path for job in jobs})} runs")
+    check_judge(settings, jobs)
+    say_taken("sweep", f"{folder}: {sum(map(len, starts.values()))} policies of {len(jobs)} runs")
     lineage: dict[str, str] = {}
     for number, (name, reward) in enumerate(rewards.items()):
         say_taken("reward" if not number else name, reward.name)
         lineage |= judges(reward, reward.name, f"evaluate.rewards[{number - 1}]" if number else "reward")
+    known: Rows = {row["key"]: row for row in read_jsonl(out.path / POINTS)}
+    keys = {start: {who: start.key(who) for who in (None, *own)} for start, own in starts.items()}
     about = {"sweep": str(folder), "reward": next(iter(rewards.values())).name}
-    first = _as_begun(settings, next(iter(starts)))
-    rows = load_data(first.data, first.seed)
-    out.begin(settings, lineage, fingerprint(first.data, rows))
-    known = {row["key"]: row for row in read_jsonl(out.path / POINTS)}
-    write_jsonl(out.path / POINTS, list(known.values()))  # without a row that was cut off, to be added to
-    keys = {start: {who: start.key(who) for who in (None, *points)} for start, points in starts.items()}
-    for start, points in starts.items():
-        left = {who: key for who, key in keys[start].items() if key not in known}
-        for row in measured(start, left, points[0].job, rewards, settings) if left else ():
+    found = {**about, **laid_out(keys, known)}
+    place = out.path / FRONTIER
+    if out.record.get("status") == "done" and place.exists() and json.loads(place.read_text("utf-8")) == found:
+        frontier_table(found)
+        return  # nothing has been made since
+    out.begin(settings, lineage, fingerprint(settings.data, take_data(settings.data, settings.seed)))
+    write_jsonl(out.path / POINTS, known.values())  # without a row that was cut off, to be added to
+    for start, own in keys.items():
+        left = {who: key for who, key in own.items() if key not in known}
+        for row in measured(start, left, starts[start][0].job, rewards, settings) if left else ():
             known[row["key"]] = row
             out.add(POINTS, [row])
-            write_json(out.path / FRONTIER, {**about, **laid_out(keys, known)})
+            write_json(place, {**about, **laid_out(keys, known)})
             out.draw()
     found = {**about, **laid_out(keys, known)}
-    write_json(out.path / FRONTIER, found)
+    write_json(place, found)
     best = max(found["points"], key=lambda row: row["reward_mean"])
     results = {"policies": len(found["points"]), "reward_mean": best["reward_mean"], "kl": best["kl"]}
     out.trackers.evaluation(out.config(), _as_evaluation(found["points"]))
@@ -119,29 +123,29 @@ def run(settings: Settings, out: RunDir) -> None:
 def _as_evaluation(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The policies' figures as stage=evaluate has them, for the trackers."""
     rows = {f"{row['run']} {row['step'] or 'result'}": row for row in points}
-    numbers = {
-        name: {key: value for key, value in row.items() if isinstance(value, float)} for name, row in rows.items()
-    }
+    floats = {name: {key: x for key, x in row.items() if isinstance(x, float)} for name, row in rows.items()}
     gains = {name: row["gain"] for name, row in rows.items()}
-    return {"metrics": numbers, "paired_gain": gains, "rewards": {}, "extremes": {}, "examples": [], "shown": []}
+    return {"metrics": floats, "paired_gain": gains, "rewards": {}, "extremes": {}, "examples": [], "shown": []}
 
 
 def points_of(folder: Path) -> list[Point]:
     """The policies of every PPO run below a folder: whole checkpoints in order, then the result."""
     found: list[Point] = []
     for job in ppo_jobs(folder):
-        name = str(job.path.parent.relative_to(folder)) if job.path.parent != folder else folder.name
+        below = os.path.relpath(job.path.parent.resolve(), folder.resolve())
+        name = folder.resolve().name if below == "." else below
         record, config = job.record, job.config()
-        last = _last_step(job) if record.get("status") == "done" and job.model.is_dir() else None
+        steps = [int(row["step"]) for row in read_jsonl(job.path / "metrics.jsonl")]
+        last = max(steps, default=0) if record.get("status") == "done" and job.model.is_dir() else None
         best = bool(config["trainer"].get("load_best_model_at_end"))
         own = []
         for checkpoint in sealed(job.checkpoints):
             if fault := fault_of(checkpoint):
                 print(f"warning: {checkpoint} is damaged ({fault}), and is left out", flush=True)
             elif best or step_of(checkpoint) != last:  # else it is the result
-                own.append(Point(name, step_of(checkpoint), checkpoint, job))
+                own.append(Point(name, step_of(checkpoint), checkpoint, job, record["started"]))
         if last is not None:
-            own.append(Point(name, None if best else last, job.model, job))
+            own.append(Point(name, None if best else last, job.model, job, record["started"]))
         if not own:
             print(f"warning: {name} is {record['status']} and has left no checkpoint, so it is left out", flush=True)
         found += own
@@ -150,40 +154,41 @@ def points_of(folder: Path) -> list[Point]:
     return found
 
 
-def _last_step(job: RunDir) -> int:
-    rows = (job.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return max(int(json.loads(row)["step"]) for row in rows)
-
-
 def by_start(points: Sequence[Point], settings: Settings) -> dict[Start, list[Point]]:
-    """The policies by where they began and what they are asked: data that were said of all, else those of the job."""
+    """The policies by where they began, how their answers are drawn, and the seed that held out their prompts."""
     found: dict[Start, list[Point]] = {}
-    said = settings.data if settings.data != points[0].job.config()["data"] else None
+    other = set()
     for point in points:
         config, path = point.job.config(), point.job.record["parents"]["policy"]["path"]
         if path.endswith(", untrained"):
             print(f"warning: {point.run} began at a policy that had learnt nothing, so it is left out", flush=True)
             continue
-        sampling = {key: value for key, value in config["trainer"].items() if key in _SAMPLING_OF_PPO}
+        if config["data"] != settings.data:
+            other.add(point.run)
+        sampling = {key: value for key, value in config["trainer"].items() if key in HOW_ANSWERS_ARE_DRAWN}
         sampling |= {key: getattr(settings.evaluate, key) for key in ("response_length", "temperature")
                      if getattr(settings.evaluate, key) is not None}  # fmt: skip
-        data = json.dumps(said or config["data"], sort_keys=True)
-        start = Start(path, data, config["seed"], tuple(sorted((k, json.dumps(v)) for k, v in sampling.items())))
+        start = Start(path, config["seed"], tuple(sorted((k, json.dumps(v)) for k, v in sampling.items())))
         found.setdefault(start, []).append(point)
     if not found:
         raise UserError(f"no job of {settings.sweep} began at a policy that can be measured against.")
+    if other:
+        print(
+            f"warning: {', '.join(sorted(other))} learnt from other data settings, and may know the prompts asked here"
+        )
     return found
 
 
-def check_judge(settings: Settings, jobs: Sequence[RunDir], rewards: dict[str, Reward]) -> None:
-    """Refuse to judge by the reward of one job what others learnt from another; one that was chosen may judge all."""
-    if settings.labelling_reward or settings.reward != jobs[0].config()["reward"]:
-        return
-    theirs = sorted({str(job.record["parents"].get("reward", {}).get("path")) for job in jobs})
-    if len(theirs) > 1:
+def check_judge(settings: Settings, jobs: Sequence[RunDir]) -> None:
+    """Refuse to judge by the reward of one job what others learnt from another; one that none has may judge all."""
+    theirs = {
+        f"{job.record['parents'].get('reward', {}).get('path')} {json.dumps(job.config()['reward'])}" for job in jobs
+    }
+    own = any(job.config()["reward"] == settings.reward for job in jobs)
+    if own and len(theirs) > 1 and not settings.labelling_reward:
         raise UserError(
-            f"the jobs of {settings.sweep} learnt from different rewards ({', '.join(theirs[:3])}); say which judges "
-            "all of them: reward=, or reward.path= with one of these."
+            f"the jobs of {settings.sweep} learnt from different rewards ({'; '.join(sorted(theirs)[:3])}); say which "
+            "judges all of them: another reward=, or reward.path= with one of these."
         )
 
 
@@ -192,32 +197,44 @@ def measured(
 ) -> Iterator[dict[str, Any]]:
     """A row for each policy of those that began at one."""
     most, draws = settings.evaluate.best_of or _BEST_OF, settings.evaluate.bootstrap
-    trial = trial_of(start, job, rewards, _as_begun(settings, start))
+    trial = trial_of(start, job, rewards, dataclasses.replace(settings, seed=start.seed))
     with progress((1 + len(left) + (most - 1) * (None in left)) * len(trial.questions), "frontier", "prompt") as bar:
         trial = dataclasses.replace(trial, tick=bar.update)
         own = measure(trial.reference, trial)
         for who, key in left.items():
-            row = start_row(trial, own, most) if who is None else point_row(who, trial, own, start, draws)
-            yield {"key": key, **row}
+            if who is None:
+                about = {"path": start.path, "seed": start.seed}
+                yield {"key": key, **about, **start_row(trial, own, most)}
+                continue
+            try:
+                row = point_row(who, trial, own, start, draws)
+            except FileNotFoundError:  # a job that goes on keeps only its newest
+                print(f"warning: {who.where} has been deleted by now, and is left out", flush=True)
+                continue
+            about = {"run": who.run, "step": who.step, "path": str(who.where), "began": who.began}
+            yield {"key": key, **about, "start": start.key(), **row}
 
 
-def laid_out(keys: dict[Start, Keys], known: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What is known so far of where the jobs began, and of their policies in order."""
-    begun, points = [], []
-    for start, own in keys.items():
-        for who, key in own.items():
-            if key in known and who is None:
-                begun.append({"path": start.path, "seed": start.seed, **known[key]})
-            elif key in known and who is not None:
-                about = {"run": who.run, "step": who.step, "path": str(who.where), "start": own[None]}
-                points.append({**about, **known[key]})
+def laid_out(keys: dict[Start, Keys], known: Rows) -> dict[str, Any]:
+    """What is known so far of where the jobs began, and of their policies in order.
+
+    A checkpoint that has been deleted since is still what its job came by.
+    """
+    begun = [known[own[None]] for own in keys.values() if own[None] in known]
+    there = {(who.run, who.step): (who, key) for own in keys.values() for who, key in own.items() if who}
+    order = {(run, who.began): place for place, ((run, _), (who, _)) in enumerate(there.items())}
+    points = [
+        {**known[key], "run": who.run, "step": who.step, "path": str(who.where)}
+        for who, key in there.values()
+        if key in known
+    ]
+    firsts = {row["key"] for row in begun}
+    gone = [row for row in known.values() if (row.get("run"), row.get("began")) in order
+            and (row["run"], row["step"]) not in there and row["start"] in firsts]  # fmt: skip
+    places = {run: place for (run, _), place in reversed(order.items())}
+    points = sorted([*points, *gone], key=lambda row: (places[row["run"]], row["step"] or math.inf))
     compare_points(points, {row["key"]: row["best_of"] for row in begun})
     return {"starts": begun, "points": points}
-
-
-def _as_begun(settings: Settings, start: Start) -> Settings:
-    """The settings of an evaluation of the jobs that began there."""
-    return dataclasses.replace(settings, data=json.loads(start.data), seed=start.seed)
 
 
 def trial_of(start: Start, job: RunDir, rewards: dict[str, Reward], settings: Settings) -> Trial:
@@ -226,7 +243,7 @@ def trial_of(start: Start, job: RunDir, rewards: dict[str, Reward], settings: Se
     asked = {key: json.loads(value) for key, value in start.sampling}
     sampling, longest, shortest = sampling_as(asked, policy)
     reference = Contestant("start", policy, sampling)
-    rows = load_data(settings.data, start.seed)
+    rows = load_data(settings.data, settings.seed)
     check_languages(next(iter(rewards.values())), policy.tokenizer, texts(rows.test))
     questions = prompts_for([reference], rows.test, longest, settings)
     limits = response_limits(shortest, longest, len(questions), start.seed)
@@ -301,14 +318,14 @@ def best_of_n(values: dict[str, NDArray[Any]], main: str) -> list[dict[str, Any]
     """
     order = values[main].argsort(1, kind="stable")
     ranked = {name: np.take_along_axis(own, order, 1) for name, own in values.items()}
-    prompts, most = order.shape
+    most = order.shape[1]
     found = []
     for n in range(1, most + 1):
         # The answer of rank i is the best of n where the others are among the i - 1 below it.
         weights = np.array([math.comb(i, n - 1) / math.comb(most, n) for i in range(most)])
         worth = {name: own @ weights for name, own in ranked.items()}
         by_reward = {
-            name: {"reward_mean": float(own.mean()), "reward_stderr": float(own.std(ddof=1) / math.sqrt(prompts))}
+            name: {"reward_mean": float(own.mean()), "reward_stderr": metrics.standard_error(own)}
             for name, own in worth.items()
         }
         others = {name: row for name, row in by_reward.items() if name != main}
@@ -317,10 +334,13 @@ def best_of_n(values: dict[str, NDArray[Any]], main: str) -> list[dict[str, Any]
 
 
 def compare_points(points: Sequence[dict[str, Any]], best_of: Mapping[str, Sequence[dict[str, Any]]]) -> None:
-    """Mark the policies that none beats in reward at no more KL, and say the best of how many each of them is worth."""
+    """Mark the policies that none of those that began with them beats in reward at no more KL.
+
+    And say the best of how many answers of where it began each of them is worth.
+    """
     for row in points:
         reward, kl = row["reward_mean"], row["kl"]
-        theirs = [(other["reward_mean"], other["kl"]) for other in points]
+        theirs = [(other["reward_mean"], other["kl"]) for other in points if other["start"] == row["start"]]
         row["frontier"] = not any(r >= reward and k <= kl and (r, k) != (reward, kl) for r, k in theirs)
         enough = (best["n"] for best in best_of[row["start"]] if best["reward_mean"] >= reward)
         row["best_of"] = next(enough, None)

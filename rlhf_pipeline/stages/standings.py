@@ -1,6 +1,5 @@
 """What the answers of all policies come to: figures by reward, gains, what was given up for the reward, examples."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ def figures(values: Sequence[float], neutral: float) -> dict[str, float]:
     return {
         "reward_mean": float(scores.mean()),
         "reward_median": float(np.median(scores)),
-        "reward_stderr": float(scores.std(ddof=1) / math.sqrt(len(scores))) if len(scores) > 1 else 0.0,
+        "reward_stderr": metrics.standard_error(scores),
         "positive": float((scores > neutral).mean()),
     }
 

@@ -45,7 +45,10 @@ def test_policies_by_hand_and_more_rewards(
     assert found["metrics"]["other"] == found["metrics"]["ppo"]
     for row in found["metrics"].values():
         assert row["perplexity"] > 1
-        assert row["held_out_perplexity"] > 1
+    taken = {name: row["held_out_perplexity"] for name, row in found["metrics"].items()}
+    assert taken.pop("foreign") is None  # a token of its own is another measure
+    assert min(taken.values()) > 1
+    for row in found["metrics"].values():
         assert 0 <= row["self_bleu"] <= 1
         assert row["distinct_1"] <= row["distinct_2"] <= row["distinct_3"] or row["repeated"] > 0
     assert list(found["rewards"]) == ["length", "toy_sentiment"]
@@ -87,6 +90,30 @@ def test_what_a_policy_was_taught_is_told_by_its_pretraining(miniature: Path, wo
         (run / stage / "run.json").write_text(json.dumps(record))
     assert [taught_length(str(run / stage / "model")) for stage in ("pretrain", "sft", "ppo")] == [48] * 3
     assert taught_length("openai-community/gpt2") is None
+
+
+def test_where_ppo_began_stands_before_it_whoever_is_named_first(run: Path, command_line: CommandLine) -> None:
+    asked = ["evaluate.policies=[ppo,sft,demo/pretrain]", "evaluate.held_out_tokens=0", "overwrite=true", *ARGS]
+    assert command_line("stage=evaluate", *asked) == 0
+    found = evaluated(run)
+    assert list(found["metrics"]) == ["sft", "ppo", "base"]
+    assert found["reference"] == "sft"
+    assert list(found["paired_gain"]) == ["ppo - sft", "base - sft"]
+
+
+def test_a_run_is_the_same_by_its_whole_path(run: Path, command_line: CommandLine) -> None:
+    assert command_line("stage=evaluate", "overwrite=true", f"runs={run.parent}", *ARGS) == 0
+    found = evaluated(run)
+    assert list(found["metrics"]) == ["base", "sft", "ppo"]
+    assert found["reference"] == "sft"
+
+
+def test_an_evaluation_without_its_figures_is_said(
+    run: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "evaluate" / "evaluation.json").unlink()
+    assert command_line("stage=evaluate", *ARGS) == 2
+    assert "evaluation.json is gone; overwrite=true" in capsys.readouterr().err
 
 
 def test_runs_are_compared_where_there_is_no_run_of_that_name(run: Path, command_line: CommandLine) -> None:

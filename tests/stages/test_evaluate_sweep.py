@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import MINIATURE, CommandLine
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -97,8 +98,8 @@ def test_a_sweep_that_grew_and_a_measuring_that_was_cut_off_go_on(sweep: Path, c
 @pytest.mark.parametrize("job", ["low", "lora"])
 def test_a_checkpoint_opens_as_the_policy_that_was_trained(job: str, sweep: Path, workplace: Path) -> None:
     (run,) = (each for each in ppo_jobs(sweep) if each.name == f"coefs/{job}")
-    start = Start(str(workplace / "runs" / "demo" / "sft" / "model"), "{}", 0, ())
-    last = open_point(Point(job, 6, run.checkpoints / "checkpoint-6", run), start).model.state_dict()
+    start = Start(str(workplace / "runs" / "demo" / "sft" / "model"), 0, ())
+    last = open_point(Point(job, 6, run.checkpoints / "checkpoint-6", run, ""), start).model.state_dict()
     result, _ = load_policy({**run.config()["policy"], "path": str(run.model)}, None, [], 0)
     for name, tensor in result.model.state_dict().items():
         torch.testing.assert_close(last[name], tensor, msg=name)
@@ -111,7 +112,8 @@ def test_a_checkpoint_opens_as_the_policy_that_was_trained(job: str, sweep: Path
         (["stage=evaluate", "sweep=nowhere"], "nowhere holds no run of stage=ppo"),
         (["stage=ppo", "sweep=demo"], "sweep= goes with stage=evaluate"),
         (["stage=evaluate", "sweep=demo", "compare=[demo,demo]"], "drop compare="),
-        (["stage=evaluate", "sweep=demo", "evaluate.policies=[sft]"], "drop compare= and evaluate.policies="),
+        (["stage=evaluate", "sweep=demo", "evaluate.policies=[sft]"], "drop evaluate.policies="),
+        (["stage=evaluate", "sweep=demo", "evaluate.show=[x]"], "drop evaluate.show="),
     ],
 )
 def test_what_cannot_be_is_said(
@@ -121,18 +123,79 @@ def test_what_cannot_be_is_said(
     assert said in capsys.readouterr().err
 
 
-def test_jobs_that_learnt_from_different_rewards_need_a_judge(
-    miniature: Path, workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
-) -> None:
+def add(ppo: Path, sweep: Path, job: str) -> None:
+    """A job of a sweep that is a copy of a PPO."""
+    shutil.copytree(ppo, sweep / job / "ppo")
+    change(sweep / job / "ppo" / "run.json", name=f"{sweep.name}/{job}")
+
+
+def change(path: Path, **values: object) -> None:
+    """Set values of a file of JSON or YAML."""
+    content = yaml.safe_load(path.read_text())
+    path.write_text(json.dumps({**content, **values}))
+
+
+@pytest.fixture
+def two(miniature: Path, workplace: Path) -> Path:
+    """A sweep of two jobs, each with a checkpoint and a result."""
     shutil.copytree(miniature, workplace / "runs" / "demo")
-    for name in ("a", "b"):
-        shutil.copytree(miniature / "ppo", workplace / "runs" / "two" / name / "ppo")
-        path = workplace / "runs" / "two" / name / "ppo" / "run.json"
-        record = json.loads(path.read_text())
-        record["parents"]["reward"]["path"] = f"runs/{name}/reward/model"
-        path.write_text(json.dumps({**record, "name": f"two/{name}"}))
-    args = ["stage=evaluate", "sweep=two", "evaluate.prompts=24", "evaluate.best_of=2"]
-    assert command_line(*args) == 2
-    assert "learnt from different rewards (runs/a/reward/model, runs/b/reward/model)" in capsys.readouterr().err
-    assert command_line(*args, "reward=toy_sentiment") == 0
-    assert found_in(workplace / "runs" / "two")["reward"] == "toy_sentiment"
+    for job in ("a", "b"):
+        add(miniature / "ppo", workplace / "runs" / "coefs", job)
+    return workplace / "runs" / "coefs"
+
+
+QUICK = ["stage=evaluate", "sweep=coefs", "evaluate.prompts=24", "evaluate.best_of=2"]
+
+
+def test_jobs_that_learnt_from_different_rewards_need_a_judge(
+    two: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for job, target in (("a", 5), ("b", 6)):
+        change(two / job / "ppo" / "config.yaml", reward={"name": "length", "target": target})
+    assert command_line(*QUICK) == 2
+    said = capsys.readouterr().err
+    assert "learnt from different rewards" in said
+    assert '"target": 6' in said
+    assert command_line(*QUICK, "reward=toy_sentiment") == 0
+    assert found_in(two)["reward"] == "toy_sentiment"
+    # As it was recorded, it is done; and it is not judged by another reward on the way.
+    recorded = ["--config-path", str(two / "frontier"), "--config-name", "config"]
+    assert command_line(*recorded) == 0
+    assert found_in(two)["reward"] == "toy_sentiment"
+
+
+def test_a_job_that_has_come_to_nothing_yet_says_nothing_of_the_others(two: Path, command_line: CommandLine) -> None:
+    begun = two / "a" / "ppo"
+    shutil.rmtree(begun / "model")
+    shutil.rmtree(begun / "checkpoints")
+    change(begun / "run.json", status="running")
+    change(begun / "config.yaml", reward={"name": "length", "target": 5})
+    assert command_line(*QUICK) == 0
+    assert found_in(two)["reward"] == "runs/demo/reward/model"
+    assert {row["run"] for row in found_in(two)["points"]} == {"b"}
+
+
+def test_a_checkpoint_that_is_gone_stays_what_its_job_came_by(
+    two: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line(*QUICK) == 0
+    before = {(row["run"], row["step"]): row["kl"] for row in found_in(two)["points"]}
+    assert ("b", 4) in before
+    shutil.rmtree(two / "b" / "ppo" / "checkpoints" / "checkpoint-4")
+    add(two.parent / "demo" / "ppo", two, "c")
+    capsys.readouterr()
+    assert command_line(*QUICK) == 0
+    after = {(row["run"], row["step"]): row["kl"] for row in found_in(two)["points"]}
+    assert after.items() >= before.items()
+    assert ("c", 6) in after
+    assert "deleted" not in capsys.readouterr().out
+
+    record = json.loads((two / "frontier" / "run.json").read_text())
+    assert command_line(*QUICK) == 0  # nothing is new, so nothing is begun
+    assert json.loads((two / "frontier" / "run.json").read_text()) == record
+
+
+def test_a_sweep_is_found_by_its_folder_and_a_stage_stands_for_its_run(two: Path, command_line: CommandLine) -> None:
+    assert command_line(*QUICK, f"runs={two.parent}") == 0
+    assert command_line(*[word.replace("=coefs", "=./runs/coefs/a/ppo") for word in QUICK]) == 0
+    assert {row["run"] for row in found_in(two / "a")["points"]} == {"a"}

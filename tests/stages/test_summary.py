@@ -15,7 +15,7 @@ from rlhf_pipeline import arguments, cli
 from rlhf_pipeline.atomic import read_jsonl
 from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.settings import Settings
-from rlhf_pipeline.summary import lasted, next_command, say_done
+from rlhf_pipeline.summary import command, lasted, next_command, say_done
 
 STAGES = ("pretrain", "sft", "reward", "ppo", "evaluate")
 
@@ -105,6 +105,14 @@ def test_the_next_command_keeps_what_was_said_of_all_stages(asked: str, workplac
     else:
         assert found == f"python -m rlhf_pipeline stage={NEXT[asked]}"
         settings(*shlex.split(found)[3:])  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", ["demo", "coefs/trainer.kl_coef=0.05", "it's here", "a, b", "back\\slash", "${x}"])
+def test_a_command_takes_a_name_as_it_is(name: str) -> None:
+    words = shlex.split(command("chat", "runs", name=name))
+    with initialize_config_dir(str(cli.CONF), version_base="1.3"):
+        assert compose("config", words[3:]).name == name
+    assert "runs=elsewhere" in command("chat", "elsewhere", name=name)
 
 
 def test_a_resumed_run_shows_where_it_begins_and_counts_all_its_time(

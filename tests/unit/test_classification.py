@@ -15,7 +15,7 @@ from transformers import (
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.policies import train_tokenizer
 from rlhf_pipeline.stages.batching import OrderedTrainer
-from rlhf_pipeline.stages.classification import LanguageClassifierTrainer, check_language_model
+from rlhf_pipeline.stages.classification import ClassifierTrainer, LanguageClassifierTrainer, check_language_model
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,18 @@ def test_the_auxiliary_loss_is_that_of_the_language_model_with_tied_head(
     assert logged == pytest.approx({name: value.item() for name, value in expected.items()})
     for name, p in trainer.model.named_parameters():
         torch.testing.assert_close(found[name], p.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_a_short_last_batch_counts_by_its_rows(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = classifier_rows(5)
+    args = reward_args(tmp_path, per_device_eval_batch_size=4)
+    trainer = ClassifierTrainer(tiny_model(num_labels=2), args, DataCollatorWithPadding(tokenizer), rows, rows,
+                                processing_class=tokenizer)  # fmt: skip
+    batch = trainer.data_collator(list(rows))
+    logits = trainer.model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    right = (logits.argmax(-1) == batch["labels"]).float()
+    assert right[:4].mean() != right.mean()
+    assert trainer.evaluate()["eval_accuracy"] == pytest.approx(float(right.mean()))
 
 
 def test_accumulated_rows_make_the_same_update(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -36,3 +36,13 @@ def test_a_policy_is_on_the_frontier_where_none_has_more_reward_at_no_more_kl() 
     )
     assert [row["frontier"] for row in rows] == [False, True, True, True, False, True]
     assert [row["best_of"] for row in rows] == [2, 2, 2, None, 3, 1]
+
+
+def test_policies_are_compared_with_those_that_began_with_them() -> None:
+    rows = [{"reward_mean": reward, "kl": 1.0, "start": start} for reward, start in ((0.5, "s"), (0.9, "t"))]
+    compare_points(rows, {"s": [{"n": 1, "reward_mean": 0.6}], "t": [{"n": 1, "reward_mean": 0.6}]})
+    assert [(row["frontier"], row["best_of"]) for row in rows] == [(True, 1), (True, None)]
+
+
+def test_of_one_prompt_there_is_no_standard_error() -> None:
+    assert [row["reward_stderr"] for row in best_of_n({"r": np.array([[1.0, 2.0]])}, "r")] == [0.0, 0.0]

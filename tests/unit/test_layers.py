@@ -12,7 +12,7 @@ LAYERS = [
     ["registry", "toy_reviews", "python_code", "hub", "metrics", "sampling", "precision", "processes",
      "checkpoints", "reward_model", "labels", "lineage", "atomic"],
     ["likelihood", "formats", "templates", "scorer", "own_code", "report", "trackers"],
-    ["data", "policies", "rewards"], ["encoding"], ["settings"], ["cards"], ["rundir"],
+    ["data", "policies", "rewards", "plan"], ["encoding"], ["settings"], ["cards"], ["rundir"],
     ["tables", "ppo", "label_studio", "made", "publish", "together"],
     ["stages", "rounds"], ["plain_words", "arguments"], ["summary"], ["cli"],
 ]  # fmt: skip

@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -493,6 +494,12 @@ def test_a_script_for_trl_runs_with_its_import_changed(
     told = capsys.readouterr().out
     assert "model response" in told
     assert "the film was" in told
+    said = SimpleNamespace(prompts=["a"], responses=["\x1b[2Jgone"], scores=torch.zeros(1))
+    trainer._answers = lambda *_: [said]
+    trainer.generate_completions()
+    told = capsys.readouterr().out
+    assert "gone" in told
+    assert "\x1b[2J" not in told, "a policy's answer clears the terminal"
     assert trainer.model.policy is policy
     assert trainer.value_model is value_model
     model = AutoModelForCausalLM.from_pretrained(tmp_path)

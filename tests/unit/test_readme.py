@@ -40,7 +40,8 @@ def test_it_can_be_read_in_one_sitting() -> None:
 
 @pytest.mark.parametrize("readme", READMES)
 def test_every_command_of_the_program_resolves(readme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(made, "sweep", lambda runs, said, name: (name or said, said, {}))  # of which there is none here
+    # Of a sweep there is none here.
+    monkeypatch.setattr(made, "sweep", lambda runs, said, name, afresh: (name or said, said, {}))
     asked = [c for c in commands(readme) if "python -m rlhf_pipeline" in c and "<" not in c]
     assert len(asked) >= 12
     for command in asked:

@@ -418,7 +418,7 @@ def test_a_running_stage_is_drawn_seldom_and_its_end_always(tmp_path: Path, monk
 
 
 def test_what_a_kill_left_of_a_page_goes(tmp_path: Path) -> None:
-    (tmp_path / ".report.123.tmp").write_text("<!DOCTYPE")
+    (tmp_path / ".report.html.123").write_text("<!DOCTYPE")
     LivePage(tmp_path).draw()
     assert os.listdir(tmp_path) == ["report.html"]
 

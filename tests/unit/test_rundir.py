@@ -61,6 +61,21 @@ def test_a_stage_that_came_to_nothing_is_in_nobodys_way(workplace: Path) -> None
     assert not RunDir.of(settings(seed=1)).finished(settings(seed=1))
 
 
+def test_the_time_of_sessions_that_were_killed_is_kept(workplace: Path) -> None:
+    out = RunDir.of(settings())
+    out.begin(settings(), {}, None)
+    out.log(1, {"loss": 1.0})
+    (out.checkpoints / "checkpoint-1").mkdir(parents=True)
+    seal(out.checkpoints / "checkpoint-1")
+    out.path.joinpath("metrics.jsonl").write_text('{"step": 1, "loss": 1.0, "seconds": 100.0}\n')
+    RunDir.of(settings()).begin(settings(), {}, None)  # killed before it logs anything
+    out.path.joinpath("metrics.jsonl").write_text("")
+    third = RunDir.of(settings())
+    third.begin(settings(), {}, None)
+    third.finish({})
+    assert 100 <= third.record["seconds"] < 150
+
+
 def test_what_is_done_stays_done_whatever_fails_after_it(workplace: Path) -> None:
     out = finish(settings())
     out.failed(BrokenPipeError("whoever read the table has left"))

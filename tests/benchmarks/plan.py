@@ -1,0 +1,170 @@
+"""The memory that the plan computes against what PPO really takes: peaks of processes of their own, on this machine.
+
+python tests/benchmarks/plan.py [--only NAME;...] [--parts]
+
+Each shape is trained for two updates by our PPOTrainer in a fresh process. Compared is what comes on top of the
+libraries: the highest resident memory, less that after an update of the smallest network. It is taken twice: as
+malloc comes, to which the plan adds the holes that malloc leaves; and with every block of 64 KiB or more given back
+at once (MALLOC_MMAP_THRESHOLD_), which shows the plan's own sums.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_pipeline.plan.memory import SLACK_CPU, Roles, Sharding, Work, peak
+from rlhf_pipeline.plan.networks import count_critic, count_policy
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A GPT-2 and an update."""
+
+    layers: int
+    width: int
+    heads: int
+    vocabulary: int
+    batch: int
+    response: int
+    prompt: int = 16
+    micro_batches: int = 1
+    minibatches: int = 1
+    epochs: int = 2
+    critic: str = "shared"
+    checkpointing: bool = False
+    lora: int = 0  # rank
+
+
+GPT2_SMALL = {"layers": 12, "width": 768, "heads": 12, "vocabulary": 50257}
+SMALL = {"layers": 6, "width": 256, "heads": 4}
+SHAPES = {
+    "GPT-2 124 M": Shape(**GPT2_SMALL, batch=16, response=24),
+    "small": Shape(**SMALL, vocabulary=8192, batch=64, response=48),
+    "small, separate critic": Shape(**SMALL, vocabulary=8192, batch=64, response=48, critic="separate"),
+    "GPT-2 124 M, LoRA": Shape(**GPT2_SMALL, batch=16, response=24, lora=8),
+    "GPT-2 124 M, checkpointing": Shape(**GPT2_SMALL, batch=32, response=48, checkpointing=True, epochs=1),
+    "small, 4 micro-batches": Shape(
+        **SMALL, vocabulary=50257, batch=128, response=16, micro_batches=4, minibatches=2, critic="separate"
+    ),
+}
+
+
+def config_of(shape: Shape) -> Any:
+    """The policy's configuration, without dropout as the trainer has it."""
+    from transformers import GPT2Config
+
+    tokens = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+    return GPT2Config(
+        vocab_size=shape.vocabulary, n_layer=shape.layers, n_embd=shape.width, n_head=shape.heads, **tokens
+    )
+
+
+def lora_of(shape: Shape) -> Any:
+    """peft's configuration, or None."""
+    from peft import LoraConfig
+
+    return LoraConfig(task_type="CAUSAL_LM", r=shape.lora) if shape.lora else None
+
+
+def computed(shape: Shape, slack: float) -> tuple[str, dict[str, float]]:
+    """The plan's peak: which moment, and bytes by part."""
+    micro = shape.batch // max(shape.micro_batches, shape.minibatches)
+    work = Work(
+        rows=shape.batch, micro=micro, minibatches=shape.minibatches, epochs=shape.epochs, at_once=64,
+        prompt=shape.prompt, response=shape.response, mean_prompt=shape.prompt, mean_response=shape.response,
+        bf16=False, checkpointing=shape.checkpointing,
+    )  # fmt: skip
+    policy = count_policy(config_of(shape), work.width, False, lora_of(shape))
+    critic = None
+    if shape.critic == "separate":
+        critic = count_critic(config_of(shape), work.width, False, lora_of(shape))
+    return peak(Roles(policy, critic, 0 if shape.lora else policy.parameters, 0), work, Sharding(), slack=slack)
+
+
+# -- a shape's process
+
+
+def resident(what: str) -> int:
+    """Bytes: VmRSS now, or VmHWM, the most so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
+
+
+def be_worker(shape: Shape, folder: str) -> None:
+    """Train for two updates; print the memory before the networks and the most there was."""
+    import torch
+    from transformers import GPT2LMHeadModel
+
+    from rlhf_pipeline.policies import train_tokenizer
+    from rlhf_pipeline.ppo import PPOConfig, PPOTrainer
+
+    tokenizer = train_tokenizer(["A film that nobody needed, and that everybody saw."], 300, 1024)
+
+    def reward(prompts: list[str], answers: list[str]) -> list[float]:
+        return [float(len(answer)) for answer in answers]
+
+    def train(shape: Shape) -> None:
+        args = PPOConfig(
+            output_dir=folder, per_device_train_batch_size=shape.batch // shape.micro_batches,
+            gradient_accumulation_steps=shape.micro_batches, num_mini_batches=shape.minibatches,
+            num_ppo_epochs=shape.epochs, response_length=shape.response, local_rollout_forward_batch_size=64,
+            stop_token=None, total_episodes=2 * shape.batch, learning_rate=1e-6, bf16=False, critic=shape.critic,
+            gradient_checkpointing=shape.checkpointing, num_sample_generations=0, save_strategy="no",
+            report_to="none", disable_tqdm=True, use_cpu=True,
+        )  # fmt: skip
+        prompts = torch.randint(2, 300, (4 * shape.batch, shape.prompt)).tolist()
+        policy = GPT2LMHeadModel(config_of(shape))
+        PPOTrainer(args, tokenizer, policy, None, reward, prompts, peft_config=lora_of(shape)).train()
+
+    train(Shape(1, 32, 1, 300, batch=2, response=4))  # what the libraries load when they are first used
+    before = resident("VmRSS")
+    train(shape)
+    print(json.dumps({"before": before, "most": resident("VmHWM")}), file=sys.stderr)
+
+
+def measured(shape: Shape, exact: bool) -> int:
+    """Bytes on top of the libraries, as a process of its own reports them."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **({"MALLOC_MMAP_THRESHOLD_": "65536"} if exact else {})}
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--worker", json.dumps(asdict(shape)), folder]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    report: dict[str, int] = json.loads(done.stderr.strip().splitlines()[-1])
+    return report["most"] - report["before"]
+
+
+def main() -> None:
+    """Print a markdown table, a shape a row."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", help=f"separated by semicolons, of {'; '.join(SHAPES)}", default="")
+    parser.add_argument("--parts", action="store_true", help="what the computed peaks are made of")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.worker:
+        return be_worker(Shape(**json.loads(asked.worker[0])), asked.worker[1])
+    chosen = [name for name in asked.only.split(";") if name] or list(SHAPES)
+    if unknown := set(chosen) - set(SHAPES):
+        parser.error(f"no shape is called {', '.join(unknown)}. Known: {'; '.join(SHAPES)}.")
+    print("| shape, MiB | fullest at | plan | measured | error | plan, in use | measured | error |\n|" + " --- |" * 8)
+    for name in chosen:
+        cells = []
+        for slack in (SLACK_CPU, 0):
+            moment, parts = computed(SHAPES[name], slack)
+            total, really = sum(parts.values()), measured(SHAPES[name], exact=not slack)
+            cells += [f"{total / MIB:.0f}", f"{really / MIB:.0f}", f"{total / really - 1:+.1%}"]
+        print(f"| {name} | {moment} | {' | '.join(cells)} |", flush=True)
+        if asked.parts:
+            print("   ", {part: round(size / MIB) for part, size in parts.items()}, flush=True)
+
+
+if __name__ == "__main__":
+    main()
