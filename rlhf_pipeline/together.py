@@ -1,10 +1,12 @@
 """One stage in several processes: one run directory, one log on the screen, and one end."""
 
 import contextlib
+import json
 import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.settings import Settings
 
 _STOPPED = "another process has ended, or all were told to; the same command goes on from the last checkpoint."
+_COURTESY = 3  # seconds
 
 
 class ReadOnlyRunDir(RunDir):
@@ -119,6 +122,12 @@ def own_log() -> Iterator[None]:
 
 def leave(message: str, status: int) -> NoReturn:
     """Say why on the screen, whoever has it, and end."""
+    if rank():  # most often all of them end for one reason: the first one tells it, and the launcher ends the others
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(_COURTESY)
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # the launcher's last word, after a traceback of its own
+        Path(report).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")
     print(message, file=sys.__stderr__ if rank() else sys.stderr, flush=True)
     sys.exit(status)
 

@@ -85,18 +85,27 @@ def test_an_evaluation_and_a_collection_are_shared_out(
         assert one == two, name
 
 
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
 def test_a_killed_process_ends_the_others_and_the_run_goes_on(
-    miniature: Path, command_line: CommandLine, workplace: Path
+    stage: str, miniature: Path, command_line: CommandLine, workplace: Path
 ) -> None:
-    """With an adapter and rows that do not divide by two; then on two processes, and by the same command on one."""
+    """With an adapter (and for SFT rows that do not divide by two); then on two, and by the same command on one."""
     asked = [
-        "stage=sft", "experiment=demo", f"policy.path={miniature / 'pretrain'}", "policy.lora.r=4",
-        "policy.lora.target_modules=[c_attn]", "data.limit=193", "trainer.num_train_epochs=3", "trainer.save_steps=2",
-        "trainer.logging_steps=1", "trainer.learning_rate=1e-2",
+        f"stage={stage}", "experiment=demo", "policy.lora.r=4", "policy.lora.target_modules=[c_attn]",
+        "trainer.save_steps=2", "trainer.logging_steps=1",
     ]  # fmt: skip
-    assert command_line(*asked, "name=whole") == 0
-    half = [*asked, "trainer.per_device_train_batch_size=16", "name=killed"]
-    folder = Path("runs/killed/sft")
+    if stage == "sft":
+        asked += [f"policy.path={miniature / 'pretrain'}", "data.limit=193", "trainer.num_train_epochs=3"]
+        asked += ["trainer.learning_rate=1e-2"]
+        a_step = "trainer.per_device_train_batch_size=32", "trainer.per_device_train_batch_size=16"
+    else:
+        asked += [f"policy.path={miniature / 'sft'}", f"reward.path={miniature / 'reward'}", "data.limit=300"]
+        asked += ["trainer.response_length=8", "trainer.total_episodes=200"]
+        a_step = "trainer.per_device_train_batch_size=20", "trainer.per_device_train_batch_size=10"
+        asked += ["trainer.gradient_accumulation_steps=1", "trainer.learning_rate=1e-3"]
+    assert command_line(*asked, a_step[0], "name=whole") == 0
+    half = [*asked, a_step[1], "name=killed"]
+    folder = Path("runs/killed") / stage
     status, told, seconds = kill_one(half, folder)
     assert status != 0
     assert seconds < 30
@@ -108,13 +117,25 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resuming from" in done.stdout
     assert command_line(*half[:-1], "name=alone") == 0
-    whole = Path("runs/whole/sft")
+    whole = Path("runs/whole") / stage
     for name in ("killed", "alone"):
-        assert difference(whole, Path("runs") / name / "sft") < 1e-5, name
-        logs = [read_jsonl(run / "metrics.jsonl") for run in (whole, Path("runs") / name / "sft")]
+        assert difference(whole, Path("runs") / name / stage) < 1e-5, name
+        logs = [read_jsonl(run / "metrics.jsonl") for run in (whole, Path("runs") / name / stage)]
         assert [row["step"] for row in logs[0]] == [row["step"] for row in logs[1]]
         for one, other in zip(*logs, strict=True):
-            assert other.get("loss") == pytest.approx(one.get("loss"), abs=1e-5)
+            for figure in one.keys() & {"loss", "objective/scores", "objective/kl", "loss/policy_avg"}:
+                assert other[figure] == pytest.approx(one[figure], abs=1e-5), figure
+
+
+def test_what_the_user_can_mend_is_said_once(workplace: Path) -> None:
+    """All processes find the same fault; the launcher, which has a report of its own, ends with it."""
+    done = on_two("stage=sft", "experiment=demo", "trainer.learning_rat=1")
+    assert done.returncode == 1, "the launcher's"
+    message = "error: trainer.learning_rat is no field of SFTConfig"
+    assert done.stderr.startswith(message)
+    said = [line for line in done.stderr.splitlines() if message in line]
+    assert len(said) == 2
+    assert said[1].strip().startswith("traceback : error: ")
 
 
 def kill_one(asked: list[str], folder: Path) -> tuple[int, str, float]:

@@ -152,7 +152,12 @@ def test_what_one_process_must_do_is_refused_to_several(
     command_line: CommandLine, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for asked in (["stage=chat"], ["stage=plan"], ["stage=collect", "labels=pull"], ["stage=evaluate", "compare=[a,b]"]):
+    for asked in (
+        ["stage=chat"],
+        ["stage=plan"],
+        ["stage=collect", "labels=pull"],
+        ["stage=evaluate", "compare=[a,b]"],
+    ):
         assert command_line(*asked) == 2
         assert "runs in one process" in capsys.readouterr().err
     assert command_line("-m", "stage=ppo", "seed=0,1") == 2
