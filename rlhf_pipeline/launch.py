@@ -57,6 +57,12 @@ def sharding() -> str | None:
     return "fsdp" if os.environ.get("ACCELERATE_USE_FSDP") == "true" else None
 
 
+def checkpoints_of() -> str | None:
+    """By what launch checkpoints made now can be read: DeepSpeed's only on as many processes."""
+    kind = sharding()
+    return f"{kind} on {processes()} processes" if kind and kind != "fsdp" else kind
+
+
 def check_launch(said: str) -> None:
     """Refuse what would be done otherwise than it was asked for. `said` is the stage, as on the command line."""
     alone = next((word for word in _ALONE if word in said.split()), None)

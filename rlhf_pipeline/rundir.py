@@ -17,7 +17,7 @@ import yaml
 from rlhf_pipeline.atomic import read_jsonl, write_atomic, write_json, write_jsonl
 from rlhf_pipeline.checkpoints import newest_whole
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.launch import CUT, processes, rows_a_step, same_step
+from rlhf_pipeline.launch import CUT, checkpoints_of, processes, rows_a_step, same_step
 from rlhf_pipeline.lineage import file_hash, git, hardware, parent, versions
 from rlhf_pipeline.report import LivePage
 from rlhf_pipeline.report.files import flat
@@ -254,6 +254,11 @@ class RunDir:
                 f"{self.path} was begun with other data or from other models, so it cannot go on with these. "
                 "Say overwrite=true to begin anew, or choose another name=."
             )
+        if before and (then := before.get("sharded")) != (now := checkpoints_of()):
+            raise UserError(
+                f"the checkpoints of {self.path} are of {then or 'no sharding'}, and this is {now or 'none'}; "
+                "launch it as then, or say overwrite=true to begin anew."
+            )
         meant_for = processes()  # the settings; if others go on, they still take as many rows a step
         if before and settings.trainer:
             rows = rows_a_step(self.config()["trainer"], before.get("processes", 1))
@@ -281,6 +286,7 @@ class RunDir:
             "versions": versions(),
             "hardware": hardware(),
             "processes": meant_for,
+            "sharded": checkpoints_of(),
             "git": git(),
         }
         write_json(self.path / "run.json", self._record)

@@ -15,6 +15,14 @@ def torchrun(processes: int, *asked: str) -> list[str]:
     ]  # fmt: skip
 
 
+def accelerate(launch: str, processes: int, *asked: str) -> list[str]:
+    """The same by accelerate, as a file of conf/accelerate says."""
+    return [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file",
+        str(ROOT / "conf" / "accelerate" / f"{launch}.yaml"), "--num_processes", str(processes), *asked,
+    ]  # fmt: skip
+
+
 def environment() -> dict[str, str]:
     """With our own modules and those of the tests."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])

@@ -122,8 +122,9 @@ def sharded_weights(trainer: transformers.Trainer) -> dict[str, Any] | None:
     """All weights of a model that the processes have shards of, in the first one; None where each has the whole."""
     if not sharding():
         return None
-    found: dict[str, Any] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    return found
+    found: dict[str, Any] = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}  # ZeRO-3: the first one's
+    tied = trainer.accelerator.unwrap_model(trainer.model).all_tied_weights_keys
+    return {name: weight for name, weight in found.items() if name not in tied}
 
 
 class RunLog(TrainerCallback):

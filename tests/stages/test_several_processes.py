@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MINIATURE, CommandLine
-from launched import environment, run, torchrun
+from conftest import MINIATURE, ROOT, CommandLine
+from launched import accelerate, environment, run, torchrun
 from safetensors.torch import load_file
 
 from rlhf_pipeline.atomic import read_jsonl
@@ -125,6 +125,37 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(
         for one, other in zip(*logs, strict=True):
             for figure in one.keys() & {"loss", "objective/scores", "objective/kl", "loss/policy_avg"}:
                 assert other[figure] == pytest.approx(one[figure], abs=1e-5), figure
+
+
+@pytest.mark.parametrize("launch", ["fsdp", "zero2", "zero3"])
+def test_a_sharded_model_learns_the_same(
+    launch: str, miniature: Path, command_line: CommandLine, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As accelerate is configured for it; resumed under the same launch alone."""
+    if launch != "fsdp":
+        pytest.importorskip("deepspeed")
+    asked = [
+        "stage=sft", "experiment=demo", f"policy.path={miniature / 'pretrain'}", "data.limit=193",
+        "trainer.save_steps=4", "trainer.logging_steps=1",
+    ]  # fmt: skip
+    assert command_line(*asked, "name=one") == 0
+    asked += ["trainer.use_cpu=false", "trainer.per_device_train_batch_size=16", "name=two"]
+    one, two = Path("runs/one/sft"), Path("runs/two/sft")
+    command = accelerate(launch, 2, str(ROOT / "tests" / "sharded.py"), *asked)
+    done = run(command)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert difference(one, two) < 1e-5
+    shutil.rmtree(two / "model")  # as if it had been killed before
+    shutil.rmtree(two / "checkpoints" / "checkpoint-7")
+    record = json.loads((two / "run.json").read_text())
+    (two / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    assert command_line(*asked) == 2
+    assert f"the checkpoints of runs/two/sft are of {launch}" in capsys.readouterr().err
+    done = run(command)
+    assert "resuming from" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]
+    assert difference(one, two) < 1e-5
+    logs = [read_jsonl(folder / "metrics.jsonl") for folder in (one, two)]
+    assert [row.get("loss") for row in logs[1]] == pytest.approx([row.get("loss") for row in logs[0]], abs=1e-5)
 
 
 def test_what_the_user_can_mend_is_said_once(workplace: Path) -> None:
