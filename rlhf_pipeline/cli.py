@@ -60,7 +60,7 @@ def main() -> None:
             if _failed_jobs:
                 sys.exit(max(_failed_jobs))
         except UserError as error:
-            leave(f"{error.kind}{error}", 2)
+            leave(f"{error.kind}{error}", 2, error.shared)
         except (HydraException, OmegaConfBaseException) as error:
             leave(f"error: {plain(error)}", 2)
         except KeyboardInterrupt:
@@ -74,7 +74,7 @@ def _hydra_main(cfg: DictConfig) -> float | None:
     try:
         return _dispatch(cfg, overrides)
     except UserError as error:
-        leave(f"{error.kind}{error}", 2)
+        leave(f"{error.kind}{error}", 2, error.shared)
 
 
 def _dispatch(cfg: DictConfig, overrides: list[str]) -> float | None:

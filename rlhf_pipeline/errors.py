@@ -12,6 +12,7 @@ class UserError(Exception):
     """Something the user can mend. The message names the thing, what is allowed and the fix."""
 
     kind = "error: "  # what the command line says before the message
+    shared = True  # of several processes all find it
 
 
 class NotFinishedError(UserError):
@@ -28,3 +29,4 @@ class LostProcessError(UserError):
     """Another process has ended, by itself or by another hand."""
 
     kind = "stopped: "
+    shared = False

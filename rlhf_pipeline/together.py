@@ -117,12 +117,18 @@ def own_log() -> Iterator[None]:
         except Exception as error:
             traceback.print_exc()
             place = f"; more in {log.path}" if log.path else ""
-            leave(f"process {rank()}: {type(error).__name__}: {error}{place}", 1)
+            leave(f"{type(error).__name__}: {error}{place}", 1, shared=False)
 
 
-def leave(message: str, status: int) -> NoReturn:
-    """Say why on the screen, whoever has it, and end."""
-    if rank():  # most often all of them end for one reason: the first one tells it, and the launcher ends the others
+def leave(message: str, status: int, shared: bool = True) -> NoReturn:
+    """Say why on the screen, whoever has it, and end.
+
+    What is `shared`, as what was asked for is, all processes find: the first one tells it, and the launcher ends the
+    others meanwhile.
+    """
+    if rank() and not shared:
+        message = f"process {rank()}: {message}"
+    elif rank():
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_COURTESY)

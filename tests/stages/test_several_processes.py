@@ -85,9 +85,9 @@ def test_an_evaluation_and_a_collection_are_shared_out(
         assert one == two, name
 
 
-@pytest.mark.parametrize("stage", ["sft", "ppo"])
+@pytest.mark.parametrize(("stage", "which"), [("sft", 1), ("ppo", 0)])
 def test_a_killed_process_ends_the_others_and_the_run_goes_on(
-    stage: str, miniature: Path, command_line: CommandLine, workplace: Path
+    stage: str, which: int, miniature: Path, command_line: CommandLine, workplace: Path
 ) -> None:
     """With an adapter (and for SFT rows that do not divide by two); then on two, and by the same command on one."""
     asked = [
@@ -106,7 +106,7 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(
     assert command_line(*asked, a_step[0], "name=whole") == 0
     half = [*asked, a_step[1], "name=killed"]
     folder = Path("runs/killed") / stage
-    status, told, seconds = kill_one(half, folder)
+    status, told, seconds = kill_one(half, folder, which)
     assert status != 0
     assert seconds < 30
     assert "stopped: another process has ended, or all were told to; the same command goes on from" in told
@@ -169,8 +169,8 @@ def test_what_the_user_can_mend_is_said_once(workplace: Path) -> None:
     assert said[1].strip().startswith("traceback : error: ")
 
 
-def kill_one(asked: list[str], folder: Path) -> tuple[int, str, float]:
-    """Start two processes and kill -9 the second once there is a checkpoint; status, errors, seconds to the end."""
+def kill_one(asked: list[str], folder: Path, which: int) -> tuple[int, str, float]:
+    """Start two processes and kill -9 one of them once there is a checkpoint; status, errors, seconds to the end."""
     command = torchrun(2, "-m", "rlhf_pipeline", *asked)
     with subprocess.Popen(
         command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -181,7 +181,7 @@ def kill_one(asked: list[str], folder: Path) -> tuple[int, str, float]:
                 assert it.poll() is None, "it ended before there was a checkpoint"
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
-            os.kill(rank_one(it.pid), signal.SIGKILL)
+            os.kill(process(it.pid, which), signal.SIGKILL)
             clock = time.monotonic()
             assert it.stderr is not None
             told = it.stderr.read()
@@ -190,17 +190,17 @@ def kill_one(asked: list[str], folder: Path) -> tuple[int, str, float]:
             it.kill()
 
 
-def rank_one(launcher: int) -> int:
-    """Its number among all processes, by its environment."""
-    for process in Path("/proc").glob("[0-9]*"):
+def process(launcher: int, rank: int) -> int:
+    """A rank's number among all processes, by its environment."""
+    for folder in Path("/proc").glob("[0-9]*"):
         try:
-            words = (process / "environ").read_bytes().split(b"\0")
-            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            words = (folder / "environ").read_bytes().split(b"\0")
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
-        if parent == launcher and b"RANK=1" in words:
-            return int(process.name)
-    raise AssertionError("there is no second process")
+        if parent == launcher and f"RANK={rank}".encode() in words:
+            return int(folder.name)
+    raise AssertionError(f"there is no process {rank}")
 
 
 @pytest.fixture(autouse=True)
