@@ -6,6 +6,16 @@ NAME ?= demo
 ARGS ?=
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m rlhf_pipeline
+# Several processes: make ppo LAUNCH=ddp PROCS=4. Of those on a CPU accelerate would start one.
+PROCS ?= 2
+STARTS := $(basename $(notdir $(wildcard conf/accelerate/*.yaml)))
+ifeq ($(LAUNCH),cpu)
+RUN := CUDA_VISIBLE_DEVICES= $(BIN)/torchrun --standalone --nproc_per_node $(PROCS) -m rlhf_pipeline
+else ifneq ($(filter $(LAUNCH),$(STARTS)),)
+RUN := $(BIN)/accelerate launch --config_file conf/accelerate/$(LAUNCH).yaml --num_processes $(PROCS) -m rlhf_pipeline
+else ifneq ($(LAUNCH),)
+$(error LAUNCH=$(LAUNCH) is none of: $(STARTS))
+endif
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo pretrain sft collect reward ppo evaluate chat plan pipeline report label-studio test test-label-studio bench bench-gpu kills check clean
@@ -13,6 +23,7 @@ RUN := $(BIN)/python -m rlhf_pipeline
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
 	@echo '  Variables: NAME=demo (the run), ARGS="trainer.kl_coef=0.1 ..." (more settings), PYTHON=python3.12, VENV=.venv'
+	@echo '  Several processes: LAUNCH=$(subst $() $(),|,$(STARTS)) PROCS=2'
 
 setup: $(VENV)/.ready  ## make the virtual environment with the tested versions
 

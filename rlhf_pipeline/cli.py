@@ -24,6 +24,7 @@ from rlhf_pipeline import data, made, policies, rewards, rundir
 from rlhf_pipeline.arguments import CONF, complete
 from rlhf_pipeline.errors import UserError, WaitingError
 from rlhf_pipeline.jobs import note_error, run_job
+from rlhf_pipeline.launch import check_launch, processes, rank
 from rlhf_pipeline.plain_words import plain
 from rlhf_pipeline.progress import say_loading, screen
 from rlhf_pipeline.publish import last_model, publish
@@ -31,11 +32,10 @@ from rlhf_pipeline.registry import Registry
 from rlhf_pipeline.report import compare
 from rlhf_pipeline.settings import SAMPLING, TRAINED, Hub, Settings, check_sections
 from rlhf_pipeline.summary import how_far, say_all_done, say_done, say_done_before, say_next
+from rlhf_pipeline.together import leave, own_log, run_together
 
 sys.path.append(str(Path(__file__).parent / "plugins"))  # Hydra knows a plugin by its package: hydra_plugins
 NO_STAGES = "stage=pipeline runs an experiment's stages; choose one, as in experiment=demo."
-# Stages that several processes can share.
-_BY_SEVERAL = ("ppo",)
 _MAKES_NOTHING = ("chat", "plan")
 # What is chosen by name.
 _CHOICES: dict[str, Registry[Any]] = {
@@ -47,19 +47,18 @@ _CHOICES: dict[str, Registry[Any]] = {
 
 def main() -> None:
     """Run the command line and leave with its exit status: 0 done, 2 the user can mend it, 130 interrupted."""
-    _be_quiet()
-    if _rank():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives): the first one speaks
-    try:
-        sys.argv[1:] = complete(sys.argv[1:])
-        _hydra_main()
-    except UserError as error:
-        _leave(str(error), error.kind)
-    except (HydraException, OmegaConfBaseException) as error:
-        _leave(plain(error))
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
-        sys.exit(130)
+    with own_log():
+        _be_quiet()
+        try:
+            sys.argv[1:] = complete(sys.argv[1:])
+            _hydra_main()
+        except UserError as error:
+            _leave(error)
+        except (HydraException, OmegaConfBaseException) as error:
+            _leave(UserError(plain(error)))
+        except KeyboardInterrupt:
+            print("\ninterrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+            sys.exit(130)
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
@@ -68,7 +67,12 @@ def _hydra_main(cfg: DictConfig) -> float | None:
     try:
         return _dispatch(cfg, overrides)
     except UserError as error:
-        _leave(str(error), error.kind)
+        _leave(error)
+
+
+def _leave(error: UserError) -> NoReturn:
+    note_error(str(error))
+    leave(f"{error.kind}{error}", 2, error.shared)
 
 
 def _dispatch(cfg: DictConfig, overrides: list[str]) -> float | None:
@@ -81,7 +85,7 @@ def _dispatch(cfg: DictConfig, overrides: list[str]) -> float | None:
     order = list(cfg.stages)
     settings = resolve(cfg, overrides)
     objective = run_stage(settings)
-    if rundir.RunDir.of(settings).record.get("status") == "done":
+    if rank() == 0 and rundir.RunDir.of(settings).record.get("status") == "done":
         say_next(settings, order, None if _recorded() else overrides)
     return objective
 
@@ -179,13 +183,9 @@ def run_stage(settings: Settings) -> float | None:
     """Run one stage in its directory; give its objective, for a sweep. A finished stage is left as it is."""
     if settings.hub.push and settings.stage not in TRAINED:
         raise UserError(f"stage={settings.stage} makes no model, so hub.push= goes with one of: {', '.join(TRAINED)}.")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        if settings.stage not in _BY_SEVERAL:
-            raise UserError(
-                f"stage={settings.stage} runs in one process; torchrun and accelerate launch are for "
-                f"{', '.join(f'stage={stage}' for stage in _BY_SEVERAL)}."
-            )
-        return _run_together(settings)
+    check_launch(_said(settings))
+    if processes() > 1:
+        return run_together(settings, lambda out, done: _run_held(settings, out, done))
     out = rundir.RunDir.of(settings)
     if settings.compare:  # it shows what has been made, and makes nothing itself
         _compare(settings)
@@ -208,25 +208,18 @@ def run_stage(settings: Settings) -> float | None:
         return _run_held(settings, out, done)
 
 
+def _said(settings: Settings) -> str:
+    """What is asked for, as it was said."""
+    more = [f"{name}=" for name in ("compare", "labels", "sweep") if getattr(settings, name)]
+    more += ["policy.lora="] if settings.policy.get("lora") else []
+    return " ".join([f"stage={settings.stage}", *more])
+
+
 def _compare(settings: Settings) -> None:
     """One page of several runs, each a name below `runs/` or a folder."""
     runs = Path(settings.runs)
     folders = [made.folder_of(runs, name) for name in settings.compare]
     print(f"{compare(folders, runs / settings.name / 'compare.html', settings.report.lang)} shows the runs", flush=True)
-
-
-def _run_together(settings: Settings) -> float | None:
-    """Run a stage in several processes: the first holds the directory and decides, the others follow."""
-    say_loading()
-    from rlhf_pipeline.processes import agree, leave
-
-    out = rundir.ReadOnlyRunDir.of(settings) if _rank() else rundir.RunDir.of(settings)
-    try:
-        with out.held():
-            done = agree(lambda: out.finished(settings))
-            return _run_held(settings, out, done)
-    finally:
-        leave()
 
 
 def _run_held(settings: Settings, out: rundir.RunDir, done: bool) -> float | None:
@@ -251,9 +244,9 @@ def _run_held(settings: Settings, out: rundir.RunDir, done: bool) -> float | Non
         except BaseException as error:
             out.failed(error)
             raise
-        if not _rank():
+        if out.leads:
             say_done(out)
-    if settings.hub.push and not _rank():
+    if settings.hub.push and out.leads:
         publish(out, settings.hub)
     return out.objective()
 
@@ -278,10 +271,12 @@ def _pipeline(cfg: DictConfig, overrides: list[str]) -> float | None:
         result = run_stage(settings)
         if settings.stage == "collect":
             _wait_for_people(rundir.RunDir.of(settings))
-        if settings.stage == order[-1] and within:
+        if settings.stage == order[-1] and within and rank() == 0:
             from rlhf_pipeline.rounds import report_rounds
 
             report_rounds(Path(whole.runs), whole.name, whole.report.lang)
+    if rank():
+        return result
     folders = [rundir.RunDir.of(settings) for settings in every]
     say_all_done(folders, Path(whole.runs) / whole.name, time.monotonic() - started)
     if last:  # at the end, for then the card says how it did
@@ -322,6 +317,8 @@ def _wait_for_people(collect: rundir.RunDir) -> None:
 
 def check_job(cfg: DictConfig, overrides: Sequence[str]) -> tuple[str, bool]:
     """Refuse what cannot be a job of a sweep; give the stage it is known by, and whether it is done already."""
+    if processes() > 1:
+        raise UserError("a sweep starts a process a job; start it without torchrun or accelerate launch.")
     if cfg.stage == "chat":
         raise UserError("stage=chat holds one conversation; drop -m, and compare two policies by against=.")
     if cfg.stage == "plan":
@@ -352,18 +349,8 @@ def _be_quiet() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if processes() > 1:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # each process would say all of it
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("rlhf_pipeline").setLevel(logging.INFO)
-
-
-def _leave(message: str, kind: str = "error: ") -> NoReturn:
-    note_error(message)
-    who = f"process {_rank()}: " if _rank() else ""
-    print(f"{who}{kind}{message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def _rank() -> int:
-    """This process's number among those that torchrun or accelerate started."""
-    return int(os.environ.get("RANK", "0"))

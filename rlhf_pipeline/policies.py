@@ -23,9 +23,9 @@ class Policy:
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
 
-    def save(self, folder: Path) -> None:
-        """Write both so that AutoModelForCausalLM and AutoTokenizer open them."""
-        self.model.save_pretrained(folder)
+    def save(self, folder: Path, weights: dict[str, Any] | None = None) -> None:
+        """Write both so that AutoModel... and AutoTokenizer open them; `weights` where the model has a shard."""
+        self.model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
 
 
@@ -97,9 +97,11 @@ class _FromScratch:
         import torch
         from transformers import GPT2LMHeadModel
 
+        from rlhf_pipeline.processes import agree
+
         train = train_tokenizer if self.tokenizer == "bytes" else train_character_tokenizer
         print(f"training a tokenizer of {self.vocabulary} tokens on {len(texts)} texts", flush=True)
-        tokenizer = train(texts, self.vocabulary, self.positions)
+        tokenizer = agree(lambda: train(texts, self.vocabulary, self.positions))
         ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
         config = self.config(vocab_size=len(tokenizer), **ids)
         torch.manual_seed(seed)

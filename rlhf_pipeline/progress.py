@@ -1,13 +1,14 @@
 """Progress: a bar with rate and time left at a terminal, a line now and then in a log file. Both go to stderr."""
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import IO, Any, TypeVar
 from weakref import WeakSet
 
 from tqdm import tqdm
+
+from rlhf_pipeline.launch import rank
 
 S = TypeVar("S", bound=Sequence[Any])
 
@@ -58,7 +59,7 @@ def progress(total: int, title: str, unit: str, initial: int = 0, delay: float =
     how = {"dynamic_ncols": True} if terminal else {"bar_format": _LINE, "file": _Lines(sys.stderr)}
     bar = tqdm(
         total=total, initial=initial, desc=title, unit=unit, delay=delay, leave=leave, smoothing=0.1,
-        mininterval=0.2 if terminal else 10.0, disable=os.environ.get("RANK", "0") != "0", **how,
+        mininterval=0.2 if terminal else 10.0, disable=rank() > 0, **how,
     )  # fmt: skip
     _open.add(bar)
     return bar
@@ -95,5 +96,5 @@ def screen() -> Iterator[None]:
 
 def say_loading() -> None:
     """A line before torch and TRL are imported, unless they have been: it takes some ten seconds."""
-    if "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
+    if "torch" not in sys.modules and rank() == 0:
         print("loading PyTorch and TRL", file=sys.stderr, flush=True)

@@ -17,6 +17,7 @@ import yaml
 from rlhf_pipeline.atomic import read_jsonl, write_atomic, write_json, write_jsonl
 from rlhf_pipeline.checkpoints import newest_whole
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.launch import CUT, checkpoints_of, processes, rows_a_step, same_step
 from rlhf_pipeline.lineage import file_hash, git, hardware, parent, versions
 from rlhf_pipeline.report import LivePage
 from rlhf_pipeline.report.files import flat
@@ -46,6 +47,7 @@ _WORK = {
 # Of these, what changes nothing of what is made.
 _NOT_WORK = ("collect.enough", "collect.annotators", "collect.batch_size")
 _SHOWS_WORK = tuple(f"trainer.{name}" for name in FIELDS)
+_CUTS_WORK = tuple(f"trainer.{name}" for name in CUT)
 CANDIDATES, CANDIDATES_SO_FAR, LABELS = "candidates.jsonl", "candidates.part.jsonl", "labels.jsonl"
 PROJECT, SHEET = "project.json", "sheet.csv"
 FRONTIER, POINTS = "frontier.json", "points.jsonl"
@@ -54,6 +56,8 @@ _ROUND = re.compile(r"round([1-9][0-9]*)")
 
 class RunDir:
     """`runs/<name>/<stage>/`. A name with a slash is a job of a sweep: what it lacks, its parents may have."""
+
+    leads = True  # of several processes, whether this is the one that writes
 
     def __init__(self, runs: Path, name: str, stage: str, experiment: str | None = None) -> None:
         self.runs, self.name, self.stage, self.experiment = runs, name, stage, experiment
@@ -128,8 +132,12 @@ class RunDir:
             for key in sorted({*before, *after})
             if key.split(".")[0] in _WORK[self.stage]
             and before.get(key) != after.get(key)
-            and key not in (*_NOT_WORK, *_SHOWS_WORK)
+            and key not in (*_NOT_WORK, *_SHOWS_WORK, *_CUTS_WORK)
         ]
+        if "trainer" in _WORK[self.stage] and self.cut(settings) is None:
+            rows = rows_a_step(self.config()["trainer"], record.get("processes", 1))
+            asked = rows_a_step(settings.trainer, processes())
+            changed.append(f"a step takes {rows} rows there and {asked} here: {' x '.join(_CUTS_WORK)} x processes")
         parents = record.get("parents", {})
         for role, before_it in parents.items():
             if (now := parent(before_it["path"])["sha256"]) and now != before_it["sha256"]:
@@ -145,6 +153,13 @@ class RunDir:
                 if newer and not by_hand and str(other.model) not in taken:
                     changed.append(f"{other.path} has been made since")
         return changed
+
+    def cut(self, settings: Settings) -> dict[str, int] | None:
+        """How this launch takes as many rows a step as the run that was begun; as asked, where there is none."""
+        before = self.config().get("trainer") if self.record else None
+        if before is None:
+            return {name: settings.trainer[name] for name in CUT if name in settings.trainer}
+        return same_step(before, self.record.get("processes", 1), settings.trainer)
 
     def objective(self) -> float | None:
         """The one number that a sweep compares."""
@@ -239,6 +254,15 @@ class RunDir:
                 f"{self.path} was begun with other data or from other models, so it cannot go on with these. "
                 "Say overwrite=true to begin anew, or choose another name=."
             )
+        if before and (then := before.get("sharded")) != (now := checkpoints_of(self.stage)):
+            raise UserError(
+                f"the checkpoints of {self.path} are of {then or 'no sharding'}, and this is {now or 'none'}; "
+                "launch it as then, or say overwrite=true to begin anew."
+            )
+        meant_for = processes()  # the settings; if others go on, they still take as many rows a step
+        if before and settings.trainer:
+            rows = rows_a_step(self.config()["trainer"], before.get("processes", 1))
+            meant_for = rows // rows_a_step(settings.trainer, 1)
         hydra = {"run": {"dir": "."}, "output_subdir": None}
         logging = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}, "_self_"]
         once = {"overwrite": False, "hub": {}}  # who repeats the run has not asked for these
@@ -261,6 +285,8 @@ class RunDir:
             "data": fingerprint,
             "versions": versions(),
             "hardware": hardware(),
+            "processes": meant_for,
+            "sharded": checkpoints_of(self.stage),
             "git": git(),
         }
         write_json(self.path / "run.json", self._record)
@@ -357,37 +383,6 @@ class RunDir:
             os.write(descriptor, text.encode())  # one call, so that a kill does not cut a row in two
         finally:
             os.close(descriptor)
-
-
-class ReadOnlyRunDir(RunDir):
-    """A run directory as the processes beside the first one have it: they read, and leave the writing to the first."""
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """The first process holds it for all."""
-        yield
-
-    def begin(self, settings: Settings, parents: dict[str, str], fingerprint: dict[str, Any] | None) -> None:
-        """Nothing."""
-
-    def finish(self, results: dict[str, Any], objective: float | None = None, status: str = "done") -> None:
-        """Nothing."""
-
-    def failed(self, error: BaseException) -> None:
-        """Nothing."""
-
-    def rewind(self, step: int) -> None:
-        """Nothing."""
-
-    def draw(self) -> None:
-        """Nothing."""
-
-    def save_model(self, save: Callable[[Path], None]) -> None:
-        """Take part in what all processes do to save."""
-        save(self.path / ".model.new")
-
-    def add(self, name: str, rows: list[dict[str, Any]]) -> None:
-        """Nothing."""
 
 
 def _plain_values(settings: Settings) -> dict[str, Any]:

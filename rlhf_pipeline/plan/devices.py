@@ -10,12 +10,6 @@ from rlhf_pipeline.registry import suggest
 
 GIB = 2**30
 LAUNCHES = ("single", "ddp", "zero2", "zero3")  # of PPO, the simplest first
-# What DeepSpeed has in hand, in parameters, where its configuration does not say. By its own defaults, ten times as
-# much, a GPT-2 would never be in shards.
-ZERO = {
-    "reduce_bucket_size": 50_000_000, "stage3_max_live_parameters": 100_000_000,
-    "stage3_max_reuse_distance": 100_000_000,
-}  # fmt: skip
 NODE = 8  # GPUs with fast links among them; beyond, one 400 Gb/s network card each
 NETWORK = 50e9  # bytes a second of such a card, one way
 

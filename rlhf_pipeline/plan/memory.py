@@ -6,7 +6,7 @@ update's backward pass the three that can be the fullest. What is sharded follow
 
 from dataclasses import dataclass
 
-from rlhf_pipeline.plan.devices import ZERO
+from rlhf_pipeline.launch import ZERO
 from rlhf_pipeline.plan.networks import Network
 
 Parts = dict[str, float]  # bytes

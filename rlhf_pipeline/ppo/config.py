@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.experimental.ppo import PPOConfig as TRLPPOConfig
 
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.launch import processes
 from rlhf_pipeline.precision import choose_bf16
 from rlhf_pipeline.sampling import Sampling
 
@@ -91,7 +92,7 @@ class PPOConfig(TRLPPOConfig):
         # The trainer opens the autocast contexts itself, the same one in all passes: transformers must not.
         self.bf16 = False
         inherited: Any = self
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+        if processes() > 1 and not torch.accelerator.is_available():
             inherited.use_cpu = True  # or accelerate takes each process for one of its own
         if inherited.eval_steps is not None and inherited.eval_strategy == "no":
             inherited.eval_strategy = "steps"

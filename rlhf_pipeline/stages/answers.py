@@ -12,8 +12,10 @@ import torch
 
 from rlhf_pipeline import metrics
 from rlhf_pipeline.encoding import Question, documents, lesson
+from rlhf_pipeline.launch import rank
 from rlhf_pipeline.likelihood import log_probs
 from rlhf_pipeline.policies import Policy
+from rlhf_pipeline.processes import gathered, mine
 from rlhf_pipeline.records import Preference, Ranking, Row
 from rlhf_pipeline.rewards import Reward
 from rlhf_pipeline.sampling import Batch, Sampling, join, make_batch, sample, uniform_draws
@@ -46,9 +48,12 @@ class Speed:
         self.prompts += len(batch.response_lengths)
 
     def figures(self) -> dict[str, float]:
-        """By the second."""
-        per_second = {"tokens_per_second": self.tokens, "prompts_per_second": self.prompts}
-        return {name: round(count / max(self.seconds, 1e-9), 1) for name, count in per_second.items()}
+        """By the second, of all processes together."""
+        every = gathered({rank(): self})
+        seconds = max(one.seconds for one in every)
+        per_second = {"tokens_per_second": "tokens", "prompts_per_second": "prompts"}
+        return {name: round(sum(getattr(one, count) for one in every) / max(seconds, 1e-9), 1)
+                for name, count in per_second.items()}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,30 +82,44 @@ class Trial:
         return [slice(at, at + self.batch_size) for at in range(0, len(self.questions), self.batch_size)]
 
 
-def draw(who: Contestant, trial: Trial, n: int = 1) -> Iterator[tuple[slice, Batch, list[str]]]:
+def draw(who: Contestant, trial: Trial, n: int = 1) -> Iterator[tuple[int, slice, Batch, list[str]]]:
     """By batches, a policy's answers to all prompts, of `n` to each the one that the main reward values most.
 
-    Every policy draws with the same random numbers, the best of several with others.
+    Every policy draws with the same random numbers, the best of several with others. Of several processes each has
+    some of the batches, which are told by their numbers, and draws in them what one alone would.
     """
     device = next(who.policy.model.parameters()).device
     generator = torch.Generator().manual_seed(trial.seed + (n > 1))
     asked, prompts = asked_of(who.policy, trial.first, trial.questions), trial.prompts
     main = next(iter(trial.rewards.values()))
-    for part in trial.parts:
+    for number, part in enumerate(trial.parts):
         tries, limits = [], trial.limits[part]
-        for _ in range(n):
-            start = time.monotonic()
-            draws = uniform_draws(limits, generator)
-            tries.append(sample(who.policy.model, asked[part], limits, who.sampling, draws))
-            trial.speed.add(time.monotonic() - start, tries[-1])
+        for draws in [uniform_draws(limits, generator) for _ in range(n)]:
+            if mine(number):
+                start = time.monotonic()
+                tries.append(sample(who.policy.model, asked[part], limits, who.sampling, draws))
+                trial.speed.add(time.monotonic() - start, tries[-1])
             trial.tick(len(limits))
+        if not tries:
+            continue
         said = [batch.texts(who.policy.tokenizer)[1] for batch in tries]
         if n == 1:
-            yield part, tries[0], said[0]
+            yield number, part, tries[0], said[0]
             continue
         chosen = np.array([main(prompts[part], answers) for answers in said]).argmax(0)
         rows = torch.from_numpy(chosen * len(limits) + np.arange(len(limits))).to(device)
-        yield part, join(tries).rows(rows), [said[which][row] for row, which in enumerate(chosen)]
+        yield number, part, join(tries).rows(rows), [said[which][row] for row, which in enumerate(chosen)]
+
+
+class Measured(NamedTuple):
+    """A batch of answers, and what sums over it come to."""
+
+    responses: list[str]
+    rewards: dict[str, list[float]]
+    length: int
+    kl: float = 0.0
+    surprise: float = 0.0
+    tokens: int = 0  # that were read to be surprised
 
 
 @torch.no_grad()
@@ -113,22 +132,24 @@ def measure(who: Contestant, trial: Trial, n: int = 1) -> Answers:
         model.eval()
     comparable = same_vocabulary(who.policy, trial.reference.policy)
     readable = same_vocabulary(who.policy, trial.first)
-    responses: list[str] = []
-    kl = surprise = 0.0
-    length = tokens = 0
-    for part, batch, answers in draw(who, trial, n):
-        responses += answers
-        length += int(batch.response_lengths.sum())
+    prompts, own = trial.prompts, dict[int, Measured]()
+    for number, part, batch, answers in draw(who, trial, n):
+        kl, surprise, tokens = 0.0, 0.0, 0
         if comparable and n == 1:
             theirs = log_probs(trial.reference.policy.model, batch, trial.reference.sampling)
-            kl += float((log_probs(who.policy.model, batch, who.sampling) - theirs).sum())
+            kl = float((log_probs(who.policy.model, batch, who.sampling) - theirs).sum())
         read = batch if readable else reread(trial.first, trial.questions[part], answers, _stopped(batch, who.sampling))
         if read is not None:
-            surprise -= float(log_probs(trial.first.model, read, Sampling()).sum())
-            tokens += int(read.response_lengths.sum())
-    prompts = trial.prompts
-    rewards = {name: [value for part in trial.parts for value in reward(prompts[part], responses[part])]
-               for name, reward in trial.rewards.items()}  # fmt: skip
+            surprise = -float(log_probs(trial.first.model, read, Sampling()).sum())
+            tokens = int(read.response_lengths.sum())
+        rewards = {name: list(reward(prompts[part], answers)) for name, reward in trial.rewards.items()}
+        own[number] = Measured(answers, rewards, int(batch.response_lengths.sum()), kl, surprise, tokens)
+    every = gathered(own)
+    responses = [text for found in every for text in found.responses]
+    rewards = {name: [value for found in every for value in found.rewards[name]] for name in trial.rewards}
+    kl, surprise, tokens, length = (
+        sum(getattr(f, name) for f in every) for name in ("kl", "surprise", "tokens", "length")
+    )
     own_kl = math.log(n) - (n - 1) / n if n > 1 else kl / len(responses) if comparable else None
     perplexity = math.exp(surprise / tokens) if tokens else None
     return Answers(responses, rewards, {"kl": own_kl, "perplexity": perplexity, **of_texts(responses),
@@ -197,10 +218,13 @@ def held_out_perplexity(policy: Policy, rows: Sequence[Row], window: int, batch_
     """A policy's perplexity a token of its own on texts, each up to `window` tokens; None where there are none."""
     ids = [row[:window] for row in documents(rows, policy.tokenizer)] if rows else []
     ids = sorted((row for row in ids if len(row) > 1), key=len)  # of like length, so that little is padding
-    surprise, tokens = 0.0, 0
-    for start in range(0, len(ids), batch_size):
-        part = ids[start : start + batch_size]
-        batch = make_batch([row[:1] for row in part], [row[1:] for row in part]).to(policy.model.device)
-        surprise -= float(log_probs(policy.model, batch, Sampling()).sum())
-        tokens += int(batch.response_lengths.sum())
-    return math.exp(surprise / tokens) if tokens else None
+    own: dict[int, tuple[float, int]] = {}
+    for number, start in enumerate(range(0, len(ids), batch_size)):
+        if mine(number):
+            part = ids[start : start + batch_size]
+            batch = make_batch([row[:1] for row in part], [row[1:] for row in part]).to(policy.model.device)
+            surprise = -float(log_probs(policy.model, batch, Sampling()).sum())
+            own[number] = surprise, int(batch.response_lengths.sum())
+    every = gathered(own)
+    tokens = sum(count for _, count in every)
+    return math.exp(sum(surprise for surprise, _ in every) / tokens) if tokens else None

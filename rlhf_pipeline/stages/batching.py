@@ -6,8 +6,10 @@ from typing import Any
 
 import pyarrow.compute as pc
 import torch
+from accelerate.utils import set_seed
 from datasets import Dataset
-from torch.utils.data import Sampler
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, Sampler
 from transformers import Trainer
 from trl import RewardTrainer, SFTTrainer
 
@@ -42,6 +44,21 @@ class EpochSampler(Sampler[int]):
         return iter([row for rows in batches for row in rows] + order[len(alike) :])
 
 
+class Shares(BatchSampler):
+    """Of every batch of all processes the rows of one: each row goes to one process, and none is repeated.
+
+    So of the last batch, which may be smaller, a process may get nothing.
+    """
+
+    def __init__(self, rows: Sampler[int], batch: int, drop_last: bool, rank: int, processes: int) -> None:
+        super().__init__(rows, batch, drop_last)
+        self.rank, self.processes = rank, processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in super().__iter__():
+            yield batch[self.rank :: self.processes]
+
+
 def row_lengths(rows: Dataset) -> list[int]:
     """Tokens of each row, of a pair's longer side; the column `length` where there is one."""
     if "length" in rows.column_names:
@@ -54,11 +71,22 @@ def row_lengths(rows: Dataset) -> list[int]:
 
 
 class _Ordered:
-    """A trainer that after a resume, in whatever epoch, goes on as if it had never been cut off."""
+    """A trainer that after a resume, in whatever epoch, goes on as if it had never been cut off.
+
+    A step's loss is a mean over all rows of the step, or all their tokens, and the held-out loss one over all that is
+    held out: how it is cut, into micro-batches or for several processes, changes neither.
+    """
 
     args: Any
     state: Any
+    accelerator: Any
+    data_collator: Any
     train_dataset: Any
+    eval_dataset: Any
+    compute_loss: Any
+    compute_loss_context_manager: Any
+    _get_num_items_in_batch: Any
+    _prepare_inputs: Any
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
@@ -69,29 +97,126 @@ class _Ordered:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         # The trainer's own count, not `set_epoch`: accelerate does not hand that down on resuming on several processes.
         epoch = lambda: int(self.state.epoch or 0)  # noqa: E731
-        return EpochSampler(lengths, self.args.train_batch_size * self.args.world_size, seed, epoch)
+        step = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        return EpochSampler(lengths, step, seed, epoch)
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler[int] | None:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_eval_sampler(eval_dataset)  # type: ignore[misc]
         return EpochSampler(row_lengths(eval_dataset), self.args.eval_batch_size * self.args.world_size, 0, lambda: 0)
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As Trainer's; of several processes each gets its share."""
+        args = self.args
+        if args.world_size == 1 or args.train_sampling_strategy == "batch_rebalance":
+            return super().get_train_dataloader()  # type: ignore[misc]
+        order = self._get_train_sampler()
+        return self._shared(self.train_dataset, order, args.train_batch_size, args.dataloader_drop_last)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """As Trainer's; of several processes each gets its share."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if self.args.world_size == 1 or not isinstance(rows, Dataset):
+            return super().get_eval_dataloader(eval_dataset)  # type: ignore[misc]
+        return self._shared(rows, self._get_eval_sampler(rows) or range(len(rows)), self.args.eval_batch_size, False)
+
+    def _shared(self, rows: Dataset, order: Any, size: int, drop_last: bool) -> DataLoader[Any]:
+        """accelerate would fill the last batch up with rows that have had their turn."""
+        args, world = self.args, self.args.world_size
+
+        def collate(own: list[dict[str, Any]]) -> dict[str, Any]:
+            return self.data_collator(own) if own else self._uncounted(self.data_collator([rows[0]]))
+
+        return DataLoader(
+            rows,
+            batch_sampler=Shares(order, size * world, drop_last, args.process_index, world),
+            collate_fn=collate,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    def _uncounted(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch for a process that has no row left: all take part in a step, and this one adds nothing to it."""
+        for name in ("labels", "shift_labels"):
+            if name in batch:
+                batch[name] = torch.full_like(batch[name], -100)
+        return batch
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's. Dropout differs by process."""
+        if self.args.world_size > 1:
+            set_seed(self.args.seed, device_specific=True)
+        return super().train(*args, **kwargs)  # type: ignore[misc]
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measure, and leave the generators as they were: a run resumed after an evaluation does not repeat it."""
         with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
             return super().evaluate(*args, **kwargs)  # type: ignore[misc]
 
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        """The loss of a batch of all processes, noted with what it is a mean over."""
+        inputs = self._prepare_inputs(inputs)
+        count = self._get_num_items_in_batch([inputs], self.args.device)
+        if count is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)  # type: ignore[misc]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs, num_items_in_batch=count)
+        loss = self.accelerator.reduce(loss.detach(), "mean")
+        self.measured.append((float(loss), float(count.flatten()[0])))
+        return loss, None, None
 
-class OrderedTrainer(_Ordered, Trainer):
-    """transformers' Trainer in such an order, for classifiers.
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """As Trainer's, but for the mean: transformers takes that of the batches' means."""
+        self.measured: list[tuple[float, float]] = []
+        found = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
+        if total := sum(count for _, count in self.measured):
+            found.metrics[f"{metric_key_prefix}_loss"] = sum(loss * count for loss, count in self.measured) / total
+        return found
 
-    Their loss is a batch's mean. transformers takes a model that accepts any keyword for one whose loss is divided by
-    the rows of all accumulated batches, and would add up their means.
-    """
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+        self.accelerator.wait_for_everyone()  # each process adds its generators; what follows finds a whole folder
+
+
+class Counted(_Ordered):
+    """A trainer whose loss is a sum over rows, divided by all rows of the step."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.model_accepts_loss_kwargs = False
+        self.loss_is_scaled_for_ga = True
+
+    def _counts(self, batch: dict[str, Any]) -> Tensor:
+        """What the sums over a batch are divided by, the number of rows first: (sums,)."""
+        raise NotImplementedError
+
+    def _get_num_items_in_batch(self, batch_samples: Sequence[dict[str, Any]], device: torch.device) -> Tensor:
+        """The counts of all micro-batches of a step, of all processes."""
+        counts = torch.stack([self._counts(batch) for batch in batch_samples]).sum(0).to(device)
+        return self.accelerator.reduce(counts, "sum")
+
+    def _counts_of(self, inputs: dict[str, Any], step: Tensor | None) -> Tensor:
+        """The counts of the step that a batch is part of, by process: their gradients are averaged."""
+        return (self._counts(inputs) if step is None else step) / self.accelerator.num_processes
+
+
+class OrderedTrainer(Counted, Trainer):
+    """transformers' Trainer in such an order, for classifiers."""
+
+    def _counts(self, batch: dict[str, Any]) -> Tensor:
+        return batch["labels"].ne(-100).sum()[None]
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:  # fmt: skip
+        """Cross-entropy of the classes, a row."""
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        smoothing = self.args.label_smoothing_factor
+        loss = nn.functional.cross_entropy(outputs.logits, inputs["labels"], reduction="sum", label_smoothing=smoothing)
+        loss = loss / self._counts_of(inputs, num_items_in_batch)[0]
+        return (loss, outputs) if return_outputs else loss
 
 
 class OrderedSFTTrainer(_Ordered, SFTTrainer):

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from rlhf_pipeline.encoding import Question, encode
+from rlhf_pipeline.launch import processes
 from rlhf_pipeline.policies import Policy
+from rlhf_pipeline.processes import gathered, mine
 from rlhf_pipeline.sampling import Sampling, check_positions, sample
 from rlhf_pipeline.scripts import words_of
 from rlhf_pipeline.settings import Collection
@@ -40,20 +42,24 @@ class Asker:
     seed: str  # what tells this collection from others
 
     def rows(self, questions: Sequence[Question], first: int = 0) -> Iterator[list[dict[str, Any]]]:
-        """Rows of `candidates.jsonl` by batches of prompts, from prompt number `first`.
+        """Rows of `candidates.jsonl` by batches of prompts, from prompt number `first`; processes share out batches.
 
         A prompt that does not bring two answers that differ gives no row.
         """
-        for start in range(first, len(questions), self.collect.batch_size):
-            part = questions[start : start + self.collect.batch_size]
-            numbers = range(start, start + len(part))
-            found = self._different(part, numbers)
-            tokenizer = next(iter(self.policies.values())).tokenizer
-            yield [
-                self._row(number, question, answers, visible(tokenizer, question.prompt))
-                for number, question, answers in zip(numbers, part, found, strict=True)
-                if len(answers) > 1
-            ]
+        starts = range(first, len(questions), self.collect.batch_size)
+        for place in range(0, len(starts), processes()):
+            turn = enumerate(starts[place : place + processes()])
+            yield from gathered({number: self._batch(questions, start) for number, start in turn if mine(number)})
+
+    def _batch(self, questions: Sequence[Question], start: int) -> list[dict[str, Any]]:
+        part = questions[start : start + self.collect.batch_size]
+        numbers = range(start, start + len(part))
+        tokenizer = next(iter(self.policies.values())).tokenizer
+        return [
+            self._row(number, question, answers, visible(tokenizer, question.prompt))
+            for number, question, answers in zip(numbers, part, self._different(part, numbers), strict=True)
+            if len(answers) > 1
+        ]
 
     def _row(self, number: int, question: Question, answers: list[Answer], shown: str) -> dict[str, Any]:
         """Shuffled, so that the place of an answer tells nothing of where it came from."""

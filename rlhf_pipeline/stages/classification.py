@@ -27,62 +27,76 @@ class ClassifierTrainer(OrderedTrainer):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        # Figures of batches, (sum, rows), by the name they are logged under.
-        self.parts: dict[str, list[Tensor]] = defaultdict(list)
+        self.parts: dict[str, list[Tensor]] = defaultdict(list)  # by figure, of each batch its sum and count
 
     @property
     def _mode(self) -> str:
         return "" if self.model.training else "eval_"
 
+    def _note(self, name: str, total: Tensor, count: Tensor) -> None:
+        self.parts[self._mode + name].append(torch.stack([total.detach().float(), count.float()]))
+
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **options: Any
-    ) -> Any:
-        """As Trainer's."""
-        labels = inputs["labels"]
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **options)
-        self.note("accuracy", (outputs.logits.argmax(-1) == labels).float().mean(), len(labels))
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:  # fmt: skip
+        """As OrderedTrainer's."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        right = outputs.logits.argmax(-1) == inputs["labels"]
+        self._note("accuracy", right.sum(), self._counts(inputs)[0])
         return (loss, outputs) if return_outputs else loss
 
-    def note(self, name: str, mean: Tensor, rows: int) -> None:
-        """Keep a figure of a batch, which counts by its rows."""
-        self.parts[self._mode + name].append(torch.stack([mean.detach() * rows, torch.full_like(mean, rows)]))
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the figures, over the rows since the last log."""
+        """Add the figures, over the batches of all processes since the last log."""
         for name in [name for name in self.parts if name.startswith("eval_") == bool(self._mode)]:
-            total, rows = self.accelerator.gather(torch.stack(self.parts.pop(name)).sum(0)[None]).sum(0)
-            logs[name] = float(total / rows)
+            total, count = self.accelerator.reduce(torch.stack(self.parts.pop(name)).sum(0), "sum").tolist()
+            logs[name] = total / max(count, 1)
         super().log(logs, start_time)
 
 
 class LanguageClassifierTrainer(ClassifierTrainer):
     """A classifier's trainer whose trunk goes on learning language (Radford et al. 2018, section 3.2, L3 = L2 + λ L1).
 
-    L1 is the mean over a batch's tokens, each told from those before it, by the input embedding as the head.
+    L1 is the mean over a step's tokens, each told from those before it, by the input embedding as the head.
     """
 
     def __init__(self, *args: Any, lm_coef: float, **options: Any) -> None:
         super().__init__(*args, **options)
         self.lm_coef = lm_coef
 
+    def _counts(self, batch: dict[str, Any]) -> Tensor:
+        counted = batch["labels"].ne(-100)
+        return torch.stack([counted.sum(), told(batch["attention_mask"][counted]).sum()])
+
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **options: Any
-    ) -> Any:
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:  # fmt: skip
         """Both losses from one pass."""
         asked = {**inputs, "output_hidden_states": True}
-        loss, outputs = super().compute_loss(model, asked, return_outputs=True, **options)
+        loss, outputs = super().compute_loss(model, asked, True, num_items_in_batch)
         head = self.accelerator.unwrap_model(model).get_input_embeddings().weight
-        language = language_loss(outputs.hidden_states[-1], inputs["input_ids"], inputs["attention_mask"], head)
-        for name, value in (("classification_loss", loss), ("lm_loss", language)):
-            self.note(name, value, len(inputs["labels"]))
-        loss = loss + self.lm_coef * language
+        mask = inputs["attention_mask"] * inputs["labels"].ne(-100)[:, None]
+        language = language_loss(outputs.hidden_states[-1], inputs["input_ids"], mask, head, "sum")
+        rows, tokens = self._counts_of(inputs, num_items_in_batch)
+        for name, total, count in zip(
+            ("classification_loss", "lm_loss"), (loss * rows, language), self._counts(inputs), strict=True
+        ):
+            self._note(name, total, count)
+        loss = loss + self.lm_coef * language / tokens
         return (loss, outputs) if return_outputs else loss
 
 
-def language_loss(states: Tensor, ids: Tensor, mask: Tensor, head: Tensor) -> Tensor:
+def told(mask: Tensor) -> Tensor:
+    """Which tokens are told from one before them: (batch, time) to (batch, time - 1)."""
+    return mask[:, 1:].bool() & mask[:, :-1].bool()
+
+
+def language_loss(states: Tensor, ids: Tensor, mask: Tensor, head: Tensor, reduction: str = "mean") -> Tensor:
     """Mean -log p of the tokens `ids`, each told from the last hidden state (batch, time, width) before it."""
-    told = mask[:, 1:].bool() & mask[:, :-1].bool()
-    return nn.functional.cross_entropy(nn.functional.linear(states[:, :-1][told], head), ids[:, 1:][told])
+    kept = told(mask)
+    logits = nn.functional.linear(states[:, :-1][kept], head)
+    return nn.functional.cross_entropy(logits, ids[:, 1:][kept], reduction=reduction)
 
 
 def check_language_model(model: Any) -> None:

@@ -16,6 +16,7 @@ from rlhf_pipeline.encoding import Question, fitting, questions
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.policies import Policy, load_policy
 from rlhf_pipeline.ppo.config import PPOConfig, make_sampling
+from rlhf_pipeline.processes import agree
 from rlhf_pipeline.progress import progress
 from rlhf_pipeline.records import Row
 from rlhf_pipeline.rewards import Reward, load_reward, trained_part
@@ -37,10 +38,12 @@ def run(settings: Settings, out: RunDir) -> None:
         take(settings, out)
         return
     reward, judge = _labeler(settings, out)
-    if (out.path / CANDIDATES).exists() and out.record:
-        out.reopen(settings)
-    else:
+    if not agree(lambda: (out.path / CANDIDATES).exists() and bool(out.record)):
         _ask(settings, out, {"labeler": judge} if judge else {})
+    elif out.leads:
+        out.reopen(settings)
+    if not out.leads:
+        return
     rows = read_jsonl(out.path / CANDIDATES)
     if reward is not None:
         found, agreement = rank(
@@ -78,6 +81,8 @@ def _ask(settings: Settings, out: RunDir, judge: dict[str, str]) -> None:
     out.begin(settings, {**parents, **judge}, fingerprint(settings.data, rows))
     asker, asked = _asker(settings, out, policies, rows.train)
     kept = _drawn(asker, asked, out)
+    if not out.leads:
+        return
     if not kept:
         (out.path / CANDIDATES_SO_FAR).unlink()  # or the advice would be refused as other work
         raise UserError(
@@ -114,16 +119,22 @@ def _asker(
 def _drawn(asker: Asker, asked: Sequence[Question], out: RunDir) -> list[dict[str, Any]]:
     """All candidates; what an earlier run has finished of them is not drawn again."""
     size = asker.collect.batch_size
-    kept = read_jsonl(out.path / CANDIDATES_SO_FAR)
-    begun = max((row["number"] for row in kept), default=0) // size * size  # the last batch may have been cut off
-    kept = [row for row in kept if row["number"] < begun]
-    write_jsonl(out.path / CANDIDATES_SO_FAR, kept)
+    kept, begun = agree(lambda: _finished(out, size))
     with progress(len(asked), "collect", "prompt", initial=begun) as bar:
         for part in asker.rows(asked, begun):
             out.add(CANDIDATES_SO_FAR, part)
             kept += part
             bar.update(min(size, len(asked) - bar.n))
     return kept
+
+
+def _finished(out: RunDir, size: int) -> tuple[list[dict[str, Any]], int]:
+    """The rows of the batches that are whole, and the prompt to go on with; the last batch may have been cut off."""
+    kept = read_jsonl(out.path / CANDIDATES_SO_FAR)
+    begun = max((row["number"] for row in kept), default=0) // size * size
+    kept = [row for row in kept if row["number"] < begun]
+    write_jsonl(out.path / CANDIDATES_SO_FAR, kept)
+    return kept, begun
 
 
 def _policies(settings: Settings, out: RunDir, strings: Sequence[str]) -> dict[str, Policy]:

@@ -16,9 +16,11 @@ from rlhf_pipeline import trackers
 from rlhf_pipeline.checkpoints import SEAL, seal
 from rlhf_pipeline.data import Splits, load_data
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.launch import processes, sharding
 from rlhf_pipeline.policies import Policy
 from rlhf_pipeline.ppo.config import PPOConfig, make_sampling
 from rlhf_pipeline.precision import choose_bf16
+from rlhf_pipeline.processes import agree
 from rlhf_pipeline.progress import at_terminal, progress
 from rlhf_pipeline.rewards import Reward
 from rlhf_pipeline.rundir import RunDir
@@ -51,6 +53,10 @@ def trainer_args(kind: type[A], settings: Settings, out: RunDir) -> A:
         reset_partial_state=False
     )  # an earlier stage of this process may have chosen otherwise
     values = {"disable_tqdm": True, "logging_first_step": True, **settings.trainer, **trackers.naming(vars(settings))}
+    cut = agree(lambda: out.cut(settings) or {})
+    if said := [f"trainer.{name}={value}" for name, value in cut.items() if values.get(name, 1) != value]:
+        print(f"{', '.join(said)}: as many rows a step as before, on {processes()} process(es)", flush=True)
+    values |= cut
     values["report_to"] = trackers.chosen(values.get("report_to"))
     if settings.stage != "ppo" and not values.get("fp16"):
         values["bf16"], chosen = choose_bf16(values.get("bf16", "auto"))
@@ -110,6 +116,15 @@ def watch(trainer: transformers.Trainer, out: RunDir) -> str | None:
     if checkpoint:
         print(f"resuming from {checkpoint}", flush=True)
     return str(checkpoint) if checkpoint else None
+
+
+def sharded_weights(trainer: transformers.Trainer) -> dict[str, Any] | None:
+    """All weights of a model that the processes have shards of, in the first one; None where each has the whole."""
+    if not sharding():
+        return None
+    found: dict[str, Any] = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}  # ZeRO-3: the first one's
+    tied = trainer.accelerator.unwrap_model(trainer.model).all_tied_weights_keys
+    return {name: weight for name, weight in found.items() if name not in tied}
 
 
 class RunLog(TrainerCallback):

@@ -1,6 +1,7 @@
 """Comparisons of answers, as reward models learn them: one prompt with all its answers is one row."""
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from trl.trainer.utils import pad
 from rlhf_pipeline.data import shared_group
 from rlhf_pipeline.progress import parts
 from rlhf_pipeline.records import Demonstration, Dialogue, Preference, Prompt, Ranking, Row
-from rlhf_pipeline.stages.batching import OrderedRewardTrainer
+from rlhf_pipeline.stages.batching import Counted, OrderedRewardTrainer
 from rlhf_pipeline.templates import visible
 
 _COLUMNS = ("texts", "better", "worse", "margin", "length")
@@ -118,7 +119,7 @@ class Collator:
     multiple: int | None = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """`weight` is 1 / (prompts x pairs of the prompt), so that a weighted sum over pairs is a mean over prompts."""
+        """`weight` is 1 / pairs of the prompt: all pairs of a prompt count as one example."""
         texts = [torch.tensor(ids) for row in rows for ids in row["texts"]]
         first = list(itertools.accumulate((len(row["texts"]) for row in rows), initial=0))
         places = {
@@ -130,11 +131,11 @@ class Collator:
             "attention_mask": pad([torch.ones_like(ids) for ids in texts], 0, "right", self.multiple),
             **places,
             "margin": torch.tensor([m for row in rows for m in row["margin"]], dtype=torch.float),
-            "weight": torch.tensor([1 / (len(rows) * len(row["margin"])) for row in rows for _ in row["margin"]]),
+            "weight": torch.tensor([1 / len(row["margin"]) for row in rows for _ in row["margin"]]),
         }
 
 
-class ComparisonTrainer(OrderedRewardTrainer):
+class ComparisonTrainer(Counted, OrderedRewardTrainer):
     """TRL's RewardTrainer for any number of answers a prompt (Ouyang et al. 2022, section 3.5).
 
     Each answer goes through the model once, and all pairs of a prompt come from its scores, in one batch, as one
@@ -158,9 +159,15 @@ class ComparisonTrainer(OrderedRewardTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = list(_COLUMNS)
 
+    def _counts(self, batch: dict[str, Tensor]) -> Tensor:
+        return batch["weight"].sum().round()[None]
+
+    def _uncounted(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {**batch, "weight": torch.zeros_like(batch["weight"])}
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Tensor | None = None,
     ) -> Any:  # fmt: skip
         """Mean over prompts of the mean over their pairs of -log sigmoid(r_better - r_worse - margin)."""
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
@@ -171,15 +178,25 @@ class ComparisonTrainer(OrderedRewardTrainer):
             loss = loss + self.args.center_rewards_coefficient * (weight * (better + worse) ** 2).sum()
         with torch.no_grad():
             self._note(scores, inputs, better - worse)
+        loss = loss / self._counts_of(inputs, num_items_in_batch)[0]
         return (loss, outputs) if return_outputs else loss
 
     def _note(self, scores: Tensor, inputs: dict[str, Tensor], difference: Tensor) -> None:
-        """Keep TRL's figures for the next log; processes have different numbers of answers, so each gives its own."""
+        """Keep TRL's figures for the next log, over the batch of all processes; one without rows gives nothing."""
+        prompts = self._counts(inputs)[0]
         weighted = [(inputs["weight"] * of).sum() for of in (difference > 0, difference)]
-        own = [scores.min(), scores.mean(), scores.max(), *weighted]
-        every = self.accelerator.gather(torch.stack(own)[None])
+        counted = scores if prompts else scores[:0]
+        sums = torch.stack([counted.sum(), scores.new_tensor(len(counted)), *weighted, prompts])
+        total, answers, right, margin, count = self.accelerator.reduce(sums, "sum").tolist()
+        ends = torch.stack([scores.min(), scores.max()]) if prompts else scores.new_tensor([math.inf, -math.inf])
+        every = self.accelerator.gather(ends[None])
+        figures = {
+            "min_reward": every[:, 0].min().item(),
+            "max_reward": every[:, 1].max().item(),
+            "mean_reward": total / answers,
+            "accuracy": right / count,
+            "margin": margin / count,
+        }
         kept = self._metrics["train" if self.model.training else "eval"]
-        kept["min_reward"].append(every[:, 0].min().item())
-        kept["max_reward"].append(every[:, 2].max().item())
-        for name, column in (("mean_reward", 1), ("accuracy", 3), ("margin", 4)):
-            kept[name].append(every[:, column].mean().item())
+        for name, value in figures.items():
+            kept[name].append(value)

@@ -15,6 +15,7 @@ from rlhf_pipeline.encoding import Question, conversational, encode, fitting, qu
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.made import run_of
 from rlhf_pipeline.policies import Policy
+from rlhf_pipeline.processes import gathered
 from rlhf_pipeline.progress import progress
 from rlhf_pipeline.records import Prompt, Row, Turn
 from rlhf_pipeline.rewards import Reward, load_reward, trained_part
@@ -59,6 +60,9 @@ def run(settings: Settings, out: RunDir) -> None:
     start = next(each for each in policies if each.name == reference)
     trial = Trial(asked, limits, rewards, first, start, settings.evaluate.batch_size, settings.seed)
     answers, shown = ask(policies, trial, own, rows, settings)
+    speed = trial.speed.figures()
+    if not out.leads:
+        return
 
     judged = {name: (reward.name, reward.neutral) for name, reward in rewards.items()}
     last, trained = policies[-1].name, learnt_from(list(paths.values()), rewards)
@@ -71,7 +75,7 @@ def run(settings: Settings, out: RunDir) -> None:
         "shown": shown,
     }
     write_json(out.path / "evaluation.json", evaluation)
-    after, speed = evaluation["metrics"][last], trial.speed.figures()
+    after = evaluation["metrics"][last]
     results = {"reward_mean": after["reward_mean"], "kl": after["kl"]}
     if gain := evaluation["paired_gain"].get(f"{last} - {policies[0].name}"):
         results |= {"gain": gain["mean"], "gain_low": gain["low"], "gain_high": gain["high"]}
@@ -167,7 +171,8 @@ def ask(
                 perplexity = held_out_perplexity(each.policy, known, window, settings.evaluate.batch_size)
             answers[each.name].figures["held_out_perplexity"] = perplexity
             if own:
-                said = [text for _, _, part in draw(each, own_trial) for text in part]
+                own_said = gathered({number: part for number, _, _, part in draw(each, own_trial)})
+                said = [text for part in own_said for text in part]
                 rewards = {name: reward(own_trial.prompts, said) for name, reward in trial.rewards.items()}
                 shown[each.name] = Answers(said, rewards, {})
             if n and each is trial.reference:

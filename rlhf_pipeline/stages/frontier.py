@@ -255,7 +255,7 @@ def start_row(trial: Trial, own: Answers, most: int) -> dict[str, Any]:
     values: dict[str, list[list[float]]] = {name: [] for name in trial.rewards}
     for number in range(1, most + 1):
         again = dataclasses.replace(trial, seed=trial.seed + number)
-        said = [text for _, _, part in draw(trial.reference, again) for text in part]
+        said = [text for _, _, _, part in draw(trial.reference, again) for text in part]
         for name, reward in trial.rewards.items():
             values[name].append([value for part in trial.parts for value in reward(trial.prompts[part], said[part])])
     best = best_of_n({name: np.array(rows).T for name, rows in values.items()}, next(iter(trial.rewards)))

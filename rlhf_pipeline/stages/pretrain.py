@@ -3,6 +3,7 @@
 python -m rlhf_pipeline stage=pretrain
 """
 
+import functools
 import math
 
 from datasets import Dataset
@@ -14,7 +15,7 @@ from rlhf_pipeline.policies import make_policy
 from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.stages.batching import OrderedSFTTrainer
-from rlhf_pipeline.stages.common import fit_length, take_data, trainer_args, watch
+from rlhf_pipeline.stages.common import fit_length, sharded_weights, take_data, trainer_args, watch
 
 
 def run(settings: Settings, out: RunDir) -> None:
@@ -37,5 +38,8 @@ def run(settings: Settings, out: RunDir) -> None:
     )
     trainer.train(resume_from_checkpoint=watch(trainer, out))
     loss = trainer.evaluate()["eval_loss"]
-    out.save_model(policy.save)
+    weights = sharded_weights(trainer)
+    if not out.leads:
+        return
+    out.save_model(functools.partial(policy.save, weights=weights))
     out.finish({"eval_loss": loss, "eval_perplexity": math.exp(loss), "parameters_M": parameters}, objective=-loss)

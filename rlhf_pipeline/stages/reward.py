@@ -64,13 +64,15 @@ def run(settings: Settings, out: RunDir) -> None:
         say_taken("labels", path)
     lineage = {f"labels[{number}]" if number else "labels": path for number, path in enumerate(reversed(paths))}
     out.begin(settings, {"start": where, **lineage}, fingerprint(source, rows))
-    if rows.labels:
+    if rows.labels and out.leads:
         _say_labels(rows.labels, out)
     longest = fit_length(args, model)
     fuse_gelu(model)
     trainer = _trainer(model, tokenizer, args, compared or rows, choice)
     demonstrations = _demonstrations(settings, compared.train, tokenizer) if compared else []
     trainer.train(resume_from_checkpoint=watch(trainer, out))
+    if not out.leads:
+        return
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # scored as others will: in fp32
     scorer = Scorer(model, tokenizer, args.per_device_eval_batch_size, longest, tokenizer.truncation_side, not labelled)
     before = {} if labelled else {"demonstration_mean": _normalise(scorer, demonstrations)}

@@ -3,6 +3,7 @@
 python -m rlhf_pipeline stage=sft
 """
 
+import functools
 import math
 import tempfile
 from typing import Any
@@ -19,7 +20,7 @@ from rlhf_pipeline.precision import fuse_gelu
 from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.stages.batching import OrderedSFTTrainer
-from rlhf_pipeline.stages.common import fit_length, say_taken, take_data, trainer_args, watch
+from rlhf_pipeline.stages.common import fit_length, say_taken, sharded_weights, take_data, trainer_args, watch
 from rlhf_pipeline.templates import template_of
 
 
@@ -54,11 +55,15 @@ def run(settings: Settings, out: RunDir) -> None:
         peft_config=lora_config(settings.policy),
     )
     checkpoint = watch(trainer, out)
-    logged = [row["eval_loss"] for row in read_jsonl(out.path / "metrics.jsonl") if row["step"] == 0]
-    before = logged[0] if logged else trainer.evaluate()["eval_loss"]
+    logged = [row for row in read_jsonl(out.path / "metrics.jsonl") if row["step"] == 0]
+    args.eval_on_start = not logged  # not evaluate(): accelerate would take the model for one that is prepared to train
     trainer.train(resume_from_checkpoint=checkpoint)
+    before = next(row["eval_loss"] for row in logged or trainer.state.log_history if "eval_loss" in row)
     loss = trainer.evaluate()["eval_loss"]
-    out.save_model(merged(trainer.model, policy, where).save)
+    weights = sharded_weights(trainer)
+    if not out.leads:
+        return
+    out.save_model(functools.partial(merged(trainer.model, policy, where).save, weights=weights))
     results = {"eval_loss": loss, "eval_loss_before": before, "eval_perplexity": math.exp(loss)}
     out.finish(results, objective=-loss)
 
@@ -68,7 +73,7 @@ def merged(trained: Any, policy: Policy, where: str) -> Policy:
 
     Into quantized weights nothing can be merged exactly, so the whole ones are opened again for it.
     """
-    if trained is policy.model:
+    if not isinstance(trained, PeftModel):
         return policy
     if not getattr(policy.model, "is_quantized", False):
         return Policy(trained.merge_and_unload(), policy.tokenizer)

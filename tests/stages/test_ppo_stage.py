@@ -1,12 +1,9 @@
 """PPO's options from the command line, on the miniature run's models."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from conftest import MINIATURE, CommandLine
 from safetensors.torch import load_file
@@ -51,29 +48,6 @@ def test_an_adapter_with_held_out_prompts_and_pretraining_texts(
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert model.generation_config.eos_token_id == 0
     assert model.generation_config.do_sample
-
-
-def test_two_processes_share_one_run(miniature: Path, command_line: CommandLine, workplace: Path) -> None:
-    """torchrun on the command line: one directory, one log, the numbers of one process with as large a batch."""
-    one = ppo(command_line, miniature, "one")
-    common = ["stage=ppo", "experiment=demo", "name=two", f"policy.path={miniature / 'sft'}"]
-    common += [f"reward.path={miniature / 'reward'}", *(m for m in MINIATURE if "ppo" in m or "data" in m)]
-    half = "stages.ppo.trainer.gradient_accumulation_steps=1"
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "rlhf_pipeline"]
-    command = [sys.executable, *launcher, *common, half]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("(last 6 logged updates)") == 1
-    two = Path("runs/two/ppo")
-    rows = [read_jsonl(folder / "metrics.jsonl") for folder in (one, two)]
-    assert len(rows[0]) == len(rows[1]) == 6
-    for a, b in zip(*rows, strict=True):
-        assert a["objective/scores"] == pytest.approx(b["objective/scores"], rel=1e-3, abs=1e-4)
-        assert a["objective/kl"] == pytest.approx(b["objective/kl"], rel=1e-2, abs=1e-3)
-    assert len(read_jsonl(one / "samples.jsonl")) == len(read_jsonl(two / "samples.jsonl"))
-    again = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert again.returncode == 0
-    assert "is done already" in again.stdout
 
 
 def test_sft_trains_an_adapter_too(miniature: Path, command_line: CommandLine, workplace: Path) -> None:

@@ -148,12 +148,20 @@ def test_an_experiments_words_on_its_own_choice_do_not_fall_on_another() -> None
     assert settings("stage=ppo", "experiment=demo", "policy=gpt2").policy == {"name": "gpt2"}
 
 
-def test_several_processes_are_refused(
+def test_what_one_process_must_do_is_refused_to_several(
     command_line: CommandLine, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert command_line("stage=pretrain") == 2
-    assert "stage=pretrain runs in one process" in capsys.readouterr().err
+    for asked in (
+        ["stage=chat"],
+        ["stage=plan"],
+        ["stage=collect", "labels=pull"],
+        ["stage=evaluate", "compare=[a,b]"],
+    ):
+        assert command_line(*asked) == 2
+        assert "runs in one process" in capsys.readouterr().err
+    assert command_line("-m", "stage=ppo", "seed=0,1") == 2
+    assert "the jobs of a sweep run one after another" in capsys.readouterr().err
 
 
 def test_the_name_is_the_experiments_unless_given() -> None:

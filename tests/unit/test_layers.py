@@ -8,12 +8,12 @@ from conftest import ROOT
 PACKAGE = ROOT / "rlhf_pipeline"
 # A module imports only from those before it (at module level).
 LAYERS = [
-    ["errors", "records", "scripts", "progress"],
+    ["errors", "records", "scripts"], ["launch"], ["progress"],
     ["registry", "toy_reviews", "python_code", "hub", "metrics", "sampling", "precision", "processes",
      "checkpoints", "reward_model", "labels", "lineage", "atomic"],
     ["likelihood", "formats", "templates", "scorer", "own_code", "report", "trackers"],
     ["data", "policies", "rewards", "static_sampling", "plan"], ["encoding"], ["settings"], ["cards"], ["rundir"],
-    ["tables", "ppo", "label_studio", "made", "publish", "jobs"],
+    ["tables", "ppo", "label_studio", "made", "publish", "jobs", "together"],
     ["stages", "rounds"], ["plain_words", "arguments"], ["summary"], ["sweeps"], ["cli", "plugins"],
 ]  # fmt: skip
 

@@ -1,0 +1,27 @@
+"""The command line in one process of several whose model is sharded, on a CPU.
+
+accelerate would run DDP in the place of FSDP there; gloo can do either, and DeepSpeed has a CPU of its own.
+"""
+
+import os
+
+import pytest
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+
+from rlhf_pipeline import cli
+
+
+def main() -> None:
+    """As `python -m rlhf_pipeline`, with the CPU for an accelerator."""
+    start = PartialState.__init__
+    patch = pytest.MonkeyPatch()
+    patch.setattr(PartialState, "__init__", lambda self, cpu=False, **options: start(self, cpu=False, **options))
+    patch.setattr(PartialState, "_prepare_backend", lambda *_, **__: ("gloo", DistributedType.MULTI_GPU))
+    patch.setattr(cli, "check_launch", lambda said: None)
+    os.environ.update(ACCELERATE_TORCH_DEVICE="cpu", DS_ACCELERATOR="cpu")
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

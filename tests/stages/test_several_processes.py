@@ -1,0 +1,240 @@
+"""Stages in two processes on one run: the result of one, a process that is killed, and going on with two or one."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MINIATURE, ROOT, CommandLine
+from launched import accelerate, environment, run, torchrun
+from safetensors.torch import load_file
+
+from rlhf_pipeline.atomic import read_jsonl
+
+HALVES = (
+    *(f"++stages.{stage}.trainer.per_device_train_batch_size=16" for stage in ("pretrain", "sft", "reward")),
+    "++stages.ppo.trainer.gradient_accumulation_steps=1",
+)
+
+
+def on_two(*asked: str) -> subprocess.CompletedProcess[str]:
+    return run(torchrun(2, "-m", "rlhf_pipeline", *asked))
+
+
+def difference(one: Path, two: Path) -> float:
+    """The largest of two models' weights."""
+    a, b = (load_file(folder / "model" / "model.safetensors") for folder in (one, two))
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def figures(folder: Path) -> dict[str, Any]:
+    record = json.loads((folder / "run.json").read_text())
+    return {name: value for name, value in record["results"].items() if isinstance(value, float)}
+
+
+def test_a_pipeline_in_two_processes_ends_as_in_one(miniature: Path, workplace: Path) -> None:
+    """Every stage on the one before: the same weights and figures, one log on the screen, one directory."""
+    done = on_two("stage=pipeline", *MINIATURE, *HALVES)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    two = Path("runs/demo")
+    for stage in ("pretrain", "sft", "reward", "ppo"):
+        assert difference(miniature / stage, two / stage) < 1e-5, stage
+        rows = [read_jsonl(folder / stage / "metrics.jsonl") for folder in (miniature, two)]
+        assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
+        for one, other in zip(*rows, strict=True):
+            for name in one.keys() & {"loss", "grad_norm", "eval_loss", "accuracy", "objective/scores"}:
+                assert other[name] == pytest.approx(one[name], abs=1e-5, rel=1e-4), (stage, name)
+        assert json.loads((two / stage / "run.json").read_text())["processes"] == 2
+        assert done.stderr.count(f"{stage}: 100%") == 1
+    for stage in ("pretrain", "sft", "reward"):
+        assert figures(two / stage) == pytest.approx(figures(miniature / stage), abs=1e-5), stage
+    assert done.stdout.count("training a tokenizer") == 1
+    assert "training a tokenizer" in (two / "pretrain" / "rank1.log").read_text()
+    assert "0/24" not in (two / "evaluate" / "rank1.log").read_text(), "a bar of its own"
+
+
+def test_an_evaluation_and_a_collection_are_shared_out(
+    miniature: Path, command_line: CommandLine, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same models the very same answers; what is finished is known to two processes as well."""
+    runs = [workplace / name / "runs" / "demo" for name in ("one", "two")]
+    for folder in runs:
+        shutil.copytree(miniature, folder)
+        shutil.rmtree(folder / "evaluate")
+    asked = [
+        "stage=pipeline", *MINIATURE, "evaluate.batch_size=5", "evaluate.best_of=2", "evaluate.show=[so this film]",
+        "++stages.collect.collect.prompts=7", "++stages.collect.collect.batch_size=2",
+        "++stages.collect.labeler.name=length", "++stages.collect.labeler.target=5",
+    ]  # fmt: skip
+    monkeypatch.chdir(workplace / "one")
+    assert command_line(*asked) == 0
+    monkeypatch.chdir(workplace / "two")
+    done = on_two(*asked, *HALVES)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.stdout.count("is done already") == 4
+    for name in ("evaluate/evaluation.json", "collect/candidates.jsonl", "collect/labels.jsonl"):
+        one, two = ((folder / name).read_text() for folder in runs)
+        assert len(one.splitlines()) > 3
+        assert one == two, name
+
+
+@pytest.mark.parametrize(("stage", "which"), [("sft", 1), ("ppo", 0)])
+def test_a_killed_process_ends_the_others_and_the_run_goes_on(
+    stage: str, which: int, miniature: Path, command_line: CommandLine, workplace: Path
+) -> None:
+    """With an adapter (and for SFT rows that do not divide by two); then on two, and by the same command on one."""
+    asked = [
+        f"stage={stage}", "experiment=demo", "policy.lora.r=4", "policy.lora.target_modules=[c_attn]",
+        "trainer.save_steps=2", "trainer.logging_steps=1",
+    ]  # fmt: skip
+    if stage == "sft":
+        asked += [f"policy.path={miniature / 'pretrain'}", "data.limit=193", "trainer.num_train_epochs=3"]
+        asked += ["trainer.learning_rate=1e-2"]
+        a_step = "trainer.per_device_train_batch_size=32", "trainer.per_device_train_batch_size=16"
+    else:
+        asked += [f"policy.path={miniature / 'sft'}", f"reward.path={miniature / 'reward'}", "data.limit=300"]
+        asked += ["trainer.response_length=8", "trainer.total_episodes=200"]
+        a_step = "trainer.per_device_train_batch_size=20", "trainer.per_device_train_batch_size=10"
+        asked += ["trainer.gradient_accumulation_steps=1", "trainer.learning_rate=1e-3"]
+    assert command_line(*asked, a_step[0], "name=whole") == 0
+    half = [*asked, a_step[1], "name=killed"]
+    folder = Path("runs/killed") / stage
+    status, told, seconds = kill_one(half, folder, which)
+    assert status != 0
+    assert seconds < 30
+    assert "stopped: another process has ended, or all were told to; the same command goes on from" in told
+    assert not list(folder.glob(".model.*"))
+    assert not (folder / "model").exists()
+    shutil.copytree(Path("runs/killed"), Path("runs/alone"))
+    done = on_two(*half)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resuming from" in done.stdout
+    assert command_line(*half[:-1], "name=alone") == 0
+    whole = Path("runs/whole") / stage
+    for name in ("killed", "alone"):
+        assert difference(whole, Path("runs") / name / stage) < 1e-5, name
+        logs = [read_jsonl(run / "metrics.jsonl") for run in (whole, Path("runs") / name / stage)]
+        assert [row["step"] for row in logs[0]] == [row["step"] for row in logs[1]]
+        for one, other in zip(*logs, strict=True):
+            for figure in one.keys() & {"loss", "objective/scores", "objective/kl", "loss/policy_avg"}:
+                assert other[figure] == pytest.approx(one[figure], abs=1e-5), figure
+
+
+@pytest.mark.parametrize("launch", ["fsdp", "zero2", "zero3"])
+def test_a_sharded_model_learns_the_same(
+    launch: str, miniature: Path, command_line: CommandLine, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As accelerate is configured for it; resumed under the same launch alone."""
+    if launch != "fsdp":
+        pytest.importorskip("deepspeed")
+    asked = [
+        "stage=sft", "experiment=demo", f"policy.path={miniature / 'pretrain'}", "data.limit=193",
+        "trainer.save_steps=4", "trainer.logging_steps=1",
+    ]  # fmt: skip
+    assert command_line(*asked, "name=one") == 0
+    asked += ["trainer.use_cpu=false", "trainer.per_device_train_batch_size=16", "name=two"]
+    one, two = Path("runs/one/sft"), Path("runs/two/sft")
+    command = accelerate(launch, 2, str(ROOT / "tests" / "sharded.py"), *asked)
+    done = run(command)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert difference(one, two) < 1e-5
+    shutil.rmtree(two / "model")  # as if it had been killed before
+    shutil.rmtree(two / "checkpoints" / "checkpoint-7")
+    record = json.loads((two / "run.json").read_text())
+    (two / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    assert command_line(*asked) == 2
+    assert f"the checkpoints of runs/two/sft are of {launch}" in capsys.readouterr().err
+    done = run(command)
+    assert "resuming from" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]
+    assert difference(one, two) < 1e-5
+    logs = [read_jsonl(folder / "metrics.jsonl") for folder in (one, two)]
+    assert [row.get("loss") for row in logs[1]] == pytest.approx([row.get("loss") for row in logs[0]], abs=1e-5)
+
+
+@pytest.mark.parametrize("launch", ["zero2", "zero3"])
+def test_ppo_in_shards_learns_the_same_and_goes_on_without(launch: str, miniature: Path, workplace: Path) -> None:
+    """Its checkpoints are of no launch: two plain processes go on with what DeepSpeed's left."""
+    pytest.importorskip("deepspeed")
+    asked = ["stage=ppo", "experiment=demo", f"policy.path={miniature / 'sft'}", f"reward.path={miniature / 'reward'}"]
+    asked += [*(m for m in MINIATURE if "ppo" in m or "data" in m), HALVES[-1], "++stages.ppo.trainer.save_steps=3"]
+    plain = on_two(*asked, "name=plain")
+    assert plain.returncode == 0, plain.stderr[-3000:]
+    done = run(
+        accelerate(launch, 2, str(ROOT / "tests" / "sharded.py"), *asked, "trainer.use_cpu=false", "name=shards")
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    one, two = Path("runs/plain/ppo"), Path("runs/shards/ppo")
+
+    def compare() -> None:
+        logs = [read_jsonl(folder / "metrics.jsonl") for folder in (one, two)]
+        assert len(logs[0]) == len(logs[1]) == 6
+        for a, b in zip(*logs, strict=True):
+            for figure in ("objective/scores", "objective/kl", "loss/policy_avg", "grad_norm"):
+                assert b[figure] == pytest.approx(a[figure], rel=1e-3, abs=1e-4), figure
+
+    compare()
+    shutil.rmtree(two / "model")  # as if it had been killed after its third update
+    shutil.rmtree(two / "checkpoints" / "checkpoint-6")
+    record = json.loads((two / "run.json").read_text())
+    (two / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    again = on_two(*asked, "trainer.use_cpu=false", "name=shards")
+    assert "resuming from" in again.stdout, again.stdout[-2000:] + again.stderr[-3000:]
+    compare()
+
+
+def test_what_the_user_can_mend_is_said_once(workplace: Path) -> None:
+    """All processes find the same fault; the launcher, which has a report of its own, ends with it."""
+    done = on_two("stage=sft", "experiment=demo", "trainer.learning_rat=1")
+    assert done.returncode == 1, "the launcher's"
+    message = "error: trainer.learning_rat is no field of SFTConfig"
+    assert done.stderr.startswith(message)
+    said = [line for line in done.stderr.splitlines() if message in line]
+    assert len(said) == 2
+    assert said[1].strip().startswith("traceback : error: ")
+
+
+def kill_one(asked: list[str], folder: Path, which: int) -> tuple[int, str, float]:
+    """Start two processes and kill -9 one of them once there is a checkpoint; status, errors, seconds to the end."""
+    command = torchrun(2, "-m", "rlhf_pipeline", *asked)
+    with subprocess.Popen(
+        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as it:
+        try:
+            deadline = time.monotonic() + 200
+            while not list(folder.glob("checkpoints/*/complete")):
+                assert it.poll() is None, "it ended before there was a checkpoint"
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            os.kill(process(it.pid, which), signal.SIGKILL)
+            clock = time.monotonic()
+            assert it.stderr is not None
+            told = it.stderr.read()
+            return it.wait(60), told, time.monotonic() - clock
+        finally:
+            it.kill()
+
+
+def process(launcher: int, rank: int) -> int:
+    """A rank's number among all processes, by its environment."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "environ").read_bytes().split(b"\0")
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        if parent == launcher and f"RANK={rank}".encode() in words:
+            return int(folder.name)
+    raise AssertionError(f"there is no process {rank}")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)

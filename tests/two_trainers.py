@@ -1,0 +1,92 @@
+"""What each process of a test under torchrun does: every trainer of ours on a few rows, in as many processes."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tiny_rewards import reward_args, tiny_config
+from transformers import DataCollatorWithPadding, GPT2ForSequenceClassification, GPT2LMHeadModel
+from trl import SFTConfig
+
+from rlhf_pipeline.policies import train_tokenizer
+from rlhf_pipeline.stages.batching import OrderedSFTTrainer
+from rlhf_pipeline.stages.classification import ClassifierTrainer, LanguageClassifierTrainer
+from rlhf_pipeline.stages.comparisons import Comparison, ComparisonTrainer
+
+KINDS = ("sft", "classifier", "language", "comparisons")
+# Steps of 4 rows: of the last of an epoch one row is left, and a second process has none.
+ROWS, STEP = 13, 4
+
+
+def results(folder: Path, processes: int, accumulated: int = 1) -> dict[str, dict[str, Any]]:
+    """By trainer the weights after two epochs, and what was logged."""
+    return {kind: trained(kind, folder / kind, processes, accumulated) for kind in KINDS}
+
+
+def trained(kind: str, folder: Path, processes: int, accumulated: int) -> dict[str, Any]:
+    """One of them, without dropout: it differs by process."""
+    # Of two losses with counts of their own, rows and tokens, the mean over batches depends on these.
+    held_out_batch = 6 // processes if kind == "language" else 5
+    trainer = make(kind, folder, STEP // processes // accumulated, accumulated, held_out_batch)
+    trainer.train()
+    held_out = trainer.evaluate()["eval_loss"]
+    weights = {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
+    rows = [{**row, "epoch": 0.0} for row in trainer.state.log_history if "train_loss" not in row]
+    return {"weights": weights, "rows": rows, "held_out": held_out}
+
+
+def make(kind: str, folder: Path, batch: int, accumulated: int, held_out_batch: int) -> Any:
+    """A trainer of its own."""
+    torch.manual_seed(0)
+    sizes = [3 + 7 * i % 17 for i in range(ROWS)]
+    ids = [torch.randint(2, 258, (size,)).tolist() for size in sizes]
+    given: dict[str, Any] = {
+        "per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated, "num_train_epochs": 2,
+        "per_device_eval_batch_size": held_out_batch, "logging_steps": 1, "learning_rate": 0.1, "seed": 3,
+        "optim": "sgd",  # Adam makes steps of rounding errors where there is no gradient, as for the biases of keys
+    }  # fmt: skip
+    args = reward_args(folder, **given)
+    labels = 1 if kind == "comparisons" else 2
+    config = tiny_config(num_labels=labels, initializer_range=0.2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    tokenizer = train_tokenizer(["a film of a few words"], 260, 64)
+    if kind == "sft":
+        rows = Dataset.from_dict({"input_ids": ids})
+        values = {name: value for name, value in args.to_dict().items() if name in _SHARED} | given
+        sft = SFTConfig(output_dir=str(folder), **values)
+        return OrderedSFTTrainer(
+            GPT2LMHeadModel(config), sft, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
+        )
+    model = GPT2ForSequenceClassification(config)
+    if kind == "comparisons":
+        pairs = ((0, 1, 0.0), (0, 2, 0.0), (1, 2, 0.5))
+        texts = ["a film", "a few", "words of a film", "of a", "few few words"]
+        every = [
+            Comparison("", tuple(texts[(i + k) % 5] + " a" * (i % 4) for k in range(3)), pairs[: 1 + i % 3])
+            for i in range(ROWS)
+        ]
+        return ComparisonTrainer(model, args, tokenizer, every, every)
+    rows = Dataset.from_dict({"input_ids": ids, "labels": [i % 2 for i in range(ROWS)]})
+    built = (model, args, DataCollatorWithPadding(tokenizer), rows, rows)
+    if kind == "classifier":
+        return ClassifierTrainer(*built, processing_class=tokenizer)
+    return LanguageClassifierTrainer(*built, processing_class=tokenizer, lm_coef=0.5)
+
+
+_SHARED = ("gradient_checkpointing", "dataloader_pin_memory", "bf16", "report_to", "disable_tqdm", "save_strategy",
+           "train_sampling_strategy", "use_cpu")  # fmt: skip
+
+
+def main() -> None:
+    """Process 0 leaves what came of it in the folder."""
+    folder = Path(sys.argv[1])
+    found = results(folder, int(os.environ["WORLD_SIZE"]))
+    if os.environ["RANK"] == "0":
+        torch.save(found, folder / "results.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""What must change nothing: for how many processes a step's rows are cut, and into how many micro-batches."""
+
+from typing import Any
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from conftest import ROOT
+from launched import run, torchrun
+from torch.utils.data import SequentialSampler
+from two_trainers import KINDS, results
+
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.launch import check_launch, checkpoints_of, same_step
+from rlhf_pipeline.stages.batching import Shares
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 31])
+@pytest.mark.parametrize("processes", [2, 3, 5])
+def test_each_row_goes_to_one_process(rows: int, processes: int) -> None:
+    """In as many steps as one process takes, whose rows they are."""
+    shares = [Shares(SequentialSampler(range(rows)), 8, False, rank, processes) for rank in range(processes)]
+    steps = list(zip(*shares, strict=True))
+    assert len(steps) == len(shares[0]) == -(-rows // 8)
+    for number, step in enumerate(steps):
+        assert sorted(row for own in step for row in own) == list(range(rows))[8 * number : 8 * number + 8]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What each trainer comes to in one process, whole steps at once."""
+    return results(tmp_path_factory.mktemp("one"), 1)
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, Any]]]:
+    """The same in two processes, and in one by micro-batches."""
+    folder = tmp_path_factory.mktemp("two")
+    done = run(torchrun(2, str(ROOT / "tests" / "two_trainers.py"), str(folder)))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return {"processes": torch.load(folder / "results.pt"), "micro-batches": results(folder, 1, accumulated=2)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cut", ["processes", "micro-batches"])
+def test_how_a_step_is_cut_changes_nothing(kind: str, cut: str, one: dict[str, Any], others: dict[str, Any]) -> None:
+    """Weights, held-out loss and log, with a last step of one row: a second process has none of it."""
+    found, expected = others[cut][kind], one[kind]
+    for name, value in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][name], value, atol=1e-5, rtol=0, msg=name)
+    assert found["held_out"] == pytest.approx(expected["held_out"], abs=1e-5)
+    assert len(found["rows"]) == len(expected["rows"]) == 9
+    logged = ("loss", "grad_norm", "accuracy", "lm_loss", "classification_loss", "margin", "mean_reward", "min_reward")
+    whole = logged if cut == "processes" or kind in ("classifier", "language") else logged[:2]
+    for a, b in zip(expected["rows"][:-1], found["rows"][:-1], strict=True):
+        for name in a.keys() & set(whole):
+            assert b[name] == pytest.approx(a[name], abs=2e-5, rel=1e-5), name
+
+
+def test_a_resumed_run_takes_as_many_rows_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launch may change, or how the rows are cut, or both; not how many they are."""
+
+    def cut(processes: int, size: int, steps: int = 1) -> dict[str, int] | None:
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        asked = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        before = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
+        found = same_step(before, 2, asked)
+        return found and {"size": found[next(iter(asked))], "steps": found["gradient_accumulation_steps"]}  # type: ignore
+
+    assert cut(2, 16) == {"size": 16, "steps": 1}
+    assert cut(1, 16) == {"size": 16, "steps": 2}  # the same command, on one process
+    assert cut(4, 16) == {"size": 8, "steps": 1}
+    assert cut(1, 8, 4) == {"size": 8, "steps": 4}
+    assert cut(1, 32) == {"size": 32, "steps": 1}
+    assert cut(3, 16) is None
+    assert cut(1, 24) is None
+
+
+def test_what_cannot_be_sharded_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate would run DDP in its place, or the trainer would see a part for the whole."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for said in ("stage=ppo", "stage=reward", "stage=evaluate", "stage=sft policy.lora="):
+        with pytest.raises(UserError, match=r"does not run under fsdp; launch it by ddp.*stage=pretrain, stage=sft"):
+            check_launch(said)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="fsdp needs GPUs"):
+        check_launch("stage=sft")
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    with pytest.raises(UserError, match="stage=sft policy.lora= does not run under zero2.*stage=ppo alone"):
+        check_launch("stage=sft policy.lora=")
+    for said in ("stage=reward", "stage=ppo policy.lora="):
+        with pytest.raises(UserError, match="zero2 needs GPUs"):
+            check_launch(said)
+    assert [checkpoints_of(stage) for stage in ("sft", "ppo")] == ["zero2 on 1 processes", None]
+
+
+def test_every_launch_of_make_is_a_configuration_of_accelerates() -> None:
+    """make takes the files' names; of several processes on a CPU accelerate would start one."""
+    files = sorted((ROOT / "conf" / "accelerate").glob("*.yaml"))
+    assert [path.stem for path in files] == ["cpu", "ddp", "fsdp", "zero2", "zero3"]
+    kinds = {path.stem: str(load_config_from_file(str(path)).distributed_type.value) for path in files}
+    assert kinds == {"cpu": "NO", "ddp": "MULTI_GPU", "fsdp": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+
+    def make(*asked: str) -> str:
+        done = run(["make", "-C", str(ROOT), "-n", "sft", *asked])
+        return done.stdout + done.stderr
+
+    assert "accelerate launch --config_file conf/accelerate/ddp.yaml --num_processes 4 -m rlhf_pipeline stage=sft" in (
+        make("LAUNCH=ddp", "PROCS=4")
+    )
+    assert "torchrun --standalone --nproc_per_node 3 -m rlhf_pipeline stage=sft" in make("LAUNCH=cpu", "PROCS=3")
+    assert "LAUNCH=dpp is none of: cpu ddp fsdp zero2 zero3" in make("LAUNCH=dpp")
