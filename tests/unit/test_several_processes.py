@@ -88,7 +88,7 @@ def test_what_cannot_be_sharded_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-    with pytest.raises(UserError, match="stage=sft policy.lora= does not run under zero2.*stage=ppo alone"):
+    with pytest.raises(UserError, match=r"stage=sft policy\.lora= does not run under zero2.*stage=ppo alone"):
         check_launch("stage=sft policy.lora=")
     for said in ("stage=reward", "stage=ppo policy.lora="):
         with pytest.raises(UserError, match="zero2 needs GPUs"):
