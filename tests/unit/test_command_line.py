@@ -161,7 +161,7 @@ def test_what_one_process_must_do_is_refused_to_several(
         assert command_line(*asked) == 2
         assert "runs in one process" in capsys.readouterr().err
     assert command_line("-m", "stage=ppo", "seed=0,1") == 2
-    assert "the jobs of a sweep run one after another" in capsys.readouterr().err
+    assert "a sweep starts a process a job" in capsys.readouterr().err
 
 
 def test_the_name_is_the_experiments_unless_given() -> None:
