@@ -32,6 +32,7 @@ def main() -> None:
             torch.save({n: p.detach().clone() for n, p in ppo.model.named_parameters()}, folder / "weights.pt")
             (folder / "log.json").write_text(json.dumps(ppo.state.log_history))
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # or what one has left open ends the other
         torch.distributed.destroy_process_group()
 
 

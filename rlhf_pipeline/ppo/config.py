@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl.experimental.ppo import PPOConfig as TRLPPOConfig
 
 from rlhf_pipeline.errors import UserError
@@ -100,6 +101,7 @@ class PPOConfig(TRLPPOConfig):
             inherited.metric_for_best_model, inherited.greater_is_better = "eval_reward", True
         super().__post_init__()
         self.bf16 = chosen
+        unset_hf_deepspeed_config()  # or under ZeRO-3 transformers would open every model in shards, the reward's, too
 
 
 def check_config(args: PPOConfig) -> int:

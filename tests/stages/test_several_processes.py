@@ -57,7 +57,8 @@ def test_a_pipeline_in_two_processes_ends_as_in_one(miniature: Path, workplace: 
         assert figures(two / stage) == pytest.approx(figures(miniature / stage), abs=1e-5), stage
     assert done.stdout.count("training a tokenizer") == 1
     assert "training a tokenizer" in (two / "pretrain" / "rank1.log").read_text()
-    assert "0/24" not in (two / "evaluate" / "rank1.log").read_text(), "a bar of its own"
+    log = two / "evaluate" / "rank1.log"
+    assert not log.exists() or "0/24" not in log.read_text(), "a bar of its own"
 
 
 def test_an_evaluation_and_a_collection_are_shared_out(
