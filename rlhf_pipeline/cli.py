@@ -263,6 +263,8 @@ def _pipeline(cfg: DictConfig, overrides: list[str]) -> float | None:
         order.remove("reward")
     whole = resolve(cfg, overrides)
     every = [_of_pipeline(rest, stage, name, whole.hub) for stage, name in plan(order, whole.name, whole.rounds)]
+    for settings in every:  # before the first begins
+        check_launch(_said(settings))
     last = last_model(every) if whole.hub.push else None
     started, result = time.monotonic(), None
     for number, settings in enumerate(every, 1):

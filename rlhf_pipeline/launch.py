@@ -76,6 +76,11 @@ def check_launch(said: str) -> None:
     alone = next((word for word in _ALONE if word in said.split()), None)
     if processes() > 1 and alone:
         raise UserError(f"{said} runs in one process; start it by python -m rlhf_pipeline.")
+    if (local := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > 1:
+        import torch
+
+        if 0 < (there := torch.cuda.device_count()) < local:
+            raise UserError(f"{local} processes were started and there are {there} GPUs; start as many, PROCS={there}.")
     if (kind := sharding()) is None:
         return
     stages = [f"stage={name}" for name in _SHARDED.get(kind, ())]

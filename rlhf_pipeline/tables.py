@@ -200,8 +200,8 @@ def rounds_table(rows: list[dict[str, Any]]) -> None:
     _console().print(table)
 
 
-_PARTS = ("process", "weights", "gradients", "Adam", "reference", "critic", "reward", "activations", "bf16 copies",
-          "KV cache", "logits", "buckets", "gathered", "allocator")  # fmt: skip
+_PARTS = ("process", "weights", "gradients", "Adam", "master", "reference", "critic", "reward", "activations",
+          "bf16 copies", "KV cache", "logits", "buckets", "gathered", "allocator")  # fmt: skip
 
 
 def plan_table(plan: dict[str, Any]) -> None:

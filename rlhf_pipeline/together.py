@@ -60,8 +60,8 @@ def run_together(settings: Settings, run: Callable[[RunDir, bool], object]) -> f
     say_loading()
     from rlhf_pipeline.processes import agree, lost
 
-    _stop_at_sigterm()
     out = ReadOnlyRunDir.of(settings) if rank() else RunDir.of(settings)
+    _stop_at_sigterm(out)
     try:
         with out.held():
             done = agree(lambda: out.finished(settings))
@@ -71,7 +71,8 @@ def run_together(settings: Settings, run: Callable[[RunDir, bool], object]) -> f
             agree(lambda: None)  # until then the first one may be writing what the others would read
     except RuntimeError as error:
         if lost(error):
-            raise LostProcessError(_STOPPED) from error
+            cause = str(error).strip().splitlines()[0][:300]
+            raise LostProcessError(_STOPPED if "by peer" in cause else f"{_STOPPED} It began with: {cause}") from error
         raise
     return out.objective()
 
@@ -138,7 +139,7 @@ def leave(message: str, status: int, shared: bool = True) -> NoReturn:
     sys.exit(status)
 
 
-def _stop_at_sigterm() -> None:
+def _stop_at_sigterm(out: RunDir) -> None:
     """torchrun sends it when a process has ended. The main thread may be waiting for that one, and not come to it."""
     if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         return
@@ -149,6 +150,8 @@ def _stop_at_sigterm() -> None:
         while os.read(reader, 1)[0] != signal.SIGTERM:
             pass
         print(f"process {rank()} of {processes()}: stopped: {_STOPPED}", file=sys.__stderr__, flush=True)
+        with contextlib.suppress(Exception):
+            out.failed(LostProcessError(_STOPPED))
         os._exit(128 + signal.SIGTERM)
 
     def alone() -> None:

@@ -18,7 +18,8 @@ def main() -> None:
     patch = pytest.MonkeyPatch()
     patch.setattr(PartialState, "__init__", lambda self, cpu=False, **options: start(self, cpu=False, **options))
     patch.setattr(PartialState, "_prepare_backend", lambda *_, **__: ("gloo", DistributedType.MULTI_GPU))
-    patch.setattr(cli, "check_launch", lambda said: None)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        patch.setattr(cli, "check_launch", lambda said: None)
     os.environ.update(ACCELERATE_TORCH_DEVICE="cpu", DS_ACCELERATOR="cpu")
     cli.main()
 

@@ -90,8 +90,11 @@ def _sent(roles: Roles, work: Work, how: Sharding) -> float:
         return 0.0
     steps = work.epochs * work.minibatches
     parts = math.ceil(work.rows / work.minibatches / work.micro)
-    total = 2.0 * _FP32 * roles.trained * steps  # reduced and gathered, be it gradients or the weights that they moved
-    if how.weights > 1:  # put together once to sample, and in each pass that learns
+    if how.gradients == 1:
+        sent = 2 * roles.trained * steps  # reduced, and gathered
+    elif how.weights == 1:
+        sent = roles.trained * steps * (parts + 1)  # reduced in each pass; the weights that were moved, gathered
+    else:  # put together once to sample, and in each pass that learns
         every = roles.policy.parameters + roles.value_head + (roles.critic.parameters if roles.critic else 0)
-        total += _FP32 * every * (1 + steps * parts * (2 + work.checkpointing))
-    return total * (n - 1) / n
+        sent = roles.trained * steps * parts + every * (1 + steps * parts * (2 + work.checkpointing))
+    return _FP32 * float(sent) * (n - 1) / n

@@ -110,6 +110,8 @@ def _held(roles: Roles, work: Work, how: Sharding, base: float) -> Parts:
         "reference": reference_bytes(roles, work.bf16),
         "reward": _FP32 * roles.reward,
         "Adam": _ADAM * roles.trained / how.adam,
+        # ZeRO-2 moves a copy of its share, and then the weights by it.
+        "master": _FP32 * roles.trained / how.adam if how.adam > how.weights else 0,
         "buckets": _buckets(roles, how),
     }
     return {name: size for name, size in parts.items() if size}

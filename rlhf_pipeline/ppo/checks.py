@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from rlhf_pipeline.ppo.actor_critic import ActorCritic
 from rlhf_pipeline.ppo.rollout import Rollout
 from rlhf_pipeline.precision import autocast
 from rlhf_pipeline.sampling import Sampling, make_batch
+
+Whole = Callable[[], AbstractContextManager[None]]  # puts weights together that are in shards
 
 # How far log-probabilities of one network may lie apart when a batch is cut otherwise: rounding, and no more.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -39,23 +42,28 @@ def check_head(actor: ActorCritic) -> None:
         )
 
 
-def check_reference(rollout: Rollout, actor: ActorCritic, sampling: Sampling) -> None:
+def check_reference(rollout: Rollout, actor: ActorCritic, sampling: Sampling, whole: Whole = nullcontext) -> None:
     """Policy and reference are one network before the first step, so their KL is 0; say what is off if it is not."""
     apart = float((rollout.log_probs - rollout.ref_log_probs).abs().max())
     if apart > _rounding(actor, rollout.log_probs):
+        with whole():
+            why = diagnose(actor, rollout, sampling)
         raise UserError(
             f"policy and reference have the same weights, yet their log-probabilities differ by up to {apart:.3g} "
-            f"before the first step: {diagnose(actor, rollout, sampling)}."
+            f"before the first step: {why}."
         )
 
 
-def check_first_ratio(ratio: float, approx_kl: float, actor: ActorCritic, rollout: Rollout, sampling: Sampling) -> None:
+def check_first_ratio(
+    ratio: float, approx_kl: float, actor: ActorCritic, rollout: Rollout, sampling: Sampling, whole: Whole = nullcontext
+) -> None:
     """No step has been taken since the rollout, so new / old probability is 1; say what is off if it is not."""
     allowed = _rounding(actor, rollout.log_probs)
     if not abs(ratio - 1) <= allowed or not approx_kl <= allowed**2:
+        with whole():
+            why = diagnose(actor, rollout, sampling)
         raise UserError(
-            f"the ratio of new to old probabilities is {ratio:.6g} before any step, and should be 1: "
-            f"{diagnose(actor, rollout, sampling)}."
+            f"the ratio of new to old probabilities is {ratio:.6g} before any step, and should be 1: {why}."
         )
 
 

@@ -141,6 +141,11 @@ class PPOTrainer(Flow, TRLPPOTrainer):
         if self.is_fsdp_enabled:
             raise UserError("PPOTrainer does not run under FSDP; launch it with DeepSpeed, as DDP or in one process.")
         if self.is_deepspeed_enabled:
+            deep = self.accelerator.state.deepspeed_plugin.zero_stage == 3
+            if deep and self.args.cache_implementation == "static":
+                raise UserError(
+                    "under ZeRO-3 the weights never lie in one place; say trainer.cache_implementation=dynamic."
+                )
             if self.args.max_update_kl is not None:
                 raise UserError("DeepSpeed takes no step back: drop trainer.max_update_kl, or launch it as DDP.")
             if self.args.ptx_coef and (self.args.ptx_batch_size or 0) % self.accelerator.num_processes:
@@ -224,8 +229,7 @@ class PPOTrainer(Flow, TRLPPOTrainer):
         """Rewards at every token, advantages and returns."""
         args, batch, mask = self.args, rollout.batch, rollout.batch.response_mask
         if self.state.global_step == 0 and self.reference.same:
-            with self._whole():
-                check_reference(rollout, self.model, self.sampling)
+            check_reference(rollout, self.model, self.sampling, self._whole)
         self.reference.same = False  # from the first step on
         scores = rollout.scores
         if args.use_score_scaling:
@@ -257,8 +261,8 @@ class PPOTrainer(Flow, TRLPPOTrainer):
                 if first:
                     ratio, approx_kl = (float(found[_STATS.index(n)]) for n in ("val/ratio", "policy/approxkl_avg"))
                     if math.isfinite(ratio):
-                        with self._whole():
-                            check_first_ratio(ratio, approx_kl, self.model, experience.rollout, self.sampling)
+                        rollout = experience.rollout
+                        check_first_ratio(ratio, approx_kl, self.model, rollout, self.sampling, self._whole)
                 elif args.max_update_kl is not None and found[_STATS.index("policy/approxkl_avg")] > args.max_update_kl:
                     self.learner.drop()
                     return self._means(stats, update)

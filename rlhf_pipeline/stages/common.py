@@ -67,6 +67,10 @@ def trainer_args(kind: type[A], settings: Settings, out: RunDir) -> A:
         values.setdefault("use_cpu", True)  # transformers takes no bf16 on a CPU that it only happens to find
     if not torch.cuda.is_available():
         values.setdefault("dataloader_pin_memory", False)
+    if processes() > 1 and values.get("average_tokens_across_devices") is False:
+        raise UserError(
+            "trainer.average_tokens_across_devices=false would weigh a token by the process that has it; leave it out."
+        )
     try:
         args = kind(output_dir=str(out.checkpoints), seed=settings.seed, **values)
     except (ValueError, TypeError) as error:
@@ -120,11 +124,20 @@ def watch(trainer: transformers.Trainer, out: RunDir) -> str | None:
 
 def sharded_weights(trainer: transformers.Trainer) -> dict[str, Any] | None:
     """All weights of a model that the processes have shards of, in the first one; None where each has the whole."""
-    if not sharding():
+    if not (kind := sharding()):
         return None
-    found: dict[str, Any] = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}  # ZeRO-3: the first one's
-    tied = trainer.accelerator.unwrap_model(trainer.model).all_tied_weights_keys
-    return {name: weight for name, weight in found.items() if name not in tied}
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if kind == "fsdp":
+        found: dict[str, Any] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        return {name: weight for name, weight in found.items() if name not in model.all_tied_weights_keys}
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    weights = {}
+    for name, parameter in model.named_parameters():  # the model itself may be in bf16
+        weight = safe_get_full_fp32_param(parameter)  # all take part
+        if trainer.is_world_process_zero():
+            weights[name] = weight.cpu().clone()
+    return weights
 
 
 class RunLog(TrainerCallback):

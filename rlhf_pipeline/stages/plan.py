@@ -65,16 +65,18 @@ def plan(settings: Settings, config: Any, reward: int) -> dict[str, Any]:
         },
         "reference_bytes": reference_bytes(roles, work.bf16),
         "work": dataclasses.asdict(work),
-        "launches": [as_row(each, args.total_episodes, work) for each in every],
+        "launches": [as_row(each, args, work) for each in every],
         "chosen": chosen.launch if chosen else None,
         "fewest": {"launch": least.launch, "gpus": least.processes} if least else None,
         "helps": {} if chosen else dict(what_helps(settings, config, reward)),
     }  # fmt: skip
 
 
-def as_row(found: Option, episodes: int | None, work: Work) -> dict[str, Any]:
+def as_row(found: Option, args: PPOConfig, work: Work) -> dict[str, Any]:
     """A launch as plain values, with the updates and seconds of the whole run where its length is known."""
-    updates = math.ceil(episodes / (work.rows * found.processes)) if episodes else None
+    updates = args.max_steps if args.max_steps > 0 else None
+    if not updates and args.total_episodes:
+        updates = math.ceil(args.total_episodes / (work.rows * found.processes))
     run = {"updates": updates, "run_seconds": found.update * updates if updates else None}
     sums = {"bytes": found.bytes, "update_seconds": found.update, "update_flops": sum(found.flops.values())}
     return {**dataclasses.asdict(found), **sums, **run}

@@ -36,7 +36,7 @@ from rlhf_pipeline.stages.classification import (
     check_language_model,
     tokenized,
 )
-from rlhf_pipeline.stages.common import fit_length, say_taken, take_data, trainer_args, watch
+from rlhf_pipeline.stages.common import fit_length, say_taken, sharded_weights, take_data, trainer_args, watch
 from rlhf_pipeline.stages.comparisons import Comparison, ComparisonTrainer, compare, shown
 from rlhf_pipeline.stages.reward_quality import example_line, example_rows, labelled_quality, preference_quality, scores
 from rlhf_pipeline.templates import TEMPLATES, visible
@@ -71,9 +71,12 @@ def run(settings: Settings, out: RunDir) -> None:
     trainer = _trainer(model, tokenizer, args, compared or rows, choice)
     demonstrations = _demonstrations(settings, compared.train, tokenizer) if compared else []
     trainer.train(resume_from_checkpoint=watch(trainer, out))
+    weights = sharded_weights(trainer)
     if not out.leads:
         return
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # scored as others will: in fp32
+    if weights:
+        model.float().load_state_dict(weights, strict=False)
     scorer = Scorer(model, tokenizer, args.per_device_eval_batch_size, longest, tokenizer.truncation_side, not labelled)
     before = {} if labelled else {"demonstration_mean": _normalise(scorer, demonstrations)}
 

@@ -146,6 +146,7 @@ def test_what_a_launch_divides() -> None:
     )
     assert ddp == {**plain, "buckets": 4 * 505}
     assert two["Adam"] == plain["Adam"] / 4
+    assert two["master"] == 4 * 505 / 4
     assert two["weights"] == plain["weights"]
     assert two["gradients"] == 4 * 505 / 4 + 320
     assert three["weights"] == plain["weights"] / 4
@@ -176,6 +177,14 @@ def test_seconds_by_hand() -> None:
     assert found["rollout"] == pytest.approx((2 * 400 + 4 * 8 * 8) * 24 / 0.5e6 + 5 * moved / 1e3)
     assert found["between processes"] == 2 * 4 * 505 * 2 * 3 / 4 / 1e4
     assert "between processes" not in cost.seconds(ROLES, WORK, Sharding(), device, mfu=0.5)
+    parts = replace(WORK, micro=1)
+    count = parts.rows // parts.minibatches
+    assert count > 1
+    two, three = (cost.seconds(ROLES, parts, sharding(name, 4), device, mfu=0.5) for name in ("zero2", "zero3"))
+    steps = 4 * 505 * parts.epochs * parts.minibatches * 3 / 4 / 1e4
+    assert two["between processes"] == pytest.approx(steps * (count + 1))
+    gathered = 4 * 505 * 3 / 4 / 1e4
+    assert three["between processes"] == pytest.approx(steps * count + gathered + 2 * steps * count)
 
 
 def test_the_simplest_launch_that_fits() -> None:
@@ -207,6 +216,8 @@ def test_the_command_prints_a_plan_and_leaves_nothing(
     assert command_line(*asked, "plan.json=true", "trainer.critic=separate") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["parameters"]["critic"] == 124_439_808 + 768
+    assert command_line(*asked, "plan.json=true", "trainer.max_steps=50") == 0
+    assert [row["updates"] for row in json.loads(capsys.readouterr().out)["launches"]] == [50, 50, 50]
     assert [row["launch"] for row in found["launches"]] == ["ddp", "zero2", "zero3"]
     assert not list(workplace.iterdir())
 

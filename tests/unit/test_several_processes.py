@@ -1,11 +1,12 @@
 """What must change nothing: for how many processes a step's rows are cut, and into how many micro-batches."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import ROOT
+from conftest import ROOT, CommandLine
 from launched import run, torchrun
 from torch.utils.data import SequentialSampler
 from two_trainers import KINDS, results
@@ -94,6 +95,34 @@ def test_what_cannot_be_sharded_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(UserError, match="zero2 needs GPUs"):
             check_launch(said)
     assert [checkpoints_of(stage) for stage in ("sft", "ppo")] == ["zero2 on 1 processes", None]
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    check_launch("stage=sft")  # without any they are the CPU's
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(UserError, match="2 processes were started and there are 1 GPUs"):
+        check_launch("stage=sft")
+
+
+def test_tokens_weigh_the_same_in_every_process(command_line: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a mean of each process's own, one without rows would have none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rlhf_pipeline.stages.common.processes", lambda: 2)
+        assert command_line("stage=sft", "experiment=demo", "trainer.average_tokens_across_devices=false") == 2
+    assert "would weigh a token by the process that has it" in capsys.readouterr().err
+
+
+def test_a_pipeline_that_cannot_be_sharded_does_not_begin(
+    command_line: CommandLine, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert command_line("stage=pipeline", "experiment=demo") == 2
+    assert "stage=reward does not run under zero3" in capsys.readouterr().err
+    assert not list(workplace.iterdir())
 
 
 def test_every_launch_of_make_is_a_configuration_of_accelerates() -> None:
