@@ -1,5 +1,6 @@
 """What must change nothing: for how many processes a step's rows are cut, and into how many micro-batches."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,9 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
         check_launch("stage=sft")
 
 
-def test_tokens_weigh_the_same_in_every_process(command_line: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tokens_weigh_the_same_in_every_process(
+    command_line: CommandLine, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """With a mean of each process's own, one without rows would have none."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rlhf_pipeline.stages.common.processes", lambda: 2)
@@ -119,7 +122,8 @@ def test_a_pipeline_that_cannot_be_sharded_does_not_begin(
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: name == "deepspeed" or find(name, *more))
     assert command_line("stage=pipeline", "experiment=demo") == 2
     assert "stage=reward does not run under zero3" in capsys.readouterr().err
     assert not list(workplace.iterdir())
