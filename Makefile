@@ -37,8 +37,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup  ## all steps on the built-in reviews, offline, in minutes
 	$(RUN) stage=pipeline experiment=demo name=$(NAME) $(ARGS)
 
-pretrain sft collect reward ppo evaluate chat plan: setup  ## one stage of a run: make ppo NAME=demo
+pretrain sft collect reward ppo evaluate chat: setup  ## one stage of a run: make ppo NAME=demo
 	$(RUN) stage=$@ name=$(NAME) $(ARGS)
+
+plan: setup  ## what PPO would take, computed: make plan LAUNCH=zero3 PROCS=8 ARGS="policy.size=xl"
+	$(BIN)/python -m rlhf_pipeline stage=plan name=$(NAME) $(if $(LAUNCH),plan.launch=$(LAUNCH) plan.gpus=$(PROCS)) $(ARGS)
 
 pipeline: setup  ## an experiment's stages in order: make pipeline NAME=imdb ARGS="experiment=imdb_sentiment"
 	$(RUN) stage=pipeline name=$(NAME) $(ARGS)
