@@ -40,8 +40,9 @@ demo: setup  ## all steps on the built-in reviews, offline, in minutes
 pretrain sft collect reward ppo evaluate chat: setup  ## one stage of a run: make ppo NAME=demo
 	$(RUN) stage=$@ name=$(NAME) $(ARGS)
 
+# Of no run, unless one is named.
 plan: setup  ## what PPO would take, computed: make plan LAUNCH=zero3 PROCS=8 ARGS="policy.size=xl"
-	$(BIN)/python -m rlhf_pipeline stage=plan name=$(NAME) $(if $(LAUNCH),plan.launch=$(LAUNCH) plan.gpus=$(PROCS)) $(ARGS)
+	$(BIN)/python -m rlhf_pipeline stage=plan $(if $(filter command environment,$(firstword $(origin NAME))),name=$(NAME)) $(if $(LAUNCH),plan.launch=$(LAUNCH) plan.gpus=$(PROCS)) $(ARGS)
 
 pipeline: setup  ## an experiment's stages in order: make pipeline NAME=imdb ARGS="experiment=imdb_sentiment"
 	$(RUN) stage=pipeline name=$(NAME) $(ARGS)
