@@ -145,5 +145,5 @@ def test_every_launch_of_make_is_a_configuration_of_accelerates() -> None:
     )
     assert "torchrun --standalone --nproc_per_node 3 -m rlhf_pipeline stage=sft" in make("LAUNCH=cpu", "PROCS=3")
     planned = run(["make", "-C", str(ROOT), "-n", "plan", "LAUNCH=zero3", "PROCS=8"]).stdout
-    assert " ".join(planned.split()).endswith("python -m rlhf_pipeline stage=plan plan.launch=zero3 plan.gpus=8")
+    assert "python -m rlhf_pipeline stage=plan plan.launch=zero3 plan.gpus=8" in " ".join(planned.split())
     assert "LAUNCH=dpp is none of: cpu ddp fsdp zero2 zero3" in make("LAUNCH=dpp")
