@@ -85,6 +85,8 @@ class ShardedLearner(Learner):
         self._sizes = [len(group["params"]) for group in optimizer.param_groups]
         config: dict[str, Any] = accelerator.state.deepspeed_plugin.deepspeed_config
         config["gradient_clipping"] = max_norm
+        # The networks open autocast themselves; DeepSpeed would store them in 16 bits.
+        config["bf16"] = config["fp16"] = {"enabled": False}
         config["zero_optimization"] = {**ZERO, **config["zero_optimization"]}
         super().__init__(accelerator, model, optimizer, max_norm)
         self._adam: Any = optimizer
