@@ -24,7 +24,8 @@ JOB = "job.json"
 _LOCK = ".job.lock"  # held while the job is run
 _ENVIRONMENT = "RLHF_PIPELINE_JOB"  # names the job's folder to the job's process
 _LONGEST = 200  # bytes of a folder's name; file systems take 255
-_NOT_WORK = ("name", "runs", "seed", "overwrite")  # and Hydra's own: where, how and how often the work is done
+# Of a command, what says nothing of the work: where, by what, how often it is done, and how it is shown.
+_NOT_WORK = re.compile(r"name|runs|seed|overwrite|hydra[./].*|report[.].*")
 UNFINISHED = ("waiting", "running")
 
 
@@ -50,7 +51,7 @@ def settings_of(command: Sequence[str]) -> dict[str, str]:
     """What a command says of its work: jobs that share it differ in their seed alone."""
     typed = ("experiment=null" if word == "~experiment" else as_typed(word) for word in command)
     said = dict(word.lstrip("+").partition("=")[::2] for word in typed)
-    return {key: value for key, value in said.items() if key not in _NOT_WORK and not key.startswith("hydra")}
+    return {key: value for key, value in said.items() if not _NOT_WORK.fullmatch(key)}
 
 
 def is_number(objective: float | None) -> bool:

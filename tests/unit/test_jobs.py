@@ -107,6 +107,13 @@ def test_an_objective_that_is_no_number_is_a_failure(sweep: Path, monkeypatch: p
             assert known["error"] == f"the objective is {objective}; overwrite=true makes it anew"
 
 
+def test_jobs_are_of_one_work_whoever_runs_them_and_whatever_their_seed() -> None:
+    work = {"stage": "ppo", "data.limit": "9", "experiment": "null", "labeler": "length"}
+    command = ["stage=ppo", "++data.limit=3", "++data.limit=9", "~experiment", "reward@labeler=length"]
+    more = ["seed=3", "name='a/seed=3'", "overwrite=true", "hydra/launcher=submitit_local", "++report.lang=zh"]
+    assert jobs.settings_of(command) == jobs.settings_of([*command, *more]) == work
+
+
 def test_a_setting_that_is_given_twice_the_same_is_one_job(command_line: CommandLine, launched: list[str]) -> None:
     assert command_line(*SWEEP[:-1], "seed=1,1") == 0
     assert launched == ["a/seed=1"]
