@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from rlhf_pipeline.errors import UserError
@@ -64,9 +65,24 @@ def _prompts_quoted(argv: Sequence[str]) -> list[str]:
 
 
 def _multirun_last(argv: Sequence[str]) -> list[str]:
-    """The command line with `-m` behind the settings, wherever it was: they cannot be parted by an option."""
-    flags = ("-m", "--multirun")
-    return [*(word for word in argv if word not in flags), *(["-m"] if {*flags} & {*argv} else [])]
+    """The command line with `-m` behind the settings, wherever it was: they cannot be parted by an option.
+
+    Where settings are only shown, those of one job are: without what is swept.
+    """
+    words = [word for word in argv if word not in ("-m", "--multirun")]
+    if len(words) == len(argv):
+        return words
+    return [word for word in words if not _is_swept(word)] if _shows(words) else [*words, "-m"]
+
+
+def _is_swept(word: str) -> bool:
+    """Whether a word gives a setting several values."""
+    return word[:1] != "-" and "=" in word and OverridesParser.create().parse_override(word).is_sweep_override()
+
+
+def _shows(argv: Sequence[str]) -> bool:
+    """Whether settings are asked to be shown, and nothing is run."""
+    return any(word.split("=")[0] in ("--cfg", "-c", "--help", "-h", "--info", "-i") for word in argv)
 
 
 def _sweeps_spelt_out(argv: Sequence[str]) -> list[str]:
@@ -76,9 +92,13 @@ def _sweeps_spelt_out(argv: Sequence[str]) -> list[str]:
     """
     said = dict(re.sub("^[+]*", "", word).split("=", 1) for word in argv if "=" in word and word[0] != "-")
     stage, names = said.get("stage"), said.get("sweep", "").strip("[]").split(",")
-    if names == [""] or stage in (None, "evaluate") or any(w.startswith(("--config-name", "-cn")) for w in argv):
+    if (
+        names in ([""], ["null"])
+        or stage in (None, "evaluate")
+        or any(w.startswith(("--config-name", "-cn")) for w in argv)
+    ):
         return list(argv)
-    args = [word for word in argv if not word.startswith("sweep=")]
+    args = [word for word in argv if not word.lstrip("+").startswith("sweep=")]
     found: dict[str, str] = {}
     for name in map(str.strip, names):
         path = CONF / "sweeps" / f"{name}.yaml"
@@ -93,7 +113,7 @@ def _sweeps_spelt_out(argv: Sequence[str]) -> list[str]:
         if not fitting:
             raise UserError(f"sweep={name} varies {', '.join(own)}, which stage={stage} has not.")
         found |= fitting
-    if any(word.split("=")[0] in ("--cfg", "-c", "--help", "-h", "--info", "-i") for word in args):
+    if _shows(args):
         return args  # of which one job is shown
     added = [f"{key}={value}" for key, value in found.items() if key not in said]
     end = _end_of_settings(args)

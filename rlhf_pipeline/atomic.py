@@ -1,10 +1,14 @@
-"""Files that are written whole or not at all, and read as far as they were written."""
+"""Files that are written whole or not at all, and read as far as they were written; work that one process does."""
 
+import fcntl
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from rlhf_pipeline.errors import UserError
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -39,3 +43,15 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
                 continue
             rows.append(row)
     return rows
+
+
+@contextmanager
+def held(lock: Path, work: Path) -> Iterator[None]:
+    """Keep other processes out of a folder until the block is left, however the process ends."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{work} is being made by another process; wait for it, or choose name=.") from None
+        yield

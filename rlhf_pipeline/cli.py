@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rlhf_pipeline import data, made, policies, rewards, rundir
 from rlhf_pipeline.arguments import CONF, complete
 from rlhf_pipeline.errors import UserError, WaitingError
-from rlhf_pipeline.jobs import note_error, run_job
+from rlhf_pipeline.jobs import is_number, note_error, run_job
 from rlhf_pipeline.launch import check_launch, processes, rank
 from rlhf_pipeline.plain_words import plain
 from rlhf_pipeline.progress import say_loading, screen
@@ -317,23 +317,27 @@ def _wait_for_people(collect: rundir.RunDir) -> None:
         raise WaitingError(f"{how_far(results)}; run again when done.")
 
 
-def check_job(cfg: DictConfig, overrides: Sequence[str]) -> tuple[str, bool]:
-    """Refuse what cannot be a job of a sweep; give the stage it is known by, and whether it is done already."""
+def check_job(cfg: DictConfig, overrides: Sequence[str]) -> tuple[str, int, bool]:
+    """Refuse what cannot be a job of a sweep; give the stage it is known by, its seed, and whether it is done already.
+
+    This looks only: what is to be overwritten is deleted by the job's own process.
+    """
     if processes() > 1:
         raise UserError("a sweep starts a process a job; start it without torchrun or accelerate launch.")
     if cfg.stage == "chat":
         raise UserError("stage=chat holds one conversation; drop -m, and compare two policies by against=.")
     if cfg.stage == "plan":
         raise UserError("stage=plan leaves nothing that a sweep could compare; drop -m.")
+    for key in ("compare", "labels", "sweep"):
+        if cfg.get(key):
+            raise UserError(f"{key}= goes with one run, and leaves nothing that a sweep could compare; drop -m.")
     if (cfg.get("hub") or {}).get("push"):
         raise UserError("the jobs of a sweep would push to one place; push the one that you choose when it is done.")
     last = _last_stage(cfg)
     settings = resolve(cfg, overrides)
     out = rundir.RunDir.of(settings)
-    if settings.stage == "pipeline" or not out.path.exists():
-        return last, False
-    with out.held():
-        return last, out.finished(settings)
+    done = settings.stage != "pipeline" and out.finished(settings, look=True) and is_number(out.objective())
+    return last, settings.seed, done
 
 
 def _last_stage(cfg: DictConfig) -> str:

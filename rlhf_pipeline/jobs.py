@@ -4,7 +4,9 @@ A job is the run `runs/<sweep>/<job>`; its job.json holds what the stages' run.j
 and how it ended where no stage had begun.
 """
 
+import hashlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -13,19 +15,48 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline.atomic import write_json
+from rlhf_pipeline.arguments import as_typed
+from rlhf_pipeline.atomic import held, write_json
+from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.rundir import RunDir
 
 JOB = "job.json"
+_LOCK = ".job.lock"  # held while the job is run
 _ENVIRONMENT = "RLHF_PIPELINE_JOB"  # names the job's folder to the job's process
-_LONGEST = 120  # characters of a folder's name
+_LONGEST = 200  # bytes of a folder's name; file systems take 255
+# Of a command, what says nothing of the work: where, by what, how often it is done, and how it is shown.
+_NOT_WORK = re.compile(r"name|runs|seed|overwrite|hydra[./].*|report[.].*")
 UNFINISHED = ("waiting", "running")
 
 
-def job_name(swept: Sequence[str], number: int) -> str:
-    """The folder of a job by the settings that set it apart, as they are typed; by its number where they are many."""
-    label = ",".join(re.sub(r"[^\w.=+-]", "_", setting) for setting in swept)
-    return label if 0 < len(label) <= _LONGEST else f"job{number}"
+def job_name(swept: Sequence[str]) -> str:
+    """The folder of a job by the settings that set it apart, as they are typed.
+
+    Where a folder cannot be called so, a hash of them tells it from what else would be called the same.
+    """
+    if not swept:
+        return "job0"
+    typed = ",".join(swept)
+    label = re.sub(r"[^\w.,=+-]", "_", typed)
+    if label != typed:
+        label += f"-{_hash(typed)}"
+    return label if len(label.encode()) <= _LONGEST else f"job-{_hash(typed)}"
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def settings_of(command: Sequence[str]) -> dict[str, str]:
+    """What a command says of its work: jobs that share it differ in their seed alone."""
+    typed = ("experiment=null" if word == "~experiment" else as_typed(word) for word in command)
+    said = dict(word.lstrip("+").partition("=")[::2] for word in typed)
+    return {key: value for key, value in said.items() if not _NOT_WORK.fullmatch(key)}
+
+
+def is_number(objective: float | None) -> bool:
+    """Whether an objective can be compared; some stages have none."""
+    return objective is None or math.isfinite(objective)
 
 
 def note(folder: Path, **values: Any) -> dict[str, Any]:
@@ -36,9 +67,23 @@ def note(folder: Path, **values: Any) -> dict[str, Any]:
 
 
 def read_job(folder: Path) -> dict[str, Any]:
-    """What is known of a job, empty where nothing is."""
-    path = folder / JOB
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    """What is known of a job; empty where nothing is, or the file is damaged."""
+    try:
+        known = json.loads((folder / JOB).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def at_work(folder: Path) -> bool:
+    """Whether another process runs the job at this moment."""
+    if not (folder / _LOCK).exists():
+        return False
+    try:
+        with held(folder / _LOCK, folder):
+            return False
+    except UserError:
+        return True
 
 
 def note_error(message: str) -> None:
@@ -55,6 +100,16 @@ def run_job(runs: Path, name: str, stage: str, command: Sequence[str]) -> float 
     """
     folder = runs / name
     print(f"\n== {name}", flush=True)
+    try:
+        with held(folder / _LOCK, folder):
+            return _run(runs, name, stage, command)
+    except UserError as error:  # what becomes of it is the other's to say
+        print(error, flush=True)
+        return None
+
+
+def _run(runs: Path, name: str, stage: str, command: Sequence[str]) -> float | None:
+    folder = runs / name
     note(folder, status="running", error=None, log=_log())
     with subprocess.Popen(
         [sys.executable, "-m", "rlhf_pipeline", *command], env={**os.environ, _ENVIRONMENT: str(folder)}
@@ -68,9 +123,13 @@ def run_job(runs: Path, name: str, stage: str, command: Sequence[str]) -> float 
         note(folder, status="interrupted")
         raise KeyboardInterrupt
     out = RunDir(runs, name, stage).newest_round()
+    objective = out.objective()
+    if code == 0 and not is_number(objective):
+        note(folder, status="failed", exit=1, error=f"the objective is {objective}; overwrite=true makes it anew")
+        return None
     if code == 0:
         note(folder, status="done", exit=0)
-        return out.objective()
+        return objective
     why = read_job(folder).get("error") or out.record.get("error") or f"exit status {code}"
     note(folder, status="failed", exit=code, error=why if code > 0 else f"killed by signal {-code}")
     return None
@@ -88,7 +147,7 @@ def _log() -> str | None:
 def note_lost(folder: Path) -> None:
     """Say of a job that ought to have ended, and did not say how, that it was killed."""
     known = read_job(folder)
-    if known.get("status") in UNFINISHED:
+    if known.get("status") in UNFINISHED and not at_work(folder):
         began = known["status"] == "running"
         what = "killed from outside (time limit, memory, cancelled)" if began else "never began"
         where = known.get("log") or folder.parent / ".submitit"

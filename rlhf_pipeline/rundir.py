@@ -1,20 +1,19 @@
 """Run directories, the only state between stages: lineage, atomic files, resuming, metric and sample logs."""
 
-import fcntl
 import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from rlhf_pipeline.atomic import read_jsonl, write_atomic, write_json, write_jsonl
+from rlhf_pipeline.atomic import held, read_jsonl, write_atomic, write_json, write_jsonl
 from rlhf_pipeline.checkpoints import newest_whole
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.launch import CUT, checkpoints_of, processes, rows_a_step, same_step
@@ -81,16 +80,19 @@ class RunDir:
         path = self.path / "run.json"
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
-    def finished(self, settings: Settings) -> bool:
-        """Whether this very work is done. Other work in this place is a `UserError`, unless it may be overwritten."""
+    def finished(self, settings: Settings, look: bool = False) -> bool:
+        """Whether this very work is done. Other work in this place is a `UserError`, unless it may be overwritten.
+
+        What came to nothing, or is to be overwritten, is deleted, unless this is but a `look`.
+        """
         record = self.record
         if not record:
             return False
-        if record["status"] != "done" and not self.resumable:
-            shutil.rmtree(self.path)  # it came to nothing
-            return False
-        differences = self._differences(settings, record)
-        if differences or (settings.overwrite and record["status"] == "done"):
+        done = bool(record["status"] == "done")
+        if done or self.resumable:
+            differences = self._differences(settings, record)
+            if not differences and not (settings.overwrite and done):
+                return done
             if not settings.overwrite:
                 raise UserError(
                     f"{self.path} holds other work ({'; '.join(differences[:4])}). "
@@ -100,9 +102,9 @@ class RunDir:
                 if not differences:
                     return True
                 raise UserError(f"{why}, so overwrite=true does not delete it; move {self.path} away by hand.")
+        if not look:
             shutil.rmtree(self.path)
-            return False
-        return bool(record["status"] == "done")
+        return False
 
     def _peoples_work(self) -> str | None:
         """What people did here, which no run could do again; None where there is nothing of theirs."""
@@ -231,19 +233,9 @@ class RunDir:
 
     # -- one run of the stage
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self) -> AbstractContextManager[None]:
         """Keep other processes out of this directory until the block is left, however the process ends."""
-        lock = self.path.parent / f".{self.stage}.lock"
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with lock.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"{self.path} is being made by another process; wait for it, or choose name=."
-                ) from None
-            yield
+        return held(self.path.parent / f".{self.stage}.lock", self.path)
 
     def begin(self, settings: Settings, parents: dict[str, str], fingerprint: dict[str, Any] | None) -> None:
         """Write down what is about to happen and from what; `parents` maps a role to a folder or a hub id."""

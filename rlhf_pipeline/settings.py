@@ -190,8 +190,7 @@ class Settings:
             raise UserError(
                 f"no stage is called '{self.stage}'. {suggest(self.stage, STAGES)}Known: {', '.join(STAGES)}."
             )
-        if not self.name or Path(self.name).is_absolute() or ".." in Path(self.name).parts:
-            raise UserError(f"name='{self.name}' is no run name: it is a folder below {self.runs}/.")
+        check_name(self.name, self.runs)
         policies.registry.check(self.policy)
         rewards.check_choice(self.reward)
         data.registry.check(self.data)
@@ -290,6 +289,12 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `config.yaml` holds them."""
         return asdict(self)
+
+
+def check_name(name: str, runs: str) -> None:
+    """Refuse what is no folder below `runs`."""
+    if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise UserError(f"name='{name}' is no run name: it is a folder below {runs}/.")
 
 
 def check_sections(stages: Iterable[str]) -> None:

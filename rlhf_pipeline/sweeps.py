@@ -1,7 +1,7 @@
 """What a sweep came to: its jobs by the settings they share, over seeds; as a table, as sweep.json and as a page."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.summary import command, say
 from rlhf_pipeline.tables import sweep_table
 
-# What the objective of each stage is: always more is better, and always of what was not trained on.
+# What the objective of each stage is: always more is better, and of what was not trained on.
 OBJECTIVES = {
     "pretrain": "minus the loss on held-out texts",
     "sft": "minus the loss on held-out texts",
@@ -21,14 +21,20 @@ OBJECTIVES = {
     "ppo": "mean reward of answers to held-out prompts",
     "evaluate": "mean reward of the last policy's answers to held-out prompts",
 }
+# And of PPO where no prompts are held out.
+IN_TRAINING = "mean reward while training (no held-out prompts)"
+_NEEDED = ("stage", "settings", "seed", "status")  # of a job
 
 
-def report_sweep(folder: Path, stage: str) -> None:
-    """Write `sweep.json` and `report.html` of a sweep, print its table, and say what may come next."""
+def report_sweep(folder: Path, stage: str, jobs: Collection[str]) -> None:
+    """Write `sweep.json` and `report.html` of a sweep, print its table, and say what may come next.
+
+    Its folder may hold jobs of other commands, too; `jobs` are those of this one.
+    """
     found = summarise(folder, stage)
     write_json(folder / "sweep.json", found)
     page = write_sweep(folder)
-    sweep_table(found)
+    sweep_table(found, jobs)
     print(f"{page} shows the sweep", flush=True)
     if made.ppo_jobs(folder):
         say("next", command("evaluate", str(folder.parent), sweep=folder.name))
@@ -45,39 +51,52 @@ def write_sweep(folder: Path, lang: str | None = None) -> Path:
 def summarise(folder: Path, stage: str | None = None) -> dict[str, Any]:
     """A sweep's jobs and, over seeds, their groups, the best objective first.
 
-    Only jobs of one stage compare; without one, that of the job that was begun last.
+    Only jobs of one stage compare; without one, that of the job that was begun last. A group shares all that its
+    commands say but the seed, and is shown by what not all groups share. A seed counts once.
     """
-    known = {path.parent.name: read_job(path.parent) for path in sorted(folder.glob(f"*/{JOB}"))}
+    found = {path.parent.name: read_job(path.parent) for path in sorted(folder.glob(f"*/{JOB}"))}
+    known = {name: job for name, job in found.items() if {*_NEEDED} <= {*job}}  # else its file is damaged
     if stage is None:
-        newest = max(known, key=lambda name: (folder / name / JOB).stat().st_mtime)
-        stage = str(known[newest]["stage"])
-    jobs = [_job(folder, name, stage, job) for name, job in known.items() if job.get("stage") == stage]
-    groups: dict[tuple[tuple[str, str], ...], list[dict[str, Any]]] = {}
-    for job in jobs:
-        groups.setdefault(tuple((k, v) for k, v in job["settings"].items() if k != "seed"), []).append(job)
-    rows = [_row(dict(settings), own) for settings, own in groups.items()]
-    for each in (rows, jobs):
-        each.sort(key=lambda row: (row["objective"] is None, -(row["objective"] or 0.0)))
-    return {"sweep": folder.name, "stage": stage, "objective": OBJECTIVES.get(stage), "rows": rows, "jobs": jobs}
+        newest = max(known, key=lambda name: (folder / name / JOB).stat().st_mtime, default=None)
+        stage = str(known[newest]["stage"]) if newest else ""
+    jobs = [_job(folder, name, stage, job) for name, job in known.items() if job["stage"] == stage]
+    jobs.sort(key=lambda job: (job["objective"] is None, -(job["objective"] or 0.0)))
+    groups: dict[frozenset[tuple[str, str]], dict[int, dict[str, Any]]] = {}
+    for job in sorted(jobs, key=lambda job: (job["objective"] is None, job["job"])):  # of a seed, one that is done
+        groups.setdefault(frozenset(job["settings"].items()), {}).setdefault(job["seed"], job)
+    every = [(dict(group), list(own.values())) for group, own in groups.items()]
+    apart = [key for key in dict.fromkeys(key for job in jobs for key in job["settings"])
+             if len({settings.get(key) for settings, _ in every}) > 1]  # fmt: skip
+    rows = [_row({key: settings.get(key, "default") for key in apart}, own) for settings, own in every]
+    rows.sort(key=lambda row: (row["objective"] is None, -(row["objective"] or 0.0)))
+    objective = OBJECTIVES.get(stage)
+    done = [job for job in jobs if job["objective"] is not None]
+    if stage == "ppo" and done and not any("held_out_reward" in job["results"] for job in done):
+        objective = IN_TRAINING
+    return {"sweep": folder.name, "stage": stage, "objective": objective, "rows": rows, "jobs": jobs}
 
 
 def _job(folder: Path, name: str, stage: str, known: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a job. That a stage is done says nothing of a job that failed: it may be of another command."""
     out = RunDir(folder, name, stage).newest_round()
     record, page = out.record, out.path / "report.html"
-    done = record.get("status") == "done"
-    objective = record.get("objective") if done else None
-    lost = isinstance(objective, float) and not math.isfinite(objective)
+    done = known["status"] == record.get("status") == "done"
     results = record.get("results", {}) if done else {}
     return {
         "job": name,
         "settings": known["settings"],
-        "status": "failed" if lost else "done" if done else known["status"],
-        "objective": None if lost else objective,
+        "seed": known["seed"],
+        "status": known["status"],
+        "objective": _finite(record.get("objective")) if done else None,
         "seconds": record.get("seconds"),
         "results": {key: x for key, x in results.items() if isinstance(x, float) and math.isfinite(x)},
-        "error": f"the objective is {objective}" if lost else None if done else known.get("error"),
+        "error": known.get("error"),
         "report": str(page.relative_to(folder)) if page.exists() else None,
     }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _row(settings: dict[str, str], jobs: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Tables on the terminal."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -156,20 +156,21 @@ def side_by_side(answers: Sequence[tuple[str, str, float | None]]) -> None:
     _console().print(table)
 
 
-def sweep_table(found: dict[str, Any]) -> None:
-    """The settings of a sweep by row, the best objective first; then the jobs that failed, and why."""
-    rows, jobs = found["rows"], found["jobs"]
+def sweep_table(found: dict[str, Any], own: Collection[str]) -> None:
+    """The settings of a sweep by row, the best objective first; then which of a command's own jobs failed."""
+    rows, jobs = found["rows"], [job for job in found["jobs"] if job["job"] in own]
+    some_failed = any(row["failed"] for row in rows)
     failed = [job for job in jobs if job["status"] == "failed"]
     left = sum(row["left"] for row in rows)
     with_kl = any("kl" in row["results"] for row in rows)
     cells = [
         (_settings(row), number(row["objective"]), number(row["stderr"]),
          *([number(row["results"].get("kl"), 2)] if with_kl else []), str(row["seeds"]),
-         *([str(row["failed"] or "-")] if failed else []), *([str(row["left"] or "-")] if left else []),
+         *([str(row["failed"] or "-")] if some_failed else []), *([str(row["left"] or "-")] if left else []),
          number(row["seconds"], 0))
         for row in rows
     ]  # fmt: skip
-    columns = ("objective", "± s.e.", *(["KL"] if with_kl else []), "seeds", *(["failed"] if failed else []),
+    columns = ("objective", "± s.e.", *(["KL"] if with_kl else []), "seeds", *(["failed"] if some_failed else []),
                *(["left"] if left else []), "seconds")  # fmt: skip
     console = _console()
     about = f"; objective: {found['objective']}" if found["objective"] else ""

@@ -294,6 +294,7 @@ CHINESE = {
     "minus the loss on held-out texts": "留出文本上损失的负值",
     "accuracy on held-out rows": "留出数据上的准确率",
     "mean reward of answers to held-out prompts": "对留出提示的回答的平均奖励",
+    "mean reward while training (no held-out prompts)": "训练时的平均奖励（没有留出提示）",
     "mean reward of the last policy's answers to held-out prompts": "最后的策略模型对留出提示的回答的平均奖励",
 }
 

@@ -184,16 +184,13 @@ class Bar(TrainerCallback):
 
     def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                            eval_dataloader: Any = None, **_: Any) -> None:  # fmt: skip
-        """One batch measured."""
+        """One batch measured; after the last the bar is gone."""
         if self.measured is None:
             self.measured = progress(len(eval_dataloader), "held-out", "batch", delay=1, leave=False)
         self.measured.update()
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """All measured."""
-        if self.measured is not None:
+        if self.measured.n >= self.measured.total:
             self.measured.close()
-        self.measured = None
+            self.measured = None
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                logs: dict[str, Any] | None = None, **_: Any) -> None:  # fmt: skip

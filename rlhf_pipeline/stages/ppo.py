@@ -64,8 +64,8 @@ def run(settings: Settings, out: RunDir) -> None:
     trainer.add_callback(SampleLog(trainer, out))
     trainer.on_warning = out.warn
     trainer.train(watch(trainer, out))
+    out.save_model(functools.partial(_save, trainer))  # first: what may yet go wrong takes no training with it
     held_out = trainer.measure() if trainer.eval_prompts and trainer.eval_prompts.ids else None
-    out.save_model(functools.partial(_save, trainer))
     last = [row for row in read_jsonl(out.path / "metrics.jsonl") if "objective/scores" in row][-10:]
     results = {name: sum(row[f"objective/{name}"] for row in last) / len(last) for name in ("scores", "kl")}
     if trainer.state.best_metric is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import MINIATURE
+from conftest import MINIATURE, CommandLine
 
 # A PPO of two updates.
 QUICK = ["stage=ppo", "trainer.total_episodes=16", "trainer.per_device_train_batch_size=8", "trainer.response_length=8",
@@ -66,6 +66,23 @@ def test_a_failed_job_stops_no_other_and_is_done_when_the_sweep_is_run_again(run
     assert again.stdout.count("== coefs/") == 1  # the others are done
     assert found_in(folder)[1] == {"0.02": 2, "0.1": 2}
     assert "±" in (folder / "report.html").read_text()
+
+
+def test_what_has_been_trained_is_kept_where_its_measuring_fails(
+    runs: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(self: object) -> None:
+        raise MemoryError("held-out prompts")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("rlhf_pipeline.ppo.PPOTrainer.measure", measure)
+        with pytest.raises(MemoryError):
+            command_line(*QUICK, "name=demo", "overwrite=true")
+    assert (runs / "demo" / "ppo" / "model" / "config.json").is_file()
+    assert json.loads((runs / "demo" / "ppo" / "run.json").read_text())["status"] == "failed"
+    assert command_line(*QUICK, "name=demo") == 0
+    record = json.loads((runs / "demo" / "ppo" / "run.json").read_text())
+    assert record["objective"] == record["results"]["held_out_reward"]
 
 
 def test_submitit_runs_each_job_in_a_process_of_its_own(runs: Path) -> None:

@@ -13,8 +13,8 @@ LAYERS = [
      "checkpoints", "reward_model", "labels", "lineage", "atomic"],
     ["likelihood", "formats", "templates", "scorer", "own_code", "report", "trackers"],
     ["data", "policies", "rewards", "static_sampling", "plan"], ["encoding"], ["settings"], ["cards"], ["rundir"],
-    ["tables", "ppo", "label_studio", "made", "publish", "jobs", "together"],
-    ["stages", "rounds"], ["plain_words", "arguments"], ["summary"], ["sweeps"], ["cli", "plugins"],
+    ["tables", "ppo", "label_studio", "made", "publish", "together"],
+    ["stages", "rounds"], ["plain_words", "arguments"], ["summary", "jobs"], ["sweeps"], ["cli", "plugins"],
 ]  # fmt: skip
 
 

@@ -50,6 +50,16 @@ def test_a_bar_within_a_bar_moves_no_cursor_in_a_log_file(capsys: pytest.Capture
     assert [line.partition(" [")[0] for line in lines] == ["sft:   0% 0/2", "held-out:   0% 0/4", "sft: 100% 2/2"]
 
 
+def test_a_bar_of_what_is_measured_is_gone_after_the_last_batch() -> None:
+    """Also where nobody says that it was an evaluation, as when PPO's result is measured at its end."""
+    bar = Bar("ppo", "update")
+    for _ in range(2):
+        for _ in range(3):
+            assert bar.measured is None or bar.measured.n < 3
+            bar.on_prediction_step(None, None, None, eval_dataloader=range(3))  # type: ignore[arg-type]
+        assert bar.measured is None
+
+
 def test_a_resumed_bar_begins_at_its_step_and_counts_no_others(capsys: pytest.CaptureFixture[str]) -> None:
     bar = Bar("sft", "step")
     state: Any = SimpleNamespace(global_step=40, max_steps=80)

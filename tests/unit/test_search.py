@@ -7,6 +7,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from rlhf_pipeline.atomic import held
 from rlhf_pipeline.errors import UserError
 
 optuna = pytest.importorskip("optuna", reason="the extra optuna is not installed")
@@ -99,5 +100,27 @@ def test_another_search_in_the_same_place_is_another(tmp_path: Path) -> None:
 def test_a_search_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has nothing to search"):
         search(tmp_path, ["seed=1,2"], worth, 2)
-    with pytest.raises(UserError, match="n_trials and n_jobs from 1, not 0 and 1"):
+    with pytest.raises(UserError, match="n_trials is 0; it takes a whole number from 1"):
         search(tmp_path, SPACE, worth, 0)
+
+
+@pytest.mark.parametrize("interval", ["interval(0.5,0.1)", "tag(log,interval(0,0.1))", "int(interval(3,3))"])
+def test_an_interval_that_holds_nothing_is_refused(tmp_path: Path, interval: str) -> None:
+    with pytest.raises(UserError, match=r"trainer\.kl_coef=interval\(.* holds nothing"):
+        search(tmp_path, [f"++trainer.kl_coef={interval}"], worth, 2)
+
+
+def test_a_number_of_trials_is_a_number(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="n_trials is 'many'"):
+        search(tmp_path, SPACE, worth, "many")  # type: ignore[arg-type]
+
+
+def test_a_search_is_kept_in_its_folder_whatever_that_is_called(tmp_path: Path) -> None:
+    folder = tmp_path / "what? 100%"
+    assert len(search(folder, SPACE, worth, 1)) == 1
+    assert (folder / "optuna.db").is_file()
+
+
+def test_two_processes_do_not_search_in_one_place(tmp_path: Path) -> None:
+    with held(tmp_path / ".optuna.lock", tmp_path), pytest.raises(UserError, match="made by another process"):
+        search(tmp_path, SPACE, worth, 1)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,13 @@ def test_a_sweep_keeps_to_what_a_stage_has() -> None:
 def test_of_an_evaluation_a_sweep_is_one_that_has_been() -> None:
     for said in (["stage=evaluate", "sweep=kl"], ["sweep=kl"], ["--config-name", "config", "stage=ppo", "sweep=kl"]):
         assert "sweep=kl" in arguments.complete(said)
-    assert arguments.complete([*PPO, "sweep=kl", "--cfg", "job"]) == [*PPO, "--cfg", "job"]
+
+
+def test_no_sweep_is_none_and_of_one_that_is_shown_a_job_is() -> None:
+    assert arguments.complete([*PPO, "sweep=null"]) == [*PPO, "sweep=null"]
+    show = ["--cfg", "job"]
+    for said in (["sweep=kl"], ["++sweep=kl"], ["-m", "seed=1,2"], ["-m", "trainer.kl_coef=interval(0.1,0.2)"]):
+        assert arguments.complete([*PPO, *said, *show]) == [*PPO, *show]
 
 
 def test_every_sweep_that_is_shipped_can_be_read() -> None:
@@ -73,6 +80,13 @@ REFUSED = {
     "-m stage=chat seed=1,2": "drop -m",
     "-m stage=sft seed=1,2 hydra/sweeper=basic hydra.sweep.dir=.": "-m goes with hydra/sweeper=grid or optuna",
     "-m stage=sft trainer.learning_rate=interval(0.1,0.2)": "trainer.learning_rate=interval(...) has no end of values",
+    "-m stage=sft trainer.learning_rate=1e-3,1e-4 name=2024": "name is 2024; it takes str.",
+    "-m stage=sft seed=1,2 runs=5": "runs is 5; it takes str.",
+    "-m stage=sft seed=1,2 name=/abs/x": "name='/abs/x' is no run name: it is a folder below runs/.",
+    "-m stage=sft seed=1,2 hydra.sweeper.max_batch_size=-1": "max_batch_size is -1; it takes a whole number from 1.",
+    "-m stage=evaluate seed=1,2 compare=[a,b]": "compare= goes with one run",
+    "-m stage=collect seed=1,2 labels=pull": "labels= goes with one run",
+    "-m stage=evaluate seed=1,2 sweep=coefs": "sweep= goes with one run",
     "-m stage=sft seed=1,2 hydra/launcher=submitit_no": "pip install 'rlhf_pipeline[slurm]'",
 }
 
@@ -96,16 +110,24 @@ def test_a_cluster_that_is_not_there_is_said_to_be_missing(
 
 
 def test_a_job_is_called_by_what_sets_it_apart() -> None:
-    assert jobs.job_name(["trainer.kl_coef=0.1", "seed=1"], 3) == "trainer.kl_coef=0.1,seed=1"
-    assert jobs.job_name(["data.path=a/b c.jsonl"], 0) == "data.path=a_b_c.jsonl"
-    assert jobs.job_name(["policy.path=" + "x" * 120], 7) == "job7"
-    assert jobs.job_name([], 0) == "job0"
+    assert jobs.job_name(["trainer.kl_coef=0.1", "seed=1"]) == "trainer.kl_coef=0.1,seed=1"
+    assert jobs.job_name([]) == "job0"
+    # What a folder cannot be called is told apart by a hash; what is too long, in bytes, is one.
+    several = [jobs.job_name([f"data.path={path}"]) for path in ("a/b", "a_b", "a b")]
+    assert several[1] == "data.path=a_b"
+    assert len(set(several)) == 3
+    assert re.fullmatch(r"data\.path=a_b-[0-9a-f]{8}", several[0])
+    long = [jobs.job_name(["policy.path=" + "文" * 70, f"seed={seed}"]) for seed in (1, 2)]
+    assert re.fullmatch(r"job-[0-9a-f]{8}", long[0])
+    assert long[0] != long[1]
 
 
 def add(sweep: Path, settings: dict[str, str], objective: float | None, status: str = "done", **more: Any) -> Path:
     """A job of a sweep, as it leaves its files."""
     folder = sweep / ",".join(f"{key}={value}" for key, value in settings.items()).replace("/", "_")
-    known = {"stage": "ppo", "settings": settings, "status": status, "exit": int(status == "failed"), "error": None}
+    told = {key: value for key, value in settings.items() if key != "seed"}
+    known = {"stage": "ppo", "settings": told, "seed": int(settings.get("seed", 0)), "status": status,
+             "exit": int(status == "failed"), "error": None}  # fmt: skip
     jobs.note(folder, **{**known, **more})
     if objective is not None:
         (folder / "ppo").mkdir()
@@ -114,7 +136,7 @@ def add(sweep: Path, settings: dict[str, str], objective: float | None, status: 
             "status": "done",
             "objective": objective,
             "seconds": 2.0,
-            "results": {"kl": 2 * objective},
+            "results": {"kl": 2 * objective, "held_out_reward": objective},
         }
         (folder / "ppo" / "run.json").write_text(json.dumps(record))
         (folder / "ppo" / "report.html").write_text("")
@@ -143,12 +165,12 @@ def test_jobs_are_grouped_over_seeds_and_the_best_comes_first(sweep: Path) -> No
     assert rows[1][1:] == (pytest.approx(0.6), pytest.approx(0.1), 2)
     assert rows[2] == ({"trainer.kl_coef": "0.3"}, None, None, 0)
     assert [(row["failed"], row["left"]) for row in found["rows"]] == [(1, 0), (0, 0), (0, 1)]
-    assert found["rows"][1]["results"] == {"kl": pytest.approx(1.2)}
+    assert found["rows"][1]["results"]["kl"] == pytest.approx(1.2)
     assert found["objective"] == "mean reward of answers to held-out prompts"
 
 
 def test_the_table_is_sorted_and_says_what_failed(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report_sweep(sweep, "ppo")
+    report_sweep(sweep, "ppo", [folder.name for folder in sweep.iterdir() if folder.is_dir()])
     said = capsys.readouterr().out
     assert said.index("kl_coef=0.2") < said.index("kl_coef=0.1") < said.index("kl_coef=0.3")
     assert "held-out prompts" in said
@@ -158,11 +180,62 @@ def test_the_table_is_sorted_and_says_what_failed(sweep: Path, capsys: pytest.Ca
     assert not list(sweep.glob(".sweep.json*"))
 
 
-def test_an_objective_that_is_no_number_is_a_failure(tmp_path: Path) -> None:
-    add(tmp_path, {"seed": "1"}, math.nan)
-    found = summarise(tmp_path, "ppo")
-    assert found["jobs"][0]["error"] == "the objective is nan"
-    assert (found["rows"][0]["objective"], found["rows"][0]["failed"]) == (None, 1)
+def rows_of(folder: Path) -> list[tuple[dict[str, str], list[float]]]:
+    """The rows of a sweep's table: what sets each apart, and its seeds' objectives."""
+    return [(row["settings"], row["values"]) for row in summarise(folder, "ppo")["rows"]]
+
+
+def test_jobs_of_other_commands_are_no_seeds_of_this_one(tmp_path: Path) -> None:
+    """Of what the whole commands say: also of settings that no command of theirs swept."""
+    rate, folder = "trainer.learning_rate", tmp_path / "b"
+    add(folder, {rate: "1e-3"}, 0.1)
+    add(folder, {rate: "1e-3", "trainer.num_train_epochs": "9", "seed": "1"}, 0.8)
+    add(folder, {rate: "1e-3", "trainer.num_train_epochs": "9", "seed": "2"}, 0.6)
+    assert rows_of(folder) == [
+        ({"trainer.num_train_epochs": "9"}, [0.8, 0.6]),
+        ({"trainer.num_train_epochs": "default"}, [0.1]),
+    ]
+
+
+def test_a_later_commands_seeds_and_values_join_in_and_a_seed_counts_once(tmp_path: Path) -> None:
+    add(tmp_path, {"trainer.kl_coef": "0.1"}, 0.5)  # of the seed that is the default
+    for seed in ("0", "1", "2"):
+        add(tmp_path, {"trainer.kl_coef": "0.1", "seed": seed}, 0.5 + int(seed))
+    add(tmp_path, {"trainer.kl_coef": "0.2", "seed": "1"}, None, "failed")
+    assert rows_of(tmp_path) == [
+        ({"trainer.kl_coef": "0.1"}, [0.5, 1.5, 2.5]),
+        ({"trainer.kl_coef": "0.2"}, []),
+    ]
+
+
+def test_what_a_table_says_of_failures_is_of_its_own_command(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report_sweep(sweep, "ppo", ["trainer.kl_coef=0.1,seed=1", "trainer.kl_coef=0.1,seed=2"])
+    said = capsys.readouterr().out
+    assert "failed:" not in said
+    assert "jobs failed" not in said
+
+
+def test_a_job_that_failed_is_not_done_whatever_lies_in_its_folder(tmp_path: Path) -> None:
+    add(tmp_path, {"seed": "1"}, 0.9, "failed", error="runs/x holds other work")
+    (job,) = summarise(tmp_path, "ppo")["jobs"]
+    assert (job["status"], job["objective"], job["error"]) == ("failed", None, "runs/x holds other work")
+
+
+def test_a_damaged_note_hides_no_other_job(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (sweep / "trainer.kl_coef=0.1,seed=1" / "job.json").write_text("")
+    (sweep / "trainer.kl_coef=0.1,seed=2" / "job.json").write_text("[1]")
+    report_sweep(sweep, "ppo", ["trainer.kl_coef=0.1,seed=1"])
+    assert len(summarise(sweep, "ppo")["jobs"]) == 3
+    for path in sweep.glob("*/job.json"):
+        path.write_text("{")
+    assert rebuild(sweep)[-1].is_file()
+
+
+def test_a_reward_of_what_was_trained_on_is_called_so(tmp_path: Path) -> None:
+    folder = add(tmp_path, {"seed": "1"}, 0.9)
+    path = folder / "ppo" / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "results": {"scores": 0.9}}))
+    assert summarise(tmp_path, "ppo")["objective"] == "mean reward while training (no held-out prompts)"
 
 
 def test_the_page_links_jobs_and_takes_what_files_hold_as_text(sweep: Path) -> None:
@@ -174,7 +247,7 @@ def test_the_page_links_jobs_and_takes_what_files_hold_as_text(sweep: Path) -> N
     assert "out of &lt;memory&gt;" in source
     assert 'href="trainer.kl_coef%3D0.1%2Cseed%3D1/ppo/report.html"' in source
     assert "1 of 6 jobs failed" in source
-    assert source.index("trainer.kl_coef=0.2</th>") < source.index("trainer.kl_coef=0.1</th>")
+    assert source.index("trainer.kl_coef=0.2, ") < source.index("trainer.kl_coef=0.1, ")
     assert "个作业失败" in rebuild(sweep, "zh")[-1].read_text()
 
 
@@ -240,6 +313,9 @@ def test_a_job_is_a_command_that_can_be_typed(
     assert sorted(command) == sorted(
         ["stage=sft", "policy=gpt2", "++data.limit=9", "~experiment", "seed=1", f"name='{name}'"]
     )
+    known = jobs.read_job(workplace / "runs" / name)
+    assert known["settings"] == {"stage": "sft", "policy": "gpt2", "data.limit": "9", "experiment": "null"}
+    assert known["seed"] == 1
     # As the command line takes it.
     assert command_line(*command, "--cfg", "job") == 0
     assert set(json.loads((workplace / "runs" / "it is" / "sweep.json").read_text())["rows"][0]["settings"]) == set()

@@ -20,6 +20,8 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from rlhf_pipeline.arguments import as_typed, quoted
+from rlhf_pipeline.atomic import held
 from rlhf_pipeline.errors import UserError
 
 # What stands for the whole sweep.
@@ -30,9 +32,8 @@ class Job(NamedTuple):
     """One run of a sweep."""
 
     folder: Path
-    stage: str  # whose result it is known by
     command: list[str]  # its settings, as Hydra takes them
-    settings: dict[str, str]  # of these, what sets it apart
+    about: dict[str, Any]  # the stage whose result it is known by, what it was told, and its seed
     done: bool
 
 
@@ -41,6 +42,12 @@ class JobsSweeper(Sweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Open the launcher."""
+        from rlhf_pipeline.settings import check_name
+
+        for key in ("name", "runs"):
+            if not isinstance(config[key] or "", str):
+                raise UserError(f"{key} is {config[key]!r}; it takes str.")
+        check_name(config.name or "default", config.runs)
         self.cfg, self.loader = config, hydra_context.config_loader
         self.folder = Path(config.runs) / (config.name or config.experiment or "default")
         with read_write(config), open_dict(config):
@@ -61,10 +68,10 @@ class JobsSweeper(Sweeper):
                 raise UserError(f"{key}= is the whole sweep's, and takes one value.")
         fixed = [o.input_line for key, o in said.items() if not o.is_sweep_override() and key != "name"]
         self.run([line for line in fixed if line], {key: o for key, o in said.items() if o.is_sweep_override()})
-        report_sweep(self.folder, self.jobs[0].stage)
+        report_sweep(self.folder, self.jobs[0].about["stage"], [job.folder.name for job in self.jobs])
         ended = [read_job(job.folder) for job in self.jobs]
-        if not all(job["status"] == "done" for job in ended):
-            sys.exit(max(1, *(job["exit"] for job in ended)))
+        if not all(job.get("status") == "done" for job in ended):
+            sys.exit(max(1, *(job.get("exit", 1) for job in ended)))
 
     def run(self, fixed: list[str], swept: Mapping[str, Override]) -> None:
         """Launch what there is to be launched; `fixed` are the settings of all jobs."""
@@ -72,38 +79,36 @@ class JobsSweeper(Sweeper):
 
     def launch(self, fixed: list[str], varied: Iterable[Sequence[str]], first: int = 0) -> list[float | None]:
         """Run jobs, each with settings of its own; give their objectives, None for one that failed."""
-        from rlhf_pipeline.jobs import note, note_lost, read_job
+        from rlhf_pipeline.jobs import at_work, note, note_lost, read_job
         from rlhf_pipeline.rundir import RunDir
 
         # A mistake in any of them is told before any begins.
-        jobs = [self._job(fixed, own, number) for number, own in enumerate(varied, first)]
-        left = [job for job in jobs if not job.done]
-        for job in jobs:
-            about = {"stage": job.stage, "settings": job.settings, "exit": 0, "error": None}
-            note(job.folder, **about, status="done" if job.done else "waiting")
+        jobs = [self._job(fixed, own) for own in varied]
+        here = {job.folder: job for job in jobs if not at_work(job.folder)}  # the others are run by another sweep
+        for job in here.values():
+            note(job.folder, **job.about, exit=0, error=None, status="done" if job.done else "waiting")
+        left = [job for job in here.values() if not job.done]
         self.jobs += [job for job in jobs if job not in self.jobs]
         if left:
             with _patience(self.cfg.hydra.launcher._target_, len(left), self.folder):
                 self.jobs_launcher.launch([job.command for job in left], initial_job_idx=first)
         for job in left:
             note_lost(job.folder)
-        runs = [RunDir(self.folder, job.folder.name, job.stage).newest_round() for job in jobs]
-        whole = [read_job(job.folder)["status"] == "done" for job in jobs]
+        runs = [RunDir(self.folder, job.folder.name, job.about["stage"]).newest_round() for job in jobs]
+        whole = [read_job(job.folder).get("status") == "done" for job in jobs]
         return [out.objective() if done else None for out, done in zip(runs, whole, strict=True)]
 
-    def _job(self, fixed: list[str], own: Sequence[str], number: int) -> Job:
-        from rlhf_pipeline.arguments import as_typed, quoted
+    def _job(self, fixed: list[str], own: Sequence[str]) -> Job:
         from rlhf_pipeline.cli import check_job
-        from rlhf_pipeline.jobs import job_name
+        from rlhf_pipeline.jobs import job_name, settings_of
 
-        swept = [as_typed(setting) for setting in own]
-        folder = self.folder / job_name(swept, number)
+        folder = self.folder / job_name([as_typed(setting) for setting in own])
         command = [*fixed, *own, f"name={quoted(str(folder.relative_to(self.cfg.runs)))}"]
         cfg = self.loader.load_sweep_config(self.cfg, command)
         OmegaConf.set_struct(cfg, False)
         del cfg["hydra"]
-        stage, done = check_job(cfg, command)
-        return Job(folder, stage, command, dict(setting.split("=", 1) for setting in swept), done)
+        stage, seed, done = check_job(cfg, command)
+        return Job(folder, command, {"stage": stage, "settings": settings_of(command), "seed": seed}, done)
 
 
 class Grid(JobsSweeper):
@@ -114,6 +119,8 @@ class Grid(JobsSweeper):
 
     def run(self, fixed: list[str], swept: Mapping[str, Override]) -> None:
         """Launch them all, or so many at once."""
+        if self.max_batch_size is not None:
+            _check_count("max_batch_size", self.max_batch_size)
         jobs = list(itertools.product(*(_choices(key, override) for key, override in swept.items())))
         size = self.max_batch_size or len(jobs)
         for first in range(0, len(jobs), size):
@@ -130,7 +137,7 @@ class Optuna(JobsSweeper):
         self.n_trials, self.n_jobs = n_trials, n_jobs
 
     def run(self, fixed: list[str], swept: Mapping[str, Override]) -> None:
-        """Go through what an earlier session has left undone, then through what Optuna asks for."""
+        """Search alone: two sessions would take each other's trials for ones that were cut off."""
         space = {key: override for key, override in swept.items() if key != "seed"}
         seeds = _choices("seed", swept["seed"]) if "seed" in swept else []
         if not space:
@@ -138,8 +145,13 @@ class Optuna(JobsSweeper):
                 "hydra/sweeper=optuna has nothing to search; give a setting an interval, as in "
                 "'trainer.kl_coef=interval(0.01,0.5)', or several values."
             )
-        if min(self.n_trials, self.n_jobs) < 1:
-            raise UserError(f"hydra.sweeper takes n_trials and n_jobs from 1, not {self.n_trials} and {self.n_jobs}.")
+        _check_count("n_trials", self.n_trials)
+        _check_count("n_jobs", self.n_jobs)
+        with held(self.folder / ".optuna.lock", self.folder):
+            self._search(fixed, space, seeds)
+
+    def _search(self, fixed: list[str], space: Mapping[str, Override], seeds: list[str]) -> None:
+        """Go through what an earlier session has left undone, then through what Optuna asks for."""
         study, optuna = self._study([*fixed, *(o.input_line or "" for o in space.values())])
         asked = {key: _distribution(optuna, key, override) for key, override in space.items()}
         state = optuna.trial.TrialState
@@ -164,16 +176,28 @@ class Optuna(JobsSweeper):
                 study.tell(trial.number, sum(found) / len(found) if whole else None, None if whole else state.FAIL)
             left -= len(trials)
 
+    def _job(self, fixed: list[str], own: Sequence[str]) -> Job:
+        from rlhf_pipeline.sweeps import OBJECTIVES
+
+        job = super()._job(fixed, own)
+        if (stage := job.about["stage"]) not in OBJECTIVES:
+            raise UserError(
+                f"stage={stage} has no objective to search by; Optuna takes one of: {', '.join(OBJECTIVES)}."
+            )
+        return job
+
     def _study(self, asked: Sequence[str]) -> tuple[Any, Any]:
         """What is known of just this search, and the library."""
         try:
             import optuna
+            from sqlalchemy import URL
         except ImportError:
             raise UserError("a search needs Optuna: pip install 'rlhf_pipeline[optuna]'.") from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.folder.mkdir(parents=True, exist_ok=True)
         study = optuna.create_study(
-            storage=f"sqlite:///{self.folder.absolute() / 'optuna.db'}",
+            # Of a path that holds a '?', this makes no options.
+            storage=URL.create("sqlite", database=str(self.folder.absolute() / "optuna.db")).render_as_string(),
             study_name=" ".join(sorted(asked)),
             direction="maximize",
             load_if_exists=True,
@@ -198,9 +222,22 @@ def _distribution(optuna: Any, key: str, override: Override) -> Any:
     value = override.value()
     if not isinstance(value, IntervalSweep):
         return optuna.distributions.CategoricalDistribution([s.split("=", 1)[1] for s in _choices(key, override)])
-    whole = isinstance(value.start, int) and isinstance(value.end, int)
+    low, high, log = value.start, value.end, "log" in value.tags
+    assert low is not None
+    assert high is not None
+    if not -math.inf < low < high < math.inf or (log and low <= 0):
+        above = ", of a logarithm from above 0" if log else ""
+        raise UserError(
+            f"{as_typed(key)}=interval({low},{high}) holds nothing; it goes from a smaller number to a greater{above}."
+        )
+    whole = isinstance(low, int) and isinstance(high, int)
     kind = optuna.distributions.IntDistribution if whole else optuna.distributions.FloatDistribution
-    return kind(value.start, value.end, log="log" in value.tags)
+    return kind(low, high, log=log)
+
+
+def _check_count(key: str, value: object) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise UserError(f"hydra.sweeper.{key} is {value!r}; it takes a whole number from 1.")
 
 
 def _with_seeds(params: Mapping[str, Any], seeds: Sequence[str]) -> list[list[str]]:
