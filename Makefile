@@ -18,7 +18,7 @@ $(error LAUNCH=$(LAUNCH) is none of: $(STARTS))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo pretrain sft collect reward ppo evaluate chat plan pipeline report label-studio test test-label-studio bench bench-gpu kills check clean
+.PHONY: help setup demo pretrain sft collect reward ppo evaluate chat plan pipeline report label-studio test test-slow test-label-studio bench bench-gpu kills check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -62,6 +62,9 @@ $(LABEL_STUDIO_VENV)/.ready: constraints-label-studio.txt
 
 test: setup  ## the tests
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+test-slow: setup  ## what takes minutes: killed processes, models in shards, searches, submitit
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m slow $(ARGS)
 
 test-label-studio: setup $(LABEL_STUDIO_VENV)/.ready $(VENV)/.browser  ## Label Studio for real, by hand in Chromium
 	LABEL_STUDIO=$(abspath $(LABEL_STUDIO_VENV))/bin/label-studio $(BIN)/python -m pytest tests/label_studio $(ARGS)

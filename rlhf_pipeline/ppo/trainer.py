@@ -25,6 +25,7 @@ from rlhf_pipeline.ppo.actor_critic import (
 from rlhf_pipeline.ppo.checks import check_first_ratio, check_head, check_health, check_reference
 from rlhf_pipeline.ppo.config import PPOConfig, check_config, make_sampling
 from rlhf_pipeline.ppo.flow import Flow
+from rlhf_pipeline.ppo.learner import check_sharding
 from rlhf_pipeline.ppo.objective import (
     Moments,
     add_moments,
@@ -141,18 +142,7 @@ class PPOTrainer(Flow, TRLPPOTrainer):
         if self.is_fsdp_enabled:
             raise UserError("PPOTrainer does not run under FSDP; launch it with DeepSpeed, as DDP or in one process.")
         if self.is_deepspeed_enabled:
-            deep = self.accelerator.state.deepspeed_plugin.zero_stage == 3
-            if deep and self.args.cache_implementation == "static":
-                raise UserError(
-                    "under ZeRO-3 the weights never lie in one place; say trainer.cache_implementation=dynamic."
-                )
-            if self.args.max_update_kl is not None:
-                raise UserError("DeepSpeed takes no step back: drop trainer.max_update_kl, or launch it as DDP.")
-            if self.args.ptx_coef and (self.args.ptx_batch_size or 0) % self.accelerator.num_processes:
-                raise UserError(
-                    f"under DeepSpeed trainer.ptx_batch_size takes a multiple of {self.accelerator.num_processes}, the "
-                    "processes."
-                )
+            check_sharding(self.accelerator, self.args)
         if self.accelerator.mixed_precision == "fp16":
             raise UserError("fp16 is not carried out: its range is too small for PPO's ratios; use bf16.")
         if optimizer is not None:

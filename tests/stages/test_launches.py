@@ -86,7 +86,7 @@ def test_an_evaluation_and_a_collection_are_shared_out(
         assert one == two, name
 
 
-@pytest.mark.parametrize(("stage", "which"), [("sft", 1), ("ppo", 0)])
+@pytest.mark.parametrize(("stage", "which"), [pytest.param("sft", 1, marks=pytest.mark.slow), ("ppo", 0)])
 def test_a_killed_process_ends_the_others_and_the_run_goes_on(
     stage: str, which: int, miniature: Path, command_line: CommandLine, workplace: Path
 ) -> None:
@@ -128,6 +128,7 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(
                 assert other[figure] == pytest.approx(one[figure], abs=1e-5), figure
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launch", ["fsdp", "zero2", "zero3"])
 def test_a_sharded_model_learns_the_same(
     launch: str, miniature: Path, command_line: CommandLine, workplace: Path, capsys: pytest.CaptureFixture[str]
@@ -159,6 +160,7 @@ def test_a_sharded_model_learns_the_same(
     assert [row.get("loss") for row in logs[1]] == pytest.approx([row.get("loss") for row in logs[0]], abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launch", ["zero2", "zero3"])
 def test_ppo_in_shards_learns_the_same_and_goes_on_without(launch: str, miniature: Path, workplace: Path) -> None:
     """Its checkpoints are of no launch: two plain processes go on with what DeepSpeed's left."""

@@ -85,6 +85,7 @@ def test_what_has_been_trained_is_kept_where_its_measuring_fails(
     assert record["objective"] == record["results"]["held_out_reward"]
 
 
+@pytest.mark.slow
 def test_submitit_runs_each_job_in_a_process_of_its_own(runs: Path) -> None:
     """By its local executor, as it would on SLURM; what it keeps and logs holds no token."""
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="the extra slurm is not installed")
@@ -108,6 +109,7 @@ def test_submitit_runs_each_job_in_a_process_of_its_own(runs: Path) -> None:
     assert "1 of 1 jobs failed" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_search_keeps_its_trials_and_is_over_when_they_are_done(runs: Path) -> None:
     pytest.importorskip("optuna", reason="the extra optuna is not installed")
     words = ["sweep=optuna", "trainer.learning_rate=1e-4", "name=search"]

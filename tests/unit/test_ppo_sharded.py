@@ -13,7 +13,10 @@ import torch
 from test_ppo_invariance import launch
 from torch import Tensor
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
+]
 
 OPTIONS: dict[str, Any] = {
     "total_episodes": 24, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "num_mini_batches": 2,

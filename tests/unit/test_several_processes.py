@@ -1,7 +1,7 @@
 """What must change nothing: for how many processes a step's rows are cut, and into how many micro-batches."""
 
-import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -122,8 +122,8 @@ def test_a_pipeline_that_cannot_be_sharded_does_not_begin(
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    find = importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: name == "deepspeed" or find(name, *more))
+    found = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: name))
+    monkeypatch.setattr("rlhf_pipeline.launch.importlib", found)  # as if DeepSpeed were there
     assert command_line("stage=pipeline", "experiment=demo") == 2
     assert "stage=reward does not run under zero3" in capsys.readouterr().err
     assert not list(workplace.iterdir())
