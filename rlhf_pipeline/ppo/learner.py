@@ -94,6 +94,10 @@ class ShardedLearner(Learner):
         # In the order of the optimizer's state, and what it is told of each group.
         self._parameters: list[Any] = [p for group in optimizer.param_groups for p in group["params"]]
         self._sizes = [len(group["params"]) for group in optimizer.param_groups]
+        if not isinstance(optimizer, torch.optim.Adam):  # AdamW is one; of others no checkpoint would be right
+            raise UserError(
+                f"under DeepSpeed trainer.optim takes Adam's kind, as adamw_torch, not {type(optimizer).__name__}."
+            )
         config: dict[str, Any] = accelerator.state.deepspeed_plugin.deepspeed_config
         config["gradient_clipping"] = max_norm
         # The networks open autocast themselves; DeepSpeed would store them in 16 bits.
@@ -116,7 +120,7 @@ class ShardedLearner(Learner):
         return torch.as_tensor(self.network.get_global_grad_norm())
 
     def drop(self) -> None:
-        raise UserError("DeepSpeed takes no step back: leave trainer.max_update_kl out, or launch it as DDP.")
+        raise NotImplementedError("DeepSpeed takes no step back; check_sharding refuses what would need it")
 
     @contextmanager
     def whole(self, change: bool = False) -> Iterator[None]:

@@ -103,9 +103,13 @@ class PPOTrainer(Flow, TRLPPOTrainer):
             optimizers=optimizers,
         )  # fmt: skip
         self._check_launch(optimizers[0])
-        world = args.world_size = self.accelerator.num_processes
-        self.policy_model, self.value_model, self.reward_model = model, value_model, reward_model
-        self.local_rows, self.batch_rows = local_rows, local_rows * world
+        self.policy_model, self.value_model, self.reward_model, self.ref_model = (
+            model,
+            value_model,
+            reward_model,
+            ref_model,
+        )
+        self.local_rows, self.batch_rows = local_rows, local_rows * args.world_size
         self.prompts = read_prompts(train_dataset, processing_class, data_collator)
         self.eval_prompts: Prompts | None = None
         if eval_dataset is not None:
@@ -127,7 +131,6 @@ class PPOTrainer(Flow, TRLPPOTrainer):
             if isinstance(network, PreTrainedModel | PeftModel):
                 network.gradient_checkpointing_enable(checkpointing)
         self.reference = Reference(ref_model, actor, args.ref_adapter_name, args.model_adapter_name)
-        self.ref_model = ref_model
         self.kl_coef, self.moments, self.watch = args.kl_coef, Moments(), CollapseWatch(args.watch_window)
         # What a script for TRL may look at.
         self.is_peft_model, self.train_dataset = isinstance(model, PeftModel), train_dataset

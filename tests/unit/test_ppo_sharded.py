@@ -1,7 +1,6 @@
 """PPO under DeepSpeed, in two processes on the CPU: what one process makes of the same batch, saved and resumed.
 
-DeepSpeed is not among the development packages: pip install wheel setuptools, then DS_BUILD_OPS=0 pip install
---no-build-isolation 'rlhf_pipeline[gpu]'; it compiles an operation at its first start.
+DeepSpeed is not among the development packages: pip install -e '.[gpu]'. It compiles an operation at its first start.
 """
 
 import importlib.util
