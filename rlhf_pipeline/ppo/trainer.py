@@ -103,12 +103,8 @@ class PPOTrainer(Flow, TRLPPOTrainer):
             optimizers=optimizers,
         )  # fmt: skip
         self._check_launch(optimizers[0])
-        self.policy_model, self.value_model, self.reward_model, self.ref_model = (
-            model,
-            value_model,
-            reward_model,
-            ref_model,
-        )
+        self.policy_model, self.value_model = model, value_model
+        self.reward_model, self.ref_model = reward_model, ref_model
         self.local_rows, self.batch_rows = local_rows, local_rows * args.world_size
         self.prompts = read_prompts(train_dataset, processing_class, data_collator)
         self.eval_prompts: Prompts | None = None
@@ -117,11 +113,10 @@ class PPOTrainer(Flow, TRLPPOTrainer):
             self.eval_prompts = held_out.pick(range(len(held_out.ids))[: args.eval_samples])
         self.ptx = None if ptx_dataset is None else read_prompts(ptx_dataset, processing_class).ids
         self._check_prompts()
-        embeddings = language_model(model).get_input_embeddings().num_embeddings
-        self.sampling: Sampling = make_sampling(args, processing_class, embeddings)
+        known = language_model(model).get_input_embeddings().num_embeddings
+        self.sampling: Sampling = make_sampling(args, processing_class, known)
         self.sampler = make_sampler(args.cache_implementation, model)
-        tokens = min(len(processing_class), embeddings)
-        self.judge = make_judge(reward_model, tokens, args.local_rollout_forward_batch_size)
+        self.judge = make_judge(reward_model, min(len(processing_class), known), args.local_rollout_forward_batch_size)
         for network in (reward_model, ref_model):
             if isinstance(network, nn.Module):
                 network.to(self.accelerator.device)
