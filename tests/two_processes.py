@@ -10,9 +10,12 @@ import torch
 from peft import LoraConfig
 from tiny import tiny_tokenizer, trainer
 
+from rlhf_pipeline.processes import agree, join
+
 
 def main() -> None:
     """Train; process 0 leaves the weights, the log and the saved model in the folder."""
+    join()
     asked: dict[str, Any] = json.loads(sys.argv[1])
     folder = Path(asked["folder"])
     given: dict[str, Any] = {}
@@ -31,9 +34,7 @@ def main() -> None:
         if int(os.environ.get("RANK", 0)) == 0:
             torch.save({n: p.detach().clone() for n, p in ppo.model.named_parameters()}, folder / "weights.pt")
             (folder / "log.json").write_text(json.dumps(ppo.state.log_history))
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()  # or what one has left open ends the other
-        torch.distributed.destroy_process_group()
+    agree(lambda: None)  # or what one has left open ends the other
 
 
 if __name__ == "__main__":

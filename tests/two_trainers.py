@@ -1,6 +1,7 @@
 """What each process of a test under torchrun does: every trainer of ours on a few rows, in as many processes."""
 
-import os
+import atexit
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from tiny_rewards import reward_args, tiny_config
 from transformers import DataCollatorWithPadding, GPT2ForSequenceClassification, GPT2LMHeadModel
 from trl import SFTConfig
 
+from rlhf_pipeline.launch import processes, rank
 from rlhf_pipeline.policies import train_tokenizer
+from rlhf_pipeline.processes import agree, join
 from rlhf_pipeline.stages.batching import OrderedSFTTrainer
 from rlhf_pipeline.stages.classification import ClassifierTrainer, LanguageClassifierTrainer
 from rlhf_pipeline.stages.comparisons import Comparison, ComparisonTrainer
@@ -80,12 +83,20 @@ _SHARED = ("gradient_checkpointing", "dataloader_pin_memory", "bf16", "report_to
 
 
 def main() -> None:
-    """Process 0 leaves what came of it in the folder."""
+    """Process 0 leaves what came of it in the folder, each the threads that it ends with."""
     folder = Path(sys.argv[1])
-    found = results(folder, int(os.environ["WORLD_SIZE"]))
-    if os.environ["RANK"] == "0":
+    atexit.register(note_threads, folder / f"threads{rank()}.json")  # the first to be registered comes last
+    join()
+    found = results(folder, processes())
+    if rank() == 0:
         torch.save(found, folder / "results.pt")
-    torch.distributed.destroy_process_group()
+    agree(lambda: None)
+
+
+def note_threads(file: Path) -> None:
+    """By the names that their makers gave them; Linux alone tells."""
+    tasks = Path("/proc/self/task")
+    file.write_text(json.dumps([(task / "comm").read_text().strip() for task in tasks.glob("*")]))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What must change nothing: for how many processes a step's rows are cut, and into how many micro-batches."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,7 +41,11 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict
     folder = tmp_path_factory.mktemp("two")
     done = run(torchrun(2, str(ROOT / "tests" / "two_trainers.py"), str(folder)))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return {"processes": torch.load(folder / "results.pt"), "micro-batches": results(folder, 1, accumulated=2)}
+    return {
+        "processes": torch.load(folder / "results.pt"),
+        "micro-batches": results(folder, 1, accumulated=2),
+        "threads": {rank: json.loads((folder / f"threads{rank}.json").read_text()) for rank in range(2)},
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -57,6 +62,14 @@ def test_how_a_step_is_cut_changes_nothing(kind: str, cut: str, one: dict[str, A
     for a, b in zip(expected["rows"][:-1], found["rows"][:-1], strict=True):
         for name in a.keys() & set(whole):
             assert b[name] == pytest.approx(a[name], abs=2e-5, rel=1e-5), name
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="the names of threads are read from Linux's /proc")
+def test_no_connection_outlives_the_run(others: dict[str, Any]) -> None:
+    """A thread of gloo's that has a tensor in hand while the interpreter ends aborts the process."""
+    for names in others["threads"].values():
+        assert names
+        assert not [name for name in names if "gloo" in name]
 
 
 def test_a_resumed_run_takes_as_many_rows_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
