@@ -35,6 +35,7 @@ class Work:
     mean_response: float
     bf16: bool
     checkpointing: bool
+    keeps_whole: bool = False  # beside what is kept in bf16 its last digits, where main memory is what counts
 
     @property
     def width(self) -> int:
@@ -105,8 +106,8 @@ def _held(roles: Roles, work: Work, how: Sharding, base: float) -> Parts:
     policy, critic = roles.policy, roles.critic
     parts = {
         "process": base,
-        "weights": _FP32 * (policy.parameters + roles.value_head) / how.weights,
-        "critic": _FP32 * critic.parameters / how.weights if critic else 0,
+        "weights": _FP32 * (policy.parameters + roles.value_head) / how.weights - _saved(policy, work, how),
+        "critic": _FP32 * critic.parameters / how.weights - _saved(critic, work, how) if critic else 0,
         "reference": reference_bytes(roles, work.bf16),
         "reward": _FP32 * roles.reward,
         "Adam": _ADAM * roles.trained / how.adam,
@@ -117,8 +118,13 @@ def _held(roles: Roles, work: Work, how: Sharding, base: float) -> Parts:
     return {name: size for name, size in parts.items() if size}
 
 
+def _saved(network: Network, work: Work, how: Sharding) -> float:
+    """What weights under an adapter take less for being kept in bf16, which under ZeRO they are not."""
+    return (_FP32 * (not work.keeps_whole) - _BF16) * network.halved if how.adam == 1 else 0
+
+
 def reference_bytes(roles: Roles, bf16: bool) -> float:
-    """A frozen copy; under autocast its matrices are kept in bf16 (`actor_critic._store_in_bf16`)."""
+    """A frozen copy; under autocast its matrices are kept in bf16 (`adapters.store_in_bf16`)."""
     if not roles.reference:
         return 0
     return _FP32 * roles.reference - (_FP32 - _BF16) * roles.policy.matrices * bf16

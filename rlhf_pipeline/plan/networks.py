@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
+from rlhf_pipeline.adapters import store_in_bf16
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.likelihood import language_model, trunk
 from rlhf_pipeline.precision import fuse_gelu
@@ -36,6 +37,7 @@ class Network:
     tied: bool  # the output head is the input embeddings
     matrices: int  # those that each token is multiplied by, the head apart
     matrices_trained: int
+    halved: int  # those that are kept in bf16, under an adapter
     attention: int  # layers x heads x width of a head
     largest: int  # of its largest layer, or its embeddings
     cache: int  # bytes of keys and values a token, in fp32
@@ -57,7 +59,7 @@ def count_policy(config: Any, tokens: int, bf16: bool, lora: Any = None) -> Netw
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         if lora is not None:
             model = get_peft_model(model, copy.deepcopy(lora))
-    return _count(model, tokens, bf16)
+    return _count(model, tokens, bf16, lora is not None)
 
 
 def count_critic(config: Any, tokens: int, bf16: bool, lora: Any = None) -> Network:
@@ -73,7 +75,7 @@ def count_critic(config: Any, tokens: int, bf16: bool, lora: Any = None) -> Netw
             own = copy.deepcopy(lora)
             own.task_type, own.modules_to_save = "SEQ_CLS", ["score"]
             model = get_peft_model(model, own)
-    return _count(model, tokens, bf16)
+    return _count(model, tokens, bf16, lora is not None)
 
 
 def count_classifier(config: Any) -> int:
@@ -83,7 +85,7 @@ def count_classifier(config: Any) -> int:
     return _size(model.parameters())
 
 
-def _count(model: Any, tokens: int, bf16: bool) -> Network:
+def _count(model: Any, tokens: int, bf16: bool, adapted: bool) -> Network:
     inner, body = language_model(model), trunk(model)
     config = inner.config.get_text_config()
     head, embeddings = inner.get_output_embeddings(), inner.get_input_embeddings().weight
@@ -105,6 +107,9 @@ def _count(model: Any, tokens: int, bf16: bool) -> Network:
     }
     fuse_gelu(model)
     model.eval()  # the trainer switches dropout off
+    if bf16 and adapted:
+        store_in_bf16(model)
+    numbers["halved"] = _size(p for p in model.parameters() if p.dtype == torch.bfloat16)
     with FakeTensorMode():
         _give_fake_weights(model)
         one, two = (_kept(body, rows, tokens, bf16) for rows in (1, 2))

@@ -12,8 +12,8 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from rlhf_pipeline.adapters import store_in_bf16
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.likelihood import language_model, response_states, token_likelihood, trunk
 from rlhf_pipeline.precision import autocast
@@ -157,7 +157,7 @@ class Reference:
             mine, other = actor.policy.state_dict(), model.state_dict()
             self.same = mine.keys() == other.keys() and all(torch.equal(mine[k], other[k].to(mine[k])) for k in mine)
             if actor.bf16:
-                _store_in_bf16(model)
+                store_in_bf16(model)
 
     @torch.no_grad()
     def log_probs(self, batch: Batch, sampling: Sampling) -> Tensor:
@@ -185,11 +185,3 @@ def _adds_nothing(policy: Any) -> bool:
     """Whether a policy's adapter changes none of its numbers."""
     trained = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
     return all("lora_A" in name or ("lora_B" in name and not p.any()) for name, p in trained)
-
-
-def _store_in_bf16(model: PreTrainedModel) -> None:
-    """Keep in bf16 the weights that autocast would round for each product anyway: half the memory, the same numbers."""
-    head = model.get_output_embeddings()
-    for module in model.modules():
-        if isinstance(module, nn.Linear | Conv1D) and module is not head:
-            module.to(torch.bfloat16)

@@ -1,6 +1,5 @@
 """Where a PPO run's state goes: checkpoints to resume from, and the policy as others open it."""
 
-import copy
 import os
 import shutil
 from pathlib import Path
@@ -11,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from rlhf_pipeline.adapters import merged
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.likelihood import language_model
 from rlhf_pipeline.ppo.actor_critic import ActorCritic
@@ -57,7 +57,7 @@ def save_policy(
     """
     policy: Any = actor.policy
     if isinstance(policy, PeftModel) and merge:
-        policy = copy.deepcopy(policy).merge_and_unload()
+        policy = merged(policy)
     inner = language_model(policy)
     before, inner.generation_config = inner.generation_config, generation
     try:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl
 from trl.experimental.ppo import PPOTrainer as TRLPPOTrainer
 
+from rlhf_pipeline.adapters import freeze_in_bf16
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.launch import sharding
 from rlhf_pipeline.likelihood import language_model
 from rlhf_pipeline.ppo.actor_critic import (
     ActorCritic,
@@ -385,4 +387,8 @@ def _networks(
             fuse_gelu(network)
     if with_master_weights(model, ref_model, value_model):
         print("weights stored in 16 bits are trained as fp32", flush=True)
+    if args.bf16 and sharding() is None:
+        for network in (model, value_model):
+            if isinstance(network, PeftModel):
+                freeze_in_bf16(network, keep=network is model and args.should_save)
     return model, ref_model, value_model

@@ -25,6 +25,7 @@ from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.stages.common import quiet
 from rlhf_pipeline.tables import plan_table
 
+_FEW = 8  # responses that are rolled out at once, where memory is short
 _LONGEST_PROMPT = 256  # tokens, where neither the data nor the user says
 
 
@@ -100,6 +101,7 @@ def prepared(settings: Settings, config: Any, reward: int) -> tuple[PPOConfig, W
         args.local_rollout_forward_batch_size, prompt, args.response_length, mean,
         ((args.min_response_length or args.response_length) + args.response_length) / 2,
         bool(bf16), args.gradient_checkpointing,
+        asked.gpu == "cpu" and not str(getattr(config, "dtype", None)).endswith("bfloat16"),
     )  # fmt: skip
     adapter = lora_config(settings.policy)
     policy = count_policy(config, work.width, work.bf16, adapter)
@@ -173,6 +175,8 @@ def smaller(settings: Settings) -> dict[str, Settings]:
         changes.append({"critic": "shared"})
     if not trainer.get("gradient_checkpointing"):
         changes.append({"gradient_checkpointing": True})
+    if trainer.get("local_rollout_forward_batch_size", 64) > _FEW:
+        changes.append({"local_rollout_forward_batch_size": _FEW})
     if rows > 1:
         changes.append({"per_device_train_batch_size": 1, "gradient_accumulation_steps": rows * parts})
     found, all_of_them = dict[str, Settings](), settings

@@ -9,9 +9,10 @@ import tempfile
 from typing import Any
 
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from trl import SFTConfig
 
+from rlhf_pipeline.adapters import freeze_in_bf16, merged
 from rlhf_pipeline.atomic import read_jsonl
 from rlhf_pipeline.data import fingerprint, texts
 from rlhf_pipeline.encoding import conversational, demonstrations
@@ -46,13 +47,17 @@ def run(settings: Settings, out: RunDir) -> None:
         ids, learnt = [lesson.ids for lesson in lessons], [lesson.learnt for lesson in lessons]
         return Dataset.from_dict({"input_ids": ids, "completion_mask": learnt})
 
+    model, adapter = policy.model, lora_config(settings.policy)
+    if adapter is not None and args.bf16 and not settings.policy.get("quantize"):
+        model, adapter = get_peft_model(model, adapter), None
+        freeze_in_bf16(model, keep=out.leads)
     trainer = OrderedSFTTrainer(
-        policy.model,
+        model,
         args,
         train_dataset=dataset(rows.train, settings.seed),
         eval_dataset=dataset(rows.test, settings.seed + 1),
         processing_class=policy.tokenizer,
-        peft_config=lora_config(settings.policy),
+        peft_config=adapter,
     )
     checkpoint = watch(trainer, out)
     logged = [row for row in read_jsonl(out.path / "metrics.jsonl") if row["step"] == 0]
@@ -63,12 +68,12 @@ def run(settings: Settings, out: RunDir) -> None:
     weights = sharded_weights(trainer)
     if not out.leads:
         return
-    out.save_model(functools.partial(merged(trainer.model, policy, where).save, weights=weights))
+    out.save_model(functools.partial(alone(trainer.model, policy, where).save, weights=weights))
     results = {"eval_loss": loss, "eval_loss_before": before, "eval_perplexity": math.exp(loss)}
     out.finish(results, objective=-loss)
 
 
-def merged(trained: Any, policy: Policy, where: str) -> Policy:
+def alone(trained: Any, policy: Policy, where: str) -> Policy:
     """The policy with its adapter merged in: it stands alone, and the next stage may put its own adapter in.
 
     Into quantized weights nothing can be merged exactly, so the whole ones are opened again for it.
@@ -76,7 +81,7 @@ def merged(trained: Any, policy: Policy, where: str) -> Policy:
     if not isinstance(trained, PeftModel):
         return policy
     if not getattr(policy.model, "is_quantized", False):
-        return Policy(trained.merge_and_unload(), policy.tokenizer)
+        return Policy(merged(trained), policy.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         trained.save_pretrained(folder)
         base = open_policy(where).model

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from conftest import MINIATURE, CommandLine
 from safetensors.torch import load_file
 
 from rlhf_pipeline import precision
+from rlhf_pipeline.adapters import freeze_in_bf16
 from rlhf_pipeline.atomic import read_jsonl
 
 
@@ -30,3 +32,30 @@ def test_every_stage_computes_in_bf16_where_it_is_native(
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
     first = read_jsonl(mine / "ppo" / "metrics.jsonl")[0]
     assert first["objective/kl"] == 0
+
+
+def test_an_adapter_on_frozen_weights_in_bf16_learns_as_on_whole_ones(
+    miniature: Path, command_line: CommandLine, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And SFT merges it into all their digits."""
+    asked = [
+        "stage=sft", "experiment=demo", f"policy.path={miniature / 'pretrain'}", "data.limit=40", "trainer.bf16=true",
+        "policy.lora.r=4", "policy.lora.target_modules=[c_attn]", "trainer.learning_rate=1e-2", "trainer.max_steps=2",
+    ]  # fmt: skip
+    stored: list[int] = []
+
+    def freeze(model: Any, keep: bool) -> None:
+        freeze_in_bf16(model, keep)
+        stored.append(sum(p.dtype == torch.bfloat16 for p in model.parameters()))
+
+    monkeypatch.setattr("rlhf_pipeline.stages.sft.freeze_in_bf16", freeze)
+    assert command_line(*asked, "name=half") == 0
+    assert stored == [32]  # weights and biases of four matrices in each of four layers
+    monkeypatch.setattr("rlhf_pipeline.stages.sft.freeze_in_bf16", lambda model, keep: None)
+    assert command_line(*asked, "name=whole") == 0
+    half, whole = (load_file(f"runs/{name}/sft/model/model.safetensors") for name in ("half", "whole"))
+    base = load_file(miniature / "pretrain" / "model" / "model.safetensors")
+    assert any(not torch.equal(half[name], base[name]) for name in base)
+    for name, tensor in half.items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, whole[name]), name

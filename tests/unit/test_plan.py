@@ -89,7 +89,7 @@ def test_what_is_no_causal_language_model_is_refused() -> None:
 # By hand: 2 layers of width 4, a vocabulary of 10, tied.
 POLICY = Network(
     parameters=500, trained=500, layers=2, width=4, vocabulary=10, head=40, head_trained=True, tied=True, matrices=400,
-    matrices_trained=400, attention=8, largest=200, cache=64, kept=1000, copies=0,
+    matrices_trained=400, halved=0, attention=8, largest=200, cache=64, kept=1000, copies=0,
 )  # fmt: skip
 WORK = Work(
     rows=8, micro=4, minibatches=1, epochs=2, at_once=8, prompt=3, response=5, mean_prompt=3, mean_response=5,
@@ -138,6 +138,26 @@ def test_a_critic_of_its_own_and_an_adapter() -> None:
     assert "reference" not in found["rollout"]
     assert found["rollout"]["Adam"] == 8 * 35
     assert found["update: end"]["gradients"] == 4 * 35
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_what_lies_under_an_adapter_is_kept_in_bf16(critic: str, tmp_path: Path) -> None:
+    """As the trainer's own networks are; the backward pass then keeps no copies of it."""
+    ppo = trainer(tiny_tokenizer(), tmp_path, critic=critic, given={"peft_config": LoraConfig(**ADAPTER)}, bf16=True)
+    networks = [ppo.policy_model, *([ppo.value_model] if critic == "separate" else [])]
+    counts = [count_policy(ppo.model.config, 8, True, LoraConfig(**ADAPTER))]
+    counts += [count_critic(ppo.model.config, 8, True, LoraConfig(**ADAPTER))] if critic == "separate" else []
+    for network, found in zip(networks, counts, strict=True):
+        held = sum(p.numel() * p.element_size() for p in network.parameters())
+        assert 0 < found.halved < found.parameters
+        assert 4 * found.parameters - 2 * found.halved == held
+        assert found.copies < 2 * found.matrices / 4
+    roles, work = Roles(counts[0], None, 0, 0), replace(WORK, bf16=True)
+    head, saved = 4 * roles.value_head, 2 * counts[0].halved
+    by_launch = {name: moments(roles, work, sharding(name, 2))["rollout"]["weights"] for name in ("single", "zero2")}
+    assert by_launch == {"single": 4 * counts[0].parameters - saved + head, "zero2": 4 * counts[0].parameters + head}
+    on_a_cpu = moments(roles, replace(work, keeps_whole=True), sharding("single", 1))["rollout"]["weights"]
+    assert on_a_cpu == by_launch["single"] + 2 * saved
 
 
 def test_what_a_launch_divides() -> None:
@@ -230,7 +250,8 @@ def test_what_does_not_fit_is_told_what_would_help(
     assert command_line(*asked, "trainer.response_length=16") == 0
     said = capsys.readouterr().out
     assert "none; what would need less" in said
-    for part in ("trainer.gradient_checkpointing=true:", "policy.lora.r=8:", "per_device_train_batch_size=1"):
+    few = "trainer.local_rollout_forward_batch_size=8:"
+    for part in ("trainer.gradient_checkpointing=true:", few, "policy.lora.r=8:", "per_device_train_batch_size=1"):
         assert part in said
 
 
