@@ -4,14 +4,15 @@ Answers are compared by its tags Pairwise ("left" or "right") and Ranker (one li
 and drafts are no labels.
 """
 
+import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from rlhf_pipeline.formats.files import RowError
-from rlhf_pipeline.formats.given import Given, judged, name
+from rlhf_pipeline.formats.given import Given, judged, name, person
 from rlhf_pipeline.formats.row import Columns, Row, number, renamed
 from rlhf_pipeline.records import Judgement, Prompt
 
@@ -34,6 +35,7 @@ _SIDES = (
 )  # fmt: skip
 _ANSWER = re.compile(rf"(?:{'|'.join(_STEMS)})_?(?:[0-9]+|[a-z])")
 _PROMPTS = ("prompt", "instruction", "question", "query", "input", "context", "messages", "conversation", "dialogue")
+_SHOWN = {*_PROMPTS, *itertools.chain(*_SIDES)}
 # What the exports with an annotation a row write beside the data and the label; `task` is our own.
 _ABOUT = ("id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "agreement", "history", "task")
 
@@ -84,9 +86,9 @@ def read_task(row: Row, reading: Reading) -> Iterator[Given]:
 def _annotation(row: Row, annotation: Any, data: dict[str, Any], task: str | None, reading: Reading) -> Given:
     if not isinstance(annotation, dict):
         return Given("rejected", row, why="an annotation is not an object", task=task)
-    by = annotation.get("completed_by")
-    who = (name(by.get("email")) or name(by.get("id"))) if isinstance(by, dict) else name(by)
-    key, when = _identity(row, task, who), _date(annotation)
+    who = person(annotation.get("completed_by"))
+    shown = _shown(Row(row.path, row.number, data, row.needs), reading)
+    key, when = _identity(row, task, who, shown), _date(annotation)
     if any(annotation.get(word) for word in ("was_cancelled", "was_skipped", "skipped")):
         return Given("skipped", row, task=task, annotator=who, key=key, when=when)
     try:
@@ -103,8 +105,8 @@ def _annotation(row: Row, annotation: Any, data: dict[str, Any], task: str | Non
 def read_annotation(row: Row, reading: Reading) -> Given:
     """The annotation that a row of JSON_MIN, CSV or TSV holds; `row` has our names of columns."""
     fields = row.fields
-    task, who = name(fields.get("task")) or name(fields.get("id")), name(fields.get("annotator"))
-    key, when = _identity(row, task, who), _date(fields)
+    task, who = name(fields.get("task")) or name(fields.get("id")), person(_decoded(fields.get("annotator")))
+    key, when = _identity(row, task, who, _shown(row, reading)), _date(fields)
     try:
         values = _column_values(row)
         if not values and not name(fields.get("annotation_id")):
@@ -122,9 +124,16 @@ def read_annotation(row: Row, reading: Reading) -> Given:
     return Given("judged", row, judgement, task=task, annotator=who, key=key, when=when)
 
 
-def _identity(row: Row, task: str | None, who: str | None) -> tuple[str, str] | None:
+def _identity(row: Row, task: str | None, who: str | None, shown: int) -> Hashable:
     known = name(row.fields.get("id")) or task  # the data's own `task` may be a kind of work
-    return (known, who) if known and who else None
+    return (known, who, shown) if known and who else None
+
+
+def _shown(row: Row, reading: Reading) -> int:
+    """A hash of the prompt and the answers: every server counts its tasks and its people from 1."""
+    named = {theirs for ours, theirs in reading.columns.items() if ours != "label"}
+    cells = [(k, cell) for k, cell in row.fields.items() if k in named or k in _SHOWN or _ANSWER.fullmatch(k)]
+    return hash(repr((sorted(cells, key=lambda cell: cell[0]), _items(row))))
 
 
 def _date(fields: Mapping[str, Any]) -> str:
@@ -297,7 +306,8 @@ def _items(row: Row) -> dict[str, Any] | None:
 
 def _text(row: Row, items: Mapping[str, Any], item: str) -> str:
     held = items.get(item) or {}
-    texts = [text for text in (held.get("body"), held.get("title"), row.fields.get(item)) if isinstance(text, str)]
+    found = [*map(held.get, ("body", "html", "title")), row.fields.get(item)]
+    texts = [text for text in found if isinstance(text, str)]
     if not texts:
         known = ", ".join(items) or ", ".join(row.fields)
         raise row.error(f"'{item[:40]}' is the id of no answer, or of two; there are {known[:200]}")
