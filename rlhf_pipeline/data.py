@@ -282,8 +282,10 @@ def _groups(rows: Sequence[Row]) -> list[str]:
             if answer.strip():
                 holding[answer].append(place)
     joined = [whole(rows[alike[head]]) for head in connected(len(alike), holding.values())]
-    if shared_group(joined) is not None:  # by an answer that is given to everything
-        joined = [whole(rows[number]) for number in alike]
+    if shared_group(joined) is not None:  # one answer is given to everything, or it is a prompt like any other
+        if len(set(groups)) > 1:
+            return groups
+        joined = [whole(row) for row in rows]
     for number, group in zip(alike, joined, strict=True):
         groups[number] = group
     return groups

@@ -147,6 +147,13 @@ def test_without_a_prompt_of_their_own_pairs_of_one_answer_stay_on_one_side(
     assert 0 < len(test) < 40, "an answer that is given to everything joins nothing"
 
 
+def test_a_prompt_with_most_of_the_pairs_is_a_prompt_like_any_other(tmp_path: Path) -> None:
+    many = [{"prompt": "much asked", "chosen": f"a{i}", "rejected": f"a{j}"} for i in range(9) for j in range(i)]
+    few = [{"prompt": f"p {i}", "chosen": "x", "rejected": "y"} for i in range(20)]
+    train, test = ({row.prompt for row in side} for side in sides(preferences_file(tmp_path / "a.jsonl", *many, *few)))
+    assert (len(train) + len(test), train & test) == (21, set())
+
+
 def test_prompts_held_out_and_learnt_from_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     learnt = preferences_file(tmp_path / "a.jsonl", *pairs(5))
     rows = [{"prompt": prompt, "chosen": "x", "rejected": "y"} for prompt in ("p 0", "q")]
