@@ -4,7 +4,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,15 @@ def read_judgements(
 
     `buckets` are the names of a Ranker's buckets, best first. What was submitted as it was shown in less than
     `untouched_seconds` is set aside. Of what one person said of the same answers to a task the newest counts, be it in
-    one file or in several. A file with no judgement at all is an error.
+    one file or in several. Of several sheets each is an annotator, unless it names them. A file with no judgement at
+    all is an error.
     """
     if buckets is not None and (len(buckets) < 2 or len(set(buckets)) < len(buckets)):
         raise UserError(f"data.buckets is {buckets}; it takes two or more different names, best first.")
     reading = label_studio.Reading(columns or {}, buckets, untouched_seconds)
-    files = [_file(path, reading) for path in ([paths] if isinstance(paths, Path) else paths)]
-    return _judged([found for given in files for found in given])
+    if isinstance(paths, Path):
+        return _judged(_file(paths, reading))
+    return _judged([_signed(found) for path in paths for found in _file(path, reading)])
 
 
 def _file(path: Path, reading: label_studio.Reading) -> list[Given]:
@@ -62,6 +64,13 @@ def _file(path: Path, reading: label_studio.Reading) -> list[Given]:
     if held.rejected:
         _LOG.warning("%s: %s%s", path, said, _reasons(held.rejected))
     return given
+
+
+def _signed(found: Given) -> Given:
+    if found.judgement is None or found.annotator is not None or not preferences.is_sheet(found.row):
+        return found
+    who = str(found.row.path)
+    return replace(found, annotator=who, judgement=replace(found.judgement, annotator=who))
 
 
 def _judged(given: Sequence[Given]) -> Judged:

@@ -103,6 +103,17 @@ def test_labels_of_several_files_are_settled_together(tmp_path: Path) -> None:
     assert again == rows, "a file named twice counts once"
 
 
+def test_of_several_sheets_each_is_an_annotator(tmp_path: Path) -> None:
+    paths = [tmp_path / "a.csv", tmp_path / "b.csv"]
+    for path, ranks in zip(paths, ("1,2", "2,1"), strict=True):
+        lines = [f"t{n},p {n},x,y,{'1,2' if n < 15 else ranks}\n" for n in range(20)]
+        path.write_text("task,prompt,answer1,answer2,rank1,rank2\n" + "".join(lines))
+    choice = {"name": "preferences", "path": [str(path) for path in paths], "test_share": 0.3}
+    labels = data.load_data(choice, seed=0).labels
+    assert labels is not None
+    assert (labels.summary["annotators"], labels.summary["agreement"], labels.summary["contradictions"]) == (2, 0.75, 5)
+
+
 def test_labels_held_out_in_a_file_of_their_own(tmp_path: Path) -> None:
     learnt = preferences_file(tmp_path / "a.jsonl", *pairs(5))
     held_out = preferences_file(tmp_path / "b.jsonl", {"prompt": "q", "responses": ["a", "b", "c"], "ranks": [2, 1, 2]})
