@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from rlhf_pipeline.formats.given import Given, judged, name
-from rlhf_pipeline.formats.row import Row, number
+from rlhf_pipeline.formats.row import Row, decoded, number
 from rlhf_pipeline.formats.tasks import FORMULA
 from rlhf_pipeline.records import Judgement, Prompt, Turn
 
@@ -38,11 +38,13 @@ def sheet(row: Row) -> Given | None:
 
 def ranking(row: Row) -> Given:
     """Answers with the ranks that they were given, else best first."""
+    lists = {key: decoded(cell) for key, cell in row.fields.items() if key in ("responses", "ranked", "ranks")}
+    row = Row(row.path, row.number, {**row.fields, **lists}, row.needs)
     ranked = row.has("ranked")
     answers = row.texts("ranked" if ranked else "responses", at_least=2)
     given = row.fields.get("ranks")
     ranks: Sequence[float | None] = range(1, len(answers) + 1)
-    if given is not None:
+    if given not in (None, ""):
         if not isinstance(given, list) or len(given) != len(answers):
             raise row.error(f"'ranks' is not a list of {len(answers)} numbers, one to each response")
         ranks = [_rank(Row(row.path, row.number, {"ranks": value}, row.needs), "ranks") for value in given]

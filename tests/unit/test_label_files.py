@@ -245,6 +245,19 @@ def test_the_newest_word_counts_in_several_files_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("2026-01-01T00:00:00Z", "2026-01-01T00:00:00.5Z"),
+        ("2026-01-01T08:00:00.000001+08:00", "2026-01-01T00:00:01Z"),
+        ("", "2026-01-01T00:00:00Z"),
+    ],
+)
+def test_the_newest_is_told_by_the_time_not_by_how_it_is_written(tmp_path: Path, first: str, second: str) -> None:
+    row = task(annotation(RIGHT, updated_at=second), annotation(LEFT, updated_at=first))
+    assert [j.ranks for j in read(tmp_path, row).judgements] == [(2, 1)]
+
+
+@pytest.mark.parametrize(
     ("result", "about", "kept"),
     [
         (ranker(["answer1", "answer2", "answer3"]), {"lead_time": 1.94}, False),
@@ -447,6 +460,12 @@ def test_ranked_lists_with_and_without_ranks(tmp_path: Path) -> None:
         f"'ranks' is {'1' + '0' * 39!r}, not a number",
         "'ranked' is not a list of 2 or more texts",
     ]
+
+
+def test_ranked_lists_in_a_sheet_stand_as_json(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('prompt,responses,ranks\np,"[""x"", ""[1]""]","[2, 1]"\nq,"[""x"", ""y""]",\n')
+    found = read_judgements(tmp_path / "a.csv")
+    assert found.judgements == [Judgement("p", ("x", "[1]"), (2, 1)), Judgement("q", ("x", "y"), (1, 2))]
 
 
 def test_a_category_and_one_annotator_for_all_are_no_repeats(tmp_path: Path) -> None:
