@@ -1,9 +1,10 @@
 """The registry of data sets: locate, read, split, limit."""
 
 import hashlib
+import logging
 import random
 import typing
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ from typing import Any, Generic, TypeVar
 from rlhf_pipeline import formats
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import explained, is_hub_id
-from rlhf_pipeline.labels import Labels, settle
+from rlhf_pipeline.labels import Labels, connected, settle
 from rlhf_pipeline.python_code import source_files
 from rlhf_pipeline.records import Code, Demonstration, Dialogue, Labelled, Preference, Prompt, Ranking, Row, Text
 from rlhf_pipeline.registry import Registry
@@ -21,6 +22,7 @@ from rlhf_pipeline.registry import Registry
 R = TypeVar("R", bound=Row)
 S = TypeVar("S")
 
+_LOG = logging.getLogger("rlhf_pipeline")
 IMDB = "stanfordnlp/imdb"  # on the hub
 
 
@@ -120,6 +122,7 @@ def preferences(
         split = _split(rows, test_share)
         return Splits(split.train, split.test, labels)
     held_out, test_labels = read([test_path])
+    _say_learnt(rows, held_out, test_path)
     return Splits(rows, held_out, Labels(labels.summary, labels.rejected + test_labels.rejected))
 
 
@@ -264,6 +267,39 @@ def _group(row: Row) -> str:
     return whole(row)
 
 
+def _groups(rows: Sequence[Row]) -> list[str]:
+    """The group of every row: prompts that differ in white space are one, as the first of them has it.
+
+    Where there is no prompt that tells rows apart, those that have an answer in common are one.
+    """
+    first: dict[str, str] = {}
+    groups = [first.setdefault(" ".join(group.split()), group) for group in map(_group, rows)]
+    shared = shared_group(groups)
+    alike = [n for n, row in enumerate(rows) if groups[n] == shared or not getattr(row, "prompt", True)]
+    holding: dict[str, list[int]] = defaultdict(list)
+    for place, number in enumerate(alike):
+        for answer in _answers(rows[number]):
+            if answer.strip():
+                holding[answer].append(place)
+    joined = [whole(rows[alike[head]]) for head in connected(len(alike), holding.values())]
+    if shared_group(joined) is not None:  # one answer is given to everything, or it is a prompt like any other
+        if len(set(groups)) > 1:
+            return groups
+        joined = [whole(row) for row in rows]
+    for number, group in zip(alike, joined, strict=True):
+        groups[number] = group
+    return groups
+
+
+def _answers(row: Row) -> tuple[str, ...]:
+    match row:
+        case Preference(chosen=chosen, rejected=rejected):
+            return (chosen, rejected)
+        case Ranking(responses=responses):
+            return responses
+    return ()
+
+
 def shared_group(groups: Sequence[Any]) -> Any:
     """What more than half of all rows have as their prompt, if anything: an instruction, not what tells them apart."""
     most, count = Counter(groups).most_common(1)[0] if groups else (None, 0)
@@ -277,9 +313,7 @@ def _split(rows: list[R], share: float) -> Splits[R]:
     """
     if not 0 < share < 1:
         raise UserError(f"data.test_share is {share}; it takes a number between 0 and 1.")
-    groups = [_group(row) for row in rows]
-    shared = shared_group(groups)
-    groups = [whole(row) if group == shared else group for row, group in zip(rows, groups, strict=True)]
+    groups = _groups(rows)
     places = [int(hashlib.sha256(group.encode()).hexdigest()[:8], 16) / 16**8 for group in groups]
     least = min(places, default=0.0) if len(set(places)) > 1 else 0.0
     held_out = [place < share or place <= least for place in places]
@@ -287,17 +321,24 @@ def _split(rows: list[R], share: float) -> Splits[R]:
     return Splits([row for row, out in pairs if not out], [row for row, out in pairs if out])
 
 
+def _say_learnt(rows: Sequence[Row], held_out: Sequence[Row], path: str) -> None:
+    """Warn where a file of its own holds out prompts that are learnt from; one that most rows share is no matter."""
+    groups = [_group(row) for row in rows]
+    known = set(groups) - {shared_group(groups)}
+    if learnt := sum(_group(row) in known for row in held_out):
+        _LOG.warning("%d of the %d rows in %s have a prompt that is learnt from too", learnt, len(held_out), path)
+
+
 def _judged(paths: Sequence[str], **how: Any) -> tuple[list[Preference | Ranking], Labels]:
     """The judgements of all files, settled together."""
-    read = [formats.read_judgements(Path(path).expanduser(), **how) for path in dict.fromkeys(paths)]
-    rows, summary = settle([judgement for file in read for judgement in file.judgements])
+    read = formats.read_judgements([Path(path).expanduser() for path in dict.fromkeys(paths)], **how)
+    rows, summary = settle(read.judgements)
     if not rows:
         raise UserError(
             f"{', '.join(paths)}: {summary['judgements']} judgements, and none prefers one answer to a different one."
         )
-    counts = sum((Counter(file.counts) for file in read), Counter())
-    apart = {key: counts[key] for key in ("skipped", "unlabelled", "superseded", "rejected")}
-    return rows, Labels({**summary, **apart}, [row for file in read for row in file.rejected])
+    apart = {key: read.counts[key] for key in ("skipped", "unlabelled", "superseded", "rejected")}
+    return rows, Labels({**summary, **apart}, read.rejected)
 
 
 def _from_files(read: Callable[[Path], list[R]], path: str, test_path: str | None, share: float) -> Splits[R]:

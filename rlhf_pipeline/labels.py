@@ -36,7 +36,7 @@ def settle(judgements: Sequence[Judgement]) -> tuple[list[Preference | Ranking],
     for number, judgement in enumerate(judgements):
         for pair in _pairs(judgement.prompt, places[number]):
             votes[pair].append((number, _sign(places[number][pair[2]] - places[number][pair[1]])))
-    heads = _joined(len(judgements), votes.values())
+    heads = connected(len(judgements), ([number for number, _ in given] for given in votes.values()))
     contradicted = [given for given in votes.values() if {1, -1} <= {sign for _, sign in given}]
     disputed = {heads[given[0][0]] for given in contradicted}
     groups: dict[int, list[int]] = defaultdict(list)
@@ -136,8 +136,8 @@ def _sign(difference: float) -> int:
     return (difference > 0) - (difference < 0)
 
 
-def _joined(count: int, votes: Iterable[_Votes]) -> list[int]:
-    """For every judgement the first of those that it bears on, by way of others too (union-find)."""
+def connected(count: int, groups: Iterable[Sequence[int]]) -> list[int]:
+    """For every number below `count` the first that it is in a group with, by way of others too (union-find)."""
     head = list(range(count))
 
     def of(number: int) -> int:
@@ -146,9 +146,9 @@ def _joined(count: int, votes: Iterable[_Votes]) -> list[int]:
             number = head[number]
         return number
 
-    for given in votes:
-        first = of(given[0][0])
-        for number, _ in given[1:]:
+    for group in groups:
+        first = of(group[0])
+        for number in group[1:]:
             one, other = sorted((first, of(number)))
             head[other] = first = one
     return [of(number) for number in range(count)]

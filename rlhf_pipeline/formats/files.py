@@ -1,11 +1,14 @@
 """Files to rows of plain values, and how a fault is said: the file, the line, what is allowed."""
 
+import codecs
 import csv
 import difflib
 import gzip
 import io
 import itertools
 import json
+import logging
+import sys
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -14,7 +17,18 @@ from typing import Any, NoReturn
 
 from rlhf_pipeline.errors import UserError
 
+_LOG = logging.getLogger("rlhf_pipeline")
 _SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+_INSTEAD = {  # what to do with what is often given, yet not read
+    ".xlsx": "in the spreadsheet, save it as CSV UTF-8",
+    ".xls": "in the spreadsheet, save it as CSV UTF-8",
+    ".zip": "unpack it and give one of its files",
+}
+_COMMON = frozenset(
+    "，。！？的一是不了在人有我他这中大来上个国到说们为子和你地出道也时年得就那要下以生会自着去之过家学对可她里后小么心多天而能"
+    "好都然没于起还"
+)
+_PACKED = ((b"PK\x03\x04", ".zip or .xlsx"), (b"\x1f\x8b", ".gz"))
 BROKEN = (tarfile.TarError, EOFError, zlib.error, OSError, ValueError)  # what a damaged file makes the readers raise
 
 
@@ -38,7 +52,8 @@ def read_rows(path: Path, faults: list[RowError] | None = None) -> Iterator[tupl
     if not path.exists():
         raise no_file(path, "file")
     if reader is None:
-        raise UserError(f"{path}: unknown suffix; allowed are {', '.join(_SUFFIXES)}, each also with .gz.")
+        instead = f"; {_INSTEAD[suffix(path)]}" if suffix(path) in _INSTEAD else ""
+        raise UserError(f"{path}: unknown suffix; allowed are {', '.join(_SUFFIXES)}, each also with .gz{instead}.")
     return _not_empty(path, reader(path, faults), faults)
 
 
@@ -60,9 +75,50 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 try:
                     yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
-                    raise RowError(path, number, f"not UTF-8 ({error.reason}); save the file as UTF-8") from None
+                    raise RowError(path, number, _not_utf8(line, number, error)) from None
     except BROKEN as error:
         broken(path, error)
+
+
+def _not_utf8(line: bytes, number: int, error: UnicodeDecodeError) -> str:
+    packed = next((kind for start, kind in _PACKED if number == 1 and line.startswith(start)), None)
+    if packed:
+        return f"not text: by its first bytes it is a {packed} file under another name"
+    return f"not UTF-8 ({error.reason}); save the file as UTF-8 (in a spreadsheet: CSV UTF-8)"
+
+
+def _sheet_lines(path: Path) -> Iterator[str]:
+    """Lines of a CSV or TSV, which spreadsheets do not always save as UTF-8."""
+    try:
+        with open_file(path) as raw:
+            data = raw.read()
+    except BROKEN as error:
+        broken(path, error)
+    encoding = _other_encoding(data)
+    if encoding is None:
+        yield from (line for _, line in _lines(path))
+    else:
+        _LOG.warning("%s is not UTF-8; read as %s", path, encoding)
+        yield from io.StringIO(data.decode(encoding), newline="\n")
+
+
+def _other_encoding(data: bytes) -> str | None:
+    """What a sheet is in where it is not UTF-8: UTF-16 (Excel's Unicode text), or GB18030 (Excel and WPS in China)."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16" if _is_in(data, "utf-16") else None
+    if _is_in(data, "utf-8") or not _is_in(data, "gb18030"):
+        return None
+    wide = "".join(letter for letter in data.decode("gb18030") if letter > "\x7f")
+    # Korean and Russian may pass for it too, but then it reads as a hotchpotch; a Chinese text is four tenths of these.
+    return "gb18030" if sum(letter in _COMMON for letter in wide) >= 0.08 * len(wide) else None
+
+
+def _is_in(data: bytes, encoding: str) -> bool:
+    try:
+        data.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _txt_rows(path: Path, faults: list[RowError] | None) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -128,10 +184,11 @@ def _report(fault: RowError, faults: list[RowError] | None) -> None:
 
 def _csv_rows(path: Path, faults: list[RowError] | None) -> Iterator[tuple[int, dict[str, Any]]]:
     tab = suffix(path) == ".tsv"
-    lines = (line for _, line in _lines(path))
+    lines = _sheet_lines(path)
     first = next(lines, "")
-    # A spreadsheet writes ; where the comma stands in decimal numbers.
-    delimiter = "\t" if tab else ";" if ";" in first and "," not in first else ","
+    # A spreadsheet writes ; where the comma stands in decimal numbers, and tabs as what it calls text.
+    delimiter = "\t" if tab else next((mark for mark in ",;\t" if mark in first), ",")
+    csv.field_size_limit(sys.maxsize)  # answers may be longer than the 131,072 characters it allows otherwise
     reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
     header: list[str] = []
     start = 1
@@ -139,7 +196,8 @@ def _csv_rows(path: Path, faults: list[RowError] | None) -> Iterator[tuple[int, 
         for fields in reader:
             if not header:
                 header = fields
-                if len(set(header)) < len(header):
+                named = [name for name in header if name.strip()]  # columns without a name are left over in sheets
+                if len(set(named)) < len(named):
                     raise RowError(path, start, f"a column name occurs twice in {header}; each needs its own")
             elif fields:
                 if len(fields) != len(header):

@@ -41,6 +41,11 @@ def judged(
     return Judgement(prompt, texts, places, task, annotator, margin)
 
 
+def person(value: Any) -> str | None:
+    """Who labelled: a name, an e-mail address or a number, bare or in an object."""
+    return (name(value.get("email")) or name(value.get("id"))) if isinstance(value, dict) else name(value)
+
+
 def name(value: Any) -> str | None:
     """Who or what is meant: a number or a text that is not empty."""
     if isinstance(value, bool) or not isinstance(value, int | str):

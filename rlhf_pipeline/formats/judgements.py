@@ -1,10 +1,10 @@
-"""A file of human judgements, in whatever shape: what it holds is told by its rows, and a bad row stops none."""
+"""Files of human judgements, in whatever shape: what one holds is told by its rows, and a bad row stops none."""
 
 import json
 import logging
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,15 @@ from rlhf_pipeline.records import Judgement
 
 _LOG = logging.getLogger("rlhf_pipeline")
 _PAIR = ("chosen", "rejected", "winner")
+_ALLOWED = (
+    "allowed are prompt, chosen, rejected; prompt, responses; a sheet's prompt, answer1, rank1, ..; exports of Label "
+    "Studio; data.columns={chosen: ..} says what they are called here"
+)
 
 
 @dataclass(frozen=True)
 class Judged:
-    """The judgements of a file; rows set aside, as they are written down; and how many of each kind there were."""
+    """The judgements of files; rows set aside, as they are written down; and how many of each kind there were."""
 
     judgements: list[Judgement]
     rejected: list[dict[str, Any]]
@@ -29,24 +33,51 @@ class Judged:
 
 
 def read_judgements(
-    path: Path, columns: Columns | None = None, buckets: Sequence[str] | None = None, untouched_seconds: float = 5.0
-) -> Judged:
+    paths: Path | Sequence[Path], columns: Columns | None = None, buckets: Sequence[str] | None = None,
+    untouched_seconds: float = 5.0,
+) -> Judged:  # fmt: skip
     """What people said of answers: pairs, ranked lists, a sheet, or an export of Label Studio.
 
     `buckets` are the names of a Ranker's buckets, best first. What was submitted as it was shown in less than
-    `untouched_seconds` is set aside. A file with no judgement at all is an error.
+    `untouched_seconds` is set aside. Of what one person said of the same answers to a task the newest counts, be it in
+    one file or in several. Of several sheets each is an annotator, unless it names them. A file with no judgement at
+    all is an error.
     """
     if buckets is not None and (len(buckets) < 2 or len(set(buckets)) < len(buckets)):
         raise UserError(f"data.buckets is {buckets}; it takes two or more different names, best first.")
-    faults: list[RowError] = []
     reading = label_studio.Reading(columns or {}, buckets, untouched_seconds)
+    if isinstance(paths, Path):
+        return _judged(_file(paths, reading))
+    return _judged([_signed(found) for path in paths for found in _file(path, reading)])
+
+
+def _file(path: Path, reading: label_studio.Reading) -> list[Given]:
+    """All that a file holds, in the order of its lines."""
+    faults: list[RowError] = []
     given = [found for number, fields in read_rows(path, faults) for found in _row(path, number, fields, reading)]
     given += [_rejected(Row(path, f.number, f.row, ""), f.why) for f in faults]
     given.sort(key=lambda found: found.row.number)
+    held = _judged(given)
+    said = ", ".join(f"{count} {kind}" for kind, count in held.counts.items())
+    if not held.judgements:
+        raise UserError(f"{path} holds no usable label: {said}{_reasons(held.rejected)}.")
+    if held.rejected:
+        _LOG.warning("%s: %s%s", path, said, _reasons(held.rejected))
+    return given
+
+
+def _signed(found: Given) -> Given:
+    if found.judgement is None or found.annotator is not None or not preferences.is_sheet(found.row):
+        return found
+    who = str(found.row.path)
+    return replace(found, annotator=who, judgement=replace(found.judgement, annotator=who))
+
+
+def _judged(given: Sequence[Given]) -> Judged:
     counted = _newest(given)
     kinds = Counter(found.kind for found in counted)
     counts = {
-        "tasks": len({found.task or found.row.number for found in given}),
+        "tasks": len({found.task or (found.row.path, found.row.number) for found in given}),
         "judgements": kinds["judged"],
         "skipped": kinds["skipped"],
         "unlabelled": kinds["unlabelled"],
@@ -55,11 +86,6 @@ def read_judgements(
     }
     rejected = [_set_aside(found) for found in counted if found.kind == "rejected"]
     judgements = [found.judgement for found in counted if found.judgement is not None]
-    said = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-    if not judgements:
-        raise UserError(f"{path} holds no usable label: {said}{_reasons(rejected)}.")
-    if rejected:
-        _LOG.warning("%s: %s%s", path, said, _reasons(rejected))
     return Judged(judgements, rejected, counts)
 
 
@@ -89,6 +115,8 @@ def _read(row: Row, reading: label_studio.Reading) -> list[Given]:
         ]
     if not any(map(row.has, _PAIR)) and label_studio.is_annotation(row):
         return [label_studio.read_annotation(row, reading)]
+    if not any(map(row.has, (*_PAIR, "selected"))):
+        raise row.error(f"no label among the columns {', '.join(row.fields)[:200] or '(none)'}; {_ALLOWED}")
     return [preferences.pair(_needing(row, "a preference row needs prompt, chosen, rejected"))]
 
 

@@ -4,15 +4,16 @@ Answers are compared by its tags Pairwise ("left" or "right") and Ranker (one li
 and drafts are no labels.
 """
 
-import json
+import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, TypeGuard
 
 from rlhf_pipeline.formats.files import RowError
-from rlhf_pipeline.formats.given import Given, judged, name
-from rlhf_pipeline.formats.row import Columns, Row, number, renamed
+from rlhf_pipeline.formats.given import Given, judged, name, person
+from rlhf_pipeline.formats.row import Columns, Row, decoded, number, renamed
 from rlhf_pipeline.records import Judgement, Prompt
 
 _UNSORTED = "_"  # a Ranker with buckets has what was left where it was under this name
@@ -34,6 +35,7 @@ _SIDES = (
 )  # fmt: skip
 _ANSWER = re.compile(rf"(?:{'|'.join(_STEMS)})_?(?:[0-9]+|[a-z])")
 _PROMPTS = ("prompt", "instruction", "question", "query", "input", "context", "messages", "conversation", "dialogue")
+_SHOWN = {*_PROMPTS, *itertools.chain(*_SIDES)}
 # What the exports with an annotation a row write beside the data and the label; `task` is our own.
 _ABOUT = ("id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "agreement", "history", "task")
 
@@ -84,9 +86,9 @@ def read_task(row: Row, reading: Reading) -> Iterator[Given]:
 def _annotation(row: Row, annotation: Any, data: dict[str, Any], task: str | None, reading: Reading) -> Given:
     if not isinstance(annotation, dict):
         return Given("rejected", row, why="an annotation is not an object", task=task)
-    by = annotation.get("completed_by")
-    who = (name(by.get("email")) or name(by.get("id"))) if isinstance(by, dict) else name(by)
-    key, when = _identity(row, task, who), _date(annotation)
+    who = person(annotation.get("completed_by"))
+    shown = _shown(Row(row.path, row.number, data, row.needs), reading)
+    key, when = _identity(row, task, who, shown), _date(annotation)
     if any(annotation.get(word) for word in ("was_cancelled", "was_skipped", "skipped")):
         return Given("skipped", row, task=task, annotator=who, key=key, when=when)
     try:
@@ -103,8 +105,8 @@ def _annotation(row: Row, annotation: Any, data: dict[str, Any], task: str | Non
 def read_annotation(row: Row, reading: Reading) -> Given:
     """The annotation that a row of JSON_MIN, CSV or TSV holds; `row` has our names of columns."""
     fields = row.fields
-    task, who = name(fields.get("task")) or name(fields.get("id")), name(fields.get("annotator"))
-    key, when = _identity(row, task, who), _date(fields)
+    task, who = name(fields.get("task")) or name(fields.get("id")), person(decoded(fields.get("annotator")))
+    key, when = _identity(row, task, who, _shown(row, reading)), _date(fields)
     try:
         values = _column_values(row)
         if not values and not name(fields.get("annotation_id")):
@@ -122,14 +124,26 @@ def read_annotation(row: Row, reading: Reading) -> Given:
     return Given("judged", row, judgement, task=task, annotator=who, key=key, when=when)
 
 
-def _identity(row: Row, task: str | None, who: str | None) -> tuple[str, str] | None:
+def _identity(row: Row, task: str | None, who: str | None, shown: int) -> Hashable:
     known = name(row.fields.get("id")) or task  # the data's own `task` may be a kind of work
-    return (known, who) if known and who else None
+    return (known, who, shown) if known and who else None
+
+
+def _shown(row: Row, reading: Reading) -> int:
+    """A hash of the prompt and the answers: every server counts its tasks and its people from 1."""
+    named = {theirs for ours, theirs in reading.columns.items() if ours != "label"}
+    cells = [(k, cell) for k, cell in row.fields.items() if k in named or k in _SHOWN or _ANSWER.fullmatch(k)]
+    return hash(repr((sorted(cells, key=lambda cell: cell[0]), _items(row))))
 
 
 def _date(fields: Mapping[str, Any]) -> str:
-    found = fields.get("updated_at") or fields.get("created_at")
-    return found if isinstance(found, str) else ""
+    """When it was last changed, in one form: Label Studio leaves out a fraction of 0, and others write zones."""
+    found = str(fields.get("updated_at") or fields.get("created_at") or "")
+    try:
+        when = datetime.fromisoformat(found)
+        return when.astimezone(UTC).isoformat(timespec="microseconds")
+    except (ValueError, OverflowError):
+        return found
 
 
 def _values(row: Row, result: Any) -> list[_Value]:
@@ -150,7 +164,7 @@ def _is_value(held: Any) -> TypeGuard[dict[str, Any]]:
 
 def _column_values(row: Row) -> list[_Value]:
     """Columns, by whatever name, that hold what the two tags write: in full, else in short."""
-    cells = {key: _decoded(cell) for key, cell in row.fields.items() if key not in _ABOUT}
+    cells = {key: decoded(cell) for key, cell in row.fields.items() if key not in _ABOUT}
     lists = [(key, cell if isinstance(cell, list) else [cell]) for key, cell in cells.items()]
     full = [_Value(key, held) for key, cell in lists for held in cell if _is_value(held)]
     if full:
@@ -285,7 +299,7 @@ def _sides(row: Row) -> tuple[str, str] | None:
 def _items(row: Row) -> dict[str, Any] | None:
     """The objects of a list by their ids, as they are shown; one whose id is not its own is None."""
     for key in sorted(row.fields, key=lambda key: key != "items"):
-        cell = None if key in _PROMPTS or key in _ABOUT else _decoded(row.fields[key])
+        cell = None if key in _PROMPTS or key in _ABOUT else decoded(row.fields[key])
         if isinstance(cell, list) and cell and all(isinstance(item, dict) and "id" in item for item in cell):
             found: dict[str, Any] = {}
             for item in cell:
@@ -297,7 +311,8 @@ def _items(row: Row) -> dict[str, Any] | None:
 
 def _text(row: Row, items: Mapping[str, Any], item: str) -> str:
     held = items.get(item) or {}
-    texts = [text for text in (held.get("body"), held.get("title"), row.fields.get(item)) if isinstance(text, str)]
+    found = [*map(held.get, ("body", "html", "title")), row.fields.get(item)]
+    texts = [text for text in found if isinstance(text, str)]
     if not texts:
         known = ", ".join(items) or ", ".join(row.fields)
         raise row.error(f"'{item[:40]}' is the id of no answer, or of two; there are {known[:200]}")
@@ -307,23 +322,13 @@ def _text(row: Row, items: Mapping[str, Any], item: str) -> str:
 def _prompt(row: Row) -> Prompt:
     key = next((key for key in _PROMPTS if row.has(key)), None)
     if key is not None:
-        cell = _decoded(row.fields[key])
+        cell = decoded(row.fields[key])
         if isinstance(cell, list) and cell and isinstance(cell[0], dict):
             return Row(row.path, row.number, {key: cell}, row.needs).turns(key)
         return row.text(key)
     answers = {*(_sides(row) or ()), *(_items(row) or {}), *_ABOUT}
     others = [key for key, cell in row.fields.items() if isinstance(cell, str) and key not in answers]
-    others = [key for key in others if not _ANSWER.fullmatch(key) and not isinstance(_decoded(row.fields[key]), list)]
+    others = [key for key in others if not _ANSWER.fullmatch(key) and not isinstance(decoded(row.fields[key]), list)]
     if others:
         raise row.error(f"no prompt among {', '.join(others)[:200]}; data.columns={{prompt: ..}} names it")
     return ""
-
-
-def _decoded(cell: Any) -> Any:
-    """A cell of a CSV, in which lists and objects stand as JSON."""
-    if not isinstance(cell, str) or not cell.startswith(("[", "{")):
-        return cell
-    try:
-        return json.loads(cell)
-    except ValueError:
-        return cell

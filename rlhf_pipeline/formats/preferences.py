@@ -4,12 +4,12 @@ import re
 from collections.abc import Sequence
 
 from rlhf_pipeline.formats.given import Given, judged, name
-from rlhf_pipeline.formats.row import Row, number
+from rlhf_pipeline.formats.row import Row, decoded, number
 from rlhf_pipeline.formats.tasks import FORMULA
 from rlhf_pipeline.records import Judgement, Prompt, Turn
 
 _ASSISTANT = "\n\nAssistant:"
-_NO_ANSWERS = ("winner", "prompt", "margin", "task", "annotator")
+_NO_ANSWERS = ("winner", "prompt", "margin", "task", "annotator", "id")
 _RANK = re.compile(r"rank([0-9]+)")
 
 
@@ -29,17 +29,22 @@ def sheet(row: Row) -> Given | None:
         return Given("unlabelled", row, task=task)
     ranks = [_rank(row, f"rank{n}") for n in numbers]
     answers = [_plain(row.text(f"answer{n}")) for n in numbers]
+    for n, rank, answer in zip(numbers, ranks, answers, strict=True):
+        if rank is not None and not answer.strip():
+            raise row.error(f"rank{n} is given to answer{n}, which is empty")
     found = judged(row, _plain(row.text("prompt")), answers, ranks, task=task, annotator=annotator)
     return _given(row, found, answers)
 
 
 def ranking(row: Row) -> Given:
     """Answers with the ranks that they were given, else best first."""
+    lists = {key: decoded(cell) for key, cell in row.fields.items() if key in ("responses", "ranked", "ranks")}
+    row = Row(row.path, row.number, {**row.fields, **lists}, row.needs)
     ranked = row.has("ranked")
     answers = row.texts("ranked" if ranked else "responses", at_least=2)
     given = row.fields.get("ranks")
     ranks: Sequence[float | None] = range(1, len(answers) + 1)
-    if given is not None:
+    if given not in (None, ""):
         if not isinstance(given, list) or len(given) != len(answers):
             raise row.error(f"'ranks' is not a list of {len(answers)} numbers, one to each response")
         ranks = [_rank(Row(row.path, row.number, {"ranks": value}, row.needs), "ranks") for value in given]
@@ -88,8 +93,10 @@ def _context(row: Row) -> Prompt:
 def _pair(row: Row) -> tuple[Prompt, str, str]:
     if row.has("winner"):  # answers by the name of who gave them, and the name of the one preferred
         winner = row.text("winner")
-        loser = next((key for key in row.fields if key not in (*_NO_ANSWERS, winner)), "loser")
-        return row.text("prompt") if row.has("prompt") else "", row.text(winner), row.text(loser)
+        better, others = row.text(winner), [key for key in row.fields if key not in (*_NO_ANSWERS, winner)]
+        if len(others) != 1:
+            raise row.error(f"beside '{winner[:40]}' there is not one other answer but {', '.join(others) or 'none'}")
+        return row.text("prompt") if row.has("prompt") else "", better, row.text(others[0])
     better = "selected" if row.has("selected") and not row.has("chosen") else "chosen"
     chosen, rejected = row.answer(better), row.answer("rejected")
     if isinstance(row.fields[better], list) and len(row.fields[better]) > 1:  # the whole conversation on either side

@@ -1,5 +1,6 @@
 """One row of plain values on its way to a typed one: what is asked of it, and how a fault is said."""
 
+import json
 import logging
 import math
 import reprlib
@@ -126,6 +127,16 @@ def number(value: Any) -> float | None:
     except (ValueError, OverflowError):
         return None
     return found if math.isfinite(found) else None
+
+
+def decoded(cell: Any) -> Any:
+    """A cell of a CSV, in which lists and objects stand as JSON."""
+    if not isinstance(cell, str) or not cell.startswith(("[", "{")):
+        return cell
+    try:
+        return json.loads(cell)
+    except ValueError:
+        return cell
 
 
 def collect(

@@ -116,7 +116,7 @@ def _say_labels(labels: Labels, out: RunDir) -> None:
     """What was judged, how far people agree, and what was set aside: on the screen in a line, whole in two files."""
     write_json(out.path / "labels.json", labels.summary)
     write_jsonl(out.path / "rejected.jsonl", labels.rejected)
-    figures = {key: value for key, value in labels.summary.items() if value}
+    figures = {key: value for key, value in labels.summary.items() if value or isinstance(value, float)}
     print("labels  " + ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items()))
     for row in labels.rejected[:3]:
         where = f"{row['file']}" + (f", line {row['line']}" if row["line"] else "")

@@ -1,7 +1,9 @@
 """Data sets become prompts and demonstrations."""
 
+import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,6 +103,17 @@ def test_labels_of_several_files_are_settled_together(tmp_path: Path) -> None:
     assert again == rows, "a file named twice counts once"
 
 
+def test_of_several_sheets_each_is_an_annotator(tmp_path: Path) -> None:
+    paths = [tmp_path / "a.csv", tmp_path / "b.csv"]
+    for path, ranks in zip(paths, ("1,2", "2,1"), strict=True):
+        lines = [f"t{n},p {n},x,y,{'1,2' if n < 15 else ranks}\n" for n in range(20)]
+        path.write_text("task,prompt,answer1,answer2,rank1,rank2\n" + "".join(lines))
+    choice = {"name": "preferences", "path": [str(path) for path in paths], "test_share": 0.3}
+    labels = data.load_data(choice, seed=0).labels
+    assert labels is not None
+    assert (labels.summary["annotators"], labels.summary["agreement"], labels.summary["contradictions"]) == (2, 0.75, 5)
+
+
 def test_labels_held_out_in_a_file_of_their_own(tmp_path: Path) -> None:
     learnt = preferences_file(tmp_path / "a.jsonl", *pairs(5))
     held_out = preferences_file(tmp_path / "b.jsonl", {"prompt": "q", "responses": ["a", "b", "c"], "ranks": [2, 1, 2]})
@@ -116,6 +129,48 @@ def test_rankings_with_ties_of_one_prompt_stay_on_one_side_of_the_split(tmp_path
     rows = data.load_data({"name": "preferences", "path": path, "test_share": 0.3}, seed=0)
     assert len(rows.train) + len(rows.test) == 60
     assert not {row.prompt for row in rows.train} & {row.prompt for row in rows.test}
+
+
+def sides(path: str, share: float = 0.3) -> tuple[list[Any], list[Any]]:
+    rows = data.load_data({"name": "preferences", "path": path, "test_share": share}, seed=0)
+    return rows.train, rows.test
+
+
+def test_prompts_that_differ_in_white_space_alone_stay_on_one_side(tmp_path: Path) -> None:
+    prompts = [form.format(i) for i in range(30) for form in ("why {}", "why  {}", "why\r\n{}", " why {}\n")]
+    rows = [{"prompt": prompt, "chosen": f"a {n}", "rejected": "b"} for n, prompt in enumerate(prompts)]
+    path = preferences_file(tmp_path / "a.jsonl", *rows)
+    train, test = ({" ".join(row.prompt.split()) for row in side} for side in sides(path))
+    assert (len(train) + len(test), train & test) == (30, set())
+
+
+@pytest.mark.parametrize("prompt", [{}, {"prompt": "Be nice:"}])
+def test_without_a_prompt_of_their_own_pairs_of_one_answer_stay_on_one_side(
+    tmp_path: Path, prompt: dict[str, str]
+) -> None:
+    pairs = [(f"x{i}", f"y{i}", f"z{i}") for i in range(40)]
+    rows = [{**prompt, "winner": "a", "a": x, "b": y} for one in pairs for x, y in itertools.combinations(one, 2)]
+    train, test = sides(preferences_file(tmp_path / "a.jsonl", *rows))
+    assert (len(train) + len(test), len(test) % 3) == (120, 0)
+    assert not {row.chosen[1:] for row in train} & {row.chosen[1:] for row in test}
+    rows = [{**prompt, "winner": "a", "a": f"x{i}", "b": "I cannot say."} for i in range(40)]
+    train, test = sides(preferences_file(tmp_path / "a.jsonl", *rows))
+    assert 0 < len(test) < 40, "an answer that is given to everything joins nothing"
+
+
+def test_a_prompt_with_most_of_the_pairs_is_a_prompt_like_any_other(tmp_path: Path) -> None:
+    many = [{"prompt": "much asked", "chosen": f"a{i}", "rejected": f"a{j}"} for i in range(9) for j in range(i)]
+    few = [{"prompt": f"p {i}", "chosen": "x", "rejected": "y"} for i in range(20)]
+    train, test = ({row.prompt for row in side} for side in sides(preferences_file(tmp_path / "a.jsonl", *many, *few)))
+    assert (len(train) + len(test), train & test) == (21, set())
+
+
+def test_prompts_held_out_and_learnt_from_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    learnt = preferences_file(tmp_path / "a.jsonl", *pairs(5))
+    rows = [{"prompt": prompt, "chosen": "x", "rejected": "y"} for prompt in ("p 0", "q")]
+    held_out = preferences_file(tmp_path / "b.jsonl", *rows)
+    data.load_data({"name": "preferences", "path": learnt, "test_path": held_out}, seed=0)
+    assert "1 of the 2 rows in" in caplog.text
 
 
 def test_without_any_preference_the_error_says_so(tmp_path: Path) -> None:

@@ -213,6 +213,43 @@ def test_rows_csv_bom_quotes_and_line_breaks(tmp_path: Path) -> None:
     assert formats.read_labelled(tmp_path / "a.tsv") == [Labelled("a, b", 1)]
 
 
+SHEET = "prompt,chosen,rejected\r\n为什么天是蓝的？,因为光的散射。,我不知道，你说呢？\r\n"
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "gb18030", "utf-16"])
+def test_rows_of_sheets_as_spreadsheets_save_them_in_china(
+    tmp_path: Path, encoding: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.csv").write_bytes(SHEET.encode(encoding))
+    row = {"prompt": "为什么天是蓝的？", "chosen": "因为光的散射。", "rejected": "我不知道，你说呢？"}
+    assert list(formats.read_rows(tmp_path / "a.csv")) == [(2, row)]
+    assert "a.csv is not UTF-8; read as" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [
+        ("euc-kr", "하늘은 왜 파란가요? 모르겠어요"),
+        ("cp1251", "Мы на море"),
+        ("latin-1", "na\u00efve"),
+        ("big5", "為什麼天是藍的？"),
+    ],
+)
+def test_rows_of_other_encodings_are_not_guessed_at(tmp_path: Path, encoding: str, text: str) -> None:
+    (tmp_path / "a.csv").write_bytes(b"text\n" + text.encode(encoding) + b"\n")
+    with pytest.raises(UserError, match=r"a\.csv, line 2: not UTF-8 .* \(in a spreadsheet: CSV UTF-8\)"):
+        list(formats.read_rows(tmp_path / "a.csv"))
+
+
+def test_rows_of_sheets_with_what_spreadsheets_leave_in_them(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label,,\ngood,1,,\n")
+    assert list(formats.read_rows(tmp_path / "a.csv")) == [(2, {"text": "good", "label": "1", "": ""})]
+    (tmp_path / "a.csv").write_text("text\tlabel\ngood, cheap\t1\n")
+    assert list(formats.read_rows(tmp_path / "a.csv")) == [(2, {"text": "good, cheap", "label": "1"})]
+    (tmp_path / "a.csv").write_text("text,label\n" + "x" * 200_000 + ",1\n")
+    assert len(formats.read_labelled(tmp_path / "a.csv")[0].text) == 200_000
+
+
 def test_rows_gzip_and_parquet(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", {"text": "比赛"})
     zipped = tmp_path / "a.jsonl.gz"
@@ -242,7 +279,14 @@ def test_rows_gzip_and_parquet(tmp_path: Path) -> None:
         ("a.csv", b"text,label\na,1\nb, c,0\n", r"line 3: 3 fields; the header has 2 \(text, label\)"),
         ("a.csv", b'text,label\n"a,1\nb,0\n', "line 2: not CSV"),
         ("a.csv", b"text,text\na,b\n", "line 1: a column name occurs twice"),
-        ("a.xlsx", b"PK", r"unknown suffix; allowed are \.jsonl, \.json, \.csv"),
+        ("a.xlsx", b"PK", r"unknown suffix; allowed are \.jsonl, \.json, \.csv.* save it as CSV UTF-8"),
+        ("a.zip", b"PK", r"unknown suffix; .* unpack it"),
+        (
+            "a.json",
+            b"PK\x03\x04\xff",
+            r"line 1: not text: by its first bytes it is a \.zip or \.xlsx file under another",
+        ),
+        ("a.csv", gzip.compress(b"text\na\n", mtime=0), r"line 1: not text: by its first bytes it is a \.gz file"),
         ("a.jsonl.gz", b"plain", "cannot be read to its end"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9], "cut short"),
         ("a.parquet", b"PAR1PAR1PAR1", "damaged or misnamed"),
@@ -351,7 +395,7 @@ def test_preferences_of_every_form(tmp_path: Path) -> None:
         {"instruction": "i", "input": "x", "output": "c", "chosen": "c", "rejected": "r"},
         {"conversations": turns, "chosen": "c", "rejected": "r"},
         {"prompt": "p", "chosen": "same", "rejected": "same"},
-        {"winner": "ppo", "task": "t", "sft": "r", "ppo": "c"},
+        {"id": "q7", "winner": "ppo", "task": "t", "sft": "r", "ppo": "c"},
         {"chosen": CHAT, "rejected": [CHAT[0], {"role": "assistant", "content": "r"}]},
         {"prompt": "a?", "chosen": CHAT, "rejected": [CHAT[0], {"role": "assistant", "content": "r"}]},
         {"prompt": "p", "chosen": "c", "rejected": "r", "margin": 0.5},
@@ -382,6 +426,12 @@ def test_preferences_of_every_form(tmp_path: Path) -> None:
     [
         ({"prompt": "p", "rejected": "r"}, "'chosen' is missing; a preference row needs prompt, chosen, rejected."),
         ({"prompt": "p", "chosen": None, "rejected": "r"}, "'chosen' is NoneType, not text; a preference row"),
+        ({"winner": "x", "x": "c", "y": "r", "source": "s"}, "beside 'x' there is not one other answer but y, source"),
+        ({"winner": "x", "x": "c"}, "beside 'x' there is not one other answer but none"),
+        (
+            {"Prompt": "p", "Rank1": 1},
+            "no label among the columns Prompt, Rank1; allowed are prompt, chosen, rejected;",
+        ),
         ({"chosen": "c", "rejected": "r"}, "'prompt' is missing, and chosen and rejected are not dialogs"),
         ({"conversations": [{"from": "human"}], "chosen": "c", "rejected": "r"}, "'conversations' is not a list"),
     ],

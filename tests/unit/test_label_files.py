@@ -124,11 +124,10 @@ def test_buckets_of_ones_own_need_their_order(tmp_path: Path) -> None:
 
 
 def test_items_are_looked_up_by_id_then_body_then_title_then_in_the_data(tmp_path: Path) -> None:
-    items = [{"id": 1, "title": "one"}, {"id": 2, "title": "-", "body": "two"}]
-    found = read(
-        tmp_path, task(annotation(ranker([2, "1", "third"])), data={"prompt": "", "list": items, "third": "three"})
-    )
-    assert order(found) == [["two", "one", "three"]]
+    items = [{"id": 1, "title": "one"}, {"id": 2, "title": "-", "body": "two"}, {"id": 4, "html": "<b>4</b>"}]
+    data = {"prompt": "", "list": items, "third": "three"}
+    found = read(tmp_path, task(annotation(ranker([2, "1", "third", 4])), data=data))
+    assert order(found) == [["two", "one", "three", "<b>4</b>"]]
 
 
 @pytest.mark.parametrize(
@@ -216,6 +215,46 @@ def test_the_newest_word_of_a_person_counts(tmp_path: Path) -> None:
     )
     assert [(j.annotator, j.ranks) for j in found.judgements] == [("1", (2, 1)), (None, (1, 2)), (None, (2, 1))]
     assert (found.counts["superseded"], found.counts["skipped"]) == (2, 1)
+
+
+def test_two_servers_count_their_tasks_and_people_from_one(tmp_path: Path) -> None:
+    tasks = [task(annotation(LEFT), data={"prompt": prompt, "answer1": "a", "answer2": "b"}) for prompt in "pq"]
+    assert [j.prompt for j in read(tmp_path, *tasks).judgements] == ["p", "q"], "exports put together"
+    assert [j.prompt for j in read(tmp_path, *(found for row in tasks for found in flat(row))).judgements] == ["p", "q"]
+    own = [task(annotation(LEFT), data={"q": prompt, "x": "a", "y": "b"}) for prompt in "pq"]
+    columns = {"prompt": "q", "answer1": "x", "answer2": "y"}
+    assert len(read(tmp_path, *own, columns=columns).judgements) == 2
+    assert read(tmp_path, *own, own[0], columns=columns).counts["superseded"] == 1
+
+
+def test_the_newest_word_counts_in_several_files_too(tmp_path: Path) -> None:
+    days = [f"2026-01-0{day}T00:00:00Z" for day in range(1, 4)]
+    monday, friday = tmp_path / "monday.json", tmp_path / "friday.json"
+    monday.write_text(json.dumps([task(annotation(LEFT, updated_at=days[0])), task(annotation(LEFT, by=2), number=2)]))
+    later = task(annotation(RIGHT, updated_at=days[2]), annotation(LEFT, by=3, updated_at=days[1]))
+    friday.write_text(json.dumps([later]))
+    for files in ([monday, friday], [friday, monday]):
+        found = read_judgements(files)
+        assert {(j.annotator, j.ranks) for j in found.judgements} == {("1", (2, 1)), ("2", (1, 2)), ("3", (1, 2))}
+        assert (found.counts["superseded"], found.counts["tasks"]) == (1, 1)
+    write_csv(tmp_path / "friday.csv", flat(later))
+    assert read_judgements([monday, tmp_path / "friday.csv"]).counts["superseded"] == 1, "another form of the same"
+    friday.write_text("[]")
+    with pytest.raises(UserError, match=r"friday\.json holds no rows"):
+        read_judgements([monday, friday])
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("2026-01-01T00:00:00Z", "2026-01-01T00:00:00.5Z"),
+        ("2026-01-01T08:00:00.000001+08:00", "2026-01-01T00:00:01Z"),
+        ("", "2026-01-01T00:00:00Z"),
+    ],
+)
+def test_the_newest_is_told_by_the_time_not_by_how_it_is_written(tmp_path: Path, first: str, second: str) -> None:
+    row = task(annotation(RIGHT, updated_at=second), annotation(LEFT, updated_at=first))
+    assert [j.ranks for j in read(tmp_path, row).judgements] == [(2, 1)]
 
 
 @pytest.mark.parametrize(
@@ -319,6 +358,12 @@ def test_the_flat_exports_say_what_the_whole_one_does(tmp_path: Path) -> None:
         assert [row["why"] for row in found.rejected] == [row["why"] for row in whole.rejected]
 
 
+def test_an_annotator_may_be_an_object(tmp_path: Path) -> None:
+    row = {"prompt": "p", "answer1": "a", "answer2": "b", "annotation_id": 3, "id": 8, "which": "left"}
+    for by in ({"id": 2, "email": "b@example.org"}, '{"email": "b@example.org"}', "b@example.org"):
+        assert [j.annotator for j in read(tmp_path, {**row, "annotator": by}).judgements] == ["b@example.org"]
+
+
 @pytest.mark.parametrize("value", ["left", {"selected": "left"}, [{"selected": "left"}], '[{"selected": "left"}]'])
 def test_a_flat_label_is_found_by_what_it_is(tmp_path: Path, value: Any) -> None:
     row = {
@@ -384,6 +429,12 @@ def test_a_sheet_filled_in_by_hand(tmp_path: Path) -> None:
         read_judgements(write_sheet(path, HEADER, "b,p,x,y,z,,,", "c,p"))
 
 
+def test_a_rank_for_an_answer_that_is_not_there_is_set_aside(tmp_path: Path) -> None:
+    found = read_judgements(write_sheet(tmp_path / "a.csv", HEADER, "a,p,x,y,,1,2,3", "b,p,x,y,,1,2,"))
+    assert found.judgements == [Judgement("p", ("x", "y"), (1, 2), "b")]
+    assert [row["why"] for row in found.rejected] == ["rank3 is given to answer3, which is empty"]
+
+
 def test_a_sheet_saved_with_semicolons(tmp_path: Path) -> None:
     path = write_sheet(tmp_path / "a.csv", HEADER.replace(",", ";"), 'a;"p, q";x;y;z;3;2;1', mark="")
     assert read_judgements(path).judgements == [Judgement("p, q", ("x", "y", "z"), (3, 2, 1), "a")]
@@ -409,6 +460,12 @@ def test_ranked_lists_with_and_without_ranks(tmp_path: Path) -> None:
         f"'ranks' is {'1' + '0' * 39!r}, not a number",
         "'ranked' is not a list of 2 or more texts",
     ]
+
+
+def test_ranked_lists_in_a_sheet_stand_as_json(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('prompt,responses,ranks\np,"[""x"", ""[1]""]","[2, 1]"\nq,"[""x"", ""y""]",\n')
+    found = read_judgements(tmp_path / "a.csv")
+    assert found.judgements == [Judgement("p", ("x", "[1]"), (2, 1)), Judgement("q", ("x", "y"), (1, 2))]
 
 
 def test_a_category_and_one_annotator_for_all_are_no_repeats(tmp_path: Path) -> None:
