@@ -277,7 +277,12 @@ CHINESE = {
     "policy: KL to the reference": "策略模型：与参考模型的 KL",
     "reward model: held-out accuracy": "奖励模型：留出集准确率",
     "RM accuracy": "奖励模型准确率",
+    "of held-out pairs": "留出对数",
     "RM score": "奖励模型得分",
+    "Reward: {}, on the same held-out prompts.": "奖励：{}，均在相同的留出提示上。",
+    "Each round has its own reward model for a judge, so rewards compare within a round only; "
+    "python -m rlhf_pipeline stage=evaluate name={} judges all rounds by the newest.": "各轮由自己的奖励模型评判，"
+    "奖励只能在同一轮内比较；python -m rlhf_pipeline stage=evaluate name={} 用最新的奖励模型评判所有轮次。",
     "gain over the reference": "相对参考模型的提升",
     "Jobs": "作业",
     "Every job": "各作业",

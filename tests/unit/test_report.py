@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from rlhf_pipeline import rounds
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.report import LivePage, compare, read, write_report
 from rlhf_pipeline.report import stage as stage_page
@@ -361,7 +362,8 @@ def test_the_language_is_the_runs_own_or_the_one_asked_for(tmp_path: Path) -> No
 def test_every_phrase_of_the_page_is_translated() -> None:
     said = {phrase for named in page_words.MEASURES.values() for phrase in (*named.values(), *page_words.MEASURES)}
     said |= {*page_words.NAMES.values(), page_words.OTHER}
-    for path in Path(page_words.__file__).parent.glob("*.py"):
+    said |= {*rounds._CHARTS.values(), *rounds._COLUMNS.values()}
+    for path in (*Path(page_words.__file__).parent.glob("*.py"), Path(rounds.__file__)):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
                 name = node.func.id if isinstance(node.func, ast.Name) else ""
