@@ -86,7 +86,12 @@ def _dispatch(cfg: DictConfig, overrides: list[str]) -> float | None:
     order = list(cfg.stages)
     settings = resolve(cfg, overrides)
     objective = run_stage(settings)
-    if rank() == 0 and rundir.RunDir.of(settings).record.get("status") == "done":
+    out = rundir.RunDir.of(settings)
+    if rank() == 0 and out.record.get("status") == "done":
+        if out.stage == "evaluate" and out.rounds():
+            from rlhf_pipeline.rounds import write_rounds
+
+            write_rounds(out.runs, out.name, settings.report.lang)  # which shows the rounds by one judge
         say_next(settings, order, None if _recorded() else overrides)
     return objective
 
@@ -276,11 +281,11 @@ def _pipeline(cfg: DictConfig, overrides: list[str]) -> float | None:
         before, result = out.record, run_stage(settings)
         if settings.stage == "collect":
             _wait_for_people(out)
-        news = out.record != before or number == len(every)  # the rounds of before have been shown
-        if settings.stage == order[-1] and within and news and rank() == 0:
+        if settings.stage == order[-1] and within and rank() == 0:
             from rlhf_pipeline.rounds import report_rounds
 
-            report_rounds(Path(whole.runs), whole.name, whole.report.lang)
+            news = out.record != before or number == len(every)  # the rounds of before have been shown
+            report_rounds(Path(whole.runs), whole.name, whole.report.lang, news)
     if rank():
         return result
     folders = [rundir.RunDir.of(settings) for settings in every]

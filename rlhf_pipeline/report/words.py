@@ -280,9 +280,11 @@ CHINESE = {
     "of held-out pairs": "留出对数",
     "RM score": "奖励模型得分",
     "Reward: {}, on the same held-out prompts.": "奖励：{}，均在相同的留出提示上。",
-    "Each round has its own reward model for a judge, so rewards compare within a round only; "
-    "python -m rlhf_pipeline stage=evaluate name={} judges all rounds by the newest.": "各轮由自己的奖励模型评判，"
-    "奖励只能在同一轮内比较；python -m rlhf_pipeline stage=evaluate name={} 用最新的奖励模型评判所有轮次。",
+    "Each round has its own reward model for a judge: rewards compare within a round only.": "各轮由自己的奖励模型"
+    "评判，奖励只能在同一轮内比较。",
+    "One judge: {}.": "统一评判：{}。",
+    "To have the newest judge all rounds: {}": "用最新的奖励模型评判所有轮次：{}",
+    "reward, one judge": "奖励（统一评判）",
     "gain over the reference": "相对参考模型的提升",
     "Jobs": "作业",
     "Every job": "各作业",

@@ -162,19 +162,27 @@ def test_the_report_shows_what_is_there(two_rounds: Path, workplace: Path) -> No
     assert "round4/reward/report.html" in write_rounds(runs, "mine").read_text()
 
 
-def test_where_each_round_has_its_own_judge_the_report_says_so(two_rounds: Path, workplace: Path) -> None:
-    run = Path(shutil.copytree(two_rounds, workplace / "runs" / "our run"))
-    first = run / "round1" / "collect" / "run.json"
-    first.write_text(json.dumps({**record(first.parent), "name": "our run/round1"}))
+def test_where_each_round_has_its_own_judge_one_can_judge_all(
+    two_rounds: Path, workplace: Path, command_line: CommandLine
+) -> None:
+    run = Path(shutil.copytree(two_rounds, workplace / "runs" / "human_feedback"))
     for number in (1, 2):
         path = run / f"round{number}" / "evaluate" / "evaluation.json"
-        judge = f"runs/our run/round{number}/reward/model"
+        judge = f"runs/human_feedback/round{number}/reward/model"
         path.write_text(json.dumps({**json.loads(path.read_text()), "reward": judge}))
-    page = html.unescape(write_rounds(workplace / "runs", "our run").read_text())
+    page = html.unescape(write_rounds(Path("runs"), "human_feedback").read_text())
     assert "rewards compare within a round only" in page
-    assert "stage=evaluate name='our run' judges all rounds by the newest" in page
+    words = page.partition("To have the newest judge all rounds: ")[2].partition("</p>")[0]
+    small = [arg for arg in SMALL if "stages" not in arg and "experiment" not in arg]
     assert "policy: reward on held-out prompts" not in page
-    chinese = write_rounds(workplace / "runs", "our run", "zh").read_text()
+    assert command_line(*shlex.split(words)[3:], *small) == 0
+    page = html.unescape((run / "report.html").read_text())
+    evaluation = json.loads((run / "evaluate" / "evaluation.json").read_text())
+    assert "One judge: runs/human_feedback/round2/reward/model." in page
+    assert "policy: reward on held-out prompts" in page
+    for name in ("sft", "round1", "round2"):
+        assert f"<td>{evaluation['metrics'][name]['reward_mean']:.4g}</td>" in page
+    chinese = write_rounds(workplace / "runs", "human_feedback", "zh").read_text()
     assert "各轮由自己的奖励模型评判" in chinese
     assert "held-out prompts" not in chinese
 

@@ -480,7 +480,9 @@ def test_a_comparison_needs_runs_that_are_there(tmp_path: Path) -> None:
     assert not (tmp_path / "compare.html").exists()
 
 
-def test_the_pages_of_a_run_are_made_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_pages_of_a_run_are_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     mild, _ = two_runs(tmp_path)
     build(mild / "round1" / "collect")
     (mild / "ppo" / "model").mkdir()
@@ -490,6 +492,11 @@ def test_the_pages_of_a_run_are_made_anew(tmp_path: Path, capsys: pytest.Capture
     assert pages == {Path(p) / "report.html" for p in ("ppo", "evaluate", "round1/collect", ".")}
     assert all('lang="zh-CN"' in (mild / path).read_text(encoding="utf-8") for path in pages)
     assert capsys.readouterr().out.count("report.html") == 4
+    (mild / "round1").rename(mild / "round2")  # one that is gone, and from within the run
+    monkeypatch.chdir(mild)
+    assert main(["."]) == 0
+    assert 'href="round2/collect/report.html"' in (mild / "report.html").read_text(encoding="utf-8")
+    capsys.readouterr()
     assert main([str(mild), "fr"]) == 2
     assert main([str(tmp_path / "nothing")]) == 2
     assert "holds no run" in capsys.readouterr().err
