@@ -35,23 +35,23 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup  ## all steps on the built-in reviews, offline, in minutes
-	$(RUN) stage=pipeline experiment=demo name=$(NAME) $(ARGS)
+	$(RUN) stage=pipeline experiment=demo name='$(NAME)' $(ARGS)
 
 pretrain sft collect reward ppo evaluate chat: setup  ## one stage of a run: make ppo NAME=demo
-	$(RUN) stage=$@ name=$(NAME) $(ARGS)
+	$(RUN) stage=$@ name='$(NAME)' $(ARGS)
 
 # Of no run, unless one is named.
 plan: setup  ## what PPO would take, computed: make plan LAUNCH=zero3 PROCS=8 ARGS="policy.size=xl"
-	$(BIN)/python -m rlhf_pipeline stage=plan $(if $(filter command environment,$(firstword $(origin NAME))),name=$(NAME)) $(if $(LAUNCH),plan.launch=$(LAUNCH) plan.gpus=$(PROCS)) $(ARGS)
+	$(BIN)/python -m rlhf_pipeline stage=plan $(if $(filter command environment,$(firstword $(origin NAME))),name='$(NAME)') $(if $(LAUNCH),plan.launch=$(LAUNCH) plan.gpus=$(PROCS)) $(ARGS)
 
 pipeline: setup  ## an experiment's stages in order: make pipeline NAME=imdb ARGS="experiment=imdb_sentiment"
-	$(RUN) stage=pipeline name=$(NAME) $(ARGS)
+	$(RUN) stage=pipeline name='$(NAME)' $(ARGS)
 
 report: setup  ## draw a run's pages anew: make report NAME=demo ARGS=zh
-	$(BIN)/python -m rlhf_pipeline.report runs/$(NAME) $(ARGS)
+	$(BIN)/python -m rlhf_pipeline.report 'runs/$(NAME)' $(ARGS)
 
 label-studio: setup $(LABEL_STUDIO_VENV)/.ready  ## compare a run's answers in the browser: make label-studio NAME=demo
-	LABEL_STUDIO=$(abspath $(LABEL_STUDIO_VENV))/bin/label-studio $(RUN) stage=collect name=$(NAME) labels=serve $(ARGS)
+	LABEL_STUDIO=$(abspath $(LABEL_STUDIO_VENV))/bin/label-studio $(RUN) stage=collect name='$(NAME)' labels=serve $(ARGS)
 
 # An environment of its own: its 200 packages are no business of ours. Made anew when its version changes.
 $(LABEL_STUDIO_VENV)/.ready: constraints-label-studio.txt

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -20,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf_pipeline import data, made, policies, rewards, rundir
+from rlhf_pipeline import data, lineage, made, policies, rewards, rundir
 from rlhf_pipeline.arguments import CONF, complete
 from rlhf_pipeline.errors import UserError, WaitingError
 from rlhf_pipeline.jobs import is_number, note_error, run_job
@@ -85,7 +86,12 @@ def _dispatch(cfg: DictConfig, overrides: list[str]) -> float | None:
     order = list(cfg.stages)
     settings = resolve(cfg, overrides)
     objective = run_stage(settings)
-    if rank() == 0 and rundir.RunDir.of(settings).record.get("status") == "done":
+    out = rundir.RunDir.of(settings)
+    if rank() == 0 and out.record.get("status") == "done":
+        if out.stage == "evaluate" and out.rounds():
+            from rlhf_pipeline.rounds import write_rounds
+
+            write_rounds(out.runs, out.name, settings.report.lang)  # which shows the rounds by one judge
         say_next(settings, order, None if _recorded() else overrides)
     return objective
 
@@ -262,21 +268,24 @@ def _pipeline(cfg: DictConfig, overrides: list[str]) -> float | None:
         print(f"reward={chosen} needs no training, so stage=reward is left out.", flush=True)
         order.remove("reward")
     whole = resolve(cfg, overrides)
-    every = [_of_pipeline(rest, stage, name, whole.hub) for stage, name in plan(order, whole.name, whole.rounds)]
-    for settings in every:  # before the first begins
+    each = {stage: _of_pipeline(rest, stage, whole.hub) for stage in order}  # the same in every round
+    for settings in each.values():  # before the first begins
         check_launch(_said(settings))
+    every = [dataclasses.replace(each[stage], name=name) for stage, name in plan(order, whole.name, whole.rounds)]
     last = last_model(every) if whole.hub.push else None
     started, result = time.monotonic(), None
     for number, settings in enumerate(every, 1):
         within = settings.name.removeprefix(whole.name).lstrip("/")  # round2, where there are rounds
         print(f"\n[{number}/{len(every)}] {f'{within}: ' if within else ''}{settings.stage}", flush=True)
-        result = run_stage(settings)
+        out = rundir.RunDir.of(settings)
+        before, result = out.record, run_stage(settings)
         if settings.stage == "collect":
-            _wait_for_people(rundir.RunDir.of(settings))
+            _wait_for_people(out)
         if settings.stage == order[-1] and within and rank() == 0:
             from rlhf_pipeline.rounds import report_rounds
 
-            report_rounds(Path(whole.runs), whole.name, whole.report.lang)
+            news = out.record != before or number == len(every)  # the rounds of before have been shown
+            report_rounds(Path(whole.runs), whole.name, whole.report.lang, news)
     if rank():
         return result
     folders = [rundir.RunDir.of(settings) for settings in every]
@@ -301,10 +310,10 @@ def plan(order: Sequence[str], name: str, rounds: int | None) -> list[tuple[str,
     return [*((stage, name) for stage in order[:first]), *again]
 
 
-def _of_pipeline(overrides: Sequence[str], stage: str, name: str, to: Hub) -> Settings:
+def _of_pipeline(overrides: Sequence[str], stage: str, to: Hub) -> Settings:
     settings = resolve(hydra.compose("config", [*overrides, f"stage={stage}"]), overrides)
     # What is said of the pipeline is done at its end; a stage may have a repository of its own.
-    return dataclasses.replace(settings, name=name, hub=Hub() if settings.hub == to else settings.hub)
+    return dataclasses.replace(settings, hub=Hub() if settings.hub == to else settings.hub)
 
 
 def _wait_for_people(collect: rundir.RunDir) -> None:
@@ -314,7 +323,19 @@ def _wait_for_people(collect: rundir.RunDir) -> None:
             raise UserError(
                 f"people skipped all {results['prompts']} prompts of {collect.path}: nothing can be learnt."
             )
-        raise WaitingError(f"{how_far(results)}; run again when done.")
+        if _filled_in_since(collect):
+            print(f"note: {collect.path / rundir.SHEET} has been filled in; it counts once labels= brings it in")
+        so_far = math.floor(1000 * results["labelled"] / results["prompts"]) / 1000
+        early = f", or with collect.enough={so_far:g} to go on with these" if so_far else ""
+        raise WaitingError(f"{how_far(results)}; run again when done{early}.")
+
+
+def _filled_in_since(collect: rundir.RunDir) -> bool:
+    """Whether people filled in the sheet where it lies, and nothing has been brought in since."""
+    sheet, labels = collect.path / rundir.SHEET, collect.path / rundir.LABELS
+    if not sheet.exists() or lineage.file_hash(sheet) == collect.record.get("sheet_sha256"):
+        return False
+    return not labels.exists() or labels.stat().st_mtime < sheet.stat().st_mtime
 
 
 def check_job(cfg: DictConfig, overrides: Sequence[str]) -> tuple[str, int, bool]:

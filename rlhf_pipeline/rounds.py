@@ -1,13 +1,12 @@
 """Rounds of human feedback side by side: what each was labelled with, what its reward model and its policy came to."""
 
-import itertools
-import json
 from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.atomic import write_json
-from rlhf_pipeline.report import Line, Words, assemble, by_row, chart, text, write_page
+from rlhf_pipeline.report import Line, Words, assemble, by_row, chart, members, read, text, write_page
 from rlhf_pipeline.rundir import RunDir
+from rlhf_pipeline.summary import command
 from rlhf_pipeline.tables import rounds_table
 
 # Titles of what is drawn by round.
@@ -22,9 +21,11 @@ _COLUMNS = {
     "pairs": "pairs",
     "agreement": "agreement",
     "reward_accuracy": "RM accuracy",
+    "reward_pairs": "of held-out pairs",
     "own_reward": "RM score",
     "reward_mean": "reward",
     "reward_stderr": "± s.e.",
+    "one_judge": "reward, one judge",
     "gain": "gain over the reference",
     "kl": "KL",
     "distinct_2": "distinct-2",
@@ -34,65 +35,78 @@ _COLUMNS = {
 def by_round(runs: Path, name: str) -> list[dict[str, Any]]:
     """A row a round; round 0 is the policy before any, on the same held-out prompts. What is not there yet is None."""
     rows: list[dict[str, Any]] = []
-    for number in itertools.count(1):
-        folders = {stage: RunDir(runs, f"{name}/round{number}", stage) for stage in _STAGES}
-        results = {stage: folder.record.get("results") or {} for stage, folder in folders.items()}
-        if not any(folder.record for folder in folders.values()):
-            return rows
-        path = folders["evaluate"].path / "evaluation.json"
-        evaluation = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        policies, gains = evaluation.get("metrics") or {}, evaluation.get("paired_gain") or {}
-        if number == 1 and (before := policies.get(evaluation.get("reference"))):
-            rows.append({"round": 0, **_policy(before)})
+    together = _evaluation(RunDir(runs, name, "evaluate"))  # of all rounds, by the newest's reward model
+    alike = members(together.get("metrics"))
+    for collect in _rounds(runs, name):
+        found = [RunDir(runs, collect.name, stage).record.get("results") for stage in ("collect", "reward", "ppo")]
+        labels, reward, ppo = map(members, found)
+        evaluation = _evaluation(RunDir(runs, collect.name, "evaluate"))
+        policies, gains = members(evaluation.get("metrics")), members(evaluation.get("paired_gain"))
+        before = evaluation.get("reference")
+        if not rows and before in policies:
+            one_judge = members(alike.get(str(together.get("reference")))).get("reward_mean")
+            rows.append({"round": 0, **_policy(policies[before]), "one_judge": one_judge})
         rows.append(
             {
-                "round": number,
-                "labelled": results["collect"].get("labelled"),
-                "pairs": results["collect"].get("pairs"),
-                "agreement": results["collect"].get("agreement"),
-                "reward_accuracy": results["reward"].get("accuracy"),
-                "own_reward": results["ppo"].get("scores"),
-                **_policy(policies.get("ppo") or {}),
-                "gain": (gains.get(f"ppo - {evaluation.get('reference')}") or {}).get("mean"),
+                "round": collect.round,
+                **{key: labels.get(key) for key in ("labelled", "pairs", "agreement")},
+                "reward_accuracy": reward.get("accuracy"),
+                "reward_pairs": reward.get("pairs"),
+                "own_reward": ppo.get("scores"),
+                **_policy(members(policies.get("ppo"))),
+                "gain": members(gains.get(f"ppo - {before}")).get("mean"),
                 "judge": evaluation.get("reward"),
+                "one_judge": members(alike.get(f"round{collect.round}")).get("reward_mean"),
             }
         )
     return rows
+
+
+def _evaluation(out: RunDir) -> dict[str, Any]:
+    """What an evaluation came to; empty where there is none that can be read."""
+    return next(iter(read(out.path / "evaluation.json", [])), {})
+
+
+def _rounds(runs: Path, name: str) -> list[RunDir]:
+    """Stage=collect of each round in which anything has run, the first one first; one that is gone leaves a gap."""
+    every = reversed(RunDir(runs, name, "collect").rounds())
+    return [out for out in every if any((out.path.parent / stage / "run.json").is_file() for stage in _STAGES)]
 
 
 def _policy(metrics: dict[str, Any]) -> dict[str, Any]:
     return {key: metrics.get(key) for key in ("reward_mean", "reward_stderr", "kl", "distinct_2")}
 
 
-def _links(folder: Path) -> str:
+def _links(rounds: list[RunDir]) -> str:
     """To the pages of the rounds' stages."""
-    rounds = itertools.takewhile(Path.is_dir, (folder / f"round{number}" for number in itertools.count(1)))
-    pages = [f"{path.name}/{stage}" for path in rounds for stage in _STAGES if (path / stage / "report.html").exists()]
+    folders = [(f"round{out.round}/{stage}", out.path.parent / stage) for out in rounds for stage in _STAGES]
+    pages = [page for page, folder in folders if (folder / "report.html").exists()]
     return "<nav>" + "".join(f'<a href="{page}/report.html">{page}</a>' for page in pages) + "</nav>\n"
 
 
-def report_rounds(runs: Path, name: str, lang: str | None = None) -> None:
-    """Write `runs/<name>/rounds.json` and `report.html`, and print the table."""
+def report_rounds(runs: Path, name: str, lang: str | None = None, show: bool = True) -> None:
+    """Write `runs/<name>/rounds.json` and `report.html`, and print the table where it is to be shown."""
     rows = by_round(runs, name)
     write_json(runs / name / "rounds.json", rows)
     page = write_rounds(runs, name, lang)
-    rounds_table(rows)
-    print(f"{page} shows the rounds", flush=True)
+    if show:
+        rounds_table(rows)
+        print(f"{page} shows the rounds", flush=True)
 
 
 def write_rounds(runs: Path, name: str, lang: str | None = None) -> Path:
     """Write `runs/<name>/report.html` from what the rounds have left; by default in the first one's language."""
-    rows, folder = by_round(runs, name), runs / name
-    first = RunDir(runs, f"{name}/round1", "collect")
-    made = (first.config().get("report") or {}).get("lang")
-    title = str(Path(first.record.get("name") or f"{name}/round1").parent)
+    rows, folder, rounds = by_round(runs, name), runs / name, _rounds(runs, name)
+    first = rounds[0] if rounds else RunDir(runs, f"{name}/round1", "collect")
+    made = members(first.config().get("report")).get("lang")
+    title = str(Path(first.record.get("name") or first.name).parent)
     words = Words(lang or made or "en")
     judges = list(dict.fromkeys(str(row["judge"]) for row in rows if row.get("judge")))
-    charts, shared = dict(_CHARTS), "on the same held-out prompts"
+    charts = dict(_CHARTS)
+    columns = {key: title for key, title in _COLUMNS.items() if any(row.get(key) is not None for row in rows)}
     if len(judges) > 1:  # where people label, nothing but each round's own reward model knows what is good
-        charts.pop("reward_mean")
-        shared += "; each round has its own reward model for a judge, so rewards compare within a round only"
-    shown = {str(row["round"]): {title: row.get(key) for key, title in _COLUMNS.items()} for row in rows}
+        charts["one_judge"] = charts.pop("reward_mean")
+    shown = {str(row["round"]): {title: row.get(key) for key, title in columns.items()} for row in rows}
     lines = {
         title: [(float(row["round"]), float(row[key])) for row in rows if row.get(key) is not None]
         for key, title in charts.items()
@@ -100,9 +114,33 @@ def write_rounds(runs: Path, name: str, lang: str | None = None) -> Path:
     drawn = "".join(
         chart(words(k), [Line("", "eval", points)], words, unit="Round") for k, points in lines.items() if points
     )
-    about = f'<p class="soft">Reward: {text(", ".join(judges))}, {shared}.</p>\n' if judges else ""
+    one = str(_evaluation(RunDir(runs, name, "evaluate")).get("reward")) if "one_judge" in columns else ""
+    about = _judged_by(judges, one, _evaluate(folder, title, first.record.get("experiment")), words)
     parts = {
-        "By round": about + by_row("Rounds", "Round", shown, words=words) + _links(folder),
-        "Curves": f'<div class="grid">\n{drawn}</div>\n',
+        "By round": about + by_row("Rounds", "Round", shown, words=words) + _links(rounds),
+        "Curves": f'<div class="grid">\n{drawn}</div>\n' if drawn else "",
     }
     return write_page(folder / "report.html", assemble(text(title), "", parts, words=words))
+
+
+def _evaluate(folder: Path, name: str, experiment: str | None) -> str:
+    """The command that judges all rounds together; a run that has been moved is called as its folder is."""
+    parts = Path(name).parts
+    if folder.parts[-len(parts) :] != parts:
+        name, parts = folder.name, (folder.name,)
+    said = {"experiment": experiment} if experiment else {}
+    return command("evaluate", str(folder.parents[len(parts) - 1]), **said, name=name)
+
+
+def _judged_by(judges: list[str], one: str, evaluate: str, words: Words) -> str:
+    """What the rewards are worth: who judged them; where there are several, which is the `one` that judged all."""
+    if not judges:
+        return ""
+    said = [words("Reward: {}, on the same held-out prompts.", ", ".join(judges))]
+    if len(judges) > 1:
+        said.append(words("Each round has its own reward model for a judge: rewards compare within a round only."))
+    if one:
+        said.append(words("One judge: {}.", one))
+    elif len(judges) > 1:
+        said.append(words("To have the newest judge all rounds: {}", evaluate))
+    return f'<p class="soft">{text(" ".join(said))}</p>\n'

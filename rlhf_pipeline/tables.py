@@ -191,14 +191,29 @@ def rounds_table(rows: list[dict[str, Any]]) -> None:
     judges = list(dict.fromkeys(str(row["judge"]) for row in rows if row.get("judge")))
     of = judges[0] if len(judges) == 1 else "each round's own reward model, so compare within a round"
     table = Table(title=f"by round; reward: {of}", title_justify="left")
-    columns = ("round", "labelled", "pairs", "agreement", "RM accuracy", "RM score", "reward", "± s.e.", "gain", "KL")
-    for column in columns:
+    cells = [_round_cells(row) for row in rows]
+    filled = [column for column in (cells or [{}])[0] if any(row[column] != "-" for row in cells)]
+    for column in filled:
         table.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        whole = (str(row["round"]), *(str(row[key]) if row.get(key) else "-" for key in ("labelled", "pairs")))
-        keys = ("agreement", "reward_accuracy", "own_reward", "reward_mean", "reward_stderr", "gain", "kl")
-        table.add_row(*whole, *(number(row.get(key)) for key in keys))
+    for row in cells:
+        table.add_row(*(row[column] for column in filled))
     _console().print(table)
+
+
+def _round_cells(row: dict[str, Any]) -> dict[str, str]:
+    """A round's figures by column; what an accuracy or a mean is worth stands beside it."""
+    whole = {key: "-" if row.get(key) is None else str(row[key]) for key in ("round", "labelled", "pairs")}
+    said = {key: number(row.get(key)) for key in ("reward_accuracy", "reward_mean", "reward_stderr")}
+    of = f" of {row['reward_pairs']}" if row.get("reward_pairs") else ""
+    return {
+        **whole,
+        "agreement": number(row.get("agreement")),
+        "RM\naccuracy": said["reward_accuracy"] + of,
+        "RM\nscore": number(row.get("own_reward")),
+        "reward\n± s.e.": "-" if said["reward_mean"] == "-" else f"{said['reward_mean']} ± {said['reward_stderr']}",
+        "gain": number(row.get("gain")),
+        "KL": number(row.get("kl"), 2),
+    }
 
 
 _PARTS = ("process", "weights", "gradients", "Adam", "master", "reference", "critic", "reward", "activations",

@@ -1,5 +1,6 @@
 """Draws the pages of a run anew: `python -m rlhf_pipeline.report runs/demo [en|zh]`."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -7,6 +8,8 @@ from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.report.files import stages_below
 from rlhf_pipeline.report.stage import write_report
 from rlhf_pipeline.report.words import LANGUAGES
+
+_ROUND = re.compile("round[1-9][0-9]*")
 
 
 def rebuild(folder: Path, lang: str | None = None) -> list[Path]:
@@ -23,9 +26,10 @@ def rebuild(folder: Path, lang: str | None = None) -> list[Path]:
     if not stages and not sweeps:
         raise UserError(f"{folder} holds no run; a report is made of a folder such as runs/demo or runs/demo/ppo.")
     pages = [write_report(stage, lang) for stage in stages]
-    rounds = {stage.parent.parent for stage in stages if stage.parent.name == "round1"}
+    rounds = {stage.parent.parent for stage in stages if _ROUND.fullmatch(stage.parent.name)}
     inside = sorted(path for path in rounds if path.is_relative_to(folder))
-    pages += [write_rounds(path.parent, path.name, lang) for path in inside]
+    named = [path if path.name else path.absolute() for path in inside]  # the current folder has no name
+    pages += [write_rounds(path.parent, path.name, lang) for path in named]
     return pages + [write_sweep(path, lang) for path in sweeps]
 
 

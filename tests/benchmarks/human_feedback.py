@@ -3,10 +3,13 @@
     python tests/benchmarks/human_feedback.py --seeds 3 --rounds 3 --prompts 250 500 1000
 
 Each cell of the table is the policy's true reward on 512 held-out prompts, mean over seeds ± standard error. It takes
-hours on two cores, goes on where it was cut off, and draws the table as an SVG beside it.
+hours on two cores, goes on where it was cut off, and draws the table as an SVG beside it. A seed that fails is named
+and does not stop the others; a cell that lacks it says of how many seeds it is.
 """
 
 import argparse
+import functools
+import itertools
 import json
 import math
 import os
@@ -30,23 +33,46 @@ def run(arguments: list[str], log: Path) -> None:
         )
 
 
-def one_seed(seed: int, prompts: list[int], rounds: int, extra: list[str]) -> None:
-    """A policy of its own for each seed, fine-tuned once; then rounds for each number of labelled prompts."""
+def one_seed(seed: int, prompts: list[int], rounds: int, extra: list[str]) -> str | None:
+    """A policy of its own for each seed, fine-tuned once; then rounds for each number of labelled prompts.
+
+    What went wrong, if anything did: a number of prompts that fails leaves the others be.
+    """
     common = [f"experiment={NAME}", f"seed={seed}", "labeler=toy_sentiment", *extra]
-    parent = f"{NAME}/seed{seed}"
-    for stage in ("pretrain", "sft"):
-        run([f"stage={stage}", f"name={parent}", *common], Path(f"{NAME}-{seed}.log"))
+    parent, log = f"{NAME}/seed{seed}", Path(f"{NAME}-{seed}.log")
+    failed = []
+    try:
+        for stage in ("pretrain", "sft"):
+            run([f"stage={stage}", f"name={parent}", *common], log)
+    except subprocess.CalledProcessError as error:
+        return f"seed {seed}: {stage} ended with exit status {error.returncode}: {last_words(log)}"
     for count in prompts:
         own = [f"name={parent}/{count}", f"collect.prompts={count}", "~stages.pretrain", "~stages.sft"]
-        run(["stage=pipeline", f"rounds={rounds}", *own, *common], Path(f"{NAME}-{seed}.log"))
+        try:
+            run(["stage=pipeline", f"rounds={rounds}", *own, *common], log)
+        except subprocess.CalledProcessError as error:
+            failed.append(f"seed {seed}, {count} prompts: ended with exit status {error.returncode}: {last_words(log)}")
+    return "\n".join(failed) or None
 
 
-def cell(values: list[float]) -> str:
+def last_words(log: Path) -> str:
+    """The last line of a log that is not blank, and where there is more."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return f"{lines[-1] if lines else 'nothing said'} ({log.absolute()})"
+
+
+def spread(values: list[float]) -> float | None:
+    """The standard error of the mean; None of fewer than two values."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def cell(values: list[float], seeds: int) -> str:
     """Mean ± standard error, and over how many seeds where some are missing."""
     if not values:
         return "-"
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return f"{statistics.mean(values):.3f} ± {error:.3f}"
+    error = spread(values)
+    some = f" ({len(values)} of {seeds} seeds)" if len(values) < seeds else ""
+    return f"{statistics.mean(values):.3f}" + (f" ± {error:.3f}" if error is not None else "") + some
 
 
 def gather(prompts: list[int], rounds: int, seeds: int) -> dict[tuple[int, int], dict[str, list[float]]]:
@@ -68,20 +94,20 @@ def gather(prompts: list[int], rounds: int, seeds: int) -> dict[tuple[int, int],
     return found
 
 
-def table(found: dict[tuple[int, int], dict[str, list[float]]], prompts: list[int], rounds: int, key: str) -> str:
+def table(found: dict[tuple[int, int], dict[str, list[float]]], key: str, seeds: int) -> str:
     """Markdown: a row a number of labelled prompts, a column a round."""
-    lines = [
-        "| labelled prompts a round | " + " | ".join(f"round {n}" if n else "SFT" for n in range(rounds + 1)) + " |"
-    ]
-    lines.append("|---" * (rounds + 2) + "|")
-    lines += [f"| {c} | " + " | ".join(cell(found[c, n][key]) for n in range(rounds + 1)) + " |" for c in prompts]
+    numbers = sorted({number for _, number in found})
+    lines = ["| labelled prompts a round | " + " | ".join(f"round {n}" if n else "SFT" for n in numbers) + " |"]
+    lines.append("|---" * (len(numbers) + 1) + "|")
+    for count in dict.fromkeys(count for count, _ in found):
+        lines.append(f"| {count} | " + " | ".join(cell(found[count, n][key], seeds) for n in numbers) + " |")
     return "\n".join(lines)
 
 
 def plot(found: dict[tuple[int, int], dict[str, list[float]]], prompts: list[int], rounds: int) -> str:
     """The table of rewards as an SVG: a line a number of labelled prompts, bars of one standard error."""
     means = {place: statistics.mean(values["reward"]) for place, values in found.items() if values["reward"]}
-    low, high = math.floor(min(means.values()) * 10), math.ceil(max(means.values()) * 10)  # in tenths
+    low, high = math.floor(min(means.values()) * 10), math.floor(max(means.values()) * 10) + 1  # in tenths
     left, top, wide, tall = 60, 20, 420, 220
 
     def x(number: int) -> float:
@@ -101,13 +127,13 @@ def plot(found: dict[tuple[int, int], dict[str, list[float]]], prompts: list[int
     for n in range(rounds + 1):
         label = f"round {n}" if n else "SFT"
         parts.append(f'<text x="{x(n):.1f}" y="{top + tall + 20}" text-anchor="middle">{label}</text>')
-    for place, (count, colour) in enumerate(zip(prompts, COLOURS, strict=False)):
+    for place, (count, colour) in enumerate(zip(prompts, itertools.cycle(COLOURS), strict=False)):
         points = [(n, means[count, n]) for n in range(rounds + 1) if (count, n) in means]
         line = " ".join(f"{x(n):.1f},{y(v):.1f}" for n, v in points)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
         for n, value in points:
             values = found[count, n]["reward"]
-            error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0
+            error = spread(values) or 0.0
             parts.append(f'<path d="M{x(n):.1f} {y(value - error):.1f}V{y(value + error):.1f}" stroke="{colour}"/>')
             parts.append(f'<circle cx="{x(n):.1f}" cy="{y(value):.1f}" r="3" fill="{colour}"/>')
         parts.append(
@@ -129,14 +155,20 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="run nothing, show what there is")
     parser.add_argument("extra", nargs="*", help="more settings of the pipeline, after --")
     given = parser.parse_args()
+    failed: list[str | None] = []
     if not given.show:
         with ThreadPoolExecutor(given.jobs) as pool:
-            list(pool.map(lambda seed: one_seed(seed, given.prompts, given.rounds, given.extra), range(given.seeds)))
+            one = functools.partial(one_seed, prompts=given.prompts, rounds=given.rounds, extra=given.extra)
+            failed = list(pool.map(one, range(given.seeds)))
     found = gather(given.prompts, given.rounds, given.seeds)
     for key in ("reward", "accuracy", "kl"):
-        print(f"\n{key}\n{table(found, given.prompts, given.rounds, key)}")
-    given.plot.write_text(plot(found, given.prompts, given.rounds), encoding="utf-8")
-    print(f"\nplot -> {given.plot}")
+        print(f"\n{key}\n{table(found, key, given.seeds)}")
+    if any(values["reward"] for values in found.values()):
+        given.plot.write_text(plot(found, given.prompts, given.rounds), encoding="utf-8")
+        print(f"\nplot -> {given.plot}")
+    for why in filter(None, failed):
+        print(why, file=sys.stderr)
+    sys.exit(1 if any(failed) else 0)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Rounds of human feedback in miniature: collect, label, reward, PPO, and again; with a labeler and with people."""
 
 import csv
+import html
 import json
 import os
 import shlex
@@ -15,6 +16,7 @@ from rlhf_pipeline.atomic import read_jsonl
 from rlhf_pipeline.data import load_data
 from rlhf_pipeline.lineage import content_hash
 from rlhf_pipeline.records import Turn
+from rlhf_pipeline.rounds import by_round, write_rounds
 
 SMALL = (
     "experiment=human_feedback",
@@ -77,10 +79,12 @@ def test_each_round_is_a_folder_made_from_the_one_before(two_rounds: Path) -> No
     assert counts == [12, 24]
 
 
-def test_rounds_ask_different_prompts_none_of_them_held_out(two_rounds: Path) -> None:
+def test_each_round_asks_other_prompts_of_the_rows_to_learn_from(two_rounds: Path) -> None:
+    rows = load_data({"name": "toy_reviews", "limit": 300}, 0).train
     asked = [{row["prompt"] for row in read_jsonl(two_rounds / f"round{n}/collect/candidates.jsonl")} for n in (1, 2)]
     assert len(asked[0]) == len(asked[1]) == 12
     assert not asked[0] & asked[1]
+    assert all(any(row.text.startswith(prompt) for row in rows) for prompt in asked[0] | asked[1])
 
 
 def test_a_labelers_ranks_follow_its_scores_but_for_its_noise(two_rounds: Path) -> None:
@@ -134,10 +138,53 @@ def test_the_report_shows_reward_model_and_policy_by_round(two_rounds: Path) -> 
         assert row["reward_mean"] == evaluation["metrics"]["ppo"]["reward_mean"]
         assert row["reward_accuracy"] == record(folder / "reward")["results"]["accuracy"]
         assert row["labelled"] == 12
+        assert row["reward_pairs"] == record(folder / "reward")["results"]["pairs"]  # an accuracy of how many
     assert rows[0]["reward_mean"] == evaluation["metrics"]["sft"]["reward_mean"]
     page = (two_rounds / "report.html").read_text()
     assert f"{rows[2]['reward_mean']:.4g}" in page
+    assert "Reward: length, on the same held-out prompts." in page
     assert "<svg" in page
+
+
+def test_the_report_shows_what_is_there(two_rounds: Path, workplace: Path) -> None:
+    runs = workplace / "runs"
+    run = Path(shutil.copytree(two_rounds, runs / "mine"))
+    (run / "round2" / "evaluate" / "evaluation.json").write_text("{")
+    assert [row["round"] for row in by_round(runs, "mine")] == [0, 1, 2]
+    shutil.copytree(run / "round2", run / "round4")
+    shutil.rmtree(run / "round2")
+    (run / "round3").mkdir()
+    assert [row["round"] for row in by_round(runs, "mine")] == [0, 1, 4]
+    page = write_rounds(runs, "mine").read_text()
+    assert "round4/reward/report.html" in page
+    assert "round2/" not in page
+    shutil.rmtree(run / "round1")
+    assert "round4/reward/report.html" in write_rounds(runs, "mine").read_text()
+
+
+def test_where_each_round_has_its_own_judge_one_can_judge_all(
+    two_rounds: Path, workplace: Path, command_line: CommandLine
+) -> None:
+    run = Path(shutil.copytree(two_rounds, workplace / "runs" / "human_feedback"))
+    for number in (1, 2):
+        path = run / f"round{number}" / "evaluate" / "evaluation.json"
+        judge = f"runs/human_feedback/round{number}/reward/model"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "reward": judge}))
+    page = html.unescape(write_rounds(Path("runs"), "human_feedback").read_text())
+    assert "rewards compare within a round only" in page
+    words = page.partition("To have the newest judge all rounds: ")[2].partition("</p>")[0]
+    small = [arg for arg in SMALL if "stages" not in arg and "experiment" not in arg]
+    assert "policy: reward on held-out prompts" not in page
+    assert command_line(*shlex.split(words)[3:], *small) == 0
+    page = html.unescape((run / "report.html").read_text())
+    evaluation = json.loads((run / "evaluate" / "evaluation.json").read_text())
+    assert "One judge: runs/human_feedback/round2/reward/model." in page
+    assert "policy: reward on held-out prompts" in page
+    for name in ("sft", "round1", "round2"):
+        assert f"<td>{evaluation['metrics'][name]['reward_mean']:.4g}</td>" in page
+    chinese = write_rounds(workplace / "runs", "human_feedback", "zh").read_text()
+    assert "各轮由自己的奖励模型评判" in chinese
+    assert "held-out prompts" not in chinese
 
 
 def test_more_rounds_go_on_from_those_that_are_done(
@@ -148,7 +195,9 @@ def test_more_rounds_go_on_from_those_that_are_done(
     assert command_line("stage=pipeline", *SMALL, "rounds=3", *LABELER) == 0
     assert {n: content_hash(workplace / "runs/human_feedback" / f"round{n}") for n in (1, 2)} == before
     assert len(json.loads((workplace / "runs/human_feedback/rounds.json").read_text())) == 4
-    assert "round3: ppo" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "round3: ppo" in said
+    assert said.count("by round; reward: length") == 1  # nothing is new of the others
 
 
 def fill_in(sheet: Path, ranks: list[str], rows: int | None = None) -> None:
@@ -177,10 +226,18 @@ def test_a_pipeline_waits_for_people_and_goes_on_from_there(
     candidates = (collect / "candidates.jsonl").read_bytes()
 
     fill_in(collect / "sheet.csv", ["2", "1", "3", "3"], rows=5)
+    assert command_line("stage=pipeline", *SMALL, "collect.enough=0.75") == 2
+    said = capsys.readouterr()
+    assert "sheet.csv has been filled in; it counts once labels= brings it in" in said.out
+    assert said.err.endswith("0 of 12 labelled; run again when done.\n")
     assert command_line(*shlex.split(in_a_sheet)[3:]) == 0
     assert "5 of 12 labelled" in capsys.readouterr().out
     assert command_line("stage=pipeline", *SMALL, "collect.enough=0.75") == 2
-    assert "5 of 12 labelled; run again when done" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert said.err.endswith(
+        "5 of 12 labelled; run again when done, or with collect.enough=0.416 to go on with these.\n"
+    )
+    assert "has been filled in" not in said.out
 
     fill_in(collect / "sheet.csv", ["2", "1", "3", "3"], rows=9)
     assert command_line("stage=collect", "name=human_feedback", f"labels={collect / 'sheet.csv'}") == 0

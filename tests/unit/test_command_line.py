@@ -1,6 +1,7 @@
 """What the command line refuses, in what words and how soon; what it makes of experiments and overrides."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -222,6 +223,16 @@ def test_one_name_in_all_places() -> None:
         assert re.search(rf"^(?:[\w-]+ )*{stage}(?: [\w-]+)*: setup", makefile, re.MULTILINE), stage
     for readme in ("README.md", "README.zh-CN.md"):
         assert all(f"stage={stage}" in (ROOT / readme).read_text() for stage in stages), readme
+
+
+def test_make_takes_a_run_whose_name_has_a_blank() -> None:
+    made = subprocess.run(
+        ["make", "--dry-run", "--always-make", "label-studio", "report", "pipeline", "NAME=my run/round1"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    words = [word for line in made.splitlines() if "rlhf_pipeline" in line for word in shlex.split(line)]
+    assert words.count("name=my run/round1") == 2
+    assert "runs/my run/round1" in words
 
 
 def test_the_fields_of_trls_configs_are_found_without_importing_them() -> None:

@@ -14,7 +14,7 @@ LAYERS = [
     ["likelihood", "formats", "templates", "scorer", "own_code", "report", "trackers"],
     ["data", "policies", "rewards", "static_sampling", "plan"], ["encoding"], ["settings"], ["cards"], ["rundir"],
     ["tables", "ppo", "label_studio", "made", "publish", "together"],
-    ["stages", "rounds"], ["plain_words", "arguments"], ["summary", "jobs"], ["sweeps"], ["cli", "plugins"],
+    ["stages"], ["plain_words", "arguments"], ["summary", "jobs"], ["rounds", "sweeps"], ["cli", "plugins"],
 ]  # fmt: skip
 
 

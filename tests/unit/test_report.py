@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from rlhf_pipeline import rounds
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.report import LivePage, compare, read, write_report
 from rlhf_pipeline.report import stage as stage_page
@@ -361,7 +362,8 @@ def test_the_language_is_the_runs_own_or_the_one_asked_for(tmp_path: Path) -> No
 def test_every_phrase_of_the_page_is_translated() -> None:
     said = {phrase for named in page_words.MEASURES.values() for phrase in (*named.values(), *page_words.MEASURES)}
     said |= {*page_words.NAMES.values(), page_words.OTHER}
-    for path in Path(page_words.__file__).parent.glob("*.py"):
+    said |= {*rounds._CHARTS.values(), *rounds._COLUMNS.values()}
+    for path in (*Path(page_words.__file__).parent.glob("*.py"), Path(rounds.__file__)):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
                 name = node.func.id if isinstance(node.func, ast.Name) else ""
@@ -478,7 +480,9 @@ def test_a_comparison_needs_runs_that_are_there(tmp_path: Path) -> None:
     assert not (tmp_path / "compare.html").exists()
 
 
-def test_the_pages_of_a_run_are_made_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_pages_of_a_run_are_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     mild, _ = two_runs(tmp_path)
     build(mild / "round1" / "collect")
     (mild / "ppo" / "model").mkdir()
@@ -488,6 +492,11 @@ def test_the_pages_of_a_run_are_made_anew(tmp_path: Path, capsys: pytest.Capture
     assert pages == {Path(p) / "report.html" for p in ("ppo", "evaluate", "round1/collect", ".")}
     assert all('lang="zh-CN"' in (mild / path).read_text(encoding="utf-8") for path in pages)
     assert capsys.readouterr().out.count("report.html") == 4
+    (mild / "round1").rename(mild / "round2")  # one that is gone, and from within the run
+    monkeypatch.chdir(mild)
+    assert main(["."]) == 0
+    assert 'href="round2/collect/report.html"' in (mild / "report.html").read_text(encoding="utf-8")
+    capsys.readouterr()
     assert main([str(mild), "fr"]) == 2
     assert main([str(tmp_path / "nothing")]) == 2
     assert "holds no run" in capsys.readouterr().err
