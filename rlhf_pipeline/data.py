@@ -4,6 +4,7 @@ import hashlib
 import logging
 import random
 import typing
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -254,6 +255,16 @@ def whole(row: Row) -> str:
 def texts(rows: Sequence[Row]) -> list[str]:
     """The rows as plain text: for a tokenizer to be trained on, or a classifier to read."""
     return [whole(row) for row in rows]
+
+
+def begun_by(prompts: Sequence[Prompt], rows: Sequence[Row]) -> int:
+    """How many of the prompts also begin a row: few words do, though the text that they were cut from is none of these.
+
+    Of code, whose prompts are the heads of functions within files, it is not known, and 0.
+    """
+    known = sorted(texts(rows))
+    places = [(bisect_left(known, prompt), prompt) for prompt in map(plain, prompts)]
+    return sum(place < len(known) and known[place].startswith(prompt) for place, prompt in places)
 
 
 def _group(row: Row) -> str:

@@ -28,7 +28,9 @@ def _console() -> Console:
 
 def evaluation_table(evaluation: dict[str, Any]) -> None:
     """Policies by row, by more rewards and by their texts; then the paired gains, then answers."""
-    title = f"{evaluation['prompts']} held-out prompts; reward: {evaluation['reward']}; KL to {evaluation['reference']}"
+    known = evaluation.get("prompts_in_training")
+    prompts = f"{evaluation['prompts']} held-out prompts" + (f" ({known} also begin training texts)" if known else "")
+    title = f"{prompts}; reward: {evaluation['reward']}; KL to {evaluation['reference']}"
     columns = ("reward", "± s.e.", "median", "positive", "KL", "perplexity", "distinct-2", "length")
     console = _console()
     rows = [

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rlhf_pipeline.atomic import write_json
-from rlhf_pipeline.data import Splits, fingerprint, texts
+from rlhf_pipeline.data import Splits, begun_by, fingerprint, texts
 from rlhf_pipeline.encoding import Question, conversational, encode, fitting, questions
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.made import run_of
@@ -68,6 +68,7 @@ def run(settings: Settings, out: RunDir) -> None:
     last, trained = policies[-1].name, learnt_from(list(paths.values()), rewards)
     evaluation = {
         "prompts": len(asked),
+        "prompts_in_training": begun_by([question.prompt for question in asked], rows.train),
         "reward": rewards[main].name,
         "reference": reference,
         "sampling": dataclasses.asdict(policies[0].sampling),

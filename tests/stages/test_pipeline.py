@@ -67,6 +67,7 @@ def test_the_evaluation_holds_what_the_table_shows(miniature: Path) -> None:
     evaluation = json.loads((miniature / "evaluate" / "evaluation.json").read_text())
     assert list(evaluation["metrics"]) == ["base", "sft", "ppo"]
     assert evaluation["reference"] == "sft"
+    assert 0 < evaluation["prompts_in_training"] <= 24  # a few words of a grammar
     assert evaluation["metrics"]["sft"]["kl"] == pytest.approx(0, abs=1e-4)
     for name, row in evaluation["metrics"].items():
         rewards = [sample["rewards"][name] for sample in evaluation["samples"]]

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from rlhf_pipeline import data, encoding
+from rlhf_pipeline.data import begun_by
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.policies import train_tokenizer
-from rlhf_pipeline.records import Ranking
+from rlhf_pipeline.records import Labelled, Preference, Ranking
 
 TOY = {"name": "toy_reviews", "limit": 200, "prompt_tokens": [3, 6]}
 
@@ -36,6 +37,13 @@ def test_a_training_text_that_is_held_out_too_is_dropped(tmp_path: Path) -> None
     rows = data.load_data({"name": "imdb", "path": str(tmp_path)}, seed=0)
     assert len(rows.test) == 6
     assert len(rows.train) == 4
+
+
+def test_prompts_that_also_begin_training_texts_are_counted() -> None:
+    rows = [Labelled("the film was good", 1), Labelled("a plot", 0), Labelled("the cast", 1)]
+    assert begun_by(["the", "the film was good", "the film was bad", "a", "b", "zzz"], rows) == 3
+    assert begun_by(["why?", "how?"], [Preference("why?", "so", "no"), Preference("what?", "how?", "no")]) == 1
+    assert begun_by(["the"], []) == 0
 
 
 def test_the_fingerprint_sees_every_row() -> None:

@@ -23,7 +23,7 @@ def evaluation(names: list[str], said: str = "an answer") -> dict:
         answers[name] = Answers(texts, rewards, dict(figures))
     rewards = {"classifier": ("runs/demo/reward/model", 0.0), "length": ("length", -0.5)}
     found = standing(answers, names[-1], names[1], rewards, "classifier", PROMPTS, Evaluation(bootstrap=50), 0)
-    return {"prompts": 8, "reward": "runs/demo/reward/model", "reference": names[1], **found}
+    return {"prompts": 8, "prompts_in_training": 3, "reward": "runs/demo/reward/model", "reference": names[1], **found}
 
 
 def test_many_policies_are_readable_at_100_columns(capsys: pytest.CaptureFixture[str]) -> None:
@@ -35,6 +35,7 @@ def test_many_policies_are_readable_at_100_columns(capsys: pytest.CaptureFixture
     assert len(figures) == 2
     assert "…" not in "".join(lines)
     said = "\n".join(lines)
+    assert "8 held-out prompts (3 also begin training texts)" in said
     assert "More rewards" in said
     assert "warning: round1: classifier rose by" in said
     assert "worst: prompt" in said
@@ -50,6 +51,7 @@ def test_names_and_answers_are_shown_as_they_are(capsys: pytest.CaptureFixture[s
 
 def test_an_evaluation_from_before_there_were_more_rewards_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     found = evaluation(["base", "sft"])
+    del found["prompts_in_training"]
     for key in ("rewards", "moved", "warnings", "extremes"):
         del found[key]
     for row in found["metrics"].values():
