@@ -200,12 +200,11 @@ def run_stage(settings: Settings) -> float | None:
         return _run_held(settings, out, done=False)
     if settings.labels:  # given to what was collected last, however that was set up
         out = out.newest_round()
-        say_loading()
         alone = out.held() if settings.labels not in ("serve", "push") else contextlib.nullcontext()
         with alone:
-            from rlhf_pipeline import stages
+            from rlhf_pipeline.stages.labelling import take  # without torch: this is waited for again and again
 
-            stages.run(settings, out)  # what goes wrong here leaves the collection as it was
+            take(settings, out)  # what goes wrong here leaves the collection as it was
         if settings.labels not in ("serve", "push"):
             say_done(out)
         return None

@@ -15,7 +15,6 @@ from rlhf_pipeline.label_studio.client import LabelStudio
 
 URL, KEY = "LABEL_STUDIO_URL", "LABEL_STUDIO_API_KEY"
 _TITLE = (3, 50)  # the lengths that Label Studio allows
-_PATIENCE = 120.0  # seconds for a server that someone else is starting
 
 
 def push(folder: Path, name: str, runs: Path, annotators: int = 1) -> str:
@@ -47,7 +46,9 @@ def serve(folder: Path, name: str, runs: Path, annotators: int = 1) -> None:
         raise UserError(f"{URL} names a server of your own; say labels=push to give it the tasks, or unset it.")
     _tasks(folder)  # before the minute that a start takes
     with server.started(runs) as process:
-        address = offer(_once_up(runs), folder, name, annotators)
+        if process is None:
+            _await_other(runs)
+        address = offer(server.running(runs), folder, name, annotators)
         _say(address, name, runs)
         if process is None:
             print("That server was running already; it ends where it was started.", flush=True)
@@ -57,15 +58,19 @@ def serve(folder: Path, name: str, runs: Path, annotators: int = 1) -> None:
     raise UserError(f"Label Studio ended by itself (status {status}); see {server.folder_of(runs) / 'server.log'}.")
 
 
-def _once_up(runs: Path) -> LabelStudio:
-    """The server of these runs; one that someone else is starting is waited for."""
-    began = time.monotonic()
+def _await_other(runs: Path) -> None:
+    """Wait for a server that someone else is starting; where that comes to nothing, say so at once."""
+    began, said = time.monotonic(), False
     while True:
         try:
-            return server.running(runs)
-        except NotFinishedError:
-            if time.monotonic() - began > _PATIENCE:
+            server.running(runs)
+            return
+        except server.StartingError:
+            if time.monotonic() - began > server.PATIENCE:
                 raise
+            if not said:
+                print("Label Studio is being started elsewhere; waiting for it", flush=True)
+            said = True
             time.sleep(0.5)
 
 

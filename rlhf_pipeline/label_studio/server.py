@@ -7,6 +7,7 @@ runs/.label_studio/      for its owner alone (0700)
   data/                  its database: labels survive a restart
 """
 
+import ctypes
 import fcntl
 import json
 import os
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -33,7 +34,8 @@ COMMAND = "LABEL_STUDIO"  # names its executable, which lives in an environment 
 _INSTALLED = ".venv-label-studio/bin/label-studio"  # where `make label-studio` puts it
 _HOST, _PORT = "127.0.0.1", 8080
 USER = "annotator@localhost"
-_PATIENCE = 600.0  # seconds for a start; the first makes the database
+PATIENCE = 600.0  # seconds for a start; the first makes the database
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl: which signal comes when the parent dies
 # What the server sees of this environment. Its other settings have names like HOST, DEBUG and CI.
 _PASSED = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ")
 _SETTINGS = {
@@ -51,6 +53,10 @@ _SETTINGS = {
 _NOWHERE = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1,localhost"}
 
 
+class StartingError(NotFinishedError):
+    """The server is there and does not answer yet."""
+
+
 def folder_of(runs: Path) -> Path:
     """Where the server of these runs keeps its things."""
     return runs / ".label_studio"
@@ -65,7 +71,7 @@ def running(runs: Path) -> LabelStudio:
             "name your own by LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY."
         )
     if not (home / "server.json").exists():
-        raise NotFinishedError(f"the Label Studio of {runs} is still starting; try again in a minute.")
+        raise StartingError(f"the Label Studio of {runs} is still starting; try again in a minute.")
     return LabelStudio(_read(home / "server.json")["url"], _read(home / "login.json")["token"])
 
 
@@ -112,6 +118,7 @@ def _start(home: Path, lock: IO[str]) -> subprocess.Popen[bytes]:
             cwd=home,
             env=_environment(home, login),
             umask=0o077,
+            preexec_fn=_tied_to_us(),
             pass_fds=[lock.fileno()],
         )
     finally:
@@ -123,6 +130,23 @@ def _start(home: Path, lock: IO[str]) -> subprocess.Popen[bytes]:
         raise
     write_json(home / "server.json", {"url": f"http://{_HOST}:{port}", "pid": process.pid})
     return process
+
+
+def _tied_to_us() -> Callable[[], None] | None:
+    """What the server's process does first: ask to be ended should we be killed, when nobody else could end it.
+
+    Only Linux offers this; elsewhere such a server lives on.
+    """
+    if sys.platform != "linux":
+        return None
+    us, prctl = os.getpid(), ctypes.CDLL(None).prctl
+
+    def tie() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != us:  # killed before it could ask
+            os._exit(1)
+
+    return tie
 
 
 def _environment(home: Path, login: dict[str, str]) -> dict[str, str]:
@@ -147,8 +171,8 @@ def _await(process: subprocess.Popen[bytes], studio: LabelStudio, home: Path) ->
             shown.update(f"Label Studio is starting{first}: {seconds:.0f} s")
             if process.poll() is not None:
                 raise UserError(f"Label Studio ended as it started: {_last_words(home)}. See {home / 'server.log'}.")
-            if seconds > _PATIENCE:
-                raise UserError(f"Label Studio did not start in {_PATIENCE:.0f} s; see {home / 'server.log'}.")
+            if seconds > PATIENCE:
+                raise UserError(f"Label Studio did not start in {PATIENCE:.0f} s; see {home / 'server.log'}.")
             try:
                 studio.check()
             except NotFinishedError:

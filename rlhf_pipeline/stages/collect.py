@@ -26,7 +26,7 @@ from rlhf_pipeline.settings import SAMPLING, STAGES, Settings
 from rlhf_pipeline.stages.candidates import Asker, ids_for
 from rlhf_pipeline.stages.common import quiet, say_taken, take_data
 from rlhf_pipeline.stages.labeler import rank
-from rlhf_pipeline.stages.labelling import bring_pulled, offer, settle, take
+from rlhf_pipeline.stages.labelling import bring_pulled, offer, settle
 
 _MAKE_POLICIES = ("pretrain", "sft", "ppo")
 
@@ -34,9 +34,6 @@ _MAKE_POLICIES = ("pretrain", "sft", "ppo")
 def run(settings: Settings, out: RunDir) -> None:
     """Draw the candidates, unless they are there, then see how far they are labelled."""
     quiet()
-    if settings.labels:
-        take(settings, out)
-        return
     reward, judge = _labeler(settings, out)
     if not agree(lambda: (out.path / CANDIDATES).exists() and bool(out.record)):
         _ask(settings, out, {"labeler": judge} if judge else {})
@@ -89,10 +86,17 @@ def _ask(settings: Settings, out: RunDir, judge: dict[str, str]) -> None:
             f"none of {len(asked)} prompts brought two answers that differ; raise collect.temperatures, or "
             "collect.similarity."
         )
-    if len(kept) < len(asked):
-        print(f"{len(asked) - len(kept)} of {len(asked)} prompts brought no two answers that differ", flush=True)
+    say_what_lacks(kept, len(asked), settings.collect.answers)
     offer(out, kept)
     os.replace(out.path / CANDIDATES_SO_FAR, out.path / CANDIDATES)
+
+
+def say_what_lacks(kept: Sequence[dict[str, Any]], prompts: int, answers: int) -> None:
+    """Where a policy repeats itself: how many prompts brought nothing to compare, and how many less than was asked."""
+    few = sum(len(row["answers"]) < answers for row in kept)
+    for count, what in ((prompts - len(kept), "no two"), (few, f"2 or more, but not {answers},")):
+        if count:
+            print(f"{count} of {prompts} prompts brought {what} answers that differ", flush=True)
 
 
 def _asker(

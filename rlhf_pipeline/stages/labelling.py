@@ -69,7 +69,9 @@ def bring_pulled(out: RunDir) -> None:
     """Add what has been labelled in Label Studio so far."""
     tasks = pull(out.path, out.runs)
     known = json.loads((out.path / PROJECT).read_text(encoding="utf-8"))
-    source = f"{known['url']}/projects/{known['project']}"
+    # Our own server may be at another port the next time, with the same labels.
+    where = "label_studio" if known.get("local") else known["url"]
+    source = f"{where}/projects/{known['project']}"
     notes = [(task, note) for task in tasks for note in task.get("annotations") or []]
     skips = [
         {"task": (task.get("data") or {}).get("task"), "annotator": str(note.get("completed_by")), "source": source}
@@ -80,6 +82,19 @@ def bring_pulled(out: RunDir) -> None:
     if len(skips) < len(notes):
         write_json(out.path / EXPORT, tasks)
         _bring(out, out.path / EXPORT, source)
+    else:
+        _forget(out, source)
+
+
+def _forget(out: RunDir, source: str) -> None:
+    """Drop what was labelled in Label Studio before: there it has been taken back."""
+    (out.path / EXPORT).unlink(missing_ok=True)
+    for name, key, gone in ((LABELS, "source", source), (REJECTED, "file", str(out.path / EXPORT))):
+        kept = [row for row in read_jsonl(out.path / name) if row.get(key) != gone]
+        if kept:
+            write_jsonl(out.path / name, kept)
+        else:
+            (out.path / name).unlink(missing_ok=True)
 
 
 def _bring(out: RunDir, path: Path, source: str = "") -> None:

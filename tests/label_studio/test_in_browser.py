@@ -28,6 +28,7 @@ ATTACK = '<script>alert(1)</script><img src="http://192.0.2.1/x.png" onerror="al
 TEXTS = ("First line.\n\n    indented()", "好的，我们明天见。\n第二行。", ATTACK, "http://192.0.2.1/x.png")
 PROMPTS = ("Say something,\nin two lines", "你好，今天天气怎么样？", ATTACK, "to be put back", "to be left")
 RUNS = {"ranks": 4, "pairs": 2}
+sync_api.expect.set_options(timeout=60_000)  # a page takes seconds on a machine that is busy
 SUBMIT, SKIP = 'button[aria-label="Submit current annotation"]', 'button[aria-label="skip-task"]'
 # Without its own errands in the background, which are no requests of a page.
 CHROMIUM = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]

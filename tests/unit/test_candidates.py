@@ -18,7 +18,7 @@ from rlhf_pipeline.records import Judgement
 from rlhf_pipeline.sampling import Sampling, sample
 from rlhf_pipeline.settings import Collection
 from rlhf_pipeline.stages.candidates import Asker, alike
-from rlhf_pipeline.stages.collect import choose
+from rlhf_pipeline.stages.collect import choose, say_what_lacks
 from rlhf_pipeline.stages.labelling import label_row
 
 COLLECT = Collection(prompts=6, answers=4, response_length=8, batch_size=4, temperatures=[0.7, 1.5])
@@ -84,6 +84,18 @@ def test_another_seed_brings_others(asker: Asker) -> None:
 def test_a_policy_that_says_one_thing_only_gives_no_row(asker: Asker) -> None:
     sure = replace(asker, collect=replace(COLLECT, temperatures=[1e-4]), policies={"one": asker.policies["one"]})
     assert rows(sure) == []
+
+
+def test_what_a_policy_that_repeats_itself_did_not_bring_is_said(
+    asker: Asker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    say_what_lacks([row("a", "b", "c"), row("a", "b"), row("a", "b", "c")], 5, 3)
+    assert capsys.readouterr().out == (
+        "2 of 5 prompts brought no two answers that differ\n"
+        "1 of 5 prompts brought 2 or more, but not 3, answers that differ\n"
+    )
+    say_what_lacks(rows(asker), len(PROMPTS), COLLECT.answers)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(

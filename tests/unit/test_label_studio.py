@@ -1,5 +1,6 @@
 """Label Studio: the labelling config, and the client and our own server with a stand-in on loopback."""
 
+import fcntl
 import json
 import os
 import signal
@@ -20,9 +21,12 @@ from conftest import ROOT
 from fake_label_studio import ACCESS, TOKEN, FakeStudio
 from loopback import answering
 
+from rlhf_pipeline.atomic import read_jsonl
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.label_studio import LabelStudio, labeling_config, pull, push, serve
 from rlhf_pipeline.label_studio.server import folder_of, running, started
+from rlhf_pipeline.rundir import RunDir
+from rlhf_pipeline.stages import labelling
 
 PERSONAL = "eyJhbGciOiJIUzI1NiJ9.eyJ1c2VyX2lkIjoiMSJ9.signature"
 
@@ -235,6 +239,42 @@ def test_titles_are_of_the_lengths_that_are_allowed(
     assert name in fake.projects[0]["description"]
 
 
+def test_a_label_that_is_taken_back_is_gone_and_one_port_is_as_good_as_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = RunDir(tmp_path, "demo", "collect")
+    out.path.mkdir(parents=True)
+    answers = [{"id": "answer1", "text": "a"}, {"id": "answer2", "text": "b"}]
+    out.add("candidates.jsonl", [{"task": f"task{n}", "prompt": "p", "answers": answers} for n in range(2)])
+    by_hand = {"task": "task1", "prompt": "p", "responses": ["a", "b"], "ranks": [1, 2], "annotator": "ann"}
+    out.add("labels.jsonl", [{**by_hand, "source": "sheet.csv"}])
+    note = {"id": 1, "completed_by": 1, "lead_time": 9.0, "was_cancelled": False}
+    note["result"] = [{"type": "pairwise", "from_name": "preference", "value": {"selected": "right"}}]
+
+    def pulled(port: int, *notes: dict[str, Any]) -> list[tuple[str, list[int]]]:
+        project = {"url": f"http://127.0.0.1:{port}", "project": 1, "local": True}
+        (out.path / "project.json").write_text(json.dumps(project))
+        data = {"task": "task0", "prompt": "p", "answer1": "a", "answer2": "b"}
+        monkeypatch.setattr(labelling, "pull", lambda *_: [{"id": 7, "data": data, "annotations": [*notes]}])
+        labelling.bring_pulled(out)
+        return [(row["annotator"], row["ranks"]) for row in read_jsonl(out.path / "labels.jsonl")]
+
+    by_ann = ("ann", [1, 2])
+    assert pulled(8080, note) == [by_ann, ("1", [2, 1])]
+    assert pulled(8081, {**note, "was_cancelled": True}) == [by_ann]
+    assert len(read_jsonl(out.path / "skipped.jsonl")) == 1
+    assert pulled(8081, note) == [by_ann, ("1", [2, 1])]
+    assert pulled(8082) == [by_ann]
+    assert read_jsonl(out.path / "skipped.jsonl") == []
+
+
+def test_fetching_labels_needs_no_torch() -> None:
+    code = "import sys; import rlhf_pipeline.cli, rlhf_pipeline.stages.labelling; "
+    code += "sys.exit(', '.join({'torch', 'transformers', 'trl', 'datasets'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr == "\n"
+
+
 # -- a server of our own
 
 
@@ -319,20 +359,50 @@ def test_serve_brings_the_tasks_and_says_where_to_go(command: Path, tmp_path: Pa
     assert error.strip().endswith("KeyboardInterrupt")  # which the command line knows
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it lives on")
+def test_our_server_does_not_outlive_us_when_we_are_killed(command: Path, tmp_path: Path) -> None:
+    with serving(collected(tmp_path), tmp_path) as (process, server, _):
+        process.kill()
+        process.wait()
+        _await_end(server)
+
+
 def test_a_server_is_found_as_long_as_it_lives_and_no_longer(command: Path, tmp_path: Path) -> None:
     folder = collected(tmp_path)
     with serving(folder, tmp_path) as (process, server, _):
+        assert pull(folder, tmp_path) == []
+        process.send_signal(signal.SIGSTOP)  # or it would clear up
+        os.kill(server, signal.SIGKILL)
+        _await_end(server)
+        assert (folder_of(tmp_path) / "server.json").exists()
         process.kill()
         process.wait()
-        assert pull(folder, tmp_path) == []  # the server has outlived who started it
-        os.kill(server, signal.SIGKILL)
-        for _ in range(100):
-            if not Path(f"/proc/{server}").exists():
-                break
-            time.sleep(0.05)
-        assert (folder_of(tmp_path) / "server.json").exists()
         with pytest.raises(NotFinishedError, match="is running; start it"):
             pull(folder, tmp_path)
+
+
+def _await_end(number: int) -> None:
+    """Wait until a process has ended, reaped or not."""
+    end = time.monotonic() + 20
+    while (state := Path(f"/proc/{number}/stat")).exists() and state.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_who_waits_for_anothers_start_is_told_and_told_where_it_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = collected(tmp_path)
+    home = folder_of(tmp_path)
+    home.mkdir()
+    with (home / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ends = threading.Timer(1.0, lambda: fcntl.flock(lock, fcntl.LOCK_UN))  # without having come up
+        ends.start()
+        with pytest.raises(NotFinishedError, match="is running; start it"):
+            serve(folder, "demo", tmp_path)
+        ends.join()
+    assert "being started elsewhere; waiting for it" in capsys.readouterr().out
 
 
 def test_serve_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
