@@ -9,7 +9,7 @@ from rlhf_pipeline.records import Prompt
 
 # Where a cell begins with one of these, a spreadsheet takes it for a formula, or for our mark against that; reading
 # takes the mark off again.
-FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
+FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠", "\t", "\r", "\n", "'")
 _EMPTY = "(empty)"  # an answer of nothing would be overlooked
 
 

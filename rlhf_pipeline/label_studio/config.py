@@ -24,9 +24,28 @@ _STYLE = """
     .htx-ranker-item p:last-child { display: none; }
   """
 
-_PAIRWISE = f"""<View className="rlhf">
-  <Header value="Which answer is better? Click it."/>
-  <View className="rlhf-hint"><Header size="6" value="Ctrl+Enter submits. Neither is better: skip, Ctrl+Space."/></View>
+# What the page tells the annotator, by language (`report.lang`).
+_WORDS = {
+    "en": {
+        "which": "Which answer is better? Click it.",
+        "neither": "Ctrl+Enter submits. Neither is better: skip, Ctrl+Space.",
+        "order": "Drag the answers into order: best on top",
+        "as_it_is": "Right as it is? Move one answer and put it back, and Submit opens.",
+        "keys": "Keys: Tab to an answer, Space lifts it, arrows move it, Space drops it. "
+        "Ctrl+Enter submits, Ctrl+Space skips.",
+    },
+    "zh": {
+        "which": "哪个回答更好？点击它。",
+        "neither": "Ctrl+Enter 提交。分不出好坏就跳过：Ctrl+空格。",
+        "order": "拖动回答来排序：最好的放在最上面",
+        "as_it_is": "顺序本来就对？把任意一个回答挪开再放回去，就可以提交（Submit）了。",
+        "keys": "键盘：Tab 选回答，空格拿起，方向键移动，再按空格放下。Ctrl+Enter 提交，Ctrl+空格 跳过。",
+    },
+}
+
+_PAIRWISE = """<View className="rlhf">
+  <Header value="{which}"/>
+  <View className="rlhf-hint"><Header size="6" value="{neither}"/></View>
   <View className="rlhf-prompt"><Text name="prompt" value="$prompt" valueType="text"/></View>
   <Pairwise name="preference" toName="answer1,answer2"
             selectionStyle="box-shadow: 0 0 0 3px #4c5fa9; background: rgba(76, 95, 169, .12)"/>
@@ -34,22 +53,20 @@ _PAIRWISE = f"""<View className="rlhf">
     <View className="rlhf-answer"><Text name="answer1" value="$answer1" valueType="text"/></View>
     <View className="rlhf-answer"><Text name="answer2" value="$answer2" valueType="text"/></View>
   </View>
-  <Style>{_STYLE}</Style>
+  <Style>{style}</Style>
 </View>
 """
 
-_AS_IT_IS = "Right as it is? Move one answer and put it back, and Submit opens."
-_KEYS = "Keys: Tab to an answer, Space lifts it, arrows move it, Space drops it. Ctrl+Enter submits, Ctrl+Space skips."
-_RANKER = f"""<View className="rlhf">
+_RANKER = """<View className="rlhf">
   <View className="rlhf-prompt"><Text name="prompt" value="$prompt" valueType="text"/></View>
-  <List name="items" value="$items" title="Drag the answers into order: best on top"/>
+  <List name="items" value="$items" title="{order}"/>
   <Ranker name="ranking" toName="items"/>
-  <View className="rlhf-hint"><Header size="6" value="{_AS_IT_IS}"/><Header size="6" value="{_KEYS}"/></View>
-  <Style>{_STYLE}</Style>
+  <View className="rlhf-hint"><Header size="6" value="{as_it_is}"/><Header size="6" value="{keys}"/></View>
+  <Style>{style}</Style>
 </View>
 """
 
 
-def labeling_config(answers: int) -> str:
+def labeling_config(answers: int, lang: str = "en") -> str:
     """The config for tasks of up to `answers` answers: a click on the better of two, or a list to be put in order."""
-    return _PAIRWISE if answers <= 2 else _RANKER
+    return (_PAIRWISE if answers <= 2 else _RANKER).format(style=_STYLE, **_WORDS[lang])

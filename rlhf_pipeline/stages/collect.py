@@ -87,7 +87,7 @@ def _ask(settings: Settings, out: RunDir, judge: dict[str, str]) -> None:
             "collect.similarity."
         )
     say_what_lacks(kept, len(asked), settings.collect.answers)
-    offer(out, kept)
+    offer(out, kept, settings.report.lang)
     os.replace(out.path / CANDIDATES_SO_FAR, out.path / CANDIDATES)
 
 

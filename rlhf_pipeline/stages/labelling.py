@@ -28,11 +28,12 @@ def prompt_of(row: dict[str, Any]) -> Prompt:
     return prompt if isinstance(prompt, str) else tuple(Turn(turn["role"], turn["content"]) for turn in prompt)
 
 
-def offer(out: RunDir, rows: Sequence[dict[str, Any]]) -> None:
-    """Write what people label: tasks for Label Studio with their layout, and a sheet."""
+def offer(out: RunDir, rows: Sequence[dict[str, Any]], lang: str) -> None:
+    """Write what people label: tasks for Label Studio with their layout and its language, and a sheet."""
     prompts = [prompt_of(row) for row in rows]
     write_json(out.path / "tasks.json", label_studio_tasks(rows, prompts))
-    write_atomic(out.path / "labeling_config.xml", labeling_config(max(len(row["answers"]) for row in rows)))
+    most = max(len(row["answers"]) for row in rows)
+    write_atomic(out.path / "labeling_config.xml", labeling_config(most, lang))
     out.offer_sheet(sheet(rows, prompts))
 
 

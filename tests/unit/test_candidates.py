@@ -152,7 +152,7 @@ def test_a_label_is_of_the_answers_that_were_asked_about(answers: tuple, ranks: 
 
 
 def test_a_sheet_gives_back_what_a_spreadsheet_would_run(tmp_path: Path) -> None:
-    texts = ("=1+1", "'-quoted'", "-1", '"a", b\nc')
+    texts = ("=1+1", "'-quoted'", "＝全角", '"a", b\nc')
     path = tmp_path / "sheet.csv"
     table = list(csv.reader(io.StringIO(sheet([row(*texts)], ["+p"]).removeprefix("\ufeff"))))
     assert all(not cell.startswith(FORMULA[:-1]) for cell in table[1])

@@ -64,9 +64,12 @@ def collected(runs: Path, name: str = "demo", count: int = 3) -> Path:
 # -- the labelling config
 
 
+@pytest.mark.parametrize("lang", ["en", "zh"])
 @pytest.mark.parametrize("answers", [2, 3, 9])
-def test_config_is_xml_and_has_the_fields_of_a_task(answers: int) -> None:
-    config = ElementTree.fromstring(labeling_config(answers))
+def test_config_is_xml_and_has_the_fields_of_a_task(answers: int, lang: str) -> None:
+    written = labeling_config(answers, lang)
+    assert ("提交" in written) == (lang == "zh") == ("submits" not in written)
+    config = ElementTree.fromstring(written)
     values = {node.get("name"): node.get("value") for node in config.iter() if node.get("value", "").startswith("$")}
     assert values == (
         {"prompt": "$prompt", "answer1": "$answer1", "answer2": "$answer2"}
