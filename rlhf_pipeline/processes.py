@@ -1,7 +1,6 @@
 """Several processes on one run: agreeing, sharing out what there is to do, and leaving together."""
 
 import atexit
-import gc
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import TypeVar
@@ -22,9 +21,6 @@ _PATIENCE = timedelta(hours=6)
 def join() -> None:
     """Meet the other processes; in vain where there are none."""
     if processes() > 1 and not PartialState._shared_state:
-        # Its functions have the group for a default, if one is there when it is imported: they would hold it for ever.
-        import torch.distributed.nn.functional
-
         # Without an accelerator accelerate must be told so, or it takes each process for one of its own.
         PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
         atexit.register(_leave)
@@ -68,11 +64,6 @@ def lost(error: BaseException) -> bool:
 
 
 def _leave() -> None:
-    """Take leave of the other processes, or the connections would be found open when all is torn down.
-
-    A model wrapped for them holds them too, and its trainer is a cycle. gloo's threads end only when none does: one
-    that still has the last tensor in hand while the interpreter ends aborts the process.
-    """
+    """Take leave of the other processes, or the connections would be found open when all is torn down."""
     if torch.distributed.is_initialized():
-        gc.collect()
         torch.distributed.destroy_process_group()

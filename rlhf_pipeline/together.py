@@ -1,5 +1,6 @@
 """One stage in several processes: one run directory, one log on the screen, and one end."""
 
+import atexit
 import contextlib
 import json
 import os
@@ -75,6 +76,29 @@ def run_together(settings: Settings, run: Callable[[RunDir, bool], object]) -> f
             raise LostProcessError(_STOPPED if "by peer" in cause else f"{_STOPPED} It began with: {cause}") from error
         raise
     return out.objective()
+
+
+def end_at_once(run: Callable[[], None]) -> NoReturn:
+    """Run what ends by returning or by `sys.exit`, then leave with its status and without taking the interpreter down.
+
+    DDP, FSDP and DeepSpeed keep hold of the connections, so gloo's threads run to the very end. One that still has the
+    last tensor in hand while the interpreter ends aborts the process, when all its work is done.
+    """
+    status = 0
+    try:
+        run()
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
+        if stream is not None:
+            stream.flush()
+    os._exit(status)
 
 
 class OwnLog:

@@ -11,6 +11,7 @@ from peft import LoraConfig
 from tiny import tiny_tokenizer, trainer
 
 from rlhf_pipeline.processes import agree, join
+from rlhf_pipeline.together import end_at_once
 
 
 def main() -> None:
@@ -38,4 +39,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end_at_once(main)

@@ -1,7 +1,5 @@
 """What each process of a test under torchrun does: every trainer of ours on a few rows, in as many processes."""
 
-import atexit
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from rlhf_pipeline.processes import agree, join
 from rlhf_pipeline.stages.batching import OrderedSFTTrainer
 from rlhf_pipeline.stages.classification import ClassifierTrainer, LanguageClassifierTrainer
 from rlhf_pipeline.stages.comparisons import Comparison, ComparisonTrainer
+from rlhf_pipeline.together import end_at_once
 
 KINDS = ("sft", "classifier", "language", "comparisons")
 # Steps of 4 rows: of the last of an epoch one row is left, and a second process has none.
@@ -83,9 +82,8 @@ _SHARED = ("gradient_checkpointing", "dataloader_pin_memory", "bf16", "report_to
 
 
 def main() -> None:
-    """Process 0 leaves what came of it in the folder, each the threads that it ends with."""
+    """Process 0 leaves what came of it in the folder."""
     folder = Path(sys.argv[1])
-    atexit.register(note_threads, folder / f"threads{rank()}.json")  # the first to be registered comes last
     join()
     found = results(folder, processes())
     if rank() == 0:
@@ -93,11 +91,5 @@ def main() -> None:
     agree(lambda: None)
 
 
-def note_threads(file: Path) -> None:
-    """By the names that their makers gave them; Linux alone tells."""
-    tasks = Path("/proc/self/task")
-    file.write_text(json.dumps([(task / "comm").read_text().strip() for task in tasks.glob("*")]))
-
-
 if __name__ == "__main__":
-    main()
+    end_at_once(main)

@@ -1,6 +1,7 @@
 """What must change nothing: for how many processes a step's rows are cut, and into how many micro-batches."""
 
-import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT, CommandLine
-from launched import run, torchrun
+from launched import environment, run, torchrun
 from torch.utils.data import SequentialSampler
 from two_trainers import KINDS, results
 
@@ -41,11 +42,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict
     folder = tmp_path_factory.mktemp("two")
     done = run(torchrun(2, str(ROOT / "tests" / "two_trainers.py"), str(folder)))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return {
-        "processes": torch.load(folder / "results.pt"),
-        "micro-batches": results(folder, 1, accumulated=2),
-        "threads": {rank: json.loads((folder / f"threads{rank}.json").read_text()) for rank in range(2)},
-    }
+    return {"processes": torch.load(folder / "results.pt"), "micro-batches": results(folder, 1, accumulated=2)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -64,12 +61,34 @@ def test_how_a_step_is_cut_changes_nothing(kind: str, cut: str, one: dict[str, A
             assert b[name] == pytest.approx(a[name], abs=2e-5, rel=1e-5), name
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="the names of threads are read from Linux's /proc")
-def test_no_connection_outlives_the_run(others: dict[str, Any]) -> None:
-    """A thread of gloo's that has a tensor in hand while the interpreter ends aborts the process."""
-    for names in others["threads"].values():
-        assert names
-        assert not [name for name in names if "gloo" in name]
+@pytest.mark.parametrize(
+    ("ends", "status"),
+    [("pass", 0), ("sys.exit()", 0), ("sys.exit(2)", 2), ("sys.exit('why')", 1), ("raise ValueError('odd')", 1)],
+)
+def test_a_process_of_several_ends_before_its_interpreter(ends: str, status: int) -> None:
+    """What was to be done at its end is done, and nothing is left for a thread of gloo's to stumble over."""
+    code = f"""
+import atexit, os, sys
+from rlhf_pipeline.together import end_at_once
+
+class Left:
+    def __del__(self):
+        os.write(1, b"taken down")
+
+left = Left()
+atexit.register(print, "at its end")
+
+def run():
+    print("said", end=" ")
+    {ends}
+
+end_at_once(run)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment())
+    assert done.returncode == status, done.stderr
+    assert done.stdout == "said at its end\n"
+    assert ("ValueError: odd" in done.stderr) == ("odd" in ends)
+    assert ("why" in done.stderr) == ("why" in ends)
 
 
 def test_a_resumed_run_takes_as_many_rows_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
