@@ -95,8 +95,8 @@ def end_at_once(run: Callable[[], None]) -> NoReturn:
         traceback.print_exc()
         status = 1
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
-        if stream is not None:
+    for stream in filter(None, (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)):
+        with contextlib.suppress(OSError):  # nobody reads it any more
             stream.flush()
     os._exit(status)
 
