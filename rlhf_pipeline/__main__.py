@@ -1,6 +1,16 @@
 """`python -m rlhf_pipeline`."""
 
 from rlhf_pipeline.cli import main
+from rlhf_pipeline.launch import processes
+from rlhf_pipeline.together import end_at_once
+
+
+def start() -> None:
+    """The command line, in one process or in one of several."""
+    if processes() > 1:
+        end_at_once(main)
+    main()
+
 
 if __name__ == "__main__":
-    main()
+    start()

@@ -33,7 +33,7 @@ from rlhf_pipeline.registry import Registry
 from rlhf_pipeline.report import compare
 from rlhf_pipeline.settings import SAMPLING, TRAINED, Hub, Settings, check_sections
 from rlhf_pipeline.summary import how_far, say_all_done, say_done, say_done_before, say_next
-from rlhf_pipeline.together import end_at_once, leave, own_log, run_together
+from rlhf_pipeline.together import leave, own_log, run_together
 
 sys.path.append(str(Path(__file__).parent / "plugins"))  # Hydra knows a plugin by its package: hydra_plugins
 NO_STAGES = "stage=pipeline runs an experiment's stages; choose one, as in experiment=demo."
@@ -48,12 +48,6 @@ _CHOICES: dict[str, Registry[Any]] = {
 
 def main() -> None:
     """Run the command line and leave with its exit status: 0 done, 2 the user can mend it, 130 interrupted."""
-    if processes() > 1:
-        end_at_once(_main)
-    _main()
-
-
-def _main() -> None:
     with own_log():
         _be_quiet()
         try:

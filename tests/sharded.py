@@ -10,6 +10,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 
 from rlhf_pipeline import cli
+from rlhf_pipeline.together import end_at_once
 
 
 def main() -> None:
@@ -25,4 +26,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end_at_once(main)
