@@ -260,7 +260,7 @@ def texts(rows: Sequence[Row]) -> list[str]:
 def begun_by(prompts: Sequence[Prompt], rows: Sequence[Row]) -> int:
     """How many of the prompts also begin a row: few words do, though the text that they were cut from is none of these.
 
-    Of code, whose prompts are the heads of functions within files, it is not known, and 0.
+    Of code it says little: its prompts are the heads of functions, which stand within files.
     """
     known = sorted(texts(rows))
     places = [(bisect_left(known, prompt), prompt) for prompt in map(plain, prompts)]

@@ -68,12 +68,12 @@ def run(settings: Settings, out: RunDir) -> None:
     weights = sharded_weights(trainer)
     if not out.leads:
         return
-    out.save_model(functools.partial(alone(trainer.model, policy, where).save, weights=weights))
+    out.save_model(functools.partial(without_adapter(trainer.model, policy, where).save, weights=weights))
     results = {"eval_loss": loss, "eval_loss_before": before, "eval_perplexity": math.exp(loss)}
     out.finish(results, objective=-loss)
 
 
-def alone(trained: Any, policy: Policy, where: str) -> Policy:
+def without_adapter(trained: Any, policy: Policy, where: str) -> Policy:
     """The policy with its adapter merged in: it stands alone, and the next stage may put its own adapter in.
 
     Into quantized weights nothing can be merged exactly, so the whole ones are opened again for it.
