@@ -220,7 +220,13 @@ class OrderedTrainer(Counted, Trainer):
 
 
 class OrderedSFTTrainer(_Ordered, SFTTrainer):
-    """TRL's SFTTrainer in such an order."""
+    """TRL's SFTTrainer in such an order, its loss a mean over the tokens that are predicted."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        # Nothing predicts a row's first token. transformers tells by the class's name whether that is so, and
+        # "GPT2LMHeadModel" has no "ForCausalLM" in it.
+        self._loss_shifts_labels = True
 
 
 class OrderedRewardTrainer(_Ordered, RewardTrainer):

@@ -14,6 +14,8 @@ from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerBase,
     Trainer,
 )
@@ -182,4 +184,41 @@ def test_a_loss_a_card_is_measured_as_their_mean(tmp_path: Path, tokenizer: PreT
     batch = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[5, 6, 7]])}
     loss, _, _ = trainer.prediction_step(trainer.model, batch, True)
     assert float(loss) == 2
-    assert trainer.measured == [(2.0, 3.0)]
+    assert trainer.measured == [(2.0, 2.0)]  # nothing predicts the first of the three
+
+
+@pytest.mark.parametrize("family", ["GPT-2", "Llama"])
+def test_a_language_models_loss_is_a_mean_over_the_tokens_that_are_predicted(
+    family: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """By hand: the sum of -log p of every token but a row's first, divided by their number."""
+    torch.manual_seed(0)
+    if family == "GPT-2":
+        model: Any = GPT2LMHeadModel(GPT2Config(vocab_size=260, n_positions=64, n_embd=16, n_layer=1, n_head=2))
+    else:
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=260, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                num_key_value_heads=2, max_position_embeddings=64,
+            )  # fmt: skip
+        )
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    ids = [[5, 9, 11], [7, 8], [20, 21, 22, 23, 24, 25, 26, 27]]
+    total, count = 0.0, 0
+    for row in ids:
+        with torch.no_grad():
+            log_p = model(torch.tensor([row])).logits[0, :-1].log_softmax(-1)
+        total -= float(log_p.gather(-1, torch.tensor(row[1:])[:, None]).sum())
+        count += len(row) - 1
+    args = SFTConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, max_steps=1,
+        per_device_train_batch_size=1, gradient_accumulation_steps=3, per_device_eval_batch_size=2, logging_steps=1,
+        gradient_checkpointing=False, learning_rate=1e-9,
+    )  # fmt: skip
+    rows = Dataset.from_dict({"input_ids": ids})
+    trainer = OrderedSFTTrainer(model, args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(total / count, rel=1e-5)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(total / count, rel=1e-4)
