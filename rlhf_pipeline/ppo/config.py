@@ -1,7 +1,7 @@
 """PPO's settings: TRL's names and meanings, and what its loop lacked."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -19,12 +19,31 @@ _AT_LEAST_ONE = (
     "num_mini_batches", "num_ppo_epochs", "response_length", "local_rollout_forward_batch_size", "kl_horizon",
     "per_device_train_batch_size", "gradient_accumulation_steps", "watch_window", "ptx_max_length",
 )  # fmt: skip
-_NOT_NEGATIVE = ("kl_coef", "entropy_coef", "ptx_coef", "vf_coef", "cliprange", "cliprange_value", "min_new_tokens")
+_NOT_NEGATIVE = (
+    "kl_coef", "entropy_coef", "ptx_coef", "vf_coef", "cliprange", "cliprange_value", "min_new_tokens",
+    "critic_learning_rate",
+)  # fmt: skip
+_SHARES = ("gamma", "lam", "critic_lam")  # from 0 to 1
 _OUTPUTS = (
     "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size", "local_mini_batch_size",
     "mini_batch_size",
 )  # fmt: skip
 _ABOVE_ZERO = ("temperature", "kl_target", "score_clip", "max_update_kl", "ratio_threshold")
+# Fields that transformers and TRL declare and nothing in PPO reads. Each is refused where it is set.
+_UNREAD = (
+    "auto_find_batch_size", "average_tokens_across_devices", "batch_eval_metrics", "bf16_full_eval", "data_seed",
+    "dataloader_drop_last", "dataloader_in_order", "dataloader_multiprocessing_context", "dataloader_num_workers",
+    "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "ddp_broadcast_buffers",
+    "ddp_bucket_cap_mb", "ddp_find_unused_parameters", "ddp_static_graph", "debug", "ds3_gather_for_generation",
+    "enable_jit_checkpoint", "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object",
+    "fp16_full_eval", "ignore_data_skip", "include_for_metrics", "include_num_input_tokens_seen", "label_names",
+    "label_smoothing_factor", "length_column_name", "liger_kernel_config", "logging_nan_inf_filter",
+    "neftune_noise_alpha", "parallelism_config", "prediction_loss_only", "resume_from_checkpoint",
+    "save_on_each_node", "save_only_model", "skip_memory_metrics", "torch_compile", "torch_compile_backend",
+    "torch_compile_mode", "torch_empty_cache_steps", "train_sampling_strategy", "use_cache", "use_liger_kernel",
+)  # fmt: skip
+# The same, but scripts written for TRL keep in them what they read themselves.
+_OF_SCRIPTS = ("dataset_num_proc", "do_eval", "do_predict", "do_train", "reward_model_path", "sft_model_path")
 
 
 def _field(default: Any, help: str) -> Any:
@@ -63,11 +82,17 @@ class PPOConfig(TRLPPOConfig):
         "shared", "A value head on the policy's trunk, or a backbone of its own. A `value_model` is always separate."
     )
     critic_init: Literal["policy", "reward"] = _field("policy", "What a separate critic starts as.")
+    critic_learning_rate: float | None = _field(
+        None, "Learning rate of the critic. None: 10 x `learning_rate` for a value head, `learning_rate` for a network."
+    )
+    critic_lam: float | None = _field(None, "GAE's lambda for the critic's targets. None: `lam`.")
     # -- the objective
     kl_target: float | None = _field(
         None, "KL a response (in nats) that an adaptive coefficient steers to. None: `kl_coef` is fixed."
     )
-    kl_horizon: int = _field(10_000, "Episodes in which an adaptive coefficient may double.")
+    kl_horizon: int = _field(
+        10_000, "Episodes in which an adaptive coefficient grows by at most a fifth or so (x 1.22), or falls as far."
+    )
     entropy_coef: float = _field(0.0, "Weight of the sampling distribution's entropy, which is maximised.")
     ptx_coef: float = _field(0.0, "InstructGPT's gamma: weight of the log-likelihood of pretraining texts (PPO-ptx).")
     ptx_batch_size: int | None = _field(None, "Pretraining texts an optimizer step. None: as many as its responses.")
@@ -104,8 +129,17 @@ class PPOConfig(TRLPPOConfig):
         unset_hf_deepspeed_config()  # or under ZeRO-3 transformers would open every model in shards, the reward's, too
 
 
-def check_config(args: PPOConfig) -> int:
-    """Refuse settings that do not go together; give the number of rows of a process's batch."""
+def check_config(args: PPOConfig, script: bool = True) -> int:
+    """Refuse settings that do not go together; give the number of rows of a process's batch.
+
+    `script`: a script made the trainer, and may keep in its configuration what it reads itself.
+    """
+    unread = _UNREAD if script else (*_UNREAD, *_OF_SCRIPTS)
+    settled = {"do_eval": args.eval_strategy != "no", "dataloader_pin_memory": args.use_cpu}  # by transformers itself
+    for each in fields(args):
+        default = each.default if each.default_factory is MISSING else each.default_factory()
+        if each.name in unread and not settled.get(each.name) and getattr(args, each.name) not in (default, None, []):
+            raise UserError(f"trainer.{each.name} has no effect in PPO; leave it out.")
     if args.fp16:
         raise UserError("trainer.fp16 is not carried out: its range is too small for PPO's ratios; use trainer.bf16.")
     for name in _OUTPUTS:
@@ -120,6 +154,8 @@ def check_config(args: PPOConfig) -> int:
             raise UserError(f"trainer.{name} is {value}; it takes 0 or more.")
         if name in _ABOVE_ZERO and value <= 0:
             raise UserError(f"trainer.{name} is {value}; it takes a number above 0.")
+        if name in _SHARES and not 0 <= value <= 1:
+            raise UserError(f"trainer.{name} is {value}; it takes a number from 0 to 1.")
     for name, choices in (
         ("cache_implementation", ("dynamic", "static")),
         ("critic", ("shared", "separate")),
@@ -141,6 +177,13 @@ def check_config(args: PPOConfig) -> int:
         raise UserError(
             f"a batch of {rows} rows does not divide into trainer.num_mini_batches={args.num_mini_batches}."
         )
+    if args.kl_target is not None and (episodes := rows * processes()) >= 5 * args.kl_horizon:
+        raise UserError(
+            f"a batch of {episodes} episodes is 5 times trainer.kl_horizon={args.kl_horizon} or more, so one update "
+            "could bring the adaptive coefficient to 0 or below; raise kl_horizon."
+        )
+    if args.critic == "shared" and args.critic_init == "reward":
+        raise UserError("trainer.critic_init=reward starts a critic of its own; add trainer.critic=separate.")
     if args.min_new_tokens > args.response_length:
         raise UserError(
             f"trainer.min_new_tokens is {args.min_new_tokens}, more than the response_length of {args.response_length}."

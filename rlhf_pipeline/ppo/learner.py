@@ -66,6 +66,11 @@ class Learner:
         """Forget the gradients, and take no step."""
         self.optimizer.zero_grad()
 
+    def fill(self, parameter: Tensor, value: float) -> None:
+        """Set all of a parameter to a number."""
+        with torch.no_grad(), self.whole(change=True):
+            parameter.fill_(value)
+
     @contextmanager
     def whole(self, change: bool = False) -> Iterator[None]:
         """All weights are in this process, to sample with, to save or to `change`; every process has to enter."""
@@ -121,6 +126,13 @@ class ShardedLearner(Learner):
 
     def drop(self) -> None:
         raise NotImplementedError("DeepSpeed takes no step back; check_sharding refuses what would need it")
+
+    def fill(self, parameter: Tensor, value: float) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        super().fill(parameter, value)  # what is computed with, and then what the optimizer steps from
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        safe_set_full_fp32_param(parameter, torch.full(shape, value, device=self.network.device))
 
     @contextmanager
     def whole(self, change: bool = False) -> Iterator[None]:

@@ -48,6 +48,12 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     return advantages * mask
 
 
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """Share of the variance of `returns` (tokens,) that `values` (tokens,) foresee; 0 where there is none."""
+    variance = float(returns.var()) if len(returns) > 1 else 0.0
+    return 1 - float((returns - values).var()) / variance if variance > 0 else 0.0
+
+
 class PolicyLoss(NamedTuple):
     """The clipped surrogate and what to watch of it; scalars, each divided by the same `count`."""
 
@@ -92,9 +98,10 @@ class ValueLoss(NamedTuple):
 
 def value_loss(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip: float, count: Tensor) -> ValueLoss:
     """Half the squared error of the value, clipped around its old value (arXiv 2403.17031); divided by `count`."""
-    near = old + (values - old).clamp(-clip, clip)
+    change = values - old
+    near = old + change.clamp(-clip, clip)
     plain, clipped = (values - returns) ** 2, (near - returns) ** 2
-    share = ((clipped > plain) & mask).sum() / count
+    share = ((clipped > plain) & (change.abs() > clip) & mask).sum() / count
     return ValueLoss(0.5 * (torch.max(plain, clipped) * mask).sum() / count, share.detach())
 
 
@@ -120,8 +127,9 @@ class Moments(NamedTuple):
 
 def add_moments(moments: Moments, values: Tensor) -> Moments:
     """The moments with `values` (batch,) taken in (Chan et al. 1983, eq. 2.1)."""
-    count, mean = len(values), float(values.double().mean())
-    squares = float(((values.double() - mean) ** 2).sum())
+    values = values.cpu().double()  # Apple's GPUs have no numbers of 64 bits
+    count, mean = len(values), float(values.mean())
+    squares = float(((values - mean) ** 2).sum())
     total = moments.number + count
     delta = mean - moments.mean
     return Moments(

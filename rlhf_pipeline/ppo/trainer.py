@@ -31,6 +31,7 @@ from rlhf_pipeline.ppo.learner import check_sharding
 from rlhf_pipeline.ppo.objective import (
     Moments,
     add_moments,
+    explained_variance,
     gae,
     kl_estimate,
     masked_mean,
@@ -55,7 +56,8 @@ class Experience(NamedTuple):
     kl: Tensor  # (batch, time), of policy and reference
     scores: Tensor  # (batch,): the reward as it is maximised, scaled, clipped and fined
     advantages: Tensor  # (batch, time), whitened
-    returns: Tensor  # (batch, time)
+    returns: Tensor  # (batch, time), what the critic learns
+    rewards_to_go: Tensor  # (batch, time), what came after each token, whatever the critic thought
 
 
 class PPOTrainer(Flow, TRLPPOTrainer):
@@ -136,6 +138,26 @@ class PPOTrainer(Flow, TRLPPOTrainer):
         self.stop_token_id = self.sampling.stop_ids[0] if self.sampling.stop_ids else None
         self.last_rollout: Rollout | None = None
         self.learner: Any = None  # made as the training begins
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """As Trainer's; the critic has a learning rate of its own.
+
+        One layer on a trunk's states may take larger steps than a network: by default 10 times as large.
+        """
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        rate, shared = self.args.critic_learning_rate, self.value_model is None
+        if rate is None:
+            rate = 10 * self.args.learning_rate if shared else self.args.learning_rate
+        if made and rate != self.args.learning_rate:
+            critic = {id(p) for p in (self.model.value_head if shared else self.value_model).parameters()}
+            for group in list(optimizer.param_groups):
+                own = [p for p in group["params"] if id(p) in critic]
+                group["params"] = [p for p in group["params"] if id(p) not in critic]
+                if own:
+                    optimizer.add_param_group({**group, "params": own, "lr": rate})
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
 
     def _check_launch(self, optimizer: Any) -> None:
         """Refuse what would silently do something else than asked."""
@@ -230,12 +252,23 @@ class PPOTrainer(Flow, TRLPPOTrainer):
         if args.missing_eos_penalty is not None:
             last = batch.last_tokens
             scores = scores - args.missing_eos_penalty * ~torch.isin(last, last.new_tensor(self.sampling.stop_ids))
+        values = rollout.values
+        if self.state.global_step == 0 and self.value_model is None:
+            # A value head starts at the mean score. It could not get there by itself: Adam moves a bias by about one
+            # learning rate a step, and the weights would take up what it lacks.
+            expected = float(scores.mean())
+            self.learner.fill(self.model.value_head.bias, expected)
+            values = (values + expected) * mask
+            rollout = rollout._replace(values=values)
         kl = kl_estimate(rollout.log_probs, rollout.ref_log_probs, args.kl_estimator) * mask
         rewards = token_rewards(scores, kl, batch.response_lengths, self.kl_coef)
         if args.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False)
-        advantages = gae(rewards, rollout.values, mask, args.gamma, args.lam)
-        return Experience(rollout, kl, scores, whiten(advantages, mask), advantages + rollout.values)
+        advantages = gae(rewards, values, mask, args.gamma, args.lam)
+        critic_lam = args.lam if args.critic_lam is None else args.critic_lam
+        returns = gae(rewards, values, mask, args.gamma, critic_lam) + values
+        to_go = gae(rewards, torch.zeros_like(values), mask, args.gamma, 1.0)
+        return Experience(rollout, kl, scores, whiten(advantages, mask), returns, to_go)
 
     def _optimise(self, experience: Experience, update: int) -> dict[str, float]:
         """Some epochs of minibatches on one batch of experience."""
@@ -336,7 +369,7 @@ class PPOTrainer(Flow, TRLPPOTrainer):
             "policy/entropy_avg": float(masked_mean(rollout.entropy, mask)),
             "val/response_length": float(rollout.batch.response_lengths.float().mean()),
             "val/num_eos_tokens": 0.0 if eos is None else float((rollout.batch.last_tokens == eos).sum()),
-            "val/explained_variance": _explained(rollout.values[mask], experience.returns[mask]),
+            "val/explained_variance": explained_variance(rollout.values[mask], experience.rewards_to_go[mask]),
         }
         figures, warnings = self.watch.update(rollout.responses, stats["val/response_length"], kl)
         for warning in warnings:
@@ -356,12 +389,6 @@ _STATS = (
     "loss/policy_avg", "val/ratio", "squared_ratio", "policy/approxkl_avg", "policy/clipfrac_avg", "loss/value_avg",
     "val/clipfrac_avg", "policy/update_entropy",
 )  # fmt: skip
-
-
-def _explained(values: Tensor, returns: Tensor) -> float:
-    """Share of the returns' variance that the critic foresaw."""
-    variance = float(returns.var()) if len(returns) > 1 else 0.0
-    return 1 - float((returns - values).var()) / variance if variance > 0 else 0.0
 
 
 def _networks(

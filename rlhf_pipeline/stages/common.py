@@ -65,7 +65,7 @@ def trainer_args(kind: type[A], settings: Settings, out: RunDir) -> A:
         values["save_total_limit"] = 2  # the older one is deleted before the newer is known to be whole
     if not torch.accelerator.is_available():
         values.setdefault("use_cpu", True)  # transformers takes no bf16 on a CPU that it only happens to find
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and settings.stage != "ppo":  # which has no loader
         values.setdefault("dataloader_pin_memory", False)
     if processes() > 1 and values.get("average_tokens_across_devices") is False:
         raise UserError(

@@ -90,7 +90,7 @@ def prepared(settings: Settings, config: Any, reward: int) -> tuple[PPOConfig, W
         args = PPOConfig(output_dir="unused", bf16=False, report_to="none", **{"use_cpu": True, **values})
     except (ValueError, TypeError) as error:
         raise UserError(f"PPOConfig refuses these trainer settings: {error}") from error
-    rows = check_config(args)
+    rows = check_config(args, script=False)
     bf16 = settings.trainer.get("bf16", "auto")
     if bf16 in ("auto", None):
         bf16 = native_bf16() if asked.gpu == "cpu" else True

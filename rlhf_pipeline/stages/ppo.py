@@ -28,7 +28,7 @@ from rlhf_pipeline.stages.common import check_languages, judges, say_taken, take
 def run(settings: Settings, out: RunDir) -> None:
     """Start from the SFT policy, keep it as the reference, and learn from the reward."""
     args = trainer_args(PPOConfig, settings, out)
-    check_config(args)
+    check_config(args, script=False)
     adapter = lora_config(settings.policy)
     reward, judge = load_reward(settings.reward, out.upstream("reward", reward=trained_part(settings.reward)))
     rows = take_data(settings.data, settings.seed)

@@ -77,7 +77,7 @@ def test_a_separate_critic_may_start_as_the_reward_model(tokenizer: PreTrainedTo
 
 
 def test_the_critic_learns_to_foresee(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    given = {"reward_model": lambda prompts, responses: [1.0] * len(responses)}
+    given = {"reward_model": lambda prompts, responses: [float(len(prompt) > 4) for prompt in prompts]}
     for critic in ("shared", "separate"):
         ppo = trainer(
             tokenizer, tmp_path / critic, given=given, critic=critic, total_episodes=8 * 40, learning_rate=1e-3,
