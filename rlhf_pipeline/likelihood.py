@@ -4,26 +4,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
+from rlhf_pipeline.networks import head_logits, is_reshaped, language_model, project, trunk
 from rlhf_pipeline.sampling import Batch, Sampling
 
 # Rows of the vocabulary are worked on in pieces that stay in a core's cache; on a GPU in pieces that keep it busy.
 _PIECE, _PIECE_ON_GPU = 2**20, 2**24
-# Without gradients no more logits than these exist at a time.
+# No more logits than these exist at a time, beside the probabilities that a backward pass needs.
 _SCRATCH = 2**24
-
-
-def language_model(model: Any) -> PreTrainedModel:
-    """The model itself where an adapter is wrapped around it: LoRA's layers lie inside."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def trunk(model: Any) -> nn.Module:
-    """All of a language model or classifier but its head."""
-    inner = language_model(model)
-    body: nn.Module = getattr(inner, inner.base_model_prefix)
-    return body
 
 
 def response_states(body: nn.Module, batch: Batch) -> Tensor:
@@ -42,20 +30,13 @@ def token_likelihood(model: Any, states: Tensor, batch: Batch, sampling: Samplin
     targets, times = batch.chosen, batch.places[1]
     inner = language_model(model)
     head = inner.get_output_embeddings()
-    if type(head) is nn.Linear and not _reshaped(inner):
-        scratch = max(_SCRATCH // head.out_features, 1)
-        if torch.is_grad_enabled():
-            fused: Any = _TokenLikelihood.apply
-            found = fused(states, head.weight, head.bias, targets, times, sampling)
-        else:
-            pieces = [part.split(scratch) for part in (states, targets, times)]
-            each = [
-                _likelihood(s, head.weight, head.bias, y, t, sampling, keep=False)[:2]
-                for s, y, t in zip(*pieces, strict=True)
-            ]
-            found = tuple(torch.cat(parts) for parts in zip(*each, strict=True))
+    if type(head) is not nn.Linear or is_reshaped(inner):
+        found = _plain_likelihood(head_logits(model, states), targets, times, sampling)
+    elif torch.is_grad_enabled():
+        fused: Any = _TokenLikelihood.apply
+        found = fused(states, head.weight, head.bias, targets, times, sampling)
     else:
-        found = _plain_likelihood(_reshape(inner, head(states)), targets, times, sampling)
+        found = _likelihood(states, head.weight, head.bias, targets, times, sampling, keep=False)[:2]
     shape = batch.response_mask.shape
     log_probs, entropy = (torch.zeros(shape, dtype=f.dtype, device=f.device).index_put(batch.places, f) for f in found)
     return log_probs, entropy
@@ -65,19 +46,6 @@ def token_likelihood(model: Any, states: Tensor, batch: Batch, sampling: Samplin
 def log_probs(model: Any, batch: Batch, sampling: Sampling) -> Tensor:
     """`token_likelihood` from the tokens alone: log p (batch, longest response)."""
     return token_likelihood(model, response_states(trunk(model), batch), batch, sampling)[0]
-
-
-def _reshaped(model: PreTrainedModel) -> bool:
-    """Whether a family does something to its logits after the head."""
-    config = model.config.get_text_config()
-    return any(getattr(config, name, None) for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"))
-
-
-def _reshape(model: PreTrainedModel, logits: Tensor) -> Tensor:
-    config = model.config.get_text_config()
-    logits = logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-    cap = getattr(config, "final_logit_softcapping", None)
-    return cap * torch.tanh(logits / cap) if cap else logits
 
 
 def _plain_likelihood(logits: Tensor, targets: Tensor, times: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
@@ -93,15 +61,19 @@ def _rows_of_a_piece(logits: Tensor) -> int:
 def _likelihood(
     states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, times: Tensor, sampling: Sampling, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """log p and entropy (tokens,), and what is in the place of the logits: with `keep`, the probabilities."""
+    """log p and entropy (tokens,); with `keep` the probabilities (tokens, vocabulary) too, in autocast's format."""
     device = states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
-    with torch.autocast(device, enabled=False):
-        states, weight = states.to(dtype), weight.to(dtype)
-        logits = states @ weight.t() if bias is None else torch.addmm(bias.to(dtype), states, weight.t())
-        log_p, entropy = [], []
+    kept = weight.new_empty(len(states) if keep else 0, len(weight), dtype=dtype)
+    in_place = keep and dtype.itemsize >= 4  # else the logits are wider than what is kept of them
+    log_p, entropy = [], []
+    at_once = max(_SCRATCH // len(weight), 1)
+    for start in range(0, len(states), at_once):
+        some = slice(start, start + at_once)
+        logits = project(states[some], weight, bias, out=kept[some] if in_place else None)
         rows = _rows_of_a_piece(logits)
-        for part, target, time in zip(logits.split(rows), targets.split(rows), times.split(rows), strict=True):
+        pieces = [logits.split(rows), targets[some].split(rows), times[some].split(rows)]
+        for number, (part, target, time) in enumerate(zip(*pieces, strict=True)):
             z = sampling.adjust_(part, time)
             z.sub_(z.amax(-1, keepdim=True))
             chosen = z.gather(-1, target[:, None])[:, 0]
@@ -111,8 +83,8 @@ def _likelihood(
             log_p.append(chosen - total.log())
             entropy.append(total.log() - z.mul_(p).sum(-1))
             if keep:
-                part.copy_(p)
-    return torch.cat(log_p), torch.cat(entropy), logits
+                kept[start + number * rows :][: len(p)] = p
+    return torch.cat(log_p), torch.cat(entropy), kept
 
 
 class _TokenLikelihood(torch.autograd.Function):

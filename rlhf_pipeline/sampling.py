@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.networks import head_logits, trunk
 
 
 @dataclass(frozen=True)
@@ -209,11 +210,10 @@ def sample(
     running = torch.ones_like(rows, dtype=torch.bool)
     cache = DynamicCache(config=model.config)
     for time in range(longest):
-        out = model(
-            input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache,
-            use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
-        logits = sampling.adjust_(out.logits[:, -1], torch.full_like(rows, time))
+        logits = next_logits(
+            model, input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache
+        )
+        logits = sampling.adjust_(logits, torch.full_like(rows, time))
         tokens = draw(logits, uniforms[time, rows])
         drawn[rows, time] = tokens
         if tell is not None:
@@ -237,6 +237,14 @@ def sample(
         inputs = tokens[:, None]
     answers = [row[:length] for row, length in zip(drawn.tolist(), lengths.tolist(), strict=True)]
     return make_batch(prompts, answers).to(device)
+
+
+def next_logits(model: PreTrainedModel, **inputs: object) -> Tensor:
+    """Logits (batch, vocabulary) of the token after the last, under autocast too as the likelihood has them."""
+    if not torch.is_autocast_enabled(next(model.parameters()).device.type):
+        found: Tensor = model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
+        return found
+    return head_logits(model, trunk(model)(**inputs, use_cache=True).last_hidden_state[:, -1])
 
 
 def tokens_between_looks(device: torch.device, tell: object) -> int:

@@ -15,7 +15,7 @@ from transformers.cache_utils import StaticCache, StaticLayer
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.likelihood import language_model
+from rlhf_pipeline.networks import head_logits, language_model, trunk
 from rlhf_pipeline.sampling import Batch, Sampling, draw, ids_on, make_batch, sample, tokens_between_looks
 
 Sampler = Callable[..., Batch]
@@ -97,7 +97,7 @@ class _Step:
         self.ids = [ids_on(device, ids) for ids in (sampling.stop_ids, sampling.suppressed_ids)]  # kept while recorded
         self.device, self.weights = device, dict[str, Tensor]()
         if torch.is_autocast_enabled(device.type):
-            self.weights = _matrices(model, torch.get_autocast_dtype(device.type))
+            self.weights = _matrices(trunk(model), torch.get_autocast_dtype(device.type))
         self.made_for = self._origin(model, sampling)
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -137,7 +137,7 @@ class _Step:
         self.width.fill_(width)
         self.cache.reset()
         if self.weights:
-            own = dict(self.model.named_parameters(remove_duplicate=False))
+            own = dict(trunk(self.model).named_parameters(remove_duplicate=False))
             torch._foreach_copy_(list(self.weights.values()), [own[name] for name in self.weights])
         starts = (width - self.prompt_lengths)[:, None]
         column = torch.arange(width, device=device)
@@ -188,15 +188,14 @@ class _Step:
             seen = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
         values = {
             "input_ids": inputs, "attention_mask": seen, "position_ids": places, "past_key_values": self.cache,
-            "use_cache": True, "logits_to_keep": 1,
+            "use_cache": True,
         }  # fmt: skip
         kind = self.device.type
         # Without autocast's own store of cast weights: it is emptied between the calls, and a recorded step would go on
         # reading where they were.
         with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False):
-            out: Any = functional_call(self.model, self.weights, (), values, tie_weights=False)
-        logits: Tensor = out.logits[:, -1]
-        return logits
+            out: Any = functional_call(trunk(self.model), self.weights, (), values, tie_weights=False)
+        return head_logits(self.model, out.last_hidden_state[:, -1])
 
     def _draw(self, logits: Tensor) -> None:
         adjusted = self.sampling.adjust_(logits, self.time.expand(len(logits)))
@@ -210,7 +209,7 @@ class _Step:
 
 
 def _matrices(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Room for what autocast would cast: the weights of linear layers, by name; a tied head has one of its own."""
+    """Room for what autocast would cast: the weights of linear layers, by name."""
     return {
         f"{name}.{kind}": torch.empty_like(parameter, dtype=dtype, requires_grad=False)
         for name, module in model.named_modules()

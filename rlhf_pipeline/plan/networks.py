@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_pipeline.adapters import store_in_bf16
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.likelihood import language_model, trunk
+from rlhf_pipeline.networks import language_model, trunk
 from rlhf_pipeline.precision import fuse_gelu
 
 _FP32 = 4  # bytes

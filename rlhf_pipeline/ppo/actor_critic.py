@@ -15,7 +15,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rlhf_pipeline.adapters import store_in_bf16
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.likelihood import language_model, response_states, token_likelihood, trunk
+from rlhf_pipeline.likelihood import response_states, token_likelihood
+from rlhf_pipeline.networks import language_model, trunk
 from rlhf_pipeline.precision import autocast
 from rlhf_pipeline.sampling import Batch, Sampling
 

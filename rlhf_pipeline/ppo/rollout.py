@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.likelihood import trunk
+from rlhf_pipeline.networks import trunk
 from rlhf_pipeline.ppo.actor_critic import ActorCritic, Reference
 from rlhf_pipeline.ppo.prompts import Prompts
 from rlhf_pipeline.precision import autocast

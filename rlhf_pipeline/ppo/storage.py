@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rlhf_pipeline.adapters import merged
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.likelihood import language_model
+from rlhf_pipeline.networks import language_model
 from rlhf_pipeline.ppo.actor_critic import ActorCritic
 from rlhf_pipeline.sampling import Sampling
 

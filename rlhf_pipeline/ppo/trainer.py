@@ -16,7 +16,7 @@ from trl.experimental.ppo import PPOTrainer as TRLPPOTrainer
 from rlhf_pipeline.adapters import freeze_in_bf16
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.launch import sharding
-from rlhf_pipeline.likelihood import language_model
+from rlhf_pipeline.networks import language_model
 from rlhf_pipeline.ppo.actor_critic import (
     ActorCritic,
     Reference,

@@ -196,12 +196,9 @@ def test_a_language_models_loss_is_a_mean_over_the_tokens_that_are_predicted(
     if family == "GPT-2":
         model: Any = GPT2LMHeadModel(GPT2Config(vocab_size=260, n_positions=64, n_embd=16, n_layer=1, n_head=2))
     else:
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=260, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-                num_key_value_heads=2, max_position_embeddings=64,
-            )  # fmt: skip
-        )
+        sizes = {"vocab_size": 260, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+        config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64)
+        model = LlamaForCausalLM(config)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

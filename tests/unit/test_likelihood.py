@@ -6,7 +6,8 @@ from tiny import tiny_policy, tiny_tokenizer
 from torch import Tensor
 
 from rlhf_pipeline import likelihood
-from rlhf_pipeline.likelihood import log_probs, response_states, token_likelihood, trunk
+from rlhf_pipeline.likelihood import log_probs, response_states, token_likelihood
+from rlhf_pipeline.networks import trunk
 from rlhf_pipeline.sampling import Sampling, make_batch
 
 SAMPLINGS = [Sampling(), Sampling(0.7, stop_ids=(0, 3), min_length=2, suppressed_ids=(5, 6))]
@@ -94,3 +95,18 @@ def test_a_confident_token_keeps_its_gradient_in_bf16() -> None:
 
     exact = gradient(False)
     assert float((gradient(True) - exact).norm() / exact.norm()) < 0.1
+
+
+def test_logits_far_from_zero_keep_their_digits_in_bf16() -> None:
+    """GPT-2's lie near -70, where bf16 has steps of 0.5: a head in bf16 is wrong by 0.1 and more."""
+    generator = torch.Generator().manual_seed(0)
+    states, weight = torch.randn(64, 9, generator=generator), torch.randn(50, 9, generator=generator)
+    states[:, 0], weight[:, 0] = 1.0, -70.0
+    targets, times = torch.randint(50, (64,), generator=generator), torch.zeros(64, dtype=torch.long)
+    exact = (states.double() @ weight.double().t()).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (states @ weight.t()).dtype == torch.bfloat16, "autocast is on"
+        found = likelihood._TokenLikelihood.apply(states, weight, None, targets, times, Sampling())[0]
+        calm = likelihood._likelihood(states, weight, None, targets, times, Sampling(), keep=False)[0]
+    assert float((found - exact).abs().max()) < 1e-4
+    assert torch.equal(found, calm)

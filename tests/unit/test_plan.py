@@ -13,7 +13,7 @@ from tiny import tiny_tokenizer, trainer
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.likelihood import trunk
+from rlhf_pipeline.networks import trunk
 from rlhf_pipeline.plan import cost, networks
 from rlhf_pipeline.plan.devices import DEVICES, GIB, Device
 from rlhf_pipeline.plan.launches import fewest, option, options, sharding

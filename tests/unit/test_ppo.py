@@ -125,7 +125,7 @@ def test_the_policy_learns_to_stop_when_pad_is_eos(tokenizer: PreTrainedTokenize
     args = PPOConfig(
         output_dir=str(tmp_path), total_episodes=32 * 25, per_device_train_batch_size=32, num_ppo_epochs=4,
         learning_rate=3e-3, response_length=6, temperature=1.0, stop_token="eos", kl_coef=0.0, report_to="none",
-        disable_tqdm=True, save_steps=1000,
+        disable_tqdm=True, save_steps=1000, bf16=False,
     )  # fmt: skip
     policy = tiny_policy(same)
     ppo = PPOTrainer(args, same, policy, copy.deepcopy(policy), shortness, PROMPTS * 8)

@@ -161,8 +161,8 @@ def test_a_copy_in_16_bits_follows_the_weights(tokenizer: PreTrainedTokenizerBas
         first = sampler(policy, PROMPTS * 4, limits, Sampling(), draws)
         step: Any = sampler.step
         assert {tensor.dtype for tensor in step.weights.values()} == {torch.bfloat16}
-        assert "lm_head.weight" in step.weights
-        assert "transformer.wte.weight" not in step.weights, "the embeddings are not multiplied"
+        assert "h.0.attn.c_attn.weight" in step.weights
+        assert "wte.weight" not in step.weights, "the embeddings are not multiplied, and the head stays in fp32"
         with torch.no_grad():
             for parameter in policy.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.3)

@@ -1,0 +1,64 @@
+"""The parts of a language model: its trunk, its head, and the logits that the head makes of hidden states."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+def language_model(model: Any) -> PreTrainedModel:
+    """The model itself where an adapter is wrapped around it: LoRA's layers lie inside."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def trunk(model: Any) -> nn.Module:
+    """All of a language model or classifier but its head."""
+    inner = language_model(model)
+    body: nn.Module = getattr(inner, inner.base_model_prefix)
+    return body
+
+
+def head_logits(model: Any, states: Tensor) -> Tensor:
+    """Logits (tokens, vocabulary) of the trunk's hidden states (tokens, hidden), in fp32 or wider."""
+    inner = language_model(model)
+    head = inner.get_output_embeddings()
+    if type(head) is nn.Linear:
+        return reshaped(inner, project(states, head.weight, head.bias))
+    with torch.autocast(states.device.type, enabled=False):
+        logits = head(states.to(next(head.parameters()).dtype))
+    return reshaped(inner, logits.to(torch.promote_types(logits.dtype, torch.float32)))
+
+
+def project(states: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """A linear head's output, (tokens, features), in fp32 or wider whatever autocast says; written to `out` if given.
+
+    GPT-2's logits lie at -35 to -110, where bf16 has steps of 0.25 to 0.5: rounded so, the ratios of PPO would be noise
+    (arXiv 2506.13585). On a GPU the factors may be bf16, as long as sums are kept in fp32.
+    """
+    kind, wide = states.device.type, torch.promote_types(states.dtype, torch.float32)
+    narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else wide
+    with torch.autocast(kind, enabled=False):
+        if kind == "cuda" and narrow != wide:
+            found = torch.mm(states.to(narrow), weight.to(narrow).t(), out_dtype=wide)
+            return found if bias is None else found.add_(bias)
+        states, weight = states.to(wide), weight.to(wide)
+        if bias is None:
+            return torch.mm(states, weight.t(), out=out)
+        return torch.addmm(bias.to(wide), states, weight.t(), out=out)
+
+
+def is_reshaped(model: PreTrainedModel) -> bool:
+    """Whether a family does something to its logits after the head."""
+    config = model.config.get_text_config()
+    return any(getattr(config, name, None) for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"))
+
+
+def reshaped(model: PreTrainedModel, logits: Tensor) -> Tensor:
+    """What a family makes of the head's output: scaled, or softly capped."""
+    if not is_reshaped(model):
+        return logits
+    config = model.config.get_text_config()
+    logits = logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return cap * torch.tanh(logits / cap) if cap else logits
