@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.likelihood import response_states, token_likelihood
+from rlhf_pipeline.likelihood import log_probs, response_states, token_likelihood
 from rlhf_pipeline.networks import language_model, trunk
 from rlhf_pipeline.ppo.actor_critic import ActorCritic
 from rlhf_pipeline.ppo.rollout import Rollout
@@ -44,6 +44,25 @@ def check_head(actor: ActorCritic) -> None:
         raise UserError(
             f"{type(policy).__name__} does something to its logits that this trainer does not know: its "
             f"log-probabilities differ by {apart:.3g} from those of trunk and head. Use another policy."
+        )
+
+
+def check_adapter(actor: ActorCritic) -> None:
+    """Refuse a fresh adapter that changes what the policy says: with it off, the reference would be another model."""
+    policy = actor.policy
+    ids = list(range(min(8, language_model(policy).get_input_embeddings().num_embeddings)))
+    batch, plain = make_batch([ids[:1]], [ids[1:]]).to(next(actor.parameters()).device), Sampling()
+    training = policy.training
+    policy.eval()
+    start = log_probs(policy, batch, plain)
+    with policy.disable_adapter():
+        apart = _rms(log_probs(policy, batch, plain) - start)
+    policy.train(training)
+    if not apart <= _rounding(actor, start):
+        raise UserError(
+            f"policy.lora: the fresh adapter changes log-probabilities by {apart:.3g} (root mean square), so with the "
+            "adapter off the reference is not the policy that PPO starts from. Initialisations that move the base "
+            "(pissa, olora, loftq, corda) do this; leave init_lora_weights at its default."
         )
 
 

@@ -24,7 +24,7 @@ from rlhf_pipeline.ppo.actor_critic import (
     with_master_weights,
     without_dropout,
 )
-from rlhf_pipeline.ppo.checks import check_first_ratio, check_head, check_health, check_reference
+from rlhf_pipeline.ppo.checks import check_adapter, check_first_ratio, check_head, check_health, check_reference
 from rlhf_pipeline.ppo.config import PPOConfig, check_config, make_sampling
 from rlhf_pipeline.ppo.flow import Flow
 from rlhf_pipeline.ppo.learner import check_sharding
@@ -44,7 +44,7 @@ from rlhf_pipeline.ppo.objective import (
 from rlhf_pipeline.ppo.prompts import Prompts, derive_seed, prompts_of_update, read_prompts, seed_everything
 from rlhf_pipeline.ppo.rollout import Rollout, TextReward, make_judge, merge, roll_out
 from rlhf_pipeline.ppo.watch import CollapseWatch
-from rlhf_pipeline.precision import fuse_gelu
+from rlhf_pipeline.precision import autocast, fuse_gelu
 from rlhf_pipeline.sampling import Batch, Sampling, check_positions, make_batch, uniform_draws
 from rlhf_pipeline.static_sampling import make_sampler
 
@@ -125,11 +125,15 @@ class PPOTrainer(Flow, TRLPPOTrainer):
             if isinstance(network, nn.Module):
                 network.to(self.accelerator.device)
         check_head(actor)
+        if peft_config is not None:
+            with autocast(actor.bf16, self.accelerator.device):
+                check_adapter(actor)
         checkpointing = args.gradient_checkpointing_kwargs or {"use_reentrant": False}
         for network in (model, value_model) if args.gradient_checkpointing else ():
             if isinstance(network, PreTrainedModel | PeftModel):
                 network.gradient_checkpointing_enable(checkpointing)
         self.reference = Reference(ref_model, actor, args.ref_adapter_name, args.model_adapter_name)
+        self.reference.same |= peft_config is not None  # as was just checked
         self.kl_coef, self.moments, self.watch = args.kl_coef, Moments(), CollapseWatch(args.watch_window)
         # What a script for TRL may look at.
         self.is_peft_model, self.train_dataset = isinstance(model, PeftModel), train_dataset

@@ -231,6 +231,23 @@ def test_lora_needs_no_second_copy_and_changes_nothing_at_first(
     assert (checkpoint / "actor_critic.safetensors").stat().st_size < 0.5 * 4 * parameters(ppo.model)
 
 
+@pytest.mark.parametrize("initialisation", ["pissa", False])
+def test_an_adapter_that_moves_the_start_away_from_the_reference_is_refused(
+    initialisation: str | bool, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="init_lora_weights"):
+        trainer(tokenizer, tmp_path, given={"peft_config": lora(init_lora_weights=initialisation)})
+
+
+@pytest.mark.parametrize("options", [{"init_lora_weights": "gaussian"}, {"use_dora": True}, {"use_rslora": True}])
+def test_a_fresh_adapter_that_adds_nothing_is_checked_against_the_reference(
+    options: dict[str, Any], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    ppo = trainer(tokenizer, tmp_path, given={"peft_config": lora(**options)})
+    assert ppo.reference.same
+    assert stats_of_first_update(ppo)["objective/kl"] == pytest.approx(0, abs=1e-4)
+
+
 def test_lora_resumes_and_saves_a_model_that_stands_alone(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     def build(folder: str, **options: Any) -> PPOTrainer:
         return trainer(tokenizer, tmp_path / folder, given={"peft_config": lora()}, learning_rate=3e-3, **options)
