@@ -279,33 +279,33 @@ def _group(row: Row) -> str:
     return whole(row)
 
 
-def _groups(rows: Sequence[Row], share: float) -> list[tuple[str, str]]:
-    """What each row is held out with: ("", its prompt), or (its prompt, a part of the prompt's rows).
+def _groups(rows: Sequence[Row], share: float) -> list[tuple[str, str | None]]:
+    """What each row is held out with: ("", its prompt), or (its prompt, a part of the prompt's rows; None: never).
 
     Prompts that differ only in white space are one. A prompt with more than `share` of all rows is too much to hold out
     at once: it is divided into the rows that share answers, if that makes enough parts. So are a prompt that all rows
-    have, and rows without a prompt. A part with more than half of these rows (an answer is given to everything) falls
-    apart into single rows.
+    have, and rows without a prompt. A part with more than half of these rows (it holds an answer that is given to
+    everything) is never held out; where all rows are one part, it falls apart into single rows.
     """
     first: dict[str, str] = {}
     names = [first.setdefault(" ".join(group.split()), group) for group in map(_group, rows)]
     holding: dict[str, list[int]] = defaultdict(list)
     for number, row in enumerate(rows):
         holding[names[number] if getattr(row, "prompt", True) else ""].append(number)
-    groups = [("", name) for name in names]
+    groups: list[tuple[str, str | None]] = [("", name) for name in names]
     for prompt, numbers in holding.items():
         if prompt and len(numbers) <= share * len(rows):
             continue
         own = [rows[number] for number in numbers]
         heads = joined([prompt] * len(own), own)
-        if prompt and len(own) < len(rows) and len(set(heads)) < _PARTS:
+        parts, largest = len(set(heads)), shared_group(heads)
+        if prompt and len(own) < len(rows) and parts < _PARTS:
             continue
-        if (largest := shared_group(heads)) is not None:
-            _LOG.warning(
-                "%d rows share answers and are split singly: held-out answers may also be learnt from", len(own)
-            )
+        if single := parts == 1 and 1 < len(own) == len(rows):
+            _LOG.warning("all %d rows share answers, so held-out answers may also be learnt from", len(rows))
         for place, head in enumerate(heads):
-            groups[numbers[place]] = (prompt, whole(own[place if head == largest else head]))
+            never = head == largest and parts > 1
+            groups[numbers[place]] = (prompt, None if never else whole(own[place if single else head]))
     return groups
 
 
@@ -342,7 +342,7 @@ def _split(rows: list[R], share: float) -> Splits[R]:
     if not 0 < share < 1:
         raise UserError(f"data.test_share is {share}; it takes a number between 0 and 1.")
     groups = _groups(rows, share)
-    places = [int(hashlib.sha256(group.encode()).hexdigest()[:8], 16) / 16**8 for _, group in groups]
+    places = [int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 16**8 if name else 1.0 for _, name in groups]
     of: dict[str, set[float]] = defaultdict(
         set
     )  # the places of the groups that a prompt is divided into; of "" the rest

@@ -221,11 +221,20 @@ def test_a_prompt_is_held_out_by_its_own_hash(tmp_path: Path) -> None:
     assert {row.prompt for row in test} == low
 
 
+@pytest.mark.parametrize("prompt", [{}, {"prompt": "Be nice:"}])
+def test_pairs_of_an_answer_that_most_of_them_share_are_learnt(tmp_path: Path, prompt: dict[str, str]) -> None:
+    rows = [{**prompt, "winner": "a", "a": f"x{i}", "b": "I cannot say." if i % 3 else f"y{i}"} for i in range(90)]
+    train, test = sides(preferences_file(tmp_path / "a.jsonl", *rows))
+    assert len(train) + len(test) == 90
+    assert 0 < len(test) < 30
+    assert not any(row.rejected == "I cannot say." for row in test)
+
+
 def test_where_all_pairs_share_answers_a_warning_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [{"prompt": "p", "chosen": f"a{i}", "rejected": f"a{j}"} for i in range(9) for j in range(i)]
     train, test = sides(preferences_file(tmp_path / "a.jsonl", *rows))
     assert len(train) + len(test) == 36
-    assert "36 rows share answers" in caplog.text
+    assert "all 36 rows share answers" in caplog.text
 
 
 def test_prompts_held_out_and_learnt_from_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
