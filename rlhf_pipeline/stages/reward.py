@@ -65,15 +65,15 @@ def run(settings: Settings, out: RunDir) -> None:
     lineage = {f"labels[{number}]" if number else "labels": path for number, path in enumerate(reversed(paths))}
     longest = fit_length(args, model)
     model.config.trained_cut = {"max_length": longest, "truncation_side": choice.get("truncation_side")}
-    known, same = fingerprint(source, rows), 0
+    known, shows, same = fingerprint(source, rows), Splits[Any]([], []), 0
     if compared:
         compared, same = _told_apart(compared, tokenizer, longest)
-    shows: Sequence[Any] = compared.train if compared else []
-    if compared and (chosen := choice.get("demonstrations")):
-        splits = load_data(chosen, settings.seed)
-        shows, known = splits.train, known | {"demonstrations": fingerprint(chosen, splits)}
-        lineage |= {"demonstrations": chosen["path"]} if chosen.get("path") else {}
-    demonstrations = _shown(shows, tokenizer, settings.seed)
+        shows = compared
+        if chosen := choice.get("demonstrations"):
+            shows = load_data(chosen, settings.seed)
+            known["demonstrations"] = fingerprint(chosen, shows)
+            lineage |= {"demonstrations": chosen["path"]} if chosen.get("path") else {}
+    demonstrations = _shown(shows.train, tokenizer, settings.seed)
     out.begin(settings, {"start": where, **lineage}, known)
     if rows.labels and out.leads:
         _say_labels(rows.labels, out)
