@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
+from omegaconf import OmegaConf
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.registry import suggest
@@ -20,6 +21,12 @@ CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / 
 # Sections that take keys their defaults do not list: Settings checks them, so Hydra need not ask for a '+'.
 _OPEN = re.compile(r"^(trainer|policy|reward|data|ptx|evaluate|collect|chat|plan|hub|report|labeler|stages)\.[\w.]+=")
 _OWN_CHOICE = re.compile(r"^(policy|reward|data)=")
+# Of a configuration, two values of which one is for small models: ${by_size:1.0e-3,5.0e-4}
+OmegaConf.register_new_resolver(
+    "by_size",
+    lambda small, large, _root_: small if _root_.policy.get("size") in ("tiny", "mini", "mid") else large,
+    replace=True,
+)
 # labeler= chooses among the rewards: to Hydra, that group in another place.
 _LABELER = "reward@labeler="
 

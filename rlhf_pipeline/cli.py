@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -52,6 +53,8 @@ def main() -> None:
         _be_quiet()
         try:
             sys.argv[1:] = complete(sys.argv[1:])
+            if "--cfg=job" in sys.argv or {("--cfg", "job"), ("-c", "job")} & {*itertools.pairwise(sys.argv)}:
+                sys.argv.append("--resolve")  # shown as it will run
             _hydra_main()
         except UserError as error:
             _leave(error)

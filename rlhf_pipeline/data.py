@@ -25,6 +25,7 @@ S = TypeVar("S")
 
 _LOG = logging.getLogger("rlhf_pipeline")
 IMDB = "stanfordnlp/imdb"  # on the hub
+_PARTS = 5  # of a prompt: with fewer, the one that is always held out would be too large a share of it
 
 
 @dataclass(frozen=True)
@@ -278,28 +279,44 @@ def _group(row: Row) -> str:
     return whole(row)
 
 
-def _groups(rows: Sequence[Row]) -> list[str]:
-    """The group of every row: prompts that differ in white space are one, as the first of them has it.
+def _groups(rows: Sequence[Row], share: float) -> list[tuple[str, str | None]]:
+    """What each row is held out with: ("", its prompt), or (its prompt, a part of the prompt's rows; None: never).
 
-    Where there is no prompt that tells rows apart, those that have an answer in common are one.
+    Prompts that differ only in white space are one. A prompt with more than `share` of all rows is too much to hold out
+    at once: it is divided into the rows that share answers, if that makes enough parts. So are a prompt that all rows
+    have, and rows without a prompt. A part with more than half of these rows (it holds an answer that is given to
+    everything) is never held out; where all rows are one part, it falls apart into single rows.
     """
     first: dict[str, str] = {}
-    groups = [first.setdefault(" ".join(group.split()), group) for group in map(_group, rows)]
-    shared = shared_group(groups)
-    alike = [n for n, row in enumerate(rows) if groups[n] == shared or not getattr(row, "prompt", True)]
+    names = [first.setdefault(" ".join(group.split()), group) for group in map(_group, rows)]
     holding: dict[str, list[int]] = defaultdict(list)
-    for place, number in enumerate(alike):
-        for answer in _answers(rows[number]):
-            if answer.strip():
-                holding[answer].append(place)
-    joined = [whole(rows[alike[head]]) for head in connected(len(alike), holding.values())]
-    if shared_group(joined) is not None:  # one answer is given to everything, or it is a prompt like any other
-        if len(set(groups)) > 1:
-            return groups
-        joined = [whole(row) for row in rows]
-    for number, group in zip(alike, joined, strict=True):
-        groups[number] = group
+    for number, row in enumerate(rows):
+        holding[names[number] if getattr(row, "prompt", True) else ""].append(number)
+    groups: list[tuple[str, str | None]] = [("", name) for name in names]
+    for prompt, numbers in holding.items():
+        if prompt and len(numbers) <= share * len(rows):
+            continue
+        own = [rows[number] for number in numbers]
+        heads = joined([prompt] * len(own), own)
+        parts, largest = len(set(heads)), shared_group(heads)
+        if prompt and len(own) < len(rows) and parts < _PARTS:
+            continue
+        if single := parts == 1 and 1 < len(own) == len(rows):
+            _LOG.warning("all %d rows share answers, so held-out answers may also be learnt from", len(rows))
+        for place, head in enumerate(heads):
+            never = head == largest and parts > 1
+            groups[numbers[place]] = (prompt, None if never else whole(own[place if single else head]))
     return groups
+
+
+def joined(prompts: Sequence[Prompt], rows: Sequence[Row]) -> list[int]:
+    """For every row the first row that it shares an answer to the same prompt with, directly or through other rows."""
+    holding: dict[tuple[Prompt, str], list[int]] = defaultdict(list)
+    for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+        for answer in _answers(row) or (whole(row),):
+            if answer.strip():
+                holding[prompt, answer].append(number)
+    return connected(len(rows), holding.values())
 
 
 def _answers(row: Row) -> tuple[str, ...]:
@@ -318,16 +335,21 @@ def shared_group(groups: Sequence[Any]) -> Any:
 
 
 def _split(rows: list[R], share: float) -> Splits[R]:
-    """Hold out a share of the rows' groups; by a hash, so that a row falls on one side whatever the seed.
+    """Hold out a share of the rows' groups, by a hash: a row falls on the same side whatever the seed.
 
-    Of two groups or more, at least one is held out: a few labels are enough to begin with.
+    Of two prompts or more at least one is held out, and of a divided prompt at least one part: a few labels will do.
     """
     if not 0 < share < 1:
         raise UserError(f"data.test_share is {share}; it takes a number between 0 and 1.")
-    groups = _groups(rows)
-    places = [int(hashlib.sha256(group.encode()).hexdigest()[:8], 16) / 16**8 for group in groups]
-    least = min(places, default=0.0) if len(set(places)) > 1 else 0.0
-    held_out = [place < share or place <= least for place in places]
+    groups = _groups(rows, share)
+    places = [int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 16**8 if name else 1.0 for _, name in groups]
+    of: dict[str, set[float]] = defaultdict(
+        set
+    )  # the places of the groups that a prompt is divided into; of "" the rest
+    for (prompt, _), place in zip(groups, places, strict=True):
+        of[prompt].add(place)
+    least = {prompt: min(own) if len(own) > 1 else -1.0 for prompt, own in of.items()}
+    held_out = [place < share or place <= least[prompt] for (prompt, _), place in zip(groups, places, strict=True)]
     pairs = list(zip(rows, held_out, strict=True))
     return Splits([row for row, out in pairs if not out], [row for row, out in pairs if out])
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_pipeline.errors import NotFinishedError, UserError
-from rlhf_pipeline.own_code import function_at, plainly
+from rlhf_pipeline.own_code import plainly, reward_at
 from rlhf_pipeline.python_code import goes_on
 from rlhf_pipeline.registry import Registry, fits
 from rlhf_pipeline.scorer import Scorer, Side, class_named
@@ -55,17 +55,25 @@ class Reward:
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
         """One finite number a completion; anything else is a `UserError` that names the reward."""
-        given = self.function(list(prompts), list(completions))
+        given: Any = self.function(list(prompts), list(completions))
+        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
         try:
             scores = [float(score) for score in given]
         except (TypeError, ValueError, RuntimeError) as error:  # the last is torch's, of a matrix
-            raise UserError(f"reward={self.name} must give a list of numbers: {error}.") from error
+            raise UserError(f"reward={self.name} must give a list of numbers: {_instead(given, texts)}.") from error
         if len(scores) != len(completions):
             raise UserError(f"reward={self.name} gave {len(scores)} numbers for {len(completions)} completions.")
-        for prompt, completion, score in zip(prompts, completions, scores, strict=True):
+        for text, score in zip(texts, scores, strict=True):
             if not math.isfinite(score):
-                raise UserError(f"reward={self.name} gave {score} for {prompt + completion!r:.200}; it must be finite.")
+                raise UserError(f"reward={self.name} gave {score} for {text!r:.200}; it must be finite.")
         return scores
+
+
+def _instead(given: Any, texts: Sequence[str]) -> str:
+    """What a function gave in the place of numbers."""
+    each = zip(texts, given, strict=False) if isinstance(given, list | tuple) else ()
+    text = next((repr(text) for text, score in each if score is None), None)
+    return f"it gave None for {text:.200}" if text else f"it gave {' '.join(repr(given).split()):.200}"
 
 
 registry: Registry[Reward] = Registry("reward")
@@ -87,8 +95,8 @@ def classifier(
     scale: Scale = "logit",
     text: Seen = "prompt_response",
     batch_size: int = 64,
-    max_length: int = 512,
-    truncation_side: Side = "right",
+    max_length: int | None = None,
+    truncation_side: Side | None = None,
     base: Literal["policy", "encoder"] = "policy",
     size: Literal["tiny", "mini", "small"] = "tiny",
     lm_coef: float = 0.0,
@@ -96,7 +104,8 @@ def classifier(
 ) -> Reward:
     """A text classifier's score of the class that is *named* `label`, whatever its index or case.
 
-    `truncation_side` is the end of a text that is cut off where it is longer than `max_length` tokens.
+    `truncation_side` is the end of a text that is cut off where it is longer than `max_length` tokens. Without these a
+    text is cut to what the model was trained on (else 512 tokens), on the left; a response alone, on the right.
     `base` and `size` say what stage=reward trains where no `path` is given: the language model of this run
     with a head (GPT-1's way; `lm_coef` weighs its language-model loss in training), or an encoder from scratch, of
     that size. `examples` are texts that stage=reward scores at its end.
@@ -104,7 +113,7 @@ def classifier(
     where = path or where
     if where is None:
         raise NotFinishedError(_NO_MODEL.format("classifier"))
-    return _classifier_reward(Scorer.open(where, batch_size, max_length, truncation_side), label, scale, text)
+    return _classifier_reward(where, batch_size, max_length, truncation_side, label, scale, text)
 
 
 def _on_the_hub(hub_id: str, seen: Seen) -> Callable[..., Reward]:
@@ -118,11 +127,10 @@ def _on_the_hub(hub_id: str, seen: Seen) -> Callable[..., Reward]:
         scale: Scale = "logit",
         text: Seen = seen,
         batch_size: int = 64,
-        max_length: int = 512,
-        truncation_side: Side = "right",
+        max_length: int | None = None,
+        truncation_side: Side | None = None,
     ) -> Reward:
-        scorer = Scorer.open(path or where or hub_id, batch_size, max_length, truncation_side)
-        return _classifier_reward(scorer, label, scale, text)
+        return _classifier_reward(path or where or hub_id, batch_size, max_length, truncation_side, label, scale, text)
 
     return entry
 
@@ -142,8 +150,8 @@ def preference_model(
     *,
     path: str | None = None,
     batch_size: int = 64,
-    max_length: int = 512,
-    truncation_side: Side = "left",
+    max_length: int | None = None,
+    truncation_side: Side | None = None,
     head: Literal["linear", "mlp"] = "linear",
     pooling: Literal["last", "mean"] = "last",
     margin: float = 0.0,
@@ -152,7 +160,8 @@ def preference_model(
 ) -> Reward:
     """A reward model trained on preferences by stage=reward: the scalar of its head.
 
-    Of a text longer than `max_length` tokens the beginning is cut off: the answer stands at the end.
+    A text longer than `max_length` tokens is cut on the `truncation_side`: without these as in training, else to the
+    last 512 tokens, for the answer stands at the end.
     `head`, `pooling` (the last token, or the mean weighted by position) and `margin` (a rank) say how it is trained.
     `demonstrations` (name and path, as data) score 0 on average; null: the best answers of the training data do.
     """
@@ -182,16 +191,15 @@ def toy_sentiment(where: str | None) -> Reward:
 
 @registry.register
 def python(where: str | None, *, path: str, probes: list[str] | None = None) -> Reward:
-    """A function of your own, called as `f(prompts, completions) -> list[float]`.
+    """A function of your own, `f(prompts, completions) -> list[float]`, or one written for TRL's GRPO and RLOO.
 
     `path` is `my_rewards.py:politeness` or `my_package.my_module:politeness`.
     """
-    function = function_at(path)
+    function = reward_at(path)
 
     def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
         with plainly(f"reward=python reward.path={path}"):
-            given = function(prompts, answers)
-            return list(given) if isinstance(given, Iterator) else given
+            return function(prompts, answers)
 
     return Reward(score, path, probes=_two_or_more(probes))
 
@@ -366,7 +374,10 @@ def _two_or_more(probes: list[str] | None) -> Sequence[str]:
     return PROBES if probes is None else probes
 
 
-def _classifier_reward(scorer: Scorer, label: str, scale: Scale, seen: Seen) -> Reward:
+def _classifier_reward(
+    where: str, batch_size: int, max_length: int | None, side: Side | None, label: str, scale: Scale, seen: Seen
+) -> Reward:
+    scorer = Scorer.open(where, batch_size, max_length, side or ("right" if seen == "response" else None))
     index = class_named(scorer.model.config.id2label, label, scorer.where)
     if scorer.labels == 1 and scale != "logit":
         raise UserError(f"{scorer.where} has one class, so reward.scale={scale} means nothing; say reward.scale=logit.")

@@ -13,23 +13,30 @@ Side = Literal["left", "right"]
 
 
 class Scorer:
-    """A sequence classifier of any family, with its own tokenizer: texts in, logits out."""
+    """A sequence classifier of any family, with its own tokenizer: texts in, logits out.
+
+    A text longer than `max_length` tokens is cut on the `truncation_side`. None: as stage=reward trained the model;
+    other models read the last 512 tokens.
+    """
 
     def __init__(
         self,
         model: Any,
         tokenizer: Any,
         batch_size: int,
-        max_length: int,
-        truncation_side: Side = "right",
+        max_length: int | None = None,
+        truncation_side: Side | None = None,
         append_eos: bool = False,
     ) -> None:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        if append_eos:
+            settle_padding(model, tokenizer)
+        model.config.pad_token_id = tokenizer.pad_token_id  # by which a GPT-2 finds the last token of a row
+        trained = getattr(model.config, "trained_cut", {})
+        max_length = max_length or trained.get("max_length", 512)
         positions = getattr(model.config, "max_position_embeddings", max_length)
-        if getattr(model.config, "pad_token_id", None) is None:  # a GPT-2 takes no batch without
-            model.config.pad_token_id = tokenizer.pad_token_id
-        tokenizer.truncation_side = truncation_side
+        tokenizer.truncation_side = truncation_side or trained.get("truncation_side") or "left"
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
         # TRL's RewardTrainer ends every text with EOS, and the head learns to read it there.
         self.ending = [tokenizer.eos_token_id] if append_eos and tokenizer.eos_token_id is not None else []
@@ -38,8 +45,9 @@ class Scorer:
 
     @classmethod
     def open(
-        cls, path: str, batch_size: int, max_length: int, truncation_side: Side = "right", append_eos: bool = False
-    ) -> "Scorer":
+        cls, path: str, batch_size: int, max_length: int | None = None, truncation_side: Side | None = None,
+        append_eos: bool = False,
+    ) -> "Scorer":  # fmt: skip
         """Open a classifier from a folder or the hub, on the GPU where there is one."""
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -84,6 +92,19 @@ class Scorer:
     def pairs(self, prompts: Sequence[str], answers: Sequence[str]) -> "Tensor":
         """Logits of each prompt with its answer."""
         return self.logits([prompt + answer for prompt, answer in zip(prompts, answers, strict=True)])
+
+
+def settle_padding(model: Any, tokenizer: Any) -> None:
+    """Give a model that reads an EOS at the end of each text a pad token of its own.
+
+    transformers' classes read a text at its last token that is not the pad token: where EOS pads, never at its EOS.
+    """
+    eos = tokenizer.eos_token_id
+    if eos is not None and tokenizer.pad_token_id in (None, eos) and not hasattr(model.config, "trunk"):
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def class_named(labels: dict[int, str], wanted: str, where: str) -> int:

@@ -1,4 +1,4 @@
-"""Comparisons of answers, as reward models learn them: one prompt with all its answers is one row."""
+"""Comparisons of answers, as reward models learn them: answers to a prompt that were compared are one row."""
 
 import itertools
 import math
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trl import RewardConfig
 from trl.trainer.utils import pad
 
-from rlhf_pipeline.data import shared_group
+from rlhf_pipeline.data import joined
 from rlhf_pipeline.progress import parts
 from rlhf_pipeline.records import Demonstration, Dialogue, Preference, Prompt, Ranking, Row
 from rlhf_pipeline.stages.batching import Counted, OrderedRewardTrainer
@@ -21,6 +21,7 @@ from rlhf_pipeline.templates import visible
 
 _COLUMNS = ("texts", "better", "worse", "margin", "length")
 _PART = 200  # rows tokenized at once
+_MOST = 16  # answers of pairs that are one example
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +46,14 @@ class Comparison:
 
 
 def compare(rows: Sequence[Preference | Ranking], margin: float = 0.0) -> list[Comparison]:
-    """Rankings as all C(K, 2) pairs of their answers, and pairs of one prompt put together; ties and equals make none.
+    """All C(K, 2) pairs of a ranking as one example, and all pairs that share answers to a prompt; ties make no pair.
 
-    The margin is a pair's own, else `margin` for every rank between the two.
+    Pairs whose answers are unconnected are examples of their own, whatever their prompt. So are pairs that together
+    have more than 16 answers, as where one answer is in all of them: a batch would be too large, a pair's weight too
+    small. The margin is a pair's own, else `margin` for every rank between the two.
     """
-    shared = shared_group([row.prompt for row in rows])
-    together: dict[Any, list[tuple[str, str, float]]] = {}
+    heads = joined([row.prompt for row in rows], rows)
+    together: dict[tuple[str, int], list[tuple[str, str, float]]] = {}
     for number, row in enumerate(rows):
         if isinstance(row, Ranking):
             ranked = zip(row.ranks or range(len(row.responses)), row.responses, strict=True)
@@ -59,9 +62,27 @@ def compare(rows: Sequence[Preference | Ranking], margin: float = 0.0) -> list[C
         else:
             own = margin if row.margin is None else row.margin
             found = [(row.chosen, row.rejected, own)] if row.chosen != row.rejected else []
-        alone = isinstance(row, Ranking) or not row.prompt or row.prompt == shared
-        together.setdefault((row.prompt, number if alone else None), []).extend(found)
-    return [_comparison(prompt, found) for (prompt, _), found in together.items() if found]
+        key = ("ranking", number) if isinstance(row, Ranking) else ("pairs", heads[number])
+        together.setdefault(key, []).extend(found)
+    examples: list[Comparison] = []
+    for (kind, number), found in together.items():
+        whole = kind == "ranking" or len({answer for pair in found for answer in pair[:2]}) <= _MOST
+        examples += [_comparison(rows[number].prompt, part) for part in ([found] if whole else zip(found)) if part]
+    return examples
+
+
+def told_apart(rows: Sequence[Comparison], tokenizer: Any, longest: int) -> tuple[list[Comparison], int]:
+    """The rows without the pairs whose answers are the same tokens once cut to `longest`, and how many those were."""
+    kept, same = list[Comparison](), 0
+    for part in parts(rows, _PART, "compare", "prompt"):
+        texts = [row.texts(tokenizer) for row in part]
+        ids = iter(encode([text for row in texts for text in row], tokenizer, longest))
+        for row in part:
+            own = list(itertools.islice(ids, len(row.answers)))
+            pairs = [(row.answers[i], row.answers[j], by) for i, j, by in row.pairs if own[i] != own[j]]
+            same += len(row.pairs) - len(pairs)
+            kept += [row] if len(pairs) == len(row.pairs) else [_comparison(row.prompt, pairs)] if pairs else []
+    return kept, same
 
 
 def _comparison(prompt: Prompt, found: Sequence[tuple[str, str, float]]) -> Comparison:
@@ -119,7 +140,7 @@ class Collator:
     multiple: int | None = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """`weight` is 1 / pairs of the prompt: all pairs of a prompt count as one example."""
+        """`weight` is 1 / pairs of the row: all pairs of a row count as one example."""
         texts = [torch.tensor(ids) for row in rows for ids in row["texts"]]
         first = list(itertools.accumulate((len(row["texts"]) for row in rows), initial=0))
         places = {
@@ -138,8 +159,8 @@ class Collator:
 class ComparisonTrainer(Counted, OrderedRewardTrainer):
     """TRL's RewardTrainer for any number of answers a prompt (Ouyang et al. 2022, section 3.5).
 
-    Each answer goes through the model once, and all pairs of a prompt come from its scores, in one batch, as one
-    example: as single pairs they would be trained on many times over, and overfitted.
+    Each answer goes through the model once, and all pairs of a row come from its scores, in one batch, as one example:
+    as single pairs the answers would be trained on many times over, and overfitted.
     """
 
     def __init__(
@@ -169,7 +190,7 @@ class ComparisonTrainer(Counted, OrderedRewardTrainer):
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:  # fmt: skip
-        """Mean over prompts of the mean over their pairs of -log sigmoid(r_better - r_worse - margin)."""
+        """Mean over rows of the mean over their pairs of -log sigmoid(r_better - r_worse - margin)."""
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         scores = outputs.logits.squeeze(-1).float()
         better, worse, weight = scores[inputs["better"]], scores[inputs["worse"]], inputs["weight"]

@@ -23,12 +23,12 @@ from rlhf_pipeline.data import Splits, check_kind, fingerprint, kind, load_data,
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import explained, model_folder, open_pretrained
 from rlhf_pipeline.labels import Labels
-from rlhf_pipeline.policies import load_policy
+from rlhf_pipeline.policies import load_policy, open_config
 from rlhf_pipeline.precision import fuse_gelu
 from rlhf_pipeline.records import Labelled, Preference, Ranking
 from rlhf_pipeline.reward_model import register, shift_scores, with_head
 from rlhf_pipeline.rundir import RunDir
-from rlhf_pipeline.scorer import Scorer
+from rlhf_pipeline.scorer import Scorer, settle_padding
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.stages.classification import (
     ClassifierTrainer,
@@ -37,7 +37,7 @@ from rlhf_pipeline.stages.classification import (
     tokenized,
 )
 from rlhf_pipeline.stages.common import fit_length, say_taken, sharded_weights, take_data, trainer_args, watch
-from rlhf_pipeline.stages.comparisons import Comparison, ComparisonTrainer, compare, shown
+from rlhf_pipeline.stages.comparisons import Comparison, ComparisonTrainer, compare, shown, told_apart
 from rlhf_pipeline.stages.reward_quality import example_line, example_rows, labelled_quality, preference_quality, scores
 from rlhf_pipeline.templates import TEMPLATES, visible
 
@@ -63,13 +63,22 @@ def run(settings: Settings, out: RunDir) -> None:
     for path in paths:
         say_taken("labels", path)
     lineage = {f"labels[{number}]" if number else "labels": path for number, path in enumerate(reversed(paths))}
-    out.begin(settings, {"start": where, **lineage}, fingerprint(source, rows))
+    longest = fit_length(args, model)
+    model.config.trained_cut = {"max_length": longest, "truncation_side": choice.get("truncation_side")}
+    known, shows, same = fingerprint(source, rows), Splits[Any]([], []), 0
+    if compared:
+        compared, same = _told_apart(compared, tokenizer, longest)
+        shows = compared
+        if chosen := choice.get("demonstrations"):
+            shows = load_data(chosen, settings.seed)
+            known["demonstrations"] = fingerprint(chosen, shows)
+            lineage |= {"demonstrations": chosen["path"]} if chosen.get("path") else {}
+    demonstrations = _shown(shows.train, tokenizer, settings.seed)
+    out.begin(settings, {"start": where, **lineage}, known)
     if rows.labels and out.leads:
         _say_labels(rows.labels, out)
-    longest = fit_length(args, model)
     fuse_gelu(model)
     trainer = _trainer(model, tokenizer, args, compared or rows, choice)
-    demonstrations = _demonstrations(settings, compared.train, tokenizer) if compared else []
     trainer.train(resume_from_checkpoint=watch(trainer, out))
     weights = sharded_weights(trainer)
     if not out.leads:
@@ -78,7 +87,7 @@ def run(settings: Settings, out: RunDir) -> None:
     if weights:
         model.float().load_state_dict(weights, strict=False)
     scorer = Scorer(model, tokenizer, args.per_device_eval_batch_size, longest, tokenizer.truncation_side, not labelled)
-    before = {} if labelled else {"demonstration_mean": _normalise(scorer, demonstrations)}
+    before = {} if labelled else {"demonstration_mean": _normalise(scorer, demonstrations), "same_once_cut": same}
 
     def save(folder: Path) -> None:
         model.save_pretrained(folder)
@@ -148,6 +157,25 @@ def _compared(rows: Splits[Any], margin: float) -> Splits[Comparison]:
     return found
 
 
+def _told_apart(rows: Splits[Comparison], tokenizer: Any, longest: int) -> tuple[Splits[Comparison], int]:
+    """The rows without the pairs that are the same tokens once cut; and how many of those were held out."""
+    kept: list[list[Comparison]] = []
+    same = 0
+    for split, what in ((rows.train, "to learn from"), (rows.test, "to hold out")):
+        found, same = told_apart(split, tokenizer, longest)
+        kept.append(found)
+        count = sum(len(row.pairs) for row in split)
+        cut = f"{same} of {count} pairs {what} are the same tokens once cut to {longest}"
+        if not found:
+            raise UserError(
+                f"{cut}, so nothing is left; raise trainer.max_length (up to the model's positions), or cut the other "
+                f"end: reward.truncation_side={'right' if tokenizer.truncation_side == 'left' else 'left'}."
+            )
+        if same:
+            print(f"{cut} (trainer.max_length, reward.truncation_side); they are left out", flush=True)
+    return Splits(kept[0], kept[1]), same
+
+
 def _trainer(model: Any, tokenizer: Any, args: RewardConfig, rows: Splits[Any], choice: dict[str, Any]) -> Any:
     if choice["name"] == "preference_model":
         return ComparisonTrainer(model, args, tokenizer, rows.train, rows.test)
@@ -158,11 +186,9 @@ def _trainer(model: Any, tokenizer: Any, args: RewardConfig, rows: Splits[Any], 
     return LanguageClassifierTrainer(*given, processing_class=tokenizer, lm_coef=choice["lm_coef"])
 
 
-def _demonstrations(settings: Settings, learnt: Sequence[Comparison], tokenizer: Any) -> list[str]:
-    """Texts that are to score 0 on average: those of `reward.demonstrations`, else the best answers learnt from."""
-    choice = settings.reward.get("demonstrations")
-    found: Sequence[Any] = load_data(choice, settings.seed).train if choice else learnt
-    found = random.Random(f"demonstrations {settings.seed}").sample(found, min(len(found), _DEMONSTRATIONS))
+def _shown(rows: Sequence[Any], tokenizer: Any, seed: int) -> list[str]:
+    """Some of the rows as texts that are to score 0 on average: demonstrations, or the best of compared answers."""
+    found = random.Random(f"demonstrations {seed}").sample(rows, min(len(rows), _DEMONSTRATIONS))
     return [visible(tokenizer, r.prompt) + r.best if isinstance(r, Comparison) else shown(r, tokenizer) for r in found]
 
 
@@ -192,9 +218,11 @@ def _start(settings: Settings, out: RunDir, strings: Sequence[str], labels: int)
     if settings.policy.get("template") and path is None:
         tokenizer.chat_template = TEMPLATES[settings.policy["template"]]
     # Of a conversation that is too long its end, the answer, stays.
-    tokenizer.truncation_side = settings.reward.get("truncation_side", "left" if labels == 1 else "right")
+    tokenizer.truncation_side = settings.reward.get("truncation_side") or ("left" if labels == 1 else "right")
+    tokenizer.padding_side = "right"  # positions are counted from the left, padding and all; so are they in scoring
     if labels == 1:
         torch.manual_seed(settings.seed)
+        settle_padding(model, tokenizer)
         model = with_head(model, settings.reward.get("head", "linear"), settings.reward.get("pooling", "last"))
     return model, tokenizer, where
 
@@ -205,14 +233,25 @@ def _opened(path: str, seed: int, names: dict[str, Any]) -> tuple[Any, Any, str]
     with explained(where, "reward.path"):
         tokenizer = AutoTokenizer.from_pretrained(where)
     register()
+    classes = open_config(where, "reward.path").id2label
     torch.manual_seed(seed)  # for the head
     model = open_pretrained(
         AutoModelForSequenceClassification, where, "reward.path", ignore_mismatched_sizes=True, **names
     )
+    if "id2label" in names and _turned(classes):
+        head = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
+        for weight in head.parameters():
+            weight.data = weight.data.flip(0)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer, where
+
+
+def _turned(classes: dict[int, str]) -> bool:
+    """Whether the classes of a head are positive and negative, in this order: that of LABELS is the other one."""
+    first, second = (str(classes.get(number)).lower() for number in (0, 1))
+    return len(classes) == 2 and first.startswith(("pos", "正", "积极")) and second.startswith(("neg", "负", "消极"))
 
 
 def _from_policy(settings: Settings, strings: Sequence[str], names: dict[str, Any]) -> tuple[Any, Any, str]:

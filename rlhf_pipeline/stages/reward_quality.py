@@ -44,13 +44,16 @@ def preference_quality(rows: Sequence[Comparison], scorer: Scorer) -> dict[str, 
         for start, row in zip(first, rows, strict=False)
     ]
     margin = np.concatenate(margins)
+    of_prompt: dict[Any, list[NDArray[Any]]] = {}
+    for number, (row, each) in enumerate(zip(rows, margins, strict=True)):
+        of_prompt.setdefault(row.prompt or number, []).append(each > 0)
     right = (margin > 0).astype(int)
     lengths = [len(text) for row in texts for text in row]
     return {
         **metrics.Accuracy().compute(predictions=right, references=np.ones_like(right)),
-        "prompt_accuracy": float(np.mean([(each > 0).mean() for each in margins])),
+        "prompt_accuracy": float(np.mean([np.concatenate(each).mean() for each in of_prompt.values()])),
         "rows": len(rows),
-        "prompts": len(rows),
+        "prompts": len(of_prompt),
         "pairs": len(margin),
         "margin": float(margin.mean()),
         **_common(score, lengths, _logistic(np.abs(margin)), right),

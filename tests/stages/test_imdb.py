@@ -49,7 +49,7 @@ def test_the_classic_demo_by_its_hub_ids(hub: dict[str, str], workplace: Path) -
         assert name in asked
     run = workplace / "runs" / "imdb_sentiment"
     config = yaml.safe_load((run / "ppo" / "config.yaml").read_text())
-    assert config["data"]["min_characters"] == 200
+    assert config["data"]["min_characters"] == 201
     rows = read_jsonl(run / "ppo" / "metrics.jsonl")
     assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
     assert rows[0]["objective/kl_coef"] == 0.2

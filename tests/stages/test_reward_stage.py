@@ -1,5 +1,6 @@
 """Step 2: classifiers with GPT-1's second loss, reward models from pairs and rankings, and how both are left."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from rlhf_pipeline.rewards import load_reward
 from rlhf_pipeline.scorer import Scorer
 from rlhf_pipeline.stages.batching import OrderedRewardTrainer
 from rlhf_pipeline.stages.classification import language_loss
-from rlhf_pipeline.stages.comparisons import Comparison, ComparisonTrainer, compare, encode, shown
+from rlhf_pipeline.stages.comparisons import Comparison, ComparisonTrainer, compare, encode, shown, told_apart
 from rlhf_pipeline.stages.reward_quality import preference_quality
 
 RANKING = Ranking("Which film?", (" the good one", " any one", " the bad one", " no"))
@@ -75,15 +76,52 @@ def test_all_pairs_of_a_prompt_but_those_of_equal_answers() -> None:
     assert pairs(Preference("", "a", "a")) == []
 
 
-def test_pairs_of_one_prompt_are_put_together_unless_nearly_all_share_it() -> None:
+def test_pairs_that_share_answers_to_a_prompt_are_put_together() -> None:
     rows = [Preference("p", "a", "b"), Preference("p", "a", "c"), Preference("p", "c", "b")]
     others = [Preference(f"q {i}", "a", "b") for i in range(4)]
     first, *rest = compare([*rows, *others])
     assert first == Comparison("p", ("a", "b", "c"), ((0, 1, 0.0), (0, 2, 0.0), (2, 1, 0.0)))
     assert first.best == "a"
     assert len(rest) == 4
-    assert len(compare(rows)) == 3, "a prompt that all share is an instruction"
-    assert len(compare([Preference("", "a", "b")] * 2)) == 2, "without a prompt nothing belongs together"
+    assert compare(rows) == [first]
+    apart = [Preference("p", f"a {i}", f"b {i}") for i in range(300)]
+    assert [row.answers for row in compare(apart)] == [(f"a {i}", f"b {i}") for i in range(300)]
+    assert [row.pairs for row in compare(apart)] == [((0, 1, 0.0),)] * 300
+
+
+def test_pairs_that_share_one_answer_with_everything_are_not_put_together() -> None:
+    everything = [Preference("p", f"a {i}", "I cannot say.") for i in range(40)]
+    assert [len(row.pairs) for row in compare(everything)] == [1] * 40
+    assert [len(row.pairs) for row in compare(everything[:9])] == [9]
+    ranking = Ranking("p", tuple(f"r {i}" for i in range(20)))
+    assert [len(row.pairs) for row in compare([*everything, ranking])] == [1] * 40 + [190]
+
+
+def test_labels_of_few_prompts_weigh_alike_and_make_small_batches(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Two prompts at 55 and 45 %, four answers each time: half of the labels once had 0.2 % of the loss."""
+    rows = [
+        Preference(prompt, f"{prompt} {number} {a}", f"{prompt} {number} {b}")
+        for prompt, count in (("one", 55), ("two", 45)) for number in range(count)
+        for a, b in itertools.combinations(range(4), 2)
+    ]  # fmt: skip
+    trainer = comparison_trainer(tmp_path, tokenizer, rows=rows)
+    assert [len(texts) for texts in trainer.train_dataset["texts"]] == [4] * 100
+    weight = trainer.data_collator(list(trainer.train_dataset))["weight"]
+    assert weight.tolist() == pytest.approx([1 / 6] * 600)
+    assert weight[:330].sum() / weight.sum() == pytest.approx(0.55)
+
+
+def test_pairs_that_are_the_same_once_cut_are_left_out(tokenizer: PreTrainedTokenizerBase) -> None:
+    long = "which film was good? " * 20
+    rows = [Preference("q", "yes " + long, "no " + long), Preference("q", "yes", "no"),
+            Ranking("r", ("the " + long, "one " + long, "short"))]  # fmt: skip
+    kept, same = told_apart(compare(rows), tokenizer, 24)
+    assert same == 2
+    assert [row.answers for row in kept] == [("yes", "no"), ("the " + long, "short", "one " + long)]
+    assert kept[1].pairs == ((0, 1, 0.0), (2, 1, 0.0))
+    assert told_apart(compare(rows), tokenizer, 999) == (compare(rows), 0)
 
 
 def test_a_row_as_a_demonstration(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -195,6 +233,9 @@ def test_quality_of_rankings(tokenizer: PreTrainedTokenizerBase) -> None:
     assert quality["prompt_accuracy"] == pytest.approx((3 / 6 + 0) / 2)
     assert quality["score_mean"] == pytest.approx(-(1 + 3 + 2 + 2 + 4 + 2) / 6)
     assert quality["length_correlation"] == pytest.approx(-1)
+    pairs = [Preference("one", f"a{i}", f"bb{i}") for i in range(3)] + [Preference("two", "long", "no")]
+    quality = preference_quality(compare(pairs), scorer)
+    assert (quality["prompts"], quality["pairs"], quality["prompt_accuracy"]) == (2, 4, 0.5)
 
 
 # -- by the command

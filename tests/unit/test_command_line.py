@@ -1,5 +1,6 @@
 """What the command line refuses, in what words and how soon; what it makes of experiments and overrides."""
 
+import math
 import re
 import shlex
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT, CommandLine
 from hydra import compose, initialize_config_dir
 
@@ -203,6 +205,32 @@ def test_the_classic_imdb_settings_are_the_notebooks() -> None:
     assert (trainer["kl_coef"], trainer["kl_target"], trainer["kl_horizon"]) == (0.2, 6.0, 10_000)
     assert (trainer["min_response_length"], trainer["response_length"]) == (4, 15)
     assert trainer["total_episodes"] == 79 * 256
+    assert trainer["stop_token"] == "eos"
+    assert settings("stage=ppo", "experiment=imdb_sentiment").data["min_characters"] == 201  # it keeps what is > 200
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens", "rate", "warmup"),
+    [((), 32_768, 5e-4, 1000), (("policy.size=large",), 32_768, 5e-4, 1000), (("policy.size=tiny",), 2048, 1e-3, 0.05)],
+)
+def test_code_gpt_is_trained_as_the_course_does_unless_it_is_small(
+    size: tuple[str, ...], tokens: int, rate: float, warmup: float, command_line: CommandLine,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    keys = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length")
+    for trainer in (
+        settings("stage=pretrain", "experiment=code_gpt", *size).trainer,
+        settings("stage=pipeline", "experiment=code_gpt", *size).stages["pretrain"]["trainer"],
+    ):
+        assert math.prod(trainer[key] for key in keys) == tokens
+        assert (trainer["learning_rate"], trainer["warmup_steps"]) == (rate, warmup)
+    assert settings("stage=sft", "experiment=code_gpt", *size).trainer["learning_rate"] == rate
+    assert (
+        settings("stage=pretrain", "experiment=code_gpt", *size, "trainer.warmup_steps=7").trainer["warmup_steps"] == 7
+    )
+    assert command_line("stage=pipeline", "experiment=code_gpt", *size, "--cfg", "job") == 0
+    shown = yaml.safe_load(capsys.readouterr().out)["stages"]["pretrain"]["trainer"]
+    assert (shown["learning_rate"], shown["warmup_steps"]) == (rate, warmup)
 
 
 def test_every_group_file_names_an_entry_of_its_registry() -> None:

@@ -1,5 +1,6 @@
 """Data sets become prompts and demonstrations."""
 
+import hashlib
 import itertools
 import json
 from pathlib import Path
@@ -171,6 +172,69 @@ def test_a_prompt_with_most_of_the_pairs_is_a_prompt_like_any_other(tmp_path: Pa
     few = [{"prompt": f"p {i}", "chosen": "x", "rejected": "y"} for i in range(20)]
     train, test = ({row.prompt for row in side} for side in sides(preferences_file(tmp_path / "a.jsonl", *many, *few)))
     assert (len(train) + len(test), train & test) == (21, set())
+
+
+def answers_by_prompt(rows: list[Any]) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        found.setdefault(row.prompt, set()).update((row.chosen, row.rejected))
+    return found
+
+
+@pytest.mark.parametrize(
+    "shares", [{"one": 55, "two": 45}, dict.fromkeys("abcd", 25), {"most": 76, "some": 12, "more": 12}]
+)
+@pytest.mark.parametrize("answers", [2, 4])
+def test_a_prompt_with_very_many_pairs_is_on_both_sides(tmp_path: Path, shares: dict[str, int], answers: int) -> None:
+    """Its pairs are held out with those that they share answers with: of each four answers all six pairs."""
+    rows = []
+    for prompt, share in shares.items():
+        for number in range(share if answers == 4 else 5 * share):
+            each = [f"answer {number} {place} to {prompt}" for place in range(answers)]
+            rows += [{"prompt": prompt, "chosen": a, "rejected": b} for a, b in itertools.combinations(each, 2)]
+    train, test = sides(preferences_file(tmp_path / "a.jsonl", *rows), share=0.1)
+    assert len(train) + len(test) == len(rows)
+    assert 0.05 < len(test) / len(rows) < 0.2
+    learnt, held_out = answers_by_prompt(train), answers_by_prompt(test)
+    assert set(learnt) == set(held_out) == set(shares)
+    assert not any(learnt[prompt] & held_out[prompt] for prompt in shares)
+
+
+def test_two_prompts_with_a_few_pairs_each_are_on_both_sides(tmp_path: Path) -> None:
+    rows = [{"prompt": "ab"[n % 2], "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(20)]
+    train, test = sides(preferences_file(tmp_path / "a.jsonl", *rows), share=0.01)
+    assert {row.prompt for row in train} == {row.prompt for row in test} == {"a", "b"}
+    assert len(test) == 2
+
+
+def test_of_many_prompts_each_is_on_one_side(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p {n % 20}", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(400)]
+    train, test = ({row.prompt for row in side} for side in sides(preferences_file(tmp_path / "a.jsonl", *rows), 0.1))
+    assert (len(train) + len(test), train & test) == (20, set())
+
+
+def test_a_prompt_is_held_out_by_its_own_hash(tmp_path: Path) -> None:
+    prompts = [f"p {n}" for n in range(200)]
+    rows = [{"prompt": prompt, "chosen": f"good {prompt}", "rejected": "bad"} for prompt in prompts]
+    _, test = sides(preferences_file(tmp_path / "a.jsonl", *rows), share=0.1)
+    low = {p for p in prompts if int(hashlib.sha256(p.encode()).hexdigest()[:8], 16) < 0.1 * 16**8}
+    assert {row.prompt for row in test} == low
+
+
+@pytest.mark.parametrize("prompt", [{}, {"prompt": "Be nice:"}])
+def test_pairs_of_an_answer_that_most_of_them_share_are_learnt(tmp_path: Path, prompt: dict[str, str]) -> None:
+    rows = [{**prompt, "winner": "a", "a": f"x{i}", "b": "I cannot say." if i % 3 else f"y{i}"} for i in range(90)]
+    train, test = sides(preferences_file(tmp_path / "a.jsonl", *rows))
+    assert len(train) + len(test) == 90
+    assert 0 < len(test) < 30
+    assert not any(row.rejected == "I cannot say." for row in test)
+
+
+def test_where_all_pairs_share_answers_a_warning_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"prompt": "p", "chosen": f"a{i}", "rejected": f"a{j}"} for i in range(9) for j in range(i)]
+    train, test = sides(preferences_file(tmp_path / "a.jsonl", *rows))
+    assert len(train) + len(test) == 36
+    assert "all 36 rows share answers" in caplog.text
 
 
 def test_prompts_held_out_and_learnt_from_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

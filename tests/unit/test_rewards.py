@@ -135,8 +135,30 @@ def test_a_file_may_have_the_name_of_a_module(tmp_path: Path) -> None:
         ),
         ("def f(p, c):\n    for x in c:\n        yield {}[x]\n", r"raised KeyError: .* \(.*mine.py, line 3\)"),
         ("import json\ndef f(p, c):\n    return json.loads('{')\n", r"JSONDecodeError: .* \(.*mine.py, line 3\)"),
-        ("def f(p, c):\n    pass\n", r"must give a list of numbers: 'NoneType' object is not iterable"),
-        ("def f(p, c):\n    return ['good' for _ in c]\n", r"must give a list of numbers: could not convert"),
+        ("def f(p, c):\n    pass\n", r"must give a list of numbers: it gave None\. It was tried on"),
+        ("def f(p, c):\n    return ['good' for _ in c]\n", r"must give a list of numbers: it gave \['good', 'good', "),
+        ("def f(p, c):\n    return 3\n", r"must give a list of numbers: it gave 3\."),
+        (
+            "def f(completions, **kwargs):\n    return [1.0 if x else None for x in completions]\n",
+            r"must give a list of numbers: it gave None for 'So '\. It was tried on",
+        ),
+        (
+            "def f(completions, **kwargs):\n    return [len(x) / kwargs['answer'] for x in completions]\n",
+            r"raised KeyError: 'answer' \(.*mine.py, line 2\)",
+        ),
+        (
+            "def f(samples, prompts, outputs):\n    return [1.0]\n",
+            r"mine.py:f takes \(samples, prompts, outputs\), and .*write def f\(prompts, completions\)",
+        ),
+        ("def f(c):\n    return [1.0]\n", r"mine.py:f takes \(c\), and .*write def f\(prompts, completions\)"),
+        (
+            "def f(completions, ground_truth, **kwargs):\n    return [1.0]\n",
+            r"mine.py:f takes \(completions, ground_truth, \*\*kwargs\), and there are prompts and completions alone",
+        ),
+        (
+            "def f(completions, completion_ids, **kwargs):\n    return [len(x) for x in completion_ids]\n",
+            r"mine.py:f reads completion_ids, and rewards see texts alone; read completions\.",
+        ),
         ("import torch\ndef f(p, c):\n    return torch.ones(len(c), 2)\n", r"must give a list of numbers"),
     ],
 )
@@ -146,6 +168,42 @@ def test_what_goes_wrong_in_a_function_of_ones_own_is_said_with_its_line(
     with pytest.raises(UserError, match=said) as refused:
         built("python", path=file_of(tmp_path, source) + ":f")
     assert "\n" not in str(refused.value)
+    assert "rewards.py" not in str(refused.value)
+    assert "own_code.py" not in str(refused.value)
+    assert "NoneType" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def f(completions, **kwargs):\n    return [float(len(x)) for x in completions]\n",
+        "def f(completions, prompts):\n    return [float(len(x)) for x in completions]\n",
+        "def f(completions, prompts=None, weight=1.0):\n    return (weight * len(x) for x in completions)\n",
+        "def f(prompts, completions, completion_ids, **kwargs):\n    return [float(len(x)) for x in completions]\n",
+        "def f(prompts, **kwargs):\n    return [float(len(x)) for x in kwargs['completions']]\n",
+        "async def f(completions, **kwargs):\n    return [float(len(x)) for x in completions]\n",
+        "def f(completions, **kwargs):\n    return [float(len(x[0]['content'])) for x in completions]\n",
+        "def f(prompts, completions, **kw):\n    return [len(x[-1].get('content')) for x in completions]\n",
+        "def f(texts, answers):\n    return [float(len(x)) for x in answers]\n",
+        "def f(texts, answers, /):\n    return [float(len(x)) for x in answers]\n",
+        "def f(*texts):\n    return [float(len(x)) for x in texts[1]]\n",
+        "class F:\n    def __call__(self, completions, **kw):\n        return [len(x) for x in completions]\nf = F()\n",
+    ],
+)
+def test_a_function_may_be_written_for_grpo_and_rloo(tmp_path: Path, source: str) -> None:
+    reward = built("python", path=file_of(tmp_path, source) + ":f")
+    assert reward(["a prompt", "another one"], ["four", "sixsix"]) == [4.0, 6.0]
+
+
+def test_a_grpo_function_sees_prompts_too(tmp_path: Path) -> None:
+    plain = "def f(completions, prompts):\n    return [float(p[-1] == c[0]) for p, c in zip(prompts, completions)]\n"
+    talk = (
+        "def f(prompts, completions, **kw):\n"
+        "    return [len(p[-1]['content']) + len(c[0]['content']) for p, c in zip(prompts, completions)]\n"
+    )
+    probes = [" x", "y"]
+    assert built("python", path=file_of(tmp_path, plain) + ":f", probes=probes)(["ab"] * 2, ["b", "a"]) == [1.0, 0.0]
+    assert built("python", path=file_of(tmp_path, talk) + ":f")(["ab"] * 2, ["b", "abc"]) == [3.0, 5.0]
 
 
 def test_what_a_function_raises_later_is_said_too(tmp_path: Path) -> None:
@@ -320,7 +378,10 @@ def test_which_end_of_a_long_text_is_cut_off(tmp_path: Path, name: str) -> None:
 
     first, last = scores(whole, truncation_side="right"), scores(whole, truncation_side="left")
     assert first != last
-    assert scores(whole) == (first if name == "classifier" else last), "an answer stands at the end of its text"
+    assert scores(whole) == last, "an answer stands at the end of its text"
+    if name == "classifier":
+        assert scores(whole, text="response") == first
+        assert scores(whole, text="response", truncation_side="left") == last
     assert scores(start + "bad " * 40, truncation_side="right") == pytest.approx(first, abs=1e-6)
     assert scores("bad " * 40 + end, truncation_side="left") == pytest.approx(last, abs=1e-6)
 

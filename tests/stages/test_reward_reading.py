@@ -1,0 +1,274 @@
+"""What a reward reads of a text: the same tokens at the same positions in training, in scoring and once saved."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CommandLine
+from tiny_rewards import tiny_config
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf_pipeline.data import load_data
+from rlhf_pipeline.policies import train_tokenizer
+from rlhf_pipeline.rewards import load_reward
+from rlhf_pipeline.scorer import Scorer
+from rlhf_pipeline.stages import reward as stage
+from rlhf_pipeline.stages.comparisons import compare
+
+POLICIES = ("gpt2", "gpt2, EOS pads", "llama, EOS pads")
+PAIRS = [{"prompt": f"Film {i}?", "chosen": " very good" * (1 + i % 4), "rejected": " no"} for i in range(60)]
+LABELLED = [{"text": f"film {i} was {('bad', 'good')[i % 2]}" + " it was" * (i % 5), "label": i % 2} for i in range(60)]
+
+
+def make_tokenizer(eos_pads: bool) -> PreTrainedTokenizerBase:
+    made = train_tokenizer(["which film was very good, the bad one or the other? yes it was"], 300, 64)
+    if eos_pads:
+        made.pad_token = made.eos_token
+    return made
+
+
+def save_policy(folder: Path, kind: str) -> Path:
+    tokenizer = make_tokenizer("EOS" in kind)
+    torch.manual_seed(0)
+    if kind.startswith("llama"):
+        sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes))
+    else:
+        model = GPT2LMHeadModel(
+            tiny_config(vocab_size=len(tokenizer), n_embd=32, tie_word_embeddings=True, initializer_range=0.2)
+        )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "padding_side": "left"}))
+    assert AutoTokenizer.from_pretrained(folder).padding_side == "left"
+    return folder
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def trainers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The trainers that stage=reward makes from here on."""
+    made: list[Any] = []
+    make = stage._trainer
+    monkeypatch.setattr(stage, "_trainer", lambda *args: made.append(make(*args)) or made[-1])
+    return made
+
+
+def options(policy: Path, data: str, path: str, *more: str) -> list[str]:
+    return ["stage=reward", "name=r", f"data={data}", f"data.path={path}", "data.test_share=0.2", "policy=causal_lm",
+            f"policy.path={policy}", "trainer.learning_rate=1e-2", "trainer.max_steps=6", *more]  # fmt: skip
+
+
+def by_a_stranger(texts: Sequence[str], end: str) -> torch.Tensor:
+    """Logits by a process that knows nothing of us, in the batch that the saved tokenizer pads."""
+    model = AutoModelForSequenceClassification.from_pretrained("runs/r/reward/model").eval()
+    tokenizer = AutoTokenizer.from_pretrained("runs/r/reward/model")
+    ending = getattr(tokenizer, end) if end else ""
+    batch = tokenizer([text + ending for text in texts], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return found
+
+
+def in_a_batch_and_alone(trainer: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of the rows of a training batch, and of each row on its own."""
+    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    with torch.no_grad():
+        padded = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        rows = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        return padded, torch.cat([model(input_ids=ids[mask.bool()][None]).logits for ids, mask in rows])
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+def test_a_classifier_reads_a_text_alike_wherever_it_stands(
+    kind: str, workplace: Path, command_line: CommandLine, trainers: list[Any]
+) -> None:
+    path = write(workplace / "labelled.jsonl", LABELLED)
+    policy = save_policy(workplace / "policy", kind)
+    assert command_line(*options(policy, "sentiment", path, "reward=classifier")) == 0
+    batch = trainers[0].data_collator(list(trainers[0].train_dataset))
+    padded, alone = in_a_batch_and_alone(trainers[0], batch)
+    texts = [row.text for row in load_data({"name": "sentiment", "path": path, "test_share": 0.2}, 0).train]
+    scored = Scorer.open("runs/r/reward/model", 7, 64).logits(texts)
+    assert scored.std(0).min() > 0.01
+    torch.testing.assert_close(padded, alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scored, alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(by_a_stranger(texts, ""), alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+def test_a_reward_model_reads_the_eos_at_the_end_of_each_text(
+    kind: str, workplace: Path, command_line: CommandLine, trainers: list[Any]
+) -> None:
+    path = write(workplace / "pairs.jsonl", PAIRS)
+    policy = save_policy(workplace / "policy", kind)
+    assert command_line(*options(policy, "preferences", path, "reward=preference_model")) == 0
+    padded, alone = in_a_batch_and_alone(trainers[0], trainers[0].data_collator(list(trainers[0].train_dataset)))
+    rows = compare(load_data({"name": "preferences", "path": path, "test_share": 0.2}, 0).train)
+    found, _ = load_reward({"name": "preference_model"}, Path("runs/r/reward"))
+    scored = found([row.prompt for row in rows for _ in row.answers], [a for row in rows for a in row.answers])
+    torch.testing.assert_close(padded, alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.tensor(scored)[:, None], alone, atol=1e-5, rtol=1e-5)
+    texts = [row.prompt + answer for row in rows for answer in row.answers]
+    without = Scorer.open("runs/r/reward/model", 7, 64).logits(texts)
+    assert (without - alone).abs().mean() > 0.01
+    torch.testing.assert_close(by_a_stranger(texts, "eos_token"), alone, atol=1e-5, rtol=1e-5)
+    model = AutoModelForSequenceClassification.from_pretrained("runs/r/reward/model")
+    assert isinstance(model, GPT2ForSequenceClassification) == kind.startswith("gpt2")
+
+
+def test_a_strangers_reward_model_whose_eos_pads_reads_eos_too() -> None:
+    tokenizer = make_tokenizer(eos_pads=True)
+    torch.manual_seed(0)
+    config = tiny_config(vocab_size=len(tokenizer), pad_token_id=tokenizer.eos_token_id, initializer_range=0.2)
+    model = GPT2ForSequenceClassification(config)
+    texts = ["good", "very bad, it was", "which film?"]
+    ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
+    with torch.no_grad():
+        states = [model.eval().transformer(torch.tensor([row])).last_hidden_state[0, -1] for row in ids]
+        expected = torch.stack([model.score(state) for state in states])
+    found = Scorer(model, tokenizer, 8, 32, append_eos=True).logits(texts)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("side", [None, "right"])
+def test_a_long_text_is_scored_as_it_was_cut_in_training(
+    side: str | None, workplace: Path, command_line: CommandLine
+) -> None:
+    rows = [{**row, "prompt": f"{row['prompt']} " + "the other film " * (i % 3)} for i, row in enumerate(PAIRS)]
+    path = write(workplace / "pairs.jsonl", rows)
+    policy = save_policy(workplace / "policy", "gpt2")
+    more = ["reward=preference_model", "trainer.max_length=16", *([f"reward.truncation_side={side}"] if side else [])]
+    assert command_line(*options(policy, "preferences", path, *more)) == 0
+    texts = ["which film was very good " * 4 + "the bad one"]
+
+    def scores(**how: Any) -> list[float]:
+        return load_reward({"name": "preference_model", **how}, Path("runs/r/reward"))[0]([""], texts)
+
+    assert scores() == scores(max_length=16, truncation_side=side or "left")
+    assert scores() != scores(max_length=32)
+    assert scores() != scores(truncation_side="left" if side else "right")
+
+
+def test_a_classifier_is_scored_at_the_length_it_was_trained_at(workplace: Path, command_line: CommandLine) -> None:
+    path = write(workplace / "labelled.jsonl", LABELLED)
+    policy = save_policy(workplace / "policy", "gpt2")
+    assert command_line(*options(policy, "sentiment", path, "reward=classifier", "trainer.max_length=16")) == 0
+    start, end = ["which film was bad " * 4], [" very good it was"]
+
+    def scores(**how: Any) -> list[float]:
+        return load_reward({"name": "classifier", **how}, Path("runs/r/reward"))[0](start, end)
+
+    assert scores() == scores(max_length=16, truncation_side="left")
+    assert scores() != scores(max_length=32)
+    assert scores() != scores(truncation_side="right"), "which never reads the response"
+
+
+@pytest.mark.parametrize(
+    "names", [("NEGATIVE", "POSITIVE"), ("pos", "neg"), ("Positive (4-5 stars)", "Negative (1-3)")]
+)
+def test_a_starting_classifier_keeps_the_meaning_of_its_head(
+    names: tuple[str, str], workplace: Path, command_line: CommandLine
+) -> None:
+    tokenizer = make_tokenizer(eos_pads=False)
+    torch.manual_seed(0)
+    classes = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
+    config = tiny_config(vocab_size=len(tokenizer), n_embd=32, initializer_range=0.2, num_labels=2, **classes)
+    GPT2ForSequenceClassification(config).save_pretrained(workplace / "start")
+    tokenizer.save_pretrained(workplace / "start")
+    path = write(workplace / "labelled.jsonl", LABELLED)
+    more = ["reward=classifier", f"reward.path={workplace / 'start'}", "trainer.learning_rate=0"]
+    assert command_line(*options(workplace / "start", "sentiment", path, *more)) == 0
+    texts = [row["text"] for row in LABELLED[:8]]
+    before = load_reward({"name": "classifier", "path": str(workplace / "start"), "label": names[1]}, None)[0]
+    if names[1].lower().startswith("neg"):
+        before = load_reward({"name": "classifier", "path": str(workplace / "start"), "label": names[0]}, None)[0]
+    after = load_reward({"name": "classifier", "path": "runs/r/reward", "label": "positive"}, None)[0]
+    assert after([""] * 8, texts) == pytest.approx(before([""] * 8, texts), abs=1e-6)
+
+
+# -- pairs that cannot be told apart
+
+
+def cut_pairs(count: int) -> list[dict[str, str]]:
+    tail = " which film was good" * 9
+    return [{"prompt": f"Film {i}?", "chosen": " very good" + tail, "rejected": " no" + tail} for i in range(count)]
+
+
+def test_pairs_that_are_the_same_once_cut_are_counted_and_left_out(
+    workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str], trainers: list[Any]
+) -> None:
+    policy = save_policy(workplace / "policy", "gpt2")
+    rows = PAIRS + [{**row, "prompt": f"A {row['prompt']}"} for row in cut_pairs(40)]
+    args = options(policy, "preferences", write(workplace / "pairs.jsonl", rows), "reward=preference_model")
+    assert command_line(*args, "trainer.max_length=20") == 0
+    said = capsys.readouterr().out
+    quality = json.loads(Path("runs/r/reward/quality.json").read_text())
+    learnt = len(trainers[0].train_dataset)
+    assert learnt + quality["pairs"] == 60
+    assert 0 < quality["same_once_cut"] < 40
+    for what, same, kept in (
+        ("to learn from", 40 - quality["same_once_cut"], learnt),
+        ("to hold out", quality["same_once_cut"], quality["pairs"]),
+    ):
+        assert f"{same} of {same + kept} pairs {what} are the same tokens once cut to 20 (trainer.max_length" in said
+
+
+def test_where_all_pairs_are_the_same_once_cut_nothing_is_trained(
+    workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = save_policy(workplace / "policy", "gpt2")
+    args = options(policy, "preferences", write(workplace / "pairs.jsonl", cut_pairs(40)), "reward=preference_model")
+    assert command_line(*args, "trainer.max_length=20") == 2
+    error = capsys.readouterr().err.strip().split("\n")[-1]
+    assert "pairs to learn from are the same tokens once cut to 20" in error
+    assert "trainer.max_length" in error
+    assert "reward.truncation_side=right" in error
+    assert not Path("runs/r/reward/run.json").exists()
+    assert command_line(*args, "trainer.max_length=20", "reward.truncation_side=right") == 0
+
+
+# -- demonstrations
+
+
+def test_other_demonstrations_are_other_work(
+    workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = save_policy(workplace / "policy", "gpt2")
+    shows = [{"prompt": f"Film {i}?", "completion": " good"} for i in range(40)]
+    path = write(workplace / "shows.jsonl", shows)
+    args = options(policy, "preferences", write(workplace / "pairs.jsonl", PAIRS), "reward=preference_model",
+                   "reward.demonstrations.name=instructions", f"reward.demonstrations.path={path}",
+                   "trainer.save_steps=2", "trainer.max_steps=4")  # fmt: skip
+    assert command_line(*args) == 0
+    record = json.loads(Path("runs/r/reward/run.json").read_text())
+    before = record["data"]["demonstrations"]
+    assert (before["name"], before["train"] + before["test"], len(before["sha256"])) == ("instructions", 40, 64)
+    assert command_line(*args) == 0
+    write(workplace / "shows.jsonl", [{**row, "completion": " bad"} for row in shows])
+    capsys.readouterr()
+    assert command_line(*args) == 2
+    assert f"its demonstrations {path} has changed since" in capsys.readouterr().err
+    # As if it had been cut off.
+    Path("runs/r/reward/run.json").write_text(json.dumps({**record, "status": "failed"}))
+    assert command_line(*args) == 2
+    assert "has changed since" in capsys.readouterr().err
+    assert command_line(*args, "overwrite=true") == 0
+    after = json.loads(Path("runs/r/reward/run.json").read_text())["data"]["demonstrations"]
+    assert after["sha256"] != before["sha256"]
