@@ -19,6 +19,16 @@ def trunk(model: Any) -> nn.Module:
     return body
 
 
+@torch.no_grad()
+def looks_ahead(model: Any) -> bool:
+    """Whether the first of two tokens is another to the trunk when the second changes, as in an encoder."""
+    training = model.training
+    ids = torch.tensor([[0, 1], [0, 2]], device=model.device)
+    states = trunk(model.eval())(input_ids=ids).last_hidden_state[:, 0]
+    model.train(training)
+    return not torch.allclose(states[0], states[1], atol=1e-6)
+
+
 def head_logits(model: Any, states: Tensor) -> Tensor:
     """Logits (tokens, vocabulary) of the trunk's hidden states (tokens, hidden), in fp32 or wider."""
     inner = language_model(model)

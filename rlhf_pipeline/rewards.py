@@ -52,6 +52,8 @@ class Reward:
     unfit: Callable[[Sequence[str]], str | None] = lambda texts: None
     probes: Sequence[str] = PROBES
     parts: Sequence[str] = ()  # of a sum: where each part came from
+    scorer: Scorer | None = None  # the classifier that judges, where one does
+    readout: Sequence[float] = ()  # the weights by which its logits make the score; none where that is not linear
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
         """One finite number a completion; anything else is a `UserError` that names the reward."""
@@ -175,6 +177,8 @@ def preference_model(
         lambda prompts, answers: scorer.pairs(prompts, answers)[:, 0].tolist(),
         scorer.where,
         unfit=partial(mismatch, scorer.tokenizer),
+        scorer=scorer,
+        readout=(1.0,),
     )
 
 
@@ -396,4 +400,8 @@ def _classifier_reward(
         return values
 
     neutral = 0.5 if scale == "probability" else 0.0
-    return Reward(score, scorer.where, neutral, partial(mismatch, scorer.tokenizer))
+    readout = [float(i == index) for i in range(scorer.labels)] if scale == "logit" else []
+    if scale == "log_odds" and scorer.labels == 2:
+        readout = [1.0 if i == index else -1.0 for i in range(2)]
+    unfit = partial(mismatch, scorer.tokenizer)
+    return Reward(score, scorer.where, neutral, unfit, scorer=scorer, readout=readout)

@@ -39,7 +39,7 @@ _WORK = {
     "sft": ("seed", "policy", "data", "trainer"),
     "reward": ("seed", "policy", "reward", "data", "trainer"),
     "collect": ("seed", "policy", "data", "collect", "labeler"),
-    "ppo": ("seed", "policy", "reward", "data", "trainer"),
+    "ppo": ("seed", "policy", "reward", "data", "trainer", "ptx"),
     "evaluate": ("seed", "policy", "reward", "data", "evaluate", "labeler"),
     "frontier": ("reward", "data", "evaluate", "labeler"),
 }

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from rlhf_pipeline.adapters import store_in_bf16
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.likelihood import response_states, token_likelihood
-from rlhf_pipeline.networks import language_model, trunk
+from rlhf_pipeline.networks import language_model, looks_ahead, trunk
 from rlhf_pipeline.precision import autocast
 from rlhf_pipeline.sampling import Batch, Sampling
 
@@ -83,22 +83,53 @@ def value_head_of(model: nn.Module) -> nn.Module:
     raise UserError(f"{type(model).__name__} has no `score` head, so it cannot be a critic; leave value_model out.")
 
 
-def separate_critic(init: str, policy: PreTrainedModel, reward_model: Any, peft_config: PeftConfig | None) -> nn.Module:
+def separate_critic(
+    init: str, policy: PreTrainedModel, reward: Any, tokenizer: Any, peft_config: PeftConfig | None
+) -> nn.Module:
     """A critic of its own that starts as the policy or as the reward model, with an adapter if the policy has one."""
-    if init == "policy":
-        critic: Any = make_critic(policy)
-    elif isinstance(reward_model, nn.Module) and hasattr(reward_model, "score"):
-        critic = copy.deepcopy(reward_model).requires_grad_(True)
-    else:
-        raise UserError(
-            "trainer.critic_init=reward needs a reward model over the policy's own tokens with a `score` head."
-        )
+    critic: Any = make_critic(policy) if init == "policy" else critic_of_reward(reward, tokenizer)
     if peft_config is None:
         return critic
     own: Any = copy.deepcopy(peft_config)
     own.task_type, own.modules_to_save = "SEQ_CLS", ["score"]  # the head is trained whole
     adapted: nn.Module = get_peft_model(critic, own)
     return adapted
+
+
+def critic_of_reward(reward: Any, tokenizer: Any) -> nn.Module:
+    """A copy of the reward's network that gives the score after every token (InstructGPT, app. C.4).
+
+    `reward` is a model with a `score` head, or a reward of texts that has a `scorer`. A score that is not linear in the
+    classifier's logits, as a probability, gives a head that expects nothing on the classifier's trunk.
+    """
+    scorer = getattr(reward, "scorer", None)
+    model: Any = reward if scorer is None else scorer.model
+    if not isinstance(model, nn.Module) or not hasattr(model, "score"):
+        raise UserError(
+            "trainer.critic_init=reward needs a reward model over the policy's own tokens with a `score` head; "
+            "use trainer.critic_init=policy."
+        )
+    if scorer is not None and not tokenizer.get_vocab().items() <= scorer.tokenizer.get_vocab().items():
+        raise UserError(
+            f"trainer.critic_init=reward needs a reward model over the policy's own tokens, and {scorer.where} has "
+            "another vocabulary; use trainer.critic_init=policy."
+        )
+    if looks_ahead(model):
+        raise UserError(
+            "trainer.critic_init=reward needs a reward model that reads from left to right; this one sees the tokens "
+            "whose value it would foresee. Use trainer.critic_init=policy."
+        )
+    critic: Any = copy.deepcopy(model).requires_grad_(True)
+    if critic.num_labels != 1:
+        head, readout = critic.score, torch.tensor(reward.readout or [0.0] * critic.num_labels)
+        critic.score = nn.Linear(head.in_features, 1, bias=head.bias is not None, device=head.weight.device)
+        with torch.no_grad():
+            critic.score.weight.copy_(readout.to(head.weight) @ head.weight)
+            if head.bias is not None:
+                critic.score.bias.copy_(readout.to(head.bias) @ head.bias)
+        critic.num_labels = critic.config.num_labels = 1
+    found: nn.Module = critic
+    return found
 
 
 def make_critic(policy: PreTrainedModel) -> PreTrainedModel:

@@ -97,7 +97,9 @@ class PPOTrainer(Flow, TRLPPOTrainer):
         local_rows = check_config(args)
         if args.eval_strategy != "no" and eval_dataset is None:
             raise UserError("trainer.eval_steps and eval_strategy need held-out prompts: pass an eval_dataset.")
-        model, ref_model, value_model = _networks(args, model, ref_model, reward_model, value_model, peft_config)
+        model, ref_model, value_model = _networks(
+            args, model, ref_model, reward_model, value_model, peft_config, processing_class
+        )
         actor = ActorCritic(model, value_model, bool(args.bf16))
         # A field of TRL's in the place of transformers' property, which the constructor multiplies by under DeepSpeed.
         args.world_size = args.distributed_state.num_processes
@@ -396,7 +398,8 @@ _STATS = (
 
 
 def _networks(
-    args: PPOConfig, model: Any, ref_model: Any, reward_model: Any, value_model: Any, peft_config: PeftConfig | None
+    args: PPOConfig, model: Any, ref_model: Any, reward_model: Any, value_model: Any, peft_config: PeftConfig | None,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[Any, Any, Any]:
     """Policy, reference (None: the policy, its adapter off) and separate critic (None: shared), made fit to train."""
     if ref_model is model:
@@ -408,7 +411,7 @@ def _networks(
             raise UserError("the model has an adapter already; pass it without a peft_config, or merge it first.")
         model = get_peft_model(model, peft_config)
     if value_model is None and args.critic == "separate":
-        value_model = separate_critic(args.critic_init, model, reward_model, peft_config)
+        value_model = separate_critic(args.critic_init, model, reward_model, tokenizer, peft_config)
     if ref_model is None and not isinstance(model, PeftModel):
         ref_model = copy.deepcopy(model).requires_grad_(False)
     networks = [model, ref_model, value_model, *([reward_model] if isinstance(reward_model, nn.Module) else [])]

@@ -9,6 +9,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.networks import looks_ahead
 from rlhf_pipeline.progress import parts
 from rlhf_pipeline.records import Labelled
 from rlhf_pipeline.stages.batching import OrderedTrainer
@@ -102,7 +103,7 @@ def language_loss(states: Tensor, ids: Tensor, mask: Tensor, head: Tensor, reduc
 def check_language_model(model: Any) -> None:
     """Refuse `lm_coef` for what is no language model whose head is its input embedding."""
     name = model.name_or_path or type(model).__name__
-    if _looks_ahead(model):
+    if looks_ahead(model):
         raise UserError(
             f"reward.lm_coef weighs the loss of a language model, and {name} sees the words that it would have to "
             "tell; use reward.base=policy with no encoder in reward.path, or reward.lm_coef=0."
@@ -112,13 +113,3 @@ def check_language_model(model: Any) -> None:
             f"reward.lm_coef needs a language model whose head is its input embedding, as GPT-2's; {name} has a head "
             "of its own, which a classifier does not hold. Use another policy=, or reward.lm_coef=0."
         )
-
-
-@torch.no_grad()
-def _looks_ahead(model: Any) -> bool:
-    """Whether the first of two tokens is another to the trunk when the second changes."""
-    training = model.training
-    ids = torch.tensor([[0, 1], [0, 2]], device=model.device)
-    states = model.eval().base_model(input_ids=ids).last_hidden_state[:, 0]
-    model.train(training)
-    return not torch.allclose(states[0], states[1], atol=1e-6)

@@ -44,7 +44,14 @@ def run(settings: Settings, out: RunDir) -> None:
     say_taken("reward", judge)
     check_languages(reward, policy.tokenizer, texts(rows.test))
     print(f"computing in {args.precision_choice}", flush=True)
-    out.begin(settings, {"policy": where, **judges(reward, judge)}, fingerprint(settings.data, rows))
+    known = fingerprint(settings.data, rows)
+    parents = {"policy": where, **judges(reward, judge)}
+    pretraining = rows
+    if args.ptx_coef and settings.ptx:
+        pretraining = load_data(settings.ptx, settings.seed)
+        known["ptx"] = fingerprint(settings.ptx, pretraining)
+        parents |= {"ptx": path} if isinstance(path := settings.ptx.get("path"), str) else {}
+    out.begin(settings, parents, known)
     room = room_for_prompts(policy.model, args.response_length)
 
     def asked(split: Sequence[Row], seed: int) -> list[list[int]]:
@@ -59,7 +66,7 @@ def run(settings: Settings, out: RunDir) -> None:
         asked(rows.train, settings.seed),
         eval_dataset=asked(rows.test, settings.seed + 1),
         peft_config=adapter,
-        ptx_dataset=_pretraining_texts(settings, policy.tokenizer, rows.train) if args.ptx_coef else None,
+        ptx_dataset=documents(pretraining.train, policy.tokenizer) if args.ptx_coef else None,
     )
     trainer.add_callback(SampleLog(trainer, out))
     trainer.on_warning = out.warn
@@ -74,12 +81,6 @@ def run(settings: Settings, out: RunDir) -> None:
         results["held_out_reward"] = held_out["reward"]
     signs = {"collapse_watch": sorted(trainer.watch.warned)} if trainer.watch.warned else {}
     out.finish({**results, **signs}, objective=results.get("held_out_reward", results["scores"]))
-
-
-def _pretraining_texts(settings: Settings, tokenizer: Any, own: Sequence[Row]) -> list[list[int]]:
-    """What PPO-ptx mixes in: the texts of `ptx`, by default those of the run."""
-    rows = load_data(settings.ptx, settings.seed).train if settings.ptx else own
-    return [ids for ids in documents(rows, tokenizer) if len(ids) > 1]
 
 
 def _save(trainer: PPOTrainer, folder: Path) -> None:

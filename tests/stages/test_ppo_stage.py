@@ -50,6 +50,46 @@ def test_an_adapter_with_held_out_prompts_and_pretraining_texts(
     assert model.generation_config.do_sample
 
 
+def test_other_pretraining_texts_are_other_work(
+    miniature: Path, command_line: CommandLine, workplace: Path, capsys: Any
+) -> None:
+    """Whether they have another name, or the same name and other content."""
+    texts = workplace / "texts.txt"
+    texts.write_text("".join(f"a quiet film about the sea, number {number}\n" for number in range(40)))
+    (workplace / "other.txt").write_text(texts.read_text())
+    asked = [
+        "stage=ppo", "experiment=demo", "name=ptx", f"policy.path={miniature / 'sft'}",
+        f"reward.path={miniature / 'reward'}", *(m for m in MINIATURE if "ppo" in m or "data" in m),
+        "trainer.ptx_coef=0.1", "ptx.name=text",
+    ]  # fmt: skip
+    assert command_line(*asked, "ptx.path=texts.txt") == 0
+    record = json.loads(Path("runs/ptx/ppo/run.json").read_text())
+    assert record["data"]["ptx"]["train"] + record["data"]["ptx"]["test"] == 40
+    assert command_line(*asked, "ptx.path=other.txt") == 2
+    assert "ptx.path is 'texts.txt' there and 'other.txt' here" in capsys.readouterr().err
+    texts.write_text(texts.read_text().replace("quiet", "loud"))
+    assert command_line(*asked, "ptx.path=texts.txt") == 2
+    assert "texts.txt has changed since" in capsys.readouterr().err
+
+
+def test_the_critic_starts_as_the_reward_model_of_the_run(
+    miniature: Path, command_line: CommandLine, workplace: Path, capsys: Any
+) -> None:
+    """As a classifier by its logit: before the first step the value at the end is the score (InstructGPT, app. C.4)."""
+    more = ("trainer.critic=separate", "trainer.critic_init=reward", "reward.scale=logit")
+    folder = ppo(command_line, miniature, "critic", *more, "trainer.critic_learning_rate=1e-9", "trainer.bf16=false")
+    critic = load_file(folder / "model" / "critic" / "model.safetensors")
+    reward = load_file(miniature / "reward" / "model" / "model.safetensors")
+    torch.testing.assert_close(critic["score.weight"], reward["score.weight"][1:2], rtol=0, atol=1e-6)
+    trunk = "transformer.h.0.attn.c_attn.weight"
+    torch.testing.assert_close(critic[trunk], reward[trunk], rtol=0, atol=1e-6)
+    assert command_line(
+        "stage=ppo", "experiment=demo", "name=refused", f"policy.path={miniature / 'sft'}", "reward=length",
+        *more[:2], *(m for m in MINIATURE if "ppo" in m or "data" in m),
+    ) == 2  # fmt: skip
+    assert "trainer.critic_init=reward needs a reward model" in capsys.readouterr().err
+
+
 def test_sft_trains_an_adapter_too(miniature: Path, command_line: CommandLine, workplace: Path) -> None:
     """Its model stands alone: the adapter is merged, and nothing else has changed."""
     asked = ["stage=sft", "experiment=demo", "name=adapter", f"policy.path={miniature / 'pretrain'}"]
