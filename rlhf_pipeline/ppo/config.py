@@ -83,7 +83,7 @@ class PPOConfig(TRLPPOConfig):
     )
     critic_init: Literal["policy", "reward"] = _field("policy", "What a separate critic starts as.")
     critic_learning_rate: float | None = _field(
-        None, "Learning rate of the critic. None: 10 x `learning_rate` for a value head, `learning_rate` for a network."
+        None, "Learning rate of the critic. None: 30 x `learning_rate` for a value head, `learning_rate` for a network."
     )
     critic_lam: float | None = _field(None, "GAE's lambda for the critic's targets. None: `lam`.")
     # -- the objective

@@ -139,6 +139,14 @@ class Flow(Trainer):
             if self.on_warning:
                 self.on_warning(self.state.global_step + 1, message)
 
+    def get_train_dataloader(self) -> Any:
+        """There is none: each update draws its prompts by (seed, update)."""
+        raise UserError("PPOTrainer has no data loader; its prompts are in trainer.prompts.ids, as token ids.")
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """There is none: `evaluate` and `measure` answer the prompts themselves."""
+        raise UserError("PPOTrainer has no data loader; call evaluate(), or read trainer.eval_prompts.ids.")
+
     # -- evaluation
 
     def evaluate(

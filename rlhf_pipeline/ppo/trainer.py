@@ -148,13 +148,13 @@ class PPOTrainer(Flow, TRLPPOTrainer):
     def create_optimizer(self, model: Any = None) -> Any:
         """As Trainer's; the critic has a learning rate of its own.
 
-        One layer on a trunk's states may take larger steps than a network: by default 10 times as large.
+        One layer on a trunk's states may take larger steps than a network: by default 30 times as large.
         """
         made = self.optimizer is None
         optimizer = super().create_optimizer(model)
         rate, shared = self.args.critic_learning_rate, self.value_model is None
         if rate is None:
-            rate = 10 * self.args.learning_rate if shared else self.args.learning_rate
+            rate = 30 * self.args.learning_rate if shared else self.args.learning_rate
         if made and rate != self.args.learning_rate:
             critic = {id(p) for p in (self.model.value_head if shared else self.value_model).parameters()}
             for group in list(optimizer.param_groups):
@@ -398,7 +398,12 @@ _STATS = (
 
 
 def _networks(
-    args: PPOConfig, model: Any, ref_model: Any, reward_model: Any, value_model: Any, peft_config: PeftConfig | None,
+    args: PPOConfig,
+    model: Any,
+    ref_model: Any,
+    reward_model: Any,
+    value_model: Any,
+    peft_config: PeftConfig | None,
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[Any, Any, Any]:
     """Policy, reference (None: the policy, its adapter off) and separate critic (None: shared), made fit to train."""

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
@@ -16,6 +17,7 @@ from trl import RewardTrainer, SFTTrainer
 # Rows are drawn into pools at random and only then sorted, so that an epoch's batches are not the last one's:
 # pools of 50 batches, of fewer where that would make fewer than 4 pools, but of at least 8.
 _POOL, _POOLS, _SMALLEST = 50, 4, 8
+_MPS_GENERATOR = "rng_state_mps.pt"
 
 
 class EpochSampler(Sampler[int]):
@@ -152,7 +154,8 @@ class _Ordered:
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measure, and leave the generators as they were: a run resumed after an evaluation does not repeat it."""
-        with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
+        device = self.args.device
+        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
             return super().evaluate(*args, **kwargs)  # type: ignore[misc]
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
@@ -174,6 +177,17 @@ class _Ordered:
         if total := sum(count for _, count in self.measured):
             found.metrics[f"{metric_key_prefix}_loss"] = sum(loss * count for loss, count in self.measured) / total
         return found
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """As Trainer's, and that of Apple's GPUs, which it leaves out."""
+        super()._save_rng_state(output_dir)  # type: ignore[misc]
+        if self.args.device.type == "mps":
+            torch.save(torch.mps.get_rng_state(), Path(output_dir) / _MPS_GENERATOR)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)  # type: ignore[misc]
+        if self.args.device.type == "mps" and checkpoint and (path := Path(checkpoint) / _MPS_GENERATOR).exists():
+            torch.mps.set_rng_state(torch.load(path, weights_only=True))
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]

@@ -219,3 +219,29 @@ def test_a_language_models_loss_is_a_mean_over_the_tokens_that_are_predicted(
     assert trainer.evaluate()["eval_loss"] == pytest.approx(total / count, rel=1e-5)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_the_generator_of_apples_gpus_is_saved_and_restored(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a stand-in for the device: what is saved comes back, and an evaluation leaves it as it was."""
+    trainer = make("sft", "random", tmp_path, tokenizer)
+    states = [torch.arange(3, dtype=torch.uint8)]
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda device="mps": states[-1])
+    monkeypatch.setattr(torch.mps, "set_rng_state", lambda state, device="mps": states.append(state))
+    monkeypatch.setattr(torch.mps, "device_count", lambda: 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(trainer.args), "device", torch.device("mps"))
+        trainer._save_rng_state(str(tmp_path))
+        states.append(torch.zeros(3, dtype=torch.uint8))
+        trainer._load_rng_state(str(tmp_path))
+        assert states[-1].tolist() == [0, 1, 2]
+
+        def loop(*_: Any, **__: Any) -> None:
+            states.append(torch.ones(3, dtype=torch.uint8))
+            raise KeyboardInterrupt
+
+        patch.setattr(trainer, "get_eval_dataloader", loop)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.evaluate()
+        assert states[-1].tolist() == [0, 1, 2]

@@ -2,10 +2,14 @@
 
 import math
 
+import pytest
 import torch
 from torch import Tensor
 
 from rlhf_pipeline.ppo.objective import (
+    Moments,
+    add_moments,
+    explained_variance,
     gae,
     kl_estimate,
     masked_mean,
@@ -95,3 +99,41 @@ def test_the_kl_controller_steers_to_its_target() -> None:
     assert next_kl_coef(0.2, kl=6, target=6, episodes=256, horizon=10_000) == 0.2
     assert math.isclose(next_kl_coef(0.2, 60, 6, 256, 10_000), 0.2 * (1 + 0.2 * 0.0256))
     assert math.isclose(next_kl_coef(0.2, 0, 6, 256, 10_000), 0.2 * (1 - 0.2 * 0.0256))
+
+
+def test_moments_need_no_64_bits_on_the_device() -> None:
+    """Apple's GPUs have none: what is added goes to main memory first."""
+
+    class OnDevice:
+        def cpu(self) -> torch.Tensor:
+            return torch.tensor([1.0, 3.0])
+
+        def double(self) -> torch.Tensor:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+        def __len__(self) -> int:
+            return 2
+
+    assert add_moments(Moments(), OnDevice()) == Moments(2, 2.0, 2.0)  # type: ignore[arg-type]
+
+
+def test_a_value_within_the_clip_is_not_counted_as_clipped() -> None:
+    """0.1 + (0.3 - 0.1) is not 0.3 in binary, so the clipped value may lie a rounding error off the plain one."""
+    old = torch.full((1, 50), 0.1, dtype=torch.float64)
+    values = torch.linspace(0.0, 0.25, 50, dtype=torch.float64)[None]
+    mask = torch.ones(1, 50, dtype=torch.bool)
+    found = value_loss(values, old, torch.zeros_like(old), mask, 0.2, torch.tensor(50))
+    assert found.clipped == 0
+
+
+def test_explained_variance_is_that_of_the_returns() -> None:
+    returns = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    assert explained_variance(returns + 5, returns) == 1
+    assert explained_variance(torch.full((4,), 7.0), returns) == 0
+    assert explained_variance(-returns, returns) == pytest.approx(-3)
+    assert explained_variance(returns, torch.ones(4)) == 0
+
+
+def test_the_controller_stays_above_zero_below_five_horizons() -> None:
+    assert next_kl_coef(0.1, 0.0, 6.0, 4999, 1000) > 0
+    assert next_kl_coef(0.1, 0.0, 6.0, 5000, 1000) == pytest.approx(0)

@@ -1,6 +1,8 @@
 """Each option of the PPO trainer does what it says."""
 
 import copy
+import dataclasses
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from conftest import ROOT
 from datasets import Dataset
 from peft import LoraConfig
 from tiny import PROMPTS, good_share, stats_of_first_update, tiny_policy, tiny_tokenizer, trainer, weights
@@ -18,13 +22,16 @@ from transformers import (
     GPT2ForSequenceClassification,
     HfArgumentParser,
     PreTrainedTokenizerBase,
+    Trainer,
     TrainerCallback,
+    TrainingArguments,
 )
+from transformers.trainer_callback import DefaultFlowCallback
 
 from rlhf_pipeline import precision
 from rlhf_pipeline.checkpoints import newest_whole
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.ppo import PPOConfig, PPOTrainer
+from rlhf_pipeline.ppo import PPOConfig, PPOTrainer, config
 from rlhf_pipeline.ppo.watch import CollapseWatch
 from rlhf_pipeline.sampling import Sampling, make_batch
 
@@ -86,6 +93,143 @@ def test_the_critic_learns_to_foresee(tokenizer: PreTrainedTokenizerBase, tmp_pa
         ppo.train()
         loss = [row["loss/value_avg"] for row in ppo.state.log_history]
         assert sum(loss[-5:]) < 0.5 * sum(loss[:5]), critic
+
+
+def test_a_value_head_starts_at_the_mean_score(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """And the first advantages are taken from there."""
+    given = {"reward_model": lambda prompts, responses: [5.0 + good for good in good_share(prompts, responses)]}
+    ppo = trainer(tokenizer, tmp_path, given=given, missing_eos_penalty=2.0)
+    ppo.begin(None)
+    experience = ppo._estimate(ppo._roll_out(0))
+    mask = experience.rollout.batch.response_mask
+    mean = float(experience.scores.mean())
+    assert ppo.model.value_head.bias.item() == pytest.approx(mean)
+    assert 3 < mean < 6
+    torch.testing.assert_close(experience.rollout.values, mean * mask.float())
+    again = ppo.model(experience.rollout.batch, ppo.sampling).values
+    torch.testing.assert_close(again, experience.rollout.values)
+    ends = torch.arange(8), experience.rollout.batch.response_lengths - 1
+    torch.testing.assert_close(experience.rewards_to_go[ends], experience.scores)
+    assert ppo._describe(experience)["val/explained_variance"] == pytest.approx(0, abs=1e-6)
+    ppo._optimise(experience, 0)
+    ppo.state.global_step = 1
+    bias = ppo.model.value_head.bias.item()
+    ppo._estimate(ppo._roll_out(1))
+    assert ppo.model.value_head.bias.item() == bias, "only once"
+
+
+@pytest.mark.parametrize(
+    ("critic", "rate", "expected"), [("shared", None, 30e-3), ("shared", 5e-2, 5e-2), ("separate", 5e-2, 5e-2)]
+)
+def test_the_critic_has_a_learning_rate_of_its_own(
+    critic: str, rate: float | None, expected: float, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    ppo = trainer(
+        tokenizer, tmp_path, critic=critic, critic_learning_rate=rate, learning_rate=1e-3, weight_decay=0.1,
+        lr_scheduler_type="linear",
+    )  # fmt: skip
+    ppo.begin(None)
+    names = {id(p): name for name, p in ppo.model.named_parameters()}
+    rates, decays = {}, {}
+    for group in ppo.optimizer.param_groups:
+        for p in group["params"]:
+            rates[names[id(p)]], decays[names[id(p)]] = group["lr"], group["weight_decay"]
+    assert rates.keys() == set(names.values())
+    for name, found in rates.items():
+        assert found == pytest.approx(1e-3 if name.startswith("policy.") else expected), name
+    assert decays["policy.transformer.h.0.attn.c_attn.weight"] == 0.1
+    assert decays["policy.transformer.ln_f.bias"] == 0.0
+    assert ppo.lr_scheduler.get_last_lr()[0] == pytest.approx(1e-3)
+
+
+def test_a_separate_critic_learns_as_fast_as_the_policy_unless_told(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    ppo = trainer(tokenizer, tmp_path, critic="separate")
+    ppo.begin(None)
+    assert {group["lr"] for group in ppo.optimizer.param_groups} == {1e-3}
+
+
+def test_the_critic_may_have_a_lambda_of_its_own(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """With 1 it learns the reward-to-go; the advantages keep `lam`."""
+
+    def experience(**options: Any) -> Any:
+        ppo = trainer(tokenizer, tmp_path, lam=0.5, **options)
+        ppo.begin(None)
+        with torch.no_grad():
+            ppo.model.value_head.weight.normal_(generator=torch.Generator().manual_seed(0))
+        return ppo._estimate(ppo._roll_out(0))
+
+    plain, own = experience(), experience(critic_lam=1.0)
+    mask = own.rollout.batch.response_mask
+    torch.testing.assert_close(own.returns[mask], own.rewards_to_go[mask])
+    assert not torch.allclose(plain.returns[mask], plain.rewards_to_go[mask])
+    torch.testing.assert_close(plain.advantages, own.advantages)
+
+
+# -- what has no effect is refused
+
+NO_EFFECT: dict[str, Any] = {
+    "auto_find_batch_size": True, "average_tokens_across_devices": False, "data_seed": 7,
+    "dataloader_num_workers": 2, "dataloader_drop_last": True, "ddp_find_unused_parameters": True,
+    "ds3_gather_for_generation": False, "eval_accumulation_steps": 2, "ignore_data_skip": True,
+    "include_num_input_tokens_seen": "all", "label_smoothing_factor": 0.1, "logging_nan_inf_filter": False,
+    "neftune_noise_alpha": 5.0, "prediction_loss_only": True, "resume_from_checkpoint": "somewhere",
+    "save_only_model": True, "skip_memory_metrics": False, "torch_compile": True, "torch_empty_cache_steps": 2,
+    "train_sampling_strategy": "group_by_length", "use_liger_kernel": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_EFFECT)
+def test_a_field_that_nothing_reads_is_refused(name: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"trainer.{name} has no effect in PPO"):
+        trainer(tokenizer, tmp_path, **{name: NO_EFFECT[name]})
+
+
+def test_every_field_has_an_effect_or_is_refused() -> None:
+    """Each field of the configuration is read by us or by the part of transformers that runs, or stands in a list."""
+    ours = "".join(path.read_text() for path in (ROOT / "rlhf_pipeline").rglob("*.py") if path.name != "config.py")
+    ours += inspect.getsource(config.check_config) + inspect.getsource(config.make_sampling)
+    run = (
+        Trainer.__init__, Trainer.create_accelerator_and_postprocess, Trainer.create_optimizer,
+        Trainer.get_optimizer_cls_and_kwargs, Trainer.create_scheduler, Trainer._determine_best_metric,
+        Trainer.log, Trainer.push_to_hub, Trainer.init_hf_repo, Trainer.create_model_card, DefaultFlowCallback,
+        TrainingArguments.__post_init__, TrainingArguments._setup_devices.func, transformers.integrations,
+        TrainingArguments.get_process_log_level, TrainingArguments.get_warmup_steps, Trainer._build_accelerator_args,
+        transformers.integrations.integration_utils, transformers.trainer_optimizer,
+    )  # fmt: skip
+    theirs = "".join(inspect.getsource(part) for part in run)
+    listed = {*config._UNREAD, *config._OF_SCRIPTS, *config._OUTPUTS, *config._AT_LEAST_ONE, *config._NOT_NEGATIVE}
+    # The first says that no column is dropped, which none is; the second that callbacks' states come back, as they do.
+    listed |= {"remove_unused_columns", "restore_callback_states_from_checkpoint"}
+    for each in dataclasses.fields(PPOConfig):
+        read = any(f"{owner}.{each.name}" in text for owner in ("args", "self") for text in (ours, theirs))
+        assert read or each.name in listed, f"{each.name} is read by nothing: refuse it, or carry it out"
+
+
+def test_settings_of_a_script_are_refused_on_the_command_line_alone(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    args = PPOConfig(output_dir=str(tmp_path), dataset_num_proc=4, bf16=False)
+    config.check_config(args)
+    with pytest.raises(UserError, match="dataset_num_proc has no effect"):
+        config.check_config(args, script=False)
+
+
+def test_there_is_no_data_loader(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    ppo = trainer(tokenizer, tmp_path)
+    with pytest.raises(UserError, match=r"trainer\.prompts\.ids"):
+        ppo.get_train_dataloader()
+    with pytest.raises(UserError, match=r"evaluate\(\)"):
+        ppo.get_eval_dataloader()
+
+
+def test_a_batch_that_could_end_the_kl_penalty_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """The controller's factor is 1 - 0.2 x episodes / horizon at the least."""
+    trainer(tokenizer, tmp_path, kl_target=1.0, kl_horizon=2)  # 8 rows: a factor of 0.2
+    with pytest.raises(UserError, match="raise kl_horizon"):
+        trainer(tokenizer, tmp_path, kl_target=1.0, kl_horizon=1)
+    trainer(tokenizer, tmp_path, kl_horizon=1)  # nothing adapts
 
 
 # -- the objective
