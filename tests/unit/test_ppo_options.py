@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
+import transformers.trainer_optimizer
 from conftest import ROOT
 from datasets import Dataset
 from peft import LoraConfig
