@@ -95,10 +95,15 @@ def imdb(seed: int, *, path: str = IMDB) -> Splits[Labelled]:
 @registry.register
 def sentiment(
     seed: int, *, path: str, columns: dict[str, str] | None = None, test_path: str | None = None,
-    test_share: float = 0.1,
+    test_share: float = 0.1, labels: dict[str, int] | None = None,
 ) -> Splits[Labelled]:  # fmt: skip
-    """Labelled texts from a file: JSONL, CSV, TSV or parquet with a text and a label."""
-    return _from_files(partial(formats.read_labelled, columns=columns), path, test_path, test_share)
+    """Labelled texts from a file: JSONL, CSV, TSV or parquet with a text and a label.
+
+    `labels` says what the file's labels mean: 0 is bad, 1 is good (labels: {正面: 1, 负面: 0}).
+    """
+    if odd := [name for name, label in (labels or {}).items() if type(label) is not int or label not in (0, 1)]:
+        raise UserError(f"data.labels.{odd[0]} is {(labels or {})[odd[0]]!r}; each label takes 0 (bad) or 1 (good).")
+    return _from_files(partial(formats.read_labelled, columns=columns, labels=labels), path, test_path, test_share)
 
 
 @registry.register
@@ -132,7 +137,10 @@ def instructions(
     seed: int, *, path: str, columns: dict[str, str] | None = None, test_path: str | None = None,
     test_share: float = 0.1,
 ) -> Splits[Demonstration | Dialogue]:  # fmt: skip
-    """Demonstrations: prompt and completion, Alpaca's instruction, input and output, or chat messages."""
+    """Demonstrations: prompt and completion, Alpaca's instruction, input and output, or chat messages.
+
+    Prompts alone are enough for stage=ppo, collect and evaluate.
+    """
     return _from_files(partial(formats.read_demonstrations, columns=columns), path, test_path, test_share)
 
 
@@ -141,7 +149,10 @@ def dialogue(
     seed: int, *, path: str, columns: dict[str, str] | None = None, test_path: str | None = None,
     test_share: float = 0.1,
 ) -> Splits[Dialogue]:  # fmt: skip
-    """Conversations in JSON lines: {"conversation": [{"utterance": ...}, ...]}, or messages with role and content."""
+    """Conversations in JSON lines: {"conversation": [{"utterance": ...}, ...]}, or messages with role and content.
+
+    In a .txt an utterance is a line, and a blank line ends a dialogue.
+    """
     return _from_files(partial(formats.read_dialogues, columns=columns), path, test_path, test_share)
 
 
@@ -193,12 +204,15 @@ def check_kind(name: str, stage: str) -> None:
         raise UserError(f"data={name} holds rows of {holds}; stage={stage} takes: {fitting}.")
 
 
-def load_data(choice: dict[str, Any], seed: int) -> Splits[Any]:
+def load_data(choice: dict[str, Any], seed: int, answers: bool = False) -> Splits[Any]:
     """Read the chosen data, shuffle it by `seed`, and cut it to `limit` rows a split.
 
-    A training row whose text is also held out is dropped, so that no figure is taken on what was learnt.
+    A training row whose text is also held out is dropped, so that no figure is taken on what was learnt. With `answers`
+    prompts alone are left out, and counted.
     """
     splits = registry.build(choice, seed)
+    if answers:
+        splits = _answered(splits, choice)
     shortest = choice.get("min_characters", 0)
     test = [row for row in splits.test if len(whole(row)) >= shortest]
     held_out = {whole(row) for row in splits.test}
@@ -211,6 +225,25 @@ def load_data(choice: dict[str, Any], seed: int) -> Splits[Any]:
             f"data={choice['name']} has {len(train)} rows to learn from and {len(test)} to hold out; both are needed."
         )
     return Splits(train[:limit], test[:limit][: choice.get("test_limit")], splits.labels)
+
+
+def _answered(splits: Splits[Any], choice: dict[str, Any]) -> Splits[Any]:
+    """The rows that hold an answer to learn."""
+    every = [*splits.train, *splits.test]
+    alone = [not row.replies if isinstance(row, Dialogue) else not getattr(row, "answered", True) for row in every]
+    if not any(alone):
+        return splits
+    if all(alone):
+        raise UserError(
+            f"data={choice['name']}: none of {len(every)} rows has an answer to learn; give them a completion (output, answer, or an assistant's message; data.columns={{completion:"
+            " ..}} names the column). Prompts alone are for stage=ppo, collect and evaluate."
+        )
+    _LOG.warning("data=%s: %d of %d rows skipped (no answer to learn)", choice["name"], sum(alone), len(every))
+    kept = [row for row, out in zip(every, alone, strict=True) if not out]
+    train = sum(not out for out in alone[: len(splits.train)])
+    if 0 < train < len(kept) or choice.get("test_path"):
+        return Splits(kept[:train], kept[train:])
+    return _split(kept, choice.get("test_share", 0.1))
 
 
 def fingerprint(choice: dict[str, Any], splits: Splits[Any]) -> dict[str, Any]:

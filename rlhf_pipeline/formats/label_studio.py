@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 
 from rlhf_pipeline.formats.files import RowError
 from rlhf_pipeline.formats.given import Given, judged, name, person
-from rlhf_pipeline.formats.row import Columns, Row, decoded, number, renamed
+from rlhf_pipeline.formats.row import Columns, Row, blank, decoded, number, renamed
 from rlhf_pipeline.records import Judgement, Prompt
 
 _UNSORTED = "_"  # a Ranker with buckets has what was left where it was under this name
@@ -38,6 +38,9 @@ _PROMPTS = ("prompt", "instruction", "question", "query", "input", "context", "m
 _SHOWN = {*_PROMPTS, *itertools.chain(*_SIDES)}
 # What the exports with an annotation a row write beside the data and the label; `task` is our own.
 _ABOUT = ("id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "agreement", "history", "task")
+
+
+_NO_COMPARISON = ("rating", "choices", "taxonomy", "number", "labels")  # results of other tags
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,11 +153,15 @@ def _values(row: Row, result: Any) -> list[_Value]:
     """What the two tags wrote among an annotation's results."""
     if not isinstance(result, list):
         raise row.error("'result' is not a list")
-    found = []
-    for part in result:
-        held = part.get("value") if isinstance(part, dict) else None
-        if _is_value(held):
-            found.append(_Value(str(name(part.get("from_name"))), held, str(name(part.get("origin")))))
+    parts = [part for part in result if isinstance(part, dict)]
+    found = [
+        _Value(str(name(part.get("from_name"))), held, str(name(part.get("origin"))))
+        for part in parts
+        if _is_value(held := part.get("value"))
+    ]
+    others = dict.fromkeys(str(part.get("type")).capitalize() for part in parts if part.get("type") in _NO_COMPARISON)
+    if others and not found:
+        raise row.error(f"the results are {', '.join(others)}; a comparison takes Pairwise or Ranker")
     return found
 
 
@@ -172,7 +179,14 @@ def _column_values(row: Row) -> list[_Value]:
     taken, items = {*_PROMPTS, *(_sides(row) or ())}, _items(row) or {}
     free = {key: cell for key, cell in cells.items() if key not in taken}
     sides = [_Value(key, {"selected": cell}) for key, cell in free.items() if cell in ("left", "right")]
-    return sides or [_Value(key, {"ranker": cell}) for key, cell in free.items() if _are_ids(cell, items)]
+    found = sides or [_Value(key, {"ranker": cell}) for key, cell in free.items() if _are_ids(cell, items)]
+    others = [
+        key for key, cell in free.items() if not blank(cell) and key not in items and not key.startswith("_data_")
+    ]
+    if others and not found and name(row.fields.get("annotation_id")):
+        columns = ", ".join(others)[:200]
+        raise row.error(f"none of the columns {columns} is a result of Pairwise or Ranker, which a comparison takes")
+    return found
 
 
 def _are_ids(cell: Any, items: Mapping[str, Any]) -> bool:
@@ -203,7 +217,7 @@ def _judgement(row: Row, value: _Value, task: str | None, who: str | None, readi
             raise row.error(
                 "no answers such as answer1 and answer2; data.columns={answer1: .., answer2: ..} names them"
             )
-        answers = [row.text(key) for key in sides]
+        answers = [row.given(key) for key in sides]
         return judged(row, prompt, answers, (1, 2) if side == "left" else (2, 1), task=task, annotator=who)
     places, items = _places(row, value, reading), _items(row) or {}
     shown = sorted(places, key=list(items).index) if set(places) <= set(items) else list(places)
