@@ -235,8 +235,9 @@ def _answered(splits: Splits[Any], choice: dict[str, Any]) -> Splits[Any]:
         return splits
     if all(alone):
         raise UserError(
-            f"data={choice['name']}: none of {len(every)} rows has an answer to learn; give them a completion (output, answer, or an assistant's message; data.columns={{completion:"
-            " ..}} names the column). Prompts alone are for stage=ppo, collect and evaluate."
+            f"data={choice['name']}: none of {len(every)} rows has an answer to learn (completion, output, answer, or "
+            "an assistant's message; data.columns={completion: ..} names the column). Prompts alone are for stage=ppo, "
+            "collect and evaluate."
         )
     _LOG.warning("data=%s: %d of %d rows skipped (no answer to learn)", choice["name"], sum(alone), len(every))
     kept = [row for row, out in zip(every, alone, strict=True) if not out]

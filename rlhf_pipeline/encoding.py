@@ -78,11 +78,11 @@ def shortened(splits: Sequence[list[Lesson]], tokenizer: "Tokenizer", longest: i
         room = longest - (len(ids) - asked)
         over = asked - (room if room > 0 else longest // 2)
         lost["rows"] += len(ids) > longest
-        lost["answers"] += room <= 0
         if over > 0:
             lost["prompts"] += 1
             first = int(ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id))
             ids, learnt = ([*row[:first], *row[first + over :]] for row in (ids, learnt))
+        lost["answers"] += len(ids) > longest
         return Lesson(ids[:longest], learnt[:longest])
 
     found = [[x for x in map(short, split) if any(x.learnt[1:])] for split in splits]
@@ -95,7 +95,7 @@ def shortened(splits: Sequence[list[Lesson]], tokenizer: "Tokenizer", longest: i
         }
         said = f"{lost['rows']} of {total} rows are longer than {longest} tokens (trainer.max_length, at most the "
         said += "policy's positions): " + ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-        if not all(found):
+        if any(split and not left for split, left in zip(splits, found, strict=True)):
             raise UserError(f"{said}, so that nothing is left to learn; raise trainer.max_length, or shorten the data.")
         print(f"warning: {said}", flush=True)
     return found

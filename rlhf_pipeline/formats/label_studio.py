@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 
 from rlhf_pipeline.formats.files import RowError
 from rlhf_pipeline.formats.given import Given, judged, name, person
-from rlhf_pipeline.formats.row import Columns, Row, blank, decoded, number, renamed
+from rlhf_pipeline.formats.row import Columns, Row, decoded, number, renamed
 from rlhf_pipeline.records import Judgement, Prompt
 
 _UNSORTED = "_"  # a Ranker with buckets has what was left where it was under this name
@@ -38,8 +38,6 @@ _PROMPTS = ("prompt", "instruction", "question", "query", "input", "context", "m
 _SHOWN = {*_PROMPTS, *itertools.chain(*_SIDES)}
 # What the exports with an annotation a row write beside the data and the label; `task` is our own.
 _ABOUT = ("id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "agreement", "history", "task")
-
-
 _NO_COMPARISON = ("rating", "choices", "taxonomy", "number", "labels")  # results of other tags
 
 
@@ -97,7 +95,9 @@ def _annotation(row: Row, annotation: Any, data: dict[str, Any], task: str | Non
     try:
         names = {ours: theirs for ours, theirs in reading.columns.items() if ours != "label"}
         fields = renamed(Row(row.path, row.number, data, row.needs), names)
-        value = _chosen(fields, _values(fields, annotation.get("result")), reading)
+        values = _values(fields, annotation.get("result"))
+        results = {str(n): part.get("value") for n, part in enumerate(annotation["result"]) if isinstance(part, dict)}
+        value = _chosen(fields, values, reading, results)
         judgement = _judgement(fields, value, task, who, reading)
         _check_touched(fields, value, {**annotation, "predictions": row.fields.get("predictions")}, reading)
     except RowError as fault:
@@ -114,7 +114,8 @@ def read_annotation(row: Row, reading: Reading) -> Given:
         values = _column_values(row)
         if not values and not name(fields.get("annotation_id")):
             return Given("unlabelled", row, task=task)
-        value = _chosen(row, values, reading)
+        cells = {key: cell for key, cell in fields.items() if key not in (*_ABOUT, *_PROMPTS, *(_sides(row) or ()))}
+        value = _chosen(row, values, reading, cells)
         aside = f"_data_{value.control}"  # the data's column of the control's name
         own = {key: cell for key, cell in fields.items() if key not in (value.control, aside)}
         if aside in fields:
@@ -153,15 +154,11 @@ def _values(row: Row, result: Any) -> list[_Value]:
     """What the two tags wrote among an annotation's results."""
     if not isinstance(result, list):
         raise row.error("'result' is not a list")
-    parts = [part for part in result if isinstance(part, dict)]
-    found = [
-        _Value(str(name(part.get("from_name"))), held, str(name(part.get("origin"))))
-        for part in parts
-        if _is_value(held := part.get("value"))
-    ]
-    others = dict.fromkeys(str(part.get("type")).capitalize() for part in parts if part.get("type") in _NO_COMPARISON)
-    if others and not found:
-        raise row.error(f"the results are {', '.join(others)}; a comparison takes Pairwise or Ranker")
+    found = []
+    for part in result:
+        held = part.get("value") if isinstance(part, dict) else None
+        if _is_value(held):
+            found.append(_Value(str(name(part.get("from_name"))), held, str(name(part.get("origin")))))
     return found
 
 
@@ -179,14 +176,7 @@ def _column_values(row: Row) -> list[_Value]:
     taken, items = {*_PROMPTS, *(_sides(row) or ())}, _items(row) or {}
     free = {key: cell for key, cell in cells.items() if key not in taken}
     sides = [_Value(key, {"selected": cell}) for key, cell in free.items() if cell in ("left", "right")]
-    found = sides or [_Value(key, {"ranker": cell}) for key, cell in free.items() if _are_ids(cell, items)]
-    others = [
-        key for key, cell in free.items() if not blank(cell) and key not in items and not key.startswith("_data_")
-    ]
-    if others and not found and name(row.fields.get("annotation_id")):
-        columns = ", ".join(others)[:200]
-        raise row.error(f"none of the columns {columns} is a result of Pairwise or Ranker, which a comparison takes")
-    return found
+    return sides or [_Value(key, {"ranker": cell}) for key, cell in free.items() if _are_ids(cell, items)]
 
 
 def _are_ids(cell: Any, items: Mapping[str, Any]) -> bool:
@@ -195,16 +185,30 @@ def _are_ids(cell: Any, items: Mapping[str, Any]) -> bool:
     return bool(ids) and all(item in items for item in ids)
 
 
-def _chosen(row: Row, values: Sequence[_Value], reading: Reading) -> _Value:
-    """The one value that is the label."""
+def _chosen(row: Row, values: Sequence[_Value], reading: Reading, results: Mapping[str, Any]) -> _Value:
+    """The one value that is the label; `results` are those of all tags, or the columns where these may be."""
     label = reading.columns.get("label")
     wanted = [value for value in values if label in (None, value.control)]
+    if not values:
+        _check_results(row, results)
     if not wanted:
         raise row.error("nothing selected" if label is None else f"nothing selected by '{label}' (data.columns.label)")
     if len(wanted) > 1:
         controls = ", ".join(sorted({value.control for value in wanted}))
         raise row.error(f"{len(wanted)} labels in one, by {controls}; data.columns.label=NAME says which one counts")
     return wanted[0]
+
+
+def _check_results(row: Row, results: Mapping[str, Any]) -> None:
+    """Say which results there are where none is a comparison."""
+    cells = {key: decoded(cell) for key, cell in results.items()}
+    lists = [cell if isinstance(cell, list) else [cell] for cell in cells.values()]
+    held = {kind for cells in lists for part in cells if isinstance(part, dict) for kind in part}
+    if kinds := [kind.capitalize() for kind in _NO_COMPARISON if kind in held]:
+        raise row.error(f"the results are of {', '.join(kinds)}; a comparison takes the tag Pairwise or Ranker")
+    texts = [key for key, cell in cells.items() if isinstance(cell, str) and cell.strip()]
+    if texts := [key for key in texts if not _ANSWER.fullmatch(key)]:
+        raise row.error(f"nothing selected by Pairwise or Ranker; other columns are {', '.join(texts)[:200]}")
 
 
 def _judgement(row: Row, value: _Value, task: str | None, who: str | None, reading: Reading) -> Judgement:

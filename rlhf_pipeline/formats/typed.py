@@ -123,7 +123,7 @@ def _blocks(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _dialogue(row: Row, key: str) -> Dialogue:
-    """A conversation up to its last words: blank turns at its end are none, so that it may end with a question."""
+    """A conversation up to its last words, which may be a question; a blank turn at its end is none."""
     items = decoded(row.fields[key])
     first = items[0] if isinstance(items, list) and items else None
     both = isinstance(first, str) or (isinstance(first, dict) and "utterance" in first)
@@ -137,7 +137,7 @@ def _dialogue(row: Row, key: str) -> Dialogue:
     else:
         if not blank(decoded(row.fields.get("tools"))):
             raise row.skipped("it calls tools, which are not read")
-        turns = (*row.before(), *row.turns(key))
+        turns = tuple(turn for turn in (*row.before(), *row.turns(key)) if turn.role != "system" or turn.text.strip())
     while turns and not turns[-1].text.strip():
         turns = turns[:-1]
     if not any(turn.role != "system" and turn.text.strip() for turn in turns):
