@@ -136,11 +136,13 @@ def fitting(asked: list[P], room: int) -> list[P]:
     """The prompts, ids or questions, of at most `room` tokens; a line counts those that are longer."""
     found = [prompt for prompt in asked if len(prompt.ids if isinstance(prompt, Question) else prompt) <= room]
     if len(found) < len(asked):
-        said = f"{len(asked) - len(found)} of {len(asked)} prompts are longer than the {room} tokens that the policy's "
-        said += "positions leave for them"
+        than = f"longer than the {room} tokens that the policy's positions leave for them"
         if not found:
-            raise UserError(f"{said}; lower response_length, or data.prompt_tokens, or shorten the prompts.")
-        print(f"warning: {said}, and are left out", flush=True)
+            raise UserError(
+                f"no prompt leaves room for an answer: all {len(asked)} are {than}; lower response_length or "
+                "data.prompt_tokens, or shorten the prompts."
+            )
+        print(f"warning: {len(asked) - len(found)} of {len(asked)} prompts are {than}, and are left out", flush=True)
     return found
 
 

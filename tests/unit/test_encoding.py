@@ -279,7 +279,7 @@ def test_texts_that_end_within_their_prompt_are_counted(capsys: pytest.CaptureFi
 def test_prompts_that_are_too_long_are_left_out_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
     assert encoding.fitting([[1], [1, 2], [1, 2, 3]], 2) == [[1], [1, 2]]
     assert "warning: 1 of 3 prompts are longer than the 2 tokens" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"3 of 3 prompts are longer than the 0 tokens .*; lower response_length"):
+    with pytest.raises(UserError, match=r"no prompt leaves room .*: all 3 are longer than the 0 tokens"):
         encoding.fitting([[1], [1, 2], [1, 2, 3]], 0)
 
 
