@@ -180,7 +180,10 @@ def python_code(
         import datasets
 
         stream = datasets.load_dataset(path, split="train", streaming=True).take(rows)
-        found = [row.get(column) for row in stream]
+        every = [row.get(column) for row in stream]
+    found = [source for source in every if source is not None]
+    if 0 < len(found) < len(every):
+        _LOG.warning("%s: %d of %d rows skipped (the text is empty)", path, len(every) - len(found), len(every))
     if not found or not all(isinstance(source, str) for source in found):
         raise UserError(f"data.path={path} has no column of text '{column}'; say data.column=.")
     return _split([Code(source) for source in dict.fromkeys(found)], test_share)

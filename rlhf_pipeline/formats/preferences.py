@@ -101,6 +101,8 @@ def _answer(row: Row, key: str) -> str:
 def _pair(row: Row) -> tuple[Prompt, str, str]:
     if row.has("winner"):  # answers by the name of who gave them, and the name of the one preferred
         winner = row.text("winner")
+        if not winner.strip():
+            raise row.error("'winner' is blank")
         better, others = row.given(winner), [key for key in row.fields if key not in (*_NO_ANSWERS, winner)]
         if len(others) != 1:
             raise row.error(f"beside '{winner[:40]}' there is not one other answer but {', '.join(others) or 'none'}")

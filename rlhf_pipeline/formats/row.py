@@ -225,6 +225,8 @@ def collect(
             kept.append(parse(row))
         except SkippedRowError as fault:
             skipped[fault.why] += 1
+        except RecursionError:
+            raise row.error("lists in lists, too deep to be read") from None
         unread.update(row.unread)
     total = len(kept) + skipped.total()
     if not kept:

@@ -51,7 +51,7 @@ def read_labelled(
         label = known.get(_label(value))
         if label is None:
             said = kind_of(value) if isinstance(value, list | dict) else repr(value)
-            hint = "" if labels else "; data.labels={'good': 1, 'bad': 0} gives others a meaning"
+            hint = "" if labels else "; data.labels={good: 1, bad: 0} gives others a meaning"
             raise row.error(f"'{label_key}' is {said}; allowed are {', '.join(known)}{own}{hint}")
         return Labelled(text, label)
 

@@ -68,6 +68,10 @@ def test_a_cell_of_messages_that_was_cut_off_is_no_text(tmp_path: Path, caplog: 
     path = sheet(tmp_path / "a.csv", {"prompt": "p", "completion": "c"}, {"prompt": "q", "completion": cut})
     assert formats.read_demonstrations(path) == [Demonstration("p", "c")]
     assert "1 of 2 rows skipped ('completion' begins like a list of messages, and cannot be read as one)" in caplog.text
+    deep = f'[{{"role": "user", "content": {"[" * 100_000}'
+    path = sheet(tmp_path / "a.csv", {"prompt": "p", "completion": deep})
+    with pytest.raises(UserError, match="lists in lists, too deep"):
+        formats.read_demonstrations(path)
     rows = ({"prompt": "p", "chosen": "c", "rejected": "r"}, {"prompt": "p", "chosen": cut, "rejected": "r"})
     (aside,) = formats.read_judgements(sheet(tmp_path / "b.csv", *rows)).rejected
     assert (aside["line"], aside["why"][:27]) == (3, "'chosen' begins like a list")
@@ -220,6 +224,8 @@ def test_an_answer_of_nothing_that_won_is_an_answer(tmp_path: Path) -> None:
     good, null = {**row, "sft": "c"}, {**row, "sft": None}
     (aside,) = formats.read_judgements(jsonl(tmp_path / "b.jsonl", good, null)).rejected
     assert aside["why"].startswith("'sft' is blank")
+    (aside,) = formats.read_judgements(jsonl(tmp_path / "c.jsonl", good, {**good, "winner": None})).rejected
+    assert aside["why"].startswith("'winner' is blank")
 
 
 TALKS = "今天天气怎么样\r\n很好啊\r\n那我们去玩吧\r\n\r\n\r\n你吃饭了吗\r\n还没有呢\r\n"
@@ -262,7 +268,7 @@ def test_labels_of_other_names(tmp_path: Path) -> None:
     assert read == [Labelled("a", 1), Labelled("b", 0), Labelled("c", 1)]
     with pytest.raises(UserError, match=r"line 2: 'label' is ' 负面 '; allowed are 正面 \(data\.labels\)"):
         formats.read_labelled(path, labels={"正面": 1})
-    with pytest.raises(UserError, match=r"line 1: 'label' is '正面'; allowed are 0, 1, .*data\.labels=\{'good': 1"):
+    with pytest.raises(UserError, match=r"line 1: 'label' is '正面'; allowed are 0, 1, .*data\.labels=\{good: 1"):
         formats.read_labelled(path)
 
 
