@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from rlhf_pipeline import formats
+from rlhf_pipeline import formats, records
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import explained, is_hub_id
 from rlhf_pipeline.labels import Labels, connected, settle
@@ -137,10 +137,7 @@ def instructions(
     seed: int, *, path: str, columns: dict[str, str] | None = None, test_path: str | None = None,
     test_share: float = 0.1,
 ) -> Splits[Demonstration | Dialogue]:  # fmt: skip
-    """Demonstrations: prompt and completion, Alpaca's instruction, input and output, or chat messages.
-
-    Prompts alone are enough for stage=ppo, collect and evaluate.
-    """
+    """Demonstrations: prompt and completion, Alpaca's instruction, input and output, or chat messages."""
     return _from_files(partial(formats.read_demonstrations, columns=columns), path, test_path, test_share)
 
 
@@ -149,10 +146,7 @@ def dialogue(
     seed: int, *, path: str, columns: dict[str, str] | None = None, test_path: str | None = None,
     test_share: float = 0.1,
 ) -> Splits[Dialogue]:  # fmt: skip
-    """Conversations in JSON lines: {"conversation": [{"utterance": ...}, ...]}, or messages with role and content.
-
-    In a .txt an utterance is a line, and a blank line ends a dialogue.
-    """
+    """Conversations: {"conversation": [{"utterance": ...}, ...]}, messages, or a .txt with blank lines between."""
     return _from_files(partial(formats.read_dialogues, columns=columns), path, test_path, test_share)
 
 
@@ -232,21 +226,19 @@ def load_data(choice: dict[str, Any], seed: int, answers: bool = False) -> Split
 
 def _answered(splits: Splits[Any], choice: dict[str, Any]) -> Splits[Any]:
     """The rows that hold an answer to learn."""
-    every = [*splits.train, *splits.test]
-    alone = [not row.replies if isinstance(row, Dialogue) else not getattr(row, "answered", True) for row in every]
-    if not any(alone):
+    train, test = ([row for row in rows if records.teaches(row)] for rows in (splits.train, splits.test))
+    kept, total = train + test, len(splits.train) + len(splits.test)
+    if len(kept) == total:
         return splits
-    if all(alone):
+    if not kept:
         raise UserError(
-            f"data={choice['name']}: none of {len(every)} rows has an answer to learn (completion, output, answer, or "
+            f"data={choice['name']}: none of {total} rows has an answer to learn (completion, output, answer, or "
             "an assistant's message; data.columns={completion: ..} names the column). Prompts alone are for stage=ppo, "
             "collect and evaluate."
         )
-    _LOG.warning("data=%s: %d of %d rows skipped (no answer to learn)", choice["name"], sum(alone), len(every))
-    kept = [row for row, out in zip(every, alone, strict=True) if not out]
-    train = sum(not out for out in alone[: len(splits.train)])
-    if 0 < train < len(kept) or choice.get("test_path"):
-        return Splits(kept[:train], kept[train:])
+    _LOG.warning("data=%s: %d of %d rows skipped (no answer to learn)", choice["name"], total - len(kept), total)
+    if (train and test) or choice.get("test_path"):
+        return Splits(train, test)
     return _split(kept, choice.get("test_share", 0.1))
 
 

@@ -104,3 +104,13 @@ class Judgement:
 
 
 Row = Text | Code | Labelled | Demonstration | Dialogue | Preference | Ranking
+
+
+def teaches(row: Row) -> bool:
+    """Whether a row holds something to learn: a prompt alone does not."""
+    match row:
+        case Demonstration():
+            return row.answered
+        case Dialogue():
+            return bool(row.replies)
+    return True
