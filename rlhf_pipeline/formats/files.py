@@ -98,7 +98,7 @@ def _not_utf8(path: Path, line: bytes, number: int, error: UnicodeDecodeError) -
     if packed:
         return f"not text: by its first bytes it is a {packed} file under another name"
     sheet = suffix(path) in (".csv", ".tsv")
-    how = "in a spreadsheet: CSV UTF-8" if sheet else "as in iconv -f big5 -t utf-8, where big5 is what it is in now"
+    how = "in a spreadsheet: CSV UTF-8" if sheet else "as in iconv -f gbk -t utf-8, where gbk is its encoding now"
     return f"not UTF-8 ({error.reason}); save the file as UTF-8 ({how})"
 
 

@@ -131,8 +131,7 @@ class Row:
                 raise self.error(f"'{key}' is not a list of messages with {forms}")
             role = _ROLES.get(str(who).lower())
             if role is None:
-                speaker = repr(who) if isinstance(who, str) else kind_of(who)
-                raise self.error(f"'{key}' has a message from {speaker}; allowed are {', '.join(_ROLES)}")
+                raise self.error(f"'{key}' has a message from {who!r}; allowed are {', '.join(_ROLES)}")
             if not blank(message.get("reasoning_content")):
                 self.unread.add("reasoning_content")
             found.append(Turn(role, words if isinstance(words, str) else ""))
@@ -182,7 +181,7 @@ def blank(value: Any) -> bool:
 
 
 def _form(message: Mapping[str, Any]) -> tuple[str, str] | None:
-    return next((form for form in _SPEAKS if set(form) <= set(message)), None)
+    return next((form for form in _SPEAKS if form[1] in message and not blank(message.get(form[0]))), None)
 
 
 def number(value: Any) -> float | None:

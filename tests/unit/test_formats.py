@@ -360,7 +360,7 @@ def test_demonstrations(tmp_path: Path) -> None:
     [
         ([{"role": "judge", "content": "a?"}], "message from 'judge'; allowed are system, user"),
         ([{"role": "user", "content": 3}], "not a list of messages with role and content or from and value"),
-        ([{"role": None, "content": "a?"}], "message from nothing; allowed are system, user"),
+        ([{"role": None, "content": "a?"}], "not a list of messages with role and content or from and value"),
         ("a?", "not a list of messages"),
     ],
 )

@@ -57,6 +57,22 @@ def test_messages_written_in_a_cell_are_read_as_messages(tmp_path: Path, write: 
     assert formats.read_dialogues(path) == [Dialogue((Turn("user", "one"), Turn("assistant", "two")), both=True)]
 
 
+def test_messages_of_files_that_were_merged_leave_their_other_columns_null(tmp_path: Path) -> None:
+    nulls = {"from": None, "value": None, "tool_calls": None, "reasoning_content": None}
+    other = {"role": None, "content": None}
+    mixed = [{**message, **nulls} for message in CHAT[:1]] + [{"from": "gpt", "value": "Yes.", **other}]
+    path = jsonl(tmp_path / "a.jsonl", {"messages": mixed, "prompt": None}, {"messages": None, "prompt": "p"})
+    talk = Dialogue((TURNS[0], Turn("assistant", "Yes.")))
+    assert formats.read_demonstrations(path) == [talk, Demonstration("p", "")]
+
+
+def test_ranked_lists_in_cells_may_be_pythons(tmp_path: Path) -> None:
+    for write in (json.dumps, str):
+        row = {"prompt": "p", "responses": write(["it's a", "b", "c"]), "ranks": "[2, 1, 3]"}
+        path = sheet(tmp_path / "a.csv", row)
+        assert preferences(path) == [Ranking("p", ("b", "it's a", "c"))]
+
+
 def test_answers_of_json_and_code_stay_text(tmp_path: Path) -> None:
     texts = ['{"a": 1}', '[{"name": "x", "role": "admin"}]', "[1, 2]", "{not json", "['a', 'b']", "[see above] yes"]
     path = sheet(tmp_path / "a.csv", *({"prompt": text, "completion": text} for text in texts))
@@ -252,7 +268,7 @@ def test_json_lines_in_gbk_are_read_as_a_sheet_is(tmp_path: Path, caplog: pytest
     assert [row for _, row in formats.read_rows(tmp_path / "a.jsonl")] == rows
     assert "a.jsonl is not UTF-8; read as gb18030" in caplog.text
     (tmp_path / "b.txt").write_bytes("為什麼天是藍的？".encode("big5"))
-    with pytest.raises(UserError, match=r"b\.txt, line 1: not UTF-8 .*; save the file as UTF-8 \(as in iconv -f big5"):
+    with pytest.raises(UserError, match=r"b\.txt, line 1: not UTF-8 .*; save the file as UTF-8 \(as in iconv -f gbk"):
         formats.read_texts(tmp_path / "b.txt")
 
 
