@@ -64,20 +64,22 @@ def demonstrations(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str
     return [x if x.ids[-1] == end else Lesson([*x.ids, end], [*x.learnt, 1]) for x in found]
 
 
-def shortened(splits: Sequence[list[Lesson]], tokenizer: "Tokenizer", longest: int) -> list[list[Lesson]]:
+def shortened(
+    splits: Sequence[list[Lesson]], tokenizer: "Tokenizer", longest: int, apart: bool = True
+) -> list[list[Lesson]]:
     """The lessons of each split in at most `longest` tokens; a line says what is lost.
 
     A prompt loses its beginning, so that its answer stays whole. An answer that does not fit by itself loses its end,
-    and its prompt keeps at most half of the tokens.
+    and so does a text that is prompt and answer at once (not `apart`): the prompt then keeps up to half of the tokens.
     """
     lost = Counter[str]()
 
     def short(lesson: Lesson) -> Lesson:
         ids, learnt = lesson
         asked = learnt.index(1)
-        room = longest - (len(ids) - asked)
-        over = asked - (room if room > 0 else longest // 2)
-        lost["rows"] += len(ids) > longest
+        excess = len(ids) - longest
+        over = min(excess, asked - (1 if apart and asked > excess else longest // 2))
+        lost["rows"] += excess > 0
         if over > 0:
             lost["prompts"] += 1
             first = int(ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id))

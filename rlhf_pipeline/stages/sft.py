@@ -18,6 +18,7 @@ from rlhf_pipeline.data import fingerprint, texts
 from rlhf_pipeline.encoding import conversational, demonstrations, shortened
 from rlhf_pipeline.policies import Policy, load_policy, lora_config, open_policy
 from rlhf_pipeline.precision import fuse_gelu
+from rlhf_pipeline.records import Demonstration, Dialogue
 from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.stages.batching import OrderedSFTTrainer
@@ -45,7 +46,9 @@ def run(settings: Settings, out: RunDir) -> None:
         for number, split in enumerate((rows.train, rows.test))
     ]
     if not args.packing or args.packing_strategy == "bfd":  # the others go on with the rest in the next block
-        lessons = shortened(lessons, policy.tokenizer, args.max_length)
+        lessons = shortened(
+            lessons, policy.tokenizer, args.max_length, isinstance(rows.train[0], Demonstration | Dialogue)
+        )
     train, test = (
         Dataset.from_dict({"input_ids": [x.ids for x in split], "completion_mask": [x.learnt for x in split]})
         for split in lessons

@@ -254,6 +254,14 @@ def test_a_prompt_loses_its_beginning_before_an_answer_loses_its_end(capsys: pyt
     assert capsys.readouterr().out == ""
 
 
+def test_a_text_that_is_prompt_and_answer_at_once_loses_its_end(capsys: pytest.CaptureFixture[str]) -> None:
+    lessons = [lesson_of(4, 6), lesson_of(4, 8), lesson_of(9, 6)]
+    ((fits, text, prompt),) = encoding.shortened([lessons], tiny_tokenizer(), 10, apart=False)
+    assert (fits, text, prompt) == (lesson_of(4, 6), lesson_of(4, 6), lesson_of(5, 5, first=104))
+    assert "2 of 3 rows are longer" in (line := capsys.readouterr().out)
+    assert line.endswith("1 prompts lose their beginning, 2 answers lose their end\n")
+
+
 def test_of_a_prompt_that_is_cut_the_bos_stays() -> None:
     tokenizer = sentencepiece_like()
     lesson = encoding.Lesson([0, *range(100, 130), 200, 1], [0] * 31 + [1, 1])
