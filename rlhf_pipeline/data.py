@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from rlhf_pipeline import formats
+from rlhf_pipeline import formats, records
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import explained, is_hub_id
 from rlhf_pipeline.labels import Labels, connected, settle
@@ -96,10 +96,15 @@ def imdb(seed: int, *, path: str = IMDB) -> Splits[Labelled]:
 @registry.register
 def sentiment(
     seed: int, *, path: str, columns: dict[str, str] | None = None, test_path: str | None = None,
-    test_share: float = 0.1,
+    test_share: float = 0.1, labels: dict[str, int] | None = None,
 ) -> Splits[Labelled]:  # fmt: skip
-    """Labelled texts from a file: JSONL, CSV, TSV or parquet with a text and a label."""
-    return _from_files(partial(formats.read_labelled, columns=columns), path, test_path, test_share)
+    """Labelled texts from a file: JSONL, CSV, TSV or parquet with a text and a label.
+
+    `labels` says what the file's labels mean: 0 is bad, 1 is good (labels: {正面: 1, 负面: 0}).
+    """
+    if odd := [name for name, label in (labels or {}).items() if type(label) is not int or label not in (0, 1)]:
+        raise UserError(f"data.labels.{odd[0]} is {(labels or {})[odd[0]]!r}; each label takes 0 (bad) or 1 (good).")
+    return _from_files(partial(formats.read_labelled, columns=columns, labels=labels), path, test_path, test_share)
 
 
 @registry.register
@@ -142,7 +147,7 @@ def dialogue(
     seed: int, *, path: str, columns: dict[str, str] | None = None, test_path: str | None = None,
     test_share: float = 0.1,
 ) -> Splits[Dialogue]:  # fmt: skip
-    """Conversations in JSON lines: {"conversation": [{"utterance": ...}, ...]}, or messages with role and content."""
+    """Conversations: {"conversation": [{"utterance": ...}, ...]}, messages, or a .txt with blank lines between."""
     return _from_files(partial(formats.read_dialogues, columns=columns), path, test_path, test_share)
 
 
@@ -170,7 +175,10 @@ def python_code(
         import datasets
 
         stream = datasets.load_dataset(path, split="train", streaming=True).take(rows)
-        found = [row.get(column) for row in stream]
+        every = [row.get(column) for row in stream]
+    found = [source for source in every if source is not None]
+    if 0 < len(found) < len(every):
+        _LOG.warning("%s: %d of %d rows skipped (the text is empty)", path, len(every) - len(found), len(every))
     if not found or not all(isinstance(source, str) for source in found):
         raise UserError(f"data.path={path} has no column of text '{column}'; say data.column=.")
     return _split([Code(source) for source in dict.fromkeys(found)], test_share)
@@ -194,12 +202,15 @@ def check_kind(name: str, stage: str) -> None:
         raise UserError(f"data={name} holds rows of {holds}; stage={stage} takes: {fitting}.")
 
 
-def load_data(choice: dict[str, Any], seed: int) -> Splits[Any]:
+def load_data(choice: dict[str, Any], seed: int, answers: bool = False) -> Splits[Any]:
     """Read the chosen data, shuffle it by `seed`, and cut it to `limit` rows a split.
 
-    A training row whose text is also held out is dropped, so that no figure is taken on what was learnt.
+    A training row whose text is also held out is dropped, so that no figure is taken on what was learnt. With `answers`
+    prompts alone are left out, and counted.
     """
     splits = registry.build(choice, seed)
+    if answers:
+        splits = _answered(splits, choice)
     shortest = choice.get("min_characters", 0)
     test = [row for row in splits.test if len(whole(row)) >= shortest]
     held_out = {whole(row) for row in splits.test}
@@ -212,6 +223,24 @@ def load_data(choice: dict[str, Any], seed: int) -> Splits[Any]:
             f"data={choice['name']} has {len(train)} rows to learn from and {len(test)} to hold out; both are needed."
         )
     return Splits(train[:limit], test[:limit][: choice.get("test_limit")], splits.labels)
+
+
+def _answered(splits: Splits[Any], choice: dict[str, Any]) -> Splits[Any]:
+    """The rows that hold an answer to learn."""
+    train, test = ([row for row in rows if records.teaches(row)] for rows in (splits.train, splits.test))
+    kept, total = train + test, len(splits.train) + len(splits.test)
+    if len(kept) == total:
+        return splits
+    if not kept:
+        raise UserError(
+            f"data={choice['name']}: none of {total} rows has an answer to learn (completion, output, answer, or "
+            "an assistant's message; data.columns={completion: ..} names the column). Prompts alone are for stage=ppo, "
+            "collect and evaluate."
+        )
+    _LOG.warning("data=%s: %d of %d rows skipped (no answer to learn)", choice["name"], total - len(kept), total)
+    if (train and test) or choice.get("test_path"):
+        return Splits(train, test)
+    return _split(kept, choice.get("test_share", 0.1))
 
 
 def fingerprint(choice: dict[str, Any], splits: Splits[Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import bisect
 import itertools
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -36,14 +37,17 @@ class Question(NamedTuple):
 
 
 def documents(rows: Sequence[Row], tokenizer: "Tokenizer") -> list[list[int]]:
-    """Token ids of whole rows, each with its end, to learn a language from."""
+    """Token ids of whole rows, each with its end, to learn a language from. After a prompt alone nothing ends."""
     end = int(tokenizer.eos_token_id)
     found: list[list[int]] = []
     for part in parts(rows, _PART, "tokenize", "text"):
         strings = [
             render(tokenizer, row.turns, False) if isinstance(row, Dialogue) else _said(row, tokenizer) for row in part
         ]
-        found += [ids if ids[-1:] == [end] else [*ids, end] for ids in encode(tokenizer, strings)]
+        found += [
+            [*ids, end] if getattr(row, "answered", True) and ids[-1:] != [end] else ids
+            for row, ids in zip(part, encode(tokenizer, strings), strict=True)
+        ]
     return found
 
 
@@ -58,6 +62,45 @@ def demonstrations(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str
             "many tokens of a text are its prompt)."
         )
     return [x if x.ids[-1] == end else Lesson([*x.ids, end], [*x.learnt, 1]) for x in found]
+
+
+def shortened(
+    splits: Sequence[list[Lesson]], tokenizer: "Tokenizer", longest: int, apart: bool = True
+) -> list[list[Lesson]]:
+    """The lessons of each split in at most `longest` tokens; a line says what is lost.
+
+    A prompt loses its beginning, so that its answer stays whole. An answer that does not fit by itself loses its end,
+    and so does a text that is prompt and answer at once (not `apart`): the prompt then keeps up to half of the tokens.
+    """
+    lost = Counter[str]()
+
+    def short(lesson: Lesson) -> Lesson:
+        ids, learnt = lesson
+        asked = learnt.index(1)
+        excess = len(ids) - longest
+        over = min(excess, asked - (1 if apart and asked > excess else longest // 2))
+        lost["rows"] += excess > 0
+        if over > 0:
+            lost["prompts"] += 1
+            first = int(ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id))
+            ids, learnt = ([*row[:first], *row[first + over :]] for row in (ids, learnt))
+        lost["answers"] += len(ids) > longest
+        return Lesson(ids[:longest], learnt[:longest])
+
+    found = [[x for x in map(short, split) if any(x.learnt[1:])] for split in splits]
+    total, kept = (sum(map(len, each)) for each in (splits, found))
+    if lost["rows"]:
+        counts = {
+            "prompts lose their beginning": lost["prompts"],
+            "answers lose their end": lost["answers"],
+            "rows are left out": total - kept,
+        }
+        said = f"{lost['rows']} of {total} rows are longer than {longest} tokens (trainer.max_length, at most the "
+        said += "policy's positions): " + ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        if any(split and not left for split, left in zip(splits, found, strict=True)):
+            raise UserError(f"{said}, so that nothing is left to learn; raise trainer.max_length, or shorten the data.")
+        print(f"warning: {said}", flush=True)
+    return found
 
 
 def prompts(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any], seed: int) -> list[list[int]]:
@@ -76,6 +119,8 @@ def questions(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any
         asked = [(prompt, string) for prompt, string in asked if string]
         ids = encode(tokenizer, [string for _, string in asked])
         found = [Question(prompt, row) for (prompt, _), row in zip(asked, ids, strict=True) if row]
+        if found and len(found) < len(rows):
+            print(f"warning: {len(rows) - len(found)} of {len(rows)} rows have no prompt, and are left out", flush=True)
     else:
         code = bool(rows) and isinstance(rows[0], Code)
         heads = [head for head, _ in (_functions if code else _cut)(rows, tokenizer, choice, seed)]
@@ -90,14 +135,16 @@ def questions(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any
 
 
 def fitting(asked: list[P], room: int) -> list[P]:
-    """The prompts, ids or questions, of at most `room` tokens; how many are longer is said in a line."""
+    """The prompts, ids or questions, of at most `room` tokens; a line counts those that are longer."""
     found = [prompt for prompt in asked if len(prompt.ids if isinstance(prompt, Question) else prompt) <= room]
     if len(found) < len(asked):
-        print(
-            f"warning: {len(asked) - len(found)} of {len(asked)} prompts are longer than the {room} tokens that the "
-            "policy's positions leave for them, and are left out",
-            flush=True,
-        )
+        than = f"longer than the {room} tokens that the policy's positions leave for them"
+        if not found:
+            raise UserError(
+                f"no prompt leaves room for an answer: all {len(asked)} are {than}; lower response_length or "
+                "data.prompt_tokens, or shorten the prompts."
+            )
+        print(f"warning: {len(asked) - len(found)} of {len(asked)} prompts are {than}, and are left out", flush=True)
     return found
 
 
@@ -159,10 +206,12 @@ def _asked(row: Row, tokenizer: "Tokenizer", turns: int | None) -> tuple[Prompt,
     if not isinstance(row, Dialogue):
         assert isinstance(row, Demonstration | Preference | Ranking)
         return row.prompt, written(tokenizer, row.prompt)
-    # Of two people's talk the first turn, of a chat all that stands before its last reply.
-    last = max(i for i, turn in enumerate(row.turns) if row.both or turn.role == "assistant")
+    # Of two people's talk the first turn; of a chat all that stands before its last reply, or all if the user has the
+    # last word.
+    ends = row.turns[-1].role == "assistant" or (row.both and len(row.turns) > 1)
+    last = len(row.turns) - ends
     count = min(turns or (1 if row.both else last), last)
-    reply_follows = row.turns[count].role == "assistant"
+    reply_follows = count == len(row.turns) or row.turns[count].role == "assistant"
     return row.turns[:count], render(tokenizer, row.turns[:count], reply_follows)
 
 
@@ -205,8 +254,14 @@ def _cut(
     first, last = choice.get("prompt_tokens", (2, 8))
     if not 1 <= first <= last:
         raise UserError(f"data.prompt_tokens is [{first}, {last}]; it takes two numbers, 1 <= first <= last.")
+    short = 0
     for part in parts(rows, _PART, "tokenize", "text"):
         for ids in encode(tokenizer, texts(part)):
             cut = draw.randint(first, last)
             if len(ids) > cut:
                 yield ids[:cut], ids[cut:]
+            else:
+                short += 1
+    if 0 < short < len(rows):
+        said = "end within their prompt (data.prompt_tokens), and are left out"
+        print(f"warning: {short} of {len(rows)} texts {said}", flush=True)

@@ -45,7 +45,12 @@ class Demonstration:
     """A prompt and the answer that a person would like to see."""
 
     prompt: Prompt
-    completion: str
+    completion: str  # empty: a prompt alone
+
+    @property
+    def answered(self) -> bool:
+        """Whether it ends with an answer to learn."""
+        return bool(self.completion.strip())
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,17 @@ class Dialogue:
 
     turns: tuple[Turn, ...]
     both: bool = False
+
+    @property
+    def replies(self) -> list[int]:
+        """The places of the turns that are learnt: a blank one is not."""
+        spoken = [(i, turn) for i, turn in enumerate(self.turns) if i and turn.text.strip()]
+        return [i for i, turn in spoken if self.both or turn.role == "assistant"]
+
+    @property
+    def answered(self) -> bool:
+        """Whether it ends with a reply to learn."""
+        return self.replies[-1:] == [len(self.turns) - 1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,3 +104,13 @@ class Judgement:
 
 
 Row = Text | Code | Labelled | Demonstration | Dialogue | Preference | Ranking
+
+
+def teaches(row: Row) -> bool:
+    """Whether a row holds something to learn: a prompt alone does not."""
+    match row:
+        case Demonstration():
+            return row.answered
+        case Dialogue():
+            return bool(row.replies)
+    return True

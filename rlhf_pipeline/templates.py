@@ -73,10 +73,9 @@ def pieces(tokenizer: "PreTrainedTokenizerBase", dialogue: Dialogue) -> list[tup
     of such a dialogue the last reply alone is learnt.
     """
     turns = dialogue.turns
-    learnt = [i for i, t in enumerate(turns) if i and (dialogue.both or t.role == "assistant")]
     found: list[tuple[str, bool]] = []
     so_far = ""
-    for index in learnt:
+    for index in dialogue.replies:
         before = render(tokenizer, turns[:index], reply_follows=turns[index].role == "assistant")
         after = render(tokenizer, turns[: index + 1], reply_follows=False)
         if not after.startswith(before):

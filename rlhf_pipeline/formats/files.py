@@ -11,6 +11,7 @@ import logging
 import sys
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -67,55 +68,62 @@ def _not_empty(
         raise UserError(f"{path} holds no rows; it needs one or more.")
 
 
+def kind_of(value: Any) -> str:
+    """What a value is, in the words of a data file."""
+    kinds = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    return "nothing" if value is None else kinds.get(type(value), "neither text nor a number")
+
+
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines with their ends, cut at "\\n" alone: U+2028 and the like stay inside a text."""
     try:
+        encoding = _other_encoding(path)
         with open_file(path) as raw:
+            if encoding:
+                _LOG.warning("%s is not UTF-8; read as %s", path, encoding)
+                with io.TextIOWrapper(raw, encoding, newline="\n") as text:  # type: ignore[type-var]
+                    yield from enumerate(text, start=1)
+                return
             for number, line in enumerate(raw, start=1):
                 try:
                     yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
-                    raise RowError(path, number, _not_utf8(line, number, error)) from None
+                    raise RowError(path, number, _not_utf8(path, line, number, error)) from None
     except BROKEN as error:
         broken(path, error)
 
 
-def _not_utf8(line: bytes, number: int, error: UnicodeDecodeError) -> str:
+def _not_utf8(path: Path, line: bytes, number: int, error: UnicodeDecodeError) -> str:
     packed = next((kind for start, kind in _PACKED if number == 1 and line.startswith(start)), None)
     if packed:
         return f"not text: by its first bytes it is a {packed} file under another name"
-    return f"not UTF-8 ({error.reason}); save the file as UTF-8 (in a spreadsheet: CSV UTF-8)"
+    sheet = suffix(path) in (".csv", ".tsv")
+    how = "in a spreadsheet: CSV UTF-8" if sheet else "as in iconv -f gbk -t utf-8, where gbk is its encoding now"
+    return f"not UTF-8 ({error.reason}); save the file as UTF-8 ({how})"
 
 
-def _sheet_lines(path: Path) -> Iterator[str]:
-    """Lines of a CSV or TSV, which spreadsheets do not always save as UTF-8."""
-    try:
-        with open_file(path) as raw:
-            data = raw.read()
-    except BROKEN as error:
-        broken(path, error)
-    encoding = _other_encoding(data)
-    if encoding is None:
-        yield from (line for _, line in _lines(path))
-    else:
-        _LOG.warning("%s is not UTF-8; read as %s", path, encoding)
-        yield from io.StringIO(data.decode(encoding), newline="\n")
-
-
-def _other_encoding(data: bytes) -> str | None:
-    """What a sheet is in where it is not UTF-8: UTF-16 (Excel's Unicode text), or GB18030 (Excel and WPS in China)."""
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "utf-16" if _is_in(data, "utf-16") else None
-    if _is_in(data, "utf-8") or not _is_in(data, "gb18030"):
+def _other_encoding(path: Path) -> str | None:
+    """The encoding of a text that is not UTF-8: UTF-16 (Excel's Unicode text), or GB18030 (common in China)."""
+    with open_file(path) as raw:
+        start = raw.read(2)
+    if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return "utf-16" if _is_in(path, "utf-16") else None
+    if _is_in(path, "utf-8") or not _is_in(path, "gb18030"):
         return None
-    wide = "".join(letter for letter in data.decode("gb18030") if letter > "\x7f")
+    wide = Counter(letter for part in _decoded(path, "gb18030") for letter in part if letter > "\x7f")
     # Korean and Russian may pass for it too, but then it reads as a hotchpotch; a Chinese text is four tenths of these.
-    return "gb18030" if sum(letter in _COMMON for letter in wide) >= 0.08 * len(wide) else None
+    return "gb18030" if sum(wide[letter] for letter in _COMMON) >= 0.08 * wide.total() else None
 
 
-def _is_in(data: bytes, encoding: str) -> bool:
+def _decoded(path: Path, encoding: str) -> Iterator[str]:
+    with open_file(path) as raw:
+        yield from codecs.iterdecode(iter(lambda: raw.read(1 << 20), b""), encoding)
+
+
+def _is_in(path: Path, encoding: str) -> bool:
     try:
-        data.decode(encoding)
+        for _ in _decoded(path, encoding):
+            pass
     except UnicodeDecodeError:
         return False
     return True
@@ -172,7 +180,7 @@ def _object(path: Path, number: int, row: Any, faults: list[RowError] | None) ->
     if isinstance(row, dict):
         yield number, row
     else:
-        why = f'{type(row).__name__} where an object is needed, such as {{"text": ...}}'
+        why = f'{kind_of(row)} where an object is needed, such as {{"text": ...}}'
         _report(RowError(path, number, why, {"value": row}), faults)
 
 
@@ -184,7 +192,7 @@ def _report(fault: RowError, faults: list[RowError] | None) -> None:
 
 def _csv_rows(path: Path, faults: list[RowError] | None) -> Iterator[tuple[int, dict[str, Any]]]:
     tab = suffix(path) == ".tsv"
-    lines = _sheet_lines(path)
+    lines = (line for _, line in _lines(path))
     first = next(lines, "")
     # A spreadsheet writes ; where the comma stands in decimal numbers, and tabs as what it calls text.
     delimiter = "\t" if tab else next((mark for mark in ",;\t" if mark in first), ",")

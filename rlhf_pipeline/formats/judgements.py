@@ -12,11 +12,11 @@ from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.formats import label_studio, preferences
 from rlhf_pipeline.formats.files import RowError, read_rows
 from rlhf_pipeline.formats.given import Given, name
-from rlhf_pipeline.formats.row import Columns, Row, renamed
+from rlhf_pipeline.formats.row import Columns, Row, renamed, say_unread
 from rlhf_pipeline.records import Judgement
 
 _LOG = logging.getLogger("rlhf_pipeline")
-_PAIR = ("chosen", "rejected", "winner")
+_PAIR = ("chosen", "rejected", "rejected_response", "winner")
 _ALLOWED = (
     "allowed are prompt, chosen, rejected; prompt, responses; a sheet's prompt, answer1, rank1, ..; exports of Label "
     "Studio; data.columns={chosen: ..} says what they are called here"
@@ -63,6 +63,7 @@ def _file(path: Path, reading: label_studio.Reading) -> list[Given]:
         raise UserError(f"{path} holds no usable label: {said}{_reasons(held.rejected)}.")
     if held.rejected:
         _LOG.warning("%s: %s%s", path, said, _reasons(held.rejected))
+    say_unread(path, Counter(name for found in given for name in found.row.unread), len(given))
     return given
 
 
@@ -121,7 +122,7 @@ def _read(row: Row, reading: label_studio.Reading) -> list[Given]:
 
 
 def _needing(row: Row, needs: str) -> Row:
-    return Row(row.path, row.number, row.fields, needs)
+    return replace(row, needs=needs)
 
 
 def _rejected(row: Row, why: str) -> Given:

@@ -38,6 +38,7 @@ _PROMPTS = ("prompt", "instruction", "question", "query", "input", "context", "m
 _SHOWN = {*_PROMPTS, *itertools.chain(*_SIDES)}
 # What the exports with an annotation a row write beside the data and the label; `task` is our own.
 _ABOUT = ("id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "agreement", "history", "task")
+_NO_COMPARISON = ("rating", "choices", "taxonomy", "number", "labels")  # results of other tags
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,9 @@ def _annotation(row: Row, annotation: Any, data: dict[str, Any], task: str | Non
     try:
         names = {ours: theirs for ours, theirs in reading.columns.items() if ours != "label"}
         fields = renamed(Row(row.path, row.number, data, row.needs), names)
-        value = _chosen(fields, _values(fields, annotation.get("result")), reading)
+        values = _values(fields, annotation.get("result"))
+        results = {str(n): part.get("value") for n, part in enumerate(annotation["result"]) if isinstance(part, dict)}
+        value = _chosen(fields, values, reading, results)
         judgement = _judgement(fields, value, task, who, reading)
         _check_touched(fields, value, {**annotation, "predictions": row.fields.get("predictions")}, reading)
     except RowError as fault:
@@ -111,7 +114,8 @@ def read_annotation(row: Row, reading: Reading) -> Given:
         values = _column_values(row)
         if not values and not name(fields.get("annotation_id")):
             return Given("unlabelled", row, task=task)
-        value = _chosen(row, values, reading)
+        cells = {key: cell for key, cell in fields.items() if key not in (*_ABOUT, *_PROMPTS, *(_sides(row) or ()))}
+        value = _chosen(row, values, reading, cells)
         aside = f"_data_{value.control}"  # the data's column of the control's name
         own = {key: cell for key, cell in fields.items() if key not in (value.control, aside)}
         if aside in fields:
@@ -181,16 +185,30 @@ def _are_ids(cell: Any, items: Mapping[str, Any]) -> bool:
     return bool(ids) and all(item in items for item in ids)
 
 
-def _chosen(row: Row, values: Sequence[_Value], reading: Reading) -> _Value:
-    """The one value that is the label."""
+def _chosen(row: Row, values: Sequence[_Value], reading: Reading, results: Mapping[str, Any]) -> _Value:
+    """The one value that is the label; `results` are those of all tags, or the columns where these may be."""
     label = reading.columns.get("label")
     wanted = [value for value in values if label in (None, value.control)]
+    if not values:
+        _check_results(row, results)
     if not wanted:
         raise row.error("nothing selected" if label is None else f"nothing selected by '{label}' (data.columns.label)")
     if len(wanted) > 1:
         controls = ", ".join(sorted({value.control for value in wanted}))
         raise row.error(f"{len(wanted)} labels in one, by {controls}; data.columns.label=NAME says which one counts")
     return wanted[0]
+
+
+def _check_results(row: Row, results: Mapping[str, Any]) -> None:
+    """Say which results there are where none is a comparison."""
+    cells = {key: decoded(cell) for key, cell in results.items()}
+    lists = [cell if isinstance(cell, list) else [cell] for cell in cells.values()]
+    held = {kind for cells in lists for part in cells if isinstance(part, dict) for kind in part}
+    if kinds := [kind.capitalize() for kind in _NO_COMPARISON if kind in held]:
+        raise row.error(f"the results are of {', '.join(kinds)}; a comparison takes the tag Pairwise or Ranker")
+    texts = [key for key, cell in cells.items() if isinstance(cell, str) and cell.strip()]
+    if texts := [key for key in texts if not _ANSWER.fullmatch(key)]:
+        raise row.error(f"nothing selected by Pairwise or Ranker; other columns are {', '.join(texts)[:200]}")
 
 
 def _judgement(row: Row, value: _Value, task: str | None, who: str | None, reading: Reading) -> Judgement:
@@ -203,7 +221,7 @@ def _judgement(row: Row, value: _Value, task: str | None, who: str | None, readi
             raise row.error(
                 "no answers such as answer1 and answer2; data.columns={answer1: .., answer2: ..} names them"
             )
-        answers = [row.text(key) for key in sides]
+        answers = [row.given(key) for key in sides]
         return judged(row, prompt, answers, (1, 2) if side == "left" else (2, 1), task=task, annotator=who)
     places, items = _places(row, value, reading), _items(row) or {}
     shown = sorted(places, key=list(items).index) if set(places) <= set(items) else list(places)

@@ -90,23 +90,39 @@ def _context(row: Row) -> Prompt:
     return (Turn("user", prompt),) if row.has("context") and isinstance(prompt, str) else prompt
 
 
+def _answer(row: Row, key: str) -> str:
+    """An answer, which is missing where its column is blank."""
+    found = row.answer(key)
+    if not found.strip():
+        raise row.error(f"'{key}' is blank")
+    return found
+
+
 def _pair(row: Row) -> tuple[Prompt, str, str]:
     if row.has("winner"):  # answers by the name of who gave them, and the name of the one preferred
         winner = row.text("winner")
-        better, others = row.text(winner), [key for key in row.fields if key not in (*_NO_ANSWERS, winner)]
+        if not winner.strip():
+            raise row.error("'winner' is blank")
+        better, others = row.given(winner), [key for key in row.fields if key not in (*_NO_ANSWERS, winner)]
         if len(others) != 1:
             raise row.error(f"beside '{winner[:40]}' there is not one other answer but {', '.join(others) or 'none'}")
-        return row.text("prompt") if row.has("prompt") else "", better, row.text(others[0])
+        return row.text("prompt") if row.has("prompt") else "", better, row.given(others[0])
+    chat = next(filter(row.holds, ("conversations", "messages", "conversation")), None)
+    if chat and row.has("rejected_response"):  # ms-swift: the conversation ends with the better answer
+        turns = row.turns(chat)
+        return turns[:-1], turns[-1].text, _answer(row, "rejected_response")
     better = "selected" if row.has("selected") and not row.has("chosen") else "chosen"
-    chosen, rejected = row.answer(better), row.answer("rejected")
-    if isinstance(row.fields[better], list) and len(row.fields[better]) > 1:  # the whole conversation on either side
-        return row.turns(better)[:-1], chosen, rejected
+    chosen, rejected = _answer(row, better), _answer(row, "rejected")
+    if len(row.messages(better) or ()) > 1:  # the whole conversation on either side
+        return (*row.before(), *row.turns(better)[:-1]), chosen, rejected
+    if chat:
+        return (*row.before(), *row.turns(chat)), chosen, rejected
+    if row.has("instruction") and not row.holds("prompt"):
+        return (*row.before(), Turn("user", row.instruction())), chosen, rejected
     if row.has("prompt"):
-        return row.prompt(), chosen, rejected
-    if row.has("instruction"):
-        return (Turn("user", row.instruction()),), chosen, rejected
-    if row.has("conversations"):
-        return row.turns("conversations"), chosen, rejected
+        prompt, before = row.prompt(), row.before()
+        asked = (Turn("user", prompt),) if before and isinstance(prompt, str) else prompt
+        return (*before, *asked) if isinstance(asked, tuple) else asked, chosen, rejected
     same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
     shared = chosen[:same] if len(chosen) <= len(rejected) else rejected[:same]
     cut = shared.rfind(_ASSISTANT) + len(_ASSISTANT)

@@ -1,16 +1,20 @@
 """One row of plain values on its way to a typed one: what is asked of it, and how a fault is said."""
 
+import ast
 import json
 import logging
 import math
+import re
 import reprlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.formats.files import RowError, read_rows
+from rlhf_pipeline.formats.files import RowError, kind_of, read_rows
 from rlhf_pipeline.records import Prompt, Role, Turn
 
 T = TypeVar("T")
@@ -25,6 +29,13 @@ _ROLES: dict[str, Role] = {
     "user": "user", "human": "user", "prompter": "user",
     "assistant": "assistant", "gpt": "assistant", "bot": "assistant",
 }  # fmt: skip
+_TOOLS = ("tool", "function", "observation", "function_call", "tool_call", "tool_calls", "tool_response", "ipython")
+# Between messages numpy writes no comma.
+_NEXT_MESSAGE = re.compile(r"""\}\s+(?=\{\s*['"](?:role|content|text|from|value)['"]\s*:)""")
+
+
+class SkippedRowError(RowError):
+    """A row that is sound, but holds nothing that is read here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +46,23 @@ class Row:
     number: int
     fields: dict[str, Any]
     needs: str
+    unread: set[str] = field(default_factory=set, compare=False)  # what it holds that is left out
 
     def error(self, problem: str) -> RowError:
         """A fault of this row, with its place."""
         return RowError(self.path, self.number, f"{problem}; {self.needs}" if self.needs else problem)
 
+    def skipped(self, why: str) -> SkippedRowError:
+        """The reason to skip this row and go on."""
+        return SkippedRowError(self.path, self.number, why)
+
     def has(self, *keys: str) -> bool:
         """Whether all of some columns are there."""
         return all(key in self.fields for key in keys)
+
+    def holds(self, key: str) -> bool:
+        """Whether a column is there and not blank."""
+        return not blank(self.fields.get(key))
 
     def first(self, *keys: str) -> str:
         """The first of some columns that is there."""
@@ -59,10 +79,16 @@ class Row:
 
     def text(self, key: str) -> str:
         """A text."""
-        value = self.value(key)
+        value = "" if blank(self.value(key)) else self.value(key)
         if not isinstance(value, str):
-            raise self.error(f"'{key}' is {type(value).__name__}, not text")
+            raise self.error(f"'{key}' is {kind_of(value)}, not text")
         return value
+
+    def given(self, key: str) -> str:
+        """A text that is there, be it empty."""
+        if not isinstance(self.value(key), str) and not self.holds(key):
+            raise self.error(f"'{key}' is blank")
+        return self.text(key)
 
     def texts(self, key: str, inner: str | None = None, at_least: int = 1) -> tuple[str, ...]:
         """A list of texts, or of objects that hold a text under the name inner."""
@@ -74,20 +100,55 @@ class Row:
             raise self.error(f"'{key}' is not a list of {at_least} or more {each}")
         return tuple(items)
 
+    def messages(self, key: str) -> list[Any] | None:
+        """The messages in a column: a list of them, or one alone, or a cell in which they are written; None: a text."""
+        value = self.value(key)
+        if not isinstance(value, str):
+            return value if isinstance(value, list) else [value] if isinstance(value, dict) else None
+        quoted = [all(f"{mark}{word}{mark}" in value for word in form) for form in _SPEAKS for mark in "'\""]
+        if not value.lstrip().startswith(("[", "{")) or not any(quoted):
+            return None
+        for written in (value, _NEXT_MESSAGE.sub("}, ", value)):
+            found = decoded(written)
+            items = [found] if isinstance(found, dict) else found
+            if isinstance(items, list):
+                return items if all(isinstance(item, dict) and _form(item) for item in items) else None
+        raise self.skipped(f"'{key}' begins like a list of messages, and cannot be read as one")
+
     def turns(self, key: str) -> tuple[Turn, ...]:
         """A conversation as a list of messages, in any of the forms known here."""
-        items = self.value(key)
         forms = " or ".join(f"{who} and {what}" for who, what in _SPEAKS)
         found = []
-        for item in items if isinstance(items, list) else [None]:
+        for item in self.messages(key) or ([] if not self.holds(key) else [None]):
             message: dict[str, Any] = item if isinstance(item, dict) else {}
-            form = next((f for f in _SPEAKS if set(f) <= set(message)), None)
-            if form is None or not isinstance(message[form[1]], str):
+            form = _form(message) or ("", "")
+            who, words = message.get(form[0]), message.get(form[1])
+            if str(who).lower() in _TOOLS or any(
+                not blank(decoded(message.get(k))) for k in ("tools", "tool_calls", "function_call")
+            ):
+                raise self.skipped("it calls tools, which are not read")
+            if form == ("", "") or not (isinstance(words, str) or blank(words)):
                 raise self.error(f"'{key}' is not a list of messages with {forms}")
-            role = _ROLES.get(str(message[form[0]]).lower())
+            role = _ROLES.get(str(who).lower())
             if role is None:
-                raise self.error(f"'{key}' has a message from {message[form[0]]!r}; allowed are {', '.join(_ROLES)}")
-            found.append(Turn(role, message[form[1]]))
+                raise self.error(f"'{key}' has a message from {who!r}; allowed are {', '.join(_ROLES)}")
+            if not blank(message.get("reasoning_content")):
+                self.unread.add("reasoning_content")
+            found.append(Turn(role, words if isinstance(words, str) else ""))
+        return tuple(found)
+
+    def before(self) -> tuple[Turn, ...]:
+        """What stands before an instruction: Alpaca's `system` and the turns of its `history`."""
+        found = [Turn("system", self.text("system"))] if self.holds("system") else []
+        past = decoded(self.fields.get("history"))
+        if not isinstance(past, list):
+            self.unread.update(["history"] if self.holds("history") else [])
+        elif all(isinstance(pair, list) and len(pair) == 2 for pair in past):
+            roles: tuple[Role, Role] = ("user", "assistant")
+            said = [Row(self.path, self.number, dict(zip(roles, pair, strict=True)), self.needs) for pair in past]
+            found += [Turn(role, row.text(role)) for row in said for role in roles]
+        else:
+            found += replace(self, fields={"history": past}).turns("history")
         return tuple(found)
 
     def number_or_none(self, key: str) -> float | None:
@@ -102,20 +163,25 @@ class Row:
 
     def prompt(self) -> Prompt:
         """A prompt as text, or as messages."""
-        return self.turns("prompt") if isinstance(self.value("prompt"), list) else self.text("prompt")
+        return self.turns("prompt") if self.messages("prompt") else self.text("prompt")
 
     def answer(self, key: str) -> str:
         """An answer as text, or as messages that end with it."""
-        if not isinstance(self.value(key), list):
-            return self.text(key)
-        if not (turns := self.turns(key)):
-            raise self.error(f"'{key}' is an empty list")
-        return turns[-1].text
+        turns = self.turns(key) if self.messages(key) else ()
+        return turns[-1].text if turns else self.text(key)
 
     def instruction(self) -> str:
         """Alpaca's instruction, and its input below it where there is one."""
-        detail = self.text("input") if self.fields.get("input") is not None else ""
-        return f"{self.text('instruction')}\n\n{detail}" if detail.strip() else self.text("instruction")
+        return "\n\n".join(self.text(key) for key in ("instruction", "input") if self.holds(key))
+
+
+def blank(value: Any) -> bool:
+    """Whether nothing is there: an empty cell, a null, or the NaN that pandas writes for it."""
+    return value is None or value != value or value in ("", [], {}) or (isinstance(value, str) and not value.strip())
+
+
+def _form(message: Mapping[str, Any]) -> tuple[str, str] | None:
+    return next((form for form in _SPEAKS if form[1] in message and not blank(message.get(form[0]))), None)
 
 
 def number(value: Any) -> float | None:
@@ -130,26 +196,50 @@ def number(value: Any) -> float | None:
 
 
 def decoded(cell: Any) -> Any:
-    """A cell of a CSV, in which lists and objects stand as JSON."""
-    if not isinstance(cell, str) or not cell.startswith(("[", "{")):
+    """A cell of a CSV, in which lists and objects stand as JSON, or as Python writes them."""
+    if not isinstance(cell, str) or not cell.lstrip().startswith(("[", "{")):
         return cell
     try:
         return json.loads(cell)
     except ValueError:
+        pass
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of backslashes in what is no Python
+            return ast.literal_eval(cell.strip())
+    except (ValueError, SyntaxError, MemoryError):
         return cell
 
 
 def collect(
-    path: Path, needs: str, why_skipped: str, parse: Callable[[Row], T | None], columns: Columns | None = None
-) -> list[T]:
-    """Every row of a file as `parse` has it; None skips a row, and those skipped are counted in the log."""
-    parsed = [parse(renamed(Row(path, n, fields, needs), columns or {})) for n, fields in read_rows(path)]
-    rows = [row for row in parsed if row is not None]
-    if not rows:
-        raise UserError(f"{path}: all {len(parsed)} rows were skipped ({why_skipped}); {needs}.")
-    if len(rows) < len(parsed):
-        _LOG.warning("%s: %d of %d rows skipped (%s)", path, len(parsed) - len(rows), len(parsed), why_skipped)
-    return rows
+    path: Path, needs: str, parse: Callable[[Row], T], columns: Columns | None = None,
+    rows: Iterable[tuple[int, dict[str, Any]]] | None = None,
+) -> list[T]:  # fmt: skip
+    """Every row of a file as `parse` has it. Rows that are skipped, and what is left out of others, are counted."""
+    kept: list[T] = []
+    skipped: Counter[str] = Counter()
+    unread: Counter[str] = Counter()
+    for number, fields in read_rows(path) if rows is None else rows:
+        row = renamed(Row(path, number, fields, needs), columns or {})
+        try:
+            kept.append(parse(row))
+        except SkippedRowError as fault:
+            skipped[fault.why] += 1
+        except RecursionError:
+            raise row.error("lists in lists, too deep to be read") from None
+        unread.update(row.unread)
+    total = len(kept) + skipped.total()
+    if not kept:
+        raise UserError(f"{path}: all {total} rows were skipped ({'; '.join(skipped)}); {needs}.")
+    for why, count in skipped.items():
+        _LOG.warning("%s: %d of %d rows skipped (%s)", path, count, total, why)
+    say_unread(path, unread, total)
+    return kept
+
+
+def say_unread(path: Path, unread: Mapping[str, int], total: int) -> None:
+    """One line for each kind of content that rows hold and nothing reads."""
+    for name, count in unread.items():
+        _LOG.warning("%s: %d of %d rows have %s, which is not read", path, count, total, name)
 
 
 def renamed(row: Row, columns: Columns) -> Row:
@@ -162,4 +252,4 @@ def renamed(row: Row, columns: Columns) -> Row:
     # A column that has the name now given to another steps aside.
     kept = {key: value for key, value in row.fields.items() if key in names or key not in columns}
     fields = {names.get(key, key): value for key, value in kept.items()}
-    return Row(row.path, row.number, fields, row.needs)
+    return replace(row, fields=fields)

@@ -3,92 +3,143 @@
 `columns` of a reader maps its own names of columns to the file's.
 """
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from rlhf_pipeline.formats.row import Columns, Row, collect
+from rlhf_pipeline.formats.files import kind_of, read_rows, suffix
+from rlhf_pipeline.formats.row import Columns, Row, blank, collect, decoded
 from rlhf_pipeline.records import Demonstration, Dialogue, Labelled, Prompt, Text, Turn
 
 _TEXT_COLUMNS = ("text", "review", "sentence", "content")
 _LABEL_COLUMNS = ("label", "sentiment")
-_LABELS = {"0": 0, "neg": 0, "negative": 0, "1": 1, "pos": 1, "positive": 1}
+_CHATS = ("messages", "conversations", "conversation")
+_ASKED = (("instruction", "input", "output"), ("question", "answer"), ("prompt", "completion"))
+_LABELS = {"0": 0, "1": 1, "neg": 0, "pos": 1, "negative": 0, "positive": 1}
 
 
 def read_texts(path: Path, column: str = "text", columns: Columns | None = None) -> list[Text]:
     """Plain texts; empty ones are skipped and counted in the log."""
 
-    def parse(row: Row) -> Text | None:
+    def parse(row: Row) -> Text:
         text = row.text(column)
-        return Text(text) if text.strip() else None
+        if blank(text):
+            raise row.skipped("the text is empty")
+        return Text(text)
 
-    return collect(path, f"a text row needs {column}", "the text is empty", parse, columns)
+    return collect(path, f"a text row needs {column}", parse, columns)
 
 
 def read_labelled(
-    path: Path, text_column: str | None = None, label_column: str | None = None, columns: Columns | None = None
-) -> list[Labelled]:
-    """Texts with label 0 or 1; rows with no label or no text are skipped and counted in the log."""
-    texts = (text_column,) if text_column else _TEXT_COLUMNS
-    labels = (label_column,) if label_column else _LABEL_COLUMNS
+    path: Path, text_column: str | None = None, label_column: str | None = None, columns: Columns | None = None,
+    labels: Mapping[Any, int] | None = None,
+) -> list[Labelled]:  # fmt: skip
+    """Texts with label 0 or 1; rows with no label or no text are skipped and counted in the log.
 
-    def parse(row: Row) -> Labelled | None:
-        text_key, label_key = row.first(*texts), row.first(*labels)
-        raw, value = row.fields[text_key], row.fields[label_key]
-        if raw is None or value is None or not str(value).strip():
-            return None
-        text = row.text(text_key).removeprefix("\ufeff").strip()  # Chinese review sets hold stray byte order marks
-        label = _LABELS.get(
-            str(value).strip().lower().removesuffix(".0")
-        )  # 1.0: integers beside nulls, by way of pandas
+    `labels` are the file's own names of labels, each with 0 or 1.
+    """
+    text_columns = (text_column,) if text_column else _TEXT_COLUMNS
+    label_columns = (label_column,) if label_column else _LABEL_COLUMNS
+    known = _LABELS if labels is None else {_label(name): label for name, label in labels.items()}
+    own = "" if labels is None else " (data.labels)"
+
+    def parse(row: Row) -> Labelled:
+        text_key, label_key = row.first(*text_columns), row.first(*label_columns)
+        text, value = row.text(text_key).removeprefix("\ufeff").strip(), row.fields[label_key]  # stray byte order marks
+        if not text or blank(value):
+            raise row.skipped("no label or no text")
+        label = known.get(_label(value))
         if label is None:
-            raise row.error(f"'{label_key}' is {value!r}; allowed are 0, 1, neg, pos, negative, positive")
-        return Labelled(text, label) if text else None
+            said = kind_of(value) if isinstance(value, list | dict) else repr(value)
+            hint = "" if labels else "; data.labels={good: 1, bad: 0} gives others a meaning"
+            raise row.error(f"'{label_key}' is {said}; allowed are {', '.join(known)}{own}{hint}")
+        return Labelled(text, label)
 
-    needs = f"a labelled row needs {'|'.join(texts)} and {'|'.join(labels)}"
-    return collect(path, needs, "no label or no text", parse, columns)
+    needs = f"a labelled row needs {'|'.join(text_columns)} and {'|'.join(label_columns)}"
+    return collect(path, needs, parse, columns)
+
+
+def _label(value: Any) -> str:
+    return str(value).strip().lower().removesuffix(".0")  # 1.0: integers beside nulls, by way of pandas
 
 
 def read_demonstrations(path: Path, columns: Columns | None = None) -> list[Demonstration | Dialogue]:
-    """Prompts with a good answer, and conversations; rows with an empty answer are skipped and counted in the log.
+    """Prompts, conversations, and the good answers to them; a prompt alone has an empty completion.
 
     A prompt that is text is taken as it stands; an instruction or a question is one turn of a conversation, which the
     policy's template puts into words.
     """
 
-    def parse(row: Row) -> Demonstration | Dialogue | None:
-        if key := next((k for k in ("messages", "conversations", "conversation") if row.has(k)), None):
-            return _dialogue(row, key)
+    def parse(row: Row) -> Demonstration | Dialogue:
+        if row.holds("reasoning_content"):
+            row.unread.add("reasoning_content")
+        if chat := next(filter(row.holds, _CHATS), None):
+            return _dialogue(row, chat)
+        names = next((names for names in _ASKED if row.has(names[0]) and any(map(row.holds, names))), None)
+        if names is None and any(map(row.has, (*_CHATS, *(names[0] for names in _ASKED)))):
+            raise row.skipped("the prompt is empty")
+        ask, *_, key = names or ("prompt", "completion")
+        answer = row.answer(key) if row.has(key) else ""
         prompt: Prompt
-        if row.has("instruction"):
-            prompt, answer = (Turn("user", row.instruction()),), row.text("output")
-        elif row.has("question"):
-            prompt, answer = (Turn("user", row.text("question")),), row.text("answer")
+        if ask == "prompt":
+            prompt = row.prompt()
         else:
-            prompt, answer = row.prompt(), row.answer("completion")
-        return Demonstration(prompt, answer) if answer.strip() else None
+            prompt = (Turn("user", row.instruction() if ask == "instruction" else row.text(ask)),)
+        if before := row.before():
+            asked = (Turn("user", prompt),) if isinstance(prompt, str) else prompt
+            return Dialogue((*before, *asked, *([Turn("assistant", answer)] if answer.strip() else [])))
+        return Demonstration(prompt, answer if answer.strip() else "")
 
     needs = "a demonstration row needs prompt, completion (or instruction, output; question, answer; messages)"
-    return collect(path, needs, "the answer is empty", parse, columns)
+    return collect(path, needs, parse, columns)
 
 
 def read_dialogues(path: Path, columns: Columns | None = None) -> list[Dialogue]:
-    """Utterances of two people in turn, or messages with their roles."""
+    """Utterances of two people in turn, or messages with their roles.
+
+    In a .txt an utterance is a line, and a blank line ends a dialogue.
+    """
     needs = 'a dialogue row needs conversation: [{"utterance": ...}, ...] (or messages with role and content)'
 
     def parse(row: Row) -> Dialogue:
-        return _dialogue(row, row.first("conversation", "messages", "conversations"))
+        chat = next(filter(row.holds, _CHATS), None) or row.first("conversation", "messages", "conversations")
+        if not row.holds(chat):
+            raise row.skipped("the conversation is empty")
+        return _dialogue(row, chat)
 
-    return collect(path, needs, "", parse, columns)
+    return collect(path, needs, parse, columns, _blocks(path) if suffix(path) == ".txt" else None)
+
+
+def _blocks(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Lines that no blank one parts, as dialogues stand in GPT2-chitchat's train.txt."""
+    first, lines = 0, list[str]()
+    for number, row in read_rows(path):
+        if lines and number != first + len(lines):
+            yield first, {"conversation": lines}
+            lines = []
+        first = first if lines else number
+        lines.append(row["text"])
+    yield first, {"conversation": lines}
 
 
 def _dialogue(row: Row, key: str) -> Dialogue:
-    first = row.fields[key][0] if isinstance(row.fields[key], list) and row.fields[key] else None
-    if isinstance(first, str) or (isinstance(first, dict) and "utterance" in first):
-        said = row.texts(key, None if isinstance(first, str) else "utterance", at_least=2)
-        roles = ("user", "assistant")
-        return Dialogue(tuple(Turn(roles[i % 2], text) for i, text in enumerate(said)), both=True)  # type: ignore[arg-type]
-    if key == "conversation" and not isinstance(first, dict):
-        raise row.error("'conversation' is not a list of 2 or more objects with a text 'utterance'")
-    turns = row.turns(key)
-    if not any(turn.role == "assistant" for turn in turns[1:]):
-        raise row.error(f"'{key}' holds no reply of an assistant")
-    return Dialogue(turns)
+    """A conversation up to its last words, which may be a question; a blank turn at its end is none."""
+    items = decoded(row.fields[key])
+    first = items[0] if isinstance(items, list) and items else None
+    both = isinstance(first, str) or (isinstance(first, dict) and "utterance" in first)
+    turns: tuple[Turn, ...]
+    if both:
+        said: list[Any] = [item.get("utterance") if isinstance(item, dict) else item for item in items]
+        said = ["" if blank(text) else text for text in said]
+        if not all(isinstance(text, str) for text in said):
+            raise row.error(f"'{key}' is not a list of texts, or of objects with a text 'utterance'")
+        turns = tuple(Turn("assistant" if i % 2 else "user", text) for i, text in enumerate(said))
+    else:
+        if not blank(decoded(row.fields.get("tools"))):
+            raise row.skipped("it calls tools, which are not read")
+        turns = tuple(turn for turn in (*row.before(), *row.turns(key)) if turn.role != "system" or turn.text.strip())
+    while turns and not turns[-1].text.strip():
+        turns = turns[:-1]
+    if not any(turn.role != "system" and turn.text.strip() for turn in turns):
+        raise row.skipped("the conversation is empty")
+    return Dialogue(turns, both)

@@ -106,7 +106,10 @@ def _asker(
     collect, first = settings.collect, next(iter(policies.values()))
     room = min(room_for_prompts(policy.model, collect.response_length) for policy in policies.values())
     every = fitting(questions(rows, first.tokenizer, settings.data, settings.seed), room)
-    every = [q for q in every if all(len(ids_for(policy, first, q)) <= room for policy in policies.values())]
+    everywhere = [q for q in every if all(len(ids_for(policy, first, q)) <= room for policy in policies.values())]
+    if len(everywhere) < len(every):
+        said = f"{len(every) - len(everywhere)} of {len(every)} prompts are too long in another policy's tokens"
+        print(f"warning: {said}, and are left out", flush=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for policy in policies.values():
         policy.model.to(device).eval()
@@ -117,7 +120,7 @@ def _asker(
         for where, policy in policies.items()
     }
     number = out.round or 1
-    return Asker(policies, sampling, collect, f"{settings.seed} {number}"), choose(every, collect.prompts, number)
+    return Asker(policies, sampling, collect, f"{settings.seed} {number}"), choose(everywhere, collect.prompts, number)
 
 
 def _drawn(asker: Asker, asked: Sequence[Question], out: RunDir) -> list[dict[str, Any]]:

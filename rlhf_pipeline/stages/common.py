@@ -218,11 +218,11 @@ def check_languages(reward: Reward, tokenizer: Any, strings: Sequence[str]) -> N
             print(f"warning: {what}: {reason}", flush=True)
 
 
-def take_data(choice: dict[str, Any], seed: int) -> Splits[Any]:
+def take_data(choice: dict[str, Any], seed: int, answers: bool = False) -> Splits[Any]:
     """Read the chosen data; a line says so beforehand, for large files take their time."""
     path = choice.get("path") or ""
     say_taken("data", f"{choice['name']} {path if isinstance(path, str) else ', '.join(path)}".rstrip())
-    return load_data(choice, seed)
+    return load_data(choice, seed, answers)
 
 
 def say_taken(role: str, where: str) -> None:

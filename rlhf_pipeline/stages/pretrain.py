@@ -21,7 +21,7 @@ from rlhf_pipeline.stages.common import fit_length, sharded_weights, take_data, 
 def run(settings: Settings, out: RunDir) -> None:
     """Train the policy on all of each text, packed into blocks."""
     args = trainer_args(SFTConfig, settings, out)
-    rows = take_data(settings.data, settings.seed)
+    rows = take_data(settings.data, settings.seed, answers=True)
     out.begin(settings, {}, fingerprint(settings.data, rows))
     policy = make_policy(settings.policy, texts(rows.train), settings.seed)
     fit_length(args, policy.model)
@@ -29,11 +29,16 @@ def run(settings: Settings, out: RunDir) -> None:
     print(
         f"a GPT-2 of {parameters:.2f} M parameters, {len(policy.tokenizer)} tokens, {len(rows.train)} texts", flush=True
     )
+    train, test = (documents(split, policy.tokenizer) for split in (rows.train, rows.test))
+    longer = sum(len(ids) > args.max_length for ids in (*train, *test))
+    if longer and (not args.packing or args.packing_strategy == "bfd"):  # the others lose nothing
+        said = f"{longer} of {len(train) + len(test)} texts lose what is beyond {args.max_length} tokens"
+        print(f"warning: {said}; trainer.packing_strategy=wrapped loses nothing", flush=True)
     trainer = OrderedSFTTrainer(
         policy.model,
         args,
-        train_dataset=Dataset.from_dict({"input_ids": documents(rows.train, policy.tokenizer)}),
-        eval_dataset=Dataset.from_dict({"input_ids": documents(rows.test, policy.tokenizer)}),
+        train_dataset=Dataset.from_dict({"input_ids": train}),
+        eval_dataset=Dataset.from_dict({"input_ids": test}),
         processing_class=policy.tokenizer,
     )
     trainer.train(resume_from_checkpoint=watch(trainer, out))

@@ -15,9 +15,10 @@ from trl import SFTConfig
 from rlhf_pipeline.adapters import freeze_in_bf16, merged
 from rlhf_pipeline.atomic import read_jsonl
 from rlhf_pipeline.data import fingerprint, texts
-from rlhf_pipeline.encoding import conversational, demonstrations
+from rlhf_pipeline.encoding import conversational, demonstrations, shortened
 from rlhf_pipeline.policies import Policy, load_policy, lora_config, open_policy
 from rlhf_pipeline.precision import fuse_gelu
+from rlhf_pipeline.records import Demonstration, Dialogue
 from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.stages.batching import OrderedSFTTrainer
@@ -28,7 +29,7 @@ from rlhf_pipeline.templates import template_of
 def run(settings: Settings, out: RunDir) -> None:
     """Train on the completions alone, unless `trainer.completion_only_loss=false`."""
     args = trainer_args(SFTConfig, settings, out)
-    rows = take_data(settings.data, settings.seed)
+    rows = take_data(settings.data, settings.seed, answers=True)
     policy, where = load_policy(
         settings.policy,
         out.upstream("pretrain", policy=settings.policy),
@@ -40,12 +41,19 @@ def run(settings: Settings, out: RunDir) -> None:
         policy.tokenizer.chat_template = template_of(policy.tokenizer)  # whoever opens the model asks it likewise
     fit_length(args, policy.model)
     fuse_gelu(policy.model)
+    lessons = [
+        demonstrations(split, policy.tokenizer, settings.data, settings.seed + number)
+        for number, split in enumerate((rows.train, rows.test))
+    ]
+    if not args.packing or args.packing_strategy == "bfd":  # the others go on with the rest in the next block
+        lessons = shortened(
+            lessons, policy.tokenizer, args.max_length, isinstance(rows.train[0], Demonstration | Dialogue)
+        )
+    train, test = (
+        Dataset.from_dict({"input_ids": [x.ids for x in split], "completion_mask": [x.learnt for x in split]})
+        for split in lessons
+    )
     out.begin(settings, {"policy": where}, fingerprint(settings.data, rows))
-
-    def dataset(split: list, seed: int) -> Dataset:  # type: ignore[type-arg]
-        lessons = demonstrations(split, policy.tokenizer, settings.data, seed)
-        ids, learnt = [lesson.ids for lesson in lessons], [lesson.learnt for lesson in lessons]
-        return Dataset.from_dict({"input_ids": ids, "completion_mask": learnt})
 
     model, adapter = policy.model, lora_config(settings.policy)
     if adapter is not None and args.bf16 and not settings.policy.get("quantize"):
@@ -54,8 +62,8 @@ def run(settings: Settings, out: RunDir) -> None:
     trainer = OrderedSFTTrainer(
         model,
         args,
-        train_dataset=dataset(rows.train, settings.seed),
-        eval_dataset=dataset(rows.test, settings.seed + 1),
+        train_dataset=train,
+        eval_dataset=test,
         processing_class=policy.tokenizer,
         peft_config=adapter,
     )

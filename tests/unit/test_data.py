@@ -265,3 +265,41 @@ def test_a_few_labels_are_split_too_and_one_prompt_is_not(tmp_path: Path, count:
     )
     with pytest.raises(UserError, match="both are needed"):
         data.load_data({"name": "preferences", "path": str(path)}, 0)
+
+
+def instructions(tmp_path: Path, *answers: str | None) -> dict[str, Any]:
+    rows = [{"instruction": f"i {n}", "output": answer} for n, answer in enumerate(answers)]
+    return {"name": "instructions", "path": preferences_file(tmp_path / "a.jsonl", *rows)}
+
+
+@pytest.mark.parametrize("missing", range(6))
+def test_where_answers_are_learnt_prompts_alone_are_counted_and_leave_something_to_hold_out(
+    tmp_path: Path, missing: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    choice = instructions(tmp_path, *(None if n == missing else "a" for n in range(6)))
+    every = data.load_data(choice, 0)
+    assert len(every.train) + len(every.test) == 6
+    assert caplog.text == ""
+    learnt = data.load_data(choice, 0, answers=True)
+    assert learnt.test
+    assert {row.answered for row in (*learnt.train, *learnt.test)} == {True}
+    assert len(learnt.train) + len(learnt.test) == 5
+    assert "data=instructions: 1 of 6 rows skipped (no answer to learn)" in caplog.text
+
+
+def test_prompts_alone_are_nothing_to_learn(tmp_path: Path) -> None:
+    choice = instructions(tmp_path, None, "", " ")
+    with pytest.raises(UserError, match=r"none of 3 rows has an answer .*\{completion: ..\}.* stage=ppo"):
+        data.load_data(choice, 0, answers=True)
+    every = data.load_data(choice, 0)
+    assert len(every.train) + len(every.test) == 3
+
+
+def test_labels_of_other_names_are_zero_or_one(tmp_path: Path) -> None:
+    rows = [{"text": f"t {n}", "label": ("负面", "正面")[n % 2]} for n in range(20)]
+    choice: dict[str, Any] = {"name": "sentiment", "path": preferences_file(tmp_path / "a.jsonl", *rows)}
+    read = data.load_data({**choice, "labels": {"正面": 1, "负面": 0}}, 0)
+    assert {row.label == int(row.text[2:]) % 2 for row in (*read.train, *read.test)} == {True}
+    for odd in (2, "good", True, None):
+        with pytest.raises(UserError, match=r"data\.labels\.正面 is .*; each label takes 0 \(bad\) or 1 \(good\)"):
+            data.load_data({**choice, "labels": {"正面": odd}}, 0)

@@ -210,9 +210,85 @@ def test_a_response_keeps_the_blank_it_begins_with() -> None:
     assert prompts[0] + answers[0] == "this movie is great"
 
 
+def test_a_prompt_alone_is_asked_as_it_stands_and_nothing_ends_after_it() -> None:
+    tokenizer = tiny_tokenizer()
+    talk = Dialogue((Turn("user", "a?"), Turn("assistant", "b"), Turn("user", "c?")))
+    rows: list[Row] = [Demonstration("Say hi:", ""), talk, Dialogue((Turn("user", "a?"),)), Dialogue(CHAT[:2])]
+    shown = [tokenizer.decode(ids) for ids in encoding.prompts(rows, tokenizer, {}, 0)]
+    assert shown[0] == "Say hi:"
+    assert shown[1].endswith("### Response:\nb<|endoftext|>### Instruction:\nc?\n\n### Response:\n")
+    assert shown[2] == "### Instruction:\na?\n\n### Response:\n"
+    assert [tokenizer.decode(ids) for ids in encoding.documents(rows, tokenizer)] == shown, "no end to learn"
+    (alone,) = encoding.prompts([Dialogue((Turn("user", "你好"),), both=True)], chinese(), {}, 0)
+    assert chinese().convert_ids_to_tokens(alone) == ["[CLS]", *"你好", "[SEP]"]
+
+
+def test_a_blank_reply_is_not_learnt() -> None:
+    tokenizer = tiny_tokenizer()
+    row = Dialogue((Turn("user", "a?"), Turn("assistant", " "), Turn("user", "c?"), Turn("assistant", "d")))
+    (lesson,) = encoding.demonstrations([row], tokenizer, {}, seed=0)
+    assert learnt(lesson, tokenizer) == "d<|endoftext|>"
+    (lesson,) = encoding.demonstrations([Dialogue((*CHAT[:3], CHAT[1]))], tokenizer, {}, seed=0)
+    assert learnt(lesson, tokenizer) == "It was.<|endoftext|>", "what the user says last is not learnt either"
+
+
+def lesson_of(prompt: int, answer: int, first: int = 100) -> encoding.Lesson:
+    return encoding.Lesson([*range(first, first + prompt), *range(200, 200 + answer)], [0] * prompt + [1] * answer)
+
+
+def test_a_prompt_loses_its_beginning_before_an_answer_loses_its_end(capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = tiny_tokenizer()
+    lessons = [lesson_of(4, 6), lesson_of(30, 6), lesson_of(3, 30), lesson_of(30, 30), lesson_of(30, 10)]
+    ((fits, prompt, answer, both, whole), ()) = encoding.shortened([lessons, []], tokenizer, 10)
+    assert fits == lesson_of(4, 6)
+    assert prompt == lesson_of(4, 6, first=126), "the answer stays whole"
+    assert answer == lesson_of(3, 7), "what does not fit by itself loses its end, and the prompt stays"
+    assert both == lesson_of(5, 5, first=125)
+    assert whole == lesson_of(5, 5, first=125)
+    line = capsys.readouterr().out
+    assert line == (
+        "warning: 4 of 5 rows are longer than 10 tokens (trainer.max_length, at most the policy's positions): "
+        "3 prompts lose their beginning, 3 answers lose their end\n"
+    )
+    assert encoding.shortened([lessons[:1]], tokenizer, 10) == [lessons[:1]]
+    assert capsys.readouterr().out == ""
+
+
+def test_a_text_that_is_prompt_and_answer_at_once_loses_its_end(capsys: pytest.CaptureFixture[str]) -> None:
+    lessons = [lesson_of(4, 6), lesson_of(4, 8), lesson_of(9, 6)]
+    ((fits, text, prompt),) = encoding.shortened([lessons], tiny_tokenizer(), 10, apart=False)
+    assert (fits, text, prompt) == (lesson_of(4, 6), lesson_of(4, 6), lesson_of(5, 5, first=104))
+    assert "2 of 3 rows are longer" in (line := capsys.readouterr().out)
+    assert line.endswith("1 prompts lose their beginning, 2 answers lose their end\n")
+
+
+def test_of_a_prompt_that_is_cut_the_bos_stays() -> None:
+    tokenizer = sentencepiece_like()
+    lesson = encoding.Lesson([0, *range(100, 130), 200, 1], [0] * 31 + [1, 1])
+    assert encoding.shortened([[lesson]], tokenizer, 6) == [[([0, 127, 128, 129, 200, 1], [0] * 4 + [1, 1])]]
+
+
+def test_where_nothing_of_any_answer_is_left_the_data_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match=r"2 of 2 rows are longer than 1 tokens .* 2 rows are left out, so that"):
+        encoding.shortened([[lesson_of(3, 3)], [lesson_of(1, 1)]], tiny_tokenizer(), 1)
+    assert capsys.readouterr().out == ""
+
+
+def test_texts_that_end_within_their_prompt_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer, choice = tiny_tokenizer(), {"name": "text", "prompt_tokens": (3, 3)}
+    rows: list[Row] = [Text("a b c d e f g h"), Text("a")]
+    assert len(encoding.demonstrations(rows, tokenizer, choice, 0)) == 1
+    said = "warning: 1 of 2 texts end within their prompt (data.prompt_tokens), and are left out\n"
+    assert capsys.readouterr().out == said
+    assert len(encoding.prompts([Demonstration("p", "c"), Demonstration("", "c")], tokenizer, {}, 0)) == 1
+    assert capsys.readouterr().out == "warning: 1 of 2 rows have no prompt, and are left out\n"
+
+
 def test_prompts_that_are_too_long_are_left_out_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
     assert encoding.fitting([[1], [1, 2], [1, 2, 3]], 2) == [[1], [1, 2]]
     assert "warning: 1 of 3 prompts are longer than the 2 tokens" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"no prompt leaves room .*: all 3 are longer than the 0 tokens"):
+        encoding.fitting([[1], [1, 2], [1, 2, 3]], 0)
 
 
 def test_data_without_prompts_or_anything_to_learn_is_named() -> None:

@@ -267,9 +267,9 @@ def test_rows_gzip_and_parquet(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', "line 3: not JSON"),
-        ("a.jsonl", b'{"text": "a"}\n["b"]\n', "line 2: list where an object is needed"),
-        ("a.json", b'[{"text": "a"},\n 3]', "line 2: int where an object is needed"),
-        ("a.json", b'[[{"text": "a"}]]', "line 1: list where an object is needed"),
+        ("a.jsonl", b'{"text": "a"}\n["b"]\n', "line 2: a list where an object is needed"),
+        ("a.json", b'[{"text": "a"},\n 3]', "line 2: a number where an object is needed"),
+        ("a.json", b'[[{"text": "a"}]]', "line 1: a list where an object is needed"),
         ("a.json", b'[{"text": "a"},\n{"text": "b"}\n', "line 3: not JSON"),
         ("a.json", b"[]", "holds no rows"),
         ("a.jsonl", b"", "holds no rows"),
@@ -348,6 +348,7 @@ def test_demonstrations(tmp_path: Path) -> None:
         Demonstration((Turn("user", "Mend the spelling.\n\nfreind"),), "friend"),
         Demonstration((Turn("user", "Name a colour."),), "Blue."),
         Demonstration((Turn("user", "1+1?"),), "2"),
+        Demonstration((Turn("user", "Be silent."),), ""),
         Demonstration((Turn("user", "Hi?"),), "Yes."),
         Dialogue((Turn("system", "Be kind."), Turn("user", "a?"), Turn("assistant", "b"))),
         Dialogue((Turn("user", "你好"), Turn("assistant", "好"))),
@@ -357,9 +358,9 @@ def test_demonstrations(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([{"role": "user", "content": "a?"}], "'messages' holds no reply of an assistant"),
         ([{"role": "judge", "content": "a?"}], "message from 'judge'; allowed are system, user"),
-        ([{"role": "user", "content": None}], "not a list of messages with role and content or from and value"),
+        ([{"role": "user", "content": 3}], "not a list of messages with role and content or from and value"),
+        ([{"role": None, "content": "a?"}], "not a list of messages with role and content or from and value"),
         ("a?", "not a list of messages"),
     ],
 )
@@ -425,7 +426,7 @@ def test_preferences_of_every_form(tmp_path: Path) -> None:
     ("row", "message"),
     [
         ({"prompt": "p", "rejected": "r"}, "'chosen' is missing; a preference row needs prompt, chosen, rejected."),
-        ({"prompt": "p", "chosen": None, "rejected": "r"}, "'chosen' is NoneType, not text; a preference row"),
+        ({"prompt": "p", "chosen": None, "rejected": "r"}, "'chosen' is blank; a preference row"),
         ({"winner": "x", "x": "c", "y": "r", "source": "s"}, "beside 'x' there is not one other answer but y, source"),
         ({"winner": "x", "x": "c"}, "beside 'x' there is not one other answer but none"),
         (
@@ -453,8 +454,11 @@ def test_dialogues(tmp_path: Path) -> None:
         Dialogue((Turn("user", "哪个区？"), Turn("assistant", "艾欧尼亚")), both=True)
     ]
     path = write_jsonl(tmp_path / "c.jsonl", {"conversation": [{"utterance": "alone"}]})
-    with pytest.raises(UserError, match="'conversation' is not a list of 2 or more objects with a text 'utterance'"):
-        formats.read_dialogues(path)
+    assert formats.read_dialogues(path) == [Dialogue((Turn("user", "alone"),), both=True)]
+    for value in ([{"utterance": 3}], [{"words": "a"}], "a"):
+        path = write_jsonl(tmp_path / "d.jsonl", {"conversation": value})
+        with pytest.raises(UserError, match=r"line 1: 'conversation' is not a list of .*; a dialogue row needs"):
+            formats.read_dialogues(path)
 
 
 # --- the real files

@@ -134,7 +134,10 @@ def test_items_are_looked_up_by_id_then_body_then_title_then_in_the_data(tmp_pat
     ("row", "reason"),
     [
         (task(annotation()), "nothing selected"),
-        (task(annotation(control({"choices": ["x"]}))), "nothing selected"),
+        (
+            task(annotation(control({"choices": ["x"]}), control({"rating": 4}))),
+            "the results are of Rating, Choices; a comparison takes the tag Pairwise or Ranker",
+        ),
         (
             task(annotation(ranker({"better": [], "_": ["answer1", "answer2"]}))),
             "nothing selected: all is left unsorted",
@@ -146,7 +149,7 @@ def test_items_are_looked_up_by_id_then_body_then_title_then_in_the_data(tmp_pat
         (task(annotation(ranker(["answer1"]))), "1 of 1 answers ranked; it takes two or more"),
         (task(annotation(ranker(["answer1", {"id": "answer2"}]))), "'ranker' holds what is no id"),
         (task(annotation(ranker({"better": "answer1", "worse": ["answer2"]}))), "'ranker' is neither a list of ids"),
-        (task(annotation(LEFT), data={**DATA, "answer2": 3}), "'answer2' is int, not text"),
+        (task(annotation(LEFT), data={**DATA, "answer2": 3}), "'answer2' is a number, not text"),
         (
             task(annotation(LEFT), data={"prompt": "p", "one": "a", "two": "b"}),
             "no answers such as answer1 and answer2",
@@ -156,6 +159,7 @@ def test_items_are_looked_up_by_id_then_body_then_title_then_in_the_data(tmp_pat
             "no prompt among poem; data.columns",
         ),
         (task(annotation(LEFT), data=["answer1"]), "a task needs a list of annotations and an object as data"),
+        (task(annotation(LEFT), data={**DATA, "answer2": None}), "'answer2' is blank"),
         (task("left"), "an annotation is not an object"),
         (task(annotation(LEFT), data={**DATA, "prompt": "\ud800"}), "half a character"),
     ],
@@ -356,6 +360,29 @@ def test_the_flat_exports_say_what_the_whole_one_does(tmp_path: Path) -> None:
         assert found.judgements == whole.judgements
         assert found.counts == whole.counts
         assert [row["why"] for row in found.rejected] == [row["why"] for row in whole.rejected]
+
+
+@pytest.mark.parametrize(
+    ("cells", "reason"),
+    [
+        ({"r1": [{"rating": 5}], "r2": '[{"rating": 2}]'}, "the results are of Rating; a comparison takes the tag"),
+        ({"better": "the first"}, "nothing selected by Pairwise or Ranker; other columns are better"),
+        ({}, "nothing selected"),
+    ],
+)
+def test_a_flat_row_without_a_comparison_names_what_it_holds(
+    tmp_path: Path, cells: dict[str, Any], reason: str
+) -> None:
+    row = {"prompt": "p", "answer1": "a", "answer2": "b", **cells, "annotation_id": 3, "id": 8}
+    found = why(tmp_path, row)
+    assert found.startswith(reason)
+    assert (found == "nothing selected") == (not cells)
+
+
+def test_stars_of_a_prediction_are_not_taken_for_the_annotators(tmp_path: Path) -> None:
+    stars = {"id": 7, "result": [control({"rating": 5}, name="stars")]}
+    row = task(annotation(LEFT, lead_time=1.0, parent_prediction=7), predictions=[stars])
+    assert len(read(tmp_path, row).judgements) == 1
 
 
 def test_an_annotator_may_be_an_object(tmp_path: Path) -> None:

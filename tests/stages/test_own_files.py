@@ -1,0 +1,110 @@
+"""Files of one's own by the real command: prompts alone, answers that are too long, labels of other names."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import CommandLine
+
+from rlhf_pipeline.atomic import read_jsonl
+
+TINY = (
+    "policy=gpt2_scratch", "policy.size=tiny", "policy.positions=64", "trainer.max_steps=2",
+    "trainer.per_device_train_batch_size=4",
+)  # fmt: skip
+PROMPTS = [
+    {"prompt": "say {}"},
+    {"prompt": "say {}", "completion": ""},
+    {"messages": [{"role": "user", "content": "say {}"}]},
+    {"messages": [{"role": "user", "content": "say {}"}, {"role": "assistant", "content": ""}]},
+]
+
+
+def write(name: str, *rows: object) -> str:
+    Path(name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return f"data.path={name}"
+
+
+@pytest.fixture
+def base(workplace: Path, command_line: CommandLine) -> str:
+    Path("texts.txt").write_text("".join(f"say {n} and {n + 1}, it is {n}\n" for n in range(60)))
+    assert command_line("stage=pretrain", "name=base", "data=text", "data.path=texts.txt", *TINY) == 0
+    return "policy.path=runs/base/pretrain"
+
+
+@pytest.mark.parametrize("form", PROMPTS, ids=["prompt", "empty", "user", "blank"])
+def test_prompts_alone_serve_ppo_and_are_nothing_for_sft(
+    form: dict[str, str], base: str, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write("p.jsonl", *(json.loads(json.dumps(form).replace("{}", str(n))) for n in range(8)))
+    given = (base, "name=p", "data=instructions", path)
+    rewarded = (*given, "reward=length", "reward.target=5")
+    options = ("trainer.total_episodes=8", "trainer.per_device_train_batch_size=4", "trainer.response_length=8")
+    assert command_line("stage=ppo", *rewarded, *options) == 0
+    prompts = {row["prompt"] for row in read_jsonl(Path("runs/p/ppo/samples.jsonl"))}
+    asked = {f"say {n}" if "prompt" in form else f"### Instruction:\nsay {n}\n\n### Response:\n" for n in range(8)}
+    assert prompts <= asked
+    if form is PROMPTS[0]:
+        assert command_line("stage=evaluate", *rewarded, "evaluate.prompts=2", "evaluate.bootstrap=20") == 0
+        assert command_line("stage=collect", *given, "collect.prompts=3") == 0
+        shown = {row["prompt"] for row in read_jsonl(Path("runs/p/collect/candidates.jsonl"))}
+        assert shown <= asked
+    capsys.readouterr()
+    assert command_line("stage=sft", *given) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "none of 8 rows has an answer to learn" in line
+    assert not Path("runs/p/sft").exists()
+
+
+def test_long_prompts_lose_their_beginning_and_answers_are_learnt(
+    base: str, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = [{"prompt": f"say {n}:", "completion": f" {n}"} for n in range(8)]
+    rows = [*short, *({"prompt": f"{'it is ' * 200}say {n}:", "completion": f" {n}"} for n in range(4))]
+    sft = ("stage=sft", base, "name=long", "data=instructions", *TINY[3:])
+    assert command_line(*sft, write("some.jsonl", *rows)) == 0
+    assert "4 of 12 rows are longer than 64 tokens" in (said := capsys.readouterr().out)
+    assert "4 prompts lose their beginning\n" in said
+    assert command_line(*sft, write("all.jsonl", *rows[8:]), "overwrite=true") == 0
+    assert "4 of 4 rows are longer than 64 tokens" in capsys.readouterr().out
+    record = json.loads(Path("runs/long/sft/run.json").read_text())
+    assert 0 < record["results"]["eval_loss"] < 20, "a number, of answers that are there"
+    long = write("answers.jsonl", *({"prompt": f"{n}:", "completion": f"{n} " * 100} for n in range(4)))
+    assert command_line(*sft, long, "overwrite=true") == 0
+    assert "4 answers lose their end\n" in capsys.readouterr().out
+    wrapped = ("trainer.packing=true", "trainer.packing_strategy=wrapped")
+    assert command_line(*sft, long, "overwrite=true", *wrapped) == 0
+    assert "lose" not in capsys.readouterr().out
+
+
+def test_texts_that_pretraining_cuts_are_counted(
+    workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write("long.jsonl", *({"text": f"{n} " * (100 if n < 5 else 9)} for n in range(40)))
+    pretrain = ("stage=pretrain", "name=long", "data=text", path, *TINY)
+    assert command_line(*pretrain, "trainer.packing=false") == 0
+    assert "warning: 5 of 40 texts lose what is beyond 64 tokens" in capsys.readouterr().out
+    assert command_line(*pretrain, "overwrite=true") == 0
+    assert "lose" not in capsys.readouterr().out, "wrapped packing loses nothing"
+
+
+def test_prompts_with_no_room_for_an_answer_are_refused(
+    base: str, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write("p.jsonl", *({"prompt": "it is " * 200 + str(n)} for n in range(8)))
+    ppo = ("stage=ppo", base, "name=p", "data=instructions", path, "reward=length", "reward.target=5")
+    assert command_line(*ppo, "trainer.response_length=8") == 2
+    assert "no prompt leaves room for an answer" in capsys.readouterr().err
+
+
+def test_labels_of_other_names_from_the_command_line(
+    base: str, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [("bad", "负面"), ("good", "正面")] * 20
+    rows = [{"text": f"say {n}, it is {word}", "label": label} for n, (word, label) in enumerate(words)]
+    reward = ("stage=reward", "name=r", base, "reward=classifier", "data=sentiment", write("r.jsonl", *rows), *TINY[3:])
+    assert command_line(*reward, "data.labels={正面: 1, 负面: 0}") == 0
+    assert json.loads(Path("runs/r/reward/run.json").read_text())["status"] == "done"
+    capsys.readouterr()
+    assert command_line(*reward, "data.labels={正面: 1}", "overwrite=true") == 2
+    assert "r.jsonl, line 1: 'label' is '负面'; allowed are 正面 (data.labels)" in capsys.readouterr().err
