@@ -70,7 +70,7 @@ def run(settings: Settings, out: RunDir) -> None:
         compared, same = _told_apart(compared, tokenizer, longest)
         shows = compared
         if chosen := choice.get("demonstrations"):
-            shows = load_data(chosen, settings.seed)
+            shows = load_data(chosen, settings.seed, answers=True)
             known["demonstrations"] = fingerprint(chosen, shows)
             lineage |= {"demonstrations": chosen["path"]} if chosen.get("path") else {}
     demonstrations = _shown(shows.train, tokenizer, settings.seed)
