@@ -19,7 +19,10 @@ _AT_LEAST_ONE = (
     "num_mini_batches", "num_ppo_epochs", "response_length", "local_rollout_forward_batch_size", "kl_horizon",
     "per_device_train_batch_size", "gradient_accumulation_steps", "watch_window", "ptx_max_length",
 )  # fmt: skip
-_NOT_NEGATIVE = ("kl_coef", "entropy_coef", "ptx_coef", "vf_coef", "cliprange", "cliprange_value", "min_new_tokens")
+_NOT_NEGATIVE = (
+    "kl_coef", "selection_kl_coef", "entropy_coef", "ptx_coef", "vf_coef", "cliprange", "cliprange_value",
+    "min_new_tokens",
+)  # fmt: skip
 _OUTPUTS = (
     "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size", "local_mini_batch_size",
     "mini_batch_size",
@@ -81,7 +84,16 @@ class PPOConfig(TRLPPOConfig):
     )
     ratio_threshold: float = _field(10.0, "A mean ratio above this in an optimizer step stops the run.")
     watch_window: int = _field(20, "Updates over which the collapse watch compares.")
-    eval_samples: int | None = _field(256, "Held-out prompts of an evaluation during training. None: all.")
+    eval_samples: int | None = _field(
+        256,
+        "Held-out prompts of an evaluation during training. None: all. On the command line they are held back from the "
+        "training prompts, a tenth of them at most.",
+    )
+    selection_kl_coef: float = _field(
+        0.05,
+        "eval_score = eval_reward - selection_kl_coef x eval_kl; the policy with the highest score is chosen, within a "
+        "run (load_best_model_at_end) and in a sweep. Unlike kl_coef it is the same for all jobs of a sweep.",
+    )
     log_samples: int = _field(4, "How many samples of a logged update are kept.")
 
     def __post_init__(self) -> None:
@@ -98,7 +110,7 @@ class PPOConfig(TRLPPOConfig):
         if inherited.eval_steps is not None and inherited.eval_strategy == "no":
             inherited.eval_strategy = "steps"
         if inherited.metric_for_best_model is None:
-            inherited.metric_for_best_model, inherited.greater_is_better = "eval_reward", True
+            inherited.metric_for_best_model, inherited.greater_is_better = "eval_score", True
         super().__post_init__()
         self.bf16 = chosen
         unset_hf_deepspeed_config()  # or under ZeRO-3 transformers would open every model in shards, the reward's, too
