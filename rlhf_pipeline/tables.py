@@ -29,7 +29,9 @@ def _console() -> Console:
 def evaluation_table(evaluation: dict[str, Any]) -> None:
     """Policies by row, by more rewards and by their texts; then the paired gains, then answers."""
     known = evaluation.get("prompts_in_training")
-    prompts = f"{evaluation['prompts']} held-out prompts" + (f" ({known} also begin training texts)" if known else "")
+    count = evaluation["prompts"]
+    prompts = f"{count} held-out prompts"
+    prompts += f" ({known} of {count} also begin training texts)" if known is not None else ""
     title = f"{prompts}; reward: {evaluation['reward']}; KL to {evaluation['reference']}"
     columns = ("reward", "± s.e.", "median", "positive", "KL", "perplexity", "distinct-2", "length")
     console = _console()

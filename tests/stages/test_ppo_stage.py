@@ -97,14 +97,14 @@ def test_validation_prompts_are_held_back_from_training() -> None:
 def test_without_validation_prompts_the_run_says_what_it_is_judged_by(
     miniature: Path, command_line: CommandLine, workplace: Path, capsys: Any
 ) -> None:
-    asked = ["data.limit=8", "trainer.total_episodes=8"]
+    asked = ["data.limit=16", "trainer.total_episodes=16"]
     folder = ppo(command_line, miniature, "few", *asked)
-    assert "a batch of 8 takes all 8 prompts, so none are held back as validation prompts" in capsys.readouterr().out
+    assert "a batch of 16 takes all 16 prompts, so none are held back as validation prompts" in capsys.readouterr().out
     record = json.loads((folder / "run.json").read_text())
     assert record["objective"] == pytest.approx(record["results"]["scores"] - 0.05 * record["results"]["kl"])
     given = [f"policy.path={miniature / 'sft'}", f"reward.path={miniature / 'reward'}", *MINIATURE]
     assert command_line("stage=ppo", "experiment=demo", "name=none", *given, *asked, "trainer.eval_steps=1") == 2
-    assert "trainer.eval_strategy needs some: a batch of 8 takes all 8 prompts" in capsys.readouterr().err
+    assert "trainer.eval_strategy needs some: a batch of 16 takes all 16 prompts" in capsys.readouterr().err
 
 
 def test_a_run_that_was_begun_before_its_selection_is_not_gone_on_with(
