@@ -1,5 +1,6 @@
 """The command line as the user types it, as Hydra wants it, and back."""
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / 
 
 # Sections that take keys their defaults do not list: Settings checks them, so Hydra need not ask for a '+'.
 _OPEN = re.compile(r"^(trainer|policy|reward|data|ptx|evaluate|collect|chat|plan|hub|report|labeler|stages)\.[\w.]+=")
+_KL_BUDGET = re.compile(r"^\+*sweep\.kl_budget=")
 _OWN_CHOICE = re.compile(r"^(policy|reward|data)=")
 # Of a configuration, two values of which one is for small models: ${by_size:1.0e-3,5.0e-4}
 OmegaConf.register_new_resolver(
@@ -40,6 +42,7 @@ def complete(argv: Sequence[str]) -> list[str]:
     conf/sweeps/kl.yaml says.
     """
     argv = _sweeps_spelt_out(_multirun_last(_prompts_quoted(argv)))
+    argv = [f"hydra.sweeper.kl_budget={_kl_budget(arg, argv)}" if _KL_BUDGET.match(arg) else arg for arg in argv]
     args = [f"++{arg}" if _OPEN.match(arg) else arg for arg in argv]
     before = ["", *args]
     args = [os.path.abspath(arg) if before[i] in ("--config-path", "-cp") else arg for i, arg in enumerate(args)]
@@ -125,6 +128,19 @@ def _sweeps_spelt_out(argv: Sequence[str]) -> list[str]:
     added = [f"{key}={value}" for key, value in found.items() if key not in said]
     end = _end_of_settings(args)
     return _multirun_last([*args[:end], *added, *args[end:], "-m"])
+
+
+def _kl_budget(word: str, argv: Sequence[str]) -> float:
+    """The budget that a word of the command line sets; a sweep alone has one."""
+    if "-m" not in argv and not _shows(argv):
+        raise UserError(f"{word} goes with a sweep of stage=ppo, as in sweep=kl, or with -m and several values.")
+    try:
+        budget = float(word.partition("=")[2])
+    except ValueError:
+        budget = math.nan
+    if not 0 < budget < math.inf:
+        raise UserError(f"{word}: it takes a number above 0, a KL in nats, as in sweep.kl_budget=5.")
+    return budget
 
 
 def _is_of(stage: str, key: str) -> bool:

@@ -364,12 +364,13 @@ def check_job(cfg: DictConfig, overrides: Sequence[str]) -> tuple[str, int, bool
 
 
 def _last_stage(cfg: DictConfig) -> str:
-    """The stage whose result a run is known by."""
+    """The stage whose result a run is known by: the last that trains, for on evaluate's prompts no choice is made."""
     if cfg.stage != "pipeline":
         return str(cfg.stage)
     if not cfg.stages:
         raise UserError(NO_STAGES)
-    return str(list(cfg.stages)[-1])
+    stages = list(map(str, cfg.stages))
+    return ([stage for stage in stages if stage in TRAINED] or stages)[-1]
 
 
 def _be_quiet() -> None:

@@ -65,11 +65,13 @@ TAKES: dict[str, tuple[type, ...]] = {
 
 @registry.register
 def toy_reviews(seed: int, *, train: int = 20_000, test: int = 2_000) -> Splits[Labelled]:
-    """Short movie reviews from a grammar of our own: the demo's embedded data. They do not vary with the run's seed."""
+    """Short movie reviews from a grammar of our own: the demo's embedded data. They do not vary with the run's seed.
+
+    Held-out reviews begin with other words, so that their prompts are new to what learnt from the others.
+    """
     from rlhf_pipeline.toy_reviews import toy_reviews as draw
 
-    rows = draw(train + test, seed=0)
-    return Splits(rows[test:], rows[:test])
+    return Splits(draw(train, seed=0), draw(test, seed=1, held_out=True))
 
 
 @registry.register

@@ -29,7 +29,9 @@ def _console() -> Console:
 def evaluation_table(evaluation: dict[str, Any]) -> None:
     """Policies by row, by more rewards and by their texts; then the paired gains, then answers."""
     known = evaluation.get("prompts_in_training")
-    prompts = f"{evaluation['prompts']} held-out prompts" + (f" ({known} also begin training texts)" if known else "")
+    count = evaluation["prompts"]
+    prompts = f"{count} held-out prompts"
+    prompts += f" ({known} of {count} also begin training texts)" if known is not None else ""
     title = f"{prompts}; reward: {evaluation['reward']}; KL to {evaluation['reference']}"
     columns = ("reward", "± s.e.", "median", "positive", "KL", "perplexity", "distinct-2", "length")
     console = _console()
@@ -164,23 +166,33 @@ def sweep_table(found: dict[str, Any], own: Collection[str]) -> None:
     some_failed = any(row["failed"] for row in rows)
     failed = [job for job in jobs if job["status"] == "failed"]
     left = sum(row["left"] for row in rows)
-    with_kl = any("kl" in row["results"] for row in rows)
+    of_ppo = ["reward", "KL"] if any("kl" in row["results"] for row in rows) else []
     cells = [
-        (_settings(row), number(row["objective"]), number(row["stderr"]),
-         *([number(row["results"].get("kl"), 2)] if with_kl else []), str(row["seeds"]),
-         *([str(row["failed"] or "-")] if some_failed else []), *([str(row["left"] or "-")] if left else []),
-         number(row["seconds"], 0))
+        (_settings(row), number(row["objective"]), number(row["stderr"]), *(_reward_and_kl(row) if of_ppo else []),
+         str(row["seeds"]), *([str(row["failed"] or "-")] if some_failed else []),
+         *([str(row["left"] or "-")] if left else []), number(row["seconds"], 0))
         for row in rows
     ]  # fmt: skip
-    columns = ("objective", "± s.e.", *(["KL"] if with_kl else []), "seeds", *(["failed"] if some_failed else []),
+    columns = ("objective", "± s.e.", *of_ppo, "seeds", *(["failed"] if some_failed else []),
                *(["left"] if left else []), "seconds")  # fmt: skip
     console = _console()
     about = f"; objective: {found['objective']}" if found["objective"] else ""
+    about += f" (KL <= {found['kl_budget']:g})" if found["kl_budget"] is not None else ""
     console.print(_by_policy(f"{found['sweep']} ({found['stage']}){about}", columns, cells))
+    if rows and rows[0]["over_budget"]:
+        nearest = f"nearest: {_settings(rows[0])}"
+        console.print(Text(shown(f"no settings keep within sweep.kl_budget={found['kl_budget']:g}; {nearest}")))
     for job in failed:
         console.print(Text(shown(f"failed: {job['job']}: {job['error']}"), style="red"))
     if failed:
         console.print(f"{len(failed)} of {len(jobs)} jobs failed; the same command tries them again")
+
+
+def _reward_and_kl(row: dict[str, Any]) -> tuple[str, str]:
+    """Of the answers to validation prompts; of those in training, where there are none."""
+    own = row["results"]
+    kl = number(own.get("validation_kl", own.get("kl")), 2)
+    return number(own.get("validation_reward", own.get("scores"))), kl + (" (over)" if row["over_budget"] else "")
 
 
 def _settings(row: dict[str, Any]) -> str:

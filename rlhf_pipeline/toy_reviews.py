@@ -3,6 +3,7 @@
 import math
 import random
 import re
+import zlib
 
 from rlhf_pipeline.records import Labelled
 
@@ -99,27 +100,30 @@ RULES: dict[str, list[str]] = {
         "it was not nearly as <-adj> as the <rival>.",
         "compared with the <-adj> <rival>, it was <adv> <+adj>.",
     ],
-    # At least six words each, so that the first six say nothing.
+    # At least six words each, so that the first six say nothing. The first two decide which side of the split a review
+    # is on (`_is_held_out`), so they are drawn from many.
     "opening": [
-        "I saw this <film> <company> <time>.",
-        "I watched this <film> <place> <time>.",
-        "<time> I saw this <film> <place>.",
-        "<time> we all watched this <film> <place>.",
-        "my sister and I saw this <film> <time>.",
-        "my parents chose this <film> <time>.",
-        "a friend gave me this <film> <time>.",
-        "this <film> <origin> is about <topic>.",
-        "this <film> tells the story of <topic>.",
-        "this <film> about <topic> came out <time>.",
-        "the director of this <film> comes from <country>.",
-        "this <film> <origin> runs for two hours.",
+        *["<whose> <people> <saw> this <film> <place>."] * 2,
+        *["<whose> <people> <saw> this <film> <time>."] * 2,
+        "<whose> <people> and I <saw> this <film>.",
+        "I <saw> this <film> <place> <time>.",
+        "<day> <evening> we all <saw> this <film>.",
+        "<day> <evening> I <saw> this <film> <place>.",
+        "<this> <film> <origin> is about <topic>.",
+        "<this> <film> tells the story of <topic>.",
     ],
+    "whose": _list("my, our, his, her, your, their"),
+    "people": _list(
+        "parents, sisters, brothers, cousins, uncles, aunts, children, students, friends, guests, neighbours, teachers"
+    ),
+    "saw": _list("saw, watched, chose"),
+    "day": _list("Monday, Tuesday, Friday, Saturday, Sunday"),
+    "evening": _list("morning, afternoon, evening, night"),
+    "this": _list("this, that, one"),
     "film": _list("film, movie, comedy, drama, thriller, western, romance, mystery, musical, cartoon, sequel"),
-    "company": _list("with my sister, with my parents, with two friends, with my class, with my wife"),
     "place": _list("in a small cinema, on the train, on television, at a festival, at home, on a plane"),
-    "time": _list("last Friday, last Sunday, last winter, last summer, two weeks ago, some years ago"),
+    "time": _list("last winter, last summer, two weeks ago, some years ago"),
     "origin": _list("from the nineties, from the sixties, from France, from Japan, from last year"),
-    "country": _list("Brazil, Poland, Italy, Korea, Iceland, Spain"),
     "topic": _list(
         "two brothers, a young doctor, a lost dog, a bank robbery, a family in Rome, three sisters, "
         "an old sailor, a chess player, a school by the sea, the first woman in space"
@@ -177,8 +181,14 @@ def _expand(template: str, sign: int, rng: random.Random, used: set[str]) -> str
     return re.sub(r"<([+-]?)(\w+)>", draw, template)
 
 
-def _review(sign: int, rng: random.Random) -> str:
-    opening = _expand("<opening> ", sign, rng, set())
+def _is_held_out(opening: str) -> bool:
+    """By the first two words, so that no prompt of two words or more begins reviews of both sides."""
+    return zlib.crc32(" ".join(opening.lower().split()[:2]).encode()) % 6 == 0
+
+
+def _review(sign: int, rng: random.Random, held_out: bool) -> str:
+    while _is_held_out(opening := _expand("<opening> ", sign, rng, set())) != held_out:
+        pass
     while True:  # draws the rest again, and only the rest, so that an opening stays independent of the sentiment
         text = opening + _expand("<+review><+tail>", sign, rng, set())
         if MIN_WORDS <= len(text.split()) <= MAX_WORDS:
@@ -187,13 +197,16 @@ def _review(sign: int, rng: random.Random) -> str:
     return re.sub(r"(?:^|\. )[a-z]", lambda match: match.group().upper(), text)
 
 
-def toy_reviews(count: int, seed: int) -> list[Labelled]:
-    """`count` reviews, about half of them positive (1). A longer draw with the same seed begins with a shorter one."""
+def toy_reviews(count: int, seed: int, held_out: bool = False) -> list[Labelled]:
+    """`count` reviews, about half of them positive (1). A longer draw with the same seed begins with a shorter one.
+
+    Reviews that are `held_out` begin with other words than all others: no pair of first words is on both sides.
+    """
     rng = random.Random(seed)
     rows = []
     for _ in range(count):
         label = rng.randrange(2)
-        rows.append(Labelled(_review(1 if label else -1, rng), label))
+        rows.append(Labelled(_review(1 if label else -1, rng, held_out), label))
     return rows
 
 

@@ -20,8 +20,8 @@ _AT_LEAST_ONE = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "watch_window", "ptx_max_length",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "kl_coef", "entropy_coef", "ptx_coef", "vf_coef", "cliprange", "cliprange_value", "min_new_tokens",
-    "critic_learning_rate",
+    "kl_coef", "selection_kl_coef", "entropy_coef", "ptx_coef", "vf_coef", "cliprange", "cliprange_value",
+    "min_new_tokens", "critic_learning_rate",
 )  # fmt: skip
 _SHARES = ("gamma", "lam", "critic_lam")  # from 0 to 1
 _OUTPUTS = (
@@ -106,7 +106,16 @@ class PPOConfig(TRLPPOConfig):
     )
     ratio_threshold: float = _field(10.0, "A mean ratio above this in an optimizer step stops the run.")
     watch_window: int = _field(20, "Updates over which the collapse watch compares.")
-    eval_samples: int | None = _field(256, "Held-out prompts of an evaluation during training. None: all.")
+    eval_samples: int | None = _field(
+        256,
+        "Held-out prompts of an evaluation during training. None: all. On the command line they are held back from the "
+        "training prompts, a tenth of them at most.",
+    )
+    selection_kl_coef: float = _field(
+        0.05,
+        "eval_score = eval_reward - selection_kl_coef x eval_kl; the policy with the highest score is chosen, within a "
+        "run (load_best_model_at_end) and in a sweep. Unlike kl_coef it is the same for all jobs of a sweep.",
+    )
     log_samples: int = _field(4, "How many samples of a logged update are kept.")
 
     def __post_init__(self) -> None:
@@ -123,7 +132,7 @@ class PPOConfig(TRLPPOConfig):
         if inherited.eval_steps is not None and inherited.eval_strategy == "no":
             inherited.eval_strategy = "steps"
         if inherited.metric_for_best_model is None:
-            inherited.metric_for_best_model, inherited.greater_is_better = "eval_reward", True
+            inherited.metric_for_best_model, inherited.greater_is_better = "eval_score", True
         super().__post_init__()
         self.bf16 = chosen
         unset_hf_deepspeed_config()  # or under ZeRO-3 transformers would open every model in shards, the reward's, too

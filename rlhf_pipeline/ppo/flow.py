@@ -173,12 +173,13 @@ class Flow(Trainer):
             lengths.append(rollout.batch.response_lengths.float())
             answers += rollout.responses
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        reward = torch.cat(rewards)
+        reward, kl = torch.cat(rewards), float(torch.cat(kls).mean())
         self.model.train()
         return {
+            "score": float(reward.mean()) - self.args.selection_kl_coef * kl,
             "reward": float(reward.mean()),
             "reward_stderr": float(reward.std() / math.sqrt(len(reward))) if len(reward) > 1 else 0.0,
-            "kl": float(torch.cat(kls).mean()),
+            "kl": kl,
             "length": float(torch.cat(lengths).mean()),
             "distinct_2": distinct(answers, 2),
         }

@@ -29,6 +29,8 @@ def sweep_page(found: Row, words: Words) -> str:
     """The whole page of what sweep.json holds."""
     rows, jobs = items(found.get("rows")), items(found.get("jobs"))
     objective = text(words(str(found.get("objective")))) if found.get("objective") else ""
+    if (budget := number(found.get("kl_budget"))) is not None:
+        objective += f" (KL ≤ {budget:g})"
     about = f'<p class="soft">{words("Objective: {}.", objective)} {words(_SEEDS)}</p>\n' if objective else ""
     by_settings = {name_of(row): _figures(row, words) for row in rows}
     parts = {
@@ -37,6 +39,8 @@ def sweep_page(found: Row, words: Words) -> str:
     }
     failed = sum(job.get("status") == "failed" for job in jobs)
     notes = [words("{} of {} jobs failed.", failed, len(jobs))] if failed else []
+    if rows and number(rows[0].get("over_budget")):
+        notes.append(words("No settings keep within the KL budget; nearest: {}.", text(name_of(rows[0]))))
     title = text(f"{found.get('sweep')} · {found.get('stage')}")
     return assemble(title, "", parts, notes, words)
 
@@ -57,6 +61,8 @@ def _short(row: Row) -> str:
 def _figures(row: Row, words: Words) -> dict[str, Any]:
     whole = {"objective": row.get("objective"), "± s.e.": row.get("stderr"), "seeds": row.get("seeds")}
     ended = {key: row.get(key) for key in ("failed", "left")}
+    if number(row.get("over_budget")):
+        ended["over KL budget by"] = row["over_budget"]
     return {**whole, **ended, "time": row.get("seconds"), **members(row.get("results"))}
 
 

@@ -8,6 +8,7 @@ LANGUAGES = ("en", "zh")
 MEASURES = {
     "Reward": {
         "reward": "reward",
+        "score": "reward - selection_kl_coef x KL",
         "objective/rlhf_reward": "reward less the KL penalty",
         "objective/non_score_reward": "KL penalty",
         "objective/scores_std": "spread of the rewards",
@@ -77,9 +78,9 @@ NAMES = {
     "accuracy": "accuracy", "prompt_accuracy": "accuracy by prompt", "rows": "rows", "prompts": "prompts",
     "pairs": "pairs", "margin": "margin", "calibration_error": "calibration error",
     "length_correlation": "correlation with length", "score_mean": "mean score", "score_std": "spread of scores",
-    "same_once_cut": "pairs equal once cut", "demonstration_mean": "score of demonstrations",
-    "best_eval_reward": "best held-out reward",
-    "held_out_reward": "held-out reward",
+    "same_once_cut": "pairs equal once cut",
+    "demonstration_mean": "score of demonstrations", "best_eval_score": "best validation score",
+    "validation_score": "validation score", "validation_reward": "validation reward", "validation_kl": "validation KL",
     "predicted": "predicted", "observed": "observed", "count": "count", "collapse_watch": "collapse watch",
     "labelled": "labelled", "judgements": "judgements", "tasks": "tasks", "annotators": "annotators", "ties": "ties",
     "dropped": "dropped", "contradictions": "contradictions", "agreement": "agreement", "rejected": "rejected",
@@ -246,8 +247,10 @@ CHINESE = {
     "correlation with length": "与长度的相关",
     "spread of scores": "得分的标准差",
     "score of demonstrations": "示范的得分",
-    "best held-out reward": "留出集最高奖励",
-    "held-out reward": "留出集奖励",
+    "best validation score": "验证集最高分",
+    "validation score": "验证集得分",
+    "validation reward": "验证集奖励",
+    "validation KL": "验证集 KL",
     "predicted": "预测",
     "observed": "实际",
     "count": "数量",
@@ -302,8 +305,14 @@ CHINESE = {
     "logarithmic": "对数刻度",
     "minus the loss on held-out texts": "留出文本上损失的负值",
     "accuracy on held-out rows": "留出数据上的准确率",
-    "mean reward of answers to held-out prompts": "对留出提示的回答的平均奖励",
-    "mean reward while training (no held-out prompts)": "训练时的平均奖励（没有留出提示）",
+    "reward - selection_kl_coef x KL": "奖励 − selection_kl_coef × KL",
+    "reward within the KL budget, on validation prompts": "KL 预算之内的奖励（验证提示）",
+    "reward - selection_kl_coef x KL, on validation prompts": "奖励 − selection_kl_coef × KL（验证提示）",
+    "reward - selection_kl_coef x KL while training (no validation prompts)": (
+        "训练时的奖励 − selection_kl_coef × KL（没有验证提示）"
+    ),
+    "No settings keep within the KL budget; nearest: {}.": "没有设置的 KL 在预算之内；最接近的是 {}。",
+    "over KL budget by": "超出 KL 预算",
     "mean reward of the last policy's answers to held-out prompts": "最后的策略模型对留出提示的回答的平均奖励",
 }
 

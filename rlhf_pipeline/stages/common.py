@@ -189,6 +189,7 @@ class Bar(TrainerCallback):
             self.measured = progress(len(eval_dataloader), "held-out", "batch", delay=1, leave=False)
         self.measured.update()
         if self.measured.n >= self.measured.total:
+            self.measured.clear()  # a printed line may have drawn it within its delay, and then close() leaves it there
             self.measured.close()
             self.measured = None
 

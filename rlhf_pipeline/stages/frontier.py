@@ -27,6 +27,7 @@ from rlhf_pipeline.lineage import parent
 from rlhf_pipeline.made import ppo_jobs
 from rlhf_pipeline.policies import Policy, load_policy, lora_config
 from rlhf_pipeline.ppo.actor_critic import with_master_weights
+from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.ppo.storage import WEIGHTS, load_policy_weights
 from rlhf_pipeline.progress import progress
 from rlhf_pipeline.rewards import Reward
@@ -113,7 +114,8 @@ def run(settings: Settings, out: RunDir) -> None:
             out.draw()
     found = {**about, **laid_out(keys, known)}
     write_json(place, found)
-    best = max(found["points"], key=lambda row: row["reward_mean"])
+    coef = jobs[0].config()["trainer"].get("selection_kl_coef", PPOConfig.selection_kl_coef)
+    best = max(found["points"], key=lambda row: row["reward_mean"] - coef * row["kl"])
     results = {"policies": len(found["points"]), "reward_mean": best["reward_mean"], "kl": best["kl"]}
     out.trackers.evaluation(out.config(), _as_evaluation(found["points"]))
     out.finish(results, objective=best["reward_mean"])

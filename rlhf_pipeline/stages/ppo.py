@@ -4,6 +4,8 @@ python -m rlhf_pipeline stage=ppo
 """
 
 import functools
+import random
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from rlhf_pipeline.atomic import read_jsonl
 from rlhf_pipeline.data import fingerprint, load_data, texts
 from rlhf_pipeline.encoding import documents, fitting, prompts
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.launch import processes
 from rlhf_pipeline.policies import load_policy, lora_config
 from rlhf_pipeline.ppo import PPOConfig, PPOTrainer
 from rlhf_pipeline.ppo.config import check_config
-from rlhf_pipeline.records import Row
 from rlhf_pipeline.rewards import load_reward, trained_part
 from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.sampling import room_for_prompts
@@ -28,7 +31,7 @@ from rlhf_pipeline.stages.common import check_languages, judges, say_taken, take
 def run(settings: Settings, out: RunDir) -> None:
     """Start from the SFT policy, keep it as the reference, and learn from the reward."""
     args = trainer_args(PPOConfig, settings, out)
-    check_config(args, script=False)
+    batch = check_config(args, script=False) * processes()
     adapter = lora_config(settings.policy)
     reward, judge = load_reward(settings.reward, out.upstream("reward", reward=trained_part(settings.reward)))
     rows = take_data(settings.data, settings.seed)
@@ -42,8 +45,16 @@ def run(settings: Settings, out: RunDir) -> None:
     if where.endswith(", untrained"):
         print("warning: the policy has learnt nothing yet; run stage=pretrain or stage=sft first, or give policy.path=")
     say_taken("reward", judge)
-    check_languages(reward, policy.tokenizer, texts(rows.test))
+    check_languages(reward, policy.tokenizer, texts(rows.train))
     print(f"computing in {args.precision_choice}", flush=True)
+    room = room_for_prompts(policy.model, args.response_length)
+    asked = fitting(prompts(rows.train, policy.tokenizer, settings.data, settings.seed), room)
+    asked, validation = hold_back(asked, args.eval_samples, len(asked) - batch, settings.seed)
+    if not validation:
+        why = f"a batch of {batch} takes all {len(asked)} prompts, so none are held back as validation prompts"
+        if args.eval_strategy != "no":
+            raise UserError(f"trainer.eval_strategy needs some: {why}; lower trainer.per_device_train_batch_size.")
+        print(f"warning: {why}; the run is judged by its reward while training", flush=True)
     known = fingerprint(settings.data, rows)
     parents = {"policy": where, **judges(reward, judge)}
     pretraining = rows
@@ -52,19 +63,14 @@ def run(settings: Settings, out: RunDir) -> None:
         known["ptx"] = fingerprint(settings.ptx, pretraining)
         parents |= {"ptx": path} if isinstance(path := settings.ptx.get("path"), str) else {}
     out.begin(settings, parents, known)
-    room = room_for_prompts(policy.model, args.response_length)
-
-    def asked(split: Sequence[Row], seed: int) -> list[list[int]]:
-        return fitting(prompts(split, policy.tokenizer, settings.data, seed), room)
-
     trainer = PPOTrainer(
         args,
         policy.tokenizer,
         policy.model,
         None,  # the reference is the policy as it is now
         reward,
-        asked(rows.train, settings.seed),
-        eval_dataset=asked(rows.test, settings.seed + 1),
+        asked,
+        eval_dataset=validation or None,
         peft_config=adapter,
         ptx_dataset=documents(pretraining.train, policy.tokenizer) if args.ptx_coef else None,
     )
@@ -72,15 +78,38 @@ def run(settings: Settings, out: RunDir) -> None:
     trainer.on_warning = out.warn
     trainer.train(watch(trainer, out))
     out.save_model(functools.partial(_save, trainer))  # first: what may yet go wrong takes no training with it
-    held_out = trainer.measure() if trainer.eval_prompts and trainer.eval_prompts.ids else None
     last = [row for row in read_jsonl(out.path / "metrics.jsonl") if "objective/scores" in row][-10:]
     results = {name: sum(row[f"objective/{name}"] for row in last) / len(last) for name in ("scores", "kl")}
     if trainer.state.best_metric is not None:
-        results["best_eval_reward"] = trainer.state.best_metric
-    if held_out:
-        results["held_out_reward"] = held_out["reward"]
+        results[f"best_{args.metric_for_best_model}"] = trainer.state.best_metric
+    objective = results["scores"] - args.selection_kl_coef * results["kl"]
+    if validation:
+        measured = trainer.measure()
+        results |= {f"validation_{name}": measured[name] for name in ("score", "reward", "kl")}
+        objective = measured["score"]
     signs = {"collapse_watch": sorted(trainer.watch.warned)} if trainer.watch.warned else {}
-    out.finish({**results, **signs}, objective=results.get("held_out_reward", results["scores"]))
+    out.finish({**results, **signs}, objective=objective)
+
+
+def hold_back(
+    asked: Sequence[list[int]], most: int | None, spare: int, seed: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Part training prompts into those that PPO learns from and validation prompts, by which policies are chosen.
+
+    Of the latter there are about `most`, at most about a tenth, and never more than are to `spare`. Prompts with the
+    same tokens stay together. The test split is left to stage=evaluate, so that no choice is made on what it reports.
+    """
+    count = min(most or len(asked), -(-len(asked) // 10))
+    repeats = Counter(map(tuple, asked))
+    order = sorted(repeats)
+    random.Random(f"validation {seed}").shuffle(order)
+    held: set[tuple[int, ...]] = set()
+    rows = 0
+    for prompt in order:
+        if rows < count and rows + repeats[prompt] <= spare:
+            held.add(prompt)
+            rows += repeats[prompt]
+    return [ids for ids in asked if tuple(ids) not in held], [ids for ids in asked if tuple(ids) in held]
 
 
 def _save(trainer: PPOTrainer, folder: Path) -> None:

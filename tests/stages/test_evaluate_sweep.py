@@ -51,6 +51,9 @@ def test_every_checkpoint_of_every_job_is_measured(
     assert len(found["starts"]) == 1
     assert [row["n"] for row in found["starts"][0]["best_of"]] == [1, 2, 3, 4]
     assert all("length" in row["rewards"] for row in found["points"])
+    best = max(found["points"], key=lambda row: row["reward_mean"] - 0.05 * row["kl"])  # not by reward alone
+    results = json.loads((sweep / "frontier" / "run.json").read_text())["results"]
+    assert (results["reward_mean"], results["kl"]) == (best["reward_mean"], best["kl"])
     assert "best of n of runs/demo/sft/model: 1: " in shown
     assert max(map(len, shown.splitlines())) <= 100
 

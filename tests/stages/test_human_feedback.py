@@ -17,6 +17,7 @@ from rlhf_pipeline.data import load_data
 from rlhf_pipeline.lineage import content_hash
 from rlhf_pipeline.records import Turn
 from rlhf_pipeline.rounds import by_round, write_rounds
+from rlhf_pipeline.scripts import words_of
 
 SMALL = (
     "experiment=human_feedback",
@@ -92,7 +93,7 @@ def test_a_labelers_ranks_follow_its_scores_but_for_its_noise(two_rounds: Path) 
     right = []
     for row in rows:
         assert row["annotator"] == "length"
-        assert row["scores"] == [-abs(len(response.split()) - 5) / 5 for response in row["responses"]]
+        assert row["scores"] == [-abs(len(words_of(response)) - 5) / 5 for response in row["responses"]]
         both = list(zip(row["ranks"], row["scores"], strict=True))
         right += [a[1] > b[1] for a in both for b in both if a[0] < b[0] and a[1] != b[1]]
     assert 0.55 < sum(right) / len(right) < 1

@@ -4,12 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from conftest import MINIATURE, CommandLine
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rlhf_pipeline.atomic import read_jsonl
+from rlhf_pipeline.data import begun_by, load_data
+from rlhf_pipeline.ppo import PPOTrainer
+from rlhf_pipeline.stages.ppo import hold_back
 
 
 def ppo(command_line: CommandLine, miniature: Path, name: str, *more: str) -> Path:
@@ -35,10 +39,13 @@ def test_an_adapter_with_held_out_prompts_and_pretraining_texts(
         "ptx.name=text", "ptx.path=texts.txt",
     )  # fmt: skip
     rows = read_jsonl(folder / "metrics.jsonl")
-    evaluated = {row["step"]: row["eval_reward"] for row in rows if "eval_reward" in row}
+    evaluated = {row["step"]: row for row in rows if "eval_score" in row}
     assert sorted(evaluated) == [2, 4, 6]
-    record = json.loads((folder / "run.json").read_text())
-    assert record["results"]["best_eval_reward"] == max(evaluated.values())
+    for row in evaluated.values():
+        assert row["eval_score"] == pytest.approx(row["eval_reward"] - 0.05 * row["eval_kl"])
+    results = json.loads((folder / "run.json").read_text())["results"]
+    assert results["best_eval_score"] == max(row["eval_score"] for row in evaluated.values())
+    assert results["validation_score"] == pytest.approx(results["best_eval_score"])  # the best model is the result
     held = load_file(folder / "model" / "model.safetensors")
     before = load_file(miniature / "sft" / "model" / "model.safetensors")
     assert held.keys() == before.keys()
@@ -88,6 +95,67 @@ def test_the_critic_starts_as_the_reward_model_of_the_run(
         *more[:2], *(m for m in MINIATURE if "ppo" in m or "data" in m),
     ) == 2  # fmt: skip
     assert "trainer.critic_init=reward needs a reward model" in capsys.readouterr().err
+
+
+def test_policies_are_chosen_by_prompts_that_neither_ppo_nor_evaluate_uses(
+    miniature: Path, command_line: CommandLine, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[PPOTrainer] = []
+    monkeypatch.setattr(
+        "rlhf_pipeline.stages.ppo.PPOTrainer", lambda *a, **k: made.append(PPOTrainer(*a, **k)) or made[0]
+    )
+    folder = ppo(command_line, miniature, "chosen", "trainer.selection_kl_coef=0.5", "trainer.eval_samples=20")
+    (trainer,) = made
+    assert trainer.eval_prompts is not None
+    learnt, validation = ({tuple(ids) for ids in prompts.ids} for prompts in (trainer.prompts, trainer.eval_prompts))
+    assert len(trainer.eval_prompts.ids) == 20
+    assert not learnt & validation
+    rows = load_data({"name": "toy_reviews", "limit": 300}, seed=0)
+    texts = [trainer.processing_class.decode(ids) for ids in validation]
+    assert begun_by(texts, rows.train) == len(texts)  # cut from the training split
+    record = json.loads((folder / "run.json").read_text())
+    results = record["results"]
+    assert record["objective"] == results["validation_score"]
+    assert record["objective"] == pytest.approx(results["validation_reward"] - 0.5 * results["validation_kl"])
+
+
+def test_validation_prompts_are_held_back_from_training() -> None:
+    asked = [[n % 50, 7] for n in range(1000)]  # 50 prompts, each 20 times
+    learnt, validation = hold_back(asked, 60, 900, seed=0)
+    assert len(validation) == 60
+    assert len(learnt) == 940
+    assert not {tuple(ids) for ids in learnt} & {tuple(ids) for ids in validation}
+    assert hold_back(asked, 60, 900, seed=0) == (learnt, validation)
+    assert hold_back(asked, 60, 900, seed=1)[1] != validation
+    assert len(hold_back(asked, None, 900, seed=0)[1]) == 100  # a tenth
+    assert len(hold_back(asked, 5, 900, seed=0)[1]) == 20  # a prompt is on one side
+    assert hold_back(asked, 60, 19, seed=0) == (asked, [])  # the others would not fill a batch
+    assert hold_back([[1], [2], [3]], 60, 1, seed=0)[1]
+    assert hold_back([[1]] * 9, 60, 8, seed=0) == ([[1]] * 9, [])
+
+
+def test_without_validation_prompts_the_run_says_what_it_is_judged_by(
+    miniature: Path, command_line: CommandLine, workplace: Path, capsys: Any
+) -> None:
+    asked = ["data.limit=16", "trainer.total_episodes=16"]
+    folder = ppo(command_line, miniature, "few", *asked)
+    assert "a batch of 16 takes all 16 prompts, so none are held back as validation prompts" in capsys.readouterr().out
+    record = json.loads((folder / "run.json").read_text())
+    assert record["objective"] == pytest.approx(record["results"]["scores"] - 0.05 * record["results"]["kl"])
+    given = [f"policy.path={miniature / 'sft'}", f"reward.path={miniature / 'reward'}", *MINIATURE]
+    assert command_line("stage=ppo", "experiment=demo", "name=none", *given, *asked, "trainer.eval_steps=1") == 2
+    assert "trainer.eval_strategy needs some: a batch of 16 takes all 16 prompts" in capsys.readouterr().err
+
+
+def test_a_run_that_was_begun_before_its_selection_is_not_gone_on_with(
+    miniature: Path, command_line: CommandLine, workplace: Path, capsys: Any
+) -> None:
+    folder = ppo(command_line, miniature, "before")
+    path = folder / "config.yaml"
+    path.write_text(path.read_text().replace("  selection_kl_coef: 0.05\n", ""))
+    given = [f"policy.path={miniature / 'sft'}", f"reward.path={miniature / 'reward'}"]
+    assert command_line("stage=ppo", "experiment=demo", "name=before", *given, *MINIATURE) == 2
+    assert "trainer.selection_kl_coef is None there and 0.05 here" in capsys.readouterr().err
 
 
 def test_sft_trains_an_adapter_too(miniature: Path, command_line: CommandLine, workplace: Path) -> None:

@@ -57,7 +57,9 @@ def test_a_failed_job_stops_no_other_and_is_done_when_the_sweep_is_run_again(run
         record = json.loads((folder / job / "ppo" / "run.json").read_text())
         assert config["name"] == f"coefs/{job}"
         assert config["trainer"]["kl_coef"] == 0.02
-        assert record["objective"] == record["results"]["held_out_reward"] != record["results"]["scores"]
+        results = record["results"]
+        assert record["objective"] == results["validation_score"] != results["scores"]
+        assert record["objective"] == pytest.approx(results["validation_reward"] - 0.05 * results["validation_kl"])
         assert (folder / job / "ppo" / "model").is_dir()
     assert f"{folder.relative_to(runs.parent)}/report.html shows the sweep" in done.stdout
 
@@ -82,7 +84,7 @@ def test_what_has_been_trained_is_kept_where_its_measuring_fails(
     assert json.loads((runs / "demo" / "ppo" / "run.json").read_text())["status"] == "failed"
     assert command_line(*QUICK, "name=demo") == 0
     record = json.loads((runs / "demo" / "ppo" / "run.json").read_text())
-    assert record["objective"] == record["results"]["held_out_reward"]
+    assert record["objective"] == record["results"]["validation_score"]
 
 
 @pytest.mark.slow

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
 
 from rlhf_pipeline import data, encoding
+from rlhf_pipeline.arguments import CONF
 from rlhf_pipeline.data import begun_by
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.policies import train_tokenizer
@@ -45,6 +47,18 @@ def test_prompts_that_also_begin_training_texts_are_counted() -> None:
     assert begun_by(["the", "the film was good", "the film was bad", "a", "b", "zzz"], rows) == 3
     assert begun_by(["why?", "how?"], [Preference("why?", "so", "no"), Preference("what?", "how?", "no")]) == 1
     assert begun_by(["the"], []) == 0
+
+
+@pytest.mark.parametrize("experiment", ["demo", "human_feedback"])
+def test_the_demos_held_out_prompts_begin_no_training_review(experiment: str) -> None:
+    """With the tokenizer and the prompts that the experiment has, for each of the 2,000 held-out reviews."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg: Any = compose("config", [f"experiment={experiment}", "stage=pretrain"])
+    rows = data.load_data({"name": cfg.data.name}, seed=0)
+    tokenizer = train_tokenizer([row.text for row in rows.train], cfg.policy.vocabulary, cfg.policy.positions)
+    asked = encoding.questions(rows.test, tokenizer, {"name": "", "prompt_tokens": [*cfg.data.prompt_tokens]}, seed=0)
+    assert len(asked) == 2_000
+    assert begun_by([question.prompt for question in asked], rows.train) == 0
 
 
 def test_the_fingerprint_sees_every_row() -> None:

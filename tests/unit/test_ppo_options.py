@@ -449,11 +449,37 @@ def test_the_best_model_is_kept_and_can_be_the_result(tokenizer: PreTrainedToken
         save_best = ppo._save_best
         ppo._save_best = lambda p=ppo, s=seen, f=save_best: (s.__setitem__(p.state.global_step, weights(p)), f())[1]  # type: ignore[misc,method-assign]
         ppo.train()
-        rewards = {row["step"]: row["eval_reward"] for row in ppo.state.log_history if "eval_reward" in row}
-        best = max(rewards, key=lambda step: (rewards[step], -step))
-        assert ppo.state.best_metric == rewards[best]
+        scores = {row["step"]: row["eval_score"] for row in ppo.state.log_history if "eval_score" in row}
+        best = max(scores, key=lambda step: (scores[step], -step))
+        assert ppo.state.best_metric == scores[best]
         assert torch.equal(weights(ppo), seen[best])
         assert (folder / "best" / "value_head.safetensors").exists()
+
+
+def test_a_hacked_policy_is_not_the_best_model(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """Where the reward rises with the KL, the best by reward is the last; by reward - c x KL it is an earlier one."""
+    measured = {2: (0.6, 1.0), 4: (0.9, 2.0), 6: (0.95, 9.0), 8: (0.96, 12.0)}
+    for metric, step in ((None, 4), ("eval_reward", 8)):
+        ppo = trainer(
+            tokenizer, tmp_path / str(metric), given={"eval_dataset": PROMPTS}, load_best_model_at_end=True,
+            metric_for_best_model=metric, **EVALUATED,
+        )  # fmt: skip
+        answers = ppo._answers
+
+        def hacked(*asked: Any, p: PPOTrainer = ppo, f: Any = answers) -> Any:
+            reward, kl = measured[p.state.global_step]
+            for rollout in f(*asked):
+                per_token = rollout.batch.response_mask * kl / rollout.batch.response_lengths[:, None]
+                ref = torch.zeros_like(rollout.ref_log_probs)
+                yield rollout._replace(
+                    scores=torch.full_like(rollout.scores, reward), log_probs=ref + per_token, ref_log_probs=ref
+                )
+
+        ppo._answers = hacked  # type: ignore[method-assign]
+        ppo.train()
+        assert ppo.state.best_global_step == step
+    scores = [row["eval_score"] for row in ppo.state.log_history if "eval_score" in row]
+    assert scores == [pytest.approx(reward - 0.05 * kl) for reward, kl in measured.values()]
 
 
 def test_callbacks_stop_training_and_keep_their_patience(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

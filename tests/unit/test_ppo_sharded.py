@@ -64,7 +64,7 @@ def test_the_best_weights_come_back_into_shards(tmp_path: Path) -> None:
     asked: dict[str, Any] = {"evaluate": True, "dtype": "float32"}
     best = {"load_best_model_at_end": True, "ptx_coef": 0.0, "total_episodes": 16}
     one, log = launch(tmp_path / "one", 1, options={**OPTIONS, **best}, **asked)
-    rewards = [row["eval_reward"] for row in log if "eval_reward" in row]
-    assert rewards.index(max(rewards)) < len(rewards) - 1  # or the last would do
+    scores = [row["eval_score"] for row in log if "eval_score" in row]
+    assert scores.index(max(scores)) < len(scores) - 1  # or the last would do
     sharded, _ = launch(tmp_path / "sharded", 2, options={**HALF, **best}, environment=environment(3), **asked)
     close(one, sharded)

@@ -87,6 +87,7 @@ REFUSED = {
     "-m stage=evaluate seed=1,2 compare=[a,b]": "compare= goes with one run",
     "-m stage=collect seed=1,2 labels=pull": "labels= goes with one run",
     "-m stage=evaluate seed=1,2 sweep=coefs": "sweep= goes with one run",
+    "-m stage=sft seed=1,2 sweep.kl_budget=3": "sweep.kl_budget= goes with stage=ppo",
     "-m stage=sft seed=1,2 hydra/launcher=submitit_no": "pip install 'rlhf_pipeline[slurm]'",
 }
 
@@ -136,7 +137,7 @@ def add(sweep: Path, settings: dict[str, str], objective: float | None, status: 
             "status": "done",
             "objective": objective,
             "seconds": 2.0,
-            "results": {"kl": 2 * objective, "held_out_reward": objective},
+            "results": {"kl": 2 * objective, "validation_reward": objective + 1, "validation_kl": 20.0},
         }
         (folder / "ppo" / "run.json").write_text(json.dumps(record))
         (folder / "ppo" / "report.html").write_text("")
@@ -166,14 +167,14 @@ def test_jobs_are_grouped_over_seeds_and_the_best_comes_first(sweep: Path) -> No
     assert rows[2] == ({"trainer.kl_coef": "0.3"}, None, None, 0)
     assert [(row["failed"], row["left"]) for row in found["rows"]] == [(1, 0), (0, 0), (0, 1)]
     assert found["rows"][1]["results"]["kl"] == pytest.approx(1.2)
-    assert found["objective"] == "mean reward of answers to held-out prompts"
+    assert found["objective"] == "reward - selection_kl_coef x KL, on validation prompts"
 
 
 def test_the_table_is_sorted_and_says_what_failed(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report_sweep(sweep, "ppo", [folder.name for folder in sweep.iterdir() if folder.is_dir()])
     said = capsys.readouterr().out
     assert said.index("kl_coef=0.2") < said.index("kl_coef=0.1") < said.index("kl_coef=0.3")
-    assert "held-out prompts" in said
+    assert "validation prompts" in said.replace("\n", " ")
     assert "failed: trainer.kl_coef=0.2,seed=2: out of <memory>" in said
     assert "1 of 5 jobs failed" in said
     assert json.loads((sweep / "sweep.json").read_text()) == summarise(sweep, "ppo")
@@ -234,8 +235,90 @@ def test_a_damaged_note_hides_no_other_job(sweep: Path, capsys: pytest.CaptureFi
 def test_a_reward_of_what_was_trained_on_is_called_so(tmp_path: Path) -> None:
     folder = add(tmp_path, {"seed": "1"}, 0.9)
     path = folder / "ppo" / "run.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "results": {"scores": 0.9}}))
-    assert summarise(tmp_path, "ppo")["objective"] == "mean reward while training (no held-out prompts)"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "results": {"scores": 1.0, "kl": 2.0}}))
+    assert summarise(tmp_path, "ppo")["objective"] == (
+        "reward - selection_kl_coef x KL while training (no validation prompts)"
+    )
+
+
+# The reward of a policy that hacks it, of a moderate one and of one that stayed where it began, with their KL.
+HACKED, MODERATE, TIMID = (0.960, 10.0), (0.934, 2.5), (0.821, 0.8)
+
+
+@pytest.fixture
+def hacked(tmp_path: Path) -> Path:
+    """A sweep in which the more the reward is hacked, the higher it is."""
+    folder = tmp_path / "runs" / "hacked"
+    for coef, (reward, kl) in {"0.01": HACKED, "0.05": MODERATE, "0.2": TIMID}.items():
+        job = add(folder, {"trainer.kl_coef": coef}, reward - 0.05 * kl)
+        path = job / "ppo" / "run.json"
+        results = {"scores": reward, "kl": kl, "validation_reward": reward, "validation_kl": kl}
+        path.write_text(json.dumps({**json.loads(path.read_text()), "results": results}))
+    return folder
+
+
+def order_of(found: dict[str, Any]) -> list[str]:
+    return [row["settings"]["trainer.kl_coef"] for row in found["rows"]]
+
+
+def test_a_hacked_policy_is_not_chosen(hacked: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert order_of(summarise(hacked, "ppo")) == ["0.05", "0.2", "0.01"]
+    report_sweep(hacked, "ppo", [])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "kl_coef=" in line]
+    assert [(row[1], row[3], row[7], row[9]) for row in rows] == [
+        ("kl_coef=0.05", "0.809", "0.934", "2.50"),
+        ("kl_coef=0.2", "0.781", "0.821", "0.80"),
+        ("kl_coef=0.01", "0.460", "0.960", "10.00"),
+    ]
+    page = (hacked / "report.html").read_text()
+    assert page.index("kl_coef=0.05") < page.index("kl_coef=0.2") < page.index("kl_coef=0.01")
+    assert "validation reward" in page
+    assert "validation KL" in page
+
+
+@pytest.mark.parametrize(
+    ("budget", "order", "over"),
+    [(20, ["0.01", "0.05", "0.2"], 0), (3, ["0.05", "0.2", "0.01"], 1), (1, ["0.2", "0.05", "0.01"], 2),
+     (0.5, ["0.2", "0.05", "0.01"], 3)],
+)  # fmt: skip
+def test_at_a_kl_budget_the_best_reward_within_it_is_chosen(
+    budget: float, order: list[str], over: int, hacked: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report_sweep(hacked, "ppo", [], budget)
+    found = json.loads((hacked / "sweep.json").read_text())
+    assert order_of(found) == order
+    said = capsys.readouterr().out
+    assert said.count("(over)") == over
+    nearest = f"no settings keep within sweep.kl_budget={budget:g}; nearest: kl_coef=0.2"
+    assert (nearest in said) == (over == 3)
+    assert found["rows"][0]["objective"] == {"0.01": 0.960, "0.05": 0.934, "0.2": 0.821}[order[0]]
+    (page,) = (path for path in rebuild(hacked) if path.parent == hacked)  # at the same budget
+    assert ("No settings keep within the KL budget" in page.read_text()) == (over == 3)
+    assert f"(KL ≤ {budget:g})" in page.read_text()
+
+
+def test_a_job_that_was_judged_by_reward_alone_is_not_compared(hacked: Path) -> None:
+    path = hacked / "trainer.kl_coef=0.01" / "ppo" / "run.json"
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "objective": 0.96, "results": {"held_out_reward": 0.96}})
+    )
+    found = summarise(hacked, "ppo")
+    assert order_of(found) == ["0.05", "0.2", "0.01"]
+    assert found["jobs"][-1]["objective"] is None
+    assert "overwrite=true" in found["jobs"][-1]["error"]
+
+
+def test_a_kl_budget_is_said_beside_a_sweep() -> None:
+    asked = arguments.complete([*PPO, "sweep=kl", "sweep.kl_budget=3"])
+    assert asked == [*PPO, "hydra.sweeper.kl_budget=3.0", "++trainer.kl_coef=0.01,0.02,0.05,0.1,0.2", "-m"]
+    assert "hydra.sweeper.kl_budget=0.5" in arguments.complete([*PPO, "-m", "seed=1,2", "++sweep.kl_budget=0.5"])
+    with pytest.raises(UserError, match=r"sweep\.kl_budget=3 goes with a sweep of stage=ppo"):
+        arguments.complete([*PPO, "sweep.kl_budget=3"])
+    with pytest.raises(UserError, match=r"sweep\.kl_budget=3 goes with a sweep of stage=ppo"):
+        arguments.complete(["stage=evaluate", "sweep=coefs", "sweep.kl_budget=3"])
+    for budget in ("much", "0", "-1", "nan", "inf", "", "1,2"):
+        with pytest.raises(UserError, match=r"it takes a number above 0, a KL in nats"):
+            arguments.complete([*PPO, "sweep=kl", f"sweep.kl_budget={budget}"])
 
 
 def test_the_page_links_jobs_and_takes_what_files_hold_as_text(sweep: Path) -> None:
@@ -325,13 +408,38 @@ def test_a_whole_pipeline_and_a_choice_can_be_swept(
     launched: list[tuple[str, str, list[str]]], command_line: CommandLine, workplace: Path
 ) -> None:
     assert command_line("stage=pipeline", "sweep=seeds", "seed=1,2", "stages.ppo.trainer.kl_coef=0.1,0.2") == 0
-    assert {stage for _, stage, _ in launched} == {"evaluate"}
+    assert {stage for _, stage, _ in launched} == {"ppo"}  # on evaluate's prompts no choice is made
     assert len(launched) == 4
     assert launched[0][0] == "demo/seed=1,stages.ppo.trainer.kl_coef=0.1"
     launched.clear()
     assert command_line("-m", "stage=ppo", "reward=length,toy_sentiment", "name=x", "labeler=length,repetition") == 0
     assert launched[0][0] == "x/reward=length,labeler=length"
     assert len(launched) == 4
+
+
+@pytest.mark.parametrize(("budget", "best"), [([], "0.05"), (["sweep.kl_budget=1"], "0.2")])
+def test_optuna_searches_for_what_the_table_orders_by(
+    budget: list[str], best: str, command_line: CommandLine, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optuna = pytest.importorskip("optuna", reason="the extra optuna is not installed")
+    worth = {"0.01": HACKED, "0.05": MODERATE, "0.2": TIMID}
+
+    def run_job(runs: Path, name: str, stage: str, command: list[str]) -> None:
+        reward, kl = worth[next(word for word in command if word.startswith("++trainer.kl_coef=")).partition("=")[2]]
+        results = {"validation_reward": reward, "validation_kl": kl}
+        (runs / name / stage).mkdir(exist_ok=True)
+        record = {"status": "done", "name": name, "objective": reward - 0.05 * kl, "results": results, "seconds": 1}
+        (runs / name / stage / "run.json").write_text(json.dumps(record))
+        jobs.note(runs / name, status="done")
+
+    monkeypatch.setattr(cli, "run_job", run_job)
+    monkeypatch.setattr("rlhf_pipeline.rundir.RunDir.finished", lambda *_, **__: False)
+    asked = ["stage=ppo", "sweep=optuna", "name=x", "trainer.learning_rate=1e-4", "trainer.kl_coef=0.01,0.05,0.2"]
+    assert command_line(*asked, *budget, "hydra.sweeper.n_trials=8") == 0
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{workplace}/runs/x/optuna.db")
+    assert {trial.params["++trainer.kl_coef"] for trial in study.trials} == {*worth}
+    assert study.best_params == {"++trainer.kl_coef": best}
+    assert order_of(json.loads((workplace / "runs" / "x" / "sweep.json").read_text()))[0] == best
 
 
 def test_a_job_that_was_interrupted_leaves_the_sweep_unfinished(

@@ -35,7 +35,7 @@ def test_many_policies_are_readable_at_100_columns(capsys: pytest.CaptureFixture
     assert len(figures) == 2
     assert "…" not in "".join(lines)
     said = "\n".join(lines)
-    assert "8 held-out prompts (3 also begin training texts)" in said
+    assert "8 held-out prompts (3 of 8 also begin training texts)" in said.replace("\n", " ")
     assert "More rewards" in said
     assert "warning: round1: classifier rose by" in said
     assert "worst: prompt" in said
@@ -47,6 +47,11 @@ def test_names_and_answers_are_shown_as_they_are(capsys: pytest.CaptureFixture[s
     assert "[red]sft" in said
     assert "[bold]so" in said
     assert "\x1b" not in said
+
+
+def test_the_table_says_so_where_no_prompt_begins_a_training_text(capsys: pytest.CaptureFixture[str]) -> None:
+    evaluation_table({**evaluation(["base", "sft"]), "prompts_in_training": 0})
+    assert "(0 of 8 also begin training texts)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_an_evaluation_from_before_there_were_more_rewards_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,7 +63,20 @@ def test_an_opening_says_nothing(reviews: list[Labelled]) -> None:
     assert {true_sentiment(opening) for opening in openings} == {0.5}
 
 
+def test_held_out_reviews_begin_with_words_that_no_other_begins_with(reviews: list[Labelled]) -> None:
+    held_out = toy_reviews(2_000, seed=1, held_out=True)
+    known = {" ".join(review.text.split()[:2]) for review in reviews}
+    new = {" ".join(review.text.split()[:2]) for review in held_out}
+    assert len(known) > 80
+    assert len(new) > 15
+    assert not {b for b in new if any(k.startswith(b) or b.startswith(k) for k in known)}
+    words = {word for review in reviews for word in review.text.split()}
+    assert {word for pair in new for word in pair.split()} <= words  # each word is known, the pair is not
+    assert 0.45 < sum(review.label for review in held_out) / len(held_out) < 0.55
+
+
 def test_true_sentiment_agrees_with_the_label(reviews: list[Labelled]) -> None:
+    reviews = [*reviews, *toy_reviews(2_000, seed=1, held_out=True)]
     agree = sum((true_sentiment(review.text) > 0.5) == (review.label == 1) for review in reviews)
     assert agree >= 0.995 * len(reviews)
 

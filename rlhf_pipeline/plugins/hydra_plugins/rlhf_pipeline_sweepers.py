@@ -26,6 +26,7 @@ from rlhf_pipeline.errors import UserError
 
 # What stands for the whole sweep.
 _OF_ALL = ("stage", "name", "runs")
+_OVER_BUDGET = 1e9
 
 
 class Job(NamedTuple):
@@ -39,6 +40,8 @@ class Job(NamedTuple):
 
 class JobsSweeper(Sweeper):
     """What grid and search share: jobs are checked before any is launched, and all are accounted for at the end."""
+
+    kl_budget: float | None = None  # sweep.kl_budget=: the best reward within it wins
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Open the launcher."""
@@ -68,7 +71,7 @@ class JobsSweeper(Sweeper):
                 raise UserError(f"{key}= is the whole sweep's, and takes one value.")
         fixed = [o.input_line for key, o in said.items() if not o.is_sweep_override() and key != "name"]
         self.run([line for line in fixed if line], {key: o for key, o in said.items() if o.is_sweep_override()})
-        report_sweep(self.folder, self.jobs[0].about["stage"], [job.folder.name for job in self.jobs])
+        report_sweep(self.folder, self.jobs[0].about["stage"], [job.folder.name for job in self.jobs], self.kl_budget)
         ended = [read_job(job.folder) for job in self.jobs]
         if not all(job.get("status") == "done" for job in ended):
             sys.exit(max(1, *(job.get("exit", 1) for job in ended)))
@@ -78,9 +81,10 @@ class JobsSweeper(Sweeper):
         raise NotImplementedError
 
     def launch(self, fixed: list[str], varied: Iterable[Sequence[str]], first: int = 0) -> list[float | None]:
-        """Run jobs, each with settings of its own; give their objectives, None for one that failed."""
+        """Run jobs, each with settings of its own; give what each is worth, None for one that failed."""
         from rlhf_pipeline.jobs import at_work, note, note_lost, read_job
         from rlhf_pipeline.rundir import RunDir
+        from rlhf_pipeline.sweeps import judge
 
         # A mistake in any of them is told before any begins.
         jobs = [self._job(fixed, own) for own in varied]
@@ -96,7 +100,11 @@ class JobsSweeper(Sweeper):
             note_lost(job.folder)
         runs = [RunDir(self.folder, job.folder.name, job.about["stage"]).newest_round() for job in jobs]
         whole = [read_job(job.folder).get("status") == "done" for job in jobs]
-        return [out.objective() if done else None for out, done in zip(runs, whole, strict=True)]
+        worth = [
+            judge(out.record, self.kl_budget) if done else (None, 0.0) for out, done in zip(runs, whole, strict=True)
+        ]
+        # To Optuna's TPE only the order matters: whatever is over the budget is behind the rest, the nearest first.
+        return [-_OVER_BUDGET - over if over else value for value, over in worth]
 
     def _job(self, fixed: list[str], own: Sequence[str]) -> Job:
         from rlhf_pipeline.cli import check_job
@@ -108,14 +116,16 @@ class JobsSweeper(Sweeper):
         OmegaConf.set_struct(cfg, False)
         del cfg["hydra"]
         stage, seed, done = check_job(cfg, command)
+        if self.kl_budget is not None and stage != "ppo":
+            raise UserError(f"sweep.kl_budget= goes with stage=ppo; the jobs here are known by their stage={stage}.")
         return Job(folder, command, {"stage": stage, "settings": settings_of(command), "seed": seed}, done)
 
 
 class Grid(JobsSweeper):
     """Every combination of what is given several values."""
 
-    def __init__(self, max_batch_size: int | None) -> None:
-        self.max_batch_size = max_batch_size
+    def __init__(self, max_batch_size: int | None, kl_budget: float | None = None) -> None:
+        self.max_batch_size, self.kl_budget = max_batch_size, kl_budget
 
     def run(self, fixed: list[str], swept: Mapping[str, Override]) -> None:
         """Launch them all, or so many at once."""
@@ -133,8 +143,8 @@ class Optuna(JobsSweeper):
     Each trial is run with every seed that is given, and is worth their mean.
     """
 
-    def __init__(self, n_trials: int, n_jobs: int) -> None:
-        self.n_trials, self.n_jobs = n_trials, n_jobs
+    def __init__(self, n_trials: int, n_jobs: int, kl_budget: float | None = None) -> None:
+        self.n_trials, self.n_jobs, self.kl_budget = n_trials, n_jobs, kl_budget
 
     def run(self, fixed: list[str], swept: Mapping[str, Override]) -> None:
         """Search alone: two sessions would take each other's trials for ones that were cut off."""
@@ -152,7 +162,9 @@ class Optuna(JobsSweeper):
 
     def _search(self, fixed: list[str], space: Mapping[str, Override], seeds: list[str]) -> None:
         """Go through what an earlier session has left undone, then through what Optuna asks for."""
-        study, optuna = self._study([*fixed, *(o.input_line or "" for o in space.values())])
+        # Trials that were judged otherwise are another study's.
+        judged = "by score" if self.kl_budget is None else f"kl_budget={self.kl_budget:g}"
+        study, optuna = self._study([*fixed, *(o.input_line or "" for o in space.values()), judged])
         asked = {key: _distribution(optuna, key, override) for key, override in space.items()}
         state = optuna.trial.TrialState
         before = study.get_trials(deepcopy=False)
@@ -180,10 +192,9 @@ class Optuna(JobsSweeper):
         from rlhf_pipeline.sweeps import OBJECTIVES
 
         job = super()._job(fixed, own)
-        if (stage := job.about["stage"]) not in OBJECTIVES:
-            raise UserError(
-                f"stage={stage} has no objective to search by; Optuna takes one of: {', '.join(OBJECTIVES)}."
-            )
+        fitting = [stage for stage in OBJECTIVES if stage != "evaluate"]  # whose prompts no choice is made on
+        if (stage := job.about["stage"]) not in fitting:
+            raise UserError(f"stage={stage} has no objective to search by; Optuna takes one of: {', '.join(fitting)}.")
         return job
 
     def _study(self, asked: Sequence[str]) -> tuple[Any, Any]:
