@@ -154,6 +154,8 @@ def model_folder(path: str) -> str:
         raise NotFinishedError(f"{folder} has no model; 'make {folder.name} NAME={folder.parent.name}' makes it.")
     if folder.is_dir():
         return str(folder)
+    if folder.is_file():
+        raise UserError(f"{path} is a file; give its folder, {folder.parent}, or a hub id.")
     if path.startswith((".", "/", "~")) or path.count("/") > 1:  # no hub id looks like this
         raise UserError(f"there is no folder {path}{_near(path)}; give one that holds a model, or a hub id.")
     return path

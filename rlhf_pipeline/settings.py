@@ -13,6 +13,7 @@ from typing import Any, Literal
 from rlhf_pipeline import data, policies, rewards, trackers
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import is_hub_id
+from rlhf_pipeline.limits import check_limits
 from rlhf_pipeline.plan.devices import check_machine
 from rlhf_pipeline.registry import describe, fits, suggest
 
@@ -348,6 +349,7 @@ def check_trainer(stage: str, values: dict[str, Any]) -> None:
             )
         if not fits(value, known[key]):
             raise UserError(f"trainer.{key} is {value!r}; {config} takes {describe(known[key])}.")
+    check_limits(values)
     trackers.check(values.get("report_to"))
 
 

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 
 from rlhf_pipeline import arguments, cli
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.settings import Settings, trainer_fields
+from rlhf_pipeline.settings import STAGES, Settings, trainer_fields
 
 REFUSED = {
     "stage=sfd": ["no stage is called 'sfd'", "Did you mean 'sft'", "pretrain"],
@@ -49,6 +49,10 @@ REFUSED = {
     "stage=sft nam=x": ["no setting 'nam'", "Did you mean 'name'"],
     "stage=sft +kl.taget=6": ["no setting 'kl'"],
     "stage=ppo reward=keywords reward.words=[好]": ["reward.words=[好]", "put quotes", '["好"]'],
+    "stage=ppo trainer.total_episodes=0": ["trainer.total_episodes is 0; it takes at least 1"],
+    "stage=ppo trainer.kl_coef=-1": ["trainer.kl_coef is -1; it takes 0 or more"],
+    "stage=ppo trainer.temperature=0.0": ["trainer.temperature is 0.0; it takes a number above 0"],
+    "stage=sft trainer.per_device_train_batch_size=0": ["trainer.per_device_train_batch_size is 0; it takes at least"],
     "stage=sft seed=one": ["seed is 'one'", "takes int"],
     "stage=sft name=../x": ["is no run name"],
     "stage=sft stages.sfd.trainer.seed=1": ["stages.sfd is no stage"],
@@ -85,7 +89,10 @@ def test_a_folder_of_configurations_is_one_below_the_current_folder(workplace: P
     assert arguments.complete(["--config-path", "/x/y", "--config-name", "config"])[1] == "/x/y"
 
 
-@pytest.mark.parametrize("asked", ["--help", "stage=sft trainer.learning_rat=1", "stage=ppo --cfg job"])
+@pytest.mark.parametrize(
+    "asked",
+    ["--help", "stage=sft trainer.learning_rat=1", "stage=ppo --cfg job", "stage=ppo trainer.total_episodes=0", "--foo"],
+)
 def test_refusals_and_help_load_no_torch(asked: str) -> None:
     code = (
         "import sys; sys.argv = ['rlhf_pipeline', *sys.argv[1:]]\n"
@@ -233,6 +240,21 @@ def test_make_takes_a_run_whose_name_has_a_blank() -> None:
     words = [word for line in made.splitlines() if "rlhf_pipeline" in line for word in shlex.split(line)]
     assert words.count("name=my run/round1") == 2
     assert "runs/my run/round1" in words
+
+
+ODD_NAME = "情感 (1) it's \"a\"=b #c $d %e \\ [f] {g},h"
+
+
+def test_make_takes_what_was_typed_whatever_signs_it_holds() -> None:
+    words = ["make", "--dry-run", "--always-make", "sft", f"NAME={ODD_NAME}", "ARGS='data.path=a $b (1).csv'"]
+    made = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert shlex.split(made.splitlines()[-1])[-2:] == [f"name={ODD_NAME}", "data.path=a $b (1).csv"]
+
+
+def test_make_help_lists_every_stage() -> None:
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for stage in STAGES:
+        assert re.search(rf"^  make {stage} +\w.{{20}}", shown, re.MULTILINE), stage
 
 
 def test_the_fields_of_trls_configs_are_found_without_importing_them() -> None:

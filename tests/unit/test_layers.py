@@ -10,7 +10,7 @@ PACKAGE = ROOT / "rlhf_pipeline"
 LAYERS = [
     ["errors", "records", "scripts"], ["launch"], ["progress"],
     ["registry", "toy_reviews", "python_code", "hub", "metrics", "sampling", "precision", "processes",
-     "checkpoints", "reward_model", "labels", "lineage", "atomic", "adapters"],
+     "checkpoints", "reward_model", "labels", "limits", "lineage", "atomic", "adapters"],
     ["likelihood", "formats", "templates", "scorer", "own_code", "report", "trackers"],
     ["data", "policies", "rewards", "static_sampling", "plan"], ["encoding"], ["settings"], ["cards"], ["rundir"],
     ["tables", "ppo", "label_studio", "made", "publish", "together"],
