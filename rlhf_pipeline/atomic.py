@@ -1,12 +1,13 @@
 """Files that are written whole or not at all, and read as far as they were written; work that one process does."""
 
-import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from rlhf_pipeline.errors import UserError
 
@@ -49,9 +50,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def held(lock: Path, work: Path) -> Iterator[None]:
     """Keep other processes out of a folder until the block is left, however the process ends."""
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{work} is being made by another process; wait for it, or choose name=.") from None
+    try:
+        taken = FileLock(lock, timeout=0).acquire()
+    except Timeout:
+        raise UserError(f"{work} is being made by another process; wait for it, or choose name=.") from None
+    with taken:
         yield

@@ -14,7 +14,7 @@ def seal(folder: Path) -> None:
     """Note the size and SHA-256 of every file; from here on the folder counts as whole."""
     held = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != SEAL):
-        with path.open("rb") as file:
+        with path.open("r+b") as file:  # Windows syncs no file that is only read
             os.fsync(file.fileno())
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         held[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": digest}

@@ -1,5 +1,6 @@
 """What the command line refuses, in what words and how soon; what it makes of experiments and overrides."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -285,3 +286,37 @@ def test_runs_are_compared_by_name_or_folder(
     assert "<td>11.25</td>" in page
     assert "留出集损失" in page
     assert sorted(path.name for path in Path("runs/both").iterdir()) == ["compare.html"]
+
+
+WINDOWS = """
+import os, runpy, sys
+sys.modules["fcntl"] = sys.modules["readline"] = None
+del os.register_at_fork, os.fork
+runpy.run_module("rlhf_pipeline", run_name="__main__")
+"""
+
+
+def test_without_posix_what_needs_none_runs_and_the_rest_says_so_in_one_line(workplace: Path) -> None:
+    """Windows' Python has none of the three; that is all of Windows that is tried here."""
+
+    def call(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        code = ["-W", "ignore:only soft file lock", "-c", WINDOWS]
+        return subprocess.run([sys.executable, *code, *args], capture_output=True, text=True, check=False,
+                              env={**os.environ, "PYTHONPATH": str(ROOT), **environment})  # fmt: skip
+
+    shown = call("stage=ppo", "--cfg", "job")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    together = call("stage=sft", WORLD_SIZE="2")
+    assert together.returncode == 2
+    assert together.stderr == (
+        "error: several processes on one run need Linux or macOS (on Windows: WSL); start a single one.\n"
+    )
+    folder = workplace / "runs" / "demo" / "collect"
+    folder.mkdir(parents=True)
+    for name in ("tasks.json", "candidates.jsonl"):
+        (folder / name).write_text("[]")
+    (folder / "run.json").write_text('{"stage": "collect", "status": "waiting"}')
+    served = call("stage=collect", "labels=serve")
+    assert served.returncode == 2
+    assert served.stderr.startswith("error: labels=serve starts Label Studio on Linux and macOS (on Windows: in WSL).")
+    assert served.stderr.count("\n") == 1
