@@ -135,7 +135,7 @@ class Report:
     lang: Literal["en", "zh"] = "en"
 
 
-_SECTIONS = {"evaluate": Evaluation, "collect": Collection, "chat": Chat, "plan": Plan, "hub": Hub, "report": Report}
+SECTIONS = {"evaluate": Evaluation, "collect": Collection, "chat": Chat, "plan": Plan, "hub": Hub, "report": Report}
 # What of PPO's settings says how a policy samples, but for the temperature.
 SAMPLING = ("response_length", "min_new_tokens", "stop_token", "stop_token_id", "stop_tokens", "suppress_tokens")
 
@@ -178,7 +178,7 @@ class Settings:
                 raise UserError(f"there is no setting '{key}'. {suggest(key, known)}Known: {', '.join(known)}.")
         _check_fields("", {k: v for k, v in values.items() if k in _TOP}, _TOP)
         sections: dict[str, Any] = {}
-        for name, section in _SECTIONS.items():
+        for name, section in SECTIONS.items():
             given = values.get(name) or {}
             _check_fields(f"{name}.", given, {f.name: f.type for f in fields(section)})
             sections[name] = section(**given)
