@@ -156,10 +156,10 @@ def _literally(value: str, swept: bool) -> str:
         read = _parsed(f"x={value}")
     except HydraException:
         read = None
-    in_its_grammar = r"""['"]|\$\{""" + (r"|\]\s*,\s*\[|^\w+\(" if swept else "")
+    in_its_grammar = r"""^\[\]$|['"]|\$\{""" + (r"|\]\s*,\s*\[|^\w+\(" if swept else "")
     if read and re.search(in_its_grammar, value):
         return value
-    if value.startswith("[") and value.endswith("]") and value != "[]":
+    if value.startswith("[") and value.endswith("]"):
         return f"[{','.join(map(_plainly, _parts(value[1:-1])))}]"
     return ",".join(map(_plainly, _parts(value) if swept else [value]))
 

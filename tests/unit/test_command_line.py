@@ -179,7 +179,7 @@ def test_a_path_that_is_there_is_what_the_shell_handed_over(workplace: Path) -> 
             "stage=reward", "reward=classifier", "reward.base=encoder", f"data.path={text}", "data=sentiment"
         )
         assert base.data["path"] == text
-        if text not in (" a ", "'x'", "null"):  # a list has blanks, quotes and null of its own
+        if text not in (" a ", "'x'", "${name}"):  # a list has blanks, quotes and interpolations of its own
             assert settings("stage=evaluate", f"compare=[{text},b, {text}]").compare == [text, "b", text]
         word = arguments.complete(["-m", "stage=sft", f"data.path={text}"])[1]
         assert not OverridesParser.create().parse_override(word).is_sweep_override()
