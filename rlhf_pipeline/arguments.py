@@ -185,9 +185,8 @@ def _plainly(text: str) -> str:
         read = _parsed(f"x={text}").value()
     except HydraException:
         return quoted(text)
-    number = isinstance(read, int | float | None) and not _is_there(text)  # which the settings refuse in their words
     plain = read == text and text and "${" not in text and not text.endswith("\\")
-    return text if number or plain else quoted(text)
+    return text if plain or (read is None and not _is_there(text)) else quoted(text)
 
 
 def _is_yaml(text: str) -> bool:
@@ -249,6 +248,17 @@ def quoted(text: str) -> str:
     return QuotedString(plain, Quote.single).with_quotes()
 
 
+def typed(key: str, text: str) -> str:
+    """A path or a name as a word of the command line, in quotes only where it would be read as something else."""
+    ambiguous = re.search(r"""^['"[]|\$\{""", text)
+    return f"{key}={quoted(text) if ambiguous else text}"
+
+
 def as_typed(override: str) -> str:
     """An override of Hydra's as the user would say it."""
-    return override.removeprefix("++").replace(_LABELER, "labeler=")
+    word = override.removeprefix("++").replace(_LABELER, "labeler=")
+    key, _, value = word.partition("=")
+    if value.startswith("'") and "${" not in value and _PATHS.fullmatch(key):
+        text = _parsed(f"x={value}").value()
+        return typed(key, text) if isinstance(text, str) else word
+    return word

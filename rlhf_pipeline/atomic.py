@@ -2,11 +2,13 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
 
 from rlhf_pipeline.errors import UserError
@@ -26,6 +28,26 @@ def write_atomic(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all."""
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_yaml(path: Path, value: Any) -> None:
+    """Write a configuration whole or not at all. To Hydra ${ begins the name of a setting, so it is escaped."""
+    escaped = _in_texts(value, lambda text: re.sub(r"(\\*)\$\{", r"\1\1\\${", text))
+    write_atomic(path, yaml.safe_dump(escaped, sort_keys=False, allow_unicode=True))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """What `write_yaml` wrote; empty where there is no file."""
+    value = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return dict(_in_texts(value, lambda text: re.sub(r"(\\+)\$\{", lambda at: at[1][: len(at[1]) // 2] + "${", text)))
+
+
+def _in_texts(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _in_texts(held, change) for key, held in value.items()}
+    if isinstance(value, list):
+        return [_in_texts(held, change) for held in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:

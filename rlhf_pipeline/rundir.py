@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -11,9 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from rlhf_pipeline.atomic import held, read_jsonl, write_atomic, write_json, write_jsonl
+from rlhf_pipeline.atomic import held, read_jsonl, read_yaml, write_atomic, write_json, write_jsonl, write_yaml
 from rlhf_pipeline.checkpoints import newest_whole
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.launch import CUT, checkpoints_of, processes, rows_a_step, same_step
@@ -228,8 +227,7 @@ class RunDir:
 
     def config(self) -> dict[str, Any]:
         """`config.yaml`, empty where there is none."""
-        path = self.path / "config.yaml"
-        return dict(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.exists() else {}
+        return read_yaml(self.path / "config.yaml")
 
     # -- one run of the stage
 
@@ -259,7 +257,7 @@ class RunDir:
         logging = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}, "_self_"]
         once = {"overwrite": False, "hub": {}}  # who repeats the run has not asked for these
         config = {"defaults": logging, "hydra": hydra, **_plain_values(settings), **once}
-        write_atomic(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        write_yaml(self.path / "config.yaml", config)
         # Of a session that was killed, what its log says.
         logged = read_jsonl(self.path / "metrics.jsonl")[-1:] if before else []
         self._before = max([before.get("seconds", 0.0), *(row["seconds"] for row in logged)])
@@ -269,7 +267,7 @@ class RunDir:
             "experiment": self.experiment,
             "status": "running",
             "seed": settings.seed,
-            "command": f"python -m rlhf_pipeline --config-path {self.path} --config-name config",
+            "command": f"python -m rlhf_pipeline --config-path {shlex.quote(str(self.path))} --config-name config",
             "started": self.record.get("started") or _now(),
             "seconds": round(self._before, 1),
             "resumed": [*self.record.get("resumed", []), _now()] if self.record else [],
@@ -292,7 +290,7 @@ class RunDir:
             if config.get(section, {}).get(key) is not None:
                 config[section][key] = getattr(getattr(settings, section), key)
         if config:
-            write_atomic(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+            write_yaml(self.path / "config.yaml", config)
 
     def offer_sheet(self, content: str) -> None:
         """Write the sheet that people fill in, and note how it was before they did."""

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 
 import pytest
+from conftest import CommandLine
 
 from rlhf_pipeline.atomic import read_jsonl
 from rlhf_pipeline.checkpoints import seal
@@ -211,6 +213,18 @@ def test_a_directory_in_use_is_left_alone(workplace: Path) -> None:
 def test_no_path_of_this_machine_is_in_the_command_that_repeats_it(workplace: Path) -> None:
     out = finish(settings())
     assert str(workplace) not in (out.path / "run.json").read_text()
+
+
+def test_a_recorded_configuration_runs_again_whatever_signs_its_paths_hold(
+    workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = '情感 (1) a=b,{x} [y] it\'s #$% \\ "q" ${seed}'
+    asked = dataclasses.replace(settings("sft", name, seed=3), data={"name": "text", "path": f"{name}/${{stage}}.txt"})
+    out = finish(asked)
+    assert out.config()["data"]["path"] == asked.data["path"]
+    assert command_line("--config-path", str(out.path), "--config-name", "config") == 0
+    assert f"runs/{name}/sft is done already" in capsys.readouterr().out
+    assert shlex.split(out.record["command"])[4] == str(out.path)
 
 
 def test_the_page_shows_a_stage_while_it_goes_and_after_it_failed(workplace: Path) -> None:
