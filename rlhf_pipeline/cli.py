@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf_pipeline import data, lineage, made, policies, rewards, rundir
+from rlhf_pipeline import atomic, data, lineage, made, policies, rewards, rundir
 from rlhf_pipeline.arguments import CONF, complete
 from rlhf_pipeline.errors import UserError, WaitingError
 from rlhf_pipeline.jobs import is_number, note_error, run_job
@@ -75,6 +75,10 @@ def _refusals() -> Iterator[None]:
         _leave(error)
     except (HydraException, OmegaConfBaseException) as error:
         _leave(UserError(plain(error)))
+    except Exception as error:
+        if fault := atomic.disk_error(error):
+            _leave(fault)
+        raise
 
 
 def _leave(error: UserError) -> NoReturn:
@@ -83,6 +87,7 @@ def _leave(error: UserError) -> NoReturn:
 
 
 def _dispatch(cfg: DictConfig, overrides: list[str]) -> float | None:
+    made.recover(Path(str(cfg.runs)))
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         if not HydraConfig.get().sweeper._target_.startswith("hydra_plugins.rlhf_pipeline"):
             raise UserError("-m goes with hydra/sweeper=grid or optuna, and with no recorded configuration.")
@@ -256,7 +261,10 @@ def _run_held(settings: Settings, out: rundir.RunDir, done: bool) -> float | Non
             with screen():
                 stages.run(settings, out)
         except BaseException as error:
-            out.failed(error)
+            fault = atomic.disk_error(error, out.path)
+            out.failed(fault or error)
+            if fault:
+                raise fault from None
             raise
         if out.leads:
             say_done(out)

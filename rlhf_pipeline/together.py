@@ -118,7 +118,7 @@ class OwnLog:
         """Keep it until there is a place for it."""
         self.kept += text
         if self.path is not None and self.path.parent.is_dir():
-            with self.path.open("a", encoding="utf-8") as file:
+            with contextlib.suppress(OSError), self.path.open("a", encoding="utf-8") as file:  # a full disk, for one
                 file.write(self.kept)
             self.kept = ""
         return len(text)
