@@ -184,6 +184,8 @@ def test_a_model_folder_may_be_named_by_its_stage(workplace: Path) -> None:
     assert model_folder("lvwerra/gpt2-imdb") == "lvwerra/gpt2-imdb"
     with pytest.raises(UserError, match=r"there is no folder \./nothing"):
         model_folder("./nothing")
+    with pytest.raises(UserError, match=r"config\.json is a file; give its folder, runs/demo/sft/model, or"):
+        model_folder("runs/demo/sft/model/config.json")
 
 
 def test_content_hash_sees_names_and_bytes(tmp_path: Path) -> None:
