@@ -5,6 +5,9 @@ LABEL_STUDIO_VENV ?= .venv-label-studio
 NAME ?= demo
 ARGS ?=
 BIN := $(VENV)/bin
+# What the user typed, whatever it holds: by `value`, or make would take a $ for its own. The name is one word of the shell.
+override ARGS := $(value ARGS)
+QUOTED = '$(subst ','\'',$(value NAME))'
 RUN := $(BIN)/python -m rlhf_pipeline
 # Several processes: make ppo LAUNCH=ddp PROCS=4. Of those on a CPU accelerate would start one.
 PROCS ?= 2
@@ -35,23 +38,30 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup  ## all steps on the built-in reviews, offline, in minutes
-	$(RUN) stage=pipeline experiment=demo name='$(NAME)' $(ARGS)
+	$(RUN) stage=pipeline experiment=demo name=$(QUOTED) $(ARGS)
 
-pretrain sft collect reward ppo evaluate chat: setup  ## one stage of a run: make ppo NAME=demo
-	$(RUN) stage=$@ name='$(NAME)' $(ARGS)
+pretrain:  ## stage: a language model from scratch, on texts
+sft:  ## stage: teach the policy to answer as the demonstrations do
+collect:  ## stage: draw answers to compare, for people or a reward to label
+reward:  ## stage: train the reward model on labels or comparisons
+ppo:  ## stage: train the policy against the reward: make ppo NAME=demo
+evaluate:  ## stage: every policy of the run on the same held-out prompts
+chat:  ## stage: talk to the newest policy of the run
+pretrain sft collect reward ppo evaluate chat: setup
+	$(RUN) stage=$@ name=$(QUOTED) $(ARGS)
 
 # Of no run, unless one is named.
 plan: setup  ## what PPO would take, computed: make plan LAUNCH=zero3 PROCS=8 ARGS="policy.size=xl"
-	$(BIN)/python -m rlhf_pipeline stage=plan $(if $(filter command environment,$(firstword $(origin NAME))),name='$(NAME)') $(if $(LAUNCH),plan.launch=$(LAUNCH) plan.gpus=$(PROCS)) $(ARGS)
+	$(BIN)/python -m rlhf_pipeline stage=plan $(if $(filter command environment,$(firstword $(origin NAME))),name=$(QUOTED)) $(if $(LAUNCH),plan.launch=$(LAUNCH) plan.gpus=$(PROCS)) $(ARGS)
 
 pipeline: setup  ## an experiment's stages in order: make pipeline NAME=imdb ARGS="experiment=imdb_sentiment"
-	$(RUN) stage=pipeline name='$(NAME)' $(ARGS)
+	$(RUN) stage=pipeline name=$(QUOTED) $(ARGS)
 
 report: setup  ## draw a run's pages anew: make report NAME=demo ARGS=zh
-	$(BIN)/python -m rlhf_pipeline.report 'runs/$(NAME)' $(ARGS)
+	$(BIN)/python -m rlhf_pipeline.report runs/$(QUOTED) $(ARGS)
 
 label-studio: setup $(LABEL_STUDIO_VENV)/.ready  ## compare a run's answers in the browser: make label-studio NAME=demo
-	LABEL_STUDIO=$(abspath $(LABEL_STUDIO_VENV))/bin/label-studio $(RUN) stage=collect name='$(NAME)' labels=serve $(ARGS)
+	LABEL_STUDIO=$(abspath $(LABEL_STUDIO_VENV))/bin/label-studio $(RUN) stage=collect name=$(QUOTED) labels=serve $(ARGS)
 
 # An environment of its own: its 200 packages are no business of ours. Made anew when its version changes.
 $(LABEL_STUDIO_VENV)/.ready: constraints-label-studio.txt

@@ -14,7 +14,7 @@ def seal(folder: Path) -> None:
     """Note the size and SHA-256 of every file; from here on the folder counts as whole."""
     held = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != SEAL):
-        with path.open("rb") as file:
+        with path.open("r+b") as file:  # Windows syncs no file that is only read
             os.fsync(file.fileno())
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         held[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": digest}
@@ -27,9 +27,23 @@ def seal(folder: Path) -> None:
 
 
 def put_in_place(temporary: Path, folder: Path) -> None:
-    """Rename a written folder to its name, in the place of what is there."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Rename a written folder to its name, in the place of what is there, which goes when the new one stands."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
     os.replace(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def give_way(old: Path, new: Path, begun: bool) -> None:
+    """Delete old work that was moved aside where the new has begun; else put it back in its place."""
+    if begun:
+        shutil.rmtree(old)
+    else:
+        shutil.rmtree(new, ignore_errors=True)
+        os.replace(old, new)
+        print(f"{new} is as it was before", flush=True)
 
 
 def step_of(folder: Path) -> int:
@@ -58,6 +72,13 @@ def drop_old(parent: Path, keep: int | None) -> None:
     """Delete all but the newest `keep` whole checkpoints; None keeps all."""
     for old in sealed(parent)[: -max(keep, 1)] if keep else []:
         shutil.rmtree(old)
+
+
+def drop_half_written(stage: Path) -> None:
+    """Delete what was being written when the disk was full: nothing uses it, and the record of the run needs room."""
+    for folder in (*stage.glob(".model.new"), *stage.glob("checkpoints/*checkpoint-*")):
+        if not (folder / SEAL).exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def fault_of(folder: Path) -> str | None:

@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,7 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf_pipeline import data, lineage, made, policies, rewards, rundir
+from rlhf_pipeline import atomic, data, lineage, made, policies, rewards, rundir
 from rlhf_pipeline.arguments import CONF, complete
 from rlhf_pipeline.errors import UserError, WaitingError
 from rlhf_pipeline.jobs import is_number, note_error, run_job
@@ -32,7 +32,7 @@ from rlhf_pipeline.progress import say_loading, screen
 from rlhf_pipeline.publish import last_model, publish
 from rlhf_pipeline.registry import Registry
 from rlhf_pipeline.report import compare
-from rlhf_pipeline.settings import SAMPLING, TRAINED, Hub, Settings, check_sections
+from rlhf_pipeline.settings import SAMPLING, SECTIONS, TRAINED, Hub, Settings, check_sections
 from rlhf_pipeline.summary import how_far, say_all_done, say_done, say_done_before, say_next
 from rlhf_pipeline.together import leave, own_log, run_together
 
@@ -52,14 +52,11 @@ def main() -> None:
     with own_log():
         _be_quiet()
         try:
-            sys.argv[1:] = complete(sys.argv[1:])
-            if "--cfg=job" in sys.argv or {("--cfg", "job"), ("-c", "job")} & {*itertools.pairwise(sys.argv)}:
-                sys.argv.append("--resolve")  # shown as it will run
-            _hydra_main()
-        except UserError as error:
-            _leave(error)
-        except (HydraException, OmegaConfBaseException) as error:
-            _leave(UserError(plain(error)))
+            with _refusals():
+                sys.argv[1:] = complete(sys.argv[1:])
+                if "--cfg=job" in sys.argv or {("--cfg", "job"), ("-c", "job")} & {*itertools.pairwise(sys.argv)}:
+                    sys.argv.append("--resolve")  # shown as it will run
+                _hydra_main()
         except KeyboardInterrupt:
             print("\ninterrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
             sys.exit(130)
@@ -67,11 +64,24 @@ def main() -> None:
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
 def _hydra_main(cfg: DictConfig) -> float | None:
-    overrides = list(HydraConfig.get().overrides.task)
-    try:
+    overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task)  # as typed: interpolations stay such
+    with _refusals():  # here too: Hydra tells of an exception in its own words
         return _dispatch(cfg, overrides)
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Leave with one line where the user can mend what went wrong."""
+    try:
+        yield
     except UserError as error:
         _leave(error)
+    except (HydraException, OmegaConfBaseException) as error:
+        _leave(UserError(plain(error)))
+    except Exception as error:
+        if fault := atomic.disk_error(error):
+            _leave(fault)
+        raise
 
 
 def _leave(error: UserError) -> NoReturn:
@@ -80,14 +90,15 @@ def _leave(error: UserError) -> NoReturn:
 
 
 def _dispatch(cfg: DictConfig, overrides: list[str]) -> float | None:
+    made.recover(Path(str(cfg.runs)))
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         if not HydraConfig.get().sweeper._target_.startswith("hydra_plugins.rlhf_pipeline"):
             raise UserError("-m goes with hydra/sweeper=grid or optuna, and with no recorded configuration.")
         return run_job(Path(cfg.runs), str(cfg.name), _last_stage(cfg), overrides)
     if cfg.stage == "pipeline":
         return _pipeline(cfg, overrides)
+    settings = resolve(cfg.copy(), overrides)
     order = list(cfg.stages)
-    settings = resolve(cfg, overrides)
     objective = run_stage(settings)
     out = rundir.RunDir.of(settings)
     if rank() == 0 and out.record.get("status") == "done":
@@ -114,6 +125,9 @@ def resolve(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
         of_ppo = [o for o in overrides if not o.startswith("stage=")]
         return dataclasses.replace(resolve(hydra.compose("config", [*of_ppo, "stage=ppo"]), overrides), stage="plan")
     OmegaConf.set_struct(cfg, False)
+    for key in ("policy", "reward", "data", "trainer", "ptx", "stages", *SECTIONS):
+        if cfg.get(key) is not None and not OmegaConf.is_dict(cfg[key]):
+            raise UserError(f"{key}={cfg[key]} is no section of settings; say {key}.<setting>=...")
     check_sections(str(name) for name in cfg.stages)
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     said = {o.key_or_group: o for o in parsed if not o.is_delete() and o.package is None}
@@ -126,8 +140,8 @@ def resolve(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
         _as_its_run(cfg, said)
     if cfg.stage == "reward" and cfg.reward.get("name") == "sum":
         said_parts = said.pop("reward.parts", None)  # of a sum, the part that has no model yet is trained
-        parts = said_parts.value() if said_parts else OmegaConf.to_container(cfg.reward.parts)
-        part = rewards.trained_part({"name": "sum", "parts": parts})
+        every = {"name": "sum", "parts": said_parts.value() if said_parts else cfg.reward.parts}
+        part = rewards.trained_part(OmegaConf.to_container(OmegaConf.create(every), resolve=True))  # type: ignore[arg-type]
         cfg.reward = {key: value for key, value in part.items() if key != "weight"}
     for prefix in ("", section):
         for key, override in said.items():
@@ -250,7 +264,10 @@ def _run_held(settings: Settings, out: rundir.RunDir, done: bool) -> float | Non
             with screen():
                 stages.run(settings, out)
         except BaseException as error:
-            out.failed(error)
+            fault = atomic.disk_error(error, out.path)
+            out.failed(fault or error)
+            if fault:
+                raise fault from None
             raise
         if out.leads:
             say_done(out)

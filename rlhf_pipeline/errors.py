@@ -4,6 +4,7 @@ Exception
   UserError             the user can mend it: exit status 2, one message
     NotFinishedError    an earlier stage has not made what this one needs
     WaitingError        it is people's turn
+    DiskError           a disk is full, or may not be written
     LostProcessError    of several processes one has ended, and the others with it
 """
 
@@ -23,6 +24,12 @@ class WaitingError(UserError):
     """People have not done their part yet. The message says how far they are."""
 
     kind = ""
+
+
+class DiskError(UserError):
+    """A disk is full, or may not be written."""
+
+    shared = False
 
 
 class LostProcessError(UserError):

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from rlhf_pipeline.atomic import disk_error
 from rlhf_pipeline.errors import NotFinishedError, UserError
 
 PATIENCE = 5.0  # seconds in which a hub has to answer
@@ -31,6 +32,10 @@ def explained(what: str, setting: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        from huggingface_hub import constants
+
+        if fault := disk_error(error, Path(constants.HF_HOME)):
+            raise fault from error
         if not isinstance(error, OSError | ValueError | RuntimeError) and type(error).__name__ != "SafetensorError":
             raise
         raise UserError(f"{setting}={what} {_reason(what, error, local, silence)}.") from error
@@ -154,6 +159,8 @@ def model_folder(path: str) -> str:
         raise NotFinishedError(f"{folder} has no model; 'make {folder.name} NAME={folder.parent.name}' makes it.")
     if folder.is_dir():
         return str(folder)
+    if folder.is_file():
+        raise UserError(f"{path} is a file; give its folder, {folder.parent}, or a hub id.")
     if path.startswith((".", "/", "~")) or path.count("/") > 1:  # no hub id looks like this
         raise UserError(f"there is no folder {path}{_near(path)}; give one that holds a model, or a hub id.")
     return path

@@ -4,6 +4,7 @@ A job is the run `runs/<sweep>/<job>`; its job.json holds what the stages' run.j
 and how it ended where no stage had begun.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -89,7 +90,8 @@ def at_work(folder: Path) -> bool:
 def note_error(message: str) -> None:
     """Keep why a command was refused, where it is a job's."""
     if folder := os.environ.get(_ENVIRONMENT):
-        note(Path(folder), error=message)
+        with contextlib.suppress(OSError):  # as where the disk is full
+            note(Path(folder), error=message)
 
 
 def run_job(runs: Path, name: str, stage: str, command: Sequence[str]) -> float | None:

@@ -1,13 +1,16 @@
 """What runs have made: the newest policy of a run, whose work a model is, and what it was made with."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.checkpoints import sealed
-from rlhf_pipeline.errors import NotFinishedError
+from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.hub import model_folder
+from rlhf_pipeline.launch import rank
 from rlhf_pipeline.report.files import stages_below
 from rlhf_pipeline.rundir import RunDir
+from rlhf_pipeline.settings import STAGES
 
 # Of a policy's settings, what says how it was trained and not what it is.
 _TRAINING = ("path", "lora", "quantize")
@@ -20,6 +23,15 @@ def newest_policy(run: RunDir, policy: dict[str, Any] | None = None) -> Path | N
         if found := each.upstream("ppo", policy=policy):
             return found
     return run.upstream("sft", "pretrain", policy=policy)
+
+
+def recover(runs: Path) -> None:
+    """Settle what a process that was killed had moved aside; what another process is still at is left to it."""
+    every = [old for depth in ("*", "*/*", "*/*/*") for old in runs.glob(f"{depth}/.*.old")]
+    for old in every if rank() == 0 else ():
+        if (stage := old.name[1:-4]) in (*STAGES, "frontier"):
+            with contextlib.suppress(UserError), RunDir(runs, str(old.parent.relative_to(runs)), stage).held():
+                pass
 
 
 def locate(path: str) -> str:

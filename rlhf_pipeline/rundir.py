@@ -1,21 +1,20 @@
 """Run directories, the only state between stages: lineage, atomic files, resuming, metric and sample logs."""
 
+import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from rlhf_pipeline.atomic import held, read_jsonl, write_atomic, write_json, write_jsonl
-from rlhf_pipeline.checkpoints import newest_whole
-from rlhf_pipeline.errors import UserError
+from rlhf_pipeline import atomic
+from rlhf_pipeline.checkpoints import drop_half_written, give_way, newest_whole, put_in_place
+from rlhf_pipeline.errors import DiskError, UserError
 from rlhf_pipeline.launch import CUT, checkpoints_of, processes, rows_a_step, same_step
 from rlhf_pipeline.lineage import file_hash, git, hardware, parent, versions
 from rlhf_pipeline.report import LivePage
@@ -65,6 +64,7 @@ class RunDir:
         self._started, self._before = time.monotonic(), 0.0  # seconds of the sessions before this one
         self._record: dict[str, Any] = {}
         self.page, self.trackers = LivePage(self.path), Trackers(self.path)
+        self._old = runs / name / f".{stage}.old"  # what is being overwritten, until the new work has begun
 
     @classmethod
     def of(cls, settings: Settings) -> "RunDir":
@@ -83,7 +83,7 @@ class RunDir:
     def finished(self, settings: Settings, look: bool = False) -> bool:
         """Whether this very work is done. Other work in this place is a `UserError`, unless it may be overwritten.
 
-        What came to nothing, or is to be overwritten, is deleted, unless this is but a `look`.
+        What came to nothing, or is to be overwritten, is moved aside, unless this is but a `look`.
         """
         record = self.record
         if not record:
@@ -103,12 +103,12 @@ class RunDir:
                     return True
                 raise UserError(f"{why}, so overwrite=true does not delete it; move {self.path} away by hand.")
         if not look:
-            shutil.rmtree(self.path)
+            os.replace(self.path, self._old)
         return False
 
     def _peoples_work(self) -> str | None:
         """What people did here, which no run could do again; None where there is nothing of theirs."""
-        if any(row.get("source") for row in read_jsonl(self.path / LABELS)):
+        if any(row.get("source") for row in atomic.read_jsonl(self.path / LABELS)):
             return f"{self.path / LABELS} holds labels by people"
         if (self.path / PROJECT).exists():
             return f"the tasks of {self.path} are in Label Studio"
@@ -228,14 +228,29 @@ class RunDir:
 
     def config(self) -> dict[str, Any]:
         """`config.yaml`, empty where there is none."""
-        path = self.path / "config.yaml"
-        return dict(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.exists() else {}
+        return atomic.read_yaml(self.path / "config.yaml")
 
     # -- one run of the stage
 
-    def held(self) -> AbstractContextManager[None]:
-        """Keep other processes out of this directory until the block is left, however the process ends."""
-        return held(self.path.parent / f".{self.stage}.lock", self.path)
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes out of this directory until the block is left, however the process ends.
+
+        Work that was moved aside comes back where the new work was refused, or ended before it had anything to show.
+        """
+        with atomic.held(self.path.parent / f".{self.stage}.lock", self.path):
+            self._settle()
+            try:
+                yield
+            finally:
+                self._settle()
+
+    def _settle(self) -> None:
+        """Delete the old work once there is new work, else put it back. Either can be gone on with after a kill."""
+        if not self.leads or not self._old.exists():
+            return
+        trained = any(row.get("step", 0) > 0 for row in atomic.read_jsonl(self.path / "metrics.jsonl"))
+        give_way(self._old, self.path, trained or self.resumable or self.record.get("status") == "done")
 
     def begin(self, settings: Settings, parents: dict[str, str], fingerprint: dict[str, Any] | None) -> None:
         """Write down what is about to happen and from what; `parents` maps a role to a folder or a hub id."""
@@ -259,9 +274,9 @@ class RunDir:
         logging = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}, "_self_"]
         once = {"overwrite": False, "hub": {}}  # who repeats the run has not asked for these
         config = {"defaults": logging, "hydra": hydra, **_plain_values(settings), **once}
-        write_atomic(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        atomic.write_yaml(self.path / "config.yaml", config)
         # Of a session that was killed, what its log says.
-        logged = read_jsonl(self.path / "metrics.jsonl")[-1:] if before else []
+        logged = atomic.read_jsonl(self.path / "metrics.jsonl")[-1:] if before else []
         self._before = max([before.get("seconds", 0.0), *(row["seconds"] for row in logged)])
         self._record = {
             "stage": self.stage,
@@ -269,7 +284,7 @@ class RunDir:
             "experiment": self.experiment,
             "status": "running",
             "seed": settings.seed,
-            "command": f"python -m rlhf_pipeline --config-path {self.path} --config-name config",
+            "command": f"python -m rlhf_pipeline --config-path {shlex.quote(str(self.path))} --config-name config",
             "started": self.record.get("started") or _now(),
             "seconds": round(self._before, 1),
             "resumed": [*self.record.get("resumed", []), _now()] if self.record else [],
@@ -281,7 +296,7 @@ class RunDir:
             "sharded": checkpoints_of(self.stage),
             "git": git(),
         }
-        write_json(self.path / "run.json", self._record)
+        atomic.write_json(self.path / "run.json", self._record)
 
     def reopen(self, settings: Settings) -> None:
         """Go on with a stage as it was recorded; of the settings, only what changes nothing of its work is news."""
@@ -292,13 +307,13 @@ class RunDir:
             if config.get(section, {}).get(key) is not None:
                 config[section][key] = getattr(getattr(settings, section), key)
         if config:
-            write_atomic(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+            atomic.write_yaml(self.path / "config.yaml", config)
 
     def offer_sheet(self, content: str) -> None:
         """Write the sheet that people fill in, and note how it was before they did."""
-        write_atomic(self.path / SHEET, content)
+        atomic.write_atomic(self.path / SHEET, content)
         self._record["sheet_sha256"] = file_hash(self.path / SHEET)
-        write_json(self.path / "run.json", self._record)
+        atomic.write_json(self.path / "run.json", self._record)
 
     def finish(self, results: dict[str, Any], objective: float | None = None, status: str = "done") -> None:
         """Mark the stage done, or waiting for people, with its results; write the model's card and draw the report."""
@@ -307,7 +322,7 @@ class RunDir:
         self._record |= {"status": status, "finished": _now(), "seconds": round(self._seconds, 1)}
         self._record |= {"results": results, "objective": objective}
         write_cards(self.path, self._record)  # first: what is done is never without
-        write_json(self.path / "run.json", self._record)
+        atomic.write_json(self.path / "run.json", self._record)
         self.page.draw(whole=True)
 
     def failed(self, error: BaseException) -> None:
@@ -316,7 +331,10 @@ class RunDir:
             kind = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             self._record |= {"status": kind, "error": f"{type(error).__name__}: {error}"[:500]}
             self._record["seconds"] = round(self._seconds, 1)
-            write_json(self.path / "run.json", self._record)
+            if isinstance(error, DiskError):
+                drop_half_written(self.path)
+            with contextlib.suppress(OSError):  # there may be no room for it, and the error itself is worth more
+                atomic.write_json(self.path / "run.json", self._record)
             self.page.draw(whole=True)
 
     @property
@@ -326,15 +344,11 @@ class RunDir:
 
     def save_model(self, save: Callable[[Path], None]) -> None:
         """Let `save` fill a folder, then put it in the place of `model/` at once."""
-        with_new, old = self.path / ".model.new", self.path / ".model.old"
-        for leftover in (with_new, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        with_new.mkdir(parents=True)
-        save(with_new)
-        if self.model.exists():
-            os.replace(self.model, old)
-        os.replace(with_new, self.model)
-        shutil.rmtree(old, ignore_errors=True)
+        new = self.path / ".model.new"
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        save(new)
+        put_in_place(new, self.model)
 
     # -- checkpoints and logs
 
@@ -347,12 +361,14 @@ class RunDir:
         for name in ("metrics.jsonl", "samples.jsonl", "warnings.jsonl"):
             path = self.path / name
             if path.exists():
-                rows = [row for row in read_jsonl(path) if row["step"] <= step]
-                write_jsonl(path, rows)
+                rows = [row for row in atomic.read_jsonl(path) if row["step"] <= step]
+                atomic.write_jsonl(path, rows)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Add one row to `metrics.jsonl`, and draw the page where it is due. Only `seconds` depends on the clock."""
         self.add("metrics.jsonl", [{"step": step, **values, "seconds": round(self._seconds, 2)}])
+        if step > 0:
+            self._settle()
         self.draw()
 
     def draw(self) -> None:
@@ -369,12 +385,7 @@ class RunDir:
 
     def add(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Add rows to a file of the directory."""
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        descriptor = os.open(self.path / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(descriptor, text.encode())  # one call, so that a kill does not cut a row in two
-        finally:
-            os.close(descriptor)
+        atomic.append_jsonl(self.path / name, rows)
 
 
 def _plain_values(settings: Settings) -> dict[str, Any]:

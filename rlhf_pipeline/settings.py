@@ -13,6 +13,7 @@ from typing import Any, Literal
 from rlhf_pipeline import data, policies, rewards, trackers
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import is_hub_id
+from rlhf_pipeline.limits import check_limits
 from rlhf_pipeline.plan.devices import check_machine
 from rlhf_pipeline.registry import describe, fits, suggest
 
@@ -134,7 +135,7 @@ class Report:
     lang: Literal["en", "zh"] = "en"
 
 
-_SECTIONS = {"evaluate": Evaluation, "collect": Collection, "chat": Chat, "plan": Plan, "hub": Hub, "report": Report}
+SECTIONS = {"evaluate": Evaluation, "collect": Collection, "chat": Chat, "plan": Plan, "hub": Hub, "report": Report}
 # What of PPO's settings says how a policy samples, but for the temperature.
 SAMPLING = ("response_length", "min_new_tokens", "stop_token", "stop_token_id", "stop_tokens", "suppress_tokens")
 
@@ -177,7 +178,7 @@ class Settings:
                 raise UserError(f"there is no setting '{key}'. {suggest(key, known)}Known: {', '.join(known)}.")
         _check_fields("", {k: v for k, v in values.items() if k in _TOP}, _TOP)
         sections: dict[str, Any] = {}
-        for name, section in _SECTIONS.items():
+        for name, section in SECTIONS.items():
             given = values.get(name) or {}
             _check_fields(f"{name}.", given, {f.name: f.type for f in fields(section)})
             sections[name] = section(**given)
@@ -348,6 +349,7 @@ def check_trainer(stage: str, values: dict[str, Any]) -> None:
             )
         if not fits(value, known[key]):
             raise UserError(f"trainer.{key} is {value!r}; {config} takes {describe(known[key])}.")
+    check_limits(values)
     trackers.check(values.get("report_to"))
 
 

@@ -2,14 +2,13 @@
 
 import itertools
 import json
-import re
 import shlex
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline.arguments import as_typed, quoted
+from rlhf_pipeline.arguments import as_typed, typed
 from rlhf_pipeline.atomic import read_jsonl
 from rlhf_pipeline.made import newest_policy
 from rlhf_pipeline.rundir import CANDIDATES, LABELS, SHEET, RunDir
@@ -18,7 +17,6 @@ from rlhf_pipeline.settings import Settings
 
 _MADE = ("model", CANDIDATES, LABELS, "quality.json", "evaluation.json", "frontier.json", "report.html")
 _RUN = "python -m rlhf_pipeline"
-_PLAIN = re.compile(r"[\w./-]+")
 
 
 def say(label: str, text: str) -> None:
@@ -81,10 +79,9 @@ def next_command(settings: Settings, order: Sequence[str], overrides: Sequence[s
 
 
 def command(stage: str, runs: str, **said: str) -> str:
-    """A stage's command line with settings whose values are plain text."""
+    """A stage's command line with settings that are paths or names."""
     said |= {"runs": runs} if runs != "runs" else {}
-    words = [f"{key}={value if _PLAIN.fullmatch(value) else quoted(value)}" for key, value in said.items()]
-    return shlex.join([*_RUN.split(), f"stage={stage}", *words])
+    return shlex.join([*_RUN.split(), f"stage={stage}", *(typed(key, value) for key, value in said.items())])
 
 
 def _for_others(settings: Settings, overrides: Sequence[str]) -> list[str]:
@@ -92,7 +89,7 @@ def _for_others(settings: Settings, overrides: Sequence[str]) -> list[str]:
     stage = settings.stage
     own = ("stage=", "labels=", "overwrite=", "hub.", "trainer.", f"stages.{stage}.", "policy.lora", "policy.quantize")
     made = {"sft": "policy.path", "reward": "reward.path"}.get(stage, "")
-    said = [typed for o in overrides if not (typed := as_typed(o)).startswith(own)]
+    said = [word for o in overrides if not (word := as_typed(o)).startswith(own)]
     if "~experiment" in said:  # added to a choice of the user's own, or said as such
         chosen = any(o.startswith(("policy=", "reward=", "data=")) for o in said)
         said = [o for o in said if o != "~experiment"] + ([] if chosen else ["experiment=null"])

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rlhf_pipeline.errors import LostProcessError
+from rlhf_pipeline.errors import LostProcessError, UserError
 from rlhf_pipeline.launch import processes, rank
 from rlhf_pipeline.progress import say_loading
 from rlhf_pipeline.rundir import RunDir
@@ -58,6 +58,8 @@ class ReadOnlyRunDir(RunDir):
 
 def run_together(settings: Settings, run: Callable[[RunDir, bool], object]) -> float | None:
     """Run a stage in several processes: the first holds the directory and decides, the others follow."""
+    if not hasattr(os, "register_at_fork"):
+        raise UserError("several processes on one run need Linux or macOS (on Windows: WSL); start a single one.")
     say_loading()
     from rlhf_pipeline.processes import agree, lost
 
@@ -116,7 +118,7 @@ class OwnLog:
         """Keep it until there is a place for it."""
         self.kept += text
         if self.path is not None and self.path.parent.is_dir():
-            with self.path.open("a", encoding="utf-8") as file:
+            with contextlib.suppress(OSError), self.path.open("a", encoding="utf-8") as file:  # a full disk, for one
                 file.write(self.kept)
             self.kept = ""
         return len(text)

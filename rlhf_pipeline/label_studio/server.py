@@ -8,7 +8,6 @@ runs/.label_studio/      for its owner alone (0700)
 """
 
 import ctypes
-import fcntl
 import json
 import os
 import secrets
@@ -241,8 +240,21 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+def _flock() -> Any:
+    """The module of the lock. The server inherits it, so that it is free once that has ended: only POSIX has such."""
+    try:
+        import fcntl
+    except ImportError:
+        raise UserError(
+            "labels=serve starts Label Studio on Linux and macOS (on Windows: in WSL). Name one that runs elsewhere by "
+            "LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY, with labels=push and labels=pull."
+        ) from None
+    return fcntl
+
+
 def _held(lock: IO[str]) -> bool:
     """Take the lock, unless a server has it. One that only looks has it for a moment."""
+    fcntl = _flock()
     for _ in range(10):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -258,6 +270,7 @@ def _is_held(home: Path) -> bool:
     path = home / "lock"
     if not path.exists():
         return False
+    fcntl = _flock()
     with path.open() as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)

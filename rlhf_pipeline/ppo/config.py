@@ -11,24 +11,14 @@ from trl.experimental.ppo import PPOConfig as TRLPPOConfig
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.launch import processes
+from rlhf_pipeline.limits import check_limits
 from rlhf_pipeline.precision import choose_bf16
 from rlhf_pipeline.sampling import Sampling
 
-_AT_LEAST_ONE = (
-    "eval_samples",
-    "num_mini_batches", "num_ppo_epochs", "response_length", "local_rollout_forward_batch_size", "kl_horizon",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "watch_window", "ptx_max_length",
-)  # fmt: skip
-_NOT_NEGATIVE = (
-    "kl_coef", "selection_kl_coef", "entropy_coef", "ptx_coef", "vf_coef", "cliprange", "cliprange_value",
-    "min_new_tokens", "critic_learning_rate",
-)  # fmt: skip
-_SHARES = ("gamma", "lam", "critic_lam")  # from 0 to 1
 _OUTPUTS = (
     "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size", "local_mini_batch_size",
     "mini_batch_size",
 )  # fmt: skip
-_ABOVE_ZERO = ("temperature", "kl_target", "score_clip", "max_update_kl", "ratio_threshold")
 # Fields that transformers and TRL declare and nothing in PPO reads. Each is refused where it is set.
 _UNREAD = (
     "auto_find_batch_size", "average_tokens_across_devices", "batch_eval_metrics", "bf16_full_eval", "data_seed",
@@ -37,7 +27,8 @@ _UNREAD = (
     "ddp_bucket_cap_mb", "ddp_find_unused_parameters", "ddp_static_graph", "debug", "ds3_gather_for_generation",
     "enable_jit_checkpoint", "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object",
     "fp16_full_eval", "hub_always_push", "hub_strategy", "ignore_data_skip", "include_for_metrics",
-    "include_num_input_tokens_seen", "label_names", "label_smoothing_factor", "length_column_name", "liger_kernel_config", "logging_nan_inf_filter",
+    "include_num_input_tokens_seen", "label_names", "label_smoothing_factor", "length_column_name",
+    "liger_kernel_config", "logging_nan_inf_filter",
     "neftune_noise_alpha", "parallelism_config", "prediction_loss_only", "resume_from_checkpoint",
     "save_on_each_node", "save_only_model", "skip_memory_metrics", "torch_compile", "torch_compile_backend",
     "torch_compile_mode", "torch_empty_cache_steps", "train_sampling_strategy", "use_cache", "use_liger_kernel",
@@ -154,17 +145,7 @@ def check_config(args: PPOConfig, script: bool = True) -> int:
     for name in _OUTPUTS:
         if getattr(args, name) is not None:
             raise UserError(f"trainer.{name} is not yours to set: it follows from the batch's other settings.")
-    for name, value in vars(args).items():
-        if value is None:
-            continue
-        if name in _AT_LEAST_ONE and value < 1:
-            raise UserError(f"trainer.{name} is {value}; it takes at least 1.")
-        if name in _NOT_NEGATIVE and value < 0:
-            raise UserError(f"trainer.{name} is {value}; it takes 0 or more.")
-        if name in _ABOVE_ZERO and value <= 0:
-            raise UserError(f"trainer.{name} is {value}; it takes a number above 0.")
-        if name in _SHARES and not 0 <= value <= 1:
-            raise UserError(f"trainer.{name} is {value}; it takes a number from 0 to 1.")
+    check_limits(vars(args))
     for name, choices in (
         ("cache_implementation", ("dynamic", "static")),
         ("critic", ("shared", "separate")),

@@ -17,7 +17,7 @@ def stages_below(folder: Path) -> list[Path]:
     """Every stage's folder of a run, also those of its rounds or of a sweep's jobs."""
     if (folder / "run.json").is_file():
         return [folder]
-    inside = sorted(path for path in folder.glob("*") if path.is_dir() and path.name not in _NO_STAGES)
+    inside = sorted(path for path in folder.glob("[!.]*") if path.is_dir() and path.name not in _NO_STAGES)
     return [stage for path in inside for stage in stages_below(path)]
 
 

@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from terminal import at_a_terminal, left_standing
 
 from rlhf_pipeline import arguments, cli
+from rlhf_pipeline.arguments import complete
 from rlhf_pipeline.atomic import read_jsonl
 from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.settings import Settings
@@ -111,7 +112,7 @@ def test_the_next_command_keeps_what_was_said_of_all_stages(asked: str, workplac
 def test_a_command_takes_a_name_as_it_is(name: str) -> None:
     words = shlex.split(command("chat", "runs", name=name))
     with initialize_config_dir(str(cli.CONF), version_base="1.3"):
-        assert compose("config", words[3:]).name == name
+        assert compose("config", complete(words[3:])).name == name
     assert "runs=elsewhere" in command("chat", "elsewhere", name=name)
 
 

@@ -1,6 +1,7 @@
 """What the command line refuses, in what words and how soon; what it makes of experiments and overrides."""
 
 import math
+import os
 import re
 import shlex
 import subprocess
@@ -11,10 +12,11 @@ import pytest
 import yaml
 from conftest import ROOT, CommandLine
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from rlhf_pipeline import arguments, cli
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.settings import Settings, trainer_fields
+from rlhf_pipeline.settings import STAGES, Settings, trainer_fields
 
 REFUSED = {
     "stage=sfd": ["no stage is called 'sfd'", "Did you mean 'sft'", "pretrain"],
@@ -51,9 +53,39 @@ REFUSED = {
     "stage=sft nam=x": ["no setting 'nam'", "Did you mean 'name'"],
     "stage=sft +kl.taget=6": ["no setting 'kl'"],
     "stage=ppo reward=keywords reward.words=[好]": ["reward.words=[好]", "put quotes", '["好"]'],
+    "stage=ppo trainer.total_episodes=0": ["trainer.total_episodes is 0; it takes at least 1"],
+    "stage=ppo trainer.kl_coef=-1": ["trainer.kl_coef is -1; it takes 0 or more"],
+    "stage=ppo trainer.temperature=0.0": ["trainer.temperature is 0.0; it takes a number above 0"],
+    "stage=sft trainer.per_device_train_batch_size=0": ["trainer.per_device_train_batch_size is 0; it takes at least"],
     "stage=sft seed=one": ["seed is 'one'", "takes int"],
     "stage=sft name=../x": ["is no run name"],
     "stage=sft stages.sfd.trainer.seed=1": ["stages.sfd is no stage"],
+    "--foo": ["there is no option --foo", "Did you mean '--info'", "--config-path"],
+    "--foo=1 stage=sft": ["there is no option --foo=1"],
+    "--cfg x stage=sft": ["--cfg takes job or hydra or all"],
+    "--config-name": ["--config-name takes a value"],
+    "--config-path nix --config-name config": ["--config-path: there is no folder", "nix"],
+    "--config-path . --config-name nix": ["there is no configuration 'nix'"],
+    "sft": ["'sft' is no setting", "stage=sft"],
+    "stage=sft 数据=3": ["there is no setting '数据'"],
+    "stage=sft =5": ["'=5'", "a setting is key=value"],
+    "stage=sft data=文本": ["no data is called '文本'", "Known: dialogue"],
+    "stage=sft labeler=lengt": ["no reward is called 'lengt'", "Did you mean 'length'"],
+    "stage=sft hydra/launcher=foo": ["no hydra/launcher is called 'foo'", "Known: basic"],
+    "stage=sft data=text data.path=": ["data.path= leaves nothing", "data.path=null"],
+    "stage=sft name=": ["name= leaves nothing"],
+    "stage=sft policy=": ["policy= leaves nothing", "policy=<name>"],
+    "stage=sft ~policy": ["~policy leaves nothing"],
+    "stage=sft +policy=gpt2": ["+policy= would be a second choice"],
+    "stage=sft trainer=5": ["trainer=5 is no section"],
+    "stage=sft stages=5": ["stages=5 is no section"],
+    "stage=sft trainer.learning_rate=": ["trainer.learning_rate is ''"],
+    "stage=sft trainer.learning_rate=1(2": [
+        "trainer.learning_rate=1(2 cannot be read",
+        "'trainer.learning_rate=\"1(2\"'",
+    ],
+    "stage=sft seed=1,2": ["seed=1,2 has several values", "-m"],
+    "stage=sft policy.path=${nix}": ["${nix}", "no setting 'nix'"],
     "": ["say which stage: stage=<pretrain|"],
     "stage=pipeline policy=gpt2": ["choose one, as in experiment=demo"],
 }
@@ -69,6 +101,8 @@ def test_what_is_wrong_is_named_with_what_is_near(
     for part in REFUSED[asked]:
         assert part in said
     assert "Traceback" not in said
+    assert "++" not in said
+    assert said.count("\n") == 1
     assert not (workplace / "runs").exists()
 
 
@@ -87,7 +121,16 @@ def test_a_folder_of_configurations_is_one_below_the_current_folder(workplace: P
     assert arguments.complete(["--config-path", "/x/y", "--config-name", "config"])[1] == "/x/y"
 
 
-@pytest.mark.parametrize("asked", ["--help", "stage=sft trainer.learning_rat=1", "stage=ppo --cfg job"])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "--help",
+        "--foo",
+        "stage=sft trainer.learning_rat=1",
+        "stage=ppo --cfg job",
+        "stage=ppo trainer.total_episodes=0",
+    ],
+)
 def test_refusals_and_help_load_no_torch(asked: str) -> None:
     code = (
         "import sys; sys.argv = ['rlhf_pipeline', *sys.argv[1:]]\n"
@@ -118,6 +161,81 @@ TEXTS = (
     "it's", 'say "x"', "a,b", "{a: b}", "$x ${name} \\${name} \\\\${x}", "a\nb", "你好，“吗”？", "\\", "a\\'", "[1]",
     "null", "5", " =x ", "${", "}\\${'\\", "--prompt", "stage=sft", "a=1,2",
 )  # fmt: skip
+
+
+SIGNS = (
+    "情感", "a=b", "reviews (1)", "[1]", "{a}", "a,b", "a:b", "it's", 'say "x"', "#1", "$HOME", "${name}", "5%", "a\\b",
+    " a ", "a  b", "'x'", "~x", "+x", "-x", "@x", "a;b", "\\", "choice(a,b)", "[a,b]", "?", "*", "true", "7", "null",
+)  # fmt: skip
+
+
+def test_a_path_that_is_there_is_what_the_shell_handed_over(workplace: Path) -> None:
+    for text in SIGNS:
+        Path(text).touch()
+        asked = settings("stage=sft", "data=text", f"data.path={text}", f"policy.path={text}", f"name={text}")
+        assert [asked.data["path"], asked.policy["path"], asked.name] == [text] * 3
+        assert settings("stage=collect", f"labels={text}", f"runs={text}").labels == text
+        chat = settings("stage=chat", f"against={text}", f"stages.chat.policy.path={text}")
+        assert [chat.against, chat.policy["path"]] == [text] * 2
+        base = settings(
+            "stage=reward", "reward=classifier", "reward.base=encoder", f"data.path={text}", "data=sentiment"
+        )
+        assert base.data["path"] == text
+        if text not in (" a ", "'x'", "${name}"):  # a list has blanks, quotes and interpolations of its own
+            assert settings("stage=evaluate", f"compare=[{text},b, {text}]").compare == [text, "b", text]
+        word = arguments.complete(["-m", "stage=sft", f"data.path={text}"])[1]
+        assert not OverridesParser.create().parse_override(word).is_sweep_override()
+
+
+def test_a_path_that_is_not_there_keeps_its_signs_too(workplace: Path) -> None:
+    for text in (
+        "情感",
+        "a=b",
+        "reviews (1)",
+        "{a}",
+        "a,b",
+        "a:b",
+        "it's",
+        'say "x"',
+        "#1",
+        "$HOME",
+        "a\\b",
+        " a ",
+        "${",
+    ):
+        assert settings("stage=sft", f"name={text}").name == text
+    assert settings("stage=sft", "name='x (1)'").name == "x (1)"  # quoted for Hydra, as one had to before
+    assert settings("stage=sft", "name=${experiment}-2", "experiment=demo").name == "demo-2"
+    assert settings("stage=sft", "data=text", "data.path=x", "policy.path=null").policy["path"] is None
+
+
+def test_lists_of_paths_and_sweeps_keep_their_meaning(workplace: Path) -> None:
+    for name in ("a.jsonl", "b (1).jsonl", "c,d.jsonl"):
+        Path(name).touch()
+    given = ("stage=reward", "reward=preference_model", "data=preferences")
+    assert settings(*given, "data.path=[a.jsonl,b (1).jsonl]").data["path"] == ["a.jsonl", "b (1).jsonl"]
+    assert settings(*given, "data.path=[c,d.jsonl, 评论.jsonl]").data["path"] == ["c,d.jsonl", "评论.jsonl"]
+    assert settings("stage=evaluate", "compare=[]").compare == []
+    assert arguments.complete(["-m", "stage=ppo", "name=a,b"])[1] == "name=a,b"
+    assert (
+        arguments.complete(["-m", "stage=ppo", "policy.path=runs/a,runs/情感"])[1] == "++policy.path=runs/a,'runs/情感'"
+    )
+    assert arguments.complete(["-m", "stage=ppo", "policy.path=choice(a,b)"])[1] == "++policy.path=choice(a,b)"
+    Path("[a.jsonl,b.jsonl]").touch()
+    assert settings(*given, "data.path=[a.jsonl,b.jsonl]").data["path"] == "[a.jsonl,b.jsonl]"
+
+
+def test_keys_and_texts_in_braces_may_be_of_any_language() -> None:
+    parts = "[{name: classifier, path: runs/情感 (1)/reward}, {name: keywords, words: [好]}]"
+    assert settings("stage=evaluate", "reward=sum", f"reward.parts={parts}").reward["parts"] == [
+        {"name": "classifier", "path": "runs/情感 (1)/reward"},
+        {"name": "keywords", "words": ["好"]},
+    ]
+    assert settings("stage=reward", "reward=sum", f"reward.parts={parts}").reward["path"] == "runs/情感 (1)/reward"
+
+
+def test_settings_may_stand_behind_options() -> None:
+    assert arguments.complete(["--cfg", "job", "stage=sft", "-m", "seed=1"]) == ["stage=sft", "seed=1", "--cfg", "job"]
 
 
 def test_a_prompt_reaches_the_chat_as_it_was_typed() -> None:
@@ -263,6 +381,21 @@ def test_make_takes_a_run_whose_name_has_a_blank() -> None:
     assert "runs/my run/round1" in words
 
 
+ODD_NAME = '情感 (1) it\'s "a"=b #c $d %e \\ [f] {g},h'
+
+
+def test_make_takes_what_was_typed_whatever_signs_it_holds() -> None:
+    words = ["make", "--dry-run", "--always-make", "sft", f"NAME={ODD_NAME}", "ARGS='data.path=a $b (1).csv'"]
+    made = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert shlex.split(made.splitlines()[-1])[-2:] == [f"name={ODD_NAME}", "data.path=a $b (1).csv"]
+
+
+def test_make_help_lists_every_stage() -> None:
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for stage in STAGES:
+        assert re.search(rf"^  make {stage} +\w.{{20}}", shown, re.MULTILINE), stage
+
+
 def test_the_fields_of_trls_configs_are_found_without_importing_them() -> None:
     from trl import RewardConfig, SFTConfig
 
@@ -291,3 +424,37 @@ def test_runs_are_compared_by_name_or_folder(
     assert "<td>11.25</td>" in page
     assert "留出集损失" in page
     assert sorted(path.name for path in Path("runs/both").iterdir()) == ["compare.html"]
+
+
+WINDOWS = """
+import os, runpy, sys
+sys.modules["fcntl"] = sys.modules["readline"] = None
+del os.register_at_fork, os.fork
+runpy.run_module("rlhf_pipeline", run_name="__main__")
+"""
+
+
+def test_without_posix_what_needs_none_runs_and_the_rest_says_so_in_one_line(workplace: Path) -> None:
+    """Windows' Python has none of the three; that is all of Windows that is tried here."""
+
+    def call(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        code = ["-W", "ignore:only soft file lock", "-c", WINDOWS]
+        return subprocess.run([sys.executable, *code, *args], capture_output=True, text=True, check=False,
+                              env={**os.environ, "PYTHONPATH": str(ROOT), **environment})  # fmt: skip
+
+    shown = call("stage=ppo", "--cfg", "job")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    together = call("stage=sft", WORLD_SIZE="2")
+    assert together.returncode == 2
+    assert together.stderr == (
+        "error: several processes on one run need Linux or macOS (on Windows: WSL); start a single one.\n"
+    )
+    folder = workplace / "runs" / "demo" / "collect"
+    folder.mkdir(parents=True)
+    for name in ("tasks.json", "candidates.jsonl"):
+        (folder / name).write_text("[]")
+    (folder / "run.json").write_text('{"stage": "collect", "status": "waiting"}')
+    served = call("stage=collect", "labels=serve")
+    assert served.returncode == 2
+    assert served.stderr.startswith("error: labels=serve starts Label Studio on Linux and macOS (on Windows: in WSL).")
+    assert served.stderr.count("\n") == 1

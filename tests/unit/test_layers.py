@@ -8,9 +8,9 @@ from conftest import ROOT
 PACKAGE = ROOT / "rlhf_pipeline"
 # A module imports only from those before it (at module level).
 LAYERS = [
-    ["errors", "records", "scripts"], ["launch"], ["progress"],
-    ["networks"], ["registry", "toy_reviews", "python_code", "hub", "metrics", "sampling", "precision", "processes",
-     "checkpoints", "reward_model", "labels", "lineage", "atomic", "adapters"],
+    ["errors", "records", "scripts"], ["launch", "atomic", "networks"], ["progress"],
+    ["registry", "toy_reviews", "python_code", "hub", "metrics", "sampling", "precision", "processes",
+     "checkpoints", "reward_model", "labels", "limits", "lineage", "adapters"],
     ["likelihood", "formats", "templates", "scorer", "own_code", "report", "trackers"],
     ["data", "policies", "rewards", "static_sampling", "plan"], ["encoding"], ["settings"], ["cards"], ["rundir"],
     ["tables", "ppo", "label_studio", "made", "publish", "together"],

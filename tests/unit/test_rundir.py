@@ -2,15 +2,19 @@
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 
 import pytest
+from conftest import CommandLine
 
+from rlhf_pipeline import atomic
 from rlhf_pipeline.atomic import read_jsonl
 from rlhf_pipeline.checkpoints import seal
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import model_folder
 from rlhf_pipeline.lineage import content_hash
+from rlhf_pipeline.made import recover
 from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.settings import Report, Settings
 
@@ -40,6 +44,59 @@ def test_a_finished_stage_is_done_and_other_work_is_refused(workplace: Path) -> 
     assert out.model.exists()
     assert not RunDir.of(settings(seed=1)).finished(settings(seed=1, overwrite=True))
     assert not out.path.exists()
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def overwrite(asked: Settings, mistake: BaseException, steps: int | None = None) -> None:
+    """Work that ends by a mistake: before it has begun, or after it has logged `steps`."""
+    out = RunDir.of(asked)
+    with out.held():
+        assert not out.finished(asked)
+        assert (out.path.parent / ".sft.old" / "model").exists()
+        if steps is not None:
+            out.begin(asked, {}, None)
+            out.log(steps, {"loss": 7.0})
+            out.failed(mistake)
+        raise mistake
+
+
+def test_what_is_overwritten_stays_until_the_new_work_has_begun(workplace: Path) -> None:
+    before = files(finish(settings()).path)
+    asked = settings(seed=1, overwrite=True)
+    out = RunDir.of(asked)
+    for steps in (None, 0):  # 0: measured before the first step
+        for mistake in (UserError("line 3: no label"), KeyboardInterrupt(), RuntimeError("a bug")):
+            with pytest.raises(type(mistake)):
+                overwrite(asked, mistake, steps)
+            assert files(out.path) == before
+    with pytest.raises(UserError, match="diverged"):
+        overwrite(asked, UserError("diverged"), steps=1)
+    assert out.config()["seed"] == 1
+    assert sorted(path.name for path in out.path.parent.iterdir()) == [".sft.lock", "sft"]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_a_killed_process_had_moved_aside_is_found_by_the_next_command(
+    begun: bool, workplace: Path, command_line: CommandLine
+) -> None:
+    before = files(finish(settings(name="demo/round1")).path)
+    asked = settings(seed=1, overwrite=True, name="demo/round1")
+    killed = RunDir.of(asked)
+    assert not killed.finished(asked)
+    if begun:
+        killed.begin(asked, {}, None)
+    with killed.held():
+        pass
+    assert files(killed.path) == before
+    assert not killed.finished(asked)
+    with atomic.held(killed.path.parent / ".sft.lock", killed.path):
+        recover(Path("runs"))
+        assert not killed.path.exists(), "it is another process's, which is at it"
+    assert command_line("stage=evaluate", "name=other", "compare=[demo,demo]") == 2
+    assert files(killed.path) == before
 
 
 def test_a_changed_parent_is_noticed(workplace: Path) -> None:
@@ -127,6 +184,8 @@ def test_a_model_folder_may_be_named_by_its_stage(workplace: Path) -> None:
     assert model_folder("lvwerra/gpt2-imdb") == "lvwerra/gpt2-imdb"
     with pytest.raises(UserError, match=r"there is no folder \./nothing"):
         model_folder("./nothing")
+    with pytest.raises(UserError, match=r"config\.json is a file; give its folder, runs/demo/sft/model, or"):
+        model_folder("runs/demo/sft/model/config.json")
 
 
 def test_content_hash_sees_names_and_bytes(tmp_path: Path) -> None:
@@ -211,6 +270,18 @@ def test_a_directory_in_use_is_left_alone(workplace: Path) -> None:
 def test_no_path_of_this_machine_is_in_the_command_that_repeats_it(workplace: Path) -> None:
     out = finish(settings())
     assert str(workplace) not in (out.path / "run.json").read_text()
+
+
+def test_a_recorded_configuration_runs_again_whatever_signs_its_paths_hold(
+    workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = '情感 (1) a=b,{x} [y] it\'s #$% \\ "q" ${seed}'
+    asked = dataclasses.replace(settings("sft", name, seed=3), data={"name": "text", "path": f"{name}/${{stage}}.txt"})
+    out = finish(asked)
+    assert out.config()["data"]["path"] == asked.data["path"]
+    assert command_line("--config-path", str(out.path), "--config-name", "config") == 0
+    assert f"runs/{name}/sft is done already" in capsys.readouterr().out
+    assert shlex.split(out.record["command"])[4] == str(out.path)
 
 
 def test_the_page_shows_a_stage_while_it_goes_and_after_it_failed(workplace: Path) -> None:

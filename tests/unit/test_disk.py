@@ -1,0 +1,117 @@
+"""A disk that is full or may not be written: one line with the place and what to do, and nothing whole is lost."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, CommandLine
+from huggingface_hub import constants
+
+from rlhf_pipeline.atomic import append_jsonl, disk_error
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.hub import explained
+
+PLACE = Path("runs/demo/sft")
+FULL = "no space left for runs/demo/sft: make room; the same command goes on."
+
+
+class SafetensorError(Exception):
+    """As safetensors' own, which is known by its words."""
+
+
+def of_number(number: int, path: str | None = None) -> OSError:
+    return OSError(number, os.strerror(number), path)
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (of_number(errno.ENOSPC), FULL),
+        (of_number(errno.ENOSPC, "runs/demo/sft/.run.json.77"), FULL),
+        (of_number(errno.ENOSPC, "/cache/x.arrow"), FULL.replace("runs/demo/sft", "/cache/x.arrow")),
+        (of_number(errno.EDQUOT), "the disk quota leaves no space for runs/demo/sft: make room"),
+        (of_number(errno.EROFS, "runs/demo/.sft.lock"), "runs/demo is on a disk that is read-only"),
+        (of_number(errno.EACCES, "data.csv"), "no permission for data.csv: correct its permissions"),
+        (of_number(errno.EFBIG), "runs/demo/sft may not grow so large"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing data/3"),
+            FULL,
+        ),
+        (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"), FULL),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), FULL),
+        (SafetensorError("Error while serializing: I/O error: Disk quota exceeded (os error 122)"), "the disk quota"),
+        (OSError("[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device"), FULL),
+        (caused(RuntimeError("while saving"), of_number(errno.ENOSPC)), FULL),
+    ],
+)
+def test_what_a_library_says_of_a_full_disk_is_one_line(error: Exception, said: str) -> None:
+    assert str(disk_error(error, PLACE)).startswith(said)
+
+
+def test_other_errors_are_not_taken_for_the_disks() -> None:
+    others = (
+        FileNotFoundError(2, "No such file"),
+        RuntimeError("CUDA out of memory"),
+        UserError("[Errno 28] in a text"),
+    )
+    assert [disk_error(error, PLACE) for error in others] == [None] * 3
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
+def test_a_log_says_so_when_a_row_does_not_fit() -> None:
+    with pytest.raises(OSError, match="No space left") as caught:
+        append_jsonl(Path("/dev/full"), [{"step": 1}])
+    assert str(disk_error(caught.value, PLACE)) == FULL
+
+
+def test_a_full_cache_is_not_a_model_that_cannot_be_opened(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"no space left for {constants.HF_HOME}"), explained(str(tmp_path), "x"):
+        raise of_number(errno.ENOSPC)
+
+
+TEXTS = "\n".join(f"It was a good film, number {number}, and I liked it." for number in range(60))
+WORDS = [
+    "stage=pretrain", "name=x", "policy=gpt2_scratch", "policy.size=tiny", "policy.vocabulary=300", "data=text",
+    "data.path=texts.txt", "trainer.max_steps=4", "trainer.save_steps=2", "trainer.per_device_train_batch_size=4",
+]  # fmt: skip
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)
+import runpy
+runpy.run_module("rlhf_pipeline", run_name="__main__")
+"""
+
+
+def limited(size: int) -> subprocess.CompletedProcess[str]:
+    """The command where no file may be larger, as on a disk with no more room."""
+    return subprocess.run(
+        [sys.executable, "-c", LIMITED, str(size), *WORDS],
+        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+def test_a_run_that_found_no_room_goes_on_by_the_same_command(workplace: Path, command_line: CommandLine) -> None:
+    Path("texts.txt").write_text(TEXTS)
+    for size, place in ((200_000, "runs/x/pretrain"), (20, "runs/x")):
+        stopped = limited(size)
+        assert stopped.returncode == 2, stopped.stderr
+        assert "Traceback" not in stopped.stderr
+        last = stopped.stderr.splitlines()[-1]
+        assert last.startswith(("error: no space left for", "error: runs/x")), last
+        assert place in last
+        if size > 20:
+            record = json.loads(Path("runs/x/pretrain/run.json").read_text())
+            assert record["status"] == "failed"
+            assert "the same command goes on" in record["error"]
+            assert not list(Path("runs/x/pretrain/checkpoints").glob("checkpoint-*")), "half of one is left"
+    assert command_line(*WORDS) == 0
+    assert json.loads(Path("runs/x/pretrain/run.json").read_text())["status"] == "done"
