@@ -24,6 +24,8 @@ CommandLine = Callable[..., int]
 MINIATURE = (
     "data.limit=300",
     "policy.vocabulary=400",
+    # In bf16, where it is native, how a batch is cut shows in the figures.
+    *(f"++stages.{stage}.trainer.bf16=false" for stage in ("pretrain", "sft", "reward", "ppo")),
     "++stages.pretrain.trainer.num_train_epochs=1",
     "++stages.pretrain.trainer.save_steps=4",
     "++stages.pretrain.trainer.logging_steps=2",

@@ -93,7 +93,7 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(
     """With an adapter (and for SFT rows that do not divide by two); then on two, and by the same command on one."""
     asked = [
         f"stage={stage}", "experiment=demo", "policy.lora.r=4", "policy.lora.target_modules=[c_attn]",
-        "trainer.save_steps=2", "trainer.logging_steps=1",
+        "trainer.save_steps=2", "trainer.logging_steps=1", "trainer.bf16=false",
     ]  # fmt: skip
     if stage == "sft":
         asked += [f"policy.path={miniature / 'pretrain'}", "data.limit=193", "trainer.num_train_epochs=3"]
