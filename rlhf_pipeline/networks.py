@@ -49,7 +49,7 @@ def project(states: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | N
     kind, wide = states.device.type, torch.promote_types(states.dtype, torch.float32)
     narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else wide
     with torch.autocast(kind, enabled=False):
-        if kind == "cuda" and narrow != wide:
+        if kind == "cuda" and narrow != wide and not torch.is_grad_enabled():
             found = torch.mm(states.to(narrow), weight.to(narrow).t(), out_dtype=wide)
             return found if bias is None else found.add_(bias)
         states, weight = states.to(wide), weight.to(wide)

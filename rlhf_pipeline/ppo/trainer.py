@@ -259,7 +259,7 @@ class PPOTrainer(Flow, TRLPPOTrainer):
             last = batch.last_tokens
             scores = scores - args.missing_eos_penalty * ~torch.isin(last, last.new_tensor(self.sampling.stop_ids))
         values = rollout.values
-        if self.state.global_step == 0 and self.value_model is None:
+        if self.state.global_step == 0 and self.value_model is None and not values.any():
             # A value head starts at the mean score. It could not get there by itself: Adam moves a bias by about one
             # learning rate a step, and the weights would take up what it lacks.
             expected = float(scores.mean())
