@@ -54,7 +54,8 @@ def test_a_pipeline_in_two_processes_ends_as_in_one(miniature: Path, workplace: 
         assert json.loads((two / stage / "run.json").read_text())["processes"] == 2
         assert done.stderr.count(f"{stage}: 100%") == 1
     for stage in ("pretrain", "sft", "reward"):
-        assert figures(two / stage) == pytest.approx(figures(miniature / stage), abs=1e-5), stage
+        # fp32 holds a perplexity of 155 to 1.5e-5.
+        assert figures(two / stage) == pytest.approx(figures(miniature / stage), abs=1e-5, rel=1e-6), stage
     assert done.stdout.count("training a tokenizer") == 1
     assert "training a tokenizer" in (two / "pretrain" / "rank1.log").read_text()
     log = two / "evaluate" / "rank1.log"
