@@ -127,12 +127,14 @@ class ShardedLearner(Learner):
     def drop(self) -> None:
         raise NotImplementedError("DeepSpeed takes no step back; check_sharding refuses what would need it")
 
-    def fill(self, parameter: Tensor, value: float) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param
+    def fill(self, parameter: Any, value: float) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
         super().fill(parameter, value)  # what is computed with, and then what the optimizer steps from
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        safe_set_full_fp32_param(parameter, torch.full(shape, value, device=self.network.device))
+        if self.network.zero_optimization_stage() < 3:
+            safe_set_full_fp32_param(parameter, torch.full_like(parameter, value))
+        else:  # of which each process has a shard, padded to one size
+            safe_set_local_fp32_param(parameter, torch.full_like(parameter.ds_tensor, value))
 
     @contextmanager
     def whole(self, change: bool = False) -> Iterator[None]:
