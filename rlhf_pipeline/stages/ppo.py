@@ -33,6 +33,11 @@ def run(settings: Settings, out: RunDir) -> None:
     args = trainer_args(PPOConfig, settings, out)
     batch = check_config(args, script=False) * processes()
     adapter = lora_config(settings.policy)
+    if adapter is not None and str(start := adapter.init_lora_weights).startswith(("pissa", "olora", "loftq", "corda")):
+        raise UserError(
+            f"policy.lora.init_lora_weights={start} moves the base, which with the adapter off is PPO's reference; "
+            "leave it at its default."
+        )
     reward, judge = load_reward(settings.reward, out.upstream("reward", reward=trained_part(settings.reward)))
     rows = take_data(settings.data, settings.seed)
     policy, where = load_policy(
