@@ -287,6 +287,9 @@ def as_typed(override: str) -> str:
     """An override of Hydra's as the user would say it."""
     word = override.removeprefix("++").replace(_LABELER, "labeler=")
     key, _, value = word.partition("=")
+    if value.startswith(created := "'${oc.create:"):
+        yaml_text = str(_parsed(f"x={value}").value()).removeprefix(created[1:]).removesuffix("}")
+        return f"{key}={_parsed(f'x={yaml_text}').value()}"
     if value.startswith("'") and "${" not in value and _PATHS.fullmatch(key):
         text = _parsed(f"x={value}").value()
         return typed(key, text) if isinstance(text, str) else word

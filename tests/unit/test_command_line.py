@@ -250,6 +250,11 @@ def test_keys_and_texts_in_braces_may_be_of_any_language() -> None:
     assert settings("stage=reward", "reward=sum", f"reward.parts={parts}").reward["path"] == "runs/情感 (1)/reward"
 
 
+@pytest.mark.parametrize("typed", ["data.labels={正面: 1, 负面: 0}", "data.labels={it's good: 1, so-so (bad): 0}"])
+def test_labels_of_other_letters_are_shown_as_they_were_typed(typed: str) -> None:
+    assert [arguments.as_typed(word) for word in arguments.complete(["stage=reward", typed])][-1] == typed
+
+
 def test_settings_may_stand_behind_options() -> None:
     assert arguments.complete(["--cfg", "job", "stage=sft", "-m", "seed=1"]) == ["stage=sft", "seed=1", "--cfg", "job"]
 
