@@ -69,7 +69,7 @@ def complete(argv: Sequence[str]) -> list[str]:
     ]
     if any(word.startswith(("--config-name", "-cn")) for word in options):
         return settings + options
-    settings = [re.sub(r"^labeler=", _LABELER, word) for word in settings]
+    settings = [re.sub(r"^labeler=", _LABELER, word) for word in settings if word != "labeler=null"]
     if any(map(_OWN_CHOICE.match, settings)) and not any("experiment" in word.partition("=")[0] for word in settings):
         settings.append("~experiment")
     if {"--help", "-h"} & {*options} and not any(word.startswith("stage=") for word in settings):
@@ -139,7 +139,11 @@ def _readable(word: str, swept: bool) -> str:
     if name in ("stage", *_GROUPS) and (not value if equals else name != "experiment"):
         raise UserError(f"{word} leaves nothing to work with; give one by its name, as in {name}=<name>.")
     try:
-        _parsed(word)
+        read = _parsed(word)
+        if name in ("stage", *_GROUPS) and equals and not read.is_sweep_override():
+            none = read.value() is None and name in ("experiment", "labeler")
+            if not none and not isinstance(read.value(), str):
+                raise UserError(f"{word}: {name}= takes one name, as in {name}=<name>.")
     except HydraException:
         if name in ("stage", *_GROUPS):  # which is none of those that there are
             return f"{key}={quoted(value)}"
@@ -283,6 +287,9 @@ def as_typed(override: str) -> str:
     """An override of Hydra's as the user would say it."""
     word = override.removeprefix("++").replace(_LABELER, "labeler=")
     key, _, value = word.partition("=")
+    if value.startswith(created := "'${oc.create:"):
+        yaml_text = str(_parsed(f"x={value}").value()).removeprefix(created[1:]).removesuffix("}")
+        return f"{key}={_parsed(f'x={yaml_text}').value()}"
     if value.startswith("'") and "${" not in value and _PATHS.fullmatch(key):
         text = _parsed(f"x={value}").value()
         return typed(key, text) if isinstance(text, str) else word

@@ -30,7 +30,7 @@ from rlhf_pipeline.launch import check_launch, processes, rank
 from rlhf_pipeline.plain_words import plain
 from rlhf_pipeline.progress import say_loading, screen
 from rlhf_pipeline.publish import last_model, publish
-from rlhf_pipeline.registry import Registry
+from rlhf_pipeline.registry import Registry, shown
 from rlhf_pipeline.report import compare
 from rlhf_pipeline.settings import SAMPLING, SECTIONS, TRAINED, Hub, Settings, check_sections
 from rlhf_pipeline.summary import how_far, say_all_done, say_done, say_done_before, say_next
@@ -126,8 +126,8 @@ def resolve(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
         return dataclasses.replace(resolve(hydra.compose("config", [*of_ppo, "stage=ppo"]), overrides), stage="plan")
     OmegaConf.set_struct(cfg, False)
     for key in ("policy", "reward", "data", "trainer", "ptx", "stages", *SECTIONS):
-        if cfg.get(key) is not None and not OmegaConf.is_dict(cfg[key]):
-            raise UserError(f"{key}={cfg[key]} is no section of settings; say {key}.<setting>=...")
+        if key in cfg and not OmegaConf.is_dict(cfg[key]):
+            raise UserError(f"{key}={shown(cfg[key])} is no section of settings; say {key}.<setting>=...")
     check_sections(str(name) for name in cfg.stages)
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     said = {o.key_or_group: o for o in parsed if not o.is_delete() and o.package is None}

@@ -216,7 +216,13 @@ def load_data(choice: dict[str, Any], seed: int, answers: bool = False) -> Split
     shortest = choice.get("min_characters", 0)
     test = [row for row in splits.test if len(whole(row)) >= shortest]
     held_out = {whole(row) for row in splits.test}
-    train = [row for row in splits.train if len(whole(row)) >= shortest and whole(row) not in held_out]
+    apart = [row for row in splits.train if whole(row) not in held_out]
+    if both := len(splits.train) - len(apart):
+        _LOG.warning(
+            "data=%s: %d of %d rows to learn from are also held out, and are left out",
+            choice["name"], both, len(splits.train),
+        )  # fmt: skip
+    train = [row for row in apart if len(whole(row)) >= shortest]
     for rows in (train, test):
         random.Random(f"rows {seed}").shuffle(rows)
     limit = choice.get("limit")

@@ -1,5 +1,6 @@
 """The least that a trainer's fields take. Without torch, so that what is out of range is refused in a second."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,10 +24,12 @@ def check_limits(trainer: Mapping[str, Any]) -> None:
     for name, value in trainer.items():
         if not isinstance(value, int | float):
             continue
+        if value != value:
+            raise UserError(f"trainer.{name} is nan; it takes a number.")
         if name in _AT_LEAST_ONE and not value >= 1:
             raise UserError(f"trainer.{name} is {value}; it takes at least 1.")
-        if name in _NOT_NEGATIVE and not value >= 0:
-            raise UserError(f"trainer.{name} is {value}; it takes 0 or more.")
+        if name in _NOT_NEGATIVE and not 0 <= value < math.inf:
+            raise UserError(f"trainer.{name} is {value}; it takes 0 or more (and no infinity).")
         if name in _SHARES and not 0 <= value <= 1:
             raise UserError(f"trainer.{name} is {value}; it takes a number from 0 to 1.")
         if name in _ABOVE_ZERO and not value > 0:

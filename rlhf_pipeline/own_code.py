@@ -56,7 +56,7 @@ def reward_at(path: str) -> Callable[[Sequence[str], Sequence[str]], Any]:
     def call(prompts: Sequence[str], completions: Sequence[str]) -> Any:
         try:
             found = forms[0](prompts, completions)
-        except (TypeError, AttributeError):
+        except (TypeError, AttributeError, LookupError):  # the last of an empty answer
             with suppress(Exception):  # the first error is the one to tell
                 found = forms[1](prompts, completions)
                 forms[:] = forms[1:]

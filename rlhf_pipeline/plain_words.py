@@ -26,6 +26,8 @@ def plain(error: Exception) -> str:
     if found := re.match(r"Ambiguous value for argument '(.*?)=(.*?)' ", text):
         key, values = found[1], found[2]
         return f"{key}={values} has several values: a list is '{key}=[{values}]', and a sweep takes -m as well."
+    if found := re.match(r"Error merging override (([\w.]+)=.*)", text):
+        return f"{found[1]} is no section of settings; say {found[2]}.<setting>=..."
     if found := re.match(r"Multiple values for ([\w/]+)", text):
         return f"+{found[1]}= would be a second choice; write {found[1]}=..."
     if found := re.search(r"Check that the config directory '(.*)' exists", text):

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import json
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -18,15 +19,27 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f"Did you mean '{near[0]}'? " if near else ""
 
 
+_WORDS: dict[Any, str] = {
+    types.NoneType: "null", bool: "true or false", int: "a whole number", float: "a number", str: "text",
+    list: "a list", dict: "settings, as in {key: value}",
+}  # fmt: skip
+
+
 def describe(kind: Any) -> str:
-    """A type as the user would write it: `int`, `float or null`, `'k1' or 'k3'`."""
-    if kind is types.NoneType:
-        return "null"
-    if typing.get_origin(kind) is typing.Literal:
-        return " or ".join(repr(choice) for choice in typing.get_args(kind))
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        return " or ".join(describe(part) for part in typing.get_args(kind))
-    return str(getattr(kind, "__name__", kind)) if not typing.get_args(kind) else str(kind)
+    """A type in the user's words: `a whole number`, `a number or null`, `'k1' or 'k3'`, `a list (text each)`."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return " or ".join(map(shown, args))
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(map(describe, args))
+    if origin in (list, tuple):
+        return f"a list{f' of {len(args)}' if origin is tuple else ''} ({describe(args[0])} each)"
+    return _WORDS.get(origin or kind, "any value")
+
+
+def shown(value: Any) -> str:
+    """A value as the user would write it."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
 def fits(value: Any, kind: Any) -> bool:
@@ -96,7 +109,9 @@ class Registry(Generic[T]):
                     f"{self.kind}={name} has no field '{key}'. {near}Known: {', '.join(sorted(fields)) or 'none'}."
                 )
             if not fits(value, fields[key]):
-                raise UserError(f"{self.kind}.{key} is {value!r}; {self.kind}={name} takes {describe(fields[key])}.")
+                raise UserError(
+                    f"{self.kind}.{key} is {shown(value)}; {self.kind}={name} takes {describe(fields[key])}."
+                )
         for parameter in inspect.signature(self.entries[name]).parameters.values():
             needed = parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
             if needed and parameter.name not in choice:

@@ -15,7 +15,7 @@ from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import is_hub_id
 from rlhf_pipeline.limits import check_limits
 from rlhf_pipeline.plan.devices import check_machine
-from rlhf_pipeline.registry import describe, fits, suggest
+from rlhf_pipeline.registry import describe, fits, shown, suggest
 
 _NOT_OF_SWEEPS = ("policies", "show", "examples", "held_out_tokens")
 _COUNTS = ("batch_size", "bootstrap", "response_length")
@@ -327,7 +327,7 @@ def _check_fields(prefix: str, values: dict[str, Any], known: dict[str, Any]) ->
         if key not in known:
             raise UserError(f"there is no setting '{prefix}{key}'. {suggest(key, known)}Known: {', '.join(known)}.")
         if not fits(value, known[key]):
-            raise UserError(f"{prefix}{key} is {value!r}; it takes {describe(known[key])}.")
+            raise UserError(f"{prefix}{key} is {shown(value)}; it takes {describe(known[key])}.")
 
 
 def check_trainer(stage: str, values: dict[str, Any]) -> None:
@@ -348,7 +348,7 @@ def check_trainer(stage: str, values: dict[str, Any]) -> None:
                 f"'python -m rlhf_pipeline --cfg job stage={stage}' shows what is set."
             )
         if not fits(value, known[key]):
-            raise UserError(f"trainer.{key} is {value!r}; {config} takes {describe(known[key])}.")
+            raise UserError(f"trainer.{key} is {shown(value)}; {config} takes {describe(known[key])}.")
     check_limits(values)
     trackers.check(values.get("report_to"))
 

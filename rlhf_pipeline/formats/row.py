@@ -30,6 +30,8 @@ _ROLES: dict[str, Role] = {
     "assistant": "assistant", "gpt": "assistant", "bot": "assistant",
 }  # fmt: skip
 _TOOLS = ("tool", "function", "observation", "function_call", "tool_call", "tool_calls", "tool_response", "ipython")
+# Where what a model thought before it answered stands: nothing reads it.
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 # Between messages numpy writes no comma.
 _NEXT_MESSAGE = re.compile(r"""\}\s+(?=\{\s*['"](?:role|content|text|from|value)['"]\s*:)""")
 
@@ -132,8 +134,7 @@ class Row:
             role = _ROLES.get(str(who).lower())
             if role is None:
                 raise self.error(f"'{key}' has a message from {who!r}; allowed are {', '.join(_ROLES)}")
-            if not blank(message.get("reasoning_content")):
-                self.unread.add("reasoning_content")
+            self.unread.update(name for name in THOUGHTS if not blank(message.get(name)))
             found.append(Turn(role, words if isinstance(words, str) else ""))
         return tuple(found)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.formats.files import kind_of, read_rows, suffix
-from rlhf_pipeline.formats.row import Columns, Row, blank, collect, decoded
+from rlhf_pipeline.formats.row import THOUGHTS, Columns, Row, blank, collect, decoded
 from rlhf_pipeline.records import Demonstration, Dialogue, Labelled, Prompt, Text, Turn
 
 _TEXT_COLUMNS = ("text", "review", "sentence", "content")
@@ -71,8 +71,7 @@ def read_demonstrations(path: Path, columns: Columns | None = None) -> list[Demo
     """
 
     def parse(row: Row) -> Demonstration | Dialogue:
-        if row.holds("reasoning_content"):
-            row.unread.add("reasoning_content")
+        row.unread.update(filter(row.holds, THOUGHTS))
         if chat := next(filter(row.holds, _CHATS), None):
             return _dialogue(row, chat)
         names = next((names for names in _ASKED if row.has(names[0]) and any(map(row.holds, names))), None)

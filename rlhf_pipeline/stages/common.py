@@ -1,7 +1,8 @@
 """What the stages share: a trainer's settings, its log and its progress bar."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,6 +45,15 @@ _BAR = {
     "eval_accuracy": "held-out accuracy",
     "eval_reward": "held-out",
 }
+
+
+@contextmanager
+def building() -> Iterator[None]:
+    """What transformers and peft find wrong with the settings only when the trainer is built is a `UserError`."""
+    try:
+        yield
+    except (ImportError, ValueError) as error:
+        raise UserError(f"the trainer cannot be built with these settings: {' '.join(str(error).split())}") from error
 
 
 def trainer_args(kind: type[A], settings: Settings, out: RunDir) -> A:

@@ -25,7 +25,7 @@ from rlhf_pipeline.rewards import load_reward, trained_part
 from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.sampling import room_for_prompts
 from rlhf_pipeline.settings import Settings
-from rlhf_pipeline.stages.common import check_languages, judges, say_taken, take_data, trainer_args, watch
+from rlhf_pipeline.stages.common import building, check_languages, judges, say_taken, take_data, trainer_args, watch
 
 
 def run(settings: Settings, out: RunDir) -> None:
@@ -33,6 +33,11 @@ def run(settings: Settings, out: RunDir) -> None:
     args = trainer_args(PPOConfig, settings, out)
     batch = check_config(args, script=False) * processes()
     adapter = lora_config(settings.policy)
+    if adapter is not None and str(start := adapter.init_lora_weights).startswith(("pissa", "olora", "loftq", "corda")):
+        raise UserError(
+            f"policy.lora.init_lora_weights={start} moves the base, which with the adapter off is PPO's reference; "
+            "leave it at its default."
+        )
     reward, judge = load_reward(settings.reward, out.upstream("reward", reward=trained_part(settings.reward)))
     rows = take_data(settings.data, settings.seed)
     policy, where = load_policy(
@@ -63,17 +68,18 @@ def run(settings: Settings, out: RunDir) -> None:
         known["ptx"] = fingerprint(settings.ptx, pretraining)
         parents |= {"ptx": path} if isinstance(path := settings.ptx.get("path"), str) else {}
     out.begin(settings, parents, known)
-    trainer = PPOTrainer(
-        args,
-        policy.tokenizer,
-        policy.model,
-        None,  # the reference is the policy as it is now
-        reward,
-        asked,
-        eval_dataset=validation or None,
-        peft_config=adapter,
-        ptx_dataset=documents(pretraining.train, policy.tokenizer) if args.ptx_coef else None,
-    )
+    with building():
+        trainer = PPOTrainer(
+            args,
+            policy.tokenizer,
+            policy.model,
+            None,  # the reference is the policy as it is now
+            reward,
+            asked,
+            eval_dataset=validation or None,
+            peft_config=adapter,
+            ptx_dataset=documents(pretraining.train, policy.tokenizer) if args.ptx_coef else None,
+        )
     trainer.add_callback(SampleLog(trainer, out))
     trainer.on_warning = out.warn
     trainer.train(watch(trainer, out))

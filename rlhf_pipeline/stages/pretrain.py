@@ -15,7 +15,7 @@ from rlhf_pipeline.policies import make_policy
 from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.stages.batching import OrderedSFTTrainer
-from rlhf_pipeline.stages.common import fit_length, sharded_weights, take_data, trainer_args, watch
+from rlhf_pipeline.stages.common import building, fit_length, sharded_weights, take_data, trainer_args, watch
 
 
 def run(settings: Settings, out: RunDir) -> None:
@@ -34,13 +34,14 @@ def run(settings: Settings, out: RunDir) -> None:
     if longer and (not args.packing or args.packing_strategy == "bfd"):  # the others lose nothing
         said = f"{longer} of {len(train) + len(test)} texts lose what is beyond {args.max_length} tokens"
         print(f"warning: {said}; trainer.packing_strategy=wrapped loses nothing", flush=True)
-    trainer = OrderedSFTTrainer(
-        policy.model,
-        args,
-        train_dataset=Dataset.from_dict({"input_ids": train}),
-        eval_dataset=Dataset.from_dict({"input_ids": test}),
-        processing_class=policy.tokenizer,
-    )
+    with building():
+        trainer = OrderedSFTTrainer(
+            policy.model,
+            args,
+            train_dataset=Dataset.from_dict({"input_ids": train}),
+            eval_dataset=Dataset.from_dict({"input_ids": test}),
+            processing_class=policy.tokenizer,
+        )
     trainer.train(resume_from_checkpoint=watch(trainer, out))
     loss = trainer.evaluate()["eval_loss"]
     weights = sharded_weights(trainer)

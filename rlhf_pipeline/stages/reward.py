@@ -36,7 +36,7 @@ from rlhf_pipeline.stages.classification import (
     check_language_model,
     tokenized,
 )
-from rlhf_pipeline.stages.common import fit_length, say_taken, sharded_weights, take_data, trainer_args, watch
+from rlhf_pipeline.stages.common import building, fit_length, say_taken, sharded_weights, take_data, trainer_args, watch
 from rlhf_pipeline.stages.comparisons import Comparison, ComparisonTrainer, compare, shown, told_apart
 from rlhf_pipeline.stages.reward_quality import example_line, example_rows, labelled_quality, preference_quality, scores
 from rlhf_pipeline.templates import TEMPLATES, visible
@@ -78,7 +78,8 @@ def run(settings: Settings, out: RunDir) -> None:
     if rows.labels and out.leads:
         _say_labels(rows.labels, out)
     fuse_gelu(model)
-    trainer = _trainer(model, tokenizer, args, compared or rows, choice)
+    with building():
+        trainer = _trainer(model, tokenizer, args, compared or rows, choice)
     trainer.train(resume_from_checkpoint=watch(trainer, out))
     weights = sharded_weights(trainer)
     if not out.leads:

@@ -22,7 +22,7 @@ from rlhf_pipeline.records import Demonstration, Dialogue
 from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.stages.batching import OrderedSFTTrainer
-from rlhf_pipeline.stages.common import fit_length, say_taken, sharded_weights, take_data, trainer_args, watch
+from rlhf_pipeline.stages.common import building, fit_length, say_taken, sharded_weights, take_data, trainer_args, watch
 from rlhf_pipeline.templates import template_of
 
 
@@ -56,17 +56,18 @@ def run(settings: Settings, out: RunDir) -> None:
     out.begin(settings, {"policy": where}, fingerprint(settings.data, rows))
 
     model, adapter = policy.model, lora_config(settings.policy)
-    if adapter is not None and args.bf16 and not settings.policy.get("quantize"):
-        model, adapter = get_peft_model(model, adapter), None
-        freeze_in_bf16(model, keep=out.leads)
-    trainer = OrderedSFTTrainer(
-        model,
-        args,
-        train_dataset=train,
-        eval_dataset=test,
-        processing_class=policy.tokenizer,
-        peft_config=adapter,
-    )
+    with building():
+        if adapter is not None and args.bf16 and not settings.policy.get("quantize"):
+            model, adapter = get_peft_model(model, adapter), None
+            freeze_in_bf16(model, keep=out.leads)
+        trainer = OrderedSFTTrainer(
+            model,
+            args,
+            train_dataset=train,
+            eval_dataset=test,
+            processing_class=policy.tokenizer,
+            peft_config=adapter,
+        )
     checkpoint = watch(trainer, out)
     logged = [row for row in read_jsonl(out.path / "metrics.jsonl") if row["step"] == 0]
     args.eval_on_start = not logged  # not evaluate(): accelerate would take the model for one that is prepared to train

@@ -11,12 +11,14 @@ MISTAKES = {
     "sft": [
         "policy.path=nowhere/at/all", "policy.path=mistaken.csv", "policy=gpt2_scratch policy.path=runs/demo/reward",
         "data=instructions data.path=mistaken.csv", "trainer.learning_rate=fast", "policy.size=mini",
+        "policy.lora.target_modules=[nothing_like_it]",
     ],
     "reward": ["data=sentiment data.path=mistaken.csv", "reward.path=nowhere/at/all reward.base=null"],
     "ppo": [
         "reward=python reward.path=rewards.py:broken", "reward=python reward.path=rewards.py:too_few",
         "reward.path=nowhere/at/all", "trainer.num_mini_batches=7", "data=text data.path=mistaken.csv",
         "trainer.stop_tokens=[nothing_like_it]", "trainer.response_length=100000",
+        "policy.lora.r=0", "policy.lora.init_lora_weights=olora", "trainer.fsdp=full_shard",
     ],
     "evaluate": [
         "evaluate.policies=[nowhere/at/all]", "evaluate.response_length=100000", "reward=python reward.path=no.py:f",

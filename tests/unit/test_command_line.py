@@ -22,9 +22,9 @@ REFUSED = {
     "stage=sfd": ["no stage is called 'sfd'", "Did you mean 'sft'", "pretrain"],
     "stage=sft policy=gpt3": ["no policy is called 'gpt3'", "Did you mean 'gpt2'"],
     "stage=sft trainer.learning_rat=1": ["trainer.learning_rat is no field of SFTConfig", "'learning_rate'"],
-    "stage=sft trainer.learning_rate=fast": ["trainer.learning_rate is 'fast'", "takes float"],
+    "stage=sft trainer.learning_rate=fast": ["trainer.learning_rate is 'fast'", "takes a number"],
     "stage=ppo trainer.kl_estimator=k2": ["trainer.kl_estimator is 'k2'", "'k1' or 'k3'"],
-    "stage=ppo trainer.bf16=maybe": ["trainer.bf16 is 'maybe'", "bool or 'auto' or null"],
+    "stage=ppo trainer.bf16=maybe": ["trainer.bf16 is 'maybe'", "true or false or 'auto' or null"],
     "stage=sft trainer.output_dir=x": ["trainer.output_dir is not yours to set", "name="],
     "stage=sft compare=[a,b]": ["compare= goes with stage=evaluate"],
     "stage=evaluate compare=a": ["compare is 'a'", "list"],
@@ -48,7 +48,7 @@ REFUSED = {
     "stage=sft hub.push=nobody": ["hub.push=nobody is no repository of the hub", "user/name"],
     "stage=sft hub.push=a/b/c": ["hub.push=a/b/c is no repository of the hub"],
     "stage=sft hub.token=hf_secret": ["there is no setting 'hub.token'", "push, private"],
-    "stage=sft hub.push=a/b hub.private=maybe": ["hub.private is 'maybe'", "takes bool"],
+    "stage=sft hub.push=a/b hub.private=maybe": ["hub.private is 'maybe'", "takes true or false"],
     "stage=evaluate hub.push=a/b": ["stage=evaluate makes no model", "ppo"],
     "stage=sft nam=x": ["no setting 'nam'", "Did you mean 'name'"],
     "stage=sft +kl.taget=6": ["no setting 'kl'"],
@@ -57,7 +57,7 @@ REFUSED = {
     "stage=ppo trainer.kl_coef=-1": ["trainer.kl_coef is -1; it takes 0 or more"],
     "stage=ppo trainer.temperature=0.0": ["trainer.temperature is 0.0; it takes a number above 0"],
     "stage=sft trainer.per_device_train_batch_size=0": ["trainer.per_device_train_batch_size is 0; it takes at least"],
-    "stage=sft seed=one": ["seed is 'one'", "takes int"],
+    "stage=sft seed=one": ["seed is 'one'", "takes a whole number"],
     "stage=sft name=../x": ["is no run name"],
     "stage=sft stages.sfd.trainer.seed=1": ["stages.sfd is no stage"],
     "--foo": ["there is no option --foo", "Did you mean '--info'", "--config-path"],
@@ -86,6 +86,22 @@ REFUSED = {
     ],
     "stage=sft seed=1,2": ["seed=1,2 has several values", "-m"],
     "stage=sft policy.path=${nix}": ["${nix}", "no setting 'nix'"],
+    "stage=ppo trainer.total_episodes=nan": ["trainer.total_episodes is nan", "takes a whole number or null"],
+    "stage=ppo trainer.learning_rate=inf": ["trainer.learning_rate is inf; it takes 0 or more (and no infinity)"],
+    "stage=ppo trainer.max_grad_norm=nan": ["trainer.max_grad_norm is nan"],
+    "stage=sft seed=null": ["seed is null; it takes a whole number"],
+    "stage=evaluate compare=a,b": ["compare is 'a,b'; it takes a list (text each)"],
+    "stage=sft data.prompt_tokens=[1]": ["data.prompt_tokens is [1]", "a list of 2 (a whole number each)"],
+    "stage=ppo reward=sum reward.parts=3": ["reward.parts is 3; reward=sum takes a list (settings, as in {key: value}"],
+    "stage=sft policy.lora=5": ["policy.lora is 5", "takes settings, as in {key: value} or null"],
+    "stage=sft data=null": ["data=null", "as in data=<name>"],
+    "stage=sft policy=[gpt2]": ["policy=[gpt2]", "as in policy=<name>"],
+    "stage=sft reward={name:length}": ["reward={name:length}", "as in reward=<name>"],
+    "stage=sft labeler=5": ["labeler=5", "as in labeler=<name>"],
+    "stage=1": ["stage=1", "as in stage=<name>"],
+    "stage=sft trainer=null": ["trainer=null is no section of settings", "trainer.<setting>="],
+    "stage=sft trainer=[1]": ["trainer=[1] is no section of settings", "trainer.<setting>="],
+    "stage=sft stages=[a]": ["stages=[a] is no section of settings"],
     "": ["say which stage: stage=<pretrain|"],
     "stage=pipeline policy=gpt2": ["choose one, as in experiment=demo"],
 }
@@ -232,6 +248,11 @@ def test_keys_and_texts_in_braces_may_be_of_any_language() -> None:
         {"name": "keywords", "words": ["好"]},
     ]
     assert settings("stage=reward", "reward=sum", f"reward.parts={parts}").reward["path"] == "runs/情感 (1)/reward"
+
+
+@pytest.mark.parametrize("typed", ["data.labels={正面: 1, 负面: 0}", "data.labels={it's good: 1, so-so (bad): 0}"])
+def test_labels_of_other_letters_are_shown_as_they_were_typed(typed: str) -> None:
+    assert [arguments.as_typed(word) for word in arguments.complete(["stage=reward", typed])][-1] == typed
 
 
 def test_settings_may_stand_behind_options() -> None:

@@ -29,7 +29,9 @@ def test_splits_are_disjoint_and_cut_to_the_limit() -> None:
     assert len(data.load_data({**TOY, "test_limit": 5}, seed=0).test) == 5
 
 
-def test_a_training_text_that_is_held_out_too_is_dropped(tmp_path: Path) -> None:
+def test_a_training_text_that_is_held_out_too_is_dropped_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for split in ("train", "test"):
         for label, rating in (("pos", 9), ("neg", 2)):
             folder = tmp_path / "aclImdb" / split / label
@@ -40,6 +42,7 @@ def test_a_training_text_that_is_held_out_too_is_dropped(tmp_path: Path) -> None
     rows = data.load_data({"name": "imdb", "path": str(tmp_path)}, seed=0)
     assert len(rows.test) == 6
     assert len(rows.train) == 4
+    assert "data=imdb: 2 of 6 rows to learn from are also held out, and are left out" in caplog.text
 
 
 def test_prompts_that_also_begin_training_texts_are_counted() -> None:

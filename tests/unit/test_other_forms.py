@@ -148,6 +148,11 @@ def test_alpacas_history_and_system_stand_before_the_instruction(tmp_path: Path)
 
 def test_thoughts_that_are_not_read_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     thought = [CHAT[0], {**CHAT[1], "reasoning_content": "Hm."}]
+    for name in ("thinking", "reasoning"):  # gpt-oss and others
+        formats.read_demonstrations(
+            jsonl(tmp_path / f"{name}.jsonl", {"messages": [CHAT[0], {**CHAT[1], name: "Hm."}]})
+        )
+        assert f"{name}.jsonl: 1 of 1 rows have {name}, which is not read" in caplog.text
     empty = [CHAT[0], {**CHAT[1], "reasoning_content": ""}]
     path = jsonl(tmp_path / "a.jsonl", {"messages": thought}, {"messages": empty}, {"messages": CHAT})
     assert formats.read_demonstrations(path) == [Dialogue(TURNS)] * 3

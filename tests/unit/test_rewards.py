@@ -195,6 +195,11 @@ def test_a_function_may_be_written_for_grpo_and_rloo(tmp_path: Path, source: str
     assert reward(["a prompt", "another one"], ["four", "sixsix"]) == [4.0, 6.0]
 
 
+def test_a_conversational_grpo_function_may_meet_an_empty_answer_first(tmp_path: Path) -> None:
+    source = "def f(completions, **kwargs):\n    return [float(len(c[0]['content'])) for c in completions]\n"
+    assert built("python", path=file_of(tmp_path, source) + ":f")(["p", "p"], ["", "abc"]) == [0.0, 3.0]
+
+
 def test_a_grpo_function_sees_prompts_too(tmp_path: Path) -> None:
     plain = "def f(completions, prompts):\n    return [float(p[-1] == c[0]) for p, c in zip(prompts, completions)]\n"
     talk = (

@@ -49,7 +49,7 @@ class JobsSweeper(Sweeper):
 
         for key in ("name", "runs"):
             if not isinstance(config[key] or "", str):
-                raise UserError(f"{key} is {config[key]!r}; it takes str.")
+                raise UserError(f"{key} is {config[key]!r}; it takes text.")
         check_name(config.name or "default", config.runs)
         self.cfg, self.loader = config, hydra_context.config_loader
         self.folder = Path(config.runs) / (config.name or config.experiment or "default")
