@@ -406,7 +406,15 @@ ODD_NAME = '情感 (1) it\'s "a"=b #c $d %e \\ [f] {g},h'
 
 
 def test_make_takes_what_was_typed_whatever_signs_it_holds() -> None:
-    words = ["make", "--dry-run", "--always-make", "sft", f"NAME={ODD_NAME}", "ARGS='data.path=a $b (1).csv'"]
+    words = [
+        "make",
+        "--no-print-directory",
+        "--dry-run",
+        "--always-make",
+        "sft",
+        f"NAME={ODD_NAME}",
+        "ARGS='data.path=a $b (1).csv'",
+    ]
     made = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert shlex.split(made.splitlines()[-1])[-2:] == [f"name={ODD_NAME}", "data.path=a $b (1).csv"]
 
