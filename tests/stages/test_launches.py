@@ -139,7 +139,7 @@ def test_a_sharded_model_learns_the_same(
         pytest.importorskip("deepspeed")
     asked = [
         "stage=sft", "experiment=demo", f"policy.path={miniature / 'pretrain'}", "data.limit=193",
-        "trainer.save_steps=4", "trainer.logging_steps=1",
+        "trainer.save_steps=4", "trainer.logging_steps=1", "trainer.bf16=false", "trainer.adam_epsilon=1e-6",
     ]  # fmt: skip
     assert command_line(*asked, "name=one") == 0
     asked += ["trainer.use_cpu=false", "trainer.per_device_train_batch_size=16", "name=two"]
