@@ -380,9 +380,8 @@ def _split(rows: list[R], share: float) -> Splits[R]:
         raise UserError(f"data.test_share is {share}; it takes a number between 0 and 1.")
     groups = _groups(rows, share)
     places = [int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 16**8 if name else 1.0 for _, name in groups]
-    of: dict[str, set[float]] = defaultdict(
-        set
-    )  # the places of the groups that a prompt is divided into; of "" the rest
+    # The places of the groups that a prompt is divided into; under "" all other prompts.
+    of: dict[str, set[float]] = defaultdict(set)
     for (prompt, _), place in zip(groups, places, strict=True):
         of[prompt].add(place)
     least = {prompt: min(own) if len(own) > 1 else -1.0 for prompt, own in of.items()}

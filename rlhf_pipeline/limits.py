@@ -29,7 +29,7 @@ def check_limits(trainer: Mapping[str, Any]) -> None:
         if name in _AT_LEAST_ONE and not value >= 1:
             raise UserError(f"trainer.{name} is {value}; it takes at least 1.")
         if name in _NOT_NEGATIVE and not 0 <= value < math.inf:
-            raise UserError(f"trainer.{name} is {value}; it takes 0 or more (and no infinity).")
+            raise UserError(f"trainer.{name} is {value}; it takes 0 or more (a finite number).")
         if name in _SHARES and not 0 <= value <= 1:
             raise UserError(f"trainer.{name} is {value}; it takes a number from 0 to 1.")
         if name in _ABOVE_ZERO and not value > 0:

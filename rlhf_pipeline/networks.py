@@ -32,12 +32,16 @@ def looks_ahead(model: Any) -> bool:
 def head_logits(model: Any, states: Tensor) -> Tensor:
     """Logits (tokens, vocabulary) of the trunk's hidden states (tokens, hidden), in fp32 or wider."""
     inner = language_model(model)
-    head = inner.get_output_embeddings()
+    return reshaped(inner, head_output(inner.get_output_embeddings(), states))
+
+
+def head_output(head: Any, states: Tensor) -> Tensor:
+    """What a language model's head alone makes of hidden states (tokens, hidden), in fp32 or wider."""
     if type(head) is nn.Linear:
-        return reshaped(inner, project(states, head.weight, head.bias))
+        return project(states, head.weight, head.bias)
     with torch.autocast(states.device.type, enabled=False):
-        logits = head(states.to(next(head.parameters()).dtype))
-    return reshaped(inner, logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        logits: Tensor = head.forward(states.to(next(head.parameters()).dtype))
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def project(states: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:

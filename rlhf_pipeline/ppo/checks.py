@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.likelihood import log_probs, response_states, token_likelihood
-from rlhf_pipeline.networks import language_model, trunk
+from rlhf_pipeline.networks import head_output, language_model, trunk
 from rlhf_pipeline.ppo.actor_critic import ActorCritic
 from rlhf_pipeline.ppo.rollout import Rollout
 from rlhf_pipeline.precision import autocast
@@ -21,8 +21,6 @@ Whole = Callable[[], AbstractContextManager[None]]  # puts weights together that
 # no more. A trunk in bf16 under a head in fp32 was seen at 0.0002 (the demo's policy).
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3}
 _ROUNDING_BF16 = 0.05
-# A model's own forward pass rounds its logits to bf16 as well: at -110, where GPT-2's lie, in steps of 0.5.
-_OWN_HEAD_BF16 = 0.5
 
 
 def check_head(actor: ActorCritic) -> None:
@@ -34,13 +32,17 @@ def check_head(actor: ActorCritic) -> None:
     batch, plain = make_batch([ids[:1]], [ids[1:]]).to(device), Sampling()
     training = policy.training
     policy.eval()
+    # The model's own forward pass, but for the head's precision: there it would round logits to bf16.
+    hook = policy.get_output_embeddings().register_forward_hook(
+        lambda head, given, _: head_output(head, given[0].flatten(0, 1))[None]
+    )
     with torch.no_grad(), autocast(actor.bf16, device):
         mine, _ = token_likelihood(policy, response_states(trunk(policy), batch), batch, plain)
         logits = policy(input_ids=batch.tokens, use_cache=False).logits[0, :-1].to(mine.dtype)
+    hook.remove()
     policy.train(training)
     theirs = logits.log_softmax(-1).gather(-1, batch.tokens[0, 1:, None])[:, 0]
-    allowed = _OWN_HEAD_BF16 if _in_16_bits(actor) else _rounding(actor, mine)
-    if not (apart := float((mine[0] - theirs).abs().max())) <= allowed:  # not a number is not either
+    if not (apart := float((mine[0] - theirs).abs().max())) <= _rounding(actor, mine):  # not a number is not either
         raise UserError(
             f"{type(policy).__name__} does something to its logits that this trainer does not know: its "
             f"log-probabilities differ by {apart:.3g} from those of trunk and head. Use another policy."
@@ -139,9 +141,6 @@ def _rms(differences: Tensor) -> float:
     return float(differences.square().mean().sqrt())
 
 
-def _in_16_bits(actor: ActorCritic) -> bool:
-    return actor.bf16 or next(trunk(actor.policy).parameters()).dtype in (torch.bfloat16, torch.float16)
-
-
 def _rounding(actor: ActorCritic, like: Tensor) -> float:
-    return _ROUNDING_BF16 if _in_16_bits(actor) else _ROUNDING.get(like.dtype, 1e-3)
+    in_16_bits = actor.bf16 or next(trunk(actor.policy).parameters()).dtype in (torch.bfloat16, torch.float16)
+    return _ROUNDING_BF16 if in_16_bits else _ROUNDING.get(like.dtype, 1e-3)

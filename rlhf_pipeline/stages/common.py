@@ -77,10 +77,9 @@ def trainer_args(kind: type[A], settings: Settings, out: RunDir) -> A:
         values.setdefault("use_cpu", True)  # transformers takes no bf16 on a CPU that it only happens to find
     if not torch.cuda.is_available() and settings.stage != "ppo":  # which has no loader
         values.setdefault("dataloader_pin_memory", False)
-    if (
-        values.get("fsdp") and sharding() != "fsdp"
-    ):  # transformers would note it in the environment, for all that follows
-        raise UserError("trainer.fsdp is for the launch to set: make sft LAUNCH=fsdp PROCS=2, say.")
+    # Or transformers would note it in the environment.
+    if values.get("fsdp") and sharding() != "fsdp":
+        raise UserError("trainer.fsdp is set by the launcher; use make sft LAUNCH=fsdp PROCS=2.")
     if processes() > 1 and values.get("average_tokens_across_devices") is False:
         raise UserError(
             "trainer.average_tokens_across_devices=false would weigh a token by the process that has it; leave it out."

@@ -100,10 +100,10 @@ def run(settings: Settings, out: RunDir) -> None:
 def hold_back(
     asked: Sequence[list[int]], most: int | None, spare: int, seed: int
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Part training prompts into those that PPO learns from and validation prompts, by which policies are chosen.
+    """Split training prompts into those that PPO learns from and validation prompts, by which policies are chosen.
 
-    Of the latter there are about `most`, at most about a tenth, and never more than are to `spare`. Prompts with the
-    same tokens stay together. The test split is left to stage=evaluate, so that no choice is made on what it reports.
+    About `most` prompts are held back, at most about a tenth, and never more than `spare`. Prompts with the same tokens
+    stay together. The test split is left to stage=evaluate, so that nothing is chosen on the prompts that it reports.
     """
     count = min(most or len(asked), -(-len(asked) // 10))
     repeats = Counter(map(tuple, asked))

@@ -87,7 +87,7 @@ REFUSED = {
     "stage=sft seed=1,2": ["seed=1,2 has several values", "-m"],
     "stage=sft policy.path=${nix}": ["${nix}", "no setting 'nix'"],
     "stage=ppo trainer.total_episodes=nan": ["trainer.total_episodes is nan", "takes a whole number or null"],
-    "stage=ppo trainer.learning_rate=inf": ["trainer.learning_rate is inf; it takes 0 or more (and no infinity)"],
+    "stage=ppo trainer.learning_rate=inf": ["trainer.learning_rate is inf; it takes 0 or more (a finite number)"],
     "stage=ppo trainer.max_grad_norm=nan": ["trainer.max_grad_norm is nan"],
     "stage=sft seed=null": ["seed is null; it takes a whole number"],
     "stage=evaluate compare=a,b": ["compare is 'a,b'; it takes a list (text each)"],
