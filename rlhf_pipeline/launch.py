@@ -36,6 +36,18 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def check_gpus(visible: int, start: str) -> None:
+    """Refuse several GPUs in one process: transformers would split batches over them by nn.DataParallel.
+
+    `start` is the command that starts a process on each.
+    """
+    if visible > 1:
+        raise UserError(
+            f"{visible} GPUs are visible, and one process trains on one GPU. Start a process for each: {start}; or "
+            "show it a single GPU: put CUDA_VISIBLE_DEVICES=0 before the command."
+        )
+
+
 def rows_a_step(trainer: Mapping[str, Any], count: int) -> int:
     """Rows of an optimizer step, or of a batch of PPO, of `count` processes. transformers' defaults are 8 and 1."""
     size, steps = (trainer.get(name) or default for name, default in zip(CUT, (8, 1), strict=True))

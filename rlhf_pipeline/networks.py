@@ -1,5 +1,6 @@
 """The parts of a language model: its trunk, its head, and the logits that the head makes of hidden states."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -17,6 +18,11 @@ def trunk(model: Any) -> nn.Module:
     inner = language_model(model)
     body: nn.Module = getattr(inner, inner.base_model_prefix)
     return body
+
+
+def cache_argument(body: nn.Module) -> str:
+    """The name under which a trunk takes its key-value cache, which transformers 5.24 renamed."""
+    return "cache" if "cache" in inspect.signature(body.forward).parameters else "past_key_values"
 
 
 @torch.no_grad()

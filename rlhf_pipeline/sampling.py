@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.networks import head_logits, trunk
+from rlhf_pipeline.networks import cache_argument, head_logits, trunk
 
 
 @dataclass(frozen=True)
@@ -209,10 +209,9 @@ def sample(
     rows = torch.arange(count, device=device)  # those still in the cache
     running = torch.ones_like(rows, dtype=torch.bool)
     cache = DynamicCache(config=model.config)
+    cached = {cache_argument(trunk(model)): cache}
     for time in range(longest):
-        logits = next_logits(
-            model, input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache
-        )
+        logits = next_logits(model, input_ids=inputs, attention_mask=mask, position_ids=positions, **cached)
         logits = sampling.adjust_(logits, torch.full_like(rows, time))
         tokens = draw(logits, uniforms[time, rows])
         drawn[rows, time] = tokens

@@ -29,7 +29,7 @@ _TRAINER_SOURCES = {
     "pretrain": ("trl/trainer/sft_config.py", *_BASE),
     "sft": ("trl/trainer/sft_config.py", *_BASE),
     "reward": ("trl/trainer/reward_config.py", *_BASE),
-    "ppo": ("rlhf_pipeline/ppo/config.py", "trl/experimental/ppo/ppo_config.py", *_BASE),
+    "ppo": ("rlhf_pipeline/ppo/config.py", "transformers/training_args.py"),
 }
 _LORA_SOURCES = ("peft/tuners/lora/config.py", "peft/config.py")
 # Of the classes in all these files, those that are meant.

@@ -15,7 +15,7 @@ from transformers.cache_utils import StaticCache, StaticLayer
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.networks import head_logits, language_model, trunk
+from rlhf_pipeline.networks import cache_argument, head_logits, language_model, trunk
 from rlhf_pipeline.sampling import Batch, Sampling, draw, ids_on, make_batch, sample, tokens_between_looks
 
 Sampler = Callable[..., Batch]
@@ -187,8 +187,8 @@ class _Step:
             dtype = next(self.model.parameters()).dtype
             seen = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
         values = {
-            "input_ids": inputs, "attention_mask": seen, "position_ids": places, "past_key_values": self.cache,
-            "use_cache": True,
+            "input_ids": inputs, "attention_mask": seen, "position_ids": places, "use_cache": True,
+            cache_argument(trunk(self.model)): self.cache,
         }  # fmt: skip
         kind = self.device.type
         # Without autocast's own store of cast weights: it is emptied between the calls, and a recorded step would go on

@@ -13,11 +13,12 @@ from peft import get_peft_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.cache_utils import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_pipeline.adapters import store_in_bf16
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.networks import language_model, trunk
+from rlhf_pipeline.networks import cache_argument, language_model, trunk
 from rlhf_pipeline.precision import fuse_gelu
 
 _FP32 = 4  # bytes
@@ -166,7 +167,8 @@ def _kept(body: nn.Module, rows: int, tokens: int, bf16: bool) -> int:
 
 
 @torch.no_grad()
-def _cache(body: nn.Module, tokens: int) -> int:
+def _cache(body: Any, tokens: int) -> int:
     """Bytes of keys and values after one row of tokens."""
-    cache = body(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=True).past_key_values
+    cache = DynamicCache(config=body.config)
+    body(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=True, **{cache_argument(body): cache})
     return sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))

@@ -80,6 +80,19 @@ def check_reference(rollout: Rollout, actor: ActorCritic, sampling: Sampling, wh
         )
 
 
+def check_drawable(rollout: Rollout, sampling: Sampling) -> None:
+    """Refuse a response that the sampling distribution never draws: its ratio would mean nothing."""
+    never = rollout.log_probs < torch.finfo(rollout.log_probs.dtype).min / 8
+    if bool(never.any()):
+        row = int(never.any(1).nonzero()[0])
+        token = int(rollout.batch.responses[row][never[row].nonzero()[0, 0]])
+        raise UserError(
+            f"response {row} holds the token {token}, which the trainer's sampling distribution never draws there "
+            f"(it suppresses {len(sampling.suppressed_ids)} tokens, and ends before token {sampling.min_length + 1}); "
+            "sample with the trainer's generate(), or set the same suppress_tokens and min_new_tokens."
+        )
+
+
 def check_first_ratio(
     ratio: float, approx_kl: float, actor: ActorCritic, rollout: Rollout, sampling: Sampling, whole: Whole = nullcontext
 ) -> None:

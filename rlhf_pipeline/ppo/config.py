@@ -1,5 +1,6 @@
-"""PPO's settings: TRL's names and meanings, and what its loop lacked."""
+"""PPO's settings: TRL's names, types and meanings, and what its loop lacked."""
 
+import dataclasses
 import os
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
@@ -7,11 +8,11 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from trl.experimental.ppo import PPOConfig as TRLPPOConfig
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.launch import processes
 from rlhf_pipeline.limits import check_limits
+from rlhf_pipeline.ppo.trl_parent import ParentConfig
 from rlhf_pipeline.precision import choose_bf16
 from rlhf_pipeline.sampling import Sampling
 
@@ -42,15 +43,30 @@ def _field(default: Any, help: str) -> Any:
 
 
 @dataclass
-class PPOConfig(TRLPPOConfig):
-    """TRL's `PPOConfig` with more fields. `response_length` and the others keep their meaning."""
+class PPOConfig(ParentConfig):
+    """The fields of TRL 1.12's `PPOConfig` under their names, with more of our own and transformers' arguments."""
 
+    # -- transformers' own, with other defaults
+    learning_rate: float = _field(3e-6, "The policy's learning rate at the start; see `lr_scheduler_type`.")
     bf16: bool | None = _field(
         None, "Multiply matrices in bf16, with fp32 master weights: true, false, or auto (None): where it is native."
     )
     gradient_checkpointing: bool = _field(False, "Trade compute for memory in the update.")
     logging_steps: float = _field(1, "Log every this many updates; below 1 a share of them all.")
+    # -- how long, and in what pieces
+    total_episodes: int | None = _field(
+        None, "Responses to learn from in all. None: `num_train_epochs` times the prompts."
+    )
+    num_ppo_epochs: int = _field(4, "Passes over each batch of responses.")
+    num_mini_batches: int = _field(1, "Optimizer steps a pass: the minibatches that a batch is parted into.")
+    local_rollout_forward_batch_size: int = _field(
+        64, "Rows that a process samples, scores and evaluates at once, without gradients."
+    )
     # -- sampling
+    response_length: int = _field(53, "Longest response, in tokens.")
+    temperature: float = _field(0.7, "Logits are divided by this, in sampling and in learning.")
+    stop_token: Literal["eos"] | None = _field(None, "`eos`: the tokenizer's EOS ends a response. None: nothing does.")
+    stop_token_id: int | None = _field(None, "The id of a token that ends a response, in place of `stop_token`.")
     min_response_length: int | None = _field(
         None,
         "Each sample's length limit is drawn uniformly from this to `response_length`, both included. "
@@ -78,6 +94,19 @@ class PPOConfig(TRLPPOConfig):
     )
     critic_lam: float | None = _field(None, "GAE's lambda for the critic's targets. None: `lam`.")
     # -- the objective
+    kl_coef: float = _field(0.05, "Weight of the KL between policy and reference, taken off the reward of each token.")
+    kl_estimator: Literal["k1", "k3"] = _field(
+        "k1", "How that KL is estimated from a token: log(p/q), or the less scattered q/p - 1 - log(q/p)."
+    )
+    cliprange: float = _field(0.2, "The ratio of new to old probability counts within 1 +- this.")
+    vf_coef: float = _field(0.1, "Weight of the critic's loss.")
+    cliprange_value: float = _field(0.2, "A value may move this far from what it was in the rollout.")
+    gamma: float = _field(1.0, "Discount of later rewards, a token.")
+    lam: float = _field(0.95, "GAE's lambda.")
+    whiten_rewards: bool = _field(False, "Scale the tokens' rewards to variance 1 over the batch.")
+    missing_eos_penalty: float | None = _field(
+        None, "Taken off the score of a response that no stop token ended. None: nothing is."
+    )
     kl_target: float | None = _field(
         None, "KL a response (in nats) that an adaptive coefficient steers to. None: `kl_coef` is fixed."
     )
@@ -108,6 +137,23 @@ class PPOConfig(TRLPPOConfig):
         "run (load_best_model_at_end) and in a sweep. Unlike kl_coef it is the same for all jobs of a sweep.",
     )
     log_samples: int = _field(4, "How many samples of a logged update are kept.")
+    num_sample_generations: int = _field(10, "How often in a training answers to held-out prompts are printed.")
+    # -- for adapters
+    model_adapter_name: str | None = _field(None, "Of several adapters, the one that is trained.")
+    ref_adapter_name: str | None = _field(None, "Of several adapters, the one that is the reference.")
+    # -- taken, so that a script for TRL need not be changed; `check_config` says of which nothing comes
+    dataset_num_proc: int | None = _field(None, "For scripts: processes that prepare their data.")
+    sft_model_path: str = _field("EleutherAI/pythia-160m", "For scripts: where they find the policy.")
+    reward_model_path: str = _field("EleutherAI/pythia-160m", "For scripts: where they find the reward model.")
+    ds3_gather_for_generation: bool = _field(True, "Without effect: under ZeRO-3 the weights are always gathered.")
+    # -- never set: TRL's trainer notes these here, and of what they follow from `check_config` tells
+    world_size: int | None = _field(None, "Processes.")
+    num_total_batches: int | None = _field(None, "Updates of the training.")
+    micro_batch_size: int | None = _field(None, "Rows of a forward and backward pass, over all processes.")
+    local_batch_size: int | None = _field(None, "Rows of an update, in one process.")
+    batch_size: int | None = _field(None, "Rows of an update, over all processes.")
+    local_mini_batch_size: int | None = _field(None, "Rows of an optimizer step, in one process.")
+    mini_batch_size: int | None = _field(None, "Rows of an optimizer step, over all processes.")
 
     def __post_init__(self) -> None:
         """Settle precision and evaluation, then let transformers do the rest."""
@@ -125,6 +171,7 @@ class PPOConfig(TRLPPOConfig):
         if inherited.metric_for_best_model is None:
             inherited.metric_for_best_model, inherited.greater_is_better = "eval_score", True
         super().__post_init__()
+        self.world_size = inherited.distributed_state.num_processes  # TRL's field hides transformers' property
         self.bf16 = chosen
         unset_hf_deepspeed_config()  # or under ZeRO-3 transformers would open every model in shards, the reward's, too
 
@@ -186,6 +233,30 @@ def check_config(args: PPOConfig, script: bool = True) -> int:
             "the response_length."
         )
     return rows
+
+
+def change_sampling(sampling: Sampling, options: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Sampling:
+    """The distribution that `options` of transformers' `generate` ask for; those that cut it off are refused."""
+    neutral = {"do_sample": (True,), "top_k": (0, None), "top_p": (1, None), "min_length": (-1, 0, None)}
+    check_limits(options)
+    changes = dict[str, Any]()
+    for name, value in options.items():
+        if name == "temperature":
+            changes["temperature"] = float(value)
+        elif name == "min_new_tokens":
+            changes["min_length"] = int(value or 0)
+        elif name == "suppress_tokens":
+            changes["suppressed_ids"] = tuple(sorted({*sampling.suppressed_ids, *(value or [])}))
+        elif name == "eos_token_id":  # an id that is no token's means that nothing ends a response
+            ids = value if isinstance(value, list | tuple) else [value]
+            changes["stop_ids"] = tuple(sorted(int(i) for i in ids if i is not None and 0 <= i < len(tokenizer)))
+        elif name != "pad_token_id" and value not in neutral.get(name, ()):
+            allowed = f"it takes {' or '.join(map(str, neutral[name]))}" if name in neutral else "leave it out"
+            raise UserError(
+                f"generate({name}={value!r}): PPO learns from the policy's whole distribution and knows no other way "
+                f"to sample; {allowed}."
+            )
+    return dataclasses.replace(sampling, **changes)
 
 
 def make_sampling(args: PPOConfig, tokenizer: PreTrainedTokenizerBase, embeddings: int = 0) -> Sampling:

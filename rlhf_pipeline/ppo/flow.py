@@ -5,17 +5,18 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
-from transformers import Trainer, TrainerControl
+from transformers import Trainer, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
-from trl.experimental.ppo.ppo_trainer import OnlineTrainerState
 
 from rlhf_pipeline.checkpoints import drop_old, fault_of, newest_whole, put_in_place, seal, step_of
 from rlhf_pipeline.errors import UserError
@@ -34,6 +35,23 @@ from rlhf_pipeline.ppo.storage import (
 from rlhf_pipeline.ppo.watch import CollapseWatch
 from rlhf_pipeline.sampling import Sampling, uniform_draws
 from rlhf_pipeline.scripts import shown
+
+_ON_THE_CARD = (
+    "learning_rate",
+    "kl_coef",
+    "num_ppo_epochs",
+    "num_mini_batches",
+    "response_length",
+    "temperature",
+    "total_episodes",
+)
+
+
+@dataclasses.dataclass
+class PPOState(TrainerState):
+    """transformers' state with the number of `episode`s, responses, that were learnt from."""
+
+    episode: int = 0
 
 
 class Flow(Trainer):
@@ -61,8 +79,10 @@ class Flow(Trainer):
     def begin(self, resume_from_checkpoint: str | bool | None) -> None:
         """Optimizer, schedule and state; from a checkpoint where one is given."""
         args = self.args
-        count = len(self.prompts.ids)
-        episodes = args.total_episodes or int(args.num_train_epochs * count)
+        count = len(self.prompts.ids) or self.batch_rows
+        episodes = args.total_episodes or int(args.num_train_epochs * len(self.prompts.ids))
+        if not episodes and args.max_steps <= 0:
+            raise UserError("without a train_dataset, total_episodes= or max_steps= says how long the training is.")
         updates = args.max_steps if args.max_steps > 0 else math.ceil(episodes / self.batch_rows)
         if self.learner is not None and self.made_scheduler:  # a second training in this process
             self.lr_scheduler = None
@@ -75,7 +95,7 @@ class Flow(Trainer):
         if self.learner is None:
             self.learner = make_learner(self.accelerator, self.model, self.optimizer, args.max_grad_norm)
             self.optimizer, self.model_wrapped = self.learner.optimizer, self.learner.network
-        self.state = OnlineTrainerState(max_steps=updates, is_world_process_zero=self.is_world_process_zero())
+        self.state = PPOState(max_steps=updates, is_world_process_zero=self.is_world_process_zero())
         self.state.is_local_process_zero = self.is_local_process_zero()
         self.state.num_train_epochs = math.ceil(episodes / count)
         if folder:
@@ -106,7 +126,7 @@ class Flow(Trainer):
         self.lr_scheduler.step()
         state.global_step += 1
         episode, epoch_before = state.global_step * self.batch_rows, int(state.epoch or 0)
-        state.epoch = episode / len(self.prompts.ids)
+        state.epoch = episode / (len(self.prompts.ids) or self.batch_rows)
         state.episode = episode
         self.last_rollout = rollout
         self.control = self.callback_handler.on_step_end(args, state, self.control)
@@ -267,7 +287,7 @@ class Flow(Trainer):
     def _load_checkpoint(self, folder: Path) -> None:
         self.learner.load_state_dict(folder / "optimizer.pt")
         self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
-        self.state = OnlineTrainerState.load_from_json(str(folder / "trainer_state.json"))
+        self.state = PPOState.load_from_json(str(folder / "trainer_state.json"))
         self.state.is_world_process_zero = self.is_world_process_zero()
         self.state.is_local_process_zero = self.is_local_process_zero()
         if self.state.global_step != step_of(folder) >= 0:
@@ -302,6 +322,31 @@ class Flow(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:  # fmt: skip
+        """Write a draft of the model's card, README.md in `output_dir`, as TRL's trainers do; push_to_hub calls it."""
+        if not self.is_world_process_zero():
+            return
+        base = getattr(self.model.config, "_name_or_path", "")
+        base = None if not base or Path(base).exists() else base
+        name = model_name or Path(str(self.args.output_dir)).name
+        more = [tags] if isinstance(tags, str) else tags or []
+        data = ModelCardData(
+            library_name="transformers", pipeline_tag="text-generation", base_model=base, datasets=dataset_name,
+            model_name=name, tags=sorted({"generated_from_trainer", "rlhf_pipeline", "trl", "ppo", *more}),
+        )  # fmt: skip
+        card = ModelCard.from_template(
+            data,
+            template_path=str(Path(__file__).with_name("card.md")),
+            base_model=base,
+            dataset_name=dataset_name,
+            hub_model_id=self.hub_model_id or name,
+            settings={name: getattr(self.args, name) for name in _ON_THE_CARD},
+            versions=", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "trl")),
+        )
+        card.save(Path(str(self.args.output_dir)) / "README.md")
 
     def _write(self, folder: Path, merge: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)

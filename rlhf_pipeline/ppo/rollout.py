@@ -69,6 +69,28 @@ def roll_out(
                 for part in _slices(len(prompts.ids), rows_at_once)
             ]
         )
+    texts = batch.texts(tokenizer)
+    scores = judge(batch, *texts, prompts.columns).to(device)
+    return observe(actor, reference, batch, *texts, scores, sampling, rows_at_once)
+
+
+@torch.no_grad()
+def observe(
+    actor: ActorCritic,
+    reference: Reference,
+    batch: Batch,
+    asked: list[str],
+    answers: list[str],
+    scores: Tensor,
+    sampling: Sampling,
+    rows_at_once: int,
+) -> Rollout:
+    """Sampled and scored (batch,) responses, with what policy, reference and critic make of them."""
+    if scores.shape != (len(asked),):
+        raise UserError(f"the reward gave {tuple(scores.shape)} numbers for {len(asked)} responses; it takes one each.")
+    for score, question, answer in zip(scores.tolist(), asked, answers, strict=True):
+        if not math.isfinite(score):
+            raise UserError(f"the reward of {answer[:80]!r} (to {question[:80]!r}) is {score}, which is no number.")
     mask = batch.response_mask
     # Rows of like length together: a forward pass is as wide as its longest row.
     by_length = (batch.prompt_lengths + batch.response_lengths).argsort(stable=True)
@@ -78,16 +100,9 @@ def roll_out(
         seen = actor(part, sampling)
         kinds = torch.stack([seen.log_probs, reference.log_probs(part, sampling), seen.values, seen.entropy])
         if not found:
-            found = list(torch.zeros(4, *mask.shape, dtype=kinds.dtype, device=device))
+            found = list(torch.zeros(4, *mask.shape, dtype=kinds.dtype, device=kinds.device))
         for whole, piece in zip(found, kinds, strict=True):
             whole[index, : piece.shape[1]] = piece
-    asked, answers = batch.texts(tokenizer)
-    scores = judge(batch, asked, answers, prompts.columns).to(device)
-    if scores.shape != (len(asked),):
-        raise UserError(f"the reward gave {tuple(scores.shape)} numbers for {len(asked)} responses; it takes one each.")
-    for score, question, answer in zip(scores.tolist(), asked, answers, strict=True):
-        if not math.isfinite(score):
-            raise UserError(f"the reward of {answer[:80]!r} (to {question[:80]!r}) is {score}, which is no number.")
     return Rollout(batch, found[0], found[1], found[2], found[3], scores, asked, answers)
 
 

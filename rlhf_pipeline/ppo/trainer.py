@@ -11,11 +11,10 @@ from accelerate.utils import gather_object
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl
-from trl.experimental.ppo import PPOTrainer as TRLPPOTrainer
 
 from rlhf_pipeline.adapters import freeze_in_bf16
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.launch import sharding
+from rlhf_pipeline.launch import check_gpus, sharding
 from rlhf_pipeline.networks import language_model
 from rlhf_pipeline.ppo.actor_critic import (
     ActorCritic,
@@ -24,8 +23,15 @@ from rlhf_pipeline.ppo.actor_critic import (
     with_master_weights,
     without_dropout,
 )
-from rlhf_pipeline.ppo.checks import check_adapter, check_first_ratio, check_head, check_health, check_reference
-from rlhf_pipeline.ppo.config import PPOConfig, check_config, make_sampling
+from rlhf_pipeline.ppo.checks import (
+    check_adapter,
+    check_drawable,
+    check_first_ratio,
+    check_head,
+    check_health,
+    check_reference,
+)
+from rlhf_pipeline.ppo.config import PPOConfig, change_sampling, check_config, make_sampling
 from rlhf_pipeline.ppo.flow import Flow
 from rlhf_pipeline.ppo.learner import check_sharding
 from rlhf_pipeline.ppo.objective import (
@@ -42,7 +48,8 @@ from rlhf_pipeline.ppo.objective import (
     whiten,
 )
 from rlhf_pipeline.ppo.prompts import Prompts, derive_seed, prompts_of_update, read_prompts, seed_everything
-from rlhf_pipeline.ppo.rollout import Rollout, TextReward, make_judge, merge, roll_out
+from rlhf_pipeline.ppo.rollout import Rollout, TextReward, make_judge, merge, observe, roll_out
+from rlhf_pipeline.ppo.trl_parent import ParentTrainer
 from rlhf_pipeline.ppo.watch import CollapseWatch
 from rlhf_pipeline.precision import autocast, fuse_gelu
 from rlhf_pipeline.sampling import Batch, Sampling, check_positions, make_batch, uniform_draws
@@ -60,8 +67,8 @@ class Experience(NamedTuple):
     rewards_to_go: Tensor  # (batch, time), what came after each token, whatever the critic thought
 
 
-class PPOTrainer(Flow, TRLPPOTrainer):
-    """TRL's PPOTrainer under its own name and constructor, with the loop replaced.
+class PPOTrainer(Flow, ParentTrainer):
+    """Proximal policy optimisation of a language model, under the name and constructor of TRL's PPOTrainer.
 
     `reward_model` is a function of texts, `(prompts, completions) -> floats`, or TRL's reward model over the policy's
     own vocabulary. `train_dataset` has `input_ids`, or is a list of lists of token ids; so is `eval_dataset`, and
@@ -84,8 +91,8 @@ class PPOTrainer(Flow, TRLPPOTrainer):
         processing_class: PreTrainedTokenizerBase,
         model: PreTrainedModel,
         ref_model: PreTrainedModel | None,
-        reward_model: nn.Module | TextReward,
-        train_dataset: Any,
+        reward_model: nn.Module | TextReward | None = None,
+        train_dataset: Any = None,
         value_model: nn.Module | None = None,
         data_collator: Any = None,
         eval_dataset: Any = None,
@@ -101,8 +108,6 @@ class PPOTrainer(Flow, TRLPPOTrainer):
             args, model, ref_model, reward_model, value_model, peft_config, processing_class
         )
         actor = ActorCritic(model, value_model, bool(args.bf16))
-        # A field of TRL's in the place of transformers' property, which the constructor multiplies by under DeepSpeed.
-        args.world_size = args.distributed_state.num_processes
         # Trainer's own constructor: TRL's builds a second backbone for the critic and an optimizer over it.
         Trainer.__init__(
             self, actor, args, eval_dataset=eval_dataset, processing_class=processing_class, callbacks=callbacks,
@@ -110,9 +115,9 @@ class PPOTrainer(Flow, TRLPPOTrainer):
         )  # fmt: skip
         self._check_launch(optimizers[0])
         self.policy_model, self.value_model = model, value_model
-        self.reward_model, self.ref_model = reward_model, ref_model
-        self.local_rows, self.batch_rows = local_rows, local_rows * args.world_size
-        self.prompts = read_prompts(train_dataset, processing_class, data_collator)
+        self.reward_model, self.ref_model, self.train_dataset = reward_model, ref_model, train_dataset
+        self.local_rows, self.batch_rows = local_rows, local_rows * self.accelerator.num_processes
+        self.prompts = read_prompts([] if train_dataset is None else train_dataset, processing_class, data_collator)
         self.eval_prompts: Prompts | None = None
         if eval_dataset is not None:
             held_out = read_prompts(eval_dataset, processing_class, data_collator)
@@ -122,7 +127,8 @@ class PPOTrainer(Flow, TRLPPOTrainer):
         known = language_model(model).get_input_embeddings().num_embeddings
         self.sampling: Sampling = make_sampling(args, processing_class, known)
         self.sampler = make_sampler(args.cache_implementation, model)
-        self.judge = make_judge(reward_model, min(len(processing_class), known), args.local_rollout_forward_batch_size)
+        rows_at_once = args.local_rollout_forward_batch_size
+        self.judge: Any = reward_model and make_judge(reward_model, min(len(processing_class), known), rows_at_once)
         for network in (reward_model, ref_model):
             if isinstance(network, nn.Module):
                 network.to(self.accelerator.device)
@@ -138,7 +144,7 @@ class PPOTrainer(Flow, TRLPPOTrainer):
         self.reference.same |= peft_config is not None  # as was just checked
         self.kl_coef, self.moments, self.watch = args.kl_coef, Moments(), CollapseWatch(args.watch_window)
         # What a script for TRL may look at.
-        self.is_peft_model, self.train_dataset = isinstance(model, PeftModel), train_dataset
+        self.is_peft_model = isinstance(model, PeftModel)
         self.model_adapter_name, self.ref_adapter_name = args.model_adapter_name, args.ref_adapter_name
         self.train_dataset_len = len(self.prompts.ids)
         self.stop_token_id = self.sampling.stop_ids[0] if self.sampling.stop_ids else None
@@ -167,6 +173,7 @@ class PPOTrainer(Flow, TRLPPOTrainer):
 
     def _check_launch(self, optimizer: Any) -> None:
         """Refuse what would silently do something else than asked."""
+        check_gpus(self.args.n_gpu, f"accelerate launch --num_processes {self.args.n_gpu} your_script.py")
         if self.is_fsdp_enabled:
             raise UserError("PPOTrainer does not run under FSDP; launch it with DeepSpeed, as DDP or in one process.")
         if self.is_deepspeed_enabled:
@@ -184,7 +191,7 @@ class PPOTrainer(Flow, TRLPPOTrainer):
 
     def _check_prompts(self) -> None:
         args, rows = self.args, self.batch_rows
-        if len(self.prompts.ids) < rows:
+        if self.train_dataset is not None and len(self.prompts.ids) < rows:
             raise UserError(
                 f"{len(self.prompts.ids)} prompts do not fill one batch of {rows}; "
                 "lower trainer.per_device_train_batch_size."
@@ -209,16 +216,81 @@ class PPOTrainer(Flow, TRLPPOTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> None:
         """Run PPO until `total_episodes`, from a checkpoint where one is given; `True` takes the newest."""
+        if self.train_dataset is None or self.judge is None:
+            raise UserError("train() needs a reward_model and a train_dataset; without them call step().")
         self.begin(resume_from_checkpoint)
         while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
-            update, start = self.state.global_step, time.monotonic()
-            rollout = self._roll_out(update)
-            experience = self._estimate(rollout)
-            stats = self._optimise(experience, update)
-            stats = {**self._describe(experience), **stats, "eps": self.batch_rows / (time.monotonic() - start)}
-            self._steer(experience)
-            self.end_update(rollout, stats)
+            start = time.monotonic()
+            self._update(self._roll_out(self.state.global_step), start)
         self.end()
+
+    def step(self, queries: Sequence[Any], responses: Sequence[Any], scores: Sequence[Any]) -> dict[str, float]:
+        """One PPO update on responses that you sampled and scored, as in TRL 0.4 to 0.11; returns its statistics.
+
+        `queries` and `responses` are rows of token ids without padding, tensors or lists; `scores` is one number a
+        row. A process passes its own rows: per_device_train_batch_size x gradient_accumulation_steps of them. The
+        schedule of the learning rate is that of `train`, over `total_episodes` or `max_steps`.
+        """
+        start = time.monotonic()
+        if not len(queries) == len(responses) == len(scores) == self.local_rows:
+            raise UserError(
+                f"step() got {len(queries)} queries, {len(responses)} responses and {len(scores)} scores; it takes "
+                f"{self.local_rows} of each, per_device_train_batch_size x gradient_accumulation_steps."
+            )
+        if self.learner is None:
+            self.begin(None)
+        asked, answers = ([torch.as_tensor(row).flatten().tolist() for row in rows] for rows in (queries, responses))
+        for number, (query, answer) in enumerate(zip(asked, answers, strict=True)):
+            if not query or not answer:
+                raise UserError(f"row {number} of step() has an empty {'response' if query else 'query'}.")
+        check_positions(language_model(self.policy_model), asked, max(map(len, answers)))
+        batch = make_batch(asked, answers).to(self.accelerator.device)
+        judged = torch.tensor([float(score) for score in scores], device=self.accelerator.device)
+        self.model.eval()
+        with self._whole():
+            part = observe(
+                self.model, self.reference, batch, *batch.texts(self.processing_class), judged, self.sampling,
+                self.args.local_rollout_forward_batch_size,
+            )  # fmt: skip
+        check_drawable(part, self.sampling)
+        return self._update(self._merged(part), start)
+
+    @torch.no_grad()
+    def generate(
+        self, query_tensor: Any, *, max_new_tokens: int | None = None, return_prompt: bool = True, **options: Any
+    ) -> Any:
+        """Responses for `step`, drawn from the policy: of one query (tokens,) a tensor (1, tokens), of a list a list.
+
+        The sampling options of `transformers` that PPO can learn under are taken (temperature, min_new_tokens,
+        eos_token_id, suppress_tokens), and `step` then computes probabilities under the same. Tokens are drawn with
+        torch's global generator.
+        """
+        single = isinstance(query_tensor, Tensor) and query_tensor.dim() == 1
+        rows = [torch.as_tensor(row).flatten().tolist() for row in ([query_tensor] if single else query_tensor)]
+        self.sampling = change_sampling(self.sampling, options, self.processing_class)
+        limits = torch.full((len(rows),), max_new_tokens or self.args.response_length)
+        check_positions(language_model(self.policy_model), rows, int(limits[0]))
+        self.model.eval()
+        found: list[Tensor] = []
+        with self._whole(), autocast(self.model.bf16, self.accelerator.device):
+            for start in range(0, len(rows), self.args.local_rollout_forward_batch_size):
+                part = slice(start, start + self.args.local_rollout_forward_batch_size)
+                draws = torch.rand(int(limits[0]), len(limits[part]))
+                batch = self.sampler(self.policy_model, rows[part], limits[part], self.sampling, draws)
+                ends = batch.prompt_lengths + batch.response_lengths
+                starts = 0 * ends if return_prompt else batch.prompt_lengths
+                found += [row[a:b] for row, a, b in zip(batch.tokens, starts.tolist(), ends.tolist(), strict=True)]
+        return found[0][None] if single else found
+
+    def _update(self, rollout: Rollout, start: float) -> dict[str, float]:
+        """Learn from a rollout that was begun at `start`, in seconds of the monotonic clock."""
+        update = self.state.global_step
+        experience = self._estimate(rollout)
+        stats = self._optimise(experience, update)
+        stats = {**self._describe(experience), **stats, "eps": self.batch_rows / (time.monotonic() - start)}
+        self._steer(experience)
+        self.end_update(rollout, stats)
+        return stats
 
     def _roll_out(self, update: int) -> Rollout:
         """Sample and judge: this process's share of the batch; then everyone has all of it."""
@@ -232,7 +304,6 @@ class PPOTrainer(Flow, TRLPPOTrainer):
 
     def _share(self, prompts: Prompts, limits: Tensor, sampling: Sampling, uniforms: Tensor) -> Rollout:
         """Roll out over all processes: process r has rows r, r + n, ...; each draws what one process would have."""
-        device = self.accelerator.device
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         self.model.eval()
         mine = range(rank, len(prompts.ids), world)
@@ -241,7 +312,13 @@ class PPOTrainer(Flow, TRLPPOTrainer):
                 self.model, self.reference, self.sampler, self.judge, self.processing_class, prompts.pick(mine),
                 limits[rank::world], sampling, uniforms[:, rank::world], self.args.local_rollout_forward_batch_size,
             )  # fmt: skip
-        return part if world == 1 else merge(gather_object([part.to("cpu")])).to(device)
+        return self._merged(part)
+
+    def _merged(self, part: Rollout) -> Rollout:
+        """The rollouts of all processes as one."""
+        if self.accelerator.num_processes == 1:
+            return part
+        return merge(gather_object([part.to("cpu")])).to(self.accelerator.device)
 
     def _estimate(self, rollout: Rollout) -> Experience:
         """Rewards at every token, advantages and returns."""

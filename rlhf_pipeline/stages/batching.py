@@ -166,7 +166,7 @@ class _Ordered:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)  # type: ignore[misc]
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs, num_items_in_batch=count)
-        loss = self.accelerator.reduce(loss.detach().mean(), "mean")  # DataParallel gives one a card
+        loss = self.accelerator.reduce(loss.detach(), "mean")
         self.measured.append((float(loss), float(count.flatten()[0])))
         return loss, None, None
 

@@ -17,7 +17,7 @@ from rlhf_pipeline import trackers
 from rlhf_pipeline.checkpoints import SEAL, seal
 from rlhf_pipeline.data import Splits, load_data
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.launch import processes, sharding
+from rlhf_pipeline.launch import check_gpus, processes, sharding
 from rlhf_pipeline.policies import Policy
 from rlhf_pipeline.ppo.config import PPOConfig, make_sampling
 from rlhf_pipeline.precision import choose_bf16
@@ -88,6 +88,7 @@ def trainer_args(kind: type[A], settings: Settings, out: RunDir) -> A:
         args = kind(output_dir=str(out.checkpoints), seed=settings.seed, **values)
     except (ValueError, TypeError) as error:
         raise UserError(f"{kind.__name__} refuses these trainer settings: {error}") from error
+    check_gpus(args.n_gpu, f"make {settings.stage} LAUNCH=ddp PROCS={args.n_gpu}")
     set_seed(settings.seed)
     return args
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import MINIATURE, CommandLine
+from rich.cells import cell_len
 from tiny import TEXTS, tiny_policy
 
 from rlhf_pipeline.policies import Policy, train_tokenizer
@@ -64,7 +65,7 @@ def test_policies_by_hand_and_more_rewards(
     best = found["extremes"]["best"][0]["rewards"]["other"]
     assert best == max(sample["rewards"]["other"] for sample in found["samples"])
     assert "More rewards" in shown
-    assert max(map(len, shown.splitlines())) <= 100
+    assert max(map(cell_len, shown.splitlines())) <= 100
     record = json.loads((run / "evaluate" / "run.json").read_text())
     assert record["parents"]["evaluate.rewards[1]"]["path"] == "toy_sentiment"
     assert record["results"]["speed"]["tokens_per_second"] > 0

@@ -49,8 +49,10 @@ def test_a_pipeline_in_two_processes_ends_as_in_one(miniature: Path, workplace: 
         rows = [read_jsonl(folder / stage / "metrics.jsonl") for folder in (miniature, two)]
         assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
         for one, other in zip(*rows, strict=True):
-            for name in one.keys() & {"loss", "grad_norm", "eval_loss", "accuracy", "objective/scores"}:
+            for name in one.keys() & {"loss", "grad_norm", "eval_loss", "objective/scores"}:
                 assert other[name] == pytest.approx(one[name], abs=1e-5, rel=1e-4), (stage, name)
+            # Of 64 rows one may have two classes that are equally likely up to rounding.
+            assert other.get("accuracy", 0) == pytest.approx(one.get("accuracy", 0), abs=1 / 64), stage
         assert json.loads((two / stage / "run.json").read_text())["processes"] == 2
         assert done.stderr.count(f"{stage}: 100%") == 1
     for stage in ("pretrain", "sft", "reward"):

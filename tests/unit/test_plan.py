@@ -11,9 +11,10 @@ from conftest import CommandLine
 from peft import LoraConfig
 from tiny import tiny_tokenizer, trainer
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config
+from transformers.cache_utils import DynamicCache
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.networks import trunk
+from rlhf_pipeline.networks import cache_argument, trunk
 from rlhf_pipeline.plan import cost, networks
 from rlhf_pipeline.plan.devices import DEVICES, GIB, Device
 from rlhf_pipeline.plan.launches import fewest, option, options, sharding
@@ -68,7 +69,8 @@ def test_of_any_family_the_counts_are_those_of_a_model_with_weights(model: PreTr
     # Without storage nobody can see that no row is padded, so a mask of (length, length) is counted as well.
     assert found.kept == pytest.approx(kept[1] - kept[0], rel=0.1)
     assert found.kept >= kept[1] - kept[0]
-    cache = model(torch.zeros(1, 10, dtype=torch.long)).past_key_values
+    cache = DynamicCache(config=model.config)
+    model(torch.zeros(1, 10, dtype=torch.long), **{cache_argument(trunk(model)): cache})
     assert found.cache * 10 == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 

@@ -11,6 +11,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT, CommandLine
 from launched import environment, run, torchrun
+from tiny import tiny_tokenizer, trainer
 from torch.utils.data import SequentialSampler
 from two_trainers import KINDS, results
 
@@ -136,6 +137,27 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(UserError, match="2 processes were started and there are 1 GPUs"):
         check_launch("stage=sft")
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "ppo"])
+def test_several_gpus_in_one_process_are_refused(
+    stage: str, command_line: CommandLine, workplace: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """As on Kaggle, with its two T4."""
+    monkeypatch.setattr("transformers.TrainingArguments.n_gpu", 2)
+    assert command_line(f"stage={stage}", "experiment=demo") == 2
+    told = capsys.readouterr().err
+    assert f"2 GPUs are visible, and one process trains on one GPU. Start a process for each: make {stage}" in told
+    assert f"make {stage} LAUNCH=ddp PROCS=2" in told
+    assert "CUDA_VISIBLE_DEVICES=0" in told
+    assert not list(workplace.glob("runs/*/*/model"))
+
+
+def test_several_gpus_in_a_script_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.TrainingArguments.n_gpu", 2)
+    with pytest.raises(UserError, match="accelerate launch --num_processes 2"):
+        trainer(tiny_tokenizer(), tmp_path)
 
 
 def test_tokens_weigh_the_same_in_every_process(

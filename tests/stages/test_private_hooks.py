@@ -1,0 +1,87 @@
+"""Our trainers override methods of transformers and TRL, most of them private. Each must still be called by them."""
+
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedModel
+from transformers.trainer_utils import SaveStrategy
+from two_trainers import KINDS, make
+
+from rlhf_pipeline.ppo import PPOTrainer
+from rlhf_pipeline.reward_model import RewardModel
+from rlhf_pipeline.stages import batching, classification, comparisons
+
+UPSTREAM = ("transformers", "trl", "peft", "accelerate")
+_EVERY = {
+    "_get_train_sampler", "_get_eval_sampler", "_save_rng_state", "_load_rng_state", "_save_checkpoint",
+    "prediction_step", "evaluation_loop", "compute_loss",
+}  # fmt: skip
+HOOKS = {
+    "sft": {*_EVERY, "_loss_shifts_labels"} - {"compute_loss"},
+    "classifier": {*_EVERY, "_get_num_items_in_batch", "loss_is_scaled_for_ga"},
+    "language": {*_EVERY, "_get_num_items_in_batch", "loss_is_scaled_for_ga"},
+    "comparisons": {
+        *_EVERY, "_get_num_items_in_batch", "loss_is_scaled_for_ga", "_prepare_dataset",
+        "_set_signature_columns_if_needed",
+    },
+}  # fmt: skip
+
+
+def private_overrides(kind: type) -> set[str]:
+    """Private names that a class, or a base of it in this project, defines and a base of another library does, too."""
+    names = {False: set[str](), True: set[str]()}
+    for base in kind.__mro__:
+        names[base.__module__.startswith("rlhf_pipeline")] |= set(vars(base))
+    return {name for name in names[True] & names[False] if name.startswith("_") and not name.startswith("__")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_hook_of_a_trainer_is_called(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: dict[str, int] = defaultdict(int)
+    trainers = {
+        "sft": batching.OrderedSFTTrainer, "classifier": classification.ClassifierTrainer,
+        "language": classification.LanguageClassifierTrainer, "comparisons": comparisons.ComparisonTrainer,
+    }  # fmt: skip
+
+    def from_upstream(depth: int = 2) -> bool:
+        return sys._getframe(depth).f_globals["__name__"].split(".")[0] in UPSTREAM
+
+    def watched(name: str, own: Any) -> Any:
+        def method(*args: Any, **options: Any) -> Any:
+            called[name] += from_upstream()
+            return own(*args, **options)
+
+        def value(self: Any) -> Any:
+            called[name] += from_upstream()
+            return vars(self)[name]
+
+        return method if callable(own) else property(value, lambda self, new: vars(self).__setitem__(name, new))
+
+    owner = trainers[kind]
+    for name in HOOKS[kind]:
+        monkeypatch.setattr(owner, name, watched(name, getattr(owner, name, None)), raising=False)
+    trainer = make(kind, tmp_path, 2, 2, 3)
+    trainer.args.save_strategy, trainer.args.save_steps = SaveStrategy.STEPS, 3
+    trainer.train()
+    trainer.evaluate()
+    again = make(kind, tmp_path, 2, 2, 3)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    idle = sorted(HOOKS[kind] - {name for name, count in called.items() if count})
+    assert not idle, (
+        f"{owner.__name__} overrides {', '.join(idle)}, which transformers and TRL no longer call: "
+        "what the override does is silently lost"
+    )
+    unlisted = private_overrides(owner) - HOOKS[kind]
+    assert not unlisted, f"{owner.__name__} overrides {', '.join(sorted(unlisted))}; add it to HOOKS"
+
+
+def test_the_ppo_trainer_overrides_nothing_private_that_it_does_not_call_itself() -> None:
+    assert private_overrides(PPOTrainer) <= {"_save_checkpoint"}
+
+
+def test_what_a_reward_model_says_of_itself_is_still_asked_for() -> None:
+    for name in private_overrides(RewardModel) | {"_supports_sdpa", "_supports_flash_attn"}:
+        assert hasattr(PreTrainedModel, name), f"transformers no longer knows {name}, which RewardModel sets"

@@ -1,0 +1,225 @@
+"""Scripts for TRL 0.7 to 0.11, which sample, score and step by themselves: they run with their import changed."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from tiny import PROMPTS, tiny_policy, tiny_tokenizer, trainer, weights
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.ppo import PPOConfig, PPOTrainer, trl_0_11
+
+# The loop of TRL's sentiment notebook, as many articles have it.
+SENTIMENT = """
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer
+from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+from trl.core import LengthSampler
+
+config = PPOConfig(model_name="model", learning_rate=2e-3, batch_size=16, mini_batch_size=4, log_with=None)
+tokenizer = AutoTokenizer.from_pretrained(config.model_name)
+tokenizer.pad_token = tokenizer.eos_token
+model = AutoModelForCausalLMWithValueHead.from_pretrained(config.model_name)
+ref_model = AutoModelForCausalLMWithValueHead.from_pretrained(config.model_name)
+
+dataset = Dataset.from_dict({"query": ["the film", "the plot was", "nobody", "the cast"] * 8})
+dataset = dataset.map(lambda row: {"input_ids": tokenizer.encode(row["query"])})
+dataset.set_format(type="torch")
+
+def collator(data):
+    return {key: [d[key] for d in data] for key in data[0]}
+
+ppo_trainer = PPOTrainer(config, model, ref_model, tokenizer, dataset=dataset, data_collator=collator)
+output_length_sampler = LengthSampler(6, 12)
+generation_kwargs = {
+    "min_length": -1, "top_k": 0.0, "top_p": 1.0, "do_sample": True, "pad_token_id": tokenizer.eos_token_id,
+}
+history = []
+for epoch in range(15):
+    for batch in ppo_trainer.dataloader:
+        query_tensors = batch["input_ids"]
+        response_tensors = []
+        for query in query_tensors:
+            gen_len = output_length_sampler()
+            generation_kwargs["max_new_tokens"] = gen_len
+            response = ppo_trainer.generate(query, **generation_kwargs)
+            response_tensors.append(response.squeeze()[len(query):])
+        batch["response"] = [tokenizer.decode(r.squeeze()) for r in response_tensors]
+        rewards = [torch.tensor(float("o" in text)) for text in batch["response"]]
+        stats = ppo_trainer.step(query_tensors, response_tensors, rewards)
+        ppo_trainer.log_stats(stats, batch, rewards)
+        history.append(stats["ppo/mean_scores"])
+model.save_pretrained("trained")
+tokenizer.save_pretrained("trained")
+"""
+
+# The Chinese dialogue articles, by their models' hub ids.
+DIALOGUE = """
+import torch
+from transformers import AutoTokenizer, BertTokenizerFast, pipeline
+from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, create_reference_model
+
+config = PPOConfig(
+    model_name="shibing624/gpt2-dialogbot-base-chinese", learning_rate=1.41e-5, batch_size=8, mini_batch_size=4
+)
+tokenizer = BertTokenizerFast.from_pretrained(config.model_name)
+model = AutoModelForCausalLMWithValueHead.from_pretrained(config.model_name)
+ppo_trainer = PPOTrainer(config, model, create_reference_model(model), tokenizer)
+sentiment = pipeline("sentiment-analysis", "liam168/c2-roberta-base-finetuned-dianping-chinese", top_k=None)
+prompts = ["我每天都想吃肉", "你喜欢什么电影", "今天天气真好", "晚上一起吃饭吧"] * 2
+kwargs = {
+    "max_new_tokens": 30, "top_k": 0, "top_p": 1.0, "do_sample": True, "eos_token_id": tokenizer.sep_token_id,
+    "suppress_tokens": [tokenizer.unk_token_id],
+}
+for step in range(2):
+    queries = [torch.tensor(tokenizer.encode(prompt)) for prompt in prompts]
+    responses = [ppo_trainer.generate(q, return_prompt=False, **kwargs).squeeze(0) for q in queries]
+    texts = [tokenizer.decode(r, skip_special_tokens=True) for r in responses]
+    scores = [{o["label"]: o["score"] for o in found}["positive"] for found in sentiment(texts)]
+    stats = ppo_trainer.step(queries, responses, [torch.tensor(s) for s in scores])
+    print("KL", stats["objective/kl"], "reward", stats["ppo/mean_scores"])
+assert not any((r == tokenizer.unk_token_id).any() for r in responses)
+model.save_pretrained("dialogue")
+"""
+
+
+def with_import_changed(script: str) -> str:
+    return script.replace("from trl import", "from rlhf_pipeline.ppo.trl_0_11 import").replace(
+        "from trl.core import", "from rlhf_pipeline.ppo.trl_0_11 import"
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return tiny_tokenizer()
+
+
+def test_the_loop_of_the_articles_learns(tokenizer: PreTrainedTokenizerBase, workplace: Path) -> None:
+    tiny_policy(tokenizer).save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    names: dict[str, Any] = {}
+    exec(with_import_changed(SENTIMENT), names)
+    history, stats = names["history"], names["stats"]
+    assert sum(history[-4:]) / 4 > sum(history[:4]) / 4 + 0.05
+    assert stats["objective/kl"] > 0
+    saved = AutoModelForCausalLM.from_pretrained("trained")
+    start = AutoModelForCausalLM.from_pretrained("model")
+    assert not torch.equal(saved.transformer.wte.weight, start.transformer.wte.weight)
+
+
+def test_the_chinese_dialogue_loop_by_its_hub_ids(hub: dict[str, str], workplace: Path) -> None:
+    Path("script.py").write_text(with_import_changed(DIALOGUE), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "script.py"], env={**hub, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("reward") == 2
+    assert Path("dialogue/model.safetensors").exists()
+
+
+def test_steps_on_what_train_sampled_are_those_of_train(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """`step` computes what `train` does, from token ids and scores alone."""
+    whole = trainer(tokenizer, tmp_path / "whole", total_episodes=32)
+    rollouts, own = [], whole._roll_out
+    whole._roll_out = lambda update: rollouts.append(own(update)) or rollouts[-1]
+    whole.train()
+    stepped = trainer(
+        tokenizer, tmp_path / "stepped", total_episodes=32, given={"reward_model": None, "train_dataset": None}
+    )
+    for rollout in rollouts:
+        batch = rollout.batch
+        rows = zip(batch.tokens, batch.prompt_lengths.tolist(), batch.response_lengths.tolist(), strict=True)
+        parts = [(row[:start], row[start : start + length]) for row, start, length in rows]
+        stats = stepped.step(*map(list, zip(*parts, strict=True)), list(rollout.scores))
+    assert len(rollouts) == 4
+    assert torch.equal(weights(whole), weights(stepped))
+    last = [row for row in whole.state.log_history if "objective/kl" in row][-1]
+    assert stats["objective/kl"] == last["objective/kl"]
+
+
+def test_what_generate_draws_is_what_step_takes_it_for(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """Probabilities are those of the distribution that was sampled from: temperature, ends, suppressed tokens."""
+    ppo = trainer(tokenizer, tmp_path, stop_token=None, given={"reward_model": None, "train_dataset": None})
+    torch.manual_seed(0)
+    ids = [torch.tensor(row) for row in PROMPTS * 2]
+    found = ppo.generate(
+        ids, return_prompt=False, max_new_tokens=9, temperature=0.5, eos_token_id=[7, 99999], suppress_tokens=[3, 4]
+    )
+    assert len(found) == 8
+    assert ppo.sampling.stop_ids == (7,)
+    assert ppo.sampling.temperature == 0.5
+    assert not any(token in (3, 4) for row in found for token in row.tolist())
+    assert all(7 not in row[:-1] and len(row) <= 9 for row in found)
+    one = ppo.generate(ids[0], max_new_tokens=3, eos_token_id=-1)
+    assert one.shape == (1, len(ids[0]) + 3)
+    assert one[0, : len(ids[0])].tolist() == PROMPTS[0]
+    ppo.generate(ids[:1], temperature=0.5, suppress_tokens=[3, 4])
+    with pytest.raises(UserError, match="response 1 holds the token 3"):
+        ppo.step(ids, [torch.tensor([9, 8]), torch.tensor([3]), *found[2:]], [0.0] * 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"top_k": 50}, "top_k=50.*it takes 0 or None"),
+        ({"top_p": 0.9}, "top_p=0.9.*it takes 1 or None"),
+        ({"num_beams": 4}, "num_beams=4.*leave it out"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+    ],
+)
+def test_other_ways_to_sample_are_refused(
+    options: dict[str, Any], said: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    ppo = trainer(tokenizer, tmp_path, given={"reward_model": None, "train_dataset": None})
+    with pytest.raises(UserError, match=said):
+        ppo.generate(torch.tensor([5, 6]), **options)
+
+
+def test_what_step_cannot_learn_from_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    none = {"reward_model": None, "train_dataset": None}
+    ppo = trainer(tokenizer, tmp_path, given=none)
+    rows, scores = [[5, 6]] * 8, [0.0] * 8
+    with pytest.raises(UserError, match="7 queries, 8 responses and 8 scores; it takes 8"):
+        ppo.step(rows[1:], rows, scores)
+    with pytest.raises(UserError, match=r"row 0 of .* has an empty response"):
+        ppo.step(rows, [[], *rows[1:]], scores)
+    with pytest.raises(UserError, match="is nan, which is no number"):
+        ppo.step(rows, rows, [float("nan"), *scores[1:]])
+    with pytest.raises(UserError, match="64 positions"):
+        ppo.step(rows, [[5] * 70, *rows[1:]], scores)
+    with pytest.raises(UserError, match=r"train\(\) needs a reward_model and a train_dataset"):
+        ppo.train()
+    endless = PPOTrainer(
+        PPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=8, report_to="none"), tokenizer,
+        tiny_policy(tokenizer), None,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="total_episodes= or max_steps="):
+        endless.step(rows, rows, scores)
+
+
+def test_old_settings_become_todays() -> None:
+    config = trl_0_11.PPOConfig(batch_size=16, mini_batch_size=2, gradient_accumulation_steps=4, early_stopping=True)
+    args = config.current()
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.num_mini_batches) == (2, 8, 2)
+    assert (args.kl_coef, args.kl_target, args.max_update_kl, args.max_grad_norm) == (0.2, 6.0, 1.5, 0.0)
+    assert trl_0_11.PPOConfig(adap_kl_ctrl=False).current().kl_target is None
+    with pytest.raises(UserError, match="not a multiple"):
+        trl_0_11.PPOConfig(batch_size=10, mini_batch_size=4).current()
+    with pytest.raises(UserError, match="kl_penalty='full'"):
+        trl_0_11.PPOConfig(kl_penalty="full").current()
+
+
+def test_the_small_helpers(tokenizer: PreTrainedTokenizerBase) -> None:
+    policy = tiny_policy(tokenizer)
+    copied = trl_0_11.create_reference_model(policy)
+    assert copied is not policy
+    assert not any(p.requires_grad for p in copied.parameters())
+    assert trl_0_11.respond_to_batch(policy, torch.tensor([[5, 6], [7, 8]]), txt_len=4).shape == (2, 4)
+    assert {trl_0_11.LengthSampler(2, 4)() for _ in range(50)} == {2, 3}
+    assert trl_0_11.AutoModelForCausalLMWithValueHead.from_pretrained(policy) is policy
