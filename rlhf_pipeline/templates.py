@@ -1,5 +1,6 @@
 """Conversations as a policy reads them: turns to text with its special tokens, by the tokenizer's chat template."""
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -79,8 +80,12 @@ def pieces(tokenizer: "PreTrainedTokenizerBase", dialogue: Dialogue) -> list[tup
         before = render(tokenizer, turns[:index], reply_follows=turns[index].role == "assistant")
         after = render(tokenizer, turns[: index + 1], reply_follows=False)
         if not after.startswith(before):
-            found, so_far = [], ""
-            continue
+            # Some templates end the prompt of a reply to come with more (an empty thought) than they write before one
+            # that is there. The reply then begins where the two part, as in TRL.
+            before = os.path.commonprefix([before, after])
+            if not before.startswith(render(tokenizer, turns[:index], reply_follows=False)):
+                found, so_far = [], ""
+                continue
         if not before.startswith(so_far):
             found, so_far = [], ""
         found += [(before[len(so_far) :], False), (after[len(before) :], True)]

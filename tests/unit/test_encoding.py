@@ -119,6 +119,20 @@ def test_a_template_that_rewrites_earlier_replies_teaches_the_last_one() -> None
     assert "assistant: It was." in tokenizer.decode(lesson.ids)
 
 
+def test_a_template_that_ends_prompts_with_an_empty_thought_teaches_every_reply() -> None:
+    """As Gemma 4's: what it writes only before a reply to come is not learnt, nor is any reply lost for it."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>\n{{ m['content'] }}</>\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>\n(no thought)\n{% endif %}"
+    )
+    (lesson,) = encoding.demonstrations([Dialogue(CHAT)], tokenizer, {}, seed=0)
+    assert "no thought" not in tokenizer.decode(lesson.ids)
+    assert learnt(lesson, tokenizer) == "It was.</>\n|The cast was fine.</>\n<|endoftext|>"
+    (prompt,) = encoding.prompts([Dialogue(CHAT)], tokenizer, {"prompt_turns": 1}, seed=0)
+    assert tokenizer.decode(prompt).endswith("<assistant>\n(no thought)\n")
+
+
 def test_what_a_reward_sees_of_a_prompt_has_no_special_tokens() -> None:
     assert visible(chinese(), (Turn("user", "你好，再见"),)) == "你好，再见"
     assert visible(tiny_tokenizer(), "as it is") == "as it is"
