@@ -129,7 +129,7 @@ def test_a_template_that_ends_prompts_with_an_empty_thought_teaches_every_reply(
     (lesson,) = encoding.demonstrations([Dialogue(CHAT)], tokenizer, {}, seed=0)
     assert "no thought" not in tokenizer.decode(lesson.ids)
     assert learnt(lesson, tokenizer) == "It was.</>\n|The cast was fine.</>\n<|endoftext|>"
-    (prompt,) = encoding.prompts([Dialogue(CHAT)], tokenizer, {"prompt_turns": 1}, seed=0)
+    (prompt,) = encoding.prompts([Dialogue(CHAT)], tokenizer, {"prompt_turns": 2}, seed=0)
     assert tokenizer.decode(prompt).endswith("<assistant>\n(no thought)\n")
 
 
