@@ -1,6 +1,7 @@
 # Every command of the README, one line each. `make help` lists them.
 PYTHON ?= python3
 VENV ?= .venv
+OLDEST_VENV ?= .venv-oldest
 LABEL_STUDIO_VENV ?= .venv-label-studio
 NAME ?= demo
 ARGS ?=
@@ -9,6 +10,10 @@ BIN := $(VENV)/bin
 override ARGS := $(value ARGS)
 QUOTED = '$(subst ','\'',$(value NAME))'
 RUN := $(BIN)/python -m rlhf_pipeline
+# What meets TRL and transformers directly.
+OLDEST_TESTS := $(wildcard tests/unit/test_ppo*.py) $(addprefix tests/unit/test_,adapters.py classification.py \
+	encoding.py likelihood.py objective.py policies.py reward_model.py rewards.py static_sampling.py old_scripts.py) \
+	$(addprefix tests/stages/test_,batching.py pipeline.py ppo_stage.py private_hooks.py reward_stage.py sft.py)
 # Several processes: make ppo LAUNCH=ddp PROCS=4. Of those on a CPU accelerate would start one.
 PROCS ?= 2
 STARTS := $(basename $(notdir $(wildcard conf/accelerate/*.yaml)))
@@ -21,7 +26,7 @@ $(error LAUNCH=$(LAUNCH) is none of: $(STARTS))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo pretrain sft collect reward ppo evaluate chat plan pipeline report label-studio test test-slow test-label-studio bench bench-gpu kills check clean
+.PHONY: help setup demo pretrain sft collect reward ppo evaluate chat plan pipeline report label-studio test test-oldest test-slow test-label-studio bench bench-gpu kills check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -31,10 +36,12 @@ help:  ## list the targets
 setup: $(VENV)/.ready  ## make the virtual environment with the tested versions
 
 # Made anew when the versions change; the mark is written last, so a half-made environment is not taken for a whole one.
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: constraints.txt
+$(OLDEST_VENV)/.ready: constraints-trl-1.12.txt
+$(VENV)/.ready $(OLDEST_VENV)/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"Python {v[0]}.{v[1]} is not supported; say PYTHON=python3.11, python3.12 or python3.13")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(filter constraints%,$^) --editable '.[dev]'
 	@touch $@
 
 demo: setup  ## all steps on the built-in reviews, offline, in minutes
@@ -73,6 +80,9 @@ $(LABEL_STUDIO_VENV)/.ready: constraints-label-studio.txt
 test: setup  ## the tests
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
+test-oldest: $(OLDEST_VENV)/.ready  ## PPO, SFT and rewards with TRL 1.12 and the oldest of the rest; PPO beside TRL's own
+	$(OLDEST_VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile $(OLDEST_TESTS) $(ARGS)
+
 test-slow: setup  ## what takes minutes: killed processes, models in shards, searches, submitit
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m slow $(ARGS)
 
@@ -99,4 +109,4 @@ check: setup  ## style and types
 	$(BIN)/mypy
 
 clean:  ## remove the virtual environment and caches; runs/ is kept
-	rm -rf $(VENV) $(LABEL_STUDIO_VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(OLDEST_VENV) $(LABEL_STUDIO_VENV) .mypy_cache .ruff_cache .pytest_cache

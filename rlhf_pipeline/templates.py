@@ -1,6 +1,6 @@
 """Conversations as a policy reads them: turns to text with its special tokens, by the tokenizer's chat template."""
 
-import os
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +82,9 @@ def pieces(tokenizer: "PreTrainedTokenizerBase", dialogue: Dialogue) -> list[tup
         if not after.startswith(before):
             # Some templates end the prompt of a reply to come with more (an empty thought) than they write before one
             # that is there. The reply then begins where the two part, as in TRL.
-            before = os.path.commonprefix([before, after])
+            before = "".join(
+                a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, after, strict=False))
+            )
             if not before.startswith(render(tokenizer, turns[:index], reply_follows=False)):
                 found, so_far = [], ""
                 continue

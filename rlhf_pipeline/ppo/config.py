@@ -35,7 +35,9 @@ _UNREAD = (
     "torch_compile_mode", "torch_empty_cache_steps", "train_sampling_strategy", "use_cache", "use_liger_kernel",
 )  # fmt: skip
 # The same, but scripts written for TRL keep in them what they read themselves.
-_OF_SCRIPTS = ("dataset_num_proc", "do_eval", "do_predict", "do_train", "reward_model_path", "sft_model_path")
+_OF_SCRIPTS = (
+    "dataset_num_proc", "do_eval", "do_predict", "do_train", "exp_name", "reward_model_path", "sft_model_path"
+)  # fmt: skip
 
 
 def _field(default: Any, help: str) -> Any:
@@ -143,6 +145,7 @@ class PPOConfig(ParentConfig):
     ref_adapter_name: str | None = _field(None, "Of several adapters, the one that is the reference.")
     # -- taken, so that a script for TRL need not be changed; `check_config` says of which nothing comes
     dataset_num_proc: int | None = _field(None, "For scripts: processes that prepare their data.")
+    exp_name: str | None = _field(None, "For scripts: a name, in TRL 0.12 to 0.16.")
     sft_model_path: str = _field("EleutherAI/pythia-160m", "For scripts: where they find the policy.")
     reward_model_path: str = _field("EleutherAI/pythia-160m", "For scripts: where they find the reward model.")
     ds3_gather_for_generation: bool = _field(True, "Without effect: under ZeRO-3 the weights are always gathered.")

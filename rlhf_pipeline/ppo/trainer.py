@@ -1,10 +1,11 @@
 """The PPO trainer: roll out, score, estimate advantages, optimise, log."""
 
 import copy
+import functools
 import math
 import time
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, ParamSpec
 
 import torch
 from accelerate.utils import gather_object
@@ -55,6 +56,8 @@ from rlhf_pipeline.precision import autocast, fuse_gelu
 from rlhf_pipeline.sampling import Batch, Sampling, check_positions, make_batch, uniform_draws
 from rlhf_pipeline.static_sampling import make_sampler
 
+P = ParamSpec("P")
+
 
 class Experience(NamedTuple):
     """A rollout, and what is to be learnt from it. `time` is the longest response."""
@@ -65,6 +68,18 @@ class Experience(NamedTuple):
     advantages: Tensor  # (batch, time), whitened
     returns: Tensor  # (batch, time), what the critic learns
     rewards_to_go: Tensor  # (batch, time), what came after each token, whatever the critic thought
+
+
+def _takes_old_names(constructor: Callable[P, None]) -> Callable[P, None]:
+    """Let the constructor take the keywords of TRL 0.12, too."""
+    new = {"config": "args", "tokenizer": "processing_class", "policy": "model", "ref_policy": "ref_model"}
+
+    @functools.wraps(constructor)
+    def taking(*given: P.args, **options: P.kwargs) -> None:
+        renamed: Any = {new.get(name, name): value for name, value in options.items()}
+        constructor(*given, **renamed)
+
+    return taking
 
 
 class PPOTrainer(Flow, ParentTrainer):
@@ -85,6 +100,7 @@ class PPOTrainer(Flow, ParentTrainer):
     lr_scheduler: Any
     control: TrainerControl
 
+    @_takes_old_names
     def __init__(
         self,
         args: PPOConfig,

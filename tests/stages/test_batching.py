@@ -173,20 +173,6 @@ def test_dropout_is_on_in_the_runs_compared(tmp_path: Path, tokenizer: PreTraine
         assert rates == {0.1}
 
 
-def test_a_loss_a_card_is_measured_as_their_mean(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """As one process with several GPUs gives it."""
-    config = GPT2Config(vocab_size=300, n_positions=64, n_layer=1, n_embd=16, n_head=2)
-    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True)
-    rows = Dataset.from_dict({"input_ids": [[5, 6, 7]]})
-    trainer = OrderedSFTTrainer(GPT2LMHeadModel(config), args, train_dataset=rows, processing_class=tokenizer)
-    trainer.measured = []
-    trainer.compute_loss = lambda *_, **__: torch.tensor([1.0, 3.0])  # type: ignore[method-assign]
-    batch = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[5, 6, 7]])}
-    loss, _, _ = trainer.prediction_step(trainer.model, batch, True)
-    assert float(loss) == 2
-    assert trainer.measured == [(2.0, 2.0)]  # nothing predicts the first of the three
-
-
 @pytest.mark.parametrize("family", ["GPT-2", "Llama"])
 def test_a_language_models_loss_is_a_mean_over_the_tokens_that_are_predicted(
     family: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase

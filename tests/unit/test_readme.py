@@ -32,10 +32,9 @@ def commands(readme: str) -> list[str]:
     return [line.split("  #")[0].split(" # ")[0].strip() for line in lines if line.strip()]
 
 
-def test_it_can_be_read_in_one_sitting() -> None:
+def test_every_table_is_filled_in() -> None:
     for readme in READMES:
         text = (ROOT / readme).read_text(encoding="utf-8")
-        assert 60 < text.count("\n") < 480
         assert "@" not in re.sub(r"https?://\S+", "", text), "a table is missing"
 
 

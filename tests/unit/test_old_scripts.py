@@ -1,5 +1,7 @@
-"""Scripts for TRL 0.7 to 0.11, which sample, score and step by themselves: they run with their import changed."""
+"""Scripts written for each generation of TRL's PPO run once their import is changed, as the README's table says."""
 
+import copy
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from huggingface_hub import ModelCard
 from tiny import PROMPTS, tiny_policy, tiny_tokenizer, trainer, weights
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GPT2ForSequenceClassification, PreTrainedTokenizerBase
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.ppo import PPOConfig, PPOTrainer, trl_0_11
@@ -89,10 +92,68 @@ model.save_pretrained("dialogue")
 """
 
 
-def with_import_changed(script: str) -> str:
-    return script.replace("from trl import", "from rlhf_pipeline.ppo.trl_0_11 import").replace(
-        "from trl.core import", "from rlhf_pipeline.ppo.trl_0_11 import"
-    )
+# TRL's example of 0.12, and that of 0.15 to 1.12.
+TRAINER_0_12 = """
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from trl import PPOConfig, PPOTrainer
+
+training_args = PPOConfig(
+    output_dir="trained", exp_name="ppo", learning_rate=1e-3, per_device_train_batch_size=4, total_episodes=16,
+    gradient_accumulation_steps=2, num_ppo_epochs=1, num_mini_batches=1, response_length=5, stop_token="eos",
+    missing_eos_penalty=1.0, report_to="none", num_sample_generations=0, save_strategy="no",
+)
+tokenizer = AutoTokenizer.from_pretrained("model", padding_side="left")
+policy, ref_policy = (AutoModelForCausalLM.from_pretrained("model") for _ in range(2))
+value_model, reward_model = (AutoModelForSequenceClassification.from_pretrained("scorer") for _ in range(2))
+dataset = Dataset.from_dict({"input_ids": tokenizer(["the film was", "the plot"] * 8)["input_ids"]})
+trainer = PPOTrainer(
+    config=training_args, processing_class=tokenizer, policy=policy, ref_policy=ref_policy, reward_model=reward_model,
+    value_model=value_model, train_dataset=dataset, eval_dataset=dataset,
+)
+trainer.train()
+trainer.save_model(training_args.output_dir)
+trainer.create_model_card(dataset_name="stanfordnlp/imdb")
+trainer.generate_completions()
+"""
+TRAINER_0_15 = (
+    TRAINER_0_12.replace("config=", "args=")
+    .replace("ref_policy=ref", "ref_model=ref")
+    .replace("policy=pol", "model=pol")
+)
+# A loop of one's own, with today's settings and no reward.
+OWN_LOOP = """
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import PPOConfig, PPOTrainer
+
+tokenizer = AutoTokenizer.from_pretrained("model")
+policy = AutoModelForCausalLM.from_pretrained("model")
+args = PPOConfig(per_device_train_batch_size=8, total_episodes=16, stop_token="eos", report_to="none")
+trainer = PPOTrainer(args, tokenizer, policy, None)
+queries = tokenizer(["the film", "nobody"] * 4)["input_ids"]
+for _ in range(2):
+    responses = trainer.generate(queries, max_new_tokens=8, return_prompt=False)
+    scores = [text.count("o") for text in tokenizer.batch_decode(responses)]
+    stats = trainer.step(queries, responses, scores)
+    print(stats["objective/scores"], stats["objective/kl"])
+trainer.save_model("trained")
+"""
+SCRIPTS = {
+    "TRL 0.7 to 0.11": SENTIMENT, "TRL 0.12 to 0.14": TRAINER_0_12, "TRL 0.15 to 1.12": TRAINER_0_15,
+    "a loop of your own": OWN_LOOP,
+}  # fmt: skip
+
+
+def readmes_imports() -> dict[str, str]:
+    """The import of each row of the README's table of old scripts."""
+    return dict(re.findall(r"^\| ([^|]+) \| `(from rlhf_pipeline[^`]+)` \|", (ROOT / "README.md").read_text(), re.M))
+
+
+def with_import_changed(script: str, new: str) -> str:
+    """The script with the README's import in place of all of TRL's."""
+    changed = re.sub(r"^from trl import .*$", new, script, count=1, flags=re.M)
+    return re.sub(r"^from trl.* import .*\n", "", changed, flags=re.M)
 
 
 @pytest.fixture(scope="module")
@@ -100,21 +161,50 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return tiny_tokenizer()
 
 
-def test_the_loop_of_the_articles_learns(tokenizer: PreTrainedTokenizerBase, workplace: Path) -> None:
-    tiny_policy(tokenizer).save_pretrained("model")
-    tokenizer.save_pretrained("model")
+@pytest.fixture
+def models(tokenizer: PreTrainedTokenizerBase, workplace: Path) -> Path:
+    """A current folder with a policy and a reward model."""
+    policy = tiny_policy(tokenizer)
+    policy.save_pretrained("model")
+    config = copy.deepcopy(policy.config)
+    config.num_labels = 1
+    torch.manual_seed(1)
+    GPT2ForSequenceClassification(config).save_pretrained("scorer")
+    for folder in ("model", "scorer"):
+        tokenizer.save_pretrained(folder)
+    return workplace
+
+
+def test_every_row_of_the_readme_has_its_script() -> None:
+    assert readmes_imports().keys() == SCRIPTS.keys()
+
+
+@pytest.mark.parametrize("generation", SCRIPTS)
+def test_a_script_of_each_generation_runs_with_its_import_changed(generation: str, models: Path) -> None:
     names: dict[str, Any] = {}
-    exec(with_import_changed(SENTIMENT), names)
+    exec(with_import_changed(SCRIPTS[generation], readmes_imports()[generation]), names)
+    saved, start = (AutoModelForCausalLM.from_pretrained(folder) for folder in ("trained", "model"))
+    assert not torch.equal(saved.transformer.wte.weight, start.transformer.wte.weight)
+    if generation != "TRL 0.7 to 0.11":
+        assert names["trainer"].state.episode == 16
+    if "create_model_card" in SCRIPTS[generation]:
+        card = ModelCard.load("trained/README.md")
+        assert card.data.datasets == "stanfordnlp/imdb"
+        assert {"ppo", "trl", "rlhf_pipeline"} <= set(card.data.tags)
+        assert "| num_ppo_epochs | 1 |" in card.text
+
+
+def test_the_loop_of_the_articles_learns(models: Path) -> None:
+    names: dict[str, Any] = {}
+    exec(with_import_changed(SENTIMENT, readmes_imports()["TRL 0.7 to 0.11"]), names)
     history, stats = names["history"], names["stats"]
     assert sum(history[-4:]) / 4 > sum(history[:4]) / 4 + 0.05
     assert stats["objective/kl"] > 0
-    saved = AutoModelForCausalLM.from_pretrained("trained")
-    start = AutoModelForCausalLM.from_pretrained("model")
-    assert not torch.equal(saved.transformer.wte.weight, start.transformer.wte.weight)
 
 
 def test_the_chinese_dialogue_loop_by_its_hub_ids(hub: dict[str, str], workplace: Path) -> None:
-    Path("script.py").write_text(with_import_changed(DIALOGUE), encoding="utf-8")
+    script = with_import_changed(DIALOGUE, readmes_imports()["TRL 0.7 to 0.11"])
+    Path("script.py").write_text(script, encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "script.py"], env={**hub, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
     )
