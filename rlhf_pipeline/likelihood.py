@@ -1,6 +1,6 @@
-"""log p of the tokens that a policy chose, and its entropy there, without keeping logits of the vocabulary about."""
+"""log p of tokens and the entropy there, without keeping logits of the vocabulary about."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from rlhf_pipeline.sampling import Batch, Sampling
 _PIECE, _PIECE_ON_GPU = 2**20, 2**24
 # No more logits than these exist at a time, beside the probabilities that a backward pass needs.
 _SCRATCH = 2**24
+# Tokens whose logits exist at a time where no probabilities are kept.
+_AT_ONCE = 256
 
 
 def response_states(body: nn.Module, batch: Batch) -> Tensor:
@@ -46,6 +48,84 @@ def token_likelihood(model: Any, states: Tensor, batch: Batch, sampling: Samplin
 def log_probs(model: Any, batch: Batch, sampling: Sampling) -> Tensor:
     """`token_likelihood` from the tokens alone: log p (batch, longest response)."""
     return token_likelihood(model, response_states(trunk(model), batch), batch, sampling)[0]
+
+
+class Losses(NamedTuple):
+    """What a language model makes of the tokens that follow, summed over them."""
+
+    loss: Tensor  # -log p of the tokens, in nats: the one that has a gradient
+    entropy: Tensor  # of the distributions that they were told from, in nats
+    right: Tensor  # how many were the likeliest
+    tokens: Tensor  # how many there were
+
+
+def next_token_losses(model: Any, states: Tensor, targets: Tensor) -> Losses:
+    """Losses of `targets` (tokens,), each told from a last hidden state (tokens, hidden)."""
+    inner = language_model(model)
+    head = inner.get_output_embeddings()
+    if type(head) is nn.Linear and not is_reshaped(inner):
+        return summed_losses(states, head.weight, head.bias, targets)
+    logits = head_logits(model, states)
+    found = logits.log_softmax(-1)
+    entropy = -(found.detach().exp() * found.detach()).sum()
+    right = (logits.argmax(-1) == targets).sum()
+    return Losses(-found.gather(-1, targets[:, None]).sum(), entropy, right, targets.new_tensor(len(targets)))
+
+
+def summed_losses(states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Losses:
+    """The same for a head that is a matrix, (vocabulary, hidden)."""
+    fused: Any = _SumOfLosses.apply
+    loss, entropy, right = fused(states, weight, bias, targets)
+    return Losses(loss, entropy, right, targets.new_tensor(len(targets)))
+
+
+class _SumOfLosses(torch.autograd.Function):
+    """-log p of tokens, summed, with the gradient made along with it: no more logits exist than are worked on at once.
+
+    Without rounding logits to 16 bits; the products of the gradient are in autocast's format.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        device = states.device.type
+        narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+        wants = ctx.needs_input_grad
+        factor = weight.to(narrow)
+        by_states = torch.empty_like(states) if wants[0] else None
+        by_weight = torch.zeros_like(weight) if wants[1] else None
+        by_bias = torch.zeros_like(bias) if bias is not None and wants[2] else None
+        sums = states.new_zeros(3, dtype=torch.promote_types(states.dtype, torch.float32))
+        with torch.autocast(device, enabled=False):
+            for start in range(0, len(states), _AT_ONCE):
+                some = slice(start, start + _AT_ONCE)
+                logits = project(states[some], weight, bias)
+                rows = _rows_of_a_piece(logits)
+                for z, target in zip(logits.split(rows), targets[some].split(rows), strict=True):
+                    z.sub_(z.amax(-1, keepdim=True))
+                    chosen = z.gather(-1, target[:, None])
+                    p = z.exp()
+                    total = p.sum(-1, keepdim=True)
+                    p.div_(total)
+                    log_p = chosen - total.log()
+                    sums += torch.stack([-log_p.sum(), total.log().sum() - z.mul_(p).sum(), (chosen == 0).sum()])
+                    z.copy_(p).scatter_(-1, target[:, None], log_p.expm1())  # the gradient by the logits
+                slope = logits.to(narrow)
+                if by_states is not None:
+                    by_states[some] = slope @ factor
+                if by_weight is not None:
+                    by_weight += slope.t() @ states[some].to(narrow)
+                if by_bias is not None:
+                    by_bias += logits.sum(0)
+        ctx.grads = by_states, by_weight, by_bias
+        loss, entropy, right = sums.unbind()
+        ctx.mark_non_differentiable(entropy, right)
+        return loss, entropy, right
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        return (*(None if found is None else found.mul_(grad) for found in ctx.grads), None)
 
 
 def _plain_likelihood(logits: Tensor, targets: Tensor, times: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:

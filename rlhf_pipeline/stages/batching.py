@@ -1,8 +1,10 @@
 """Batches of rows of like length, so that little of a batch is padding, in an order that a resumed run meets again."""
 
+import functools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pyarrow.compute as pc
@@ -12,7 +14,11 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 from transformers import Trainer
-from trl import RewardTrainer, SFTTrainer
+from trl import RewardTrainer, SFTConfig, SFTTrainer
+
+from rlhf_pipeline.launch import sharding
+from rlhf_pipeline.likelihood import Losses, next_token_losses
+from rlhf_pipeline.networks import language_model, trunk
 
 # Rows are drawn into pools at random and only then sorted, so that an epoch's batches are not the last one's:
 # pools of 50 batches, of fewer where that would make fewer than 4 pools, but of at least 8.
@@ -234,13 +240,58 @@ class OrderedTrainer(Counted, Trainer):
 
 
 class OrderedSFTTrainer(_Ordered, SFTTrainer):
-    """TRL's SFTTrainer in such an order, its loss a mean over the tokens that are predicted."""
+    """TRL's SFTTrainer in such an order, its loss a mean over the tokens that are predicted.
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    The head is applied to these tokens alone, and their logits are not kept. TRL 1.16 does so on a GPU only.
+    """
+
+    def __init__(self, model: Any, args: SFTConfig, **options: Any) -> None:
+        if args.label_smoothing_factor and args.loss_type == "chunked_nll":
+            args.loss_type = "nll"  # TRL 1.12's chunked loss, its default, knows no smoothing
+        super().__init__(model, args, **options)
         # Nothing predicts a row's first token. transformers tells by the class's name whether that is so, and
         # "GPT2LMHeadModel" has no "ForCausalLM" in it.
         self._loss_shifts_labels = True
+        # Weights in shards are whole only inside the model's own forward pass, which TRL's loss goes through.
+        special = self.args.loss_type == "dft" or self.label_smoother or self.aux_loss_enabled or self.compute_loss_func
+        self.fused = not special and sharding() not in ("zero3", "fsdp")
+        if self.fused:
+            add_losses(language_model(self.model))
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:  # fmt: skip
+        """-log p a token, over the tokens of the step."""
+        if not self.fused or return_outputs or "labels" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        sums: Losses = model(**inputs, losses=True)
+        entropy, right, count = self.accelerator.reduce(torch.stack([x.float() for x in sums[1:]]), "sum").tolist()
+        kept = self._metrics["train" if self.model.training else "eval"]
+        kept["entropy"].append(entropy / max(count, 1))
+        kept["mean_token_accuracy"].append(right / max(count, 1))
+        if num_items_in_batch is None:
+            return sums.loss / sums.tokens.clamp(min=1)
+        return sums.loss / num_items_in_batch * self.accelerator.num_processes  # processes are averaged
+
+
+def add_losses(model: Any) -> None:
+    """Let `model(..., labels=labels, losses=True)` give `Losses`; labels (batch, time) are -100 where none is told.
+
+    Inside the model's own forward pass, so that DDP and an adapter around it take part.
+    """
+    own = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(self: Any, *given: Any, losses: bool = False, **inputs: Any) -> Any:
+        if not losses:
+            return own(*given, **inputs)
+        targets = inputs.pop("labels")[:, 1:]
+        states = trunk(self)(*given, **inputs, use_cache=False).last_hidden_state[:, :-1]
+        counted = targets != -100
+        return next_token_losses(self, states[counted], targets[counted])
+
+    model.forward = MethodType(forward, model)
 
 
 class OrderedRewardTrainer(_Ordered, RewardTrainer):

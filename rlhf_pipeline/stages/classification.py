@@ -9,6 +9,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.likelihood import summed_losses
 from rlhf_pipeline.networks import looks_ahead
 from rlhf_pipeline.progress import parts
 from rlhf_pipeline.records import Labelled
@@ -78,7 +79,9 @@ class LanguageClassifierTrainer(ClassifierTrainer):
         loss, outputs = super().compute_loss(model, asked, True, num_items_in_batch)
         head = self.accelerator.unwrap_model(model).get_input_embeddings().weight
         mask = inputs["attention_mask"] * inputs["labels"].ne(-100)[:, None]
-        language = language_loss(outputs.hidden_states[-1], inputs["input_ids"], mask, head, "sum")
+        counted = told(mask)
+        states, targets = outputs.hidden_states[-1][:, :-1][counted], inputs["input_ids"][:, 1:][counted]
+        language = summed_losses(states, head, None, targets).loss
         rows, tokens = self._counts_of(inputs, num_items_in_batch)
         for name, total, count in zip(
             ("classification_loss", "lm_loss"), (loss * rows, language), self._counts(inputs), strict=True
@@ -91,13 +94,6 @@ class LanguageClassifierTrainer(ClassifierTrainer):
 def told(mask: Tensor) -> Tensor:
     """Which tokens are told from one before them: (batch, time) to (batch, time - 1)."""
     return mask[:, 1:].bool() & mask[:, :-1].bool()
-
-
-def language_loss(states: Tensor, ids: Tensor, mask: Tensor, head: Tensor, reduction: str = "mean") -> Tensor:
-    """Mean -log p of the tokens `ids`, each told from the last hidden state (batch, time, width) before it."""
-    kept = told(mask)
-    logits = nn.functional.linear(states[:, :-1][kept], head)
-    return nn.functional.cross_entropy(logits, ids[:, 1:][kept], reduction=reduction)
 
 
 def check_language_model(model: Any) -> None:

@@ -138,6 +138,7 @@ def common(folder: str) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
+        "use_cpu": True,  # transformers takes no bf16 on a CPU that it only happens to find
     }
 
 

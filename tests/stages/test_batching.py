@@ -1,6 +1,7 @@
 """The order of the rows: of like length, by seed and epoch alone; and what a resumed run makes of it."""
 
 import itertools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from datasets import Dataset
+from peft import LoraConfig
 from torch.utils.data import DataLoader
 from transformers import (
     DataCollatorWithPadding,
@@ -205,6 +207,56 @@ def test_a_language_models_loss_is_a_mean_over_the_tokens_that_are_predicted(
     assert trainer.evaluate()["eval_loss"] == pytest.approx(total / count, rel=1e-5)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(total / count, rel=1e-4)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_language_models_loss_gradient_and_figures_are_trls(
+    adapted: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=300, n_positions=64, n_embd=16, n_layer=1, n_head=2, initializer_range=0.3, resid_pdrop=0,
+        embd_pdrop=0, attn_pdrop=0,
+    )  # fmt: skip
+    adapter = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, fan_in_fan_out=True) if adapted else None
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False)
+    rows = Dataset.from_dict({
+        "input_ids": [[5, 9, 11], [20, 21, 22, 23, 24, 25]], "completion_mask": [[0, 1, 1], [0, 0, 0, 1, 1, 1]],
+    })  # fmt: skip
+    trainer = OrderedSFTTrainer(
+        GPT2LMHeadModel(config), args, train_dataset=rows, processing_class=tokenizer, peft_config=adapter
+    )
+    found = []
+    for fused in (True, False):
+        trainer.fused = fused
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
+        loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(5))
+        trainer.model.zero_grad()
+        loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+        figures = {name: trainer._metrics["train"].pop(name) for name in ("entropy", "mean_token_accuracy")}
+        found.append((loss.detach(), gradient, figures))
+    (mine, slope, figures), (theirs, expected, others) = found
+    torch.testing.assert_close(mine, theirs)
+    torch.testing.assert_close(slope, expected, atol=1e-6, rtol=1e-4)
+    assert slope.abs().max() > 0.01
+    for name, value in figures.items():
+        assert value == pytest.approx(others[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("option", [{"loss_type": "dft"}, {"label_smoothing_factor": 0.1}])
+def test_other_losses_of_trls_are_still_its_own(
+    option: dict[str, Any], tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    config = GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=1, n_head=2)
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", **option)
+    rows = Dataset.from_dict({"input_ids": [[5, 9, 11]]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # TRL 1.16 gives label smoothing up
+        trainer = OrderedSFTTrainer(GPT2LMHeadModel(config), args, train_dataset=rows, processing_class=tokenizer)
+        assert not trainer.fused
+        batch = trainer.data_collator([trainer.train_dataset[0]])
+        assert torch.isfinite(trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(2)))
 
 
 def test_the_generator_of_apples_gpus_is_saved_and_restored(

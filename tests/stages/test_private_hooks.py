@@ -20,7 +20,7 @@ _EVERY = {
     "prediction_step", "evaluation_loop", "compute_loss",
 }  # fmt: skip
 HOOKS = {
-    "sft": {*_EVERY, "_loss_shifts_labels"} - {"compute_loss"},
+    "sft": {*_EVERY, "_loss_shifts_labels"},
     "classifier": {*_EVERY, "_get_num_items_in_batch", "loss_is_scaled_for_ga"},
     "language": {*_EVERY, "_get_num_items_in_batch", "loss_is_scaled_for_ga"},
     "comparisons": {

@@ -32,7 +32,6 @@ from rlhf_pipeline.reward_model import with_head
 from rlhf_pipeline.rewards import load_reward
 from rlhf_pipeline.scorer import Scorer
 from rlhf_pipeline.stages.batching import OrderedRewardTrainer
-from rlhf_pipeline.stages.classification import language_loss
 from rlhf_pipeline.stages.comparisons import Comparison, ComparisonTrainer, compare, encode, shown, told_apart
 from rlhf_pipeline.stages.reward_quality import preference_quality
 
@@ -266,8 +265,9 @@ def held_out_language_loss(folder: Path) -> float:
     batch = tokenizer([f"film {i} was good, a win it was" for i in range(200, 208)], return_tensors="pt", padding=True)
     with torch.no_grad():
         states = model.base_model(**{k: batch[k] for k in ("input_ids", "attention_mask")}).last_hidden_state
-    head = model.get_input_embeddings().weight
-    return language_loss(states, batch["input_ids"], batch["attention_mask"], head).item()
+    logits = states[:, :-1] @ model.get_input_embeddings().weight.t()
+    targets = batch["input_ids"][:, 1:].masked_fill(batch["attention_mask"][:, 1:] == 0, -100)
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
 
 
 def test_a_classifier_with_lm_coef_goes_on_telling_words(

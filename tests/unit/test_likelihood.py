@@ -54,6 +54,36 @@ def test_values_and_gradients_are_those_of_the_definition(sampling: Sampling, mo
     torch.testing.assert_close(log_probs(policy, BATCH, sampling), plain.detach(), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_language_models_losses_are_those_of_the_definition(biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(likelihood, "_AT_ONCE", 7)
+    generator = torch.Generator().manual_seed(0)
+    states, weight, bias = (
+        torch.randn(*shape, generator=generator, dtype=torch.double, requires_grad=True)
+        for shape in ((20, 5), (11, 5), (11,))
+    )
+    targets = torch.randint(11, (20,), generator=generator)
+    used = bias if biased else None
+    found = likelihood.summed_losses(states, weight, used, targets)
+    logits = torch.nn.functional.linear(states, weight, used)
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    torch.testing.assert_close(found.loss, expected)
+    entropy = torch.distributions.Categorical(logits=logits.detach()).entropy().sum()
+    torch.testing.assert_close(found.entropy, entropy)
+    assert (found.right, found.tokens) == ((logits.argmax(-1) == targets).sum(), 20)
+    wanted = [states, weight, *([bias] if biased else [])]
+    mine, theirs = (torch.autograd.grad(0.3 * loss, wanted) for loss in (found.loss, expected))
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_language_models_loss_of_nothing_is_zero_and_has_a_gradient() -> None:
+    states, weight = torch.zeros(0, 4, requires_grad=True), torch.ones(9, 4, requires_grad=True)
+    found = likelihood.summed_losses(states, weight, None, torch.zeros(0, dtype=torch.long))
+    found.loss.backward()
+    assert (float(found.loss.detach()), float(weight.grad.abs().sum())) == (0.0, 0.0)  # type: ignore[union-attr]
+
+
 def test_a_head_that_is_not_one_matrix_goes_the_plain_way() -> None:
     policy = tiny_policy(tiny_tokenizer())
     policy.config.final_logit_softcapping = 5.0
@@ -108,5 +138,7 @@ def test_logits_far_from_zero_keep_their_digits_in_bf16() -> None:
         assert (states @ weight.t()).dtype == torch.bfloat16, "autocast is on"
         found = likelihood._TokenLikelihood.apply(states, weight, None, targets, times, Sampling())[0]
         calm = likelihood._likelihood(states, weight, None, targets, times, Sampling(), keep=False)[0]
+        loss = likelihood.summed_losses(states, weight, None, targets).loss
     assert float((found - exact).abs().max()) < 1e-4
     assert torch.equal(found, calm)
+    assert float(loss.detach()) == pytest.approx(-float(exact.sum()), rel=1e-6)
