@@ -93,12 +93,13 @@ $(VENV)/.browser: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[browser]'
 	@touch $@
 
-bench: setup  ## speed and memory beside TRL's own trainers, on a machine that does nothing else
-	$(BIN)/python tests/benchmarks/ppo_speed.py $(ARGS)
+# TRL's own PPO is in the oldest environment only.
+bench: setup $(OLDEST_VENV)/.ready  ## speed and memory beside TRL's own trainers, on a machine that does nothing else
+	$(OLDEST_VENV)/bin/python tests/benchmarks/ppo_speed.py $(ARGS)
 	$(BIN)/python tests/benchmarks/stages_speed.py
 
-bench-gpu: setup  ## PPO, SFT, rollouts, sharding and whole IMDB on a CUDA card: make bench-gpu ARGS="--parts ppo"
-	$(BIN)/python tests/benchmarks/gpu.py $(ARGS)
+bench-gpu: $(OLDEST_VENV)/.ready  ## PPO, SFT, rollouts, sharding and whole IMDB on a CUDA card: make bench-gpu ARGS="--parts ppo"
+	$(OLDEST_VENV)/bin/python tests/benchmarks/gpu.py $(ARGS)
 
 kills: setup  ## kill -9 runs at random moments and see that they end with the same bits
 	$(BIN)/python tests/benchmarks/kills.py $(ARGS)
