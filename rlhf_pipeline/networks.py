@@ -20,6 +20,16 @@ def trunk(model: Any) -> nn.Module:
     return body
 
 
+def text_config(model: Any) -> Any:
+    """The configuration of a model's language part, which a model of several kinds of input keeps apart."""
+    return language_model(model).config.get_text_config()
+
+
+def positions(model: Any) -> int | None:
+    """How many tokens a model has positions for; None where it sets no limit."""
+    return getattr(text_config(model), "max_position_embeddings", None)
+
+
 def cache_argument(body: nn.Module) -> str:
     """The name under which a trunk takes its key-value cache, which transformers 5.24 renamed."""
     return "cache" if "cache" in inspect.signature(body.forward).parameters else "past_key_values"
@@ -70,7 +80,7 @@ def project(states: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | N
 
 def is_reshaped(model: PreTrainedModel) -> bool:
     """Whether a family does something to its logits after the head."""
-    config = model.config.get_text_config()
+    config = text_config(model)
     return any(getattr(config, name, None) for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"))
 
 
@@ -78,7 +88,7 @@ def reshaped(model: PreTrainedModel, logits: Tensor) -> Tensor:
     """What a family makes of the head's output: scaled, or softly capped."""
     if not is_reshaped(model):
         return logits
-    config = model.config.get_text_config()
+    config = text_config(model)
     logits = logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
     cap = getattr(config, "final_logit_softcapping", None)
     return cap * torch.tanh(logits / cap) if cap else logits

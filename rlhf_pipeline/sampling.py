@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.networks import cache_argument, head_logits, trunk
+from rlhf_pipeline.networks import cache_argument, head_logits, positions, trunk
 
 
 @dataclass(frozen=True)
@@ -155,24 +155,24 @@ def length_mask(lengths: Tensor, width: int) -> Tensor:
 
 def room_for_prompts(model: PreTrainedModel, response_length: int) -> int:
     """How many tokens of a prompt a model has positions for, where a response is to follow."""
-    positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-    if positions <= response_length:
+    places = positions(model) or sys.maxsize
+    if places <= response_length:
         raise UserError(
-            f"a response takes up to {response_length} tokens, and the policy has {positions} positions; lower "
+            f"a response takes up to {response_length} tokens, and the policy has {places} positions; lower "
             "response_length."
         )
-    return int(positions - response_length)
+    return places - response_length
 
 
 def check_positions(model: PreTrainedModel, prompts: Sequence[Sequence[int]], response_length: int) -> None:
     """Refuse prompts that leave no room for a response, and those that hold nothing to go on from."""
     if any(not len(prompt) for prompt in prompts):
         raise UserError("a prompt is empty; every prompt takes at least one token.")
-    positions = getattr(model.config, "max_position_embeddings", None)
+    places = positions(model)
     longest = max(map(len, prompts)) + response_length
-    if positions is not None and longest > positions:
+    if places is not None and longest > places:
         raise UserError(
-            f"a prompt and its response take up to {longest} tokens, and the policy has {positions} positions; "
+            f"a prompt and its response take up to {longest} tokens, and the policy has {places} positions; "
             "lower response_length or the prompts' length (data.prompt_tokens)."
         )
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import explained, model_folder, open_pretrained
+from rlhf_pipeline.networks import positions, text_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,16 +33,15 @@ class Scorer:
             tokenizer.pad_token = tokenizer.eos_token
         if append_eos:
             settle_padding(model, tokenizer)
-        model.config.pad_token_id = tokenizer.pad_token_id  # by which a GPT-2 finds the last token of a row
+        text_config(model).pad_token_id = tokenizer.pad_token_id  # by which a GPT-2 finds the last token of a row
         trained = getattr(model.config, "trained_cut", {})
         max_length = max_length or trained.get("max_length", 512)
-        positions = getattr(model.config, "max_position_embeddings", max_length)
         tokenizer.truncation_side = truncation_side or trained.get("truncation_side") or "left"
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
         # TRL's RewardTrainer ends every text with EOS, and the head learns to read it there.
         self.ending = [tokenizer.eos_token_id] if append_eos and tokenizer.eos_token_id is not None else []
         self.where = str(model.name_or_path)
-        self.max_length, self.labels = min(max_length, positions), int(model.config.num_labels)
+        self.max_length, self.labels = min(max_length, positions(model) or max_length), int(model.config.num_labels)
 
     @classmethod
     def open(
@@ -104,7 +104,7 @@ def settle_padding(model: Any, tokenizer: Any) -> None:
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    model.config.pad_token_id = tokenizer.pad_token_id
+    text_config(model).pad_token_id = tokenizer.pad_token_id
 
 
 def class_named(labels: dict[int, str], wanted: str, where: str) -> int:

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from rlhf_pipeline.adapters import store_in_bf16
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.likelihood import response_states, token_likelihood
-from rlhf_pipeline.networks import language_model, looks_ahead, trunk
+from rlhf_pipeline.networks import language_model, looks_ahead, text_config, trunk
 from rlhf_pipeline.precision import autocast
 from rlhf_pipeline.sampling import Batch, Sampling
 
@@ -40,7 +40,7 @@ class ActorCritic(nn.Module):
         self.value_model: Any = value_model
         if value_model is None:
             some = next(p for p in policy.parameters() if p.is_floating_point())
-            self.value_head = nn.Linear(language_model(policy).config.hidden_size, 1, device=some.device)
+            self.value_head = nn.Linear(text_config(policy).hidden_size, 1, device=some.device)
             # The critic starts by expecting nothing, whatever the trunk says.
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)

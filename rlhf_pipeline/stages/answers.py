@@ -14,6 +14,7 @@ from rlhf_pipeline import metrics
 from rlhf_pipeline.encoding import Question, documents, lesson
 from rlhf_pipeline.launch import rank
 from rlhf_pipeline.likelihood import log_probs
+from rlhf_pipeline.networks import positions
 from rlhf_pipeline.policies import Policy
 from rlhf_pipeline.processes import gathered, mine
 from rlhf_pipeline.records import Preference, Ranking, Row
@@ -177,13 +178,13 @@ def reread(
 ) -> Batch | None:
     """Answers of a policy with another vocabulary in the tokens of this one, as far as its positions go."""
     tokenizer = policy.tokenizer
-    positions = getattr(policy.model.config, "max_position_embeddings", None)
+    places = positions(policy.model)
     prompts, responses = [], []
     for question, answer, end in zip(questions, answers, ended, strict=True):
         ids = lesson(tokenizer, [(written(tokenizer, question.prompt), False), (answer, True)]) if answer else None
         asked = [*ids.ids[: ids.learnt.index(1)]] if ids and 1 in ids.learnt else question.ids
         said = (ids.ids[len(asked) :] if ids else []) + [int(tokenizer.eos_token_id)] * end
-        room = len(said) if positions is None else positions - len(asked)
+        room = len(said) if places is None else places - len(asked)
         if asked and said[: max(room, 0)]:
             prompts.append(asked)
             responses.append(said[:room])
@@ -196,8 +197,7 @@ def held_out_texts(rows: Sequence[Row], policies: Sequence[Contestant], tokens: 
     A policy may have positions that no text of its pretraining reached: there it would guess. Comparisons of answers
     are no texts: of such there are none.
     """
-    models = [each.policy.model.config for each in policies]
-    places = [getattr(config, "max_position_embeddings", None) or 1024 for config in models]
+    places = [positions(each.policy.model) or 1024 for each in policies]
     window = min(1024, *places, *(each.taught for each in policies if each.taught))
     found: list[Row] = []
     if not rows or isinstance(rows[0], Preference | Ranking):

@@ -253,8 +253,8 @@ class OrderedSFTTrainer(_Ordered, SFTTrainer):
         # "GPT2LMHeadModel" has no "ForCausalLM" in it.
         self._loss_shifts_labels = True
         # Weights in shards are whole only inside the model's own forward pass, which TRL's loss goes through.
-        special = self.args.loss_type == "dft" or self.label_smoother or self.aux_loss_enabled or self.compute_loss_func
-        self.fused = not special and sharding() not in ("zero3", "fsdp")
+        other = args.loss_type == "dft" or args.use_liger_kernel or self.label_smoother or self.compute_loss_func
+        self.fused = not (other or self.aux_loss_enabled) and sharding() not in ("zero3", "fsdp")
         if self.fused:
             add_losses(language_model(self.model))
 

@@ -20,6 +20,7 @@ from rlhf_pipeline import data
 from rlhf_pipeline.encoding import conversational
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.made import POLICIES, locate, policies_in, run_of
+from rlhf_pipeline.networks import positions
 from rlhf_pipeline.policies import Policy, load_policy, registry
 from rlhf_pipeline.records import Code, Dialogue, Labelled, Text
 from rlhf_pipeline.registry import suggest
@@ -259,9 +260,9 @@ def _as_the_other(policy: Policy, other: Policy, trained: dict[str, Any]) -> dic
 
 
 def _sampling(settings: Settings, policy: Policy, trained: dict[str, Any]) -> Any:
-    positions = getattr(policy.model.config, "max_position_embeddings", None) or 2 * _LENGTH
+    places = positions(policy.model) or 2 * _LENGTH
     said = {"temperature": settings.chat.temperature, "response_length": settings.chat.response_length}
-    return sampling_as({"response_length": min(_LENGTH, positions // 2), **trained}, policy, **said)
+    return sampling_as({"response_length": min(_LENGTH, places // 2), **trained}, policy, **said)
 
 
 def _name(place: str, home: RunDir) -> str:

@@ -18,6 +18,7 @@ from rlhf_pipeline.checkpoints import SEAL, seal
 from rlhf_pipeline.data import Splits, load_data
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.launch import check_gpus, processes, sharding
+from rlhf_pipeline.networks import positions
 from rlhf_pipeline.policies import Policy
 from rlhf_pipeline.ppo.config import PPOConfig, make_sampling
 from rlhf_pipeline.precision import choose_bf16
@@ -108,8 +109,8 @@ def sampling_as(trained: dict[str, Any], policy: Policy, **asked: Any) -> tuple[
 
 def fit_length(args: Any, model: Any) -> int:
     """Cut `max_length` to the model's positions, in tokens: beyond them there is nothing to look up."""
-    positions = getattr(model.config, "max_position_embeddings", None) or args.max_length or 512
-    args.max_length = min(args.max_length or positions, positions)
+    places = positions(model) or args.max_length or 512
+    args.max_length = min(args.max_length or places, places)
     return int(args.max_length)
 
 

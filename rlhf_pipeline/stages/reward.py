@@ -23,6 +23,7 @@ from rlhf_pipeline.data import Splits, check_kind, fingerprint, kind, load_data,
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import explained, model_folder, open_pretrained
 from rlhf_pipeline.labels import Labels
+from rlhf_pipeline.networks import text_config
 from rlhf_pipeline.policies import load_policy, open_config
 from rlhf_pipeline.precision import fuse_gelu
 from rlhf_pipeline.records import Labelled, Preference, Ranking
@@ -181,7 +182,7 @@ def _trainer(model: Any, tokenizer: Any, args: RewardConfig, rows: Splits[Any], 
     if choice["name"] == "preference_model":
         return ComparisonTrainer(model, args, tokenizer, rows.train, rows.test)
     train, test = (tokenized(split, tokenizer, args.max_length) for split in (rows.train, rows.test))
-    given = (model, args, DataCollatorWithPadding(tokenizer), train, test)
+    given = (model, args, DataCollatorWithPadding(tokenizer, pad_to_multiple_of=args.pad_to_multiple_of), train, test)
     if not choice.get("lm_coef"):
         return ClassifierTrainer(*given, processing_class=tokenizer)
     return LanguageClassifierTrainer(*given, processing_class=tokenizer, lm_coef=choice["lm_coef"])
@@ -245,7 +246,7 @@ def _opened(path: str, seed: int, names: dict[str, Any]) -> tuple[Any, Any, str]
             weight.data = weight.data.flip(0)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
+    text_config(model).pad_token_id = tokenizer.pad_token_id
     return model, tokenizer, where
 
 
