@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import explained, model_folder, open_pretrained
-from rlhf_pipeline.networks import positions, text_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +28,8 @@ class Scorer:
         truncation_side: Side | None = None,
         append_eos: bool = False,
     ) -> None:
+        from rlhf_pipeline.networks import positions, text_config
+
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         if append_eos:
@@ -99,6 +100,8 @@ def settle_padding(model: Any, tokenizer: Any) -> None:
 
     transformers' classes read a text at its last token that is not the pad token: where EOS pads, never at its EOS.
     """
+    from rlhf_pipeline.networks import text_config
+
     eos = tokenizer.eos_token_id
     if eos is not None and tokenizer.pad_token_id in (None, eos) and not hasattr(model.config, "trunk"):
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
