@@ -27,7 +27,7 @@ MINIATURE = (
     # How a batch is cut must not show: in bf16, where it is native, it would, and of a gradient that is but a rounding
     # error Adam would make a whole step.
     *(f"++stages.{stage}.trainer.bf16=false" for stage in ("pretrain", "sft", "reward", "ppo")),
-    *(f"++stages.{stage}.trainer.adam_epsilon=1e-6" for stage in ("pretrain", "sft", "reward", "ppo")),
+    *(f"++stages.{stage}.trainer.adam_epsilon=1e-5" for stage in ("pretrain", "sft", "reward", "ppo")),
     "++stages.pretrain.trainer.num_train_epochs=1",
     "++stages.pretrain.trainer.save_steps=4",
     "++stages.pretrain.trainer.logging_steps=2",
