@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, ParamSpec
@@ -33,8 +32,8 @@ from rlhf_pipeline.ppo.checks import (
     check_reference,
 )
 from rlhf_pipeline.ppo.config import PPOConfig, change_sampling, check_config, make_sampling
-from rlhf_pipeline.ppo.flow import Flow
 from rlhf_pipeline.ppo.learner import check_sharding
+from rlhf_pipeline.ppo.lifecycle import Lifecycle
 from rlhf_pipeline.ppo.objective import (
     Moments,
     add_moments,
@@ -82,7 +81,7 @@ def _takes_old_names(constructor: Callable[P, None]) -> Callable[P, None]:
     return taking
 
 
-class PPOTrainer(Flow, ParentTrainer):
+class PPOTrainer(Lifecycle, ParentTrainer):
     """Proximal policy optimisation of a language model, under the name and constructor of TRL's PPOTrainer.
 
     `reward_model` is a function of texts, `(prompts, completions) -> floats`, or TRL's reward model over the policy's
@@ -237,7 +236,9 @@ class PPOTrainer(Flow, ParentTrainer):
         self.begin(resume_from_checkpoint)
         while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             start = time.monotonic()
-            self._update(self._roll_out(self.state.global_step), start)
+            # 1. Sample responses to a batch of prompts; 2. score them, and see them with policy, reference and critic.
+            rollout = self._roll_out(self.state.global_step)
+            self._update(rollout, start)
         self.end()
 
     def step(self, queries: Sequence[Any], responses: Sequence[Any], scores: Sequence[Any]) -> dict[str, float]:
@@ -299,11 +300,13 @@ class PPOTrainer(Flow, ParentTrainer):
         return found[0][None] if single else found
 
     def _update(self, rollout: Rollout, start: float) -> dict[str, float]:
-        """Learn from a rollout that was begun at `start`, in seconds of the monotonic clock."""
-        update = self.state.global_step
+        """The rest of an update whose rollout was begun at `start`, in seconds of the monotonic clock."""
+        # 3. Rewards at each token, advantages and returns.
         experience = self._estimate(rollout)
-        stats = self._optimise(experience, update)
+        # 4. Some epochs of clipped steps for policy and critic.
+        stats = self._optimise(experience, self.state.global_step)
         stats = {**self._describe(experience), **stats, "eps": self.batch_rows / (time.monotonic() - start)}
+        # 5. The KL coefficient of the next update, where it adapts.
         self._steer(experience)
         self.end_update(rollout, stats)
         return stats
@@ -370,47 +373,46 @@ class PPOTrainer(Flow, ParentTrainer):
         return Experience(rollout, kl, scores, whiten(advantages, mask), returns, to_go)
 
     def _optimise(self, experience: Experience, update: int) -> dict[str, float]:
-        """Some epochs of minibatches on one batch of experience."""
-        args, stats = self.args, list[Tensor]()
+        """Some epochs of minibatches on one batch of experience; the means of its steps' statistics."""
+        args, steps = self.args, list[dict[str, Tensor]]()
         self.model.train()
         order = torch.Generator().manual_seed(derive_seed(args.seed, "minibatches", update))
         rows = self.batch_rows // args.num_mini_batches
         batch = experience.rollout.batch.to("cpu")  # its lengths are asked for in every micro-batch
         for _ in range(args.num_ppo_epochs):
             for minibatch in torch.randperm(self.batch_rows, generator=order).split(rows):
-                first, step = not stats, len(stats)
-                found = self._backward(experience, batch, minibatch, update, step)
-                if first:
-                    ratio, approx_kl = (float(found[_STATS.index(n)]) for n in ("val/ratio", "policy/approxkl_avg"))
-                    if math.isfinite(ratio):
-                        rollout = experience.rollout
-                        check_first_ratio(ratio, approx_kl, self.model, rollout, self.sampling, self._whole)
-                elif args.max_update_kl is not None and found[_STATS.index("policy/approxkl_avg")] > args.max_update_kl:
+                found = self._backward(experience, batch, minibatch, update, len(steps))
+                if not steps and bool(found["val/ratio"].isfinite()):
+                    ratio, approx_kl = float(found["val/ratio"]), float(found["policy/approxkl_avg"])
+                    check_first_ratio(ratio, approx_kl, self.model, experience.rollout, self.sampling, self._whole)
+                if steps and args.max_update_kl is not None and found["policy/approxkl_avg"] > args.max_update_kl:
                     self.learner.drop()
-                    return self._means(stats, update)
-                stats.append(torch.cat([found, self.learner.step().to(found)[None]]))
-        return self._means(stats, update)
+                    return self._means(steps, update)
+                steps.append({**found, "grad_norm": self.learner.step().to(found["val/ratio"])})
+        return self._means(steps, update)
 
-    def _means(self, stats: list[Tensor], update: int) -> dict[str, float]:
-        table = torch.stack(stats)
-        means = dict(zip([*_STATS, "grad_norm"], table.mean(0).tolist(), strict=True))
-        ratios = table[:, _STATS.index("val/ratio")]
+    def _means(self, steps: list[dict[str, Tensor]], update: int) -> dict[str, float]:
+        every = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
+        means = dict(zip(every, torch.stack([values.mean() for values in every.values()]).tolist(), strict=True))
         squares = means.pop("squared_ratio")
         means["val/ratio_var"] = max(squares - means["val/ratio"] ** 2, 0.0)
-        means["policy/optimizer_steps"] = float(len(stats))
-        worst = {**means, "val/ratio_max": float(ratios.max())}
+        means["policy/optimizer_steps"] = float(len(steps))
+        worst = {**means, "val/ratio_max": float(every["val/ratio"].max())}
         check_health(worst, self.args.ratio_threshold, update, self.last_checkpoint)
         return means
 
-    def _backward(self, experience: Experience, batch: Batch, minibatch: Tensor, update: int, step: int) -> Tensor:
-        """The gradient of one minibatch, added up over micro-batches and processes; its statistics (len(_STATS),).
+    def _backward(
+        self, experience: Experience, batch: Batch, minibatch: Tensor, update: int, step: int
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """The gradient of one minibatch, summed over micro-batches and processes, and its statistics by name.
 
         `batch` is the rollout's on the CPU, `minibatch` (rows,) an index there.
         """
         args, rollout, device = self.args, experience.rollout, self.accelerator.device
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         count = batch.response_lengths[minibatch].sum()
-        total = torch.zeros(len(_STATS), device=device, dtype=rollout.log_probs.dtype)
+        total = torch.zeros((), device=device, dtype=rollout.log_probs.dtype)
+        seen = dict[str, Tensor]()
         if args.ptx_coef:
             self._backward_ptx(update, step, world * len(minibatch[rank::world]))
         # Rows of like length together: a micro-batch is as wide as its longest row.
@@ -431,9 +433,20 @@ class PPOTrainer(Flow, ParentTrainer):
                 if args.entropy_coef:
                     loss = loss - args.entropy_coef * new.entropy.sum() / count
                 self.learner.backward(loss * world)  # processes are averaged, and this is a sum
-            seen = [*policy, value.loss, value.clipped, new.entropy.sum() / count]
-            total += torch.stack([value.detach().to(total.dtype) for value in seen])
-        return self.accelerator.reduce(total, "sum") if world > 1 else total
+            seen = {
+                "loss/policy_avg": policy.loss,
+                "val/ratio": policy.ratio,
+                "squared_ratio": policy.squared_ratio,
+                "policy/approxkl_avg": policy.approx_kl,
+                "policy/clipfrac_avg": policy.clipped,
+                "loss/value_avg": value.loss,
+                "val/clipfrac_avg": value.clipped,
+                "policy/update_entropy": new.entropy.sum() / count,
+            }
+            total = total + torch.stack([figure.detach().to(total.dtype) for figure in seen.values()])
+        if world > 1:
+            total = self.accelerator.reduce(total, "sum")
+        return dict(zip(seen, total.unbind(), strict=True))
 
     def _backward_ptx(self, update: int, step: int, rows: int) -> None:
         """The gradient of -ptx_coef x E[log p(pretraining text)], a token (InstructGPT, eq. 2)."""
@@ -481,13 +494,6 @@ class PPOTrainer(Flow, ParentTrainer):
         if args.kl_target is not None:
             kl = float(experience.kl.sum(1).mean())
             self.kl_coef = next_kl_coef(self.kl_coef, kl, args.kl_target, self.batch_rows, args.kl_horizon)
-
-
-# What `_backward` adds up, by the name under which it is logged.
-_STATS = (
-    "loss/policy_avg", "val/ratio", "squared_ratio", "policy/approxkl_avg", "policy/clipfrac_avg", "loss/value_avg",
-    "val/clipfrac_avg", "policy/update_entropy",
-)  # fmt: skip
 
 
 def _networks(

@@ -54,7 +54,7 @@ class PPOState(TrainerState):
     episode: int = 0
 
 
-class Flow(Trainer):
+class Lifecycle(Trainer):
     """The parts of PPOTrainer that are not PPO. It expects the attributes that PPOTrainer's constructor makes."""
 
     args: Any
