@@ -81,6 +81,8 @@ def _refusals() -> Iterator[None]:
     except Exception as error:
         if fault := atomic.disk_error(error):
             _leave(fault)
+        if isinstance(error, ImportError) and "install" in str(error):  # what a setting needs beside
+            _leave(UserError(" ".join(str(error).split())))
         raise
 
 

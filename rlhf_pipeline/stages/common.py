@@ -119,7 +119,9 @@ def quiet() -> None:
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module="(torch|transformers|trl|datasets|accelerate|peft|multiprocess)")
+    # TRL's deprecations name the module that makes its trainer, which is ours.
+    chatty = "torch|transformers|trl|datasets|accelerate|peft|multiprocess|rlhf_pipeline"
+    warnings.filterwarnings("ignore", module=f"({chatty})")
 
 
 def watch(trainer: transformers.Trainer, out: RunDir) -> str | None:

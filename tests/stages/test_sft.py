@@ -48,6 +48,22 @@ def test_prompt_and_completion(options: tuple[str, ...], workplace: Path, comman
     assert not any("lora" in name for name, _ in model.named_parameters()), "an adapter is merged"
 
 
+@pytest.mark.parametrize(
+    ("setting", "package"), [("use_liger_kernel=true", "liger_kernel"), ("optim=adamw_bnb_8bit", "bitsandbytes")]
+)
+def test_a_setting_whose_package_is_missing_says_so_in_one_line(
+    setting: str, package: str, workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    data = jsonl(workplace / "a.jsonl", [{"prompt": f"{i} and", "completion": f" {i + 1}."} for i in range(40)])
+    assert command_line(*SMALL, "data=instructions", f"data.path={data}", "name=a", f"trainer.{setting}") == 2
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    assert "install" in next(line for line in told.splitlines() if line.startswith("error: "))
+    assert json.loads((workplace / "runs/a/sft/run.json").read_text())["status"] == "failed"
+
+
 def test_completion_only_loss_is_what_is_measured(workplace: Path, command_line: CommandLine) -> None:
     """With prompts that cannot be guessed and completions that can, the two losses part."""
     draw = random.Random(0)
