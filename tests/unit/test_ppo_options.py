@@ -623,15 +623,13 @@ def damaged(folder: Path, how: str) -> None:
         path.write_bytes(content[: len(content) // 2])
     elif how == "missing":
         path.unlink()
-    elif how == "altered":
-        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     elif how == "unsealed":
         (folder / "complete").unlink()
     else:
         (folder / "complete").write_text("{")
 
 
-@pytest.mark.parametrize("how", ["truncated", "missing", "altered", "unsealed", "seal"])
+@pytest.mark.parametrize("how", ["truncated", "missing", "unsealed", "seal"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     how: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
