@@ -4,7 +4,6 @@
 paths and generated text can end no table, no block and no metadata.
 """
 
-import html
 import json
 import os
 import re
@@ -13,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from rlhf_pipeline.cards.facts import POLICIES, gather, metadata
-from rlhf_pipeline.report import number
+from rlhf_pipeline.report import show
 from rlhf_pipeline.scripts import shown
 
 CARD = "README.md"
@@ -55,24 +53,12 @@ def plain(value: object) -> Markup:
     """A value as one line of Markdown that marks up nothing, also in a table. What is Markdown already stays."""
     if isinstance(value, Markup):
         return value
-    line = " ".join(html.escape(_text(value)).split())
+    if isinstance(value, list) and value:
+        return Markup(", ").join(map(plain, value))
+    if isinstance(value, str) and len(value) > _LONGEST:
+        value = value[:_LONGEST] + " ..."
+    line = " ".join(show(value).split())
     return Markup(_UNDERSCORE.sub("&#95;", line.translate(_MARKS)))
-
-
-def _text(value: object) -> str:
-    """Whole numbers whole, others to four digits; a dash for null and for what a file lacks."""
-    if isinstance(value, dict):
-        return " · ".join(f"{_text(key)} {_text(inner)}" for key, inner in value.items()) or "–"
-    if isinstance(value, list):
-        return ", ".join(map(_text, value)) or "–"
-    if isinstance(value, str):
-        return shown(value if len(value) <= _LONGEST else value[:_LONGEST] + " ...")
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if (figure := number(value)) is None:
-        return "–"
-    figure = figure or 0.0  # which has no sign
-    return f"{figure:.0f}" if abs(figure) < 1e15 and (figure.is_integer() or abs(figure) >= 1e4) else f"{figure:.4g}"
 
 
 def _table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> Markup:
@@ -93,15 +79,19 @@ def _literal(text: str) -> Markup:
 
 
 def _hides(value: object) -> bool:
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False, default=str)
     return shown(text) != text
 
 
 def _rendered(found: dict[str, Any]) -> str:
     from huggingface_hub import ModelCard
+    from jinja2 import Environment, FileSystemLoader, Undefined
+
+    def finalize(value: object) -> Markup:
+        return plain(None if isinstance(value, Undefined) else value)
 
     # ModelCard.from_template takes no `finalize`, which escapes whatever the template shows.
-    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, finalize=plain,
+    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, finalize=finalize,
                             trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)  # fmt: skip
     templates.globals |= {"table": _table, "yaml": _yaml, "literal": _literal}
     head = Markup(metadata(found).to_yaml())
