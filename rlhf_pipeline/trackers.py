@@ -211,14 +211,12 @@ class Trackers:
         """The policy's answers with their rewards: the rows that samples.jsonl gets."""
         columns = ["prompt", "response", "reward"]
         cells = [[row[key] for key in columns] for row in rows]
-        for name, tracker in list(self.open.items()):
-            self._try(name, tracker.table, "samples", columns, cells, step)
+        self._each(lambda tracker: tracker.table("samples", columns, cells, step))
 
     def evaluation(self, config: dict[str, Any], found: Mapping[str, Any]) -> None:
         """The before/after table of stage=evaluate, its figures, and the answers that it shows."""
         self.start(config)
-        for name, tracker in list(self.open.items()):
-            self._try(name, _show, tracker, found)
+        self._each(lambda tracker: _show(tracker, found))
 
     def __enter__(self) -> "Trackers":
         return self
@@ -227,8 +225,7 @@ class Trackers:
         for name, ending in self.endings.items():
             if name in self.open:
                 self._try(name, ending)
-        for name, tracker in list(self.open.items()):
-            self._try(name, tracker.close, kind is not None)
+        self._each(lambda tracker: tracker.close(kind is not None))
         self.open, self.endings = {}, {}
 
     def _open(self, name: str, config: dict[str, Any], step: int) -> None:
@@ -247,6 +244,10 @@ class Trackers:
             self.endings[name] = functools.partial(act, *args, **more)
         elif name in self.open:
             self._try(name, act, *args, **more)
+
+    def _each(self, act: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self.open.items()):
+            self._try(name, act, tracker)
 
     def _try(self, name: str, act: Callable[..., Any], *args: Any, **more: Any) -> None:
         try:

@@ -33,6 +33,7 @@ MODEL = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_layer": 
 HOSTILE = (
     "x\n---\nlicense: mit\n---\n# Owned\n```\n</td><script>alert(1)</script>| a | `b` ![i](http://e) [l](http://e)\n"
     "\n<!-- ~~~ **bold** _em_ __strong__ $$1$$ \\| &lt; \u202e' \" {{ x }} \x00\r\n| --- |\n- item\n1. item\n> quote"
+    " \\${x}"  # which Hydra would read as the name of a setting, were it not escaped
 )
 
 
