@@ -39,7 +39,7 @@ def write_cards(folder: Path, run: dict[str, Any]) -> None:
         _write(folder, gather(folder, run))
     if run["stage"] == "evaluate":
         for other in (folder.parent / stage for stage in POLICIES):
-            if (other / "model").is_dir() and (found := gather(other, judged=run))["judged_on"]:
+            if (other / "model").is_dir() and (found := gather(other, judged=run))["compared"]:
                 _write(other, found)
 
 

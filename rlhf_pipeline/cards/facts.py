@@ -101,7 +101,8 @@ def gather(folder: Path, run: dict[str, Any] | None = None, judged: dict[str, An
         "signs": [SIGNS[sign] for sign in signs if sign in SIGNS] if isinstance(signs, list) else [],
         "calibration": [[part.get(key) for key in ("predicted", "observed", "count")]
                         for part in items(_object(folder / "quality.json").get("calibration"))],
-        "evaluation": evaluation, "row": row, "judged_on": members(judge.get("data")) if compared else {},
+        "compared": compared, "evaluation": evaluation, "row": row,
+        "judged_on": members(judge.get("data")) if compared else {},
         "policy_head": ["", *POLICY.values()], "policies": _rows(policies, POLICY),
         "gain_head": ["Paired gain", *GAIN.values()], "gains": _rows(evaluation.get("paired_gain"), GAIN),
         "answer_head": ["Prompt", *policies],
