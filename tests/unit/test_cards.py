@@ -18,7 +18,7 @@ from tiny import tiny_policy, tiny_tokenizer
 from transformers import GPT2Config
 
 from rlhf_pipeline.cards import card, named, write_cards
-from rlhf_pipeline.cards.sections import _SIGNS
+from rlhf_pipeline.cards.facts import SIGNS
 from rlhf_pipeline.policies import Policy
 from rlhf_pipeline.ppo.watch import CollapseWatch
 from rlhf_pipeline.records import Turn
@@ -33,6 +33,7 @@ MODEL = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_layer": 
 HOSTILE = (
     "x\n---\nlicense: mit\n---\n# Owned\n```\n</td><script>alert(1)</script>| a | `b` ![i](http://e) [l](http://e)\n"
     "\n<!-- ~~~ **bold** _em_ __strong__ $$1$$ \\| &lt; \u202e' \" {{ x }} \x00\r\n| --- |\n- item\n1. item\n> quote"
+    " \\${x}"  # which Hydra would read as the name of a setting, were it not escaped
 )
 
 
@@ -129,8 +130,8 @@ def test_the_fields_of_a_policys_card(workplace: Path) -> None:
         "| base | 0.125 | 0.01 | 0.2 | 0.5 | 1.5 | 20 | 0.75 | 9 |",
         "| ppo - base | 0.125 | 0.1 | 0.15 | 0.7 |",
         "| This film | bad | good |",
-        "- While it was trained, the KL to where it began ran away.",
-        "- While it was trained, most answers were given to more than one prompt.",
+        "- During training, the KL to the initial policy ran away.",
+        "- During training, most answers were given to more than one prompt.",
         'model_id = "runs/demo/ppo/model"',
     ):
         assert line in text.split("\n"), line
@@ -159,7 +160,7 @@ def test_the_fields_of_a_rewards_card(workplace: Path) -> None:
         ("accuracy", 0.75, "sentiment"), ("calibration_error", 0.125, "sentiment"), ("pearsonr", -0.5, "sentiment"),
     ]  # fmt: skip
     assert "| 0.6 | 0.5 | 40 |" in text
-    assert "- It is wrong on 25.0 % of what was held out." in text
+    assert "- It is wrong on 25.0 % of the held-out rows." in text
     assert "- Shorter texts score higher (the correlation of score and length is -0.50)." in text
     assert "## Evaluation" not in text  # that is of the policies that it judged
     assert "softmax" in text
@@ -201,7 +202,7 @@ def test_every_sign_of_a_collapse_has_its_words() -> None:
     for update in range(8):
         said = ["one two three four", "five six seven eight"] if update < 2 else ["no no no no no", "no no no no no"]
         watch.update(said, 20.0 if update < 2 else 1.0, 20.0 * update)
-    assert watch.warned == set(_SIGNS)
+    assert watch.warned == set(SIGNS)
 
 
 def shape(text: str) -> list[tuple[str, str]]:

@@ -109,7 +109,7 @@ def test_public_only_when_that_is_said(sft: RunDir, hub: FakeHub) -> None:
     hub.files.clear()
     refused = run(f"{REPEAT} hub.push=me/open", hub.url)
     assert refused.returncode == 2
-    assert "hub.push=me/open: it is there already and public; say hub.private=false" in refused.stderr
+    assert "hub.push=me/open: it exists already and is public; add hub.private=false" in refused.stderr
     assert hub.files == {}
 
 
@@ -121,12 +121,12 @@ def check_plain(done: subprocess.CompletedProcess[str], sft: RunDir, reason: str
     assert TOKEN not in done.stderr + done.stdout
     assert sft.record["status"] == "done"
     said, _, again = done.stderr.strip().partition("; to try again: python -m rlhf_pipeline ")
-    assert said.endswith(f"{sft.model} is whole and stays")
+    assert said.endswith(f"{sft.model} is kept")
     return again
 
 
 def test_the_command_that_a_failure_names_tries_again(sft: RunDir, hub: FakeHub) -> None:
-    lost = f"the hub at {hub.url} takes no model without a token; set HF_TOKEN"
+    lost = f"the hub at {hub.url} needs a token; set HF_TOKEN"
     again = check_plain(run(f"{REPEAT} hub.push=me/tiny hub.private=false", hub.url, token=""), sft, lost)
     assert hub.private == {}
     assert run(again, hub.url).returncode == 0
@@ -137,7 +137,7 @@ def test_failures_are_plain(sft: RunDir, hub: FakeHub) -> None:
     push = f"{REPEAT} hub.push=me/tiny"
     check_plain(run(push, hub.url, token="hf_another"), sft, "the hub does not know the token; set HF_TOKEN to another")
     hub.read_only = True
-    check_plain(run(push, hub.url), sft, "the token may not write to me/tiny; give it the right to")
+    check_plain(run(push, hub.url), sft, "the token may not write to me/tiny; use one that may")
     hub.read_only, hub.metadata_fault = False, '"tags" must be an array'
     check_plain(run(push, hub.url), sft, 'Invalid metadata in README.md. - "tags" must be an array')
     assert hub.files == {}

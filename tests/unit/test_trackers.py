@@ -13,14 +13,14 @@ from conftest import CommandLine
 
 from rlhf_pipeline import trackers
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.trackers import Run, Trackers
+from rlhf_pipeline.trackers import Trackers
 
 REFUSED = {
     "stage=sft trainer.report_to=tensorbord": ["report_to=tensorbord", "Did you mean 'tensorboard'", "none, tens"],
-    "stage=pipeline trainer.report_to=all": ["report_to=all would be whatever is installed", "none, tensorboard"],
-    "stage=ppo trainer.report_to=[none,mlflow]": ["report_to=mlflow is no tracker", "none, tensorboard"],
+    "stage=pipeline trainer.report_to=all": ["report_to=all would mean whatever is installed", "none, tensorboard"],
+    "stage=ppo trainer.report_to=[none,mlflow]": ["report_to=mlflow is not a supported tracker", "none, tensorboard"],
     "stage=evaluate trainer.report_to=[wandbb]": ["Did you mean 'wandb'"],
-    "stage=evaluate trainer.report_to=[3]": ["report_to=3 is no tracker"],
+    "stage=evaluate trainer.report_to=[3]": ["report_to=3 is not a supported tracker"],
     "stage=evaluate trainer.report_to=3": ["trainer.report_to is 3"],
     "stage=chat trainer.report_to=none": ["stage=chat has no trainer"],
 }
@@ -116,8 +116,8 @@ class Fake:
     def __init__(self, breaks: str = "") -> None:
         self.breaks, self.log = breaks, list[Any]()
 
-    def __call__(self, run: Run) -> "Fake":
-        self.run = run
+    def __call__(self, config: dict[str, Any], folder: Path, step: int) -> "Fake":
+        self.config = config
         return self._did("open")
 
     def _did(self, what: str, *values: Any) -> "Fake":
@@ -174,25 +174,37 @@ def test_the_callbacks_end_comes_last(monkeypatch: pytest.MonkeyPatch, tmp_path:
     go(monkeypatch, tmp_path, fake := Fake(), 1, 1)
     row = ("table", 1, [["p", "r", 1.0]])
     assert fake.log == [("open",), ("adopt",), ("log", 1), row, ("log", 1), ("end",), ("close", False)]
-    assert fake.run.config == {key: CONFIG[key] for key in ("name", "stage", "trainer")}
+    assert fake.config == {key: CONFIG[key] for key in ("name", "stage", "trainer")}
 
 
-def test_a_resumed_run_goes_on_in_the_same_one_and_sends_no_step_twice(
+def test_a_run_that_ends_by_an_error_is_closed_as_failed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        go(monkeypatch, tmp_path, fake := Fake(), 1, 5, dies=True)
+    assert fake.log[-1] == ("close", True)
+
+
+def test_a_resumed_stage_continues_its_run_of_wandb_and_a_new_one_does_not(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        go(monkeypatch, tmp_path, before := Fake(), 1, 5, dies=True)
-    assert before.log[-1] == ("close", True)
-    go(monkeypatch, tmp_path, after := Fake(), 4, 7)  # from the checkpoint of step 3
-    assert (before.run.resumed, after.run.resumed) == (False, True)
-    assert before.run.id == after.run.id
-    assert [entry[1] for entry in after.log if entry[0] == "log"] == [6, 7, 7]
-    assert [entry[1] for entry in after.log if entry[0] == "table"] == [6, 7]
-    monkeypatch.setenv("WANDB_PROJECT", "another")
-    go(monkeypatch, tmp_path, other := Fake(), 7, 7)
-    assert not other.run.resumed
-    assert other.run.id != after.run.id
-    assert json.loads((tmp_path / "trackers.json").read_text())["wandb"]["project"] == "another"
+    opened: list[dict[str, Any]] = []
+    wandb = SimpleNamespace(init=lambda **asked: opened.append(asked), finish=lambda exit_code: None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for variable in ("WANDB_PROJECT", "WANDB_DIR", "WANDB_RUN_GROUP"):
+        monkeypatch.delenv(variable, raising=False)
+
+    def opens(started: str, step: int) -> str:
+        (tmp_path / "run.json").write_text(json.dumps({"started": started}))
+        with Trackers(tmp_path) as trackers:
+            trackers.start(CONFIG, step)
+        assert opened[-1] | {"id": ""} == {
+            "project": "rlhf_pipeline", "name": "demo/ppo", "id": "", "resume": "allow", "group": "demo",
+            "dir": str(tmp_path), "config": {"settings": {key: CONFIG[key] for key in ("name", "stage", "trainer")}},
+        }  # fmt: skip
+        return str(opened[-1]["id"])
+
+    first = opens("2026-01-01T10:00:00+00:00", 0)
+    assert opens("2026-01-01T10:00:00+00:00", 3) == first
+    assert opens("2026-01-01T11:00:00+00:00", 0) != first
 
 
 @pytest.mark.parametrize("where", ["open", "adopt", "log", "table", "end", "close"])
