@@ -1,6 +1,7 @@
 """What runs have made: the newest policy of a run, whose work a model is, and what it was made with."""
 
 import contextlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,45 @@ from rlhf_pipeline.settings import STAGES
 
 # Of a policy's settings, what says how it was trained and not what it is.
 _TRAINING = ("path", "lora", "quantize")
-POLICIES = ("ppo", "sft", "pretrain")  # the stages that make one, the newest first
+_POLICIES = ("pretrain", "sft", "ppo")  # the stages that make one, in order
 
 
-def newest_policy(run: RunDir, policy: dict[str, Any] | None = None) -> Path | None:
+def models(run: RunDir, policy: dict[str, Any] | None = None) -> dict[str, str]:
+    """The policies that a run has made, by stage and oldest first; PPO's of a round by the round's name, as round2."""
+    found = {stage: run.upstream(stage, policy=policy) for stage in _POLICIES}
+    for each in reversed(run.rounds()):
+        model = each.upstream("ppo", policy=policy)
+        if model and model.parents[1] == each.path.parent:  # of this very round
+            found[f"round{each.round}"] = model
+    return {name: str(model) for name, model in found.items() if model}
+
+
+def newest_policy(run: RunDir, policy: dict[str, Any] | None = None) -> str | None:
     """PPO's model, of the newest round that has one; else that of sft, else of pretrain."""
-    for each in (*run.rounds(), run):
-        if found := each.upstream("ppo", policy=policy):
-            return found
-    return run.upstream("sft", "pretrain", policy=policy)
+    return next(reversed(models(run, policy).values()), None)
+
+
+def find(word: str, run: RunDir) -> str:
+    """A policy's folder or hub id: by a stage or round of `run`, the name of another run, a folder or a hub id."""
+    own = models(run)
+    if word in own:
+        return own[word]
+    if word in STAGES or re.fullmatch(r"round\d+", word):
+        raise NotFinishedError(
+            f"{run.runs / run.name} has made no policy {word}. It has: {', '.join(own) or 'none'}; or give a run's "
+            "folder, a path or a hub id."
+        )
+    folder = run.runs / word
+    return locate(str(folder) if folder.is_dir() else word)
+
+
+def ppo_settings(run: RunDir | None) -> dict[str, Any]:
+    """The trainer's settings of a run's newest PPO, finished or not; empty where there is none."""
+    if run is None:
+        return {}
+    made = [path for name, path in models(run).items() if name not in ("pretrain", "sft")]
+    ppo = run_of(made[-1]) if made else RunDir(run.runs, run.name, "ppo")
+    return dict(ppo.config().get("trainer", {})) if ppo else {}
 
 
 def recover(runs: Path) -> None:
@@ -37,8 +68,8 @@ def recover(runs: Path) -> None:
 def locate(path: str) -> str:
     """A model's folder or hub id: a run's folder stands for its newest policy, a stage's for its model."""
     folder = Path(path).expanduser()
-    if any((folder / stage / "run.json").exists() for stage in POLICIES):
-        return str(newest_policy(RunDir(folder.parent, folder.name, "chat")) or model_folder(path))
+    if any((folder / stage / "run.json").exists() for stage in _POLICIES):
+        return newest_policy(RunDir(folder.parent, folder.name, "chat")) or model_folder(path)
     return model_folder(path)
 
 
@@ -109,7 +140,7 @@ def choices(run: RunDir, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
         own = {key: value for key, value in config["policy"].items() if key not in _TRAINING}
         if not path:
             newest_policy(run, policy={**own, **{key: value for key, value in asked.items() if key != "template"}})
-        found = {"policy": {**own, "path": str(where)}, "data": config["data"], "reward": config["reward"]}
+        found = {"policy": {**own, "path": where}, "data": config["data"], "reward": config["reward"]}
     # The reward that PPO was given, else the one that was trained; what sft has of it is what nobody asked for.
     for stage in ("ppo", "reward"):
         if config := RunDir((home or run).runs, (home or run).name, stage).config():
