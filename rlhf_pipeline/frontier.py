@@ -90,7 +90,7 @@ def points_of(folder: Path) -> list[Point]:
             print(f"warning: {name} is {record['status']} and has left no checkpoint, so it is left out", flush=True)
         found += own
     if not found:
-        raise NotFinishedError(f"no job of {folder} has come to a checkpoint or a result yet.")
+        raise NotFinishedError(f"no job of {folder} has a checkpoint or a result yet.")
     return found
 
 

@@ -1,4 +1,4 @@
-"""What runs have made: the newest policy of a run, whose work a model is, and what it was made with."""
+"""The models of runs: a run's policies, the run that a model belongs to, and the settings that it was made with."""
 
 import contextlib
 import re
@@ -13,7 +13,7 @@ from rlhf_pipeline.report.files import stages_below
 from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.settings import STAGES
 
-# Of a policy's settings, what says how it was trained and not what it is.
+# A policy's settings that say how it was trained, not what it is.
 _TRAINING = ("path", "lora", "quantize")
 _POLICIES = ("pretrain", "sft", "ppo")  # the stages that make one, in order
 
@@ -30,7 +30,9 @@ def models(run: RunDir, policy: dict[str, Any] | None = None) -> dict[str, str]:
 
 def newest_policy(run: RunDir, policy: dict[str, Any] | None = None) -> str | None:
     """PPO's model, of the newest round that has one; else that of sft, else of pretrain."""
-    return next(reversed(models(run, policy).values()), None)
+    trained = (each.upstream("ppo", policy=policy) for each in (*run.rounds(), run))
+    newest = next(filter(None, trained), None) or run.upstream("sft", "pretrain", policy=policy)
+    return str(newest) if newest else None
 
 
 def find(word: str, run: RunDir) -> str:
@@ -57,7 +59,7 @@ def ppo_settings(run: RunDir | None) -> dict[str, Any]:
 
 
 def recover(runs: Path) -> None:
-    """Settle what a process that was killed had moved aside; what another process is still at is left to it."""
+    """Put back or delete what a killed process had moved aside, unless another process is at work there."""
     every = [old for depth in ("*", "*/*", "*/*/*") for old in runs.glob(f"{depth}/.*.old")]
     for old in every if rank() == 0 else ():
         if (stage := old.name[1:-4]) in (*STAGES, "frontier"):
@@ -74,7 +76,7 @@ def locate(path: str) -> str:
 
 
 def run_of(model: str | Path) -> RunDir | None:
-    """The run and stage that a model is the work of; None where it is no run's."""
+    """The run and stage that made a model; None if no run did."""
     stage = Path(model).parent
     if len(stage.parts) < 2:  # from within the run
         stage = stage.absolute()
@@ -104,9 +106,9 @@ def ppo_jobs(folder: Path) -> list[RunDir]:
 
 
 def sweep(runs: Path, said: str, name: str | None, afresh: bool = False) -> tuple[str, str, dict[str, dict[str, Any]]]:
-    """Of a sweep its name, unless there is one, its folder, and what its policies are judged with.
+    """A sweep's name (unless `name` gives one), its folder, and the choices that its policies are judged with.
 
-    That is what they were before, unless `afresh`; else what the first job with a policy was made with.
+    They are those of the last evaluation of this sweep, unless `afresh`; else those of its first job with a policy.
     """
     folder = folder_of(runs, said)
     if (folder / "run.json").is_file():  # a stage of one run
@@ -126,10 +128,10 @@ def sweep(runs: Path, said: str, name: str | None, afresh: bool = False) -> tupl
 
 
 def choices(run: RunDir, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The policy, reward and data that a run was made with, so that nobody need say them again.
+    """The policy, reward and data that a run was made with; empty for a policy that no run made.
 
-    `asked` are the policy's fields that were said: a `path` may lead to another run, and what does not fit the newest
-    policy (another size, say) is a `UserError`. Of what no run made, there is nothing to tell.
+    `asked` are the policy's fields that the user set: a `path` may lead to another run, and a value that does not fit
+    the newest policy (another size, say) is a `UserError`.
     """
     path = asked.get("path")
     where = locate(path) if path else newest_policy(run)
@@ -141,7 +143,7 @@ def choices(run: RunDir, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
         if not path:
             newest_policy(run, policy={**own, **{key: value for key, value in asked.items() if key != "template"}})
         found = {"policy": {**own, "path": where}, "data": config["data"], "reward": config["reward"]}
-    # The reward that PPO was given, else the one that was trained; what sft has of it is what nobody asked for.
+    # PPO's reward, else the one that was trained; in the settings of sft stands a default that nobody chose.
     for stage in ("ppo", "reward"):
         if config := RunDir((home or run).runs, (home or run).name, stage).config():
             return {**found, "reward": config["reward"]}

@@ -114,7 +114,9 @@ def measure(who: Contestant, trial: Trial, n: int = 1) -> Answers:
         if comparable and n == 1:
             theirs = log_probs(trial.reference.policy.model, batch, trial.reference.sampling)
             kl = float((log_probs(who.policy.model, batch, who.sampling) - theirs).sum())
-        read = batch if readable else reread(trial.first, trial.questions[part], answers, _stopped(batch, who.sampling))
+        read: Batch | None = batch
+        if not readable:
+            read = reread(trial.first, trial.questions[part], answers, who.sampling.ended(batch.last_tokens).tolist())
         if read is not None:
             surprise = -float(log_probs(trial.first.model, read, Sampling()).sum())
             tokens = int(read.response_lengths.sum())
@@ -139,15 +141,13 @@ def of_texts(texts: list[str]) -> dict[str, float | None]:
     return {**distinct, "repeated": metrics.repeated(texts), "self_bleu": metrics.self_bleu(texts)}
 
 
-def _stopped(batch: Batch, sampling: Sampling) -> list[bool]:
-    """Which answers ended by themselves."""
-    return list(sampling.ended(batch.last_tokens).tolist())
-
-
 def reread(
     policy: Policy, questions: Sequence[Question], answers: Sequence[str], ended: Sequence[bool]
 ) -> Batch | None:
-    """Answers of a policy with another vocabulary in the tokens of this one, as far as its positions go."""
+    """Answers of a policy with another vocabulary in the tokens of this one, up to its positions; None if none is left.
+
+    `ended` says which answers ended with a stop token.
+    """
     tokenizer = policy.tokenizer
     places = positions(policy.model)
     prompts, responses = [], []
@@ -163,10 +163,10 @@ def reread(
 
 
 def held_out_texts(rows: Sequence[Row], policies: Sequence[Contestant], tokens: int) -> tuple[list[Row], int]:
-    """The first held-out rows that come to `tokens` tokens of the first policy, and how many of each all can read.
+    """The first held-out rows with `tokens` tokens of the first policy in all, and how many tokens of each are read.
 
-    A policy may have positions that no text of its pretraining reached: there it would guess. Comparisons of answers
-    are no texts: of such there are none.
+    As many as every policy has positions that texts of its pretraining reached. Comparisons of answers are not texts,
+    so of those there are none.
     """
     places = [positions(each.policy.model) or 1024 for each in policies]
     window = min(1024, *places, *(each.taught for each in policies if each.taught))
@@ -186,7 +186,7 @@ def held_out_texts(rows: Sequence[Row], policies: Sequence[Contestant], tokens: 
 
 @torch.no_grad()
 def held_out_perplexity(policy: Policy, rows: Sequence[Row], window: int, batch_size: int) -> float | None:
-    """A policy's perplexity a token of its own on texts, each up to `window` tokens; None where there are none."""
+    """A policy's perplexity per token of its own on texts, each up to `window` tokens; None without texts."""
     ids = [row[:window] for row in documents(rows, policy.tokenizer)] if rows else []
     ids = sorted((row for row in ids if len(row) > 1), key=len)  # of like length, so that little is padding
     own: dict[int, tuple[float, int]] = {}

@@ -136,7 +136,8 @@ def run(settings: Settings, out: RunDir) -> None:
             talk = open_talk(settings, out)
         if terminal:
             note("/help lists the commands")
-        for text in settings.chat.prompt or commands(talk, typed() if terminal else piped(), terminal):
+        lines = typed() if terminal else (line.rstrip("\r\n") for line in sys.stdin)
+        for text in settings.chat.prompt or commands(talk, lines, terminal):
             try:
                 answer(talk, text, terminal)
             except UserError as error:
@@ -151,7 +152,7 @@ def run(settings: Settings, out: RunDir) -> None:
 
 
 def commands(talk: Talk, lines: Iterator[str], terminal: bool) -> Iterator[str]:
-    """Obey the lines that are commands, and pass on the others, but for empty ones."""
+    """Obey the lines that are commands, drop empty ones, and pass on the others."""
     for line in lines:
         word = line.strip()
         if word == "/quit":
@@ -180,14 +181,8 @@ def typed() -> Iterator[str]:
             return
 
 
-def piped() -> Iterator[str]:
-    """Lines from a pipe or a file."""
-    for line in sys.stdin:
-        yield line.rstrip("\r\n")
-
-
 def answer(talk: Talk, text: str, terminal: bool) -> None:
-    """Answer on stdout: one policy as it speaks, two side by side, or in a script one below the other."""
+    """Print the answers on stdout: of one policy while it grows, of two side by side, or in a script one per line."""
     if len(talk.speakers) == 1:
         stream = Stream()
         (only,) = talk.ask(text, stream.grow)
@@ -204,7 +199,7 @@ def answer(talk: Talk, text: str, terminal: bool) -> None:
 
 
 class Stream:
-    """Prints an answer while it grows; what would steer the terminal is shown as escapes, for a model wrote it."""
+    """Prints an answer while it grows. A model wrote it, so control characters are shown as escapes."""
 
     def __init__(self) -> None:
         self.printed = ""
@@ -228,7 +223,7 @@ class Stream:
 
 
 def note(text: str) -> None:
-    """Say something that is no answer, on stderr."""
+    """Print a remark on stderr: stdout is for answers alone."""
     Console(stderr=True, highlight=False).print(Line(shown(text), style="dim"), soft_wrap=True)
 
 

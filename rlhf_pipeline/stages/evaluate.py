@@ -141,17 +141,18 @@ def measure_sweep(settings: Settings, out: RunDir, folder: Path) -> None:
             out.add(POINTS, [row])
             write_json(place, found())
             out.draw()
-    write_json(place, found())
+    whole = found()
+    write_json(place, whole)
     coef = jobs[0].config()["trainer"].get("selection_kl_coef", PPOConfig.selection_kl_coef)
-    best = max(found()["points"], key=lambda row: row["reward_mean"] - coef * row["kl"])
-    results = {"policies": len(found()["points"]), "reward_mean": best["reward_mean"], "kl": best["kl"]}
-    out.trackers.evaluation(out.config(), frontier.as_evaluation(found()["points"]))
+    best = max(whole["points"], key=lambda row: row["reward_mean"] - coef * row["kl"])
+    results = {"policies": len(whole["points"]), "reward_mean": best["reward_mean"], "kl": best["kl"]}
+    out.trackers.evaluation(out.config(), frontier.as_evaluation(whole["points"]))
     out.finish(results, objective=best["reward_mean"])
-    frontier_table(found())
+    frontier_table(whole)
 
 
 def _sampled(settings: Settings) -> dict[str, Any]:
-    """What is said of sampling; where it is None, the policies sample as PPO did."""
+    """The sampling settings of stage=evaluate; where one is None, policies sample as PPO did."""
     return {key: getattr(settings.evaluate, key) for key in ("response_length", "temperature")}
 
 
