@@ -329,6 +329,9 @@ def test_all_that_ppo_said_of_sampling_is_taken(chinese: Policy) -> None:
     number = chinese.tokenizer.convert_tokens_to_ids
     assert sampling == Sampling(0.7, tuple(sorted((number("[SEP]"), number("气")))), 2, (number("[UNK]"),))
     assert (longest, shortest) == (9, 4)
+    # Of another vocabulary's PPO the numbers are taken, and the tokens of its own.
+    foreign = sampling_as(trained, chinese, {"suppress_tokens": ["[PAD]"], "min_new_tokens": 3}).sampling
+    assert foreign == Sampling(0.5, (number("[SEP]"),), 2, (number("[PAD]"),))
 
 
 @pytest.mark.parametrize(("prompt", "mode"), [("Say it.", "complete"), ([{"role": "user", "content": "Hi"}], "chat")])
