@@ -1,6 +1,7 @@
-"""What runs have made: the newest policy of a run, whose work a model is, and what it was made with."""
+"""The models of runs: a run's policies, the run that a model belongs to, and the settings that it was made with."""
 
 import contextlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,53 @@ from rlhf_pipeline.report.files import stages_below
 from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.settings import STAGES
 
-# Of a policy's settings, what says how it was trained and not what it is.
+# A policy's settings that say how it was trained, not what it is.
 _TRAINING = ("path", "lora", "quantize")
-POLICIES = ("ppo", "sft", "pretrain")  # the stages that make one, the newest first
+_POLICIES = ("pretrain", "sft", "ppo")  # the stages that make one, in order
 
 
-def newest_policy(run: RunDir, policy: dict[str, Any] | None = None) -> Path | None:
+def models(run: RunDir, policy: dict[str, Any] | None = None) -> dict[str, str]:
+    """The policies that a run has made, by stage and oldest first; PPO's of a round by the round's name, as round2."""
+    found = {stage: run.upstream(stage, policy=policy) for stage in _POLICIES}
+    for each in reversed(run.rounds()):
+        model = each.upstream("ppo", policy=policy)
+        if model and model.parents[1] == each.path.parent:  # of this very round
+            found[f"round{each.round}"] = model
+    return {name: str(model) for name, model in found.items() if model}
+
+
+def newest_policy(run: RunDir, policy: dict[str, Any] | None = None) -> str | None:
     """PPO's model, of the newest round that has one; else that of sft, else of pretrain."""
-    for each in (*run.rounds(), run):
-        if found := each.upstream("ppo", policy=policy):
-            return found
-    return run.upstream("sft", "pretrain", policy=policy)
+    trained = (each.upstream("ppo", policy=policy) for each in (*run.rounds(), run))
+    newest = next(filter(None, trained), None) or run.upstream("sft", "pretrain", policy=policy)
+    return str(newest) if newest else None
+
+
+def find(word: str, run: RunDir) -> str:
+    """A policy's folder or hub id: by a stage or round of `run`, the name of another run, a folder or a hub id."""
+    own = models(run)
+    if word in own:
+        return own[word]
+    if word in STAGES or re.fullmatch(r"round\d+", word):
+        raise NotFinishedError(
+            f"{run.runs / run.name} has made no policy {word}. It has: {', '.join(own) or 'none'}; or give a run's "
+            "folder, a path or a hub id."
+        )
+    folder = run.runs / word
+    return locate(str(folder) if folder.is_dir() else word)
+
+
+def ppo_settings(run: RunDir | None) -> dict[str, Any]:
+    """The trainer's settings of a run's newest PPO, finished or not; empty where there is none."""
+    if run is None:
+        return {}
+    made = [path for name, path in models(run).items() if name not in ("pretrain", "sft")]
+    ppo = run_of(made[-1]) if made else RunDir(run.runs, run.name, "ppo")
+    return dict(ppo.config().get("trainer", {})) if ppo else {}
 
 
 def recover(runs: Path) -> None:
-    """Settle what a process that was killed had moved aside; what another process is still at is left to it."""
+    """Put back or delete what a killed process had moved aside, unless another process is at work there."""
     every = [old for depth in ("*", "*/*", "*/*/*") for old in runs.glob(f"{depth}/.*.old")]
     for old in every if rank() == 0 else ():
         if (stage := old.name[1:-4]) in (*STAGES, "frontier"):
@@ -37,13 +70,13 @@ def recover(runs: Path) -> None:
 def locate(path: str) -> str:
     """A model's folder or hub id: a run's folder stands for its newest policy, a stage's for its model."""
     folder = Path(path).expanduser()
-    if any((folder / stage / "run.json").exists() for stage in POLICIES):
-        return str(newest_policy(RunDir(folder.parent, folder.name, "chat")) or model_folder(path))
+    if any((folder / stage / "run.json").exists() for stage in _POLICIES):
+        return newest_policy(RunDir(folder.parent, folder.name, "chat")) or model_folder(path)
     return model_folder(path)
 
 
 def run_of(model: str | Path) -> RunDir | None:
-    """The run and stage that a model is the work of; None where it is no run's."""
+    """The run and stage that made a model; None if no run did."""
     stage = Path(model).parent
     if len(stage.parts) < 2:  # from within the run
         stage = stage.absolute()
@@ -73,9 +106,9 @@ def ppo_jobs(folder: Path) -> list[RunDir]:
 
 
 def sweep(runs: Path, said: str, name: str | None, afresh: bool = False) -> tuple[str, str, dict[str, dict[str, Any]]]:
-    """Of a sweep its name, unless there is one, its folder, and what its policies are judged with.
+    """A sweep's name (unless `name` gives one), its folder, and the choices that its policies are judged with.
 
-    That is what they were before, unless `afresh`; else what the first job with a policy was made with.
+    They are those of the last evaluation of this sweep, unless `afresh`; else those of its first job with a policy.
     """
     folder = folder_of(runs, said)
     if (folder / "run.json").is_file():  # a stage of one run
@@ -95,10 +128,10 @@ def sweep(runs: Path, said: str, name: str | None, afresh: bool = False) -> tupl
 
 
 def choices(run: RunDir, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The policy, reward and data that a run was made with, so that nobody need say them again.
+    """The policy, reward and data that a run was made with; empty for a policy that no run made.
 
-    `asked` are the policy's fields that were said: a `path` may lead to another run, and what does not fit the newest
-    policy (another size, say) is a `UserError`. Of what no run made, there is nothing to tell.
+    `asked` are the policy's fields that the user set: a `path` may lead to another run, and a value that does not fit
+    the newest policy (another size, say) is a `UserError`.
     """
     path = asked.get("path")
     where = locate(path) if path else newest_policy(run)
@@ -109,8 +142,8 @@ def choices(run: RunDir, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
         own = {key: value for key, value in config["policy"].items() if key not in _TRAINING}
         if not path:
             newest_policy(run, policy={**own, **{key: value for key, value in asked.items() if key != "template"}})
-        found = {"policy": {**own, "path": str(where)}, "data": config["data"], "reward": config["reward"]}
-    # The reward that PPO was given, else the one that was trained; what sft has of it is what nobody asked for.
+        found = {"policy": {**own, "path": where}, "data": config["data"], "reward": config["reward"]}
+    # PPO's reward, else the one that was trained; in the settings of sft stands a default that nobody chose.
     for stage in ("ppo", "reward"):
         if config := RunDir((home or run).runs, (home or run).name, stage).config():
             return {**found, "reward": config["reward"]}

@@ -1,4 +1,4 @@
-"""Measures of texts and scores, as `evaluate` modules where others may want them: defined here, so no network."""
+"""Measures of texts and scores. The `evaluate` modules among them are defined here, so they need no network."""
 
 import math
 from collections import Counter
@@ -17,10 +17,7 @@ class Accuracy(evaluate.Metric):
     """Share of predictions equal to their reference. The hub's module of that name is fetched as code; this is not."""
 
     def _info(self) -> evaluate.MetricInfo:
-        features = {"predictions": datasets.Value("int32"), "references": datasets.Value("int32")}
-        return evaluate.MetricInfo(
-            description="accuracy", citation="", inputs_description="", features=datasets.Features(features)
-        )
+        return _info("accuracy", "int32")
 
     def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
         return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
@@ -30,37 +27,14 @@ class Distinct(evaluate.Metric):
     """Different word n-grams over all of them, of all texts together (Li et al. 2016, arXiv 1510.03055)."""
 
     def _info(self) -> evaluate.MetricInfo:
-        features = {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
-        return evaluate.MetricInfo(
-            description="distinct-n", citation="", inputs_description="", features=datasets.Features(features)
-        )
+        return _info("distinct-n", "string")
 
     def _compute(self, predictions: Sequence[str], references: Sequence[str], n: int = 2) -> dict[str, float]:
         return {f"distinct_{n}": distinct(predictions, n)}
 
 
-class Repeated(evaluate.Metric):
-    """Share of texts that are there more than once, blanks around them apart."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        return _of_texts("repeated")
-
-    def _compute(self, predictions: Sequence[str]) -> dict[str, float]:
-        return {"repeated": repeated(predictions)}
-
-
-class SelfBleu(evaluate.Metric):
-    """How much texts are like each other: the mean BLEU of each against the others (Zhu et al. 2018, 1802.01886)."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        return _of_texts("self-BLEU")
-
-    def _compute(self, predictions: Sequence[str]) -> dict[str, float | None]:
-        return {"self_bleu": self_bleu(predictions)}
-
-
-def _of_texts(name: str) -> evaluate.MetricInfo:
-    features = datasets.Features({"predictions": datasets.Value("string")})
+def _info(name: str, kind: str) -> evaluate.MetricInfo:
+    features = datasets.Features({part: datasets.Value(kind) for part in ("predictions", "references")})
     return evaluate.MetricInfo(description=name, citation="", inputs_description="", features=features)
 
 
@@ -71,7 +45,9 @@ def repeated(texts: Sequence[str]) -> float:
 
 
 def self_bleu(texts: Sequence[str], most: int = 200) -> float | None:
-    """Mean BLEU-4 of each text with all others as its references, from 0 to 1; None where fewer than two have words.
+    """Mean BLEU-4 of each text with all others as its references (Zhu et al. 2018, arXiv 1802.01886), from 0 to 1.
+
+    None where fewer than two texts have words.
 
     Of the first `most` texts alone: it grows with their number, so that only equal numbers compare. An order of
     n-grams without a match counts as a tenth of one (Chen and Cherry 2014, method 1), one that a text is too short for

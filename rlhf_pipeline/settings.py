@@ -136,8 +136,10 @@ class Report:
 
 
 SECTIONS = {"evaluate": Evaluation, "collect": Collection, "chat": Chat, "plan": Plan, "hub": Hub, "report": Report}
-# What of PPO's settings says how a policy samples, but for the temperature.
-SAMPLING = ("response_length", "min_new_tokens", "stop_token", "stop_token_id", "stop_tokens", "suppress_tokens")
+# PPO's settings that name tokens, which mean nothing in another vocabulary.
+TOKENS = ("stop_token", "stop_token_id", "stop_tokens", "suppress_tokens")
+# PPO's settings that say how a policy samples, which stage=collect has as well.
+SAMPLING = ("response_length", "min_new_tokens", *TOKENS)
 
 
 @dataclass(frozen=True)

@@ -11,4 +11,4 @@ def run(settings: Settings, out: RunDir) -> None:
     """Run a stage in its run directory."""
     ready(settings.trainer.get("report_to"))
     with out.trackers:
-        importlib.import_module(f"rlhf_pipeline.stages.{out.stage}").run(settings, out)
+        importlib.import_module(f"rlhf_pipeline.stages.{settings.stage}").run(settings, out)

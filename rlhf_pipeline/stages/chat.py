@@ -9,35 +9,95 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from rich.text import Text as Line
 
 from rlhf_pipeline import data
-from rlhf_pipeline.encoding import conversational
+from rlhf_pipeline.encoding import conversational, encode
 from rlhf_pipeline.errors import NotFinishedError, UserError
-from rlhf_pipeline.made import POLICIES, locate, policies_in, run_of
+from rlhf_pipeline.evaluation.lineup import same_vocabulary, sampling_as
+from rlhf_pipeline.made import find, locate, policies_in, ppo_settings, run_of
 from rlhf_pipeline.networks import positions
 from rlhf_pipeline.policies import Policy, load_policy, registry
-from rlhf_pipeline.records import Code, Dialogue, Labelled, Text
+from rlhf_pipeline.records import Code, Dialogue, Labelled, Prompt, Text, Turn
 from rlhf_pipeline.registry import suggest
 from rlhf_pipeline.rewards import Reward, load_reward, trained_part
 from rlhf_pipeline.rundir import RunDir
+from rlhf_pipeline.sampling import Sampling, make_batch, room_for_prompts, sample
 from rlhf_pipeline.scripts import shown
-from rlhf_pipeline.settings import STAGES, Settings
-from rlhf_pipeline.stages.common import quiet, sampling_as, say_taken
-from rlhf_pipeline.stages.speaker import Speaker
+from rlhf_pipeline.settings import Settings
+from rlhf_pipeline.stages.common import quiet, say_taken
 from rlhf_pipeline.tables import number, side_by_side
+from rlhf_pipeline.templates import written
 
 HELP = {"/reset": "begin a new conversation", "/help": "this list", "/quit": "leave; so do Ctrl-D and Ctrl-C"}
 _LENGTH = 64  # tokens of an answer at most, where no PPO of the run says how many
 
 
+@dataclass
+class Speaker:
+    """One policy in a conversation. It answers in turn, or continues each text by itself unless it `converses`."""
+
+    name: str
+    policy: Policy
+    sampling: Sampling
+    length: int  # of an answer, at most, in tokens
+    converses: bool
+    turns: list[Turn] = field(default_factory=list)
+    forgetful: bool = False  # whether turns have been dropped
+
+    def hear(self, text: str) -> list[int]:
+        """The token ids that it is asked with; of a conversation that no longer fits, the oldest turns are dropped."""
+        room = room_for_prompts(self.policy.model, self.length)
+        user, turns = Turn("user", text), self.turns
+        ids = self._ids((*turns, user) if self.converses else text)
+        while len(ids) > room and self.converses and turns:
+            turns = turns[2:]  # a question with its answer: templates want the user to speak first
+            ids = self._ids((*turns, user))
+        if not 1 <= len(ids) <= room:
+            raise UserError(
+                f"that takes {len(ids)} tokens, and {self.name} has room for 1 to {room} before an answer of "
+                f"{self.length}; say it in fewer words, or lower chat.response_length."
+            )
+        if len(turns) < len(self.turns) and not self.forgetful:
+            note(f"{self.name}: the conversation no longer fits; from here on its oldest turns are dropped")
+            self.forgetful = True
+        self.turns = turns
+        return ids
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        return encode(self.policy.tokenizer, [written(self.policy.tokenizer, prompt)])[0]
+
+    def answer(
+        self, asked: str, ids: list[int], draws: torch.Tensor, tell: Callable[[str], None] | None = None
+    ) -> tuple[str, str]:
+        """The prompt as a reward sees it and the answer to what was `asked`, with `ids`, drawn from `draws` (time,).
+
+        `tell` is given the answer as it grows.
+        """
+
+        def grown(drawn: torch.Tensor) -> None:
+            if tell:
+                tell(make_batch([ids], drawn.tolist()).texts(self.policy.tokenizer)[1][0])
+
+        limits = torch.tensor([self.length])
+        batch = sample(self.policy.model, [ids], limits, self.sampling, draws[: self.length, None], grown)
+        (prompt,), (text,) = batch.texts(self.policy.tokenizer)
+        if self.converses:
+            self.turns = [*self.turns, Turn("user", asked), Turn("assistant", text)]
+        return prompt, text
+
+    def forget(self) -> None:
+        """Begin a new conversation."""
+        self.turns, self.forgetful = [], False
+
+
 class Answer(NamedTuple):
-    """What a policy said, and what that is worth where there is a reward."""
+    """A policy's answer, and its reward if there is a reward."""
 
     name: str
     text: str
@@ -53,23 +113,15 @@ class Talk:
     generator: torch.Generator
 
     def ask(self, text: str, tell: Callable[[str], None] | None = None) -> list[Answer]:
-        """What each policy says to `text`, all from the same random numbers."""
-        heard = [(speaker, speaker.forgetful, speaker.hear(text)) for speaker in self.speakers]
-        for speaker, forgetful, _ in heard:
-            if speaker.forgetful and not forgetful:
-                note(f"{speaker.name}: the conversation no longer fits; from here on its oldest turns are dropped")
+        """Each policy's answer to `text`, all from the same random numbers."""
+        heard = [speaker.hear(text) for speaker in self.speakers]
         draws = torch.rand(max(speaker.length for speaker in self.speakers), generator=self.generator)
-        said = [speaker.answer(text, ids, draws, tell) for speaker, _, ids in heard]
-        scores: list[float | None] = [None] * len(said)
+        pairs = [speaker.answer(text, ids, draws, tell) for speaker, ids in zip(self.speakers, heard, strict=True)]
+        scores: list[float | None] = [None] * len(pairs)
         if self.reward is not None:
             with contextlib.redirect_stdout(sys.stderr):  # what a reward of the user's own prints is no answer
-                scores = [*self.reward([prompt for prompt, _ in said], [answer for _, answer in said])]
-        return [Answer(s.name, text, score) for s, (_, text), score in zip(self.speakers, said, scores, strict=True)]
-
-    def forget(self) -> None:
-        """Begin all conversations anew."""
-        for speaker in self.speakers:
-            speaker.forget()
+                scores = [*self.reward([prompt for prompt, _ in pairs], [answer for _, answer in pairs])]
+        return [Answer(s.name, text, score) for s, (_, text), score in zip(self.speakers, pairs, scores, strict=True)]
 
 
 def run(settings: Settings, out: RunDir) -> None:
@@ -84,7 +136,8 @@ def run(settings: Settings, out: RunDir) -> None:
             talk = open_talk(settings, out)
         if terminal:
             note("/help lists the commands")
-        for text in settings.chat.prompt or commands(talk, typed() if terminal else piped(), terminal):
+        lines = typed() if terminal else (line.rstrip("\r\n") for line in sys.stdin)
+        for text in settings.chat.prompt or commands(talk, lines, terminal):
             try:
                 answer(talk, text, terminal)
             except UserError as error:
@@ -99,13 +152,14 @@ def run(settings: Settings, out: RunDir) -> None:
 
 
 def commands(talk: Talk, lines: Iterator[str], terminal: bool) -> Iterator[str]:
-    """Obey the lines that are commands, and pass on the others, but for empty ones."""
+    """Obey the lines that are commands, drop empty ones, and pass on the others."""
     for line in lines:
         word = line.strip()
         if word == "/quit":
             return
         if word == "/reset":
-            talk.forget()
+            for speaker in talk.speakers:
+                speaker.forget()
             note("a new conversation")
         elif word == "/help":
             note("\n".join(f"{name:<8}{what}" for name, what in HELP.items()))
@@ -127,14 +181,8 @@ def typed() -> Iterator[str]:
             return
 
 
-def piped() -> Iterator[str]:
-    """Lines from a pipe or a file."""
-    for line in sys.stdin:
-        yield line.rstrip("\r\n")
-
-
 def answer(talk: Talk, text: str, terminal: bool) -> None:
-    """Answer on stdout: one policy as it speaks, two side by side, or in a script one below the other."""
+    """Print the answers on stdout: of one policy while it grows, of two side by side, or in a script one per line."""
     if len(talk.speakers) == 1:
         stream = Stream()
         (only,) = talk.ask(text, stream.grow)
@@ -151,7 +199,7 @@ def answer(talk: Talk, text: str, terminal: bool) -> None:
 
 
 class Stream:
-    """Prints an answer while it grows; what would steer the terminal is shown as escapes, for a model wrote it."""
+    """Prints an answer while it grows. A model wrote it, so control characters are shown as escapes."""
 
     def __init__(self) -> None:
         self.printed = ""
@@ -175,7 +223,7 @@ class Stream:
 
 
 def note(text: str) -> None:
-    """Say something that is no answer, on stderr."""
+    """Print a remark on stderr: stdout is for answers alone."""
     Console(stderr=True, highlight=False).print(Line(shown(text), style="dim"), soft_wrap=True)
 
 
@@ -191,30 +239,23 @@ def open_talk(settings: Settings, out: RunDir) -> Talk:
     places = [locate(first)]
     home = run_of(places[0]) or out
     if settings.against:
-        places.append(opponent(settings.against, home))
+        try:
+            places.append(find(settings.against, home))
+        except UserError as error:
+            raise type(error)(f"against={settings.against}: {error}") from error
     policies = [_open(settings, place) for place in places]
-    mode = settings.chat.mode or _mode(settings, places[0], policies[0])
-    trained = [_ppo_settings(run_of(place)) for place in places]
+    converses = settings.chat.mode == "chat" if settings.chat.mode else _converses(settings, places[0], policies[0])
+    trained = [ppo_settings(run_of(place)) for place in places]
+    asked = {"temperature": settings.chat.temperature, "response_length": settings.chat.response_length}
     speakers = []
     for place, policy, own in zip(places, policies, trained, strict=True):
         say_taken("policy", shown(place))
-        sampling, length, _ = _sampling(settings, policy, own or _as_the_other(policy, policies[0], trained[0]))
-        speakers.append(Speaker(_name(place, home), policy, sampling, length, mode == "chat"))
+        usual = {"response_length": min(_LENGTH, (positions(policy.model) or 2 * _LENGTH) // 2)}
+        # Without a PPO of its own a policy samples as the other does.
+        foreign = not own and not same_vocabulary(policy, policies[0])
+        drawing = sampling_as({**usual, **(own or trained[0])}, policy, {} if foreign else None, **asked)
+        speakers.append(Speaker(_name(place, home), policy, drawing.sampling, drawing.longest, converses))
     return Talk(speakers, _judge(settings, home), torch.Generator().manual_seed(settings.seed))
-
-
-def opponent(against: str, home: RunDir) -> str:
-    """Where the second policy lies: a stage of the first one's run, else a run, a stage's folder or a hub id."""
-    if against not in STAGES:
-        return locate(against)
-    found = home.upstream(against) if against in POLICIES else None
-    if found is None:
-        made = ", ".join(stage for stage in POLICIES if home.upstream(stage))
-        raise NotFinishedError(
-            f"against={against}: {home.runs / home.name} has made no such policy. It has: {made or 'none'}; or give a "
-            "run's folder, a path or a hub id."
-        )
-    return str(found)
 
 
 def _open(settings: Settings, place: str) -> Policy:
@@ -223,46 +264,22 @@ def _open(settings: Settings, place: str) -> Policy:
     return policy
 
 
-def _mode(settings: Settings, place: str, policy: Policy) -> str:
-    """Whether it has learnt to talk or to go on from a text: by the data of its run, else by its tokenizer."""
+def _converses(settings: Settings, place: str, policy: Policy) -> bool:
+    """Whether a policy was taught conversations rather than texts: by its run's data, else by its tokenizer."""
     tokenizer = policy.tokenizer
-    own = "chat" if tokenizer.chat_template or (tokenizer.cls_token and tokenizer.sep_token) else "complete"
+    likely = bool(tokenizer.chat_template or (tokenizer.cls_token and tokenizer.sep_token))
     home = run_of(place)
     if home is None:
-        return own
+        return likely
     choice = home.config()["data"]
     kind = data.kind(choice["name"])
     if kind in (Text, Code, Labelled, Dialogue):
-        return "chat" if kind is Dialogue else "complete"
+        return kind is Dialogue
     try:
-        rows = data.load_data(choice, settings.seed).test
+        return conversational(data.load_data(choice, settings.seed).test)
     except UserError as error:
-        note(f"chat.mode={own}: the data that would tell cannot be read ({error})")
-        return own
-    return "chat" if conversational(rows) else "complete"
-
-
-def _ppo_settings(home: RunDir | None) -> dict[str, Any]:
-    """The settings of a run's PPO, done or not; empty where it has none."""
-    if home is None:
-        return {}
-    done = home.upstream("ppo")
-    ppo = RunDir(home.runs, home.name, "ppo") if done is None else run_of(done)
-    config: dict[str, Any] = ppo.config().get("trainer", {}) if ppo else {}
-    return config
-
-
-def _as_the_other(policy: Policy, other: Policy, trained: dict[str, Any]) -> dict[str, Any]:
-    """How a policy without a PPO of its own samples: as the other; its tokens mean nothing in another vocabulary."""
-    if policy.tokenizer.get_vocab() == other.tokenizer.get_vocab():
-        return trained
-    return {key: value for key, value in trained.items() if key in ("response_length", "temperature", "min_new_tokens")}
-
-
-def _sampling(settings: Settings, policy: Policy, trained: dict[str, Any]) -> Any:
-    places = positions(policy.model) or 2 * _LENGTH
-    said = {"temperature": settings.chat.temperature, "response_length": settings.chat.response_length}
-    return sampling_as({"response_length": min(_LENGTH, places // 2), **trained}, policy, **said)
+        note(f"chat.mode={'chat' if likely else 'complete'}: the data that would tell cannot be read ({error})")
+        return likely
 
 
 def _name(place: str, home: RunDir) -> str:

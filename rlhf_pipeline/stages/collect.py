@@ -14,8 +14,8 @@ from rlhf_pipeline.atomic import read_jsonl, write_jsonl
 from rlhf_pipeline.data import fingerprint, texts
 from rlhf_pipeline.encoding import Question, fitting, questions
 from rlhf_pipeline.errors import NotFinishedError, UserError
+from rlhf_pipeline.evaluation.lineup import sampling_as
 from rlhf_pipeline.policies import Policy, load_policy
-from rlhf_pipeline.ppo.config import PPOConfig, make_sampling
 from rlhf_pipeline.processes import agree
 from rlhf_pipeline.progress import progress
 from rlhf_pipeline.records import Row
@@ -114,11 +114,7 @@ def _asker(
     for policy in policies.values():
         policy.model.to(device).eval()
     given = {key: getattr(collect, key) for key in SAMPLING}
-    args = PPOConfig(output_dir=str(out.checkpoints), temperature=1.0, bf16=False, **given)
-    sampling = {
-        where: make_sampling(args, policy.tokenizer, policy.model.get_input_embeddings().num_embeddings)
-        for where, policy in policies.items()
-    }
+    sampling = {where: sampling_as(given, policy).sampling for where, policy in policies.items()}
     number = out.round or 1
     return Asker(policies, sampling, collect, f"{settings.seed} {number}"), choose(everywhere, collect.prompts, number)
 

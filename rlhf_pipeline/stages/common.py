@@ -19,23 +19,18 @@ from rlhf_pipeline.data import Splits, load_data
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.launch import check_gpus, processes, sharding
 from rlhf_pipeline.networks import positions
-from rlhf_pipeline.policies import Policy
-from rlhf_pipeline.ppo.config import PPOConfig, make_sampling
 from rlhf_pipeline.precision import choose_bf16
 from rlhf_pipeline.processes import agree
 from rlhf_pipeline.progress import at_terminal, progress
 from rlhf_pipeline.rewards import Reward
 from rlhf_pipeline.rundir import RunDir
-from rlhf_pipeline.sampling import Sampling
 from rlhf_pipeline.scripts import mismatch
-from rlhf_pipeline.settings import SAMPLING, Settings
+from rlhf_pipeline.settings import Settings
 
 A = TypeVar("A", bound=TrainingArguments)
 
 # Of a Trainer's log rows, what depends on the clock (`RunDir.log` adds the time itself) or restarts with a resumed run.
 _LEFT_OUT = ("runtime", "per_second", "preparation_time", "total_flos", "num_tokens")
-# What of PPO's settings says how answers are drawn.
-HOW_ANSWERS_ARE_DRAWN = (*SAMPLING, "min_response_length", "temperature")
 # What the bar shows of a Trainer's log rows.
 _BAR = {
     "loss": "loss",
@@ -92,19 +87,6 @@ def trainer_args(kind: type[A], settings: Settings, out: RunDir) -> A:
     check_gpus(args.n_gpu, f"make {settings.stage} LAUNCH=ddp PROCS={args.n_gpu}")
     set_seed(settings.seed)
     return args
-
-
-def sampling_as(trained: dict[str, Any], policy: Policy, **asked: Any) -> tuple[Sampling, int, int]:
-    """How to sample: as PPO with the `trained` settings did, but for what is `asked` and not None.
-
-    And the longest and the shortest limit of a response.
-    """
-    values = {key: value for key, value in trained.items() if key in HOW_ANSWERS_ARE_DRAWN}
-    values |= {key: value for key, value in asked.items() if value is not None}
-    args = PPOConfig(output_dir="unused", bf16=False, **{"temperature": 1.0, "stop_token": "eos", **values})
-    shortest = min(args.min_response_length or args.response_length, args.response_length)
-    embeddings = policy.model.get_input_embeddings().num_embeddings
-    return make_sampling(args, policy.tokenizer, embeddings), args.response_length, shortest
 
 
 def fit_length(args: Any, model: Any) -> int:

@@ -1,80 +1,96 @@
 """Before and after: every policy of the run on the same held-out prompts, by the same rewards.
 
 python -m rlhf_pipeline stage=evaluate
+python -m rlhf_pipeline stage=evaluate sweep=<a multirun>   (reward against KL for all of its policies)
 """
 
 import dataclasses
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlhf_pipeline.atomic import write_json
-from rlhf_pipeline.data import Splits, begun_by, fingerprint, texts
+from rlhf_pipeline import frontier
+from rlhf_pipeline.atomic import read_jsonl, write_json, write_jsonl
+from rlhf_pipeline.data import Splits, begun_by, fingerprint, load_data, texts
 from rlhf_pipeline.encoding import Question, conversational, encode, fitting, questions
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.evaluation.comparison import (
+    Answers,
+    Trial,
+    compare,
+    draw,
+    held_out_perplexity,
+    held_out_texts,
+    measure,
+    sample_row,
+)
+from rlhf_pipeline.evaluation.lineup import (
+    Contestant,
+    asked_of,
+    lineup,
+    open_all,
+    same_place,
+    same_vocabulary,
+    sampling_as,
+)
 from rlhf_pipeline.made import run_of
-from rlhf_pipeline.policies import Policy
+from rlhf_pipeline.policies import Policy, load_policy
+from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.processes import gathered
 from rlhf_pipeline.progress import progress
 from rlhf_pipeline.records import Prompt, Row, Turn
+from rlhf_pipeline.registry import suggest
 from rlhf_pipeline.rewards import Reward, load_reward, trained_part
-from rlhf_pipeline.rundir import RunDir
+from rlhf_pipeline.rundir import FRONTIER, POINTS, RunDir
 from rlhf_pipeline.sampling import check_positions, room_for_prompts
 from rlhf_pipeline.settings import Settings
-from rlhf_pipeline.stages.answers import Answers, Trial, draw, held_out_perplexity, held_out_texts, measure
 from rlhf_pipeline.stages.common import check_languages, judges, quiet, say_taken, take_data
-from rlhf_pipeline.stages.contestants import Contestant, asked_of, lineup, open_all, same_place, same_vocabulary
-from rlhf_pipeline.stages.standings import sample_row, standing
-from rlhf_pipeline.tables import evaluation_table
+from rlhf_pipeline.tables import evaluation_table, frontier_table
 from rlhf_pipeline.templates import written
+
+_BEST_OF = 16  # answers to a prompt that a sweep's best of n is estimated from, unless evaluate.best_of says
 
 
 def run(settings: Settings, out: RunDir) -> None:
-    """Sample from each policy, then rewards, KL to the reference, perplexity, and what the texts are like."""
+    """Sample from each policy, then measure rewards, KL to the reference, perplexity, and what the texts are like."""
     quiet()
-    paths, reference = lineup(out, settings)
+    if settings.sweep:
+        measure_sweep(settings, out, Path(settings.sweep))
+        return
+    asked = settings.evaluate
+    paths, reference = lineup(out, asked.policies, settings.policy)
     rewards = load_rewards(settings, out)
-    main = next(iter(rewards))
     rows = take_data(settings.data, settings.seed)
-    policies, longest, shortest = open_all(paths, out, settings)
+    policies, longest, shortest = open_all(paths, out, lambda path: open_policy(path, settings), **_sampled(settings))
     for name, path in paths.items():
         say_taken(name, path)
-    roles = ["reward", *(f"evaluate.rewards[{number}]" for number in range(len(rewards) - 1))]
-    lineage: dict[str, str] = {}
-    for role, reward in zip(roles, rewards.values(), strict=True):
-        say_taken(role.partition(".")[2] or role, reward.name)
-        lineage |= judges(reward, reward.name, role)
-    out.begin(settings, {**paths, **lineage}, fingerprint(settings.data, rows))
+    out.begin(settings, {**paths, **announce(rewards)}, fingerprint(settings.data, rows))
 
-    first = policies[0].policy
-    check_languages(rewards[main], first.tokenizer, texts(rows.test))
-    for name, reward in [*rewards.items()][1:]:
-        if reason := reward.unfit(texts(rows.test)):
-            print(f"warning: {name}: {reason}", flush=True)
-    asked = prompts_for(policies, rows.test, longest, settings)
-    limits = response_limits(shortest, longest, len(asked), settings.seed)
-    own = own_questions(settings.evaluate.show, rows.test, first)
-    for each in policies:
-        check_positions(each.policy.model, asked_of(each.policy, first, [*asked, *own]), int(limits.max()))
     start = next(each for each in policies if each.name == reference)
-    trial = Trial(asked, limits, rewards, first, start, settings.evaluate.batch_size, settings.seed)
+    trial = make_trial(settings, policies, start, longest, shortest, rows, rewards)
+    own = own_questions(asked.show, rows.test, trial.first)
+    for each in policies:
+        prompts = asked_of(each.policy, trial.first, [*trial.questions, *own])
+        check_positions(each.policy.model, prompts, int(trial.limits.max()))
     answers, shown = ask(policies, trial, own, rows, settings)
-    speed = trial.speed.figures()
+    speed = trial.speed()
     if not out.leads:
         return
 
-    judged = {name: (reward.name, reward.neutral) for name, reward in rewards.items()}
     last, trained = policies[-1].name, learnt_from(list(paths.values()), rewards)
     evaluation = {
-        "prompts": len(asked),
-        "prompts_in_training": begun_by([question.prompt for question in asked], rows.train),
-        "reward": rewards[main].name,
+        "prompts": len(trial.questions),
+        "prompts_in_training": begun_by([question.prompt for question in trial.questions], rows.train),
+        "reward": next(iter(rewards.values())).name,
         "reference": reference,
         "sampling": dataclasses.asdict(policies[0].sampling),
-        **standing(answers, last, reference, judged, trained, trial.prompts, settings.evaluate, settings.seed),
+        **compare(answers, last, reference, rewards, trained, trial.prompts,
+                  examples=asked.examples, bootstrap=asked.bootstrap, seed=settings.seed),
         "shown": shown,
-    }
+    }  # fmt: skip
     write_json(out.path / "evaluation.json", evaluation)
     after = evaluation["metrics"][last]
     results = {"reward_mean": after["reward_mean"], "kl": after["kl"]}
@@ -85,8 +101,74 @@ def run(settings: Settings, out: RunDir) -> None:
     evaluation_table(evaluation)
 
 
+def measure_sweep(settings: Settings, out: RunDir, folder: Path) -> None:
+    """Measure every policy of a sweep that is not measured yet, and the best of n of where each started."""
+    points = frontier.points_of(folder)
+    said = {key: value for key, value in _sampled(settings).items() if value is not None}
+    starts = frontier.by_start(points, settings.data, said)
+    jobs = list({point.job.path: point.job for own in starts.values() for point in own}.values())
+    rewards = load_rewards(settings, jobs[0])
+    if not settings.labelling_reward:
+        frontier.check_judge(settings.reward, jobs)
+    say_taken("sweep", f"{folder}: {sum(map(len, starts.values()))} policies of {len(jobs)} runs")
+    lineage = announce(rewards)
+    known: frontier.Rows = {row["key"]: row for row in read_jsonl(out.path / POINTS)}
+    keys = {start: {who: start.key(who) for who in (None, *own)} for start, own in starts.items()}
+    place = out.path / FRONTIER
+
+    def found() -> dict[str, Any]:
+        reward = next(iter(rewards.values())).name
+        return {"sweep": str(folder), "reward": reward, **frontier.laid_out(keys, known)}
+
+    if out.record.get("status") == "done" and place.exists() and json.loads(place.read_text("utf-8")) == found():
+        frontier_table(found())
+        return  # nothing has been made since
+    out.begin(settings, lineage, fingerprint(settings.data, take_data(settings.data, settings.seed)))
+    write_jsonl(out.path / POINTS, known.values())  # without a row that was cut off, to be added to
+    for start, own in keys.items():
+        left = {who: key for who, key in own.items() if key not in known}
+        if not left:
+            continue
+        policy = frontier.open_policy(starts[start][0].job, start.path, start.seed)
+        sampling, longest, shortest = sampling_as(start.settings, policy)
+        reference = Contestant("start", policy, sampling)
+        of_start = dataclasses.replace(settings, seed=start.seed)
+        rows = load_data(settings.data, start.seed)
+        trial = make_trial(of_start, [reference], reference, longest, shortest, rows, rewards)
+        most = settings.evaluate.best_of or _BEST_OF
+        for row in frontier.measured(start, left, trial, most, settings.evaluate.bootstrap):
+            known[row["key"]] = row
+            out.add(POINTS, [row])
+            write_json(place, found())
+            out.draw()
+    whole = found()
+    write_json(place, whole)
+    coef = jobs[0].config()["trainer"].get("selection_kl_coef", PPOConfig.selection_kl_coef)
+    best = max(whole["points"], key=lambda row: row["reward_mean"] - coef * row["kl"])
+    results = {"policies": len(whole["points"]), "reward_mean": best["reward_mean"], "kl": best["kl"]}
+    out.trackers.evaluation(out.config(), frontier.as_evaluation(whole["points"]))
+    out.finish(results, objective=best["reward_mean"])
+    frontier_table(whole)
+
+
+def _sampled(settings: Settings) -> dict[str, Any]:
+    """The sampling settings of stage=evaluate; where one is None, policies sample as PPO did."""
+    return {key: getattr(settings.evaluate, key) for key in ("response_length", "temperature")}
+
+
+def open_policy(path: str, settings: Settings) -> Policy:
+    """A policy that is compared, by its folder or hub id."""
+    try:
+        return load_policy({**settings.policy, "path": path}, None, [], settings.seed)[0]
+    except UserError as error:
+        if not settings.evaluate.policies:
+            raise
+        hint = "" if "/" in path else suggest(path, ("pretrain", "sft", "ppo"))  # a word may be a hub id, too
+        raise type(error)(f"{error} {hint}".replace("policy.path", "evaluate.policies").rstrip()) from error
+
+
 def load_rewards(settings: Settings, out: RunDir) -> dict[str, Reward]:
-    """The reward that judges and those beside it, by name, and by its fields where that is not enough.
+    """The reward that judges, first, and those of `evaluate.rewards`; by name, with its fields if names repeat.
 
     Where a reward labels in place of people, that one judges, for it is what they would say.
     """
@@ -106,22 +188,44 @@ def load_rewards(settings: Settings, out: RunDir) -> dict[str, Reward]:
     return found
 
 
+def announce(rewards: dict[str, Reward]) -> dict[str, str]:
+    """Print a line for each reward; give their places in the lineage."""
+    lineage: dict[str, str] = {}
+    for number, (name, reward) in enumerate(rewards.items()):
+        say_taken(name if number else "reward", reward.name)
+        lineage |= judges(reward, reward.name, f"evaluate.rewards[{number - 1}]" if number else "reward")
+    return lineage
+
+
 def learnt_from(paths: Sequence[str], rewards: dict[str, Reward]) -> str:
-    """The reward that the newest of PPO's policies learnt from, where it is one of these; else the main one."""
+    """The reward that the newest of PPO's policies learnt from, if it is one of these; else the main one."""
     homes = [home for path in reversed(paths) if (home := run_of(path)) and home.stage == "ppo"]
     where = homes[0].record["parents"].get("reward", {}).get("path") if homes else None
     return next((name for name, reward in rewards.items() if same_place(reward.name, str(where))), next(iter(rewards)))
 
 
-def prompts_for(
-    policies: Sequence[Contestant], rows: Sequence[Row], longest: int, settings: Settings
-) -> list[Question]:
+def make_trial(
+    settings: Settings, policies: Sequence[Contestant], reference: Contestant, longest: int, shortest: int,
+    rows: Splits[Row], rewards: dict[str, Reward],
+) -> Trial:  # fmt: skip
+    """The held-out prompts and what judges the answers; a line warns of a reward that does not fit the texts."""
+    first, (main, *others) = policies[0].policy, rewards.items()
+    check_languages(main[1], first.tokenizer, texts(rows.test))
+    for name, reward in others:
+        if reason := reward.unfit(texts(rows.test)):
+            print(f"warning: {name}: {reason}", flush=True)
+    asked = prompts_for([each.policy for each in policies], rows.test, longest, settings)
+    generator = torch.Generator().manual_seed(settings.seed)
+    limits = torch.randint(shortest, longest + 1, (len(asked),), generator=generator)
+    return Trial(asked, limits, rewards, first, reference, settings.evaluate.batch_size, settings.seed)
+
+
+def prompts_for(policies: Sequence[Policy], rows: Sequence[Row], longest: int, settings: Settings) -> list[Question]:
     """The held-out prompts that every policy has room for, in the tokens of the first."""
-    first, every = policies[0].policy, [each.policy for each in policies]
-    room = min(room_for_prompts(policy.model, longest) for policy in every)
+    first, room = policies[0], min(room_for_prompts(policy.model, longest) for policy in policies)
     asked = fitting(questions(rows, first.tokenizer, settings.data, settings.seed), room)
-    kept = [all(1 <= len(ids) <= room for ids in each)
-            for each in zip(*(asked_of(policy, first, asked) for policy in every), strict=True)]  # fmt: skip
+    every = zip(*(asked_of(policy, first, asked) for policy in policies), strict=True)
+    kept = [all(1 <= len(ids) <= room for ids in each) for each in every]
     if not any(kept):
         raise UserError(
             f"no held-out prompt leaves room for an answer of {longest} tokens in the policies' positions; lower "
@@ -129,27 +233,22 @@ def prompts_for(
         )
     if not all(kept):
         left_out = f"{kept.count(False)} of {len(kept)} prompts are"
-        print(f"warning: {left_out} nothing or too long in another policy's tokens, and are left out", flush=True)
+        print(f"warning: {left_out} empty or too long in another policy's tokens, and are left out", flush=True)
     return [question for question, fits in zip(asked, kept, strict=True) if fits][: settings.evaluate.prompts]
 
 
 def own_questions(strings: Sequence[str], rows: Sequence[Row], first: Policy) -> list[Question]:
-    """The user's own prompts: turns of a conversation where the data holds such, else as they stand."""
+    """The user's own prompts: as turns of a conversation if the data holds conversations, else as they stand."""
     talks = conversational(rows)
     asked: list[Prompt] = [(Turn("user", string),) if talks else string for string in strings]
     ids = encode(first.tokenizer, [written(first.tokenizer, prompt) for prompt in asked])
     return [Question(prompt, row) for prompt, row in zip(asked, ids, strict=True)]
 
 
-def response_limits(shortest: int, longest: int, count: int, seed: int) -> torch.Tensor:
-    """(count,): how many tokens each response may have."""
-    return torch.randint(shortest, longest + 1, (count,), generator=torch.Generator().manual_seed(seed))
-
-
 def ask(
     policies: Sequence[Contestant], trial: Trial, own: list[Question], rows: Splits[Row], settings: Settings
 ) -> tuple[dict[str, Answers], list[dict[str, Any]]]:
-    """Every policy's answers, the best of several beside the reference's; and rows of those to the user's own prompts.
+    """Every policy's answers, the best of several next to the reference's; and rows of those to the user's own prompts.
 
     A policy is on the accelerator while it is measured, the first and the reference all the time.
     """
@@ -172,10 +271,10 @@ def ask(
                 perplexity = held_out_perplexity(each.policy, known, window, settings.evaluate.batch_size)
             answers[each.name].figures["held_out_perplexity"] = perplexity
             if own:
-                own_said = gathered({number: part for number, _, _, part in draw(each, own_trial)})
-                said = [text for part in own_said for text in part]
-                rewards = {name: reward(own_trial.prompts, said) for name, reward in trial.rewards.items()}
-                shown[each.name] = Answers(said, rewards, {})
+                parts = gathered({number: part for number, _, _, part in draw(each, own_trial)})
+                replies = [text for part in parts for text in part]
+                rewards = {name: reward(own_trial.prompts, replies) for name, reward in trial.rewards.items()}
+                shown[each.name] = Answers(replies, rewards, {})
             if n and each is trial.reference:
                 answers[f"best of {n}"] = measure(each, trial, n)
             if not any(model is other for other in stay):

@@ -21,6 +21,13 @@ from trl import RewardConfig
 from rlhf_pipeline.atomic import write_json, write_jsonl
 from rlhf_pipeline.data import Splits, check_kind, fingerprint, kind, load_data, texts
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.evaluation.reward_quality import (
+    example_line,
+    example_rows,
+    labelled_quality,
+    preference_quality,
+    scores,
+)
 from rlhf_pipeline.hub import explained, model_folder, open_pretrained
 from rlhf_pipeline.labels import Labels
 from rlhf_pipeline.networks import text_config
@@ -39,7 +46,6 @@ from rlhf_pipeline.stages.classification import (
 )
 from rlhf_pipeline.stages.common import building, fit_length, say_taken, sharded_weights, take_data, trainer_args, watch
 from rlhf_pipeline.stages.comparisons import Comparison, ComparisonTrainer, compare, shown, told_apart
-from rlhf_pipeline.stages.reward_quality import example_line, example_rows, labelled_quality, preference_quality, scores
 from rlhf_pipeline.templates import TEMPLATES, visible
 
 # layers, width, heads of an encoder from scratch

@@ -20,6 +20,7 @@ from conftest import ROOT, CommandLine
 from transformers import AutoModelForCausalLM
 
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.evaluation.lineup import sampling_as
 from rlhf_pipeline.lineage import content_hash
 from rlhf_pipeline.made import run_of
 from rlhf_pipeline.policies import Policy, make_policy, open_policy
@@ -27,9 +28,7 @@ from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.sampling import Sampling
 from rlhf_pipeline.settings import Chat as Chatting
 from rlhf_pipeline.settings import Settings
-from rlhf_pipeline.stages.chat import Stream, open_talk
-from rlhf_pipeline.stages.common import sampling_as
-from rlhf_pipeline.stages.speaker import Speaker
+from rlhf_pipeline.stages.chat import Speaker, Stream, open_talk
 
 Chat = Callable[..., tuple[str, str]]
 
@@ -235,7 +234,7 @@ def test_the_newest_round_answers(
 
 REFUSED = {
     "name=none": ["has no policy to talk to", "name= demo", "policy.path="],
-    "against=reward": ["against=reward", "has made no such policy. It has: ppo, sft, pretrain"],
+    "against=reward": ["against=reward", "has made no policy reward. It has: pretrain, sft, ppo"],
     "against=./nowhere": ["there is no folder ./nowhere"],
     "chat.temperature=0": ["chat.temperature is 0; it takes a number above 0"],
     "chat.response_length=0": ["chat.response_length is 0; it takes at least 1"],
@@ -330,6 +329,9 @@ def test_all_that_ppo_said_of_sampling_is_taken(chinese: Policy) -> None:
     number = chinese.tokenizer.convert_tokens_to_ids
     assert sampling == Sampling(0.7, tuple(sorted((number("[SEP]"), number("气")))), 2, (number("[UNK]"),))
     assert (longest, shortest) == (9, 4)
+    # Of another vocabulary's PPO the numbers are taken, and the tokens of its own.
+    foreign = sampling_as(trained, chinese, {"suppress_tokens": ["[PAD]"], "min_new_tokens": 3}).sampling
+    assert foreign == Sampling(0.5, (number("[SEP]"),), 2, (number("[PAD]"),))
 
 
 @pytest.mark.parametrize(("prompt", "mode"), [("Say it.", "complete"), ([{"role": "user", "content": "Hi"}], "chat")])

@@ -10,9 +10,9 @@ from conftest import MINIATURE, CommandLine
 from rich.cells import cell_len
 from tiny import TEXTS, tiny_policy
 
+from rlhf_pipeline.evaluation.lineup import taught_length
 from rlhf_pipeline.policies import Policy, train_tokenizer
 from rlhf_pipeline.rewards import Reward
-from rlhf_pipeline.stages.contestants import taught_length
 from rlhf_pipeline.stages.evaluate import learnt_from
 
 ARGS = [arg for arg in MINIATURE if "stages" not in arg]
@@ -34,20 +34,20 @@ def test_policies_by_hand_and_more_rewards(
     tokenizer = train_tokenizer(TEXTS, 300, 64)
     Policy(tiny_policy(tokenizer), tokenizer).save(workplace / "foreign")
     shutil.copytree(run / "ppo", workplace / "runs" / "other" / "ppo")
-    policies = "evaluate.policies=[sft,runs/demo/ppo,./foreign,runs/other]"
+    policies = "evaluate.policies=[sft,runs/demo/ppo,./foreign,other]"
     rewards = "evaluate.rewards=[{name: length, target: 5}, {name: toy_sentiment}]"
     assert command_line("stage=evaluate", "overwrite=true", policies, rewards, *ARGS) == 0
     shown = capsys.readouterr().out
     found = evaluated(run)
-    assert list(found["metrics"]) == ["sft", "ppo", "foreign", "other"]
+    assert list(found["metrics"]) == ["sft", "runs/demo/ppo", "./foreign", "other"]
     assert found["reference"] == "sft"
     assert found["metrics"]["sft"]["kl"] == pytest.approx(0, abs=1e-4)
-    assert found["metrics"]["foreign"]["kl"] is None
-    assert found["metrics"]["other"] == found["metrics"]["ppo"]
+    assert found["metrics"]["./foreign"]["kl"] is None
+    assert found["metrics"]["other"] == found["metrics"]["runs/demo/ppo"]
     for row in found["metrics"].values():
         assert row["perplexity"] > 1
     taken = {name: row["held_out_perplexity"] for name, row in found["metrics"].items()}
-    assert taken.pop("foreign") is None  # a token of its own is another measure
+    assert taken.pop("./foreign") is None  # a token of its own is another measure
     assert min(taken.values()) > 1
     for row in found["metrics"].values():
         assert 0 <= row["self_bleu"] <= 1
@@ -59,9 +59,10 @@ def test_policies_by_hand_and_more_rewards(
     assert set(found["moved"]) == {"classifier", "length", "toy_sentiment"}
     assert found["moved"]["length"]["sft"] == 0
     gains = found["rewards"]["length"]["paired_gain"]
-    assert list(gains) == list(found["paired_gain"]) == ["ppo - sft", "foreign - sft", "other - sft"]
+    pairs = ["runs/demo/ppo - sft", "./foreign - sft", "other - sft"]
+    assert list(gains) == list(found["paired_gain"]) == pairs
     means = {name: row["reward_mean"] for name, row in found["rewards"]["length"]["metrics"].items()}
-    assert gains["foreign - sft"]["mean"] == pytest.approx(means["foreign"] - means["sft"])
+    assert gains["./foreign - sft"]["mean"] == pytest.approx(means["./foreign"] - means["sft"])
     best = found["extremes"]["best"][0]["rewards"]["other"]
     assert best == max(sample["rewards"]["other"] for sample in found["samples"])
     assert "More rewards" in shown
@@ -97,9 +98,9 @@ def test_where_ppo_began_stands_before_it_whoever_is_named_first(run: Path, comm
     asked = ["evaluate.policies=[ppo,sft,demo/pretrain]", "evaluate.held_out_tokens=0", "overwrite=true", *ARGS]
     assert command_line("stage=evaluate", *asked) == 0
     found = evaluated(run)
-    assert list(found["metrics"]) == ["sft", "ppo", "base"]
+    assert list(found["metrics"]) == ["sft", "ppo", "demo/pretrain"]
     assert found["reference"] == "sft"
-    assert list(found["paired_gain"]) == ["ppo - sft", "base - sft"]
+    assert list(found["paired_gain"]) == ["ppo - sft", "demo/pretrain - sft"]
 
 
 def test_a_run_is_the_same_by_its_whole_path(run: Path, command_line: CommandLine) -> None:
@@ -121,16 +122,16 @@ def test_runs_are_compared_where_there_is_no_run_of_that_name(run: Path, command
     args = ["stage=evaluate", "name=beside", "reward=length", "reward.target=5", "evaluate.held_out_tokens=0"]
     assert command_line(*args, "evaluate.policies=[runs/demo/pretrain,runs/demo]", *ARGS) == 0
     found = evaluated(run.parent / "beside")
-    assert list(found["metrics"]) == ["demo/pretrain", "demo/ppo"]
-    assert found["metrics"]["demo/ppo"]["length"] <= 8  # as that run's PPO sampled
-    assert found["metrics"]["demo/ppo"]["held_out_perplexity"] is None
+    assert list(found["metrics"]) == ["runs/demo/pretrain", "runs/demo"]
+    assert found["metrics"]["runs/demo"]["length"] <= 8  # as that run's PPO sampled
+    assert found["metrics"]["runs/demo"]["held_out_perplexity"] is None
     assert found["rewards"] == {}
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["evaluate.policies=[sft,round1]"], "runs/demo has made no policy round1. It has: base, sft, ppo"),
+        (["evaluate.policies=[sft,round1]"], "runs/demo has made no policy round1. It has: pretrain, sft, ppo"),
         (["evaluate.policies=[sft,runs/demo/sft]"], "evaluate.policies names runs/demo/sft/model twice"),
         (["evaluate.policies=[./nowhere]"], "evaluate.policies: there is no folder ./nowhere"),
         (["evaluate.policies=[sft,pppo]"], "Did you mean 'ppo'?"),

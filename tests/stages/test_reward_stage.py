@@ -26,6 +26,7 @@ from transformers import (
 
 from rlhf_pipeline.atomic import read_jsonl
 from rlhf_pipeline.data import load_data
+from rlhf_pipeline.evaluation.reward_quality import preference_quality
 from rlhf_pipeline.policies import train_tokenizer
 from rlhf_pipeline.records import Demonstration, Dialogue, Preference, Ranking, Turn
 from rlhf_pipeline.reward_model import with_head
@@ -33,7 +34,6 @@ from rlhf_pipeline.rewards import load_reward
 from rlhf_pipeline.scorer import Scorer
 from rlhf_pipeline.stages.batching import OrderedRewardTrainer
 from rlhf_pipeline.stages.comparisons import Comparison, ComparisonTrainer, compare, encode, shown, told_apart
-from rlhf_pipeline.stages.reward_quality import preference_quality
 
 RANKING = Ranking("Which film?", (" the good one", " any one", " the bad one", " no"))
 PAIR = Preference("Was it good? ", "yes it was", "no")

@@ -37,12 +37,12 @@ def test_the_paired_gain_and_its_interval() -> None:
 
 
 def test_repeated_answers_are_those_that_another_prompt_got_as_well() -> None:
-    assert metrics.Repeated().compute(predictions=["yes", " yes", "no", "well"]) == {"repeated": 0.5}
+    assert metrics.repeated(["yes", " yes", "no", "well"]) == 0.5
     assert metrics.repeated(["a", "b"]) == metrics.repeated([]) == 0
 
 
 def test_self_bleu_is_the_mean_bleu_of_each_text_against_the_others() -> None:
-    assert metrics.SelfBleu().compute(predictions=["a b c d"] * 3) == {"self_bleu": pytest.approx(1)}
+    assert metrics.self_bleu(["a b c d"] * 3) == pytest.approx(1)
     # Nothing in common: a tenth of a match in each order, of 4, 3, 2 and 1 n-grams.
     assert metrics.self_bleu(["a b c d", "e f g h"]) == pytest.approx(0.1 / 24**0.25)
     # "a b c": 2 of 3, 1 of 2, none of 1, and a penalty for 3 words beside 4. "a b d e": 2 of 4, 1 of 3, none of 2 or 1.

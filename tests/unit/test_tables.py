@@ -4,9 +4,8 @@ import random
 
 import pytest
 
-from rlhf_pipeline.settings import Evaluation
-from rlhf_pipeline.stages.answers import Answers, of_texts
-from rlhf_pipeline.stages.standings import standing
+from rlhf_pipeline.evaluation.comparison import Answers, compare, of_texts
+from rlhf_pipeline.rewards import Reward
 from rlhf_pipeline.tables import evaluation_table
 
 PROMPTS = [f"prompt {number}" for number in range(8)]
@@ -21,8 +20,9 @@ def evaluation(names: list[str], said: str = "an answer") -> dict:
     for place, name in enumerate(names):
         rewards = {"classifier": [place + draw.random() for _ in PROMPTS], "length": [-place - draw.random()] * 8}
         answers[name] = Answers(texts, rewards, dict(figures))
-    rewards = {"classifier": ("runs/demo/reward/model", 0.0), "length": ("length", -0.5)}
-    found = standing(answers, names[-1], names[1], rewards, "classifier", PROMPTS, Evaluation(bootstrap=50), 0)
+    about = {"classifier": ("runs/demo/reward/model", 0.0), "length": ("length", -0.5)}
+    rewards = {key: Reward(lambda _, texts: [0.0] * len(texts), *about[key]) for key in about}
+    found = compare(answers, names[-1], names[1], rewards, "classifier", PROMPTS, examples=3, bootstrap=50, seed=0)
     return {"prompts": 8, "prompts_in_training": 3, "reward": "runs/demo/reward/model", "reference": names[1], **found}
 
 

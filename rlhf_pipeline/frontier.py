@@ -1,8 +1,6 @@
-"""Reward against KL over the jobs of a sweep and their checkpoints, beside the best of n answers without training.
+"""Reward against KL over the jobs of a sweep and their checkpoints, next to the best of n answers without training.
 
-python -m rlhf_pipeline stage=evaluate sweep=<a multirun>
-
-As Gao et al. 2022 (arXiv 2210.10760) judge a policy: by the reward that it reaches at a distance from where it began.
+As Gao et al. 2022 (arXiv 2210.10760) judge a policy: by the reward that it reaches at a distance from where it started.
 """
 
 import dataclasses
@@ -19,36 +17,20 @@ import torch
 from numpy.typing import NDArray
 
 from rlhf_pipeline import metrics
-from rlhf_pipeline.atomic import read_jsonl, write_json, write_jsonl
+from rlhf_pipeline.atomic import read_jsonl
 from rlhf_pipeline.checkpoints import fault_of, sealed, step_of
-from rlhf_pipeline.data import fingerprint, load_data, texts
 from rlhf_pipeline.errors import NotFinishedError, UserError
+from rlhf_pipeline.evaluation.comparison import Answers, Trial, draw, figures, measure
+from rlhf_pipeline.evaluation.lineup import PPO_SAMPLING, Contestant
 from rlhf_pipeline.lineage import parent
 from rlhf_pipeline.made import ppo_jobs
 from rlhf_pipeline.policies import Policy, load_policy, lora_config
 from rlhf_pipeline.ppo.actor_critic import with_master_weights
-from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.ppo.storage import WEIGHTS, load_policy_weights
 from rlhf_pipeline.progress import progress
 from rlhf_pipeline.rewards import Reward
-from rlhf_pipeline.rundir import FRONTIER, POINTS, RunDir
-from rlhf_pipeline.settings import Settings
-from rlhf_pipeline.stages.answers import Answers, Trial, draw, measure
-from rlhf_pipeline.stages.common import (
-    HOW_ANSWERS_ARE_DRAWN,
-    check_languages,
-    judges,
-    quiet,
-    sampling_as,
-    say_taken,
-    take_data,
-)
-from rlhf_pipeline.stages.contestants import Contestant
-from rlhf_pipeline.stages.evaluate import load_rewards, prompts_for, response_limits
-from rlhf_pipeline.stages.standings import figures
-from rlhf_pipeline.tables import frontier_table
+from rlhf_pipeline.rundir import RunDir
 
-_BEST_OF = 16  # answers to a prompt that the best of n are estimated from, where evaluate.best_of does not say
 _SHOWN = 8  # prompts whose answers are kept to be looked at
 
 
@@ -59,75 +41,31 @@ class Point(NamedTuple):
     step: int | None  # None: a result that is not the last step's
     where: Path
     job: RunDir
-    began: str  # when the job did: another one may come to be in its place
+    began: str  # when the job started, which tells it from another job in the same place
 
 
 class Start(NamedTuple):
-    """What jobs have in common that began at one policy and are asked the same: one line of the best of n."""
+    """Where jobs started and what they are asked: those that share it share one line of the best of n."""
 
     path: str
     seed: int
-    sampling: tuple[tuple[str, str], ...]  # what of PPO's settings says how answers are drawn, as JSON
+    sampling: tuple[tuple[str, str], ...]  # PPO's settings that say how answers are drawn, as JSON
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """PPO's settings that say how answers are drawn."""
+        return {key: json.loads(value) for key, value in self.sampling}
 
     def key(self, point: Point | None = None) -> str:
-        """What the figures of a policy that began here hang on: its weights, and what it is asked and held against."""
+        """A hash of all that a policy's figures depend on: its weights, and what it is asked and compared with."""
         where = point.where if point else Path(self.path)
         weights = where / WEIGHTS if (where / WEIGHTS).exists() else where
         hashes = [parent(str(place))["sha256"] or str(place) for place in (weights, self.path)]
         return hashlib.sha256(json.dumps([*hashes, self]).encode()).hexdigest()
 
 
-Keys = dict[Point | None, str]  # of the policies that began at one; None is that one, with the best of n of it
+Keys = dict[Point | None, str]  # of the policies with one start; None is the start itself, with its best of n
 Rows = dict[str, dict[str, Any]]  # what was measured, by key
-
-
-def run(settings: Settings, out: RunDir) -> None:
-    """Measure every policy of the sweep that is not measured yet, and the best of n of where each began."""
-    quiet()
-    folder = Path(settings.sweep or "")
-    points = points_of(folder)
-    starts = by_start(points, settings)
-    jobs = list({point.job.path: point.job for own in starts.values() for point in own}.values())
-    rewards = load_rewards(settings, jobs[0])
-    check_judge(settings, jobs)
-    say_taken("sweep", f"{folder}: {sum(map(len, starts.values()))} policies of {len(jobs)} runs")
-    lineage: dict[str, str] = {}
-    for number, (name, reward) in enumerate(rewards.items()):
-        say_taken("reward" if not number else name, reward.name)
-        lineage |= judges(reward, reward.name, f"evaluate.rewards[{number - 1}]" if number else "reward")
-    known: Rows = {row["key"]: row for row in read_jsonl(out.path / POINTS)}
-    keys = {start: {who: start.key(who) for who in (None, *own)} for start, own in starts.items()}
-    about = {"sweep": str(folder), "reward": next(iter(rewards.values())).name}
-    found = {**about, **laid_out(keys, known)}
-    place = out.path / FRONTIER
-    if out.record.get("status") == "done" and place.exists() and json.loads(place.read_text("utf-8")) == found:
-        frontier_table(found)
-        return  # nothing has been made since
-    out.begin(settings, lineage, fingerprint(settings.data, take_data(settings.data, settings.seed)))
-    write_jsonl(out.path / POINTS, known.values())  # without a row that was cut off, to be added to
-    for start, own in keys.items():
-        left = {who: key for who, key in own.items() if key not in known}
-        for row in measured(start, left, starts[start][0].job, rewards, settings) if left else ():
-            known[row["key"]] = row
-            out.add(POINTS, [row])
-            write_json(place, {**about, **laid_out(keys, known)})
-            out.draw()
-    found = {**about, **laid_out(keys, known)}
-    write_json(place, found)
-    coef = jobs[0].config()["trainer"].get("selection_kl_coef", PPOConfig.selection_kl_coef)
-    best = max(found["points"], key=lambda row: row["reward_mean"] - coef * row["kl"])
-    results = {"policies": len(found["points"]), "reward_mean": best["reward_mean"], "kl": best["kl"]}
-    out.trackers.evaluation(out.config(), _as_evaluation(found["points"]))
-    out.finish(results, objective=best["reward_mean"])
-    frontier_table(found)
-
-
-def _as_evaluation(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The policies' figures as stage=evaluate has them, for the trackers."""
-    rows = {f"{row['run']} {row['step'] or 'result'}": row for row in points}
-    floats = {name: {key: x for key, x in row.items() if isinstance(x, float)} for name, row in rows.items()}
-    gains = {name: row["gain"] for name, row in rows.items()}
-    return {"metrics": floats, "paired_gain": gains, "rewards": {}, "extremes": {}, "examples": [], "shown": []}
 
 
 def points_of(folder: Path) -> list[Point]:
@@ -152,28 +90,29 @@ def points_of(folder: Path) -> list[Point]:
             print(f"warning: {name} is {record['status']} and has left no checkpoint, so it is left out", flush=True)
         found += own
     if not found:
-        raise NotFinishedError(f"no job of {folder} has come to a checkpoint or a result yet.")
+        raise NotFinishedError(f"no job of {folder} has a checkpoint or a result yet.")
     return found
 
 
-def by_start(points: Sequence[Point], settings: Settings) -> dict[Start, list[Point]]:
-    """The policies by where they began, how their answers are drawn, and the seed that held out their prompts."""
+def by_start(points: Sequence[Point], data: dict[str, Any], asked: dict[str, Any]) -> dict[Start, list[Point]]:
+    """The policies by where they started, how their answers are drawn, and the seed that held out their prompts.
+
+    `asked` goes over how a job's PPO sampled. A line warns of jobs that learnt from other `data`.
+    """
     found: dict[Start, list[Point]] = {}
     other = set()
     for point in points:
         config, path = point.job.config(), point.job.record["parents"]["policy"]["path"]
         if path.endswith(", untrained"):
-            print(f"warning: {point.run} began at a policy that had learnt nothing, so it is left out", flush=True)
+            print(f"warning: {point.run} started from an untrained policy, so it is left out", flush=True)
             continue
-        if config["data"] != settings.data:
+        if config["data"] != data:
             other.add(point.run)
-        sampling = {key: value for key, value in config["trainer"].items() if key in HOW_ANSWERS_ARE_DRAWN}
-        sampling |= {key: getattr(settings.evaluate, key) for key in ("response_length", "temperature")
-                     if getattr(settings.evaluate, key) is not None}  # fmt: skip
+        sampling = {key: value for key, value in config["trainer"].items() if key in PPO_SAMPLING} | asked
         start = Start(path, config["seed"], tuple(sorted((k, json.dumps(v)) for k, v in sampling.items())))
         found.setdefault(start, []).append(point)
     if not found:
-        raise UserError(f"no job of {settings.sweep} began at a policy that can be measured against.")
+        raise UserError("no job of the sweep started from a policy that can be measured against.")
     if other:
         print(
             f"warning: {', '.join(sorted(other))} learnt from other data settings, and may know the prompts asked here"
@@ -181,25 +120,23 @@ def by_start(points: Sequence[Point], settings: Settings) -> dict[Start, list[Po
     return found
 
 
-def check_judge(settings: Settings, jobs: Sequence[RunDir]) -> None:
-    """Refuse to judge by the reward of one job what others learnt from another; one that none has may judge all."""
+def check_judge(reward: dict[str, Any], jobs: Sequence[RunDir]) -> None:
+    """Refuse to judge by the reward of one job what others learnt from another; a reward that no job has may judge."""
     theirs = {
         f"{job.record['parents'].get('reward', {}).get('path')} {json.dumps(job.config()['reward'])}" for job in jobs
     }
-    own = any(job.config()["reward"] == settings.reward for job in jobs)
-    if own and len(theirs) > 1 and not settings.labelling_reward:
+    if len(theirs) > 1 and any(job.config()["reward"] == reward for job in jobs):
         raise UserError(
-            f"the jobs of {settings.sweep} learnt from different rewards ({'; '.join(sorted(theirs)[:3])}); say which "
+            f"the jobs of the sweep learnt from different rewards ({'; '.join(sorted(theirs)[:3])}); say which "
             "judges all of them: another reward=, or reward.path= with one of these."
         )
 
 
-def measured(
-    start: Start, left: Keys, job: RunDir, rewards: dict[str, Reward], settings: Settings
-) -> Iterator[dict[str, Any]]:
-    """A row for each policy of those that began at one."""
-    most, draws = settings.evaluate.best_of or _BEST_OF, settings.evaluate.bootstrap
-    trial = trial_of(start, job, rewards, dataclasses.replace(settings, seed=start.seed))
+def measured(start: Start, left: Keys, trial: Trial, most: int, draws: int) -> Iterator[dict[str, Any]]:
+    """A row for each policy of those `left` with one start, which is the trial's reference.
+
+    `most` is the largest n of the best of n, `draws` are the resamplings of an interval.
+    """
     with progress((1 + len(left) + (most - 1) * (None in left)) * len(trial.questions), "frontier", "prompt") as bar:
         trial = dataclasses.replace(trial, tick=bar.update)
         own = measure(trial.reference, trial)
@@ -218,55 +155,51 @@ def measured(
 
 
 def laid_out(keys: dict[Start, Keys], known: Rows) -> dict[str, Any]:
-    """What is known so far of where the jobs began, and of their policies in order.
+    """`starts` and `points` of frontier.json: what is known so far, in the order of the jobs.
 
-    A checkpoint that has been deleted since is still what its job came by.
+    A checkpoint that was measured and has been deleted since still counts for its job.
     """
     begun = [known[own[None]] for own in keys.values() if own[None] in known]
     there = {(who.run, who.step): (who, key) for own in keys.values() for who, key in own.items() if who}
-    order = {(run, who.began): place for place, ((run, _), (who, _)) in enumerate(there.items())}
+    places: dict[tuple[str, str], int] = {}
+    for who, _ in there.values():
+        places.setdefault((who.run, who.began), len(places))
     points = [
-        {**known[key], "run": who.run, "step": who.step, "path": str(who.where)}
+        {**known[key], "run": who.run, "step": who.step, "path": str(who.where), "began": who.began}
         for who, key in there.values()
         if key in known
     ]
     firsts = {row["key"] for row in begun}
-    gone = [row for row in known.values() if (row.get("run"), row.get("began")) in order
-            and (row["run"], row["step"]) not in there and row["start"] in firsts]  # fmt: skip
-    places = {run: place for (run, _), place in reversed(order.items())}
-    points = sorted([*points, *gone], key=lambda row: (places[row["run"]], row["step"] or math.inf))
+    points += [row for row in known.values() if (row.get("run"), row.get("began")) in places
+               and (row["run"], row["step"]) not in there and row["start"] in firsts]  # fmt: skip
+    points.sort(key=lambda row: (places[row["run"], row["began"]], row["step"] or math.inf))
     compare_points(points, {row["key"]: row["best_of"] for row in begun})
     return {"starts": begun, "points": points}
 
 
-def trial_of(start: Start, job: RunDir, rewards: dict[str, Reward], settings: Settings) -> Trial:
-    """What the jobs that began at one policy are asked, with that policy as their reference."""
-    policy = _opened(job, start.path, start.seed)
-    asked = {key: json.loads(value) for key, value in start.sampling}
-    sampling, longest, shortest = sampling_as(asked, policy)
-    reference = Contestant("start", policy, sampling)
-    rows = load_data(settings.data, settings.seed)
-    check_languages(next(iter(rewards.values())), policy.tokenizer, texts(rows.test))
-    questions = prompts_for([reference], rows.test, longest, settings)
-    limits = response_limits(shortest, longest, len(questions), start.seed)
-    return Trial(questions, limits, rewards, policy, reference, settings.evaluate.batch_size, start.seed)
+def as_evaluation(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The policies' figures as stage=evaluate has them, for the trackers."""
+    rows = {f"{row['run']} {row['step'] or 'result'}": row for row in points}
+    floats = {name: {key: x for key, x in row.items() if isinstance(x, float)} for name, row in rows.items()}
+    gains = {name: row["gain"] for name, row in rows.items()}
+    return {"metrics": floats, "paired_gain": gains, "rewards": {}, "extremes": {}, "examples": [], "shown": []}
 
 
 def start_row(trial: Trial, own: Answers, most: int) -> dict[str, Any]:
-    """Where jobs began: its figures, and those of the best of up to `most` of its answers."""
+    """Where jobs started: its figures, and those of the best of up to `most` of its answers."""
     values: dict[str, list[list[float]]] = {name: [] for name in trial.rewards}
     for number in range(1, most + 1):
         again = dataclasses.replace(trial, seed=trial.seed + number)
-        said = [text for _, _, _, part in draw(trial.reference, again) for text in part]
+        answers = [text for _, _, _, part in draw(trial.reference, again) for text in part]
         for name, reward in trial.rewards.items():
-            values[name].append([value for part in trial.parts for value in reward(trial.prompts[part], said[part])])
+            values[name].append([value for part in trial.parts for value in reward(trial.prompts[part], answers[part])])
     best = best_of_n({name: np.array(rows).T for name, rows in values.items()}, next(iter(trial.rewards)))
     asked = {"prompts": len(trial.questions), "asked": trial.prompts[:_SHOWN]}
     return {**asked, **_row(own, trial.rewards), "best_of": best}
 
 
 def point_row(point: Point, trial: Trial, own: Answers, start: Start, draws: int) -> dict[str, Any]:
-    """What a policy came to, and what it gained over where it began; `draws` are those of the bootstrap."""
+    """A policy's figures and its gain over where it started; `draws` are the resamplings of an interval."""
     policy = open_point(point, start)
     policy.model.to(trial.first.model.device)
     answers = measure(Contestant(point.run, policy, trial.reference.sampling), trial)
@@ -281,20 +214,20 @@ def point_row(point: Point, trial: Trial, own: Answers, start: Start, draws: int
 def _row(answers: Answers, rewards: dict[str, Reward]) -> dict[str, Any]:
     main, *others = rewards
     by_reward = {name: figures(answers.rewards[name], rewards[name].neutral) for name in rewards}
-    said = zip(answers.responses[:_SHOWN], answers.rewards[main], strict=False)
+    shown = zip(answers.responses[:_SHOWN], answers.rewards[main], strict=False)
     return {
         **by_reward[main],
         **answers.figures,
         "rewards": {name: by_reward[name] for name in others},
-        "answers": [{"response": text, "reward": value} for text, value in said],
+        "answers": [{"response": text, "reward": value} for text, value in shown],
     }
 
 
 def open_point(point: Point, start: Start) -> Policy:
-    """A job's result as it lies there; of a checkpoint the weights that were trained, in the policy it began with."""
+    """A job's result as it lies there; of a checkpoint the weights that were trained, in the policy it started from."""
     if point.where == point.job.model:
-        return _opened(point.job, str(point.where), start.seed)
-    policy = _opened(point.job, start.path, start.seed)
+        return open_policy(point.job, str(point.where), start.seed)
+    policy = open_policy(point.job, start.path, start.seed)
     model: Any = policy.model
     adapter = lora_config(point.job.config()["policy"])
     if adapter:
@@ -306,7 +239,8 @@ def open_point(point: Point, start: Start) -> Policy:
     return Policy(model.merge_and_unload() if adapter else model, policy.tokenizer)
 
 
-def _opened(job: RunDir, where: str, seed: int) -> Policy:
+def open_policy(job: RunDir, where: str, seed: int) -> Policy:
+    """A model of a job, opened with the job's settings, on the accelerator."""
     policy, _ = load_policy({**job.config()["policy"], "lora": None, "quantize": None, "path": where}, None, [], seed)
     policy.model.to("cuda" if torch.cuda.is_available() else "cpu")
     return policy
@@ -336,9 +270,9 @@ def best_of_n(values: dict[str, NDArray[Any]], main: str) -> list[dict[str, Any]
 
 
 def compare_points(points: Sequence[dict[str, Any]], best_of: Mapping[str, Sequence[dict[str, Any]]]) -> None:
-    """Mark the policies that none of those that began with them beats in reward at no more KL.
+    """Mark the policies that no policy with the same start beats in reward at no more KL, and find each one's best_of.
 
-    And say the best of how many answers of where it began each of them is worth.
+    `best_of` is the smallest n whose best of n answers of the start is worth as much.
     """
     for row in points:
         reward, kl = row["reward_mean"], row["kl"]

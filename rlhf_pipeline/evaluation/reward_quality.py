@@ -1,7 +1,7 @@
 """How far a reward can be trusted: measured on prompts and texts that it was not trained on."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,7 +11,9 @@ from rlhf_pipeline import metrics
 from rlhf_pipeline.progress import progress
 from rlhf_pipeline.records import Labelled
 from rlhf_pipeline.scorer import Scorer
-from rlhf_pipeline.stages.comparisons import Comparison
+
+if TYPE_CHECKING:
+    from rlhf_pipeline.stages.comparisons import Comparison
 
 
 def scores(strings: Sequence[str], scorer: Scorer, title: str = "quality") -> torch.Tensor:
@@ -34,7 +36,7 @@ def labelled_quality(rows: Sequence[Labelled], scorer: Scorer) -> dict[str, Any]
     }
 
 
-def preference_quality(rows: Sequence[Comparison], scorer: Scorer) -> dict[str, Any]:
+def preference_quality(rows: Sequence["Comparison"], scorer: Scorer) -> dict[str, Any]:
     """A reward model's: how often, and by how much, it prefers what people preferred. A tie counts as wrong."""
     texts = [row.texts(scorer.tokenizer) for row in rows]
     score = scores([text for row in texts for text in row], scorer)[:, 0].numpy()
