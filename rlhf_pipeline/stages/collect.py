@@ -14,6 +14,9 @@ from rlhf_pipeline.atomic import read_jsonl, write_jsonl
 from rlhf_pipeline.data import fingerprint, texts
 from rlhf_pipeline.encoding import Question, fitting, questions
 from rlhf_pipeline.errors import NotFinishedError, UserError
+from rlhf_pipeline.feedback.candidates import Asker, ids_for
+from rlhf_pipeline.feedback.labeler import rank
+from rlhf_pipeline.feedback.labelling import bring_pulled, note_progress, offer
 from rlhf_pipeline.policies import Policy, load_policy
 from rlhf_pipeline.ppo.config import PPOConfig, make_sampling
 from rlhf_pipeline.processes import agree
@@ -23,10 +26,7 @@ from rlhf_pipeline.rewards import Reward, load_reward, trained_part
 from rlhf_pipeline.rundir import CANDIDATES, CANDIDATES_SO_FAR, LABELS, PROJECT, RunDir
 from rlhf_pipeline.sampling import room_for_prompts
 from rlhf_pipeline.settings import SAMPLING, STAGES, Settings
-from rlhf_pipeline.stages.candidates import Asker, ids_for
 from rlhf_pipeline.stages.common import quiet, say_taken, take_data
-from rlhf_pipeline.stages.labeler import rank
-from rlhf_pipeline.stages.labelling import bring_pulled, offer, settle
 
 _MAKE_POLICIES = ("pretrain", "sft", "ppo")
 
@@ -54,7 +54,7 @@ def run(settings: Settings, out: RunDir) -> None:
             bring_pulled(out)
         except UserError as error:  # it need not be running
             print(f"note: nothing new from Label Studio: {error}", flush=True)
-    settle(settings.collect, out)
+    note_progress(settings.collect, out)
 
 
 def _labeler(settings: Settings, out: RunDir) -> tuple[Reward | None, str]:

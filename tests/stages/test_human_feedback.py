@@ -443,7 +443,7 @@ def test_peoples_labels_are_never_overwritten(
 def test_a_collection_that_was_cut_off_goes_on_to_the_same_candidates(
     with_people: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rlhf_pipeline.stages import candidates
+    from rlhf_pipeline.feedback import candidates
 
     assert command_line("stage=collect", *SMALL) == 0
     collect = with_people / "collect"
