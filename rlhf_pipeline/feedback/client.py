@@ -117,7 +117,9 @@ class LabelStudio:
         if answer.is_redirect:
             raise UserError(f"{self.url} redirects to {answer.headers.get('location')}; set {URL} to that address.")
         if not answer.ok:
-            said = _reason(answer).replace(self._token, "***").replace(header.rpartition(" ")[2] or self._token, "***")
+            said = _reason(answer)
+            for secret in (self._token, *header.split()[1:]):
+                said = said.replace(secret, "***")
             status, hint = answer.status_code, _HINTS.get(answer.status_code, "")
             raise UserError(f"Label Studio at {self.url} answered {status} to {method} {path}: {said}.{hint}")
         try:

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]  # of accelerate's requirements
@@ -55,13 +55,11 @@ def folder_of(runs: Path) -> Path:
 def running(runs: Path) -> LabelStudio:
     """The server of these runs. Its process must be alive, so that no stranger at its port gets the token."""
     home, alive = folder_of(runs), False
-    try:
+    with suppress(FileNotFoundError, KeyError, psutil.Error):
         known = json.loads((home / "server.json").read_text(encoding="utf-8"))
         process = psutil.Process(known["pid"])
         # A clock that is corrected moves this time a little.
         alive = abs(process.create_time() - known["started"]) < 60 and process.status() != psutil.STATUS_ZOMBIE
-    except (FileNotFoundError, KeyError, psutil.Error):
-        pass
     if not alive:
         raise NotFinishedError(
             f"no Label Studio of {runs} is running; start it with labels=serve (make label-studio NAME=<the run>), or "
@@ -161,12 +159,7 @@ def _login(home: Path) -> dict[str, str]:
 
 def _free_port() -> int:
     """Label Studio's own port, or another if that is taken."""
-    for port in (*range(_PORT, _PORT + 20), 0):
-        with socket.socket() as tried:
-            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                tried.bind((_HOST, port))
-            except OSError:
-                continue
+    for port in (_PORT, 0):
+        with suppress(OSError), socket.create_server((_HOST, port)) as tried:
             return int(tried.getsockname()[1])
     raise UserError("no port of this machine is free.")
