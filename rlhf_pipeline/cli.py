@@ -221,7 +221,7 @@ def run_stage(settings: Settings) -> float | None:
         out = out.newest_round()
         alone = out.held() if settings.labels not in ("serve", "push") else contextlib.nullcontext()
         with alone:
-            from rlhf_pipeline.stages.labelling import take  # without torch: this is waited for again and again
+            from rlhf_pipeline.feedback.labelling import take  # without torch: this is waited for again and again
 
             take(settings, out)  # what goes wrong here leaves the collection as it was
         if settings.labels not in ("serve", "push"):

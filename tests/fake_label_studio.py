@@ -56,8 +56,8 @@ class FakeStudio(ThreadingHTTPServer):
     @staticmethod
     def _page(name: str, rows: list[dict[str, Any]], asked: dict[str, list[str]]) -> dict[str, Any]:
         page, size = int(asked["page"][0]), int(asked["page_size"][0])
-        more = "another page" if page * size < len(rows) else None
-        return {name: rows[(page - 1) * size : page * size], "next": more, "total": len(rows)}
+        count = "count" if name == "results" else "total"
+        return {name: rows[(page - 1) * size : page * size], count: len(rows)}
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -15,6 +15,9 @@ from rlhf_pipeline.data import fingerprint, texts
 from rlhf_pipeline.encoding import Question, fitting, questions
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.evaluation.lineup import sampling_as
+from rlhf_pipeline.feedback.candidates import Asker, ids_for
+from rlhf_pipeline.feedback.labeler import rank
+from rlhf_pipeline.feedback.labelling import bring_pulled, note_progress, offer
 from rlhf_pipeline.policies import Policy, load_policy
 from rlhf_pipeline.processes import agree
 from rlhf_pipeline.progress import progress
@@ -23,29 +26,24 @@ from rlhf_pipeline.rewards import Reward, load_reward, trained_part
 from rlhf_pipeline.rundir import CANDIDATES, CANDIDATES_SO_FAR, LABELS, PROJECT, RunDir
 from rlhf_pipeline.sampling import room_for_prompts
 from rlhf_pipeline.settings import SAMPLING, STAGES, Settings
-from rlhf_pipeline.stages.candidates import Asker, ids_for
 from rlhf_pipeline.stages.common import quiet, say_taken, take_data
-from rlhf_pipeline.stages.labeler import rank
-from rlhf_pipeline.stages.labelling import bring_pulled, offer, settle
 
 _MAKE_POLICIES = ("pretrain", "sft", "ppo")
 
 
 def run(settings: Settings, out: RunDir) -> None:
-    """Draw the candidates, unless they are there, then see how far they are labelled."""
+    """Draw the candidates, unless they are there, then note how far they are labelled."""
     quiet()
     reward, judge = _labeler(settings, out)
     if not agree(lambda: (out.path / CANDIDATES).exists() and bool(out.record)):
-        _ask(settings, out, {"labeler": judge} if judge else {})
+        _collect(settings, out, {"labeler": judge} if judge else {})
     elif out.leads:
         out.reopen(settings)
     if not out.leads:
         return
-    rows = read_jsonl(out.path / CANDIDATES)
     if reward is not None:
-        found, agreement = rank(
-            rows, reward, (settings.labeler or {}).get("noise", 0.0), f"{settings.seed} {out.round}"
-        )
+        noise, seed = (settings.labeler or {}).get("noise", 0.0), f"{settings.seed} {out.round}"
+        found, agreement = rank(read_jsonl(out.path / CANDIDATES), reward, noise, seed)
         people = [row for row in read_jsonl(out.path / LABELS) if row.get("source")]
         write_jsonl(out.path / LABELS, found + people)
         print(f"{judge} ranked the answers; {agreement:.1%} of the pairs as it would without noise", flush=True)
@@ -54,7 +52,7 @@ def run(settings: Settings, out: RunDir) -> None:
             bring_pulled(out)
         except UserError as error:  # it need not be running
             print(f"note: nothing new from Label Studio: {error}", flush=True)
-    settle(settings.collect, out)
+    note_progress(settings.collect, out)
 
 
 def _labeler(settings: Settings, out: RunDir) -> tuple[Reward | None, str]:
@@ -68,67 +66,63 @@ def _labeler(settings: Settings, out: RunDir) -> tuple[Reward | None, str]:
         raise type(error)(re.sub(r"\breward(?=[.=])", "labeler", str(error))) from error
 
 
-def _ask(settings: Settings, out: RunDir, judge: dict[str, str]) -> None:
-    """Draw the candidates; a batch of prompts that is finished stays, should the rest be cut off."""
+def _collect(settings: Settings, out: RunDir, judge: dict[str, str]) -> None:
+    """Draw the candidates. Batches of prompts that an earlier run finished are kept."""
     rows = take_data(settings.data, settings.seed)
     policies = _policies(settings, out, texts(rows.train))
     for where in policies:
         say_taken("policy", where)
     parents = {f"policy[{n}]" if n else "policy": where for n, where in enumerate(policies)}
     out.begin(settings, {**parents, **judge}, fingerprint(settings.data, rows))
-    asker, asked = _asker(settings, out, policies, rows.train)
-    kept = _drawn(asker, asked, out)
-    if not out.leads:
-        return
-    if not kept:
-        (out.path / CANDIDATES_SO_FAR).unlink()  # or the advice would be refused as other work
-        raise UserError(
-            f"none of {len(asked)} prompts brought two answers that differ; raise collect.temperatures, or "
-            "collect.similarity."
-        )
-    say_what_lacks(kept, len(asked), settings.collect.answers)
-    offer(out, kept, settings.report.lang)
-    os.replace(out.path / CANDIDATES_SO_FAR, out.path / CANDIDATES)
-
-
-def say_what_lacks(kept: Sequence[dict[str, Any]], prompts: int, answers: int) -> None:
-    """Where a policy repeats itself: how many prompts brought nothing to compare, and how many less than was asked."""
-    few = sum(len(row["answers"]) < answers for row in kept)
-    for count, what in ((prompts - len(kept), "no two"), (few, f"2 or more, but not {answers},")):
-        if count:
-            print(f"{count} of {prompts} prompts brought {what} answers that differ", flush=True)
-
-
-def _asker(
-    settings: Settings, out: RunDir, policies: dict[str, Policy], rows: Sequence[Row]
-) -> tuple[Asker, list[Question]]:
-    """What draws the answers, and the prompts to ask, which are in the words of the first policy."""
-    collect, first = settings.collect, next(iter(policies.values()))
-    room = min(room_for_prompts(policy.model, collect.response_length) for policy in policies.values())
-    every = fitting(questions(rows, first.tokenizer, settings.data, settings.seed), room)
-    everywhere = [q for q in every if all(len(ids_for(policy, first, q)) <= room for policy in policies.values())]
-    if len(everywhere) < len(every):
-        said = f"{len(every) - len(everywhere)} of {len(every)} prompts are too long in another policy's tokens"
-        print(f"warning: {said}, and are left out", flush=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for policy in policies.values():
-        policy.model.to(device).eval()
-    given = {key: getattr(collect, key) for key in SAMPLING}
-    sampling = {where: sampling_as(given, policy).sampling for where, policy in policies.items()}
-    number = out.round or 1
-    return Asker(policies, sampling, collect, f"{settings.seed} {number}"), choose(everywhere, collect.prompts, number)
-
-
-def _drawn(asker: Asker, asked: Sequence[Question], out: RunDir) -> list[dict[str, Any]]:
-    """All candidates; what an earlier run has finished of them is not drawn again."""
-    size = asker.collect.batch_size
+    asker = _asker(settings, out, policies)
+    asked = choose(_prompts(settings, policies, rows.train), settings.collect.prompts, out.round or 1)
+    so_far, size = out.path / CANDIDATES_SO_FAR, settings.collect.batch_size
     kept, begun = agree(lambda: _finished(out, size))
     with progress(len(asked), "collect", "prompt", initial=begun) as bar:
         for part in asker.rows(asked, begun):
             out.add(CANDIDATES_SO_FAR, part)
             kept += part
             bar.update(min(size, len(asked) - bar.n))
-    return kept
+    if not out.leads:
+        return
+    if not kept:
+        so_far.unlink()  # or the advice would be refused as other work
+        raise UserError(
+            f"none of {len(asked)} prompts brought two answers that differ; raise collect.temperatures, or "
+            "collect.similarity."
+        )
+    say_what_lacks(kept, len(asked), settings.collect.answers)
+    offer(out, kept, settings.report.lang)
+    os.replace(so_far, out.path / CANDIDATES)
+
+
+def say_what_lacks(kept: Sequence[dict[str, Any]], prompts: int, answers: int) -> None:
+    """Count the prompts with fewer different answers than asked for: there the policy repeats itself."""
+    few = sum(len(row["answers"]) < answers for row in kept)
+    if none := prompts - len(kept):
+        print(f"{none} of {prompts} prompts brought no two different answers", flush=True)
+    if few:
+        print(f"{few} of {prompts} prompts brought fewer than {answers} different answers", flush=True)
+
+
+def _asker(settings: Settings, out: RunDir, policies: dict[str, Policy]) -> Asker:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    given = {key: getattr(settings.collect, key) for key in SAMPLING}
+    sampling = {where: sampling_as(given, policy).sampling for where, policy in policies.items()}
+    for policy in policies.values():
+        policy.model.to(device).eval()
+    return Asker(policies, sampling, settings.collect, f"{settings.seed} {out.round or 1}")
+
+
+def _prompts(settings: Settings, policies: dict[str, Policy], rows: Sequence[Row]) -> list[Question]:
+    """The prompts, in the words of the first policy, that leave room for an answer in every policy's positions."""
+    first, length = next(iter(policies.values())), settings.collect.response_length
+    room = min(room_for_prompts(policy.model, length) for policy in policies.values())
+    every = fitting(questions(rows, first.tokenizer, settings.data, settings.seed), room)
+    fit = [q for q in every if all(len(ids_for(policy, first, q)) <= room for policy in policies.values())]
+    if left_out := len(every) - len(fit):
+        print(f"warning: {left_out} of {len(every)} prompts are too long for another policy: left out", flush=True)
+    return fit
 
 
 def _finished(out: RunDir, size: int) -> tuple[list[dict[str, Any]], int]:
@@ -143,17 +137,16 @@ def _finished(out: RunDir, size: int) -> tuple[list[dict[str, Any]], int]:
 def _policies(settings: Settings, out: RunDir, strings: Sequence[str]) -> dict[str, Policy]:
     """Who answers, by where each came from: those of `collect.policies`, else the newest that the run has made."""
     found: dict[str, Policy] = {}
-    first_round = (out.round or 1) == 1
     names = [name for name in settings.collect.policies if not (out.round == 1 and name == "ppo")]
     if len(names) < len(settings.collect.policies):
         print("note: collect.policies names ppo, which there is from round 2 on", flush=True)
-    for name in names or ["" if first_round else "ppo"]:
+    for name in names or ["ppo" if (out.round or 1) > 1 else ""]:
         choice, upstream = settings.policy, None
         if not name:
-            upstream = out.upstream("sft", "pretrain", policy=settings.policy)
+            upstream = out.upstream("sft", "pretrain", policy=choice)
         elif name in _MAKE_POLICIES:
             before = out.in_round(out.round - 1) if out.round and name == "ppo" else out
-            upstream = before.upstream(name, policy=settings.policy)
+            upstream = before.upstream(name, policy=choice)
             if upstream is None:
                 raise NotFinishedError(f"{before.runs / before.name} has no {name} to be asked; make it first.")
             choice = {**choice, "path": None}  # it was chosen by hand for what came before
@@ -161,7 +154,7 @@ def _policies(settings: Settings, out: RunDir, strings: Sequence[str]) -> dict[s
             takes = ", ".join(_MAKE_POLICIES)
             raise UserError(f"collect.policies names {name}, which makes no policy; it takes {takes}, and paths.")
         else:
-            choice = {**settings.policy, "path": name}
+            choice = {**choice, "path": name}
         policy, where = load_policy(choice, upstream, strings, settings.seed)
         if where.endswith(", untrained"):
             raise NotFinishedError("there is no policy to answer yet; run stage=sft first, or give policy.path=.")
@@ -170,9 +163,9 @@ def _policies(settings: Settings, out: RunDir, strings: Sequence[str]) -> dict[s
 
 
 def choose(every: Sequence[Question], count: int, number: int) -> list[Question]:
-    """`count` prompts for round `number`, which goes on where the one before ended; those that are alike once.
+    """`count` different prompts for round `number`, which goes on where the round before ended.
 
-    Where there are fewer, the first ones are asked again, for other answers.
+    If there are too few, the first ones are asked again, for other answers.
     """
     different = list({repr(question.prompt): question for question in every}.values())
     if not different:
@@ -182,7 +175,5 @@ def choose(every: Sequence[Question], count: int, number: int) -> list[Question]
         )
     first = (number - 1) * count
     if len(different) < first + count:
-        print(
-            f"the data has {len(different)} different prompts, so some are asked again, for other answers", flush=True
-        )
+        print(f"the data has {len(different)} different prompts: some are asked again, for other answers", flush=True)
     return [different[place % len(different)] for place in range(first, first + count)]

@@ -19,8 +19,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from rlhf_pipeline.feedback.label_studio import connect, pull, push
+from rlhf_pipeline.feedback.page import labeling_config
 from rlhf_pipeline.formats import read_judgements
-from rlhf_pipeline.label_studio import labeling_config, pull, push
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="there is no playwright; make test-label-studio has it")
 
@@ -289,7 +290,7 @@ def test_nothing_left_this_machine_and_no_answer_ran(annotator: Annotator) -> No
 
 
 def test_nothing_is_imported_twice(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
-    push(served.runs / "ranks" / "collect", "ranks", served.runs)
+    push(connect(served.runs), served.runs / "ranks" / "collect", "ranks")
     assert "0 tasks added, 5 were there" in capsys.readouterr().out
 
 

@@ -201,15 +201,16 @@ def test_more_rounds_go_on_from_those_that_are_done(
     assert said.count("by round; reward: length") == 1  # nothing is new of the others
 
 
-def fill_in(sheet: Path, ranks: list[str], rows: int | None = None) -> None:
-    """Give the first rows of a sheet the same ranks, as a person in a spreadsheet."""
+def fill_in(sheet: Path, ranks: list[str], first: int = 1, end: int | None = None) -> Path:
+    """Give the rows from `first`, up to but not `end`, of a sheet the same ranks, as a person in a spreadsheet."""
     with sheet.open(encoding="utf-8-sig", newline="") as file:
         table = list(csv.reader(file))
-    first = table[0].index("rank1")
-    for row in table[1 : None if rows is None else rows + 1]:
-        row[first : first + len(ranks)] = ranks
+    at = table[0].index("rank1")
+    for row in table[first:end]:
+        row[at : at + len(ranks)] = ranks
     with sheet.open("w", encoding="utf-8-sig", newline="") as file:
         csv.writer(file).writerows(table)
+    return sheet
 
 
 def test_a_pipeline_waits_for_people_and_goes_on_from_there(
@@ -226,7 +227,7 @@ def test_a_pipeline_waits_for_people_and_goes_on_from_there(
     assert record(collect)["status"] == "waiting"
     candidates = (collect / "candidates.jsonl").read_bytes()
 
-    fill_in(collect / "sheet.csv", ["2", "1", "3", "3"], rows=5)
+    fill_in(collect / "sheet.csv", ["2", "1", "3", "3"], end=6)
     assert command_line("stage=pipeline", *SMALL, "collect.enough=0.75") == 2
     said = capsys.readouterr()
     assert "sheet.csv has been filled in; it counts once labels= brings it in" in said.out
@@ -240,7 +241,7 @@ def test_a_pipeline_waits_for_people_and_goes_on_from_there(
     )
     assert "has been filled in" not in said.out
 
-    fill_in(collect / "sheet.csv", ["2", "1", "3", "3"], rows=9)
+    fill_in(collect / "sheet.csv", ["2", "1", "3", "3"], end=10)
     assert command_line("stage=collect", "name=human_feedback", f"labels={collect / 'sheet.csv'}") == 0
     assert command_line("stage=pipeline", *SMALL, "collect.enough=0.75") == 0
     assert (collect / "candidates.jsonl").read_bytes() == candidates
@@ -283,25 +284,17 @@ def test_two_sheets_are_two_annotators_and_one_sheet_twice_is_one(
     assert record(collect)["results"]["contradictions"] == 12
 
 
-def label_some(collect: Path, sheet: Path, ranks: list[str], first: int, last: int) -> Path:
+def label_some(collect: Path, sheet: Path, ranks: list[str], first: int, end: int) -> Path:
     """A person's copy of the sheet with some of its rows filled in."""
     sheet.parent.mkdir(exist_ok=True)
-    shutil.copy(collect / "sheet.csv", sheet)
-    with sheet.open(encoding="utf-8-sig", newline="") as file:
-        table = list(csv.reader(file))
-    at = table[0].index("rank1")
-    for row in table[first:last]:
-        row[at : at + len(ranks)] = ranks
-    with sheet.open("w", encoding="utf-8-sig", newline="") as file:
-        csv.writer(file).writerows(table)
-    return sheet
+    return fill_in(Path(shutil.copy(collect / "sheet.csv", sheet)), ranks, first, end)
 
 
 def test_sheets_of_one_name_do_not_take_each_others_place(with_people: Path, command_line: CommandLine) -> None:
     assert command_line("stage=collect", *SMALL) == 0
     collect, home = with_people / "collect", with_people.parent.parent
-    for who, first, last in (("anna", 1, 8), ("bo", 5, 13), ("anna", 1, 7)):  # she takes one back
-        sheet = label_some(collect, home / who / "sheet.csv", ["1", "2", "3", "4"], first, last)
+    for who, first, end in (("anna", 1, 8), ("bo", 5, 13), ("anna", 1, 7)):  # she takes one back
+        sheet = label_some(collect, home / who / "sheet.csv", ["1", "2", "3", "4"], first, end)
         assert command_line("stage=collect", "name=human_feedback", f"labels={sheet}") == 0
     people = [(row["annotator"], Path(row["source"]).parent.name) for row in read_jsonl(collect / "labels.jsonl")]
     assert people.count(("sheet", "anna")) == 6
@@ -328,7 +321,7 @@ def test_a_sheet_that_was_begun_is_not_overwritten(
 ) -> None:
     assert command_line("stage=collect", *SMALL) == 0
     assert command_line("stage=collect", *SMALL, "collect.answers=3", "overwrite=true") == 0  # nobody has begun
-    fill_in(with_people / "collect" / "sheet.csv", ["1", "2", "3"], rows=1)
+    fill_in(with_people / "collect" / "sheet.csv", ["1", "2", "3"], end=2)
     assert command_line("stage=collect", *SMALL, "overwrite=true") == 2
     assert "sheet.csv has been filled in" in capsys.readouterr().err
 
@@ -443,7 +436,7 @@ def test_peoples_labels_are_never_overwritten(
 def test_a_collection_that_was_cut_off_goes_on_to_the_same_candidates(
     with_people: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rlhf_pipeline.stages import candidates
+    from rlhf_pipeline.feedback import candidates
 
     assert command_line("stage=collect", *SMALL) == 0
     collect = with_people / "collect"

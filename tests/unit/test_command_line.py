@@ -485,5 +485,5 @@ def test_without_posix_what_needs_none_runs_and_the_rest_says_so_in_one_line(wor
     (folder / "run.json").write_text('{"stage": "collect", "status": "waiting"}')
     served = call("stage=collect", "labels=serve")
     assert served.returncode == 2
-    assert served.stderr.startswith("error: labels=serve starts Label Studio on Linux and macOS (on Windows: in WSL).")
+    assert served.stderr.startswith("error: there is no .venv-label-studio/bin/label-studio; install Label Studio")
     assert served.stderr.count("\n") == 1

@@ -1,6 +1,5 @@
 """Label Studio: the labelling config, and the client and our own server with a stand-in on loopback."""
 
-import fcntl
 import json
 import os
 import signal
@@ -23,10 +22,12 @@ from loopback import answering
 
 from rlhf_pipeline.atomic import read_jsonl
 from rlhf_pipeline.errors import NotFinishedError, UserError
-from rlhf_pipeline.label_studio import LabelStudio, labeling_config, pull, push, serve
-from rlhf_pipeline.label_studio.server import folder_of, running, started
+from rlhf_pipeline.feedback import labelling
+from rlhf_pipeline.feedback.client import LabelStudio
+from rlhf_pipeline.feedback.label_studio import connect, pull, push, serve
+from rlhf_pipeline.feedback.page import labeling_config
+from rlhf_pipeline.feedback.server import folder_of, running, started
 from rlhf_pipeline.rundir import RunDir
-from rlhf_pipeline.stages import labelling
 
 PERSONAL = "eyJhbGciOiJIUzI1NiJ9.eyJ1c2VyX2lkIjoiMSJ9.signature"
 
@@ -94,13 +95,13 @@ def test_the_server_is_told_from_silence_and_from_something_else(fake: FakeStudi
     fake.wrong = (200, "{}")
     with pytest.raises(UserError, match="is not Label Studio"):
         studio.check()
-    with pytest.raises(NotFinishedError, match=r"no Label Studio answers at http://127.0.0.1:9; start one with: make"):
+    with pytest.raises(NotFinishedError, match=r"no Label Studio answers at http://127.0.0.1:9.*start one with: make"):
         LabelStudio("http://127.0.0.1:9", TOKEN).check()
 
 
 @pytest.mark.parametrize("url", ["", "127.0.0.1:8080", "ftp://a", "http://user:word@a", "http://[", "http://"])
 def test_an_address_that_is_none_is_refused(url: str) -> None:
-    with pytest.raises(UserError, match="no plain http") as refusal:
+    with pytest.raises(UserError, match="not a plain http") as refusal:
         LabelStudio(url, TOKEN)
     assert "word" not in str(refusal.value)
 
@@ -124,7 +125,6 @@ def test_a_project_is_made_once_and_follows_its_config(fake: FakeStudio, studio:
     assert studio.project("demo", "ours", "<View></View>", annotators=2) == 251
     assert fake.projects[250]["maximum_annotations"] == 2
     assert fake.projects[250]["enable_empty_annotation"] is False
-    assert studio.address(251) == f"{fake.url}/projects/251/data?labeling=1"
 
 
 def test_tasks_are_never_imported_twice(fake: FakeStudio, studio: LabelStudio) -> None:
@@ -144,14 +144,11 @@ def test_export_has_what_was_labelled_and_what_was_skipped(fake: FakeStudio, stu
     assert [task["data"]["task"] for task in studio.export(project)] == ["task0", "task2"]
 
 
-def test_a_personal_access_token_is_exchanged_and_renewed(fake: FakeStudio) -> None:
+def test_a_personal_access_token_is_exchanged_and_never_outlives_its_minutes(fake: FakeStudio) -> None:
     studio = LabelStudio(fake.url, PERSONAL)
-    studio.check()
-    studio.check()
-    assert fake.asked.count("POST /api/token/refresh") == 1
+    assert studio.check()["id"] == 1
     fake.accepted.discard(f"Bearer {ACCESS}")  # its minutes are over
-    studio.check()
-    assert fake.asked.count("POST /api/token/refresh") == 2
+    assert studio.check()["id"] == 1
 
 
 def test_neither_netrc_nor_a_proxy_comes_between(
@@ -167,21 +164,13 @@ def test_neither_netrc_nor_a_proxy_comes_between(
 @pytest.mark.parametrize(
     ("status", "text", "said"),
     [
-        (401, '{"detail": "Invalid token."}', r"refuses the token \(401\).*LABEL_STUDIO_API_KEY"),
-        (403, "", r"refuses the token \(403\)"),
-        (
-            404,
-            '{"detail": "No Project matches"}',
-            "has nothing at /api/projects/7 .No Project matches.; has the project",
-        ),
-        (
-            400,
-            '{"detail": "v", "validation_errors": {"title": ["too short"]}}',
-            r'answered 400 .*"title": ."too short"',
-        ),
+        (401, '{"detail": "Invalid token."}', r"answered 401 .*Invalid token.*LABEL_STUDIO_API_KEY"),
+        (403, "", r"answered 403 .*LABEL_STUDIO_API_KEY"),
+        (404, '{"detail": "No Project matches"}', "404 .*/api/projects/7: No Project matches.*deleted"),
+        (400, '{"detail": "v", "validation_errors": {"title": ["too short"]}}', r'400 .*"title": ."too short"'),
         (500, "<html>", "answered 500 to GET /api/projects/7: Internal Server Error"),
         (500, f'"it said {TOKEN}"', r"it said \*\*\*"),
-        (302, "https://labels.example.org/x", "sends one on to https://labels.example.org/x; set LABEL_STUDIO_URL"),
+        (302, "https://labels.example.org/x", "to https://labels.example.org/x; set LABEL_STUDIO_URL"),
     ],
 )
 def test_what_goes_wrong_is_said_without_the_token(
@@ -205,9 +194,13 @@ def test_push_and_pull_with_a_server_of_ones_own(
         pull(folder, tmp_path)
     monkeypatch.setenv("LABEL_STUDIO_URL", fake.url)
     with pytest.raises(UserError, match="LABEL_STUDIO_API_KEY is not"):
-        push(folder, "demo", tmp_path)
+        push(connect(tmp_path), folder, "demo")
     monkeypatch.setenv("LABEL_STUDIO_API_KEY", TOKEN)
-    assert push(folder, "demo", tmp_path) == push(folder, "demo", tmp_path) == f"{fake.url}/projects/1/data?labeling=1"
+    assert (
+        push(connect(tmp_path), folder, "demo")
+        == push(connect(tmp_path), folder, "demo")
+        == f"{fake.url}/projects/1/data?labeling=1"
+    )
     assert "3 tasks added, 0 were there" in (printed := capsys.readouterr().out)
     assert "0 tasks added, 3 were there" in printed
     known = json.loads((folder / "project.json").read_text())
@@ -221,11 +214,11 @@ def test_push_and_pull_with_a_server_of_ones_own(
     with pytest.raises(UserError, match="is another one by now"):
         pull(folder, tmp_path)
     monkeypatch.setenv("LABEL_STUDIO_URL", "http://user:word@elsewhere")
-    with pytest.raises(UserError, match="LABEL_STUDIO_URL names another server") as refusal:
+    with pytest.raises(UserError, match=r"are at http://127.0.0.1:\d+; set LABEL_STUDIO_URL") as refusal:
         pull(folder, tmp_path)
     assert "word" not in str(refusal.value)
     monkeypatch.delenv("LABEL_STUDIO_URL")
-    with pytest.raises(UserError, match=r"are at http://127.0.0.1:\d+, and LABEL_STUDIO_URL is not set"):
+    with pytest.raises(UserError, match=r"are at http://127.0.0.1:\d+; set LABEL_STUDIO_URL"):
         pull(folder, tmp_path)
 
 
@@ -237,7 +230,7 @@ def test_titles_are_of_the_lengths_that_are_allowed(
 ) -> None:
     monkeypatch.setenv("LABEL_STUDIO_URL", fake.url)
     monkeypatch.setenv("LABEL_STUDIO_API_KEY", TOKEN)
-    push(collected(tmp_path, name), name, tmp_path)
+    push(connect(tmp_path), collected(tmp_path, name), name)
     assert fake.projects[0]["title"] == title
     assert name in fake.projects[0]["description"]
 
@@ -272,7 +265,7 @@ def test_a_label_that_is_taken_back_is_gone_and_one_port_is_as_good_as_another(
 
 
 def test_fetching_labels_needs_no_torch() -> None:
-    code = "import sys; import rlhf_pipeline.cli, rlhf_pipeline.stages.labelling; "
+    code = "import sys; import rlhf_pipeline.cli, rlhf_pipeline.feedback.labelling; "
     code += "sys.exit(', '.join({'torch', 'transformers', 'trl', 'datasets'} & {*sys.modules}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr == "\n"
@@ -301,12 +294,14 @@ def test_our_server_keeps_its_secrets_and_ends_with_us(
         running(runs)
     logins = []
     for _ in range(2):  # the second time with the login of the first
-        with started(runs) as process:
+        with started(runs) as (studio, process):
             assert process is not None
+            assert studio.check()["id"] == 1
             logins.append(json.loads((home / "login.json").read_text()))
             assert running(runs).check()["id"] == 1
-            with started(runs) as second:
+            with started(runs) as (_, second):
                 assert second is None
+            assert process.poll() is None
         assert process.poll() is not None
         with pytest.raises(NotFinishedError):
             running(runs)
@@ -332,7 +327,7 @@ def test_our_server_keeps_its_secrets_and_ends_with_us(
 @contextmanager
 def serving(folder: Path, runs: Path) -> Iterator[tuple[subprocess.Popen[str], int, str]]:
     """`serve` in a process of its own, the number of the server's, and what it printed until all was ready."""
-    code = "import sys; from pathlib import Path; from rlhf_pipeline.label_studio import serve; "
+    code = "import sys; from pathlib import Path; from rlhf_pipeline.feedback.label_studio import serve; "
     code += "serve(Path(sys.argv[1]), 'demo', Path(sys.argv[2]))"
     call = [sys.executable, "-c", code, str(folder), str(runs)]
     with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -362,26 +357,34 @@ def test_serve_brings_the_tasks_and_says_where_to_go(command: Path, tmp_path: Pa
     assert error.strip().endswith("KeyboardInterrupt")  # which the command line knows
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it lives on")
-def test_our_server_does_not_outlive_us_when_we_are_killed(command: Path, tmp_path: Path) -> None:
-    with serving(collected(tmp_path), tmp_path) as (process, server, _):
-        process.kill()
-        process.wait()
-        _await_end(server)
-
-
-def test_a_server_is_found_as_long_as_it_lives_and_no_longer(command: Path, tmp_path: Path) -> None:
+def test_a_server_that_outlived_us_is_used_and_said(
+    command: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = collected(tmp_path)
     with serving(folder, tmp_path) as (process, server, _):
+        process.kill()
+        process.wait()
+        serve(folder, "demo", tmp_path)
+        assert f"running already; end it where it was started, or with: kill {server}" in capsys.readouterr().out
         assert pull(folder, tmp_path) == []
-        process.send_signal(signal.SIGSTOP)  # or it would clear up
         os.kill(server, signal.SIGKILL)
         _await_end(server)
         assert (folder_of(tmp_path) / "server.json").exists()
-        process.kill()
-        process.wait()
         with pytest.raises(NotFinishedError, match="is running; start it"):
             pull(folder, tmp_path)
+
+
+def test_the_token_goes_to_no_stranger_at_the_servers_port(fake: FakeStudio, tmp_path: Path) -> None:
+    folder, home = collected(tmp_path), folder_of(tmp_path)
+    home.mkdir()
+    (home / "login.json").write_text(json.dumps({"token": TOKEN}))
+    project = {"url": fake.url, "project": 1, "mark": "ours", "local": True}
+    (folder / "project.json").write_text(json.dumps(project))
+    for known in ({"pid": os.getpid()}, {"pid": os.getpid(), "started": 1e9}, {"pid": 2**22 + 1, "started": 1e9}):
+        (home / "server.json").write_text(json.dumps({"url": fake.url, **known}))
+        with pytest.raises(NotFinishedError, match="is running; start it"):
+            pull(folder, tmp_path)
+    assert fake.asked == []
 
 
 def _await_end(number: int) -> None:
@@ -392,20 +395,22 @@ def _await_end(number: int) -> None:
         time.sleep(0.05)
 
 
-def test_who_waits_for_anothers_start_is_told_and_told_where_it_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = collected(tmp_path)
-    home = folder_of(tmp_path)
-    home.mkdir()
-    with (home / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        ends = threading.Timer(1.0, lambda: fcntl.flock(lock, fcntl.LOCK_UN))  # without having come up
-        ends.start()
-        with pytest.raises(NotFinishedError, match="is running; start it"):
-            serve(folder, "demo", tmp_path)
-        ends.join()
-    assert "being started elsewhere; waiting for it" in capsys.readouterr().out
+def test_of_two_that_serve_at_once_one_starts_and_the_other_waits_for_it(command: Path, tmp_path: Path) -> None:
+    seen: list[bool] = []
+    both = threading.Barrier(2, timeout=60)
+
+    def use() -> None:
+        with started(tmp_path) as (studio, process):
+            seen.append(process is not None)
+            studio.check()
+            both.wait()
+
+    threads = [threading.Thread(target=use) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(seen) == [False, True]
 
 
 def test_serve_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

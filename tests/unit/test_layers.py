@@ -13,7 +13,7 @@ LAYERS = [
      "checkpoints", "reward_model", "labels", "limits", "lineage", "adapters"],
     ["likelihood", "formats", "templates", "scorer", "own_code", "report", "trackers"],
     ["data", "policies", "rewards", "static_sampling", "plan"], ["encoding"], ["settings"], ["cards"], ["rundir"],
-    ["tables", "ppo", "label_studio", "made", "publish", "together"], ["evaluation"], ["frontier"],
+    ["tables", "ppo", "made", "publish", "together"], ["evaluation", "feedback"], ["frontier"],
     ["stages"], ["plain_words", "arguments"], ["summary", "jobs"], ["rounds", "sweeps"], ["cli", "plugins"],
 ]  # fmt: skip
 

@@ -1,4 +1,7 @@
-"""Labels of what stage=collect has asked for: to where people give them, and back again."""
+"""Labels of what stage=collect has asked for: to where people give them, and back again.
+
+Loads no torch: people wait for it again and again.
+"""
 
 import dataclasses
 import json
@@ -7,19 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline import labels
 from rlhf_pipeline.atomic import read_jsonl, write_atomic, write_json, write_jsonl
 from rlhf_pipeline.errors import NotFinishedError, UserError
+from rlhf_pipeline.feedback.label_studio import connect, pull, push, serve
+from rlhf_pipeline.feedback.page import labeling_config
 from rlhf_pipeline.formats import read_judgements
 from rlhf_pipeline.formats.tasks import label_studio_tasks, sheet
-from rlhf_pipeline.label_studio import labeling_config, pull, push, serve
+from rlhf_pipeline.labels import settle
 from rlhf_pipeline.records import Judgement, Prompt, Turn
 from rlhf_pipeline.rundir import CANDIDATES, LABELS, PROJECT, RunDir
 from rlhf_pipeline.settings import Collection, Settings
 
 REJECTED, SKIPPED, EXPORT = "rejected.jsonl", "skipped.jsonl", "export.json"
-# Of a collection, what may be said anew once it is there.
-_ANEW = ("annotators", "enough")
 
 
 def prompt_of(row: dict[str, Any]) -> Prompt:
@@ -38,7 +40,7 @@ def offer(out: RunDir, rows: Sequence[dict[str, Any]], lang: str) -> None:
 
 
 def take(settings: Settings, out: RunDir) -> None:
-    """What `labels=` asks for: labels brought in, or the tasks to where people label them."""
+    """What `labels=` asks for: bring labels in, or the tasks to where people label them."""
     if not (out.path / CANDIDATES).exists():
         raise NotFinishedError(f"{out.path} has no {CANDIDATES} yet; run stage=collect without labels= first.")
     collect = recorded(settings.collect, out)
@@ -48,31 +50,33 @@ def take(settings: Settings, out: RunDir) -> None:
         except KeyboardInterrupt:  # the way to end it
             print("\nLabel Studio has ended; its labels are kept.", flush=True)
     elif settings.labels == "push":
-        print(f"tasks    {push(out.path, out.name, out.runs, collect.annotators)}", flush=True)
+        print(f"tasks    {push(connect(out.runs), out.path, out.name, collect.annotators)}", flush=True)
         print("labels=pull fetches what is labelled", flush=True)
     else:
         if settings.labels == "pull":
             bring_pulled(out)
         else:
-            _bring(out, Path(str(settings.labels)).expanduser())
+            path = Path(str(settings.labels)).expanduser()
+            _bring(out, path, str(path.resolve()))
         out.reopen(dataclasses.replace(settings, collect=collect))
-        settle(collect, out)
+        note_progress(collect, out)
 
 
 def recorded(now: Collection, out: RunDir) -> Collection:
-    """The collection as it was made, but for what may be said anew and has been."""
+    """The collection as it was made, with `annotators` and `enough` as they are now if they are set."""
     known = out.config().get("collect") or {}
-    said = {key: getattr(now, key) for key in _ANEW if getattr(now, key) != getattr(Collection(), key)}
-    return Collection(**{**known, **said})
+    new = {
+        key: getattr(now, key) for key in ("annotators", "enough") if getattr(now, key) != getattr(Collection(), key)
+    }
+    return Collection(**{**known, **new})
 
 
 def bring_pulled(out: RunDir) -> None:
-    """Add what has been labelled in Label Studio so far."""
-    tasks = pull(out.path, out.runs)
+    """Add what has been labelled in Label Studio so far; what has been taken back there is dropped."""
+    tasks, path = pull(out.path, out.runs), out.path / EXPORT
     known = json.loads((out.path / PROJECT).read_text(encoding="utf-8"))
     # Our own server may be at another port the next time, with the same labels.
-    where = "label_studio" if known.get("local") else known["url"]
-    source = f"{where}/projects/{known['project']}"
+    source = f"{'label_studio' if known.get('local') else known['url']}/projects/{known['project']}"
     notes = [(task, note) for task in tasks for note in task.get("annotations") or []]
     skips = [
         {"task": (task.get("data") or {}).get("task"), "annotator": str(note.get("completed_by")), "source": source}
@@ -80,35 +84,18 @@ def bring_pulled(out: RunDir) -> None:
         if note.get("was_cancelled")
     ]
     write_jsonl(out.path / SKIPPED, [row for row in read_jsonl(out.path / SKIPPED) if row["source"] != source] + skips)
+    write_json(path, tasks)
     if len(skips) < len(notes):
-        write_json(out.path / EXPORT, tasks)
-        _bring(out, out.path / EXPORT, source)
+        _bring(out, path, source)
     else:
-        _forget(out, source)
+        _replace(out, path, source, [], [])
 
 
-def _forget(out: RunDir, source: str) -> None:
-    """Drop what was labelled in Label Studio before: there it has been taken back."""
-    (out.path / EXPORT).unlink(missing_ok=True)
-    for name, key, gone in ((LABELS, "source", source), (REJECTED, "file", str(out.path / EXPORT))):
-        kept = [row for row in read_jsonl(out.path / name) if row.get(key) != gone]
-        if kept:
-            write_jsonl(out.path / name, kept)
-        else:
-            (out.path / name).unlink(missing_ok=True)
-
-
-def _bring(out: RunDir, path: Path, source: str = "") -> None:
-    """Add a file's labels to `labels.jsonl`.
-
-    They take the place of what came from the same source, and of what the same annotator said of the same task: it is
-    all that people said which counts, so nothing else is touched.
-    """
+def _bring(out: RunDir, path: Path, source: str) -> None:
+    """Add a file's labels to `labels.jsonl`; those that are not of this run's candidates are set aside."""
     found = read_judgements(path)
-    source = source or str(path.resolve())
     tasks = {row["task"]: row for row in read_jsonl(out.path / CANDIDATES)}
-    there = read_jsonl(out.path / LABELS)
-    others = {row["annotator"] for row in there if row.get("source") != source}
+    others = {row["annotator"] for row in read_jsonl(out.path / LABELS) if row.get("source") != source}
     # Everybody's sheet is called sheet.csv.
     unnamed = path.stem if path.stem not in others else f"{path.resolve().parent.name}/{path.stem}"
     new, rejected = [], list(found.rejected)
@@ -125,18 +112,27 @@ def _bring(out: RunDir, path: Path, source: str = "") -> None:
     if not new:
         whys = "; ".join(sorted({row["why"] for row in rejected})[:3])
         raise UserError(f"{path} labels none of the tasks in {out.path / CANDIDATES} ({whys}).")
+    _replace(out, path, source, new, rejected)
+
+
+def _replace(out: RunDir, path: Path, source: str, new: list[dict[str, Any]], rejected: list[dict[str, Any]]) -> None:
+    """Put new labels in the place of those from the same source, and of the same annotator's on the same task."""
     said = {(row["task"], row["annotator"]) for row in new}
-    kept = [row for row in there if row.get("source") != source and (row["task"], row["annotator"]) not in said]
+    labels = [row for row in read_jsonl(out.path / LABELS) if row.get("source") != source]
+    kept = [row for row in labels if (row["task"], row["annotator"]) not in said]
     set_aside = [row for row in read_jsonl(out.path / REJECTED) if row["file"] != str(path)]
-    write_jsonl(out.path / LABELS, kept + new)
-    write_jsonl(out.path / REJECTED, set_aside + rejected)
+    for name, rows in ((LABELS, kept + new), (REJECTED, set_aside + rejected)):
+        if rows:
+            write_jsonl(out.path / name, rows)
+        else:
+            (out.path / name).unlink(missing_ok=True)
 
 
 def label_row(row: dict[str, Any], judgement: Judgement) -> dict[str, Any] | None:
-    """A judgement as a row of `labels.jsonl`: the answers are the candidates' own, as they were sampled.
+    """A judgement as a row of `labels.jsonl`, with the answers as they were sampled.
 
-    None where an answer is none of them. Blanks do not count, which a spreadsheet changes; where it changed more of
-    some answers ("007" to "7"), the others must stand in their places.
+    None if it has an answer that the candidates have not. Spreadsheets change blanks, which do not count, and numbers
+    ("007" to "7"): then all other answers must stand in their places.
     """
     shown = label_studio_tasks([row], [prompt_of(row)])[0]["data"]
     names = [_blanks(shown[answer["id"]]) for answer in row["answers"]]
@@ -160,23 +156,19 @@ def _blanks(text: str) -> str:
     return " ".join(text.split())
 
 
-def settle(collect: Collection, out: RunDir) -> None:
-    """Note how far the candidates are labelled, and whether that is enough to go on. A skip is a word too."""
+def note_progress(collect: Collection, out: RunDir) -> None:
+    """Finish the stage with how far the candidates are labelled: done if that is enough to go on, else waiting."""
     tasks = {row["task"] for row in read_jsonl(out.path / CANDIDATES)}
     rows = read_jsonl(out.path / LABELS)
     people: dict[str, set[str]] = defaultdict(set)
-    for row in rows + read_jsonl(out.path / SKIPPED):
+    for row in rows + read_jsonl(out.path / SKIPPED):  # a skip is an answer too
         people[row["task"]].add(row["annotator"])
     by_people = any(row.get("source") for row in rows)
     through = {task for task in tasks if len(people[task]) >= (collect.annotators if by_people or not rows else 1)}
     labelled = through & {row["task"] for row in rows}
-    results: dict[str, Any] = {
-        "prompts": len(tasks),
-        "labelled": len(labelled),
-        "skipped": len(through - labelled),
-    }
+    results: dict[str, Any] = {"prompts": len(tasks), "labelled": len(labelled), "skipped": len(through - labelled)}
     if rows:
-        results |= labels.settle(read_judgements(out.path / LABELS).judgements)[1]
+        results |= settle(read_judgements(out.path / LABELS).judgements)[1]
     results["rejected"] = len(read_jsonl(out.path / REJECTED))
     enough = labelled and len(through) >= collect.enough * len(tasks)
     out.finish(results, status="done" if enough else "waiting")

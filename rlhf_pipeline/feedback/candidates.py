@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
 
@@ -23,28 +23,18 @@ _TRIES = 5  # draws of one answer until it differs from the others
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One answer, and all that is needed to draw it again."""
-
-    text: str
-    policy: str
-    temperature: float
-    seed: int
-
-
-@dataclass(frozen=True)
 class Asker:
     """Draws the answers to each prompt from policies and temperatures in turn; near-duplicates are drawn again."""
 
-    policies: Mapping[str, Policy]  # by where each came from
+    policies: Mapping[str, Policy]  # by where each came from; prompts are in the words of the first
     sampling: Mapping[str, Sampling]  # of each, at temperature 1
     collect: Collection
     seed: str  # what tells this collection from others
 
     def rows(self, questions: Sequence[Question], first: int = 0) -> Iterator[list[dict[str, Any]]]:
-        """Rows of `candidates.jsonl` by batches of prompts, from prompt number `first`; processes share out batches.
+        """Rows of `candidates.jsonl` by batches of prompts, from prompt number `first`, shared out to the processes.
 
-        A prompt that does not bring two answers that differ gives no row.
+        A prompt without two answers that differ has no row.
         """
         starts = range(first, len(questions), self.collect.batch_size)
         for place in range(0, len(starts), processes()):
@@ -52,53 +42,54 @@ class Asker:
             yield from gathered({number: self._batch(questions, start) for number, start in turn if mine(number)})
 
     def _batch(self, questions: Sequence[Question], start: int) -> list[dict[str, Any]]:
-        part = questions[start : start + self.collect.batch_size]
-        numbers = range(start, start + len(part))
-        tokenizer = next(iter(self.policies.values())).tokenizer
+        asked = dict(enumerate(questions[start : start + self.collect.batch_size], start))
         return [
-            self._row(number, question, answers, visible(tokenizer, question.prompt))
-            for number, question, answers in zip(numbers, part, self._different(part, numbers), strict=True)
+            self._row(number, asked[number].prompt, answers)
+            for number, answers in self._different(asked).items()
             if len(answers) > 1
         ]
 
-    def _row(self, number: int, question: Question, answers: list[Answer], shown: str) -> dict[str, Any]:
-        """Shuffled, so that the place of an answer tells nothing of where it came from."""
+    def _row(self, number: int, prompt: Any, answers: list[dict[str, Any]]) -> dict[str, Any]:
+        # The place of an answer must not tell where it came from.
         random.Random(f"order {self.seed} {number}").shuffle(answers)
-        prompt = question.prompt
-        texts = [answer.text for answer in answers]
+        texts = [answer["text"] for answer in answers]
         name = hashlib.sha256(repr((self.seed, number, prompt, texts)).encode()).hexdigest()[:10]
         return {
             "task": f"t{name}",  # with a letter, or spreadsheets take some for numbers
             "number": number,
             "prompt": prompt if isinstance(prompt, str) else [{"role": t.role, "content": t.text} for t in prompt],
-            "shown_prompt": shown,
-            "answers": [{"id": f"answer{n}", **asdict(answer)} for n, answer in enumerate(answers, 1)],
+            "shown_prompt": visible(next(iter(self.policies.values())).tokenizer, prompt),
+            "answers": [{"id": f"answer{n}", **answer} for n, answer in enumerate(answers, 1)],
         }
 
-    def _different(self, questions: Sequence[Question], numbers: Sequence[int]) -> list[list[Answer]]:
-        """Up to K answers a prompt, no two of them more alike than `similarity`."""
+    def _different(self, asked: Mapping[int, Question]) -> dict[int, list[dict[str, Any]]]:
+        """Up to K answers to each numbered prompt, no two of them more alike than `similarity`.
+
+        Each answer has all that is needed to draw it again: policy, temperature and seed.
+        """
         sources = list(itertools.product(self.collect.temperatures, self.policies))
-        found: list[dict[int, Answer]] = [{} for _ in questions]
-        for attempt in range(_TRIES):
-            for place, (temperature, policy) in enumerate(sources):
-                # Another source is first for the next prompt, so that each has its turn where there are more than K.
-                wanted = [
-                    (i, slot)
-                    for i, got in enumerate(found)
-                    for slot in range((place - numbers[i]) % len(sources), self.collect.answers, len(sources))
-                    if slot not in got
-                ]
-                seeds = [_number(f"{self.seed} {numbers[i]} {slot} {attempt}") for i, slot in wanted]
-                texts = self._draw(policy, temperature, [questions[i] for i, _ in wanted], seeds)
-                for (i, slot), text, seed in zip(wanted, texts, seeds, strict=True):
-                    if not any(alike(text, other.text, self.collect.similarity) for other in found[i].values()):
-                        found[i][slot] = Answer(text, policy, temperature, seed)
-        return [[got[slot] for slot in sorted(got)] for got in found]
+        found: dict[int, dict[int, dict[str, Any]]] = {number: {} for number in asked}
+        for attempt, (place, (temperature, policy)) in itertools.product(range(_TRIES), enumerate(sources)):
+            # Another source is first for the next prompt, so that each has its turn if there are more than K.
+            wanted = [
+                (number, slot)
+                for number, got in found.items()
+                for slot in range((place - number) % len(sources), self.collect.answers, len(sources))
+                if slot not in got
+            ]
+            seeds = [
+                int.from_bytes(hashlib.sha256(f"{self.seed} {number} {slot} {attempt}".encode()).digest()[:4], "big")
+                for number, slot in wanted
+            ]
+            texts = self._draw(policy, temperature, [asked[number] for number, _ in wanted], seeds)
+            for (number, slot), text, seed in zip(wanted, texts, seeds, strict=True):
+                if not any(alike(text, other["text"], self.collect.similarity) for other in found[number].values()):
+                    found[number][slot] = {"text": text, "policy": policy, "temperature": temperature, "seed": seed}
+        return {number: [got[slot] for slot in sorted(got)] for number, got in found.items()}
 
     def _draw(self, where: str, temperature: float, questions: Sequence[Question], seeds: Sequence[int]) -> list[str]:
-        """One answer to each prompt, each from a seed of its own: the batch it is drawn in does not matter."""
-        policy, length = self.policies[where], self.collect.response_length
-        base = self.sampling[where]
+        """One answer to each prompt, each from its own seed: the batch it is drawn in does not matter."""
+        policy, length, base = self.policies[where], self.collect.response_length, self.sampling[where]
         sampling = Sampling(temperature, base.stop_ids, base.min_length, base.suppressed_ids)
         found: list[str] = []
         for start in range(0, len(questions), self.collect.batch_size):
@@ -119,13 +110,9 @@ def ids_for(policy: Policy, first: Policy, question: Question) -> list[int]:
 
 
 def alike(first: str, second: str, similarity: float) -> bool:
-    """Whether two texts say nearly the same, word by word: equal ones do, whatever the bound."""
+    """Whether two texts say nearly the same, word by word. Equal ones always do."""
     one, other = (words_of(text.lower()) for text in (first, second))
     if one == other:
         return True
     matcher = SequenceMatcher(None, one, other, autojunk=False)
     return matcher.real_quick_ratio() > similarity and matcher.ratio() > similarity
-
-
-def _number(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")

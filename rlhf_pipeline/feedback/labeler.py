@@ -1,4 +1,4 @@
-"""A reward in the place of people: it ranks answers, and errs as they do where it is asked to."""
+"""A reward in the place of people: it ranks answers, and errs as they do if asked to."""
 
 import itertools
 import math
@@ -23,17 +23,14 @@ def rank(rows: Sequence[dict[str, Any]], reward: Reward, noise: float, seed: str
     scores: list[float] = []
     for part in parts(asked, 128, "label", "answer"):
         scores += reward([prompt for prompt, _ in part], [text for _, text in part])
-    scale = noise * float(np.std(scores))
-    draw = random.Random(f"labeler {seed}")
-    found, right, pairs, start = [], 0, 0, 0
+    scale, draw, left = noise * float(np.std(scores)), random.Random(f"labeler {seed}"), iter(scores)
+    found, right, pairs = [], 0, 0
     for row in rows:
-        own = scores[start : start + len(row["answers"])]
-        start += len(own)
+        own = list(itertools.islice(left, len(row["answers"])))
         seen = [score - scale * math.log(-math.log(draw.uniform(1e-12, 1 - 1e-12))) for score in own] if scale else own
-        for i, j in itertools.combinations(range(len(own)), 2):
-            if own[i] != own[j]:
-                pairs += 1
-                right += (own[i] > own[j]) == (seen[i] > seen[j])
+        clear = [(i, j) for i, j in itertools.combinations(range(len(own)), 2) if own[i] != own[j]]
+        pairs += len(clear)
+        right += sum((own[i] > own[j]) == (seen[i] > seen[j]) for i, j in clear)
         found.append(
             {
                 "task": row["task"],
