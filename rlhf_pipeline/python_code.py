@@ -24,6 +24,7 @@ _NEVER = ("site-packages", "dist-packages", "__pycache__", ".*")
 # or was generated. encodings is a hundred tables with the same four functions, topics.py the manual as one dict.
 _NOT_OF_LIBRARY = ("test", "tests", "idle_test", "config-*", "encodings", "pydoc_data")
 _NOT_OF_LIBRARY_FILES = ("_sysconfigdata*", "sitecustomize.py", "usercustomize.py", "html/entities.py")
+_AT_COLUMN_0 = re.compile(r"^\f*[^\s#]", re.MULTILINE)
 
 
 def source_files(folder: Path | None) -> Iterator[tuple[str, str]]:
@@ -114,59 +115,19 @@ def _cut(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> tupl
     return (head, body) if _parsed(head + body) else None
 
 
-# What may hold a line end that ends no line, or a bracket or quote that is none; and what is left: brackets, line ends.
-_TOKEN = re.compile(
-    r"""
-    \#[^\n]*
-    | (?P<quotes>\"{3}|'{3}) (?: \\. | (?!(?P=quotes)). )* (?: (?P=quotes) | \Z )
-    | " (?: \\. | [^"\\\n] )* "?
-    | ' (?: \\. | [^'\\\n] )* '?
-    | \\\n
-    | [()\[\]{}\n]
-    """,
-    re.DOTALL | re.VERBOSE,
-)
-_AT_COLUMN_0 = re.compile(r"\f*[^\s#]")
-
-
-def body_of(completion: str) -> tuple[str, bool]:
-    """What of a text that follows a function's head is its body, and whether the body ends within the text.
-
-    It ends before the first line at column 0 that is no comment and stands in no string or bracket; blank lines and
-    comments at column 0 before that are not its own. Where the text runs out first, a line without an end is left out.
-    """
-    text = completion.replace("\r\n", "\n").replace("\r", "\n")
-    end = _end_of_block(text)
-    lines = text[:end].split("\n")[:-1]  # what follows the last "\n" is nothing, or a line that was cut off
-    while lines and re.match(r"#|\s*$", lines[-1]):
-        lines.pop()
-    return "".join(line + "\n" for line in lines), end is not None
-
-
-def _end_of_block(text: str) -> int | None:
-    if _AT_COLUMN_0.match(text):
-        return 0
-    depth = 0
-    for match in _TOKEN.finditer(text):
-        token = match.group()
-        if token in "([{":
-            depth += 1
-        elif token in ")]}":
-            depth = max(0, depth - 1)
-        elif token == "\n" and not depth and _AT_COLUMN_0.match(text, match.end()):
-            return match.end()
-    return None
-
-
 def parses(head: str, completion: str) -> bool:
     """Whether a function's head, continued by a text, is Python, with at least one statement of the text's own.
 
-    A bare string is no statement here, since a docstring does nothing.
+    The body ends before the first line at column 0 that is no comment and stands in no string or bracket: up to there
+    all parses. Where the text runs out first, a line without an end is left out. A bare string is no statement
+    here, since a docstring does nothing.
     """
-    tree = _parsed(head + body_of(completion)[0])
-    if tree is None:
-        return False
-    return any(node.lineno > head.count("\n") and not _is_string(node) for node in _statements(tree))
+    text = completion.replace("\r\n", "\n").replace("\r", "\n")
+    ends = [match.start() for match in _AT_COLUMN_0.finditer(text)]
+    for end in (*ends, text.rfind("\n") + 1):
+        if tree := _parsed(head + text[:end]):
+            return any(node.lineno > head.count("\n") and not _is_string(node) for node in _statements(tree))
+    return False
 
 
 def goes_on(prompt: str, completion: str) -> bool:
