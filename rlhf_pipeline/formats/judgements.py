@@ -11,7 +11,7 @@ from typing import Any
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.formats import label_studio, preferences
 from rlhf_pipeline.formats.files import RowError, read_rows
-from rlhf_pipeline.formats.given import Given, name
+from rlhf_pipeline.formats.preferences import Given, name
 from rlhf_pipeline.formats.row import Columns, Row, renamed, say_unread
 from rlhf_pipeline.records import Judgement
 

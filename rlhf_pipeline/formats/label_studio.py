@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any, TypeGuard
 
 from rlhf_pipeline.formats.files import RowError
-from rlhf_pipeline.formats.given import Given, judged, name, person
+from rlhf_pipeline.formats.preferences import Given, judged, name, person
 from rlhf_pipeline.formats.row import Columns, Row, decoded, number, renamed
 from rlhf_pipeline.records import Judgement, Prompt
 
@@ -80,7 +80,7 @@ def read_task(row: Row, reading: Reading) -> Iterator[Given]:
     else:
         for annotation in given:
             # What is set aside is the task with this annotation alone: once mended, it can be read again.
-            alone = Row(row.path, row.number, {**row.fields, "annotations": [annotation]}, row.needs)
+            alone = row.of({**row.fields, "annotations": [annotation]})
             yield _annotation(alone, annotation, data, task, reading)
 
 
@@ -88,13 +88,13 @@ def _annotation(row: Row, annotation: Any, data: dict[str, Any], task: str | Non
     if not isinstance(annotation, dict):
         return Given("rejected", row, why="an annotation is not an object", task=task)
     who = person(annotation.get("completed_by"))
-    shown = _shown(Row(row.path, row.number, data, row.needs), reading)
+    shown = _shown(row.of(data), reading)
     key, when = _identity(row, task, who, shown), _date(annotation)
     if any(annotation.get(word) for word in ("was_cancelled", "was_skipped", "skipped")):
         return Given("skipped", row, task=task, annotator=who, key=key, when=when)
     try:
         names = {ours: theirs for ours, theirs in reading.columns.items() if ours != "label"}
-        fields = renamed(Row(row.path, row.number, data, row.needs), names)
+        fields = renamed(row.of(data), names)
         values = _values(fields, annotation.get("result"))
         results = {str(n): part.get("value") for n, part in enumerate(annotation["result"]) if isinstance(part, dict)}
         value = _chosen(fields, values, reading, results)
@@ -120,7 +120,7 @@ def read_annotation(row: Row, reading: Reading) -> Given:
         own = {key: cell for key, cell in fields.items() if key not in (value.control, aside)}
         if aside in fields:
             own[value.control] = fields[aside]
-        data = Row(row.path, row.number, own, row.needs)
+        data = row.of(own)
         judgement = _judgement(data, value, task, who, reading)
         _check_touched(data, value, {"lead_time": fields.get("lead_time")}, reading)
     except RowError as fault:
@@ -342,7 +342,7 @@ def _prompt(row: Row) -> Prompt:
     if key is not None:
         cell = decoded(row.fields[key])
         if isinstance(cell, list) and cell and isinstance(cell[0], dict):
-            return Row(row.path, row.number, {key: cell}, row.needs).turns(key)
+            return row.of({key: cell}).turns(key)
         return row.text(key)
     answers = {*(_sides(row) or ()), *(_items(row) or {}), *_ABOUT}
     others = [key for key, cell in row.fields.items() if isinstance(cell, str) and key not in answers]

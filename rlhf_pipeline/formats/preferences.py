@@ -1,16 +1,61 @@
-"""Preferences that stand one a row: pairs, ranked lists, and the rows of a sheet that people fill in."""
+"""Judgements of answers: what one is, and those that stand one a row: pairs, ranked lists, rows of a sheet."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from rlhf_pipeline.formats.given import Given, judged, name
-from rlhf_pipeline.formats.row import Row, decoded, number
+from rlhf_pipeline.formats.row import Row, blank, decoded
 from rlhf_pipeline.formats.tasks import FORMULA
 from rlhf_pipeline.records import Judgement, Prompt, Turn
 
+Kind = Literal["judged", "rejected", "skipped", "unlabelled"]
 _ASSISTANT = "\n\nAssistant:"
 _NO_ANSWERS = ("winner", "prompt", "margin", "task", "annotator", "id")
 _RANK = re.compile(r"rank([0-9]+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """One annotation, whatever it came to: with `key`, the newest of all that have the same one counts."""
+
+    kind: Kind
+    row: Row
+    judgement: Judgement | None = None
+    why: str | None = None
+    task: str | None = None
+    annotator: str | None = None
+    key: Hashable = None
+    when: str = ""
+
+
+def judged(
+    row: Row, prompt: Prompt, answers: Sequence[str], ranks: Sequence[float | None],
+    task: str | None, annotator: str | None, margin: float | None = None,
+) -> Judgement:  # fmt: skip
+    """A judgement of those answers that have a rank; it takes two of them."""
+    kept = [(answer, rank) for answer, rank in zip(answers, ranks, strict=True) if rank is not None]
+    if len(kept) < 2:
+        raise row.error(f"{len(kept)} of {len(answers)} answers ranked; it takes two or more")
+    words = [prompt] if isinstance(prompt, str) else [turn.text for turn in prompt]
+    try:
+        "".join((*words, *answers)).encode()
+    except UnicodeEncodeError:
+        raise row.error("half a character (a lone surrogate) in a text") from None
+    texts, places = zip(*kept, strict=True)
+    return Judgement(prompt, texts, places, task, annotator, margin)
+
+
+def person(value: Any) -> str | None:
+    """Who labelled: a name, an e-mail address or a number, bare or in an object."""
+    return (name(value.get("email")) or name(value.get("id"))) if isinstance(value, dict) else name(value)
+
+
+def name(value: Any) -> str | None:
+    """Who or what is meant: a number or a text that is not empty."""
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        return None
+    return str(value).strip() or None
 
 
 def is_sheet(row: Row) -> bool:
@@ -20,74 +65,57 @@ def is_sheet(row: Row) -> bool:
 
 def sheet(row: Row) -> Given | None:
     """A task of a sheet: rank1 of answer1 and so on, 1 the best. None of a line that is empty."""
-    if not any(value is not None and str(value).strip() for value in row.fields.values()):
+    if all(map(blank, row.fields.values())):
         return None
     numbers = sorted(int(match[1]) for match in map(_RANK.fullmatch, row.fields) if match)
-    cells = {n: row.value(f"rank{n}") for n in numbers}
-    task, annotator = name(row.fields.get("task")), name(row.fields.get("annotator"))
-    if all(cell is None or str(cell).strip() == "" for cell in cells.values()):
-        return Given("unlabelled", row, task=task)
-    ranks = [_rank(row, f"rank{n}") for n in numbers]
+    ranks = [_rank(row, f"rank{n}", row.value(f"rank{n}")) for n in numbers]
+    if ranks == [None] * len(ranks):
+        return Given("unlabelled", row, task=name(row.fields.get("task")))
     answers = [_plain(row.text(f"answer{n}")) for n in numbers]
     for n, rank, answer in zip(numbers, ranks, answers, strict=True):
         if rank is not None and not answer.strip():
             raise row.error(f"rank{n} is given to answer{n}, which is empty")
-    found = judged(row, _plain(row.text("prompt")), answers, ranks, task=task, annotator=annotator)
-    return _given(row, found, answers)
+    return _given(row, _plain(row.text("prompt")), answers, ranks)
 
 
 def ranking(row: Row) -> Given:
     """Answers with the ranks that they were given, else best first."""
-    lists = {key: decoded(cell) for key, cell in row.fields.items() if key in ("responses", "ranked", "ranks")}
-    row = Row(row.path, row.number, {**row.fields, **lists}, row.needs)
-    ranked = row.has("ranked")
-    answers = row.texts("ranked" if ranked else "responses", at_least=2)
-    given = row.fields.get("ranks")
+    key = "ranked" if row.has("ranked") else "responses"
+    answers, given = decoded(row.fields[key]), decoded(row.fields.get("ranks"))
+    if not isinstance(answers, list) or len(answers) < 2 or not all(isinstance(answer, str) for answer in answers):
+        raise row.error(f"'{key}' is not a list of 2 or more texts")
     ranks: Sequence[float | None] = range(1, len(answers) + 1)
     if given not in (None, ""):
         if not isinstance(given, list) or len(given) != len(answers):
             raise row.error(f"'ranks' is not a list of {len(answers)} numbers, one to each response")
-        ranks = [_rank(Row(row.path, row.number, {"ranks": value}, row.needs), "ranks") for value in given]
-    prompt = "" if ranked else _context(row)
-    task, annotator = name(row.fields.get("task")), name(row.fields.get("annotator"))
-    return _given(row, judged(row, prompt, answers, ranks, task=task, annotator=annotator), answers)
+        ranks = [_rank(row, "ranks", value) for value in given]
+    prompt = "" if key == "ranked" else row.prompt()
+    if row.has("context") and isinstance(prompt, str):  # Open Assistant: what was said before the prompt
+        prompt = (*(row.turns("context") if row.holds("context") else ()), Turn("user", prompt))
+    return _given(row, prompt, answers, ranks)
 
 
 def pair(row: Row) -> Given:
     """A better and a worse answer, in any of the forms that are about."""
-    prompt, chosen, rejected = _pair(row)
-    task, annotator = name(row.fields.get("task")), name(row.fields.get("annotator"))
-    margin = row.number_or_none("margin")
-    answers = (chosen, rejected)
-    return _given(row, judged(row, prompt, answers, (1, 2), task=task, annotator=annotator, margin=margin), answers)
+    prompt, *answers = _pair(row)
+    return _given(row, prompt, answers, (1, 2), row.numeric("margin", row.fields.get("margin")))
 
 
-def _given(row: Row, found: Judgement, answers: Sequence[str]) -> Given:
-    who = found.task, found.annotator
+def _given(
+    row: Row, prompt: Prompt, answers: Sequence[str], ranks: Sequence[float | None], margin: float | None = None
+) -> Given:
+    task, who = name(row.fields.get("task")), name(row.fields.get("annotator"))
     # `task` may be a kind of work and `annotator` a constant: only with the same answers is it the same person again.
-    key = None if None in who else (*who, found.prompt, frozenset(answers))
-    return Given("judged", row, found, task=found.task, annotator=found.annotator, key=key)
+    key = None if None in (task, who) else (task, who, prompt, frozenset(answers))
+    return Given("judged", row, judged(row, prompt, answers, ranks, task, who, margin), None, task, who, key)
 
 
-def _rank(row: Row, key: str) -> float | None:
-    value = row.value(key)
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return None
-    found = number(value)
-    if found is None:
-        raise row.error(f"'{key}' is {str(value)[:40]!r}, not a number; 1 is the best, equal numbers are ties")
-    return found
+def _rank(row: Row, key: str, value: Any) -> float | None:
+    return row.numeric(key, value, "; 1 is the best, equal numbers are ties")
 
 
 def _plain(cell: str) -> str:
     return cell[1:] if cell.startswith("'") and cell[1:].startswith(FORMULA) else cell
-
-
-def _context(row: Row) -> Prompt:
-    prompt = row.prompt()
-    if row.fields.get("context") and isinstance(prompt, str):  # Open Assistant: what was said before the prompt
-        return (*row.turns("context"), Turn("user", prompt))
-    return (Turn("user", prompt),) if row.has("context") and isinstance(prompt, str) else prompt
 
 
 def _answer(row: Row, key: str) -> str:
@@ -114,17 +142,15 @@ def _pair(row: Row) -> tuple[Prompt, str, str]:
     better = "selected" if row.has("selected") and not row.has("chosen") else "chosen"
     chosen, rejected = _answer(row, better), _answer(row, "rejected")
     if len(row.messages(better) or ()) > 1:  # the whole conversation on either side
-        return (*row.before(), *row.turns(better)[:-1]), chosen, rejected
+        return row.asked(row.turns(better)[:-1]), chosen, rejected
     if chat:
-        return (*row.before(), *row.turns(chat)), chosen, rejected
+        return row.asked(row.turns(chat)), chosen, rejected
     if row.has("instruction") and not row.holds("prompt"):
-        return (*row.before(), Turn("user", row.instruction())), chosen, rejected
+        return row.asked((Turn("user", row.instruction()),)), chosen, rejected
     if row.has("prompt"):
-        prompt, before = row.prompt(), row.before()
-        asked = (Turn("user", prompt),) if before and isinstance(prompt, str) else prompt
-        return (*before, *asked) if isinstance(asked, tuple) else asked, chosen, rejected
+        return row.asked(row.prompt()), chosen, rejected
     same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
-    shared = chosen[:same] if len(chosen) <= len(rejected) else rejected[:same]
+    shared = min(chosen, rejected, key=len)[:same]
     cut = shared.rfind(_ASSISTANT) + len(_ASSISTANT)
     if not shared.startswith("\n\nHuman:") or cut < len(_ASSISTANT):
         raise row.error("'prompt' is missing, and chosen and rejected are not dialogs that begin alike")

@@ -5,7 +5,6 @@ import json
 import logging
 import math
 import re
-import reprlib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -50,6 +49,10 @@ class Row:
     needs: str
     unread: set[str] = field(default_factory=set, compare=False)  # what it holds that is left out
 
+    def of(self, fields: dict[str, Any]) -> "Row":
+        """Other fields at this row's place."""
+        return replace(self, fields=fields)
+
     def error(self, problem: str) -> RowError:
         """A fault of this row, with its place."""
         return RowError(self.path, self.number, f"{problem}; {self.needs}" if self.needs else problem)
@@ -91,16 +94,6 @@ class Row:
         if not isinstance(self.value(key), str) and not self.holds(key):
             raise self.error(f"'{key}' is blank")
         return self.text(key)
-
-    def texts(self, key: str, inner: str | None = None, at_least: int = 1) -> tuple[str, ...]:
-        """A list of texts, or of objects that hold a text under the name inner."""
-        items = self.value(key)
-        if isinstance(items, list) and inner:
-            items = [item.get(inner) if isinstance(item, dict) else None for item in items]
-        if not isinstance(items, list) or len(items) < at_least or not all(isinstance(item, str) for item in items):
-            each = f"objects with a text '{inner}'" if inner else "texts"
-            raise self.error(f"'{key}' is not a list of {at_least} or more {each}")
-        return tuple(items)
 
     def messages(self, key: str) -> list[Any] | None:
         """The messages in a column: a list of them, or one alone, or a cell in which they are written; None: a text."""
@@ -146,20 +139,26 @@ class Row:
             self.unread.update(["history"] if self.holds("history") else [])
         elif all(isinstance(pair, list) and len(pair) == 2 for pair in past):
             roles: tuple[Role, Role] = ("user", "assistant")
-            said = [Row(self.path, self.number, dict(zip(roles, pair, strict=True)), self.needs) for pair in past]
+            said = [self.of(dict(zip(roles, pair, strict=True))) for pair in past]
             found += [Turn(role, row.text(role)) for row in said for role in roles]
         else:
-            found += replace(self, fields={"history": past}).turns("history")
+            found += self.of({"history": past}).turns("history")
         return tuple(found)
 
-    def number_or_none(self, key: str) -> float | None:
-        """A number that need not be there; in a CSV it comes as text."""
-        value = self.fields.get(key)
-        if value is None or value == "":
+    def asked(self, prompt: Prompt) -> Prompt:
+        """A prompt with what stands before it, if anything does."""
+        before = self.before()
+        if not before:
+            return prompt
+        return (*before, *((Turn("user", prompt),) if isinstance(prompt, str) else prompt))
+
+    def numeric(self, key: str, value: Any, hint: str = "") -> float | None:
+        """What stands under `key` as a finite number, be it written as text; None where nothing stands."""
+        if value is None or (isinstance(value, str) and not value.strip()):
             return None
         found = number(value)
         if found is None:
-            raise self.error(f"'{key}' is {reprlib.repr(value)}, not a number")
+            raise self.error(f"'{key}' is {str(value)[:40]!r}, not a number{hint}")
         return found
 
     def prompt(self) -> Prompt:
@@ -251,6 +250,4 @@ def renamed(row: Row, columns: Columns) -> Row:
             raise row.error(f"data.columns.{ours}={theirs} names no column here; there are {there}")
     names = {theirs: ours for ours, theirs in columns.items()}
     # A column that has the name now given to another steps aside.
-    kept = {key: value for key, value in row.fields.items() if key in names or key not in columns}
-    fields = {names.get(key, key): value for key, value in kept.items()}
-    return replace(row, fields=fields)
+    return row.of({names.get(key, key): cell for key, cell in row.fields.items() if key in names or key not in columns})

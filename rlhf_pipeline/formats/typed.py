@@ -84,9 +84,9 @@ def read_demonstrations(path: Path, columns: Columns | None = None) -> list[Demo
             prompt = row.prompt()
         else:
             prompt = (Turn("user", row.instruction() if ask == "instruction" else row.text(ask)),)
-        if before := row.before():
-            asked = (Turn("user", prompt),) if isinstance(prompt, str) else prompt
-            return Dialogue((*before, *asked, *([Turn("assistant", answer)] if answer.strip() else [])))
+        asked = row.asked(prompt)
+        if asked is not prompt:
+            return Dialogue((*asked, *([Turn("assistant", answer)] if answer.strip() else [])))
         return Demonstration(prompt, answer if answer.strip() else "")
 
     needs = "a demonstration row needs prompt, completion (or instruction, output; question, answer; messages)"
