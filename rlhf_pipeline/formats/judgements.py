@@ -104,25 +104,20 @@ def _row(path: Path, number: int, fields: dict[str, Any], reading: label_studio.
 def _read(row: Row, reading: label_studio.Reading) -> list[Given]:
     if label_studio.is_task(row):
         return list(label_studio.read_task(row, reading))
-    row = renamed(row, {ours: theirs for ours, theirs in reading.columns.items() if ours != "label"})
+    row = renamed(row, reading.names)
     if row.has("annotation_id"):
         return [label_studio.read_annotation(row, reading)]
     if preferences.is_sheet(row):
         found = preferences.sheet(row)
         return [found] if found else []
     if row.has("responses") or row.has("ranked"):
-        return [
-            preferences.ranking(_needing(row, "a ranking row needs prompt and responses, best first or with ranks"))
-        ]
+        needs = "a ranking row needs prompt and responses, best first or with ranks"
+        return [preferences.ranking(replace(row, needs=needs))]
     if not any(map(row.has, _PAIR)) and label_studio.is_annotation(row):
         return [label_studio.read_annotation(row, reading)]
     if not any(map(row.has, (*_PAIR, "selected"))):
         raise row.error(f"no label among the columns {', '.join(row.fields)[:200] or '(none)'}; {_ALLOWED}")
-    return [preferences.pair(_needing(row, "a preference row needs prompt, chosen, rejected"))]
-
-
-def _needing(row: Row, needs: str) -> Row:
-    return replace(row, needs=needs)
+    return [preferences.pair(replace(row, needs="a preference row needs prompt, chosen, rejected"))]
 
 
 def _rejected(row: Row, why: str) -> Given:
