@@ -4,7 +4,7 @@ import bisect
 import itertools
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from rlhf_pipeline.data import texts, whole
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 P = TypeVar("P", list[int], "Question")
+_Begun = tuple[list[int], list[int]]
 
 _PART = 100  # rows tokenized at once: some are whole files of code
 
@@ -122,8 +123,7 @@ def questions(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any
         if found and len(found) < len(rows):
             print(f"warning: {len(rows) - len(found)} of {len(rows)} rows have no prompt, and are left out", flush=True)
     else:
-        code = bool(rows) and isinstance(rows[0], Code)
-        heads = [head for head, _ in (_functions if code else _cut)(rows, tokenizer, choice, seed)]
+        heads = [head for head, _ in _begun(rows, tokenizer, choice, seed)]
         decoded = tokenizer.batch_decode(heads, skip_special_tokens=True) if heads else []
         found = [Question(text, head) for text, head in zip(decoded, heads, strict=True)]
     if rows and not found:
@@ -227,14 +227,17 @@ def _lessons(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any]
             if said:
                 yield lesson(tokenizer, said)
         return
-    code = bool(rows) and isinstance(rows[0], Code)
-    for prompt, rest in (_functions if code else _cut)(rows, tokenizer, choice, seed):
+    for prompt, rest in _begun(rows, tokenizer, choice, seed):
         yield Lesson(prompt + rest, [0] * len(prompt) + [1] * len(rest))
 
 
-def _functions(
-    rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any], seed: int
-) -> list[tuple[list[int], list[int]]]:
+def _begun(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any], seed: int) -> Iterable[_Begun]:
+    """The tokens that are asked, and those that follow: of functions, or of texts."""
+    cut = _functions if rows and isinstance(rows[0], Code) else _cut
+    return cut(rows, tokenizer, choice, seed)
+
+
+def _functions(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any], seed: int) -> list[_Begun]:
     """Heads and bodies of the functions in files of code, in random order: a file's functions are much alike."""
     longest = choice.get("prompt_tokens", (1, 64))[1]
     # As in a file: methods are not taken out of their class, and the line break is one token with the body's indent.
@@ -246,9 +249,7 @@ def _functions(
     return [(head, body) for head, body in zip(heads, bodies, strict=True) if len(head) <= longest]
 
 
-def _cut(
-    rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any], seed: int
-) -> Iterator[tuple[list[int], list[int]]]:
+def _cut(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any], seed: int) -> Iterator[_Begun]:
     """The first tokens of each text, and the others."""
     draw = random.Random(f"prompts {seed}")
     first, last = choice.get("prompt_tokens", (2, 8))

@@ -4,20 +4,18 @@ Nothing here runs the code it reads.
 """
 
 import ast
-import hashlib
 import logging
 import os
 import re
 import sysconfig
 import tokenize
 import warnings
-from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
 from rlhf_pipeline.errors import UserError
 
-_log = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 # What is installed, compiled or hidden (.git, .venv) is not the folder's own source.
 _NEVER = ("site-packages", "dist-packages", "__pycache__", ".*")
 # Of the standard library: its tests, which are as long as all the rest, and what differs from machine to machine
@@ -27,10 +25,10 @@ _NOT_OF_LIBRARY_FILES = ("_sysconfigdata*", "sitecustomize.py", "usercustomize.p
 _AT_COLUMN_0 = re.compile(r"^\f*[^\s#]", re.MULTILINE)
 
 
-def source_files(folder: Path | None) -> Iterator[tuple[str, str]]:
+def source_files(folder: Path | None) -> list[tuple[str, str]]:
     """(relative name, text) of a folder's Python files, by name; of this interpreter's standard library without one.
 
-    Empty files, exact duplicates, links that lead out of the folder and what cannot be decoded are left out.
+    Empty files, exact duplicates, links that lead out of the folder and files that cannot be decoded are left out.
     """
     root = Path(sysconfig.get_path("stdlib")) if folder is None else folder.expanduser()
     wanted = "give a folder of .py files, or no path for Python's standard library"
@@ -39,21 +37,7 @@ def source_files(folder: Path | None) -> Iterator[tuple[str, str]]:
     names = _names(root, library=folder is None)
     if not names:
         raise UserError(f"{root} holds no Python source; {wanted}.")
-    return _texts(root, names)
-
-
-def _names(root: Path, library: bool) -> list[str]:
-    folders = _NEVER + _NOT_OF_LIBRARY if library else _NEVER
-    files = _NOT_OF_LIBRARY_FILES if library else ()
-    found = []
-    for here, inner, names in os.walk(root):  # follows no linked folder
-        inner[:] = [name for name in inner if not any(fnmatch(name, pattern) for pattern in folders)]
-        found += [(Path(here) / name).relative_to(root).as_posix() for name in names if name.endswith(".py")]
-    return sorted(name for name in found if not any(fnmatch(name, pattern) for pattern in files))
-
-
-def _texts(root: Path, names: list[str]) -> Iterator[tuple[str, str]]:
-    seen: set[bytes] = set()
+    found: dict[str, str] = {}
     unreadable: list[str] = []
     for name in names:
         path = root / name
@@ -65,14 +49,23 @@ def _texts(root: Path, names: list[str]) -> Iterator[tuple[str, str]]:
         except (OSError, SyntaxError, LookupError, ValueError):  # no such encoding, or not in that encoding
             unreadable.append(name)
             continue
-        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-        if text.strip() and digest not in seen:
-            seen.add(digest)
-            yield name, text
+        if text.strip():
+            found.setdefault(text, name)
     if unreadable:
-        _log.warning("%s: %d files cannot be read and are left out, as %s.", root, len(unreadable), unreadable[0])
-    if not seen:
+        _LOG.warning("%s: %d files cannot be read and are left out, as %s.", root, len(unreadable), unreadable[0])
+    if not found:
         raise UserError(f"{root} holds no Python source that can be read, only empty or broken files.")
+    return [(name, text) for text, name in found.items()]
+
+
+def _names(root: Path, library: bool) -> list[str]:
+    folders = _NEVER + _NOT_OF_LIBRARY if library else _NEVER
+    files = _NOT_OF_LIBRARY_FILES if library else ()
+    found = []
+    for here, inner, names in os.walk(root):  # follows no linked folder
+        inner[:] = [name for name in inner if not any(fnmatch(name, pattern) for pattern in folders)]
+        found += [(Path(here) / name).relative_to(root).as_posix() for name in names if name.endswith(".py")]
+    return sorted(name for name in found if not any(fnmatch(name, pattern) for pattern in files))
 
 
 def functions(source: str, longest_head: int = 1000, top_level: bool = False) -> list[tuple[str, str]]:

@@ -31,20 +31,17 @@ def read_texts(path: Path, column: str = "text", columns: Columns | None = None)
 
 
 def read_labelled(
-    path: Path, text_column: str | None = None, label_column: str | None = None, columns: Columns | None = None,
-    labels: Mapping[Any, int] | None = None,
-) -> list[Labelled]:  # fmt: skip
+    path: Path, columns: Columns | None = None, labels: Mapping[Any, int] | None = None
+) -> list[Labelled]:
     """Texts with label 0 or 1; rows with no label or no text are skipped and counted in the log.
 
     `labels` are the file's own names of labels, each with 0 or 1.
     """
-    text_columns = (text_column,) if text_column else _TEXT_COLUMNS
-    label_columns = (label_column,) if label_column else _LABEL_COLUMNS
     known = _LABELS if labels is None else {_label(name): label for name, label in labels.items()}
     own = "" if labels is None else " (data.labels)"
 
     def parse(row: Row) -> Labelled:
-        text_key, label_key = row.first(*text_columns), row.first(*label_columns)
+        text_key, label_key = row.first(*_TEXT_COLUMNS), row.first(*_LABEL_COLUMNS)
         text, value = row.text(text_key).removeprefix("\ufeff").strip(), row.fields[label_key]  # stray byte order marks
         if not text or blank(value):
             raise row.skipped("no label or no text")
@@ -55,7 +52,7 @@ def read_labelled(
             raise row.error(f"'{label_key}' is {said}; allowed are {', '.join(known)}{own}{hint}")
         return Labelled(text, label)
 
-    needs = f"a labelled row needs {'|'.join(text_columns)} and {'|'.join(label_columns)}"
+    needs = f"a labelled row needs {'|'.join(_TEXT_COLUMNS)} and {'|'.join(_LABEL_COLUMNS)}"
     return collect(path, needs, parse, columns)
 
 

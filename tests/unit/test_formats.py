@@ -323,7 +323,7 @@ def test_labelled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert read == [Labelled(f"s{i}", label) for i, label in enumerate([0, 1, 1, 0, 1, 1])]
     assert "3 of 9 rows skipped" in caplog.text
     path = write_jsonl(tmp_path / "b.jsonl", {"body": "fine", "y": 1})
-    assert formats.read_labelled(path, "body", "y") == [Labelled("fine", 1)]
+    assert formats.read_labelled(path, {"text": "body", "label": "y"}) == [Labelled("fine", 1)]
     with pytest.raises(UserError, match=r"line 1: 'text\|review\|sentence\|content' is missing among body, y"):
         formats.read_labelled(path)
     path = write_jsonl(tmp_path / "c.jsonl", {"text": "a", "label": 1}, {"text": "b", "label": 5})
