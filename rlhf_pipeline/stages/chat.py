@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.text import Text as Line
 
 from rlhf_pipeline import data
-from rlhf_pipeline.encoding import conversational
+from rlhf_pipeline.data.records import Code, Dialogue, Labelled, Text
+from rlhf_pipeline.data.tokenization import conversational
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.made import POLICIES, locate, policies_in, run_of
 from rlhf_pipeline.networks import positions
 from rlhf_pipeline.policies import Policy, load_policy, registry
-from rlhf_pipeline.records import Code, Dialogue, Labelled, Text
 from rlhf_pipeline.registry import suggest
 from rlhf_pipeline.rewards import Reward, load_reward, trained_part
 from rlhf_pipeline.rundir import RunDir

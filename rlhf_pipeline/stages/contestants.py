@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline.encoding import Question, encode
+from rlhf_pipeline.data.templates import written
+from rlhf_pipeline.data.tokenization import Question, encode
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.hub import model_folder
 from rlhf_pipeline.made import locate, run_of
@@ -16,7 +17,6 @@ from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.sampling import Sampling
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.stages.common import sampling_as
-from rlhf_pipeline.templates import written
 
 _BEFORE_PPO = {"base": "pretrain", "sft": "sft"}  # the stages before PPO by the names of what they make
 _RESERVED = ("reward",)  # what the lineage calls something else

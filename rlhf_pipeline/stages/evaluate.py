@@ -11,13 +11,14 @@ import torch
 
 from rlhf_pipeline.atomic import write_json
 from rlhf_pipeline.data import Splits, begun_by, fingerprint, texts
-from rlhf_pipeline.encoding import Question, conversational, encode, fitting, questions
+from rlhf_pipeline.data.records import Prompt, Row, Turn
+from rlhf_pipeline.data.templates import written
+from rlhf_pipeline.data.tokenization import Question, conversational, encode, fitting, questions
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.made import run_of
 from rlhf_pipeline.policies import Policy
 from rlhf_pipeline.processes import gathered
 from rlhf_pipeline.progress import progress
-from rlhf_pipeline.records import Prompt, Row, Turn
 from rlhf_pipeline.rewards import Reward, load_reward, trained_part
 from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.sampling import check_positions, room_for_prompts
@@ -27,7 +28,6 @@ from rlhf_pipeline.stages.common import check_languages, judges, quiet, say_take
 from rlhf_pipeline.stages.contestants import Contestant, asked_of, lineup, open_all, same_place, same_vocabulary
 from rlhf_pipeline.stages.standings import sample_row, standing
 from rlhf_pipeline.tables import evaluation_table
-from rlhf_pipeline.templates import written
 
 
 def run(settings: Settings, out: RunDir) -> None:

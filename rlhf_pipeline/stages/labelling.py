@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline import labels
 from rlhf_pipeline.atomic import read_jsonl, write_atomic, write_json, write_jsonl
+from rlhf_pipeline.data import agreement
+from rlhf_pipeline.data.formats import read_judgements
+from rlhf_pipeline.data.formats.tasks import label_studio_tasks, sheet
+from rlhf_pipeline.data.records import Judgement, Prompt, Turn
 from rlhf_pipeline.errors import NotFinishedError, UserError
-from rlhf_pipeline.formats import read_judgements
-from rlhf_pipeline.formats.tasks import label_studio_tasks, sheet
 from rlhf_pipeline.label_studio import labeling_config, pull, push, serve
-from rlhf_pipeline.records import Judgement, Prompt, Turn
 from rlhf_pipeline.rundir import CANDIDATES, LABELS, PROJECT, RunDir
 from rlhf_pipeline.settings import Collection, Settings
 
@@ -176,7 +176,7 @@ def settle(collect: Collection, out: RunDir) -> None:
         "skipped": len(through - labelled),
     }
     if rows:
-        results |= labels.settle(read_judgements(out.path / LABELS).judgements)[1]
+        results |= agreement.settle(read_judgements(out.path / LABELS).judgements)[1]
     results["rejected"] = len(read_jsonl(out.path / REJECTED))
     enough = labelled and len(through) >= collect.enough * len(tasks)
     out.finish(results, status="done" if enough else "waiting")

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rlhf_pipeline.encoding import encode
+from rlhf_pipeline.data.records import Turn
+from rlhf_pipeline.data.templates import written
+from rlhf_pipeline.data.tokenization import encode
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.policies import Policy
-from rlhf_pipeline.records import Turn
 from rlhf_pipeline.sampling import Sampling, make_batch, room_for_prompts, sample
-from rlhf_pipeline.templates import written
 
 
 @dataclass

@@ -26,8 +26,8 @@ from transformers import (
 
 from rlhf_pipeline.atomic import read_jsonl
 from rlhf_pipeline.data import load_data
+from rlhf_pipeline.data.records import Demonstration, Dialogue, Preference, Ranking, Turn
 from rlhf_pipeline.policies import train_tokenizer
-from rlhf_pipeline.records import Demonstration, Dialogue, Preference, Ranking, Turn
 from rlhf_pipeline.reward_model import with_head
 from rlhf_pipeline.rewards import load_reward
 from rlhf_pipeline.scorer import Scorer

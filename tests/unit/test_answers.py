@@ -7,9 +7,9 @@ import pytest
 import torch
 from tiny import TEXTS, tiny_policy
 
-from rlhf_pipeline.encoding import Question
+from rlhf_pipeline.data.records import Preference, Text
+from rlhf_pipeline.data.tokenization import Question
 from rlhf_pipeline.policies import Policy, train_tokenizer
-from rlhf_pipeline.records import Preference, Text
 from rlhf_pipeline.rewards import Reward
 from rlhf_pipeline.sampling import Sampling
 from rlhf_pipeline.stages.answers import Trial, held_out_perplexity, held_out_texts, measure, reread

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_pipeline import formats
+from rlhf_pipeline.data import formats
+from rlhf_pipeline.data.agreement import settle
+from rlhf_pipeline.data.records import Demonstration, Dialogue, Labelled, Preference, Ranking, Text, Turn
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.labels import settle
-from rlhf_pipeline.records import Demonstration, Dialogue, Labelled, Preference, Ranking, Text, Turn
 
 REVIEWS = {
     "train/pos/10_9.txt": "A warm film.<br /><br />I saw it   twice.",

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_pipeline.data.python_code import functions, goes_on, parses, source_files
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.python_code import functions, goes_on, parses, source_files
 
 MODULE = '''import os
 

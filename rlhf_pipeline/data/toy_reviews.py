@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from rlhf_pipeline.records import Labelled
+from rlhf_pipeline.data.records import Labelled
 
 MIN_WORDS, MAX_WORDS = 12, 30
 _GRAMMAR = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))

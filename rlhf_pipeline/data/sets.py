@@ -12,12 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from rlhf_pipeline import formats, records
+from rlhf_pipeline.data import formats, records
+from rlhf_pipeline.data.agreement import Labels, connected, settle
+from rlhf_pipeline.data.python_code import source_files
+from rlhf_pipeline.data.records import Code, Demonstration, Dialogue, Labelled, Preference, Prompt, Ranking, Row, Text
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import explained, is_hub_id
-from rlhf_pipeline.labels import Labels, connected, settle
-from rlhf_pipeline.python_code import source_files
-from rlhf_pipeline.records import Code, Demonstration, Dialogue, Labelled, Preference, Prompt, Ranking, Row, Text
 from rlhf_pipeline.registry import Registry
 
 R = TypeVar("R", bound=Row)
@@ -69,7 +69,7 @@ def toy_reviews(seed: int, *, train: int = 20_000, test: int = 2_000) -> Splits[
 
     Held-out reviews begin with other words, so that their prompts are new to what learnt from the others.
     """
-    from rlhf_pipeline.toy_reviews import toy_reviews as draw
+    from rlhf_pipeline.data.toy_reviews import toy_reviews as draw
 
     return Splits(draw(train, seed=0), draw(test, seed=1, held_out=True))
 

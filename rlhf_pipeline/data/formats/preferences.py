@@ -5,9 +5,9 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlhf_pipeline.formats.row import Row, blank, decoded
-from rlhf_pipeline.formats.tasks import FORMULA
-from rlhf_pipeline.records import Judgement, Prompt, Turn
+from rlhf_pipeline.data.formats.row import Row, blank, decoded
+from rlhf_pipeline.data.formats.tasks import FORMULA
+from rlhf_pipeline.data.records import Judgement, Prompt, Turn
 
 Kind = Literal["judged", "rejected", "skipped", "unlabelled"]
 _ASSISTANT = "\n\nAssistant:"

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, TypeGuard
 
-from rlhf_pipeline.formats.files import RowError
-from rlhf_pipeline.formats.preferences import Given, judged, name, person
-from rlhf_pipeline.formats.row import Columns, Row, decoded, number, renamed
-from rlhf_pipeline.records import Judgement, Prompt
+from rlhf_pipeline.data.formats.files import RowError
+from rlhf_pipeline.data.formats.preferences import Given, judged, name, person
+from rlhf_pipeline.data.formats.row import Columns, Row, decoded, number, renamed
+from rlhf_pipeline.data.records import Judgement, Prompt
 
 _UNSORTED = "_"  # a Ranker with buckets has what was left where it was under this name
 # Names of buckets that speak for themselves, best first.

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from rlhf_pipeline.data import texts, whole
+from rlhf_pipeline.data.python_code import functions
+from rlhf_pipeline.data.records import Code, Demonstration, Dialogue, Preference, Prompt, Ranking, Row
+from rlhf_pipeline.data.templates import pieces, render, written
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.progress import parts
-from rlhf_pipeline.python_code import functions
-from rlhf_pipeline.records import Code, Demonstration, Dialogue, Preference, Prompt, Ranking, Row
-from rlhf_pipeline.templates import pieces, render, written
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rlhf_pipeline.data.formats import label_studio, preferences
+from rlhf_pipeline.data.formats.files import RowError, read_rows
+from rlhf_pipeline.data.formats.preferences import Given, name
+from rlhf_pipeline.data.formats.row import Columns, Row, renamed, say_unread
+from rlhf_pipeline.data.records import Judgement
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.formats import label_studio, preferences
-from rlhf_pipeline.formats.files import RowError, read_rows
-from rlhf_pipeline.formats.preferences import Given, name
-from rlhf_pipeline.formats.row import Columns, Row, renamed, say_unread
-from rlhf_pipeline.records import Judgement
 
 _LOG = logging.getLogger("rlhf_pipeline")
 _PAIR = ("chosen", "rejected", "rejected_response", "winner")

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rlhf_pipeline.data.formats.files import RowError, kind_of, read_rows
+from rlhf_pipeline.data.records import Prompt, Role, Turn
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.formats.files import RowError, kind_of, read_rows
-from rlhf_pipeline.records import Prompt, Role, Turn
 
 T = TypeVar("T")
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline.formats.files import kind_of, read_rows, suffix
-from rlhf_pipeline.formats.row import THOUGHTS, Columns, Row, blank, collect, decoded
-from rlhf_pipeline.records import Demonstration, Dialogue, Labelled, Prompt, Text, Turn
+from rlhf_pipeline.data.formats.files import kind_of, read_rows, suffix
+from rlhf_pipeline.data.formats.row import THOUGHTS, Columns, Row, blank, collect, decoded
+from rlhf_pipeline.data.records import Demonstration, Dialogue, Labelled, Prompt, Text, Turn
 
 _TEXT_COLUMNS = ("text", "review", "sentence", "content")
 _LABEL_COLUMNS = ("label", "sentiment")
