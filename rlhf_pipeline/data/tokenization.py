@@ -1,4 +1,4 @@
-"""Rows to token ids: what each stage makes of the data, in the words and special tokens of the policy."""
+"""Rows to token ids, with the tokenizer and the template of the policy."""
 
 import bisect
 import itertools
@@ -24,21 +24,21 @@ _PART = 100  # rows tokenized at once: some are whole files of code
 
 
 class Lesson(NamedTuple):
-    """Token ids to learn from, and which of them are learnt: 1, or 0 where they only stand before what is."""
+    """Token ids to learn from, and a mask: 1 for those that are learnt, 0 for the prompt."""
 
     ids: list[int]
     learnt: list[int]
 
 
 class Question(NamedTuple):
-    """A prompt as a record, turns or text, and as the token ids that a policy is asked with."""
+    """A prompt as a record (turns or text), and as token ids."""
 
     prompt: Prompt
     ids: list[int]
 
 
 def documents(rows: Sequence[Row], tokenizer: "Tokenizer") -> list[list[int]]:
-    """Token ids of whole rows, each with its end, to learn a language from. After a prompt alone nothing ends."""
+    """Token ids of whole rows, each with an EOS at its end, unless the row is a prompt alone."""
     end = int(tokenizer.eos_token_id)
     found: list[list[int]] = []
     for part in parts(rows, _PART, "tokenize", "text"):
@@ -53,7 +53,7 @@ def documents(rows: Sequence[Row], tokenizer: "Tokenizer") -> list[list[int]]:
 
 
 def demonstrations(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any], seed: int) -> list[Lesson]:
-    """Prompts with what is to be answered, which ends with the tokenizer's EOS."""
+    """Prompts with their answers, which end with the tokenizer's EOS."""
     end = int(tokenizer.eos_token_id)
     every = _lessons(rows, tokenizer, choice, seed)
     found = [lesson for lesson in every if any(lesson.learnt)]
@@ -68,7 +68,7 @@ def demonstrations(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str
 def shortened(
     splits: Sequence[list[Lesson]], tokenizer: "Tokenizer", longest: int, apart: bool = True
 ) -> list[list[Lesson]]:
-    """The lessons of each split in at most `longest` tokens; a line says what is lost.
+    """The lessons of each split cut to at most `longest` tokens; a warning counts what is lost.
 
     A prompt loses its beginning, so that its answer stays whole. An answer that does not fit by itself loses its end,
     and so does a text that is prompt and answer at once (not `apart`): the prompt then keeps up to half of the tokens.
@@ -135,7 +135,7 @@ def questions(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any
 
 
 def fitting(asked: list[P], room: int) -> list[P]:
-    """The prompts, ids or questions, of at most `room` tokens; a line counts those that are longer."""
+    """The prompts (ids or questions) of at most `room` tokens; a warning counts those that are longer."""
     found = [prompt for prompt in asked if len(prompt.ids if isinstance(prompt, Question) else prompt) <= room]
     if len(found) < len(asked):
         than = f"longer than the {room} tokens that the policy's positions leave for them"
@@ -149,7 +149,7 @@ def fitting(asked: list[P], room: int) -> list[P]:
 
 
 def conversational(rows: Sequence[Row]) -> bool:
-    """Whether any row holds turns of a conversation, so that a template has a say in it."""
+    """Whether any row holds turns of a conversation, which a template formats."""
     return any(isinstance(row, Dialogue) or isinstance(getattr(row, "prompt", ""), tuple) for row in rows)
 
 
@@ -232,7 +232,7 @@ def _lessons(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any]
 
 
 def _begun(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any], seed: int) -> Iterable[_Begun]:
-    """The tokens that are asked, and those that follow: of functions, or of texts."""
+    """The tokens of each prompt and of its continuation, from functions or from texts."""
     cut = _functions if rows and isinstance(rows[0], Code) else _cut
     return cut(rows, tokenizer, choice, seed)
 

@@ -1,4 +1,4 @@
-"""Files of human judgements, in whatever shape: what one holds is told by its rows, and a bad row stops none."""
+"""Files of human judgements. Each row shows which form it has; a bad row does not stop the others."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ _ALLOWED = (
 
 @dataclass(frozen=True)
 class Judged:
-    """The judgements of files; rows set aside, as they are written down; and how many of each kind there were."""
+    """The judgements of files; the rows set aside, as rejected.jsonl has them; and how many of each kind there were."""
 
     judgements: list[Judgement]
     rejected: list[dict[str, Any]]
@@ -36,12 +36,11 @@ def read_judgements(
     paths: Path | Sequence[Path], columns: Columns | None = None, buckets: Sequence[str] | None = None,
     untouched_seconds: float = 5.0,
 ) -> Judged:  # fmt: skip
-    """What people said of answers: pairs, ranked lists, a sheet, or an export of Label Studio.
+    """Judgements of answers: pairs, ranked lists, a sheet, or an export of Label Studio.
 
-    `buckets` are the names of a Ranker's buckets, best first. What was submitted as it was shown in less than
-    `untouched_seconds` is set aside. Of what one person said of the same answers to a task the newest counts, be it in
-    one file or in several. Of several sheets each is an annotator, unless it names them. A file with no judgement at
-    all is an error.
+    `buckets` names a Ranker's buckets, best first. An annotation submitted as shown in less than `untouched_seconds` is
+    set aside. If someone judges the same answers twice, the later judgement wins, also across files. Several sheets
+    count as one annotator each, unless they name theirs. A file without any judgement is an error.
     """
     if buckets is not None and (len(buckets) < 2 or len(set(buckets)) < len(buckets)):
         raise UserError(f"data.buckets is {buckets}; it takes two or more different names, best first.")
@@ -52,7 +51,7 @@ def read_judgements(
 
 
 def _file(path: Path, reading: label_studio.Reading) -> list[Given]:
-    """All that a file holds, in the order of its lines."""
+    """All annotations of a file, in the order of its lines."""
     faults: list[RowError] = []
     given = [found for number, fields in read_rows(path, faults) for found in _row(path, number, fields, reading)]
     given += [_rejected(Row(path, f.number, f.row, ""), f.why) for f in faults]
@@ -91,7 +90,7 @@ def _judged(given: Sequence[Given]) -> Judged:
 
 
 def _row(path: Path, number: int, fields: dict[str, Any], reading: label_studio.Reading) -> Iterator[Given]:
-    """What a row holds; a fault of its own sets aside that row alone."""
+    """The annotations of a row; an error sets aside this row alone."""
     row = Row(path, number, fields, "")
     try:
         yield from _read(row, reading)
@@ -127,7 +126,7 @@ def _rejected(row: Row, why: str) -> Given:
 
 
 def _newest(given: Sequence[Given]) -> list[Given]:
-    """Of what one person said of one task, the last word alone."""
+    """The annotations without those that the same person replaced later."""
     last: dict[Hashable, int] = {}
     for place, found in enumerate(given):
         if found.key is not None and (found.key not in last or given[last[found.key]].when <= found.when):
@@ -136,7 +135,7 @@ def _newest(given: Sequence[Given]) -> list[Given]:
 
 
 def _set_aside(found: Given) -> dict[str, Any]:
-    """A row of rejected.jsonl: what JSON can hold of it, in characters that a file can."""
+    """A row of rejected.jsonl, in values that JSON and in characters that UTF-8 can hold."""
     about = {"file": str(found.row.path), "line": found.row.number, "task": found.task, "annotator": found.annotator}
     try:
         text = json.dumps([about, found.why, found.row.fields], ensure_ascii=False, default=str)
@@ -147,7 +146,7 @@ def _set_aside(found: Given) -> dict[str, Any]:
 
 
 def _reasons(rejected: Sequence[dict[str, Any]], count: int = 3) -> str:
-    """The commonest reasons, each with the line where it is first met."""
+    """The commonest reasons, each with its first line."""
     first: dict[str, int] = {}
     for row in rejected:
         first.setdefault(row["why"], row["line"])

@@ -129,7 +129,7 @@ def _given(
     row: Row, data: Row, about: Mapping[str, Any], task: str | None, who: str | None, reading: Reading,
     read: Callable[[], tuple[Row, _Value]],
 ) -> Given:  # fmt: skip
-    """What `read` finds to be judged; an error of it sets the row aside."""
+    """The annotation whose data and label `read` returns; a RowError sets the row aside."""
     known = name(row.fields.get("id")) or task  # the data's own `task` may be a kind of work
     # A hash of the prompt and the answers is part of the key: every server counts its tasks and its people from 1.
     own = reading.names.values()
@@ -206,7 +206,7 @@ def _chosen(row: Row, values: Sequence[_Value], reading: Reading, results: Mappi
 
 
 def _check_results(row: Row, results: Mapping[str, Any]) -> None:
-    """Say which results there are where none is a comparison."""
+    """Name the results that there are, if none is a comparison."""
     cells = {key: decoded(cell) for key, cell in results.items()}
     lists = [cell if isinstance(cell, list) else [cell] for cell in cells.values()]
     held = {kind for cells in lists for part in cells if isinstance(part, dict) for kind in part}
@@ -283,7 +283,7 @@ def _buckets(row: Row, ranker: Any, reading: Reading) -> list[list[Any]]:
 
 
 def _check_touched(row: Row, value: _Value, annotation: Mapping[str, Any], reading: Reading) -> None:
-    """Refuse what was submitted as it stood, in less time than it takes to judge; a time not known is believed."""
+    """Refuse an annotation submitted unchanged in less time than it takes to judge. An unknown time is accepted."""
     seconds = number(annotation.get("lead_time"))
     if seconds is None or seconds >= reading.untouched_seconds:
         return
@@ -305,7 +305,7 @@ def _check_touched(row: Row, value: _Value, annotation: Mapping[str, Any], readi
 
 
 def _predicted(row: Row, value: _Value, annotation: Mapping[str, Any]) -> _Value | None:
-    """What a prediction, where it is known, had put in the control before the person came."""
+    """The value that a known prediction had put in the control."""
     parent, listed = annotation.get("parent_prediction"), annotation.get("predictions")
     known = [annotation.get("prediction"), *(listed if isinstance(listed, list) else [])]
     for prediction in known:

@@ -1,4 +1,4 @@
-"""Judgements of answers: what one is, and those that stand one a row: pairs, ranked lists, rows of a sheet."""
+"""Judgements with one row each: pairs, ranked lists and the rows of a sheet."""
 
 import re
 from collections.abc import Hashable, Sequence
@@ -17,7 +17,7 @@ _RANK = re.compile(r"rank([0-9]+)")
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """One annotation, whatever it came to: with `key`, the newest of all that have the same one counts."""
+    """One annotation and what became of it. Of all with the same `key`, the newest counts."""
 
     kind: Kind
     row: Row
@@ -33,7 +33,7 @@ def judged(
     row: Row, prompt: Prompt, answers: Sequence[str], ranks: Sequence[float | None],
     task: str | None, annotator: str | None, margin: float | None = None,
 ) -> Judgement:  # fmt: skip
-    """A judgement of those answers that have a rank; it takes two of them."""
+    """A judgement of the answers that have a rank, at least two."""
     kept = [(answer, rank) for answer, rank in zip(answers, ranks, strict=True) if rank is not None]
     if len(kept) < 2:
         raise row.error(f"{len(kept)} of {len(answers)} answers ranked; it takes two or more")
@@ -52,7 +52,7 @@ def person(value: Any) -> str | None:
 
 
 def name(value: Any) -> str | None:
-    """Who or what is meant: a number or a text that is not empty."""
+    """An id or a name: a number or a text that is not empty."""
     if isinstance(value, bool) or not isinstance(value, int | str):
         return None
     return str(value).strip() or None
@@ -64,7 +64,7 @@ def is_sheet(row: Row) -> bool:
 
 
 def sheet(row: Row) -> Given | None:
-    """A task of a sheet: rank1 of answer1 and so on, 1 the best. None of a line that is empty."""
+    """A task of a sheet: rank1 belongs to answer1 and so on, 1 is the best. None for an empty line."""
     if all(map(blank, row.fields.values())):
         return None
     numbers = sorted(int(match[1]) for match in map(_RANK.fullmatch, row.fields) if match)
@@ -79,7 +79,7 @@ def sheet(row: Row) -> Given | None:
 
 
 def ranking(row: Row) -> Given:
-    """Answers with the ranks that they were given, else best first."""
+    """Answers with their ranks, else best first."""
     key = "ranked" if row.has("ranked") else "responses"
     answers, given = decoded(row.fields[key]), decoded(row.fields.get("ranks"))
     if not isinstance(answers, list) or len(answers) < 2 or not all(isinstance(answer, str) for answer in answers):
@@ -96,7 +96,7 @@ def ranking(row: Row) -> Given:
 
 
 def pair(row: Row) -> Given:
-    """A better and a worse answer, in any of the forms that are about."""
+    """A better and a worse answer, in any of the forms in use."""
     prompt, *answers = _pair(row)
     return _given(row, prompt, answers, (1, 2), row.numeric("margin", row.fields.get("margin")))
 

@@ -1,4 +1,4 @@
-"""Rows of plain values to typed ones: texts, labels, demonstrations, dialogues.
+"""Files to records: texts, labels, demonstrations, dialogues.
 
 `columns` of a reader maps its own names of columns to the file's.
 """
