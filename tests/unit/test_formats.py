@@ -271,6 +271,8 @@ def test_rows_gzip_and_parquet(tmp_path: Path) -> None:
         ("a.json", b'[{"text": "a"},\n 3]', "line 2: a number where an object is needed"),
         ("a.json", b'[[{"text": "a"}]]', "line 1: a list where an object is needed"),
         ("a.json", b'[{"text": "a"},\n{"text": "b"}\n', "line 3: not JSON"),
+        ("a.json", b'[{"text": "a"}]\n[{"text": "b"}]\n', "line 2: not JSON"),
+        ("a.json", b'[{"text": "a"} {"text": "b"}]', "line 1: not JSON"),
         ("a.json", b"[]", "holds no rows"),
         ("a.jsonl", b"", "holds no rows"),
         ("a.csv", b"text,label\n", "holds no rows"),

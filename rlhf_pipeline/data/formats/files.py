@@ -155,6 +155,8 @@ def _json_list(path: Path, number: int, text: str) -> _Rows:
             between = comma.match(text, end)
             if not between:
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, len(text) - len(text[end:].lstrip()))
+        if between and (more := text[between.end() + 1 :].lstrip()):
+            raise json.JSONDecodeError("Extra data", text, len(text) - len(more))
     except (ValueError, RecursionError) as error:
         number += text.count("\n", counted, getattr(error, "pos", counted))
         raise RowError(path, number, f"not JSON ({error}); {_JSON}") from None
