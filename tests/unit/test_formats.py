@@ -537,3 +537,13 @@ def test_real_hh_prompt_and_answer_make_up_the_dialog(real: Path) -> None:
     read = read_preferences(path)
     assert [(p.prompt + p.chosen, p.prompt + p.rejected) for p in read] == [(r["chosen"], r["rejected"]) for r in raw]
     assert all(p.prompt.endswith("\n\nAssistant:") for p in read)
+
+
+@pytest.mark.parametrize("name", ["chinese_dialog/train.jsonl.gz", "preferences/medicalgpt_dpo_zh_500.jsonl.gz"])
+def test_ten_lines_of_real_chinese_in_gbk_are_read_as_in_utf_8(real: Path, tmp_path: Path, name: str) -> None:
+    lines = gzip.decompress((real / name).read_bytes()).decode().splitlines(keepends=True)
+    for first in range(0, 200, 10):
+        text = "".join(lines[first : first + 10])
+        (tmp_path / "a.jsonl").write_text(text, encoding="gb18030", newline="")
+        (tmp_path / "b.jsonl").write_text(text, encoding="utf-8", newline="")
+        assert list(formats.read_rows(tmp_path / "a.jsonl")) == list(formats.read_rows(tmp_path / "b.jsonl"))

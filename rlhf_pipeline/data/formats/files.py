@@ -21,6 +21,10 @@ from rlhf_pipeline.errors import UserError
 _LOG = logging.getLogger("rlhf_pipeline")
 _SHEET = "in the spreadsheet, save it as CSV UTF-8"
 _INSTEAD = {".xlsx": _SHEET, ".xls": _SHEET, ".zip": "unpack it and give one of its files"}
+_COMMON = frozenset(
+    "，。！？的一是不了在人有我他这中大来上个国到说们为子和你地出道也时年得就那要下以生会自着去之过家学对可她里后小么心多天而能"
+    "好都然没于起还"
+)
 _PACKED = ((b"PK\x03\x04", ".zip or .xlsx"), (b"\x1f\x8b", ".gz"))
 _JSON = "allowed are one object a line, or one list of them"
 BROKEN = (tarfile.TarError, EOFError, zlib.error, OSError, ValueError)  # what a damaged file makes the readers raise
@@ -101,11 +105,7 @@ def _encoding(path: Path) -> str:
             try:
                 line.decode()
             except UnicodeDecodeError as error:
-                from charset_normalizer import from_bytes
-
-                sample = b"".join([line, *itertools.islice(raw, 1000)])
-                # Measured: Chinese as GB18030 looks up to 2 % odd, other languages 5 % and more.
-                if from_bytes(sample, cp_isolation=["gb18030"], threshold=0.04).best():
+                if _is_chinese(b"".join([line, *itertools.islice(raw, 1000)])):
                     return "gb18030"
                 packed = next((kind for start, kind in _PACKED if number == 1 and line.startswith(start)), None)
                 sheet = suffix(path) in (".csv", ".tsv")
@@ -119,6 +119,16 @@ def _encoding(path: Path) -> str:
                     why = f"not text: by its first bytes it is a {packed} file under another name"
                 raise RowError(path, number, why) from None
     return "utf-8-sig"
+
+
+def _is_chinese(sample: bytes) -> bool:
+    """Whether bytes are Chinese in GB18030: measured, charset-normalizer refuses 3 % of such texts of ten lines."""
+    try:
+        wide = [letter for letter in sample.decode("gb18030") if letter > "\x7f"]
+    except UnicodeDecodeError:
+        return False
+    # Korean and Russian may pass for it too, but then read as a hotchpotch; a Chinese text is four tenths of these.
+    return sum(letter in _COMMON for letter in wide) >= 0.08 * len(wide)
 
 
 def _txt_rows(path: Path) -> _Rows:
