@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from rlhf_pipeline.data.templates import TEMPLATES
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import explained, model_folder, open_pretrained
 from rlhf_pipeline.progress import parts
 from rlhf_pipeline.registry import Registry
-from rlhf_pipeline.templates import TEMPLATES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf_pipeline.data.python_code import goes_on
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.own_code import plainly, reward_at
-from rlhf_pipeline.python_code import goes_on
 from rlhf_pipeline.registry import Registry, fits
 from rlhf_pipeline.scorer import Scorer, Side, class_named
 from rlhf_pipeline.scripts import mismatch, script_of, words_of
@@ -185,7 +185,7 @@ def preference_model(
 @registry.register
 def toy_sentiment(where: str | None) -> Reward:
     """The sentiment of a toy review by the rules of its grammar: the truth that a trained reward only estimates."""
-    from rlhf_pipeline.toy_reviews import toy_reviews, true_sentiment
+    from rlhf_pipeline.data.toy_reviews import toy_reviews, true_sentiment
 
     def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
         return [true_sentiment(prompt + answer) for prompt, answer in zip(prompts, answers, strict=True)]

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf_pipeline.encoding import Question, encode
+from rlhf_pipeline.data.templates import written
+from rlhf_pipeline.data.tokenization import Question, encode
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.hub import model_folder
 from rlhf_pipeline.made import find, models, ppo_settings, run_of
@@ -14,7 +15,6 @@ from rlhf_pipeline.ppo.config import PPOConfig, make_sampling
 from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.sampling import Sampling
 from rlhf_pipeline.settings import SAMPLING, TOKENS
-from rlhf_pipeline.templates import written
 
 PPO_SAMPLING = (*SAMPLING, "min_response_length", "temperature")  # PPO's settings that decide how it samples
 

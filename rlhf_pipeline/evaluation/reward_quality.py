@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 
 from rlhf_pipeline import metrics
+from rlhf_pipeline.data.records import Labelled
 from rlhf_pipeline.progress import progress
-from rlhf_pipeline.records import Labelled
 from rlhf_pipeline.scorer import Scorer
 
 if TYPE_CHECKING:

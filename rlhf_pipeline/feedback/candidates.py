@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from rlhf_pipeline.encoding import Question, encode
+from rlhf_pipeline.data.templates import visible, written
+from rlhf_pipeline.data.tokenization import Question, encode
 from rlhf_pipeline.launch import processes
 from rlhf_pipeline.policies import Policy
 from rlhf_pipeline.processes import gathered, mine
 from rlhf_pipeline.sampling import Sampling, check_positions, sample
 from rlhf_pipeline.scripts import words_of
 from rlhf_pipeline.settings import Collection
-from rlhf_pipeline.templates import visible, written
 
 _TRIES = 5  # draws of one answer until it differs from the others
 

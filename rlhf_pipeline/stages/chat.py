@@ -17,13 +17,14 @@ from rich.console import Console
 from rich.text import Text as Line
 
 from rlhf_pipeline import data
-from rlhf_pipeline.encoding import conversational, encode
+from rlhf_pipeline.data.records import Code, Dialogue, Labelled, Prompt, Text, Turn
+from rlhf_pipeline.data.templates import written
+from rlhf_pipeline.data.tokenization import conversational, encode
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.evaluation.lineup import same_vocabulary, sampling_as
 from rlhf_pipeline.made import find, locate, policies_in, ppo_settings, run_of
 from rlhf_pipeline.networks import positions
 from rlhf_pipeline.policies import Policy, load_policy, registry
-from rlhf_pipeline.records import Code, Dialogue, Labelled, Prompt, Text, Turn
 from rlhf_pipeline.registry import suggest
 from rlhf_pipeline.rewards import Reward, load_reward, trained_part
 from rlhf_pipeline.rundir import RunDir
@@ -32,7 +33,6 @@ from rlhf_pipeline.scripts import shown
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.stages.common import quiet, say_taken
 from rlhf_pipeline.tables import number, side_by_side
-from rlhf_pipeline.templates import written
 
 HELP = {"/reset": "begin a new conversation", "/help": "this list", "/quit": "leave; so do Ctrl-D and Ctrl-C"}
 _LENGTH = 64  # tokens of an answer at most, where no PPO of the run says how many

@@ -8,11 +8,11 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
+from rlhf_pipeline.data.records import Labelled
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.likelihood import summed_losses
 from rlhf_pipeline.networks import looks_ahead
 from rlhf_pipeline.progress import parts
-from rlhf_pipeline.records import Labelled
 from rlhf_pipeline.stages.batching import OrderedTrainer
 
 

@@ -12,7 +12,8 @@ import torch
 
 from rlhf_pipeline.atomic import read_jsonl, write_jsonl
 from rlhf_pipeline.data import fingerprint, texts
-from rlhf_pipeline.encoding import Question, fitting, questions
+from rlhf_pipeline.data.records import Row
+from rlhf_pipeline.data.tokenization import Question, fitting, questions
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.evaluation.lineup import sampling_as
 from rlhf_pipeline.feedback.candidates import Asker, ids_for
@@ -21,7 +22,6 @@ from rlhf_pipeline.feedback.labelling import bring_pulled, note_progress, offer
 from rlhf_pipeline.policies import Policy, load_policy
 from rlhf_pipeline.processes import agree
 from rlhf_pipeline.progress import progress
-from rlhf_pipeline.records import Row
 from rlhf_pipeline.rewards import Reward, load_reward, trained_part
 from rlhf_pipeline.rundir import CANDIDATES, CANDIDATES_SO_FAR, LABELS, PROJECT, RunDir
 from rlhf_pipeline.sampling import room_for_prompts

@@ -14,10 +14,10 @@ from trl import RewardConfig
 from trl.trainer.utils import pad
 
 from rlhf_pipeline.data import joined
+from rlhf_pipeline.data.records import Demonstration, Dialogue, Preference, Prompt, Ranking, Row
+from rlhf_pipeline.data.templates import visible
 from rlhf_pipeline.progress import parts
-from rlhf_pipeline.records import Demonstration, Dialogue, Preference, Prompt, Ranking, Row
 from rlhf_pipeline.stages.batching import Counted, OrderedRewardTrainer
-from rlhf_pipeline.templates import visible
 
 _COLUMNS = ("texts", "better", "worse", "margin", "length")
 _PART = 200  # rows tokenized at once

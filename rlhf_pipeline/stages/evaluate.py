@@ -15,7 +15,9 @@ import torch
 from rlhf_pipeline import frontier
 from rlhf_pipeline.atomic import read_jsonl, write_json, write_jsonl
 from rlhf_pipeline.data import Splits, begun_by, fingerprint, load_data, texts
-from rlhf_pipeline.encoding import Question, conversational, encode, fitting, questions
+from rlhf_pipeline.data.records import Prompt, Row, Turn
+from rlhf_pipeline.data.templates import written
+from rlhf_pipeline.data.tokenization import Question, conversational, encode, fitting, questions
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.evaluation.comparison import (
     Answers,
@@ -41,7 +43,6 @@ from rlhf_pipeline.policies import Policy, load_policy
 from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.processes import gathered
 from rlhf_pipeline.progress import progress
-from rlhf_pipeline.records import Prompt, Row, Turn
 from rlhf_pipeline.registry import suggest
 from rlhf_pipeline.rewards import Reward, load_reward, trained_part
 from rlhf_pipeline.rundir import FRONTIER, POINTS, RunDir
@@ -49,7 +50,6 @@ from rlhf_pipeline.sampling import check_positions, room_for_prompts
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.stages.common import check_languages, judges, quiet, say_taken, take_data
 from rlhf_pipeline.tables import evaluation_table, frontier_table
-from rlhf_pipeline.templates import written
 
 _BEST_OF = 16  # answers to a prompt that a sweep's best of n is estimated from, unless evaluate.best_of says
 

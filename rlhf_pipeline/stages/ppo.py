@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rlhf_pipeline.atomic import read_jsonl
 from rlhf_pipeline.data import fingerprint, load_data, texts
-from rlhf_pipeline.encoding import documents, fitting, prompts
+from rlhf_pipeline.data.tokenization import documents, fitting, prompts
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.launch import processes
 from rlhf_pipeline.policies import load_policy, lora_config

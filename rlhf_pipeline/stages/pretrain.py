@@ -10,7 +10,7 @@ from datasets import Dataset
 from trl import SFTConfig
 
 from rlhf_pipeline.data import fingerprint, texts
-from rlhf_pipeline.encoding import documents
+from rlhf_pipeline.data.tokenization import documents
 from rlhf_pipeline.policies import make_policy
 from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.settings import Settings

@@ -20,6 +20,9 @@ from trl import RewardConfig
 
 from rlhf_pipeline.atomic import write_json, write_jsonl
 from rlhf_pipeline.data import Splits, check_kind, fingerprint, kind, load_data, texts
+from rlhf_pipeline.data.agreement import Labels
+from rlhf_pipeline.data.records import Labelled, Preference, Ranking
+from rlhf_pipeline.data.templates import TEMPLATES, visible
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.evaluation.reward_quality import (
     example_line,
@@ -29,11 +32,9 @@ from rlhf_pipeline.evaluation.reward_quality import (
     scores,
 )
 from rlhf_pipeline.hub import explained, model_folder, open_pretrained
-from rlhf_pipeline.labels import Labels
 from rlhf_pipeline.networks import text_config
 from rlhf_pipeline.policies import load_policy, open_config
 from rlhf_pipeline.precision import fuse_gelu
-from rlhf_pipeline.records import Labelled, Preference, Ranking
 from rlhf_pipeline.reward_model import register, shift_scores, with_head
 from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.scorer import Scorer, settle_padding
@@ -46,7 +47,6 @@ from rlhf_pipeline.stages.classification import (
 )
 from rlhf_pipeline.stages.common import building, fit_length, say_taken, sharded_weights, take_data, trainer_args, watch
 from rlhf_pipeline.stages.comparisons import Comparison, ComparisonTrainer, compare, shown, told_apart
-from rlhf_pipeline.templates import TEMPLATES, visible
 
 # layers, width, heads of an encoder from scratch
 ENCODERS = {"tiny": (2, 128, 4), "mini": (4, 256, 4), "small": (6, 512, 8)}

@@ -12,8 +12,8 @@ from conftest import CommandLine
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_pipeline.atomic import read_jsonl
-from rlhf_pipeline.encoding import documents
-from rlhf_pipeline.records import Code
+from rlhf_pipeline.data.records import Code
+from rlhf_pipeline.data.tokenization import documents
 
 
 def by_the_hub(hub: dict[str, str], *args: str) -> str:

@@ -14,8 +14,8 @@ from conftest import CommandLine
 
 from rlhf_pipeline.atomic import read_jsonl
 from rlhf_pipeline.data import load_data
+from rlhf_pipeline.data.records import Turn
 from rlhf_pipeline.lineage import content_hash
-from rlhf_pipeline.records import Turn
 from rlhf_pipeline.rounds import by_round, write_rounds
 from rlhf_pipeline.scripts import words_of
 

@@ -26,9 +26,9 @@ from transformers import (
 
 from rlhf_pipeline.atomic import read_jsonl
 from rlhf_pipeline.data import load_data
+from rlhf_pipeline.data.records import Demonstration, Dialogue, Preference, Ranking, Turn
 from rlhf_pipeline.evaluation.reward_quality import preference_quality
 from rlhf_pipeline.policies import train_tokenizer
-from rlhf_pipeline.records import Demonstration, Dialogue, Preference, Ranking, Turn
 from rlhf_pipeline.reward_model import with_head
 from rlhf_pipeline.rewards import load_reward
 from rlhf_pipeline.scorer import Scorer

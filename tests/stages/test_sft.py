@@ -9,8 +9,8 @@ import pytest
 from conftest import CommandLine
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_pipeline.encoding import demonstrations
-from rlhf_pipeline.formats import read_demonstrations, read_dialogues
+from rlhf_pipeline.data.formats import read_demonstrations, read_dialogues
+from rlhf_pipeline.data.tokenization import demonstrations
 
 SMALL = (
     "stage=sft", "policy=gpt2_scratch", "policy.vocabulary=600", "policy.positions=128", "data.limit=96",

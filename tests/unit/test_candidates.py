@@ -10,13 +10,13 @@ import pytest
 import torch
 from tiny import tiny_policy, tiny_tokenizer
 
-from rlhf_pipeline.encoding import Question, encode
+from rlhf_pipeline.data.formats import read_judgements
+from rlhf_pipeline.data.formats.tasks import FORMULA, sheet
+from rlhf_pipeline.data.records import Judgement
+from rlhf_pipeline.data.tokenization import Question, encode
 from rlhf_pipeline.feedback.candidates import Asker, alike
 from rlhf_pipeline.feedback.labelling import label_row
-from rlhf_pipeline.formats import read_judgements
-from rlhf_pipeline.formats.tasks import FORMULA, sheet
 from rlhf_pipeline.policies import Policy
-from rlhf_pipeline.records import Judgement
 from rlhf_pipeline.sampling import Sampling, sample
 from rlhf_pipeline.settings import Collection
 from rlhf_pipeline.stages.collect import choose, say_what_lacks

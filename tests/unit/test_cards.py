@@ -19,12 +19,12 @@ from transformers import GPT2Config
 
 from rlhf_pipeline.cards import card, named, write_cards
 from rlhf_pipeline.cards.facts import SIGNS
+from rlhf_pipeline.data.records import Turn
+from rlhf_pipeline.data.templates import TEMPLATES, written
 from rlhf_pipeline.policies import Policy
 from rlhf_pipeline.ppo.watch import CollapseWatch
-from rlhf_pipeline.records import Turn
 from rlhf_pipeline.reward_model import RewardModel, RewardModelConfig
 from rlhf_pipeline.scorer import Scorer
-from rlhf_pipeline.templates import TEMPLATES, written
 
 SHA = "ab" * 32
 DATA = {"name": "imdb", "path": None, "train": 25_000, "test": 100, "sha256": SHA}

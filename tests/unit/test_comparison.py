@@ -8,7 +8,8 @@ import pytest
 import torch
 from tiny import TEXTS, tiny_policy
 
-from rlhf_pipeline.encoding import Question
+from rlhf_pipeline.data.records import Preference, Text
+from rlhf_pipeline.data.tokenization import Question
 from rlhf_pipeline.evaluation.comparison import (
     Trial,
     chosen,
@@ -23,7 +24,6 @@ from rlhf_pipeline.evaluation.comparison import (
 )
 from rlhf_pipeline.evaluation.lineup import Contestant, asked_of
 from rlhf_pipeline.policies import Policy, train_tokenizer
-from rlhf_pipeline.records import Preference, Text
 from rlhf_pipeline.rewards import Reward
 from rlhf_pipeline.sampling import Sampling
 

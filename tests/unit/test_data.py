@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-from rlhf_pipeline import data, encoding
+from rlhf_pipeline import data
 from rlhf_pipeline.arguments import CONF
-from rlhf_pipeline.data import begun_by
+from rlhf_pipeline.data import begun_by, tokenization
+from rlhf_pipeline.data.records import Labelled, Preference, Ranking
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.policies import train_tokenizer
-from rlhf_pipeline.records import Labelled, Preference, Ranking
 
 TOY = {"name": "toy_reviews", "limit": 200, "prompt_tokens": [3, 6]}
 
@@ -59,7 +59,9 @@ def test_the_demos_held_out_prompts_begin_no_training_review(experiment: str) ->
         cfg: Any = compose("config", [f"experiment={experiment}", "stage=pretrain"])
     rows = data.load_data({"name": cfg.data.name}, seed=0)
     tokenizer = train_tokenizer([row.text for row in rows.train], cfg.policy.vocabulary, cfg.policy.positions)
-    asked = encoding.questions(rows.test, tokenizer, {"name": "", "prompt_tokens": [*cfg.data.prompt_tokens]}, seed=0)
+    asked = tokenization.questions(
+        rows.test, tokenizer, {"name": "", "prompt_tokens": [*cfg.data.prompt_tokens]}, seed=0
+    )
     assert len(asked) == 2_000
     assert begun_by([question.prompt for question in asked], rows.train) == 0
 
@@ -75,7 +77,7 @@ def test_the_fingerprint_sees_every_row() -> None:
 def test_prompts_are_the_first_tokens_and_demonstrations_lose_nothing() -> None:
     rows = data.load_data(TOY, seed=0).train
     tokenizer = train_tokenizer([row.text for row in rows], 400, 64)
-    lessons = encoding.demonstrations(rows, tokenizer, TOY, seed=0)
+    lessons = tokenization.demonstrations(rows, tokenizer, TOY, seed=0)
     assert len(lessons) == len(rows)
     pairs = [(ids[: learnt.index(1)], ids[learnt.index(1) :]) for ids, learnt in lessons]
     for row, (prompt, completion) in zip(rows, pairs, strict=True):
@@ -83,7 +85,7 @@ def test_prompts_are_the_first_tokens_and_demonstrations_lose_nothing() -> None:
         assert completion[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(prompt + completion[:-1]) == row.text
     assert {len(prompt) for prompt, _ in pairs} == {3, 4, 5, 6}
-    assert encoding.prompts(rows, tokenizer, TOY, seed=0) == [prompt for prompt, _ in pairs]
+    assert tokenization.prompts(rows, tokenizer, TOY, seed=0) == [prompt for prompt, _ in pairs]
 
 
 def test_files_of_ones_own(tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_pipeline import formats
+from rlhf_pipeline.data import formats
+from rlhf_pipeline.data.agreement import settle
+from rlhf_pipeline.data.records import Demonstration, Dialogue, Labelled, Preference, Ranking, Text, Turn
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.labels import settle
-from rlhf_pipeline.records import Demonstration, Dialogue, Labelled, Preference, Ranking, Text, Turn
 
 REVIEWS = {
     "train/pos/10_9.txt": "A warm film.<br /><br />I saw it   twice.",
@@ -271,6 +271,8 @@ def test_rows_gzip_and_parquet(tmp_path: Path) -> None:
         ("a.json", b'[{"text": "a"},\n 3]', "line 2: a number where an object is needed"),
         ("a.json", b'[[{"text": "a"}]]', "line 1: a list where an object is needed"),
         ("a.json", b'[{"text": "a"},\n{"text": "b"}\n', "line 3: not JSON"),
+        ("a.json", b'[{"text": "a"}]\n[{"text": "b"}]\n', "line 2: not JSON"),
+        ("a.json", b'[{"text": "a"} {"text": "b"}]', "line 1: not JSON"),
         ("a.json", b"[]", "holds no rows"),
         ("a.jsonl", b"", "holds no rows"),
         ("a.csv", b"text,label\n", "holds no rows"),
@@ -323,7 +325,7 @@ def test_labelled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert read == [Labelled(f"s{i}", label) for i, label in enumerate([0, 1, 1, 0, 1, 1])]
     assert "3 of 9 rows skipped" in caplog.text
     path = write_jsonl(tmp_path / "b.jsonl", {"body": "fine", "y": 1})
-    assert formats.read_labelled(path, "body", "y") == [Labelled("fine", 1)]
+    assert formats.read_labelled(path, {"text": "body", "label": "y"}) == [Labelled("fine", 1)]
     with pytest.raises(UserError, match=r"line 1: 'text\|review\|sentence\|content' is missing among body, y"):
         formats.read_labelled(path)
     path = write_jsonl(tmp_path / "c.jsonl", {"text": "a", "label": 1}, {"text": "b", "label": 5})
@@ -535,3 +537,13 @@ def test_real_hh_prompt_and_answer_make_up_the_dialog(real: Path) -> None:
     read = read_preferences(path)
     assert [(p.prompt + p.chosen, p.prompt + p.rejected) for p in read] == [(r["chosen"], r["rejected"]) for r in raw]
     assert all(p.prompt.endswith("\n\nAssistant:") for p in read)
+
+
+@pytest.mark.parametrize("name", ["chinese_dialog/train.jsonl.gz", "preferences/medicalgpt_dpo_zh_500.jsonl.gz"])
+def test_ten_lines_of_real_chinese_in_gbk_are_read_as_in_utf_8(real: Path, tmp_path: Path, name: str) -> None:
+    lines = gzip.decompress((real / name).read_bytes()).decode().splitlines(keepends=True)
+    for first in range(0, 200, 10):
+        text = "".join(lines[first : first + 10])
+        (tmp_path / "a.jsonl").write_text(text, encoding="gb18030", newline="")
+        (tmp_path / "b.jsonl").write_text(text, encoding="utf-8", newline="")
+        assert list(formats.read_rows(tmp_path / "a.jsonl")) == list(formats.read_rows(tmp_path / "b.jsonl"))

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from rlhf_pipeline.data.agreement import settle
+from rlhf_pipeline.data.formats import Judged, read_judgements
+from rlhf_pipeline.data.records import Judgement, Preference, Turn
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.formats import Judged, read_judgements
-from rlhf_pipeline.labels import settle
-from rlhf_pipeline.records import Judgement, Preference, Turn
 
 DATA = {
     "task": "t1",

@@ -8,11 +8,11 @@ from conftest import ROOT
 PACKAGE = ROOT / "rlhf_pipeline"
 # A module imports only from those before it (at module level).
 LAYERS = [
-    ["errors", "records", "scripts"], ["launch", "atomic", "networks"], ["progress"],
-    ["registry", "toy_reviews", "python_code", "hub", "metrics", "sampling", "precision", "processes",
-     "checkpoints", "reward_model", "labels", "limits", "lineage", "adapters"],
-    ["likelihood", "formats", "templates", "scorer", "own_code", "report", "trackers"],
-    ["data", "policies", "rewards", "static_sampling", "plan"], ["encoding"], ["settings"], ["cards"], ["rundir"],
+    ["errors", "scripts"], ["launch", "atomic", "networks"], ["progress"],
+    ["registry", "hub", "metrics", "sampling", "precision", "processes", "checkpoints", "reward_model", "limits",
+     "lineage", "adapters"],
+    ["data", "likelihood", "scorer", "own_code", "report", "trackers"],
+    ["policies", "rewards", "static_sampling", "plan"], ["settings"], ["cards"], ["rundir"],
     ["tables", "ppo", "made", "publish", "together"], ["evaluation", "feedback"], ["frontier"],
     ["stages"], ["plain_words", "arguments"], ["summary", "jobs"], ["rounds", "sweeps"], ["cli", "plugins"],
 ]  # fmt: skip

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from rlhf_pipeline import formats
+from rlhf_pipeline.data import formats
+from rlhf_pipeline.data.agreement import settle
+from rlhf_pipeline.data.records import Demonstration, Dialogue, Labelled, Preference, Ranking, Text, Turn
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.labels import settle
-from rlhf_pipeline.records import Demonstration, Dialogue, Labelled, Preference, Ranking, Text, Turn
 
 ASKED = {"role": "user", "content": "Is it?"}
 CHAT = [ASKED, {"role": "assistant", "content": 'It "is", isn\'t it?'}]

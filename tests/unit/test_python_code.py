@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_pipeline.data.python_code import functions, goes_on, parses, source_files
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.python_code import body_of, functions, goes_on, parses, source_files
 
 MODULE = '''import os
 
@@ -88,31 +88,28 @@ def test_a_docstring_in_brackets_is_the_heads_as_a_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    ("completion", "body"),
+    "completion",
     [
-        ("    return 1\n\n\n# about g\ndef g():\n    pass\n", "    return 1\n"),
-        ("    if a:\n        b()\n# no end\n    return 1\nx", "    if a:\n        b()\n# no end\n    return 1\n"),
-        ('    s = """\nx\n"""\n    return s\ny', '    s = """\nx\n"""\n    return s\n'),
-        ("    s = r'''\\'''\nx\n'''\ny", "    s = r'''\\'''\nx\n'''\n"),
-        ("    f(\na,\n)\n    g('(', \"#[\")\n    # it's {\nx", "    f(\na,\n)\n    g('(', \"#[\")\n    # it's {\n"),
-        ("    a = 1 + \\\n2\n    s = 'b\\\nc'\nx", "    a = 1 + \\\n2\n    s = 'b\\\nc'\n"),
-        ("    return 1\n)\n", "    return 1\n"),
-        ("    s = 'never closed\nx", "    s = 'never closed\n"),
-        ("    a\n\fdef g(): pass", "    a\n"),
-        ("def g():\n    pass\n", ""),
+        "    return 1\n\n\n# about g\ndef g(:\n    pass\n",
+        "    if a:\n        b()\n# no end\n    return 1\nx y",
+        '    s = """\nx y\n"""\n    return s\ny z',
+        "    s = r'''\\'''\nx\n'''\ny z",
+        "    f(\na,\n)\n    g('(', \"#[\")\n    # it's {\nx y",
+        "    a = 1 + \\\n2\n    s = 'b\\\nc'\nx y",
+        "    return 1\n)\n",
+        "    a\n\fdef g(: pass",
+        "    a = 1\n    b = a +",
+        "    a = 1\n\n# so\n",
     ],
 )
-def test_a_body_ends_before_what_stands_at_column_0(completion: str, body: str) -> None:
-    assert body_of(completion) == (body, True)
+def test_a_body_ends_before_what_stands_at_column_0_and_before_an_unfinished_line(completion: str) -> None:
+    assert parses("def f():\n", completion)
 
 
-def test_a_body_that_ran_out_loses_its_last_unfinished_line() -> None:
-    assert body_of("    a = 1\n    b = a +") == ("    a = 1\n", False)
-    assert body_of("    a = 1\n\n# so\n") == ("    a = 1\n", False)
-    assert body_of("    a = 1") == ("", False)
-    assert body_of("") == ("", False)
-    assert body_of('    s = """\nx = 1\ndef f(): pass\n') == ('    s = """\nx = 1\ndef f(): pass\n', False)
-    assert not parses("def f():\n", '    s = """\nx = 1\ndef f(): pass\n')
+@pytest.mark.parametrize("completion", ["    a = 1", "", "    s = 'never closed\nx", "def g():\n    pass\n",
+                                        '    s = """\nx = 1\ndef f(): pass\n'])  # fmt: skip
+def test_a_body_that_is_not_whole_does_not_parse(completion: str) -> None:
+    assert not parses("def f():\n", completion)
 
 
 DOCUMENTED = 'def f(a):\n    """What it does."""\n'
@@ -155,8 +152,7 @@ def test_the_whole_standard_library_goes_there_and_back() -> None:
         assert [type(node).__name__.endswith("FunctionDef") for node in ast.parse(head + body).body] == [True]
         assert head.startswith(("def ", "async def "))
         assert head.endswith("\n")
-        assert body_of(f"{body}\n\n# next\nx = 1\n") == (body, True)
-    assert all(parses(head, body) for head, body in found[::10])
+    assert all(parses(head, f"{body}\n\n# next\nx = = 1\n") for head, body in found[::10])
 
 
 def test_a_folder_of_ones_own(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-from rlhf_pipeline.records import Labelled
-from rlhf_pipeline.toy_reviews import MAX_WORDS, MIN_WORDS, toy_reviews, true_sentiment
+from rlhf_pipeline.data.records import Labelled
+from rlhf_pipeline.data.toy_reviews import MAX_WORDS, MIN_WORDS, toy_reviews, true_sentiment
 
 TRAIN = 16_000
 

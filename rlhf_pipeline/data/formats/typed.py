@@ -1,4 +1,4 @@
-"""Rows of plain values to typed ones: texts, labels, demonstrations, dialogues.
+"""Files to records: texts, labels, demonstrations, dialogues.
 
 `columns` of a reader maps its own names of columns to the file's.
 """
@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline.formats.files import kind_of, read_rows, suffix
-from rlhf_pipeline.formats.row import THOUGHTS, Columns, Row, blank, collect, decoded
-from rlhf_pipeline.records import Demonstration, Dialogue, Labelled, Prompt, Text, Turn
+from rlhf_pipeline.data.formats.files import kind_of, read_rows, suffix
+from rlhf_pipeline.data.formats.row import THOUGHTS, Columns, Row, blank, collect, decoded
+from rlhf_pipeline.data.records import Demonstration, Dialogue, Labelled, Prompt, Text, Turn
 
 _TEXT_COLUMNS = ("text", "review", "sentence", "content")
 _LABEL_COLUMNS = ("label", "sentiment")
@@ -31,20 +31,17 @@ def read_texts(path: Path, column: str = "text", columns: Columns | None = None)
 
 
 def read_labelled(
-    path: Path, text_column: str | None = None, label_column: str | None = None, columns: Columns | None = None,
-    labels: Mapping[Any, int] | None = None,
-) -> list[Labelled]:  # fmt: skip
+    path: Path, columns: Columns | None = None, labels: Mapping[Any, int] | None = None
+) -> list[Labelled]:
     """Texts with label 0 or 1; rows with no label or no text are skipped and counted in the log.
 
     `labels` are the file's own names of labels, each with 0 or 1.
     """
-    text_columns = (text_column,) if text_column else _TEXT_COLUMNS
-    label_columns = (label_column,) if label_column else _LABEL_COLUMNS
     known = _LABELS if labels is None else {_label(name): label for name, label in labels.items()}
     own = "" if labels is None else " (data.labels)"
 
     def parse(row: Row) -> Labelled:
-        text_key, label_key = row.first(*text_columns), row.first(*label_columns)
+        text_key, label_key = row.first(*_TEXT_COLUMNS), row.first(*_LABEL_COLUMNS)
         text, value = row.text(text_key).removeprefix("\ufeff").strip(), row.fields[label_key]  # stray byte order marks
         if not text or blank(value):
             raise row.skipped("no label or no text")
@@ -55,7 +52,7 @@ def read_labelled(
             raise row.error(f"'{label_key}' is {said}; allowed are {', '.join(known)}{own}{hint}")
         return Labelled(text, label)
 
-    needs = f"a labelled row needs {'|'.join(text_columns)} and {'|'.join(label_columns)}"
+    needs = f"a labelled row needs {'|'.join(_TEXT_COLUMNS)} and {'|'.join(_LABEL_COLUMNS)}"
     return collect(path, needs, parse, columns)
 
 
@@ -84,9 +81,9 @@ def read_demonstrations(path: Path, columns: Columns | None = None) -> list[Demo
             prompt = row.prompt()
         else:
             prompt = (Turn("user", row.instruction() if ask == "instruction" else row.text(ask)),)
-        if before := row.before():
-            asked = (Turn("user", prompt),) if isinstance(prompt, str) else prompt
-            return Dialogue((*before, *asked, *([Turn("assistant", answer)] if answer.strip() else [])))
+        asked = row.asked(prompt)
+        if asked is not prompt:
+            return Dialogue((*asked, *([Turn("assistant", answer)] if answer.strip() else [])))
         return Demonstration(prompt, answer if answer.strip() else "")
 
     needs = "a demonstration row needs prompt, completion (or instruction, output; question, answer; messages)"

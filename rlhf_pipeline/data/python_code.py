@@ -4,32 +4,31 @@ Nothing here runs the code it reads.
 """
 
 import ast
-import hashlib
 import logging
 import os
 import re
 import sysconfig
 import tokenize
 import warnings
-from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
 from rlhf_pipeline.errors import UserError
 
-_log = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 # What is installed, compiled or hidden (.git, .venv) is not the folder's own source.
 _NEVER = ("site-packages", "dist-packages", "__pycache__", ".*")
 # Of the standard library: its tests, which are as long as all the rest, and what differs from machine to machine
 # or was generated. encodings is a hundred tables with the same four functions, topics.py the manual as one dict.
 _NOT_OF_LIBRARY = ("test", "tests", "idle_test", "config-*", "encodings", "pydoc_data")
 _NOT_OF_LIBRARY_FILES = ("_sysconfigdata*", "sitecustomize.py", "usercustomize.py", "html/entities.py")
+_AT_COLUMN_0 = re.compile(r"^\f*[^\s#]", re.MULTILINE)
 
 
-def source_files(folder: Path | None) -> Iterator[tuple[str, str]]:
+def source_files(folder: Path | None) -> list[tuple[str, str]]:
     """(relative name, text) of a folder's Python files, by name; of this interpreter's standard library without one.
 
-    Empty files, exact duplicates, links that lead out of the folder and what cannot be decoded are left out.
+    Empty files, exact duplicates, links that lead out of the folder and files that cannot be decoded are left out.
     """
     root = Path(sysconfig.get_path("stdlib")) if folder is None else folder.expanduser()
     wanted = "give a folder of .py files, or no path for Python's standard library"
@@ -38,21 +37,7 @@ def source_files(folder: Path | None) -> Iterator[tuple[str, str]]:
     names = _names(root, library=folder is None)
     if not names:
         raise UserError(f"{root} holds no Python source; {wanted}.")
-    return _texts(root, names)
-
-
-def _names(root: Path, library: bool) -> list[str]:
-    folders = _NEVER + _NOT_OF_LIBRARY if library else _NEVER
-    files = _NOT_OF_LIBRARY_FILES if library else ()
-    found = []
-    for here, inner, names in os.walk(root):  # follows no linked folder
-        inner[:] = [name for name in inner if not any(fnmatch(name, pattern) for pattern in folders)]
-        found += [(Path(here) / name).relative_to(root).as_posix() for name in names if name.endswith(".py")]
-    return sorted(name for name in found if not any(fnmatch(name, pattern) for pattern in files))
-
-
-def _texts(root: Path, names: list[str]) -> Iterator[tuple[str, str]]:
-    seen: set[bytes] = set()
+    found: dict[str, str] = {}
     unreadable: list[str] = []
     for name in names:
         path = root / name
@@ -64,14 +49,23 @@ def _texts(root: Path, names: list[str]) -> Iterator[tuple[str, str]]:
         except (OSError, SyntaxError, LookupError, ValueError):  # no such encoding, or not in that encoding
             unreadable.append(name)
             continue
-        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-        if text.strip() and digest not in seen:
-            seen.add(digest)
-            yield name, text
+        if text.strip():
+            found.setdefault(text, name)
     if unreadable:
-        _log.warning("%s: %d files cannot be read and are left out, as %s.", root, len(unreadable), unreadable[0])
-    if not seen:
+        _LOG.warning("%s: %d files cannot be read and are left out, as %s.", root, len(unreadable), unreadable[0])
+    if not found:
         raise UserError(f"{root} holds no Python source that can be read, only empty or broken files.")
+    return [(name, text) for text, name in found.items()]
+
+
+def _names(root: Path, library: bool) -> list[str]:
+    folders = _NEVER + _NOT_OF_LIBRARY if library else _NEVER
+    files = _NOT_OF_LIBRARY_FILES if library else ()
+    found = []
+    for here, inner, names in os.walk(root):  # follows no linked folder
+        inner[:] = [name for name in inner if not any(fnmatch(name, pattern) for pattern in folders)]
+        found += [(Path(here) / name).relative_to(root).as_posix() for name in names if name.endswith(".py")]
+    return sorted(name for name in found if not any(fnmatch(name, pattern) for pattern in files))
 
 
 def functions(source: str, longest_head: int = 1000, top_level: bool = False) -> list[tuple[str, str]]:
@@ -114,59 +108,19 @@ def _cut(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> tupl
     return (head, body) if _parsed(head + body) else None
 
 
-# What may hold a line end that ends no line, or a bracket or quote that is none; and what is left: brackets, line ends.
-_TOKEN = re.compile(
-    r"""
-    \#[^\n]*
-    | (?P<quotes>\"{3}|'{3}) (?: \\. | (?!(?P=quotes)). )* (?: (?P=quotes) | \Z )
-    | " (?: \\. | [^"\\\n] )* "?
-    | ' (?: \\. | [^'\\\n] )* '?
-    | \\\n
-    | [()\[\]{}\n]
-    """,
-    re.DOTALL | re.VERBOSE,
-)
-_AT_COLUMN_0 = re.compile(r"\f*[^\s#]")
-
-
-def body_of(completion: str) -> tuple[str, bool]:
-    """What of a text that follows a function's head is its body, and whether the body ends within the text.
-
-    It ends before the first line at column 0 that is no comment and stands in no string or bracket; blank lines and
-    comments at column 0 before that are not its own. Where the text runs out first, a line without an end is left out.
-    """
-    text = completion.replace("\r\n", "\n").replace("\r", "\n")
-    end = _end_of_block(text)
-    lines = text[:end].split("\n")[:-1]  # what follows the last "\n" is nothing, or a line that was cut off
-    while lines and re.match(r"#|\s*$", lines[-1]):
-        lines.pop()
-    return "".join(line + "\n" for line in lines), end is not None
-
-
-def _end_of_block(text: str) -> int | None:
-    if _AT_COLUMN_0.match(text):
-        return 0
-    depth = 0
-    for match in _TOKEN.finditer(text):
-        token = match.group()
-        if token in "([{":
-            depth += 1
-        elif token in ")]}":
-            depth = max(0, depth - 1)
-        elif token == "\n" and not depth and _AT_COLUMN_0.match(text, match.end()):
-            return match.end()
-    return None
-
-
 def parses(head: str, completion: str) -> bool:
     """Whether a function's head, continued by a text, is Python, with at least one statement of the text's own.
 
-    A bare string is no statement here, since a docstring does nothing.
+    The body ends before the first line at column 0 that is no comment and stands in no string or bracket: up to there
+    all parses. Where the text runs out first, a line without an end is left out. A bare string is no statement
+    here, since a docstring does nothing.
     """
-    tree = _parsed(head + body_of(completion)[0])
-    if tree is None:
-        return False
-    return any(node.lineno > head.count("\n") and not _is_string(node) for node in _statements(tree))
+    text = completion.replace("\r\n", "\n").replace("\r", "\n")
+    ends = [match.start() for match in _AT_COLUMN_0.finditer(text)]
+    for end in (*ends, text.rfind("\n") + 1):
+        if tree := _parsed(head + text[:end]):
+            return any(node.lineno > head.count("\n") and not _is_string(node) for node in _statements(tree))
+    return False
 
 
 def goes_on(prompt: str, completion: str) -> bool:

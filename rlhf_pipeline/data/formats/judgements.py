@@ -1,4 +1,4 @@
-"""Files of human judgements, in whatever shape: what one holds is told by its rows, and a bad row stops none."""
+"""Files of human judgements. Each row shows which form it has; a bad row does not stop the others."""
 
 import json
 import logging
@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rlhf_pipeline.data.formats import label_studio, preferences
+from rlhf_pipeline.data.formats.files import RowError, read_rows
+from rlhf_pipeline.data.formats.preferences import Given, name
+from rlhf_pipeline.data.formats.row import Columns, Row, renamed, say_unread
+from rlhf_pipeline.data.records import Judgement
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.formats import label_studio, preferences
-from rlhf_pipeline.formats.files import RowError, read_rows
-from rlhf_pipeline.formats.given import Given, name
-from rlhf_pipeline.formats.row import Columns, Row, renamed, say_unread
-from rlhf_pipeline.records import Judgement
 
 _LOG = logging.getLogger("rlhf_pipeline")
 _PAIR = ("chosen", "rejected", "rejected_response", "winner")
@@ -25,7 +25,7 @@ _ALLOWED = (
 
 @dataclass(frozen=True)
 class Judged:
-    """The judgements of files; rows set aside, as they are written down; and how many of each kind there were."""
+    """The judgements of files; the rows set aside, as rejected.jsonl has them; and how many of each kind there were."""
 
     judgements: list[Judgement]
     rejected: list[dict[str, Any]]
@@ -36,12 +36,11 @@ def read_judgements(
     paths: Path | Sequence[Path], columns: Columns | None = None, buckets: Sequence[str] | None = None,
     untouched_seconds: float = 5.0,
 ) -> Judged:  # fmt: skip
-    """What people said of answers: pairs, ranked lists, a sheet, or an export of Label Studio.
+    """Judgements of answers: pairs, ranked lists, a sheet, or an export of Label Studio.
 
-    `buckets` are the names of a Ranker's buckets, best first. What was submitted as it was shown in less than
-    `untouched_seconds` is set aside. Of what one person said of the same answers to a task the newest counts, be it in
-    one file or in several. Of several sheets each is an annotator, unless it names them. A file with no judgement at
-    all is an error.
+    `buckets` names a Ranker's buckets, best first. An annotation submitted as shown in less than `untouched_seconds` is
+    set aside. If someone judges the same answers twice, the later judgement wins, also across files. Several sheets
+    count as one annotator each, unless they name theirs. A file without any judgement is an error.
     """
     if buckets is not None and (len(buckets) < 2 or len(set(buckets)) < len(buckets)):
         raise UserError(f"data.buckets is {buckets}; it takes two or more different names, best first.")
@@ -52,7 +51,7 @@ def read_judgements(
 
 
 def _file(path: Path, reading: label_studio.Reading) -> list[Given]:
-    """All that a file holds, in the order of its lines."""
+    """All annotations of a file, in the order of its lines."""
     faults: list[RowError] = []
     given = [found for number, fields in read_rows(path, faults) for found in _row(path, number, fields, reading)]
     given += [_rejected(Row(path, f.number, f.row, ""), f.why) for f in faults]
@@ -91,7 +90,7 @@ def _judged(given: Sequence[Given]) -> Judged:
 
 
 def _row(path: Path, number: int, fields: dict[str, Any], reading: label_studio.Reading) -> Iterator[Given]:
-    """What a row holds; a fault of its own sets aside that row alone."""
+    """The annotations of a row; an error sets aside this row alone."""
     row = Row(path, number, fields, "")
     try:
         yield from _read(row, reading)
@@ -104,25 +103,20 @@ def _row(path: Path, number: int, fields: dict[str, Any], reading: label_studio.
 def _read(row: Row, reading: label_studio.Reading) -> list[Given]:
     if label_studio.is_task(row):
         return list(label_studio.read_task(row, reading))
-    row = renamed(row, {ours: theirs for ours, theirs in reading.columns.items() if ours != "label"})
+    row = renamed(row, reading.names)
     if row.has("annotation_id"):
         return [label_studio.read_annotation(row, reading)]
     if preferences.is_sheet(row):
         found = preferences.sheet(row)
         return [found] if found else []
     if row.has("responses") or row.has("ranked"):
-        return [
-            preferences.ranking(_needing(row, "a ranking row needs prompt and responses, best first or with ranks"))
-        ]
+        needs = "a ranking row needs prompt and responses, best first or with ranks"
+        return [preferences.ranking(replace(row, needs=needs))]
     if not any(map(row.has, _PAIR)) and label_studio.is_annotation(row):
         return [label_studio.read_annotation(row, reading)]
     if not any(map(row.has, (*_PAIR, "selected"))):
         raise row.error(f"no label among the columns {', '.join(row.fields)[:200] or '(none)'}; {_ALLOWED}")
-    return [preferences.pair(_needing(row, "a preference row needs prompt, chosen, rejected"))]
-
-
-def _needing(row: Row, needs: str) -> Row:
-    return replace(row, needs=needs)
+    return [preferences.pair(replace(row, needs="a preference row needs prompt, chosen, rejected"))]
 
 
 def _rejected(row: Row, why: str) -> Given:
@@ -132,7 +126,7 @@ def _rejected(row: Row, why: str) -> Given:
 
 
 def _newest(given: Sequence[Given]) -> list[Given]:
-    """Of what one person said of one task, the last word alone."""
+    """The annotations without those that the same person replaced later."""
     last: dict[Hashable, int] = {}
     for place, found in enumerate(given):
         if found.key is not None and (found.key not in last or given[last[found.key]].when <= found.when):
@@ -141,7 +135,7 @@ def _newest(given: Sequence[Given]) -> list[Given]:
 
 
 def _set_aside(found: Given) -> dict[str, Any]:
-    """A row of rejected.jsonl: what JSON can hold of it, in characters that a file can."""
+    """A row of rejected.jsonl, in values that JSON and in characters that UTF-8 can hold."""
     about = {"file": str(found.row.path), "line": found.row.number, "task": found.task, "annotator": found.annotator}
     try:
         text = json.dumps([about, found.why, found.row.fields], ensure_ascii=False, default=str)
@@ -152,7 +146,7 @@ def _set_aside(found: Given) -> dict[str, Any]:
 
 
 def _reasons(rejected: Sequence[dict[str, Any]], count: int = 3) -> str:
-    """The commonest reasons, each with the line where it is first met."""
+    """The commonest reasons, each with its first line."""
     first: dict[str, int] = {}
     for row in rejected:
         first.setdefault(row["why"], row["line"])

@@ -1,43 +1,44 @@
-"""Rows to token ids: what each stage makes of the data, in the words and special tokens of the policy."""
+"""Rows to token ids, with the tokenizer and the template of the policy."""
 
 import bisect
 import itertools
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from rlhf_pipeline.data import texts, whole
+from rlhf_pipeline.data.python_code import functions
+from rlhf_pipeline.data.records import Code, Demonstration, Dialogue, Preference, Prompt, Ranking, Row
+from rlhf_pipeline.data.templates import pieces, render, written
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.progress import parts
-from rlhf_pipeline.python_code import functions
-from rlhf_pipeline.records import Code, Demonstration, Dialogue, Preference, Prompt, Ranking, Row
-from rlhf_pipeline.templates import pieces, render, written
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 P = TypeVar("P", list[int], "Question")
+_Begun = tuple[list[int], list[int]]
 
 _PART = 100  # rows tokenized at once: some are whole files of code
 
 
 class Lesson(NamedTuple):
-    """Token ids to learn from, and which of them are learnt: 1, or 0 where they only stand before what is."""
+    """Token ids to learn from, and a mask: 1 for those that are learnt, 0 for the prompt."""
 
     ids: list[int]
     learnt: list[int]
 
 
 class Question(NamedTuple):
-    """A prompt as a record, turns or text, and as the token ids that a policy is asked with."""
+    """A prompt as a record (turns or text), and as token ids."""
 
     prompt: Prompt
     ids: list[int]
 
 
 def documents(rows: Sequence[Row], tokenizer: "Tokenizer") -> list[list[int]]:
-    """Token ids of whole rows, each with its end, to learn a language from. After a prompt alone nothing ends."""
+    """Token ids of whole rows, each with an EOS at its end, unless the row is a prompt alone."""
     end = int(tokenizer.eos_token_id)
     found: list[list[int]] = []
     for part in parts(rows, _PART, "tokenize", "text"):
@@ -52,7 +53,7 @@ def documents(rows: Sequence[Row], tokenizer: "Tokenizer") -> list[list[int]]:
 
 
 def demonstrations(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any], seed: int) -> list[Lesson]:
-    """Prompts with what is to be answered, which ends with the tokenizer's EOS."""
+    """Prompts with their answers, which end with the tokenizer's EOS."""
     end = int(tokenizer.eos_token_id)
     every = _lessons(rows, tokenizer, choice, seed)
     found = [lesson for lesson in every if any(lesson.learnt)]
@@ -67,7 +68,7 @@ def demonstrations(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str
 def shortened(
     splits: Sequence[list[Lesson]], tokenizer: "Tokenizer", longest: int, apart: bool = True
 ) -> list[list[Lesson]]:
-    """The lessons of each split in at most `longest` tokens; a line says what is lost.
+    """The lessons of each split cut to at most `longest` tokens; a warning counts what is lost.
 
     A prompt loses its beginning, so that its answer stays whole. An answer that does not fit by itself loses its end,
     and so does a text that is prompt and answer at once (not `apart`): the prompt then keeps up to half of the tokens.
@@ -122,8 +123,7 @@ def questions(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any
         if found and len(found) < len(rows):
             print(f"warning: {len(rows) - len(found)} of {len(rows)} rows have no prompt, and are left out", flush=True)
     else:
-        code = bool(rows) and isinstance(rows[0], Code)
-        heads = [head for head, _ in (_functions if code else _cut)(rows, tokenizer, choice, seed)]
+        heads = [head for head, _ in _begun(rows, tokenizer, choice, seed)]
         decoded = tokenizer.batch_decode(heads, skip_special_tokens=True) if heads else []
         found = [Question(text, head) for text, head in zip(decoded, heads, strict=True)]
     if rows and not found:
@@ -135,7 +135,7 @@ def questions(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any
 
 
 def fitting(asked: list[P], room: int) -> list[P]:
-    """The prompts, ids or questions, of at most `room` tokens; a line counts those that are longer."""
+    """The prompts (ids or questions) of at most `room` tokens; a warning counts those that are longer."""
     found = [prompt for prompt in asked if len(prompt.ids if isinstance(prompt, Question) else prompt) <= room]
     if len(found) < len(asked):
         than = f"longer than the {room} tokens that the policy's positions leave for them"
@@ -149,7 +149,7 @@ def fitting(asked: list[P], room: int) -> list[P]:
 
 
 def conversational(rows: Sequence[Row]) -> bool:
-    """Whether any row holds turns of a conversation, so that a template has a say in it."""
+    """Whether any row holds turns of a conversation, which a template formats."""
     return any(isinstance(row, Dialogue) or isinstance(getattr(row, "prompt", ""), tuple) for row in rows)
 
 
@@ -227,14 +227,17 @@ def _lessons(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any]
             if said:
                 yield lesson(tokenizer, said)
         return
-    code = bool(rows) and isinstance(rows[0], Code)
-    for prompt, rest in (_functions if code else _cut)(rows, tokenizer, choice, seed):
+    for prompt, rest in _begun(rows, tokenizer, choice, seed):
         yield Lesson(prompt + rest, [0] * len(prompt) + [1] * len(rest))
 
 
-def _functions(
-    rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any], seed: int
-) -> list[tuple[list[int], list[int]]]:
+def _begun(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any], seed: int) -> Iterable[_Begun]:
+    """The tokens of each prompt and of its continuation, from functions or from texts."""
+    cut = _functions if rows and isinstance(rows[0], Code) else _cut
+    return cut(rows, tokenizer, choice, seed)
+
+
+def _functions(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any], seed: int) -> list[_Begun]:
     """Heads and bodies of the functions in files of code, in random order: a file's functions are much alike."""
     longest = choice.get("prompt_tokens", (1, 64))[1]
     # As in a file: methods are not taken out of their class, and the line break is one token with the body's indent.
@@ -246,9 +249,7 @@ def _functions(
     return [(head, body) for head, body in zip(heads, bodies, strict=True) if len(head) <= longest]
 
 
-def _cut(
-    rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any], seed: int
-) -> Iterator[tuple[list[int], list[int]]]:
+def _cut(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any], seed: int) -> Iterator[_Begun]:
     """The first tokens of each text, and the others."""
     draw = random.Random(f"prompts {seed}")
     first, last = choice.get("prompt_tokens", (2, 8))

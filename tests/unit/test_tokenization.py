@@ -8,12 +8,13 @@ import pytest
 from tiny import tiny_tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_pipeline import data, encoding
+from rlhf_pipeline import data
+from rlhf_pipeline.data import tokenization
+from rlhf_pipeline.data.records import Code, Demonstration, Dialogue, Preference, Ranking, Row, Text, Turn
+from rlhf_pipeline.data.templates import TEMPLATES, visible, written
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.policies import open_policy, train_character_tokenizer
-from rlhf_pipeline.records import Code, Demonstration, Dialogue, Preference, Ranking, Row, Text, Turn
 from rlhf_pipeline.sampling import make_batch
-from rlhf_pipeline.templates import TEMPLATES, visible, written
 
 CHAT = (
     Turn("system", "Be kind."), Turn("user", "Was it good?"), Turn("assistant", "It was."),
@@ -26,7 +27,7 @@ def chinese() -> PreTrainedTokenizerBase:
     return train_character_tokenizer(["你好啊，再见。 hello world"] * 5, 200, 64)
 
 
-def learnt(lesson: encoding.Lesson, tokenizer: PreTrainedTokenizerBase) -> str:
+def learnt(lesson: tokenization.Lesson, tokenizer: PreTrainedTokenizerBase) -> str:
     """The part of a lesson that is learnt, as text; a bar where something else lies between."""
     parts: list[list[int]] = []
     before = 0
@@ -41,32 +42,32 @@ def learnt(lesson: encoding.Lesson, tokenizer: PreTrainedTokenizerBase) -> str:
 def test_an_instruction_is_asked_as_alpaca_asks_and_its_answer_ends() -> None:
     tokenizer = tiny_tokenizer()
     rows: list[Row] = [Demonstration((Turn("user", "Name a colour."),), "Blue.")]
-    (lesson,) = encoding.demonstrations(rows, tokenizer, {}, seed=0)
+    (lesson,) = tokenization.demonstrations(rows, tokenizer, {}, seed=0)
     assert tokenizer.decode(lesson.ids) == "### Instruction:\nName a colour.\n\n### Response:\nBlue.<|endoftext|>"
     assert learnt(lesson, tokenizer) == "Blue.<|endoftext|>"
-    assert encoding.prompts(rows, tokenizer, {}, 0) == [lesson.ids[: lesson.learnt.index(1)]]
+    assert tokenization.prompts(rows, tokenizer, {}, 0) == [lesson.ids[: lesson.learnt.index(1)]]
 
 
 def test_a_prompt_that_is_text_is_taken_as_it_stands() -> None:
     tokenizer = tiny_tokenizer()
-    (lesson,) = encoding.demonstrations([Demonstration("Say hi:", " Hi.")], tokenizer, {}, seed=0)
+    (lesson,) = tokenization.demonstrations([Demonstration("Say hi:", " Hi.")], tokenizer, {}, seed=0)
     assert tokenizer.decode(lesson.ids) == "Say hi: Hi.<|endoftext|>"
     assert learnt(lesson, tokenizer) == " Hi.<|endoftext|>"
 
 
 def test_of_a_chat_every_reply_is_learnt_and_nothing_else() -> None:
     tokenizer = tiny_tokenizer()
-    (lesson,) = encoding.demonstrations([Dialogue(CHAT)], tokenizer, {}, seed=0)
+    (lesson,) = tokenization.demonstrations([Dialogue(CHAT)], tokenizer, {}, seed=0)
     assert learnt(lesson, tokenizer) == "It was.<|endoftext|>|The cast was fine.<|endoftext|>"
     assert tokenizer.decode(lesson.ids).startswith("Be kind.\n\n### Instruction:\nWas it good?")
-    (prompt,) = encoding.prompts([Dialogue(CHAT)], tokenizer, {}, seed=0)
+    (prompt,) = tokenization.prompts([Dialogue(CHAT)], tokenizer, {}, seed=0)
     assert tokenizer.decode(prompt).endswith("### Instruction:\nWhy?\n\n### Response:\n")
     assert lesson.ids[: len(prompt)] == prompt
 
 
 def test_of_two_peoples_talk_every_turn_but_the_first_is_learnt() -> None:
     tokenizer = chinese()
-    (lesson,) = encoding.demonstrations([TALK], tokenizer, {}, seed=0)
+    (lesson,) = tokenization.demonstrations([TALK], tokenizer, {}, seed=0)
     assert tokenizer.convert_ids_to_tokens(lesson.ids) == [
         "[CLS]",
         *"你好",
@@ -77,8 +78,8 @@ def test_of_two_peoples_talk_every_turn_but_the_first_is_learnt() -> None:
         "[SEP]",
     ]
     assert lesson.learnt == [0] * 4 + [1] * 7
-    assert encoding.documents([TALK], tokenizer) == [lesson.ids], "no second end"
-    first, both = (encoding.prompts([TALK], tokenizer, {"prompt_turns": n}, 0)[0] for n in (None, 2))
+    assert tokenization.documents([TALK], tokenizer) == [lesson.ids], "no second end"
+    first, both = (tokenization.prompts([TALK], tokenizer, {"prompt_turns": n}, 0)[0] for n in (None, 2))
     assert tokenizer.convert_ids_to_tokens(first) == ["[CLS]", *"你好", "[SEP]"]
     assert both == lesson.ids[:8]
 
@@ -89,7 +90,7 @@ def test_a_tokenizers_own_template_goes_first() -> None:
         "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    (lesson,) = encoding.demonstrations([Dialogue(CHAT)], tokenizer, {}, seed=0)
+    (lesson,) = tokenization.demonstrations([Dialogue(CHAT)], tokenizer, {}, seed=0)
     assert learnt(lesson, tokenizer) == "It was.\n|The cast was fine.\n<|endoftext|>"
     assert written(tokenizer, CHAT[:2]) == "<system>Be kind.\n<user>Was it good?\n<assistant>"
 
@@ -101,8 +102,8 @@ def test_with_a_template_that_announces_replies_no_turn_is_lost() -> None:
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     row = Dialogue((Turn("user", "a?"), Turn("assistant", "b"), Turn("user", "c")), both=True)
-    (lesson,) = encoding.demonstrations([row], tokenizer, {}, seed=0)
-    (prompt,) = encoding.prompts([row], tokenizer, {"prompt_turns": 2}, seed=0)
+    (lesson,) = tokenization.demonstrations([row], tokenizer, {}, seed=0)
+    (prompt,) = tokenization.prompts([row], tokenizer, {"prompt_turns": 2}, seed=0)
     assert tokenizer.decode(prompt) == "<user>a?\n<assistant>b\n", "a user's turn follows, which is not announced"
     assert tokenizer.decode(lesson.ids) == "<user>a?\n<assistant>b\n<user>c\n<|endoftext|>"
     assert learnt(lesson, tokenizer) == "b\n<user>c\n<|endoftext|>"
@@ -114,7 +115,7 @@ def test_a_template_that_rewrites_earlier_replies_teaches_the_last_one() -> None
         "{% for m in messages %}{{ m['role'] }}: {% if m['role'] == 'assistant' and loop.last %}(thought) {% endif %}"
         "{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    (lesson,) = encoding.demonstrations([Dialogue(CHAT)], tokenizer, {}, seed=0)
+    (lesson,) = tokenization.demonstrations([Dialogue(CHAT)], tokenizer, {}, seed=0)
     assert learnt(lesson, tokenizer) == "(thought) The cast was fine.\n<|endoftext|>"
     assert "assistant: It was." in tokenizer.decode(lesson.ids)
 
@@ -126,10 +127,10 @@ def test_a_template_that_ends_prompts_with_an_empty_thought_teaches_every_reply(
         "{% for m in messages %}<{{ m['role'] }}>\n{{ m['content'] }}</>\n{% endfor %}"
         "{% if add_generation_prompt %}<assistant>\n(no thought)\n{% endif %}"
     )
-    (lesson,) = encoding.demonstrations([Dialogue(CHAT)], tokenizer, {}, seed=0)
+    (lesson,) = tokenization.demonstrations([Dialogue(CHAT)], tokenizer, {}, seed=0)
     assert "no thought" not in tokenizer.decode(lesson.ids)
     assert learnt(lesson, tokenizer) == "It was.</>\n|The cast was fine.</>\n<|endoftext|>"
-    (prompt,) = encoding.prompts([Dialogue(CHAT)], tokenizer, {"prompt_turns": 2}, seed=0)
+    (prompt,) = tokenization.prompts([Dialogue(CHAT)], tokenizer, {"prompt_turns": 2}, seed=0)
     assert tokenizer.decode(prompt).endswith("<assistant>\n(no thought)\n")
 
 
@@ -146,7 +147,7 @@ def test_prompts_of_preferences_and_rankings() -> None:
         Ranking((Turn("user", "a?"),), ("b", "c")),
         Ranking("", ("x",)),
     ]
-    shown = [tokenizer.decode(ids) for ids in encoding.prompts(rows, tokenizer, {}, 0)]
+    shown = [tokenizer.decode(ids) for ids in tokenization.prompts(rows, tokenizer, {}, 0)]
     assert shown == ["Is it?", "### Instruction:\na?\n\n### Response:\n"], "one without a prompt gives none"
 
 
@@ -156,23 +157,23 @@ def test_code_gives_its_functions_heads_and_bodies() -> None:
     source = f"import os\n\n\ndef first(a):\n    return a\n\n\n{second}"
     rows: list[Row] = [Code(source)]
     choice: dict[str, Any] = {"prompt_tokens": (1, 20)}
-    (lesson,) = encoding.demonstrations(rows, tokenizer, choice, seed=0)
+    (lesson,) = tokenization.demonstrations(rows, tokenizer, choice, seed=0)
     assert tokenizer.decode(lesson.ids) == "def first(a):\n    return a\n<|endoftext|>"
     assert learnt(lesson, tokenizer) == "\n    return a\n<|endoftext|>"
-    in_a_file = encoding.documents([Code(source)], tokenizer)[0]
+    in_a_file = tokenization.documents([Code(source)], tokenizer)[0]
     head = lesson.ids[: lesson.learnt.index(1)]
     start = next(i for i in range(len(in_a_file)) if in_a_file[i : i + len(head)] == head)
     assert in_a_file[start : start + len(lesson.ids) - 2] == lesson.ids[:-2], (
         "cut apart, the tokens are those of the file"
     )
-    assert encoding.prompts(rows, tokenizer, choice, 0) == [lesson.ids[: lesson.learnt.index(1)]]
-    assert tokenizer.decode(encoding.documents(rows, tokenizer)[0]) == source + "<|endoftext|>"
+    assert tokenization.prompts(rows, tokenizer, choice, 0) == [lesson.ids[: lesson.learnt.index(1)]]
+    assert tokenizer.decode(tokenization.documents(rows, tokenizer)[0]) == source + "<|endoftext|>"
 
 
 def test_of_preferences_only_the_better_answer_is_learnt_as_language() -> None:
     tokenizer = tiny_tokenizer()
     rows: list[Row] = [Preference("Is it?", " Yes.", " No."), Ranking("So?", (" a", " b"))]
-    assert [tokenizer.decode(ids[:-1]) for ids in encoding.documents(rows, tokenizer)] == ["Is it? Yes.", "So? a"]
+    assert [tokenizer.decode(ids[:-1]) for ids in tokenization.documents(rows, tokenizer)] == ["Is it? Yes.", "So? a"]
 
 
 def sentencepiece_like() -> PreTrainedTokenizerBase:
@@ -207,11 +208,11 @@ def sentencepiece_like() -> PreTrainedTokenizerBase:
 def test_a_bos_that_a_tokenizer_begins_with_stands_in_every_row_and_no_blank_is_made_up() -> None:
     tokenizer = sentencepiece_like()
     row = Demonstration("Say hi:", "hi a")
-    (lesson,) = encoding.demonstrations([row], tokenizer, {}, seed=0)
+    (lesson,) = tokenization.demonstrations([row], tokenizer, {}, seed=0)
     assert tokenizer.convert_ids_to_tokens(lesson.ids) == ["<s>", "\u2581Say", "\u2581hi", ":", "hi", "\u2581a", "</s>"]
     assert lesson.learnt == [0, 0, 0, 0, 1, 1, 1]
-    assert encoding.prompts([row], tokenizer, {}, 0) == [lesson.ids[:4]], "SFT and PPO read the same prompt"
-    assert encoding.documents([Text("Say hi")], tokenizer) == [[0, 4, 5, 1]]
+    assert tokenization.prompts([row], tokenizer, {}, 0) == [lesson.ids[:4]], "SFT and PPO read the same prompt"
+    assert tokenization.documents([Text("Say hi")], tokenizer) == [[0, 4, 5, 1]]
 
 
 def test_a_response_keeps_the_blank_it_begins_with() -> None:
@@ -219,7 +220,7 @@ def test_a_response_keeps_the_blank_it_begins_with() -> None:
     batch = make_batch([[0, 4]], [[5, 8]])
     assert batch.texts(tokenizer) == (["Say"], [" hi a"])
     words = train_character_tokenizer(["this movie is great"] * 9, 200, 64)
-    ids = encoding.encode(words, ["this movie is great"])[0]
+    ids = tokenization.encode(words, ["this movie is great"])[0]
     prompts, answers = make_batch([ids[:2]], [ids[2:]]).texts(words)
     assert prompts[0] + answers[0] == "this movie is great"
 
@@ -228,32 +229,32 @@ def test_a_prompt_alone_is_asked_as_it_stands_and_nothing_ends_after_it() -> Non
     tokenizer = tiny_tokenizer()
     talk = Dialogue((Turn("user", "a?"), Turn("assistant", "b"), Turn("user", "c?")))
     rows: list[Row] = [Demonstration("Say hi:", ""), talk, Dialogue((Turn("user", "a?"),)), Dialogue(CHAT[:2])]
-    shown = [tokenizer.decode(ids) for ids in encoding.prompts(rows, tokenizer, {}, 0)]
+    shown = [tokenizer.decode(ids) for ids in tokenization.prompts(rows, tokenizer, {}, 0)]
     assert shown[0] == "Say hi:"
     assert shown[1].endswith("### Response:\nb<|endoftext|>### Instruction:\nc?\n\n### Response:\n")
     assert shown[2] == "### Instruction:\na?\n\n### Response:\n"
-    assert [tokenizer.decode(ids) for ids in encoding.documents(rows, tokenizer)] == shown, "no end to learn"
-    (alone,) = encoding.prompts([Dialogue((Turn("user", "你好"),), both=True)], chinese(), {}, 0)
+    assert [tokenizer.decode(ids) for ids in tokenization.documents(rows, tokenizer)] == shown, "no end to learn"
+    (alone,) = tokenization.prompts([Dialogue((Turn("user", "你好"),), both=True)], chinese(), {}, 0)
     assert chinese().convert_ids_to_tokens(alone) == ["[CLS]", *"你好", "[SEP]"]
 
 
 def test_a_blank_reply_is_not_learnt() -> None:
     tokenizer = tiny_tokenizer()
     row = Dialogue((Turn("user", "a?"), Turn("assistant", " "), Turn("user", "c?"), Turn("assistant", "d")))
-    (lesson,) = encoding.demonstrations([row], tokenizer, {}, seed=0)
+    (lesson,) = tokenization.demonstrations([row], tokenizer, {}, seed=0)
     assert learnt(lesson, tokenizer) == "d<|endoftext|>"
-    (lesson,) = encoding.demonstrations([Dialogue((*CHAT[:3], CHAT[1]))], tokenizer, {}, seed=0)
+    (lesson,) = tokenization.demonstrations([Dialogue((*CHAT[:3], CHAT[1]))], tokenizer, {}, seed=0)
     assert learnt(lesson, tokenizer) == "It was.<|endoftext|>", "what the user says last is not learnt either"
 
 
-def lesson_of(prompt: int, answer: int, first: int = 100) -> encoding.Lesson:
-    return encoding.Lesson([*range(first, first + prompt), *range(200, 200 + answer)], [0] * prompt + [1] * answer)
+def lesson_of(prompt: int, answer: int, first: int = 100) -> tokenization.Lesson:
+    return tokenization.Lesson([*range(first, first + prompt), *range(200, 200 + answer)], [0] * prompt + [1] * answer)
 
 
 def test_a_prompt_loses_its_beginning_before_an_answer_loses_its_end(capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = tiny_tokenizer()
     lessons = [lesson_of(4, 6), lesson_of(30, 6), lesson_of(3, 30), lesson_of(30, 30), lesson_of(30, 10)]
-    ((fits, prompt, answer, both, whole), ()) = encoding.shortened([lessons, []], tokenizer, 10)
+    ((fits, prompt, answer, both, whole), ()) = tokenization.shortened([lessons, []], tokenizer, 10)
     assert fits == lesson_of(4, 6)
     assert prompt == lesson_of(4, 6, first=126), "the answer stays whole"
     assert answer == lesson_of(3, 7), "what does not fit by itself loses its end, and the prompt stays"
@@ -264,13 +265,13 @@ def test_a_prompt_loses_its_beginning_before_an_answer_loses_its_end(capsys: pyt
         "warning: 4 of 5 rows are longer than 10 tokens (trainer.max_length, at most the policy's positions): "
         "3 prompts lose their beginning, 3 answers lose their end\n"
     )
-    assert encoding.shortened([lessons[:1]], tokenizer, 10) == [lessons[:1]]
+    assert tokenization.shortened([lessons[:1]], tokenizer, 10) == [lessons[:1]]
     assert capsys.readouterr().out == ""
 
 
 def test_a_text_that_is_prompt_and_answer_at_once_loses_its_end(capsys: pytest.CaptureFixture[str]) -> None:
     lessons = [lesson_of(4, 6), lesson_of(4, 8), lesson_of(9, 6)]
-    ((fits, text, prompt),) = encoding.shortened([lessons], tiny_tokenizer(), 10, apart=False)
+    ((fits, text, prompt),) = tokenization.shortened([lessons], tiny_tokenizer(), 10, apart=False)
     assert (fits, text, prompt) == (lesson_of(4, 6), lesson_of(4, 6), lesson_of(5, 5, first=104))
     assert "2 of 3 rows are longer" in (line := capsys.readouterr().out)
     assert line.endswith("1 prompts lose their beginning, 2 answers lose their end\n")
@@ -278,51 +279,51 @@ def test_a_text_that_is_prompt_and_answer_at_once_loses_its_end(capsys: pytest.C
 
 def test_of_a_prompt_that_is_cut_the_bos_stays() -> None:
     tokenizer = sentencepiece_like()
-    lesson = encoding.Lesson([0, *range(100, 130), 200, 1], [0] * 31 + [1, 1])
-    assert encoding.shortened([[lesson]], tokenizer, 6) == [[([0, 127, 128, 129, 200, 1], [0] * 4 + [1, 1])]]
+    lesson = tokenization.Lesson([0, *range(100, 130), 200, 1], [0] * 31 + [1, 1])
+    assert tokenization.shortened([[lesson]], tokenizer, 6) == [[([0, 127, 128, 129, 200, 1], [0] * 4 + [1, 1])]]
 
 
 def test_where_nothing_of_any_answer_is_left_the_data_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match=r"2 of 2 rows are longer than 1 tokens .* 2 rows are left out, so that"):
-        encoding.shortened([[lesson_of(3, 3)], [lesson_of(1, 1)]], tiny_tokenizer(), 1)
+        tokenization.shortened([[lesson_of(3, 3)], [lesson_of(1, 1)]], tiny_tokenizer(), 1)
     assert capsys.readouterr().out == ""
 
 
 def test_texts_that_end_within_their_prompt_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer, choice = tiny_tokenizer(), {"name": "text", "prompt_tokens": (3, 3)}
     rows: list[Row] = [Text("a b c d e f g h"), Text("a")]
-    assert len(encoding.demonstrations(rows, tokenizer, choice, 0)) == 1
+    assert len(tokenization.demonstrations(rows, tokenizer, choice, 0)) == 1
     said = "warning: 1 of 2 texts end within their prompt (data.prompt_tokens), and are left out\n"
     assert capsys.readouterr().out == said
-    assert len(encoding.prompts([Demonstration("p", "c"), Demonstration("", "c")], tokenizer, {}, 0)) == 1
+    assert len(tokenization.prompts([Demonstration("p", "c"), Demonstration("", "c")], tokenizer, {}, 0)) == 1
     assert capsys.readouterr().out == "warning: 1 of 2 rows have no prompt, and are left out\n"
 
 
 def test_prompts_that_are_too_long_are_left_out_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    assert encoding.fitting([[1], [1, 2], [1, 2, 3]], 2) == [[1], [1, 2]]
+    assert tokenization.fitting([[1], [1, 2], [1, 2, 3]], 2) == [[1], [1, 2]]
     assert "warning: 1 of 3 prompts are longer than the 2 tokens" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"no prompt leaves room .*: all 3 are longer than the 0 tokens"):
-        encoding.fitting([[1], [1, 2], [1, 2, 3]], 0)
+        tokenization.fitting([[1], [1, 2], [1, 2, 3]], 0)
 
 
 def test_data_without_prompts_or_anything_to_learn_is_named() -> None:
     tokenizer, choice = tiny_tokenizer(), {"name": "text", "prompt_tokens": (8, 8)}
     with pytest.raises(UserError, match="data=text gives no prompts: none of 1 rows"):
-        encoding.prompts([Text("a b")], tokenizer, choice, 0)
+        tokenization.prompts([Text("a b")], tokenizer, choice, 0)
     with pytest.raises(UserError, match="data=text gives nothing to learn"):
-        encoding.demonstrations([Text("a b")], tokenizer, choice, 0)
+        tokenization.demonstrations([Text("a b")], tokenizer, choice, 0)
 
 
 def test_a_template_that_refuses_a_role_is_named() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no system, please') }}"
     with pytest.raises(UserError, match=r"a conversation of system, user.*no system, please.*policy\.template="):
-        encoding.prompts([Dialogue(CHAT)], tokenizer, {"name": "dialogue"}, 0)
+        tokenization.prompts([Dialogue(CHAT)], tokenizer, {"name": "dialogue"}, 0)
 
 
 def test_prompt_tokens_are_checked() -> None:
     with pytest.raises(UserError, match=r"data\.prompt_tokens is \[3, 2\]"):
-        encoding.prompts([Text("a b c d")], tiny_tokenizer(), {"prompt_tokens": (3, 2)}, 0)
+        tokenization.prompts([Text("a b c d")], tiny_tokenizer(), {"prompt_tokens": (3, 2)}, 0)
 
 
 def jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -375,10 +376,10 @@ def test_the_real_chinese_dialogues_lose_next_to_nothing(shared: Path, tmp_path:
     assert policy.model.config.eos_token_id == 102
     assert policy.model.config.bos_token_id is None
     rows = data.load_data({"name": "dialogue", "path": str(shared / "data/chinese_dialog/test.jsonl.gz")}, seed=0).train
-    lessons = encoding.demonstrations(rows, tokenizer, {}, seed=0)
+    lessons = tokenization.demonstrations(rows, tokenizer, {}, seed=0)
     assert len(lessons) == len(rows)
     unknown = sum(lesson.ids.count(100) for lesson in lessons) / sum(len(lesson.ids) for lesson in lessons)
     assert unknown < 0.001, "signs that the vocabulary lacks are read as those it has"
-    asked = tokenizer.batch_decode(encoding.prompts(rows, tokenizer, {}, 0), skip_special_tokens=True)
+    asked = tokenizer.batch_decode(tokenization.prompts(rows, tokenizer, {}, 0), skip_special_tokens=True)
     same = [said == row.turns[0].text.lower() for said, row in zip(asked, rows, strict=True)]
     assert sum(same) / len(same) > 0.9, "Chinese is written without blanks"

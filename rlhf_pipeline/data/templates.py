@@ -4,8 +4,8 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rlhf_pipeline.data.records import Dialogue, Prompt, Turn
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.records import Dialogue, Prompt, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

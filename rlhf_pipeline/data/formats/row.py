@@ -1,11 +1,10 @@
-"""One row of plain values on its way to a typed one: what is asked of it, and how a fault is said."""
+"""One row of a file on its way to a typed record, with errors that name its place."""
 
 import ast
 import json
 import logging
 import math
 import re
-import reprlib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -13,16 +12,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rlhf_pipeline.data.formats.files import RowError, kind_of, read_rows
+from rlhf_pipeline.data.records import Prompt, Role, Turn
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.formats.files import RowError, kind_of, read_rows
-from rlhf_pipeline.records import Prompt, Role, Turn
 
 T = TypeVar("T")
 
 Columns = Mapping[str, str]  # a reader's name for a column -> the file's
 
 _LOG = logging.getLogger("rlhf_pipeline")
-# Who speaks and what, in the forms that are about: chat messages, ShareGPT, Open Assistant's trees.
+# The keys of speaker and text: chat messages, ShareGPT, Open Assistant's trees.
 _SPEAKS = (("role", "content"), ("from", "value"), ("role", "text"))
 _ROLES: dict[str, Role] = {
     "system": "system",
@@ -30,25 +29,29 @@ _ROLES: dict[str, Role] = {
     "assistant": "assistant", "gpt": "assistant", "bot": "assistant",
 }  # fmt: skip
 _TOOLS = ("tool", "function", "observation", "function_call", "tool_call", "tool_calls", "tool_response", "ipython")
-# Where what a model thought before it answered stands: nothing reads it.
+# A model's thoughts before its answer: not read.
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 # Between messages numpy writes no comma.
 _NEXT_MESSAGE = re.compile(r"""\}\s+(?=\{\s*['"](?:role|content|text|from|value)['"]\s*:)""")
 
 
 class SkippedRowError(RowError):
-    """A row that is sound, but holds nothing that is read here."""
+    """A valid row with nothing to read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row, where it stands and what its kind needs."""
+    """One row: its fields, its place, and what a row of its kind needs."""
 
     path: Path
     number: int
     fields: dict[str, Any]
     needs: str
     unread: set[str] = field(default_factory=set, compare=False)  # what it holds that is left out
+
+    def of(self, fields: dict[str, Any]) -> "Row":
+        """Other fields at this row's place."""
+        return replace(self, fields=fields)
 
     def error(self, problem: str) -> RowError:
         """A fault of this row, with its place."""
@@ -74,7 +77,7 @@ class Row:
         raise self.error(f"'{'|'.join(keys)}' is missing among {', '.join(self.fields) or 'no columns'}")
 
     def value(self, key: str) -> Any:
-        """What stands in a column."""
+        """The value of a column."""
         if key not in self.fields:
             raise self.error(f"'{key}' is missing")
         return self.fields[key]
@@ -87,20 +90,10 @@ class Row:
         return value
 
     def given(self, key: str) -> str:
-        """A text that is there, be it empty."""
+        """A text, which may be empty but not null."""
         if not isinstance(self.value(key), str) and not self.holds(key):
             raise self.error(f"'{key}' is blank")
         return self.text(key)
-
-    def texts(self, key: str, inner: str | None = None, at_least: int = 1) -> tuple[str, ...]:
-        """A list of texts, or of objects that hold a text under the name inner."""
-        items = self.value(key)
-        if isinstance(items, list) and inner:
-            items = [item.get(inner) if isinstance(item, dict) else None for item in items]
-        if not isinstance(items, list) or len(items) < at_least or not all(isinstance(item, str) for item in items):
-            each = f"objects with a text '{inner}'" if inner else "texts"
-            raise self.error(f"'{key}' is not a list of {at_least} or more {each}")
-        return tuple(items)
 
     def messages(self, key: str) -> list[Any] | None:
         """The messages in a column: a list of them, or one alone, or a cell in which they are written; None: a text."""
@@ -139,27 +132,33 @@ class Row:
         return tuple(found)
 
     def before(self) -> tuple[Turn, ...]:
-        """What stands before an instruction: Alpaca's `system` and the turns of its `history`."""
+        """The turns before an instruction: Alpaca's `system` and `history`."""
         found = [Turn("system", self.text("system"))] if self.holds("system") else []
         past = decoded(self.fields.get("history"))
         if not isinstance(past, list):
             self.unread.update(["history"] if self.holds("history") else [])
         elif all(isinstance(pair, list) and len(pair) == 2 for pair in past):
             roles: tuple[Role, Role] = ("user", "assistant")
-            said = [Row(self.path, self.number, dict(zip(roles, pair, strict=True)), self.needs) for pair in past]
+            said = [self.of(dict(zip(roles, pair, strict=True))) for pair in past]
             found += [Turn(role, row.text(role)) for row in said for role in roles]
         else:
-            found += replace(self, fields={"history": past}).turns("history")
+            found += self.of({"history": past}).turns("history")
         return tuple(found)
 
-    def number_or_none(self, key: str) -> float | None:
-        """A number that need not be there; in a CSV it comes as text."""
-        value = self.fields.get(key)
-        if value is None or value == "":
+    def asked(self, prompt: Prompt) -> Prompt:
+        """A prompt after the turns of `before`, if there are any."""
+        before = self.before()
+        if not before:
+            return prompt
+        return (*before, *((Turn("user", prompt),) if isinstance(prompt, str) else prompt))
+
+    def numeric(self, key: str, value: Any, hint: str = "") -> float | None:
+        """The value of `key` as a finite number, which may be written as text; None if it is empty."""
+        if value is None or (isinstance(value, str) and not value.strip()):
             return None
         found = number(value)
         if found is None:
-            raise self.error(f"'{key}' is {reprlib.repr(value)}, not a number")
+            raise self.error(f"'{key}' is {str(value)[:40]!r}, not a number{hint}")
         return found
 
     def prompt(self) -> Prompt:
@@ -177,7 +176,7 @@ class Row:
 
 
 def blank(value: Any) -> bool:
-    """Whether nothing is there: an empty cell, a null, or the NaN that pandas writes for it."""
+    """Whether a value is empty: an empty cell, a null, or the NaN that pandas writes for it."""
     return value is None or value != value or value in ("", [], {}) or (isinstance(value, str) and not value.strip())
 
 
@@ -186,7 +185,7 @@ def _form(message: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, be it written as text; None of anything else."""
+    """A finite number, which may be written as text; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -197,7 +196,7 @@ def number(value: Any) -> float | None:
 
 
 def decoded(cell: Any) -> Any:
-    """A cell of a CSV, in which lists and objects stand as JSON, or as Python writes them."""
+    """A cell of a CSV; lists and objects in it are written as JSON, or as Python writes them."""
     if not isinstance(cell, str) or not cell.lstrip().startswith(("[", "{")):
         return cell
     try:
@@ -215,7 +214,7 @@ def collect(
     path: Path, needs: str, parse: Callable[[Row], T], columns: Columns | None = None,
     rows: Iterable[tuple[int, dict[str, Any]]] | None = None,
 ) -> list[T]:  # fmt: skip
-    """Every row of a file as `parse` has it. Rows that are skipped, and what is left out of others, are counted."""
+    """Every row of a file, parsed. Skipped rows and unread content are counted in the log."""
     kept: list[T] = []
     skipped: Counter[str] = Counter()
     unread: Counter[str] = Counter()
@@ -238,7 +237,7 @@ def collect(
 
 
 def say_unread(path: Path, unread: Mapping[str, int], total: int) -> None:
-    """One line for each kind of content that rows hold and nothing reads."""
+    """Log each kind of content that is not read, with the number of rows."""
     for name, count in unread.items():
         _LOG.warning("%s: %d of %d rows have %s, which is not read", path, count, total, name)
 
@@ -251,6 +250,4 @@ def renamed(row: Row, columns: Columns) -> Row:
             raise row.error(f"data.columns.{ours}={theirs} names no column here; there are {there}")
     names = {theirs: ours for ours, theirs in columns.items()}
     # A column that has the name now given to another steps aside.
-    kept = {key: value for key, value in row.fields.items() if key in names or key not in columns}
-    fields = {names.get(key, key): value for key, value in kept.items()}
-    return replace(row, fields=fields)
+    return row.of({names.get(key, key): cell for key, cell in row.fields.items() if key in names or key not in columns})

@@ -5,7 +5,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf_pipeline.records import Prompt
+from rlhf_pipeline.data.records import Prompt
 
 # Where a cell begins with one of these, a spreadsheet takes it for a formula, or for our mark against that; reading
 # takes the mark off again.

@@ -5,9 +5,9 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from rlhf_pipeline.data.formats.files import BROKEN, broken, first_few, no_file, open_file
+from rlhf_pipeline.data.records import Labelled
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.formats.files import BROKEN, broken, first_few, no_file, open_file
-from rlhf_pipeline.records import Labelled
 
 _ARCHIVES = (".tar.gz", ".tgz", ".tar")
 _LAYOUT = "aclImdb/{train,test}/{pos,neg}/<id>_<rating>.txt"

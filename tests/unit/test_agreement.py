@@ -2,8 +2,8 @@
 
 import pytest
 
-from rlhf_pipeline.labels import settle
-from rlhf_pipeline.records import Judgement, Preference, Ranking
+from rlhf_pipeline.data.agreement import settle
+from rlhf_pipeline.data.records import Judgement, Preference, Ranking
 from rlhf_pipeline.stages.comparisons import Comparison, compare
 
 

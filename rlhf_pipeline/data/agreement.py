@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_pipeline.records import Judgement, Preference, Prompt, Ranking
+from rlhf_pipeline.data.records import Judgement, Preference, Prompt, Ranking
 
 _Pair = tuple[Prompt, str, str]  # two answers to a prompt, in the order of their texts
 _Votes = list[tuple[int, int]]  # (number of the judgement, 1: the first is better, -1: the second, 0: neither)

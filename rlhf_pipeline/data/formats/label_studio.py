@@ -6,15 +6,15 @@ and drafts are no labels.
 
 import itertools
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, TypeGuard
 
-from rlhf_pipeline.formats.files import RowError
-from rlhf_pipeline.formats.given import Given, judged, name, person
-from rlhf_pipeline.formats.row import Columns, Row, decoded, number, renamed
-from rlhf_pipeline.records import Judgement, Prompt
+from rlhf_pipeline.data.formats.files import RowError
+from rlhf_pipeline.data.formats.preferences import Given, judged, name, person
+from rlhf_pipeline.data.formats.row import Columns, Row, decoded, number, renamed
+from rlhf_pipeline.data.records import Judgement, Prompt
 
 _UNSORTED = "_"  # a Ranker with buckets has what was left where it was under this name
 # Names of buckets that speak for themselves, best first.
@@ -49,6 +49,11 @@ class Reading:
     buckets: Sequence[str] | None
     untouched_seconds: float
 
+    @property
+    def names(self) -> Columns:
+        """The file's names of columns, but for the control that is the label."""
+        return {ours: theirs for ours, theirs in self.columns.items() if ours != "label"}
+
 
 @dataclass(frozen=True, slots=True)
 class _Value:
@@ -80,64 +85,65 @@ def read_task(row: Row, reading: Reading) -> Iterator[Given]:
     else:
         for annotation in given:
             # What is set aside is the task with this annotation alone: once mended, it can be read again.
-            alone = Row(row.path, row.number, {**row.fields, "annotations": [annotation]}, row.needs)
-            yield _annotation(alone, annotation, data, task, reading)
+            alone = row.of({**row.fields, "annotations": [annotation]})
+            if isinstance(annotation, dict):
+                yield _annotation(alone, annotation, row.of(data), task, reading)
+            else:
+                yield Given("rejected", alone, why="an annotation is not an object", task=task)
 
 
-def _annotation(row: Row, annotation: Any, data: dict[str, Any], task: str | None, reading: Reading) -> Given:
-    if not isinstance(annotation, dict):
-        return Given("rejected", row, why="an annotation is not an object", task=task)
-    who = person(annotation.get("completed_by"))
-    shown = _shown(Row(row.path, row.number, data, row.needs), reading)
-    key, when = _identity(row, task, who, shown), _date(annotation)
-    if any(annotation.get(word) for word in ("was_cancelled", "was_skipped", "skipped")):
-        return Given("skipped", row, task=task, annotator=who, key=key, when=when)
-    try:
-        names = {ours: theirs for ours, theirs in reading.columns.items() if ours != "label"}
-        fields = renamed(Row(row.path, row.number, data, row.needs), names)
+def _annotation(row: Row, annotation: dict[str, Any], data: Row, task: str | None, reading: Reading) -> Given:
+    about = {**annotation, "predictions": row.fields.get("predictions")}
+
+    def read() -> tuple[Row, _Value]:
+        fields = renamed(data, reading.names)
         values = _values(fields, annotation.get("result"))
         results = {str(n): part.get("value") for n, part in enumerate(annotation["result"]) if isinstance(part, dict)}
-        value = _chosen(fields, values, reading, results)
-        judgement = _judgement(fields, value, task, who, reading)
-        _check_touched(fields, value, {**annotation, "predictions": row.fields.get("predictions")}, reading)
-    except RowError as fault:
-        return Given("rejected", row, why=fault.why, task=task, annotator=who, key=key, when=when)
-    return Given("judged", row, judgement, task=task, annotator=who, key=key, when=when)
+        return fields, _chosen(fields, values, reading, results)
+
+    found = _given(row, data, about, task, person(annotation.get("completed_by")), reading, read)
+    skipped = any(annotation.get(word) for word in ("was_cancelled", "was_skipped", "skipped"))
+    return replace(found, kind="skipped", judgement=None, why=None) if skipped else found
 
 
 def read_annotation(row: Row, reading: Reading) -> Given:
     """The annotation that a row of JSON_MIN, CSV or TSV holds; `row` has our names of columns."""
     fields = row.fields
     task, who = name(fields.get("task")) or name(fields.get("id")), person(decoded(fields.get("annotator")))
-    key, when = _identity(row, task, who, _shown(row, reading)), _date(fields)
-    try:
-        values = _column_values(row)
-        if not values and not name(fields.get("annotation_id")):
-            return Given("unlabelled", row, task=task)
+    values = _column_values(row)
+    if not values and not name(fields.get("annotation_id")):
+        return Given("unlabelled", row, task=task)
+
+    def read() -> tuple[Row, _Value]:
         cells = {key: cell for key, cell in fields.items() if key not in (*_ABOUT, *_PROMPTS, *(_sides(row) or ()))}
         value = _chosen(row, values, reading, cells)
         aside = f"_data_{value.control}"  # the data's column of the control's name
         own = {key: cell for key, cell in fields.items() if key not in (value.control, aside)}
-        if aside in fields:
-            own[value.control] = fields[aside]
-        data = Row(row.path, row.number, own, row.needs)
-        judgement = _judgement(data, value, task, who, reading)
-        _check_touched(data, value, {"lead_time": fields.get("lead_time")}, reading)
-    except RowError as fault:
-        return Given("rejected", row, why=fault.why, task=task, annotator=who, key=key, when=when)
-    return Given("judged", row, judgement, task=task, annotator=who, key=key, when=when)
+        return row.of({**own, value.control: fields[aside]} if aside in fields else own), value
+
+    about = {key: fields.get(key) for key in ("updated_at", "created_at", "lead_time")}
+    return _given(row, row, about, task, who, reading, read)
 
 
-def _identity(row: Row, task: str | None, who: str | None, shown: int) -> Hashable:
+def _given(
+    row: Row, data: Row, about: Mapping[str, Any], task: str | None, who: str | None, reading: Reading,
+    read: Callable[[], tuple[Row, _Value]],
+) -> Given:  # fmt: skip
+    """The annotation whose data and label `read` returns; a RowError sets the row aside."""
     known = name(row.fields.get("id")) or task  # the data's own `task` may be a kind of work
-    return (known, who, shown) if known and who else None
-
-
-def _shown(row: Row, reading: Reading) -> int:
-    """A hash of the prompt and the answers: every server counts its tasks and its people from 1."""
-    named = {theirs for ours, theirs in reading.columns.items() if ours != "label"}
-    cells = [(k, cell) for k, cell in row.fields.items() if k in named or k in _SHOWN or _ANSWER.fullmatch(k)]
-    return hash(repr((sorted(cells, key=lambda cell: cell[0]), _items(row))))
+    # A hash of the prompt and the answers is part of the key: every server counts its tasks and its people from 1.
+    own = reading.names.values()
+    cells = sorted(
+        (k, repr(cell)) for k, cell in data.fields.items() if k in own or k in _SHOWN or _ANSWER.fullmatch(k)
+    )
+    key = (known, who, hash(repr((cells, _items(data))))) if known and who else None
+    try:
+        fields, value = read()
+        judgement = _judgement(fields, value, task, who, reading)
+        _check_touched(fields, value, about, reading)
+    except RowError as fault:
+        return Given("rejected", row, None, fault.why, task, who, key, _date(about))
+    return Given("judged", row, judgement, None, task, who, key, _date(about))
 
 
 def _date(fields: Mapping[str, Any]) -> str:
@@ -200,7 +206,7 @@ def _chosen(row: Row, values: Sequence[_Value], reading: Reading, results: Mappi
 
 
 def _check_results(row: Row, results: Mapping[str, Any]) -> None:
-    """Say which results there are where none is a comparison."""
+    """Name the results that there are, if none is a comparison."""
     cells = {key: decoded(cell) for key, cell in results.items()}
     lists = [cell if isinstance(cell, list) else [cell] for cell in cells.values()]
     held = {kind for cells in lists for part in cells if isinstance(part, dict) for kind in part}
@@ -277,7 +283,7 @@ def _buckets(row: Row, ranker: Any, reading: Reading) -> list[list[Any]]:
 
 
 def _check_touched(row: Row, value: _Value, annotation: Mapping[str, Any], reading: Reading) -> None:
-    """Refuse what was submitted as it stood, in less time than it takes to judge; a time not known is believed."""
+    """Refuse an annotation submitted unchanged in less time than it takes to judge. An unknown time is accepted."""
     seconds = number(annotation.get("lead_time"))
     if seconds is None or seconds >= reading.untouched_seconds:
         return
@@ -299,7 +305,7 @@ def _check_touched(row: Row, value: _Value, annotation: Mapping[str, Any], readi
 
 
 def _predicted(row: Row, value: _Value, annotation: Mapping[str, Any]) -> _Value | None:
-    """What a prediction, where it is known, had put in the control before the person came."""
+    """The value that a known prediction had put in the control."""
     parent, listed = annotation.get("parent_prediction"), annotation.get("predictions")
     known = [annotation.get("prediction"), *(listed if isinstance(listed, list) else [])]
     for prediction in known:
@@ -342,7 +348,7 @@ def _prompt(row: Row) -> Prompt:
     if key is not None:
         cell = decoded(row.fields[key])
         if isinstance(cell, list) and cell and isinstance(cell[0], dict):
-            return Row(row.path, row.number, {key: cell}, row.needs).turns(key)
+            return row.of({key: cell}).turns(key)
         return row.text(key)
     answers = {*(_sides(row) or ()), *(_items(row) or {}), *_ABOUT}
     others = [key for key, cell in row.fields.items() if isinstance(cell, str) and key not in answers]

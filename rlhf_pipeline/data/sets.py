@@ -12,12 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from rlhf_pipeline import formats, records
+from rlhf_pipeline.data import formats, records
+from rlhf_pipeline.data.agreement import Labels, connected, settle
+from rlhf_pipeline.data.python_code import source_files
+from rlhf_pipeline.data.records import Code, Demonstration, Dialogue, Labelled, Preference, Prompt, Ranking, Row, Text
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import explained, is_hub_id
-from rlhf_pipeline.labels import Labels, connected, settle
-from rlhf_pipeline.python_code import source_files
-from rlhf_pipeline.records import Code, Demonstration, Dialogue, Labelled, Preference, Prompt, Ranking, Row, Text
 from rlhf_pipeline.registry import Registry
 
 R = TypeVar("R", bound=Row)
@@ -30,11 +30,11 @@ _PARTS = 5  # of a prompt: with fewer, the one that is always held out would be 
 
 @dataclass(frozen=True)
 class Splits(Generic[S]):
-    """Rows to learn from, and rows that are never learnt from."""
+    """Rows to learn from, and held-out rows."""
 
     train: list[S]
     test: list[S]
-    labels: Labels | None = None  # of what people judged
+    labels: Labels | None = None  # where people judged the answers
 
 
 # `limit` cuts both splits, `test_limit` the held-out one alone.
@@ -51,7 +51,7 @@ registry: Registry[Splits[Any]] = Registry(
     },
 )
 
-# What each stage can make something of.
+# The rows that each stage can use.
 _LANGUAGE = (Text, Code, Labelled, Demonstration, Dialogue)
 TAKES: dict[str, tuple[type, ...]] = {
     "pretrain": _LANGUAGE,
@@ -65,11 +65,11 @@ TAKES: dict[str, tuple[type, ...]] = {
 
 @registry.register
 def toy_reviews(seed: int, *, train: int = 20_000, test: int = 2_000) -> Splits[Labelled]:
-    """Short movie reviews from a grammar of our own: the demo's embedded data. They do not vary with the run's seed.
+    """Short movie reviews from our own grammar: the demo's data. They do not depend on the run's seed.
 
-    Held-out reviews begin with other words, so that their prompts are new to what learnt from the others.
+    Held-out reviews begin with other words, so their prompts are new to a policy that learnt from the training reviews.
     """
-    from rlhf_pipeline.toy_reviews import toy_reviews as draw
+    from rlhf_pipeline.data.toy_reviews import toy_reviews as draw
 
     return Splits(draw(train, seed=0), draw(test, seed=1, held_out=True))
 
@@ -91,8 +91,8 @@ def imdb(seed: int, *, path: str = IMDB) -> Splits[Labelled]:
     return Splits(rows["train"], rows["test"])
 
 
-# Of the entries that read a file: `test_path` is a file of its own to hold out, without it a `test_share` of the rows
-# is; `columns` maps the names that the entry knows to those of the file (columns: {text: review_body}).
+# Entries that read a file: `test_path` is a second file to hold out; without it, `test_share` of the rows is held out.
+# `columns` maps the names that the entry knows to those of the file (columns: {text: review_body}).
 
 
 @registry.register
@@ -117,8 +117,8 @@ def preferences(
 ) -> Splits[Preference | Ranking]:  # fmt: skip
     """What people preferred: pairs, ranked lists, sheets and exports of Label Studio, from one file or several.
 
-    All that was said of the same answers is settled into one row. A prompt falls on one side of the split. `buckets`
-    are the names of a Ranker's buckets, best first; what was submitted as shown within `untouched_seconds` is no label.
+    Judgements of the same answers are combined into one row. The train/test split is by prompt. `buckets` names a
+    Ranker's buckets, best first. An annotation submitted as shown within `untouched_seconds` is not a label.
     """
     if not path:
         raise UserError(
@@ -168,7 +168,7 @@ def python_code(
 ) -> Splits[Code]:
     """Python source: the running interpreter's standard library, a folder, or a set of the hub such as codeparrot's.
 
-    Of a hub's set, `column` of its first `rows` rows is read as they come; such sets are larger than disks.
+    A hub's set is streamed: `column` of its first `rows` rows. Such sets are larger than disks.
     """
     if path is None or Path(path).expanduser().is_dir() or path.startswith((".", "/", "~")):
         files = source_files(Path(path).expanduser() if path else None)
@@ -197,7 +197,7 @@ def _kinds(name: str) -> tuple[type, ...]:
 
 
 def check_kind(name: str, stage: str) -> None:
-    """Refuse data that a stage can make nothing of."""
+    """Refuse data that a stage cannot use."""
     if stage in TAKES and not set(_kinds(name)) & set(TAKES[stage]):
         fitting = ", ".join(n for n in registry.entries if set(_kinds(n)) & set(TAKES[stage]))
         holds = " or ".join(k.__name__ for k in _kinds(name))
@@ -207,8 +207,8 @@ def check_kind(name: str, stage: str) -> None:
 def load_data(choice: dict[str, Any], seed: int, answers: bool = False) -> Splits[Any]:
     """Read the chosen data, shuffle it by `seed`, and cut it to `limit` rows a split.
 
-    A training row whose text is also held out is dropped, so that no figure is taken on what was learnt. With `answers`
-    prompts alone are left out, and counted.
+    A training row whose text is also held out is dropped, so that no figure is measured on what was learnt. With
+    `answers`, rows without an answer are dropped too, and counted.
     """
     splits = registry.build(choice, seed)
     if answers:
@@ -261,7 +261,7 @@ def fingerprint(choice: dict[str, Any], splits: Splits[Any]) -> dict[str, Any]:
 
 
 def hub_set(choice: Mapping[str, Any]) -> str | None:
-    """The id of the hub's data set that a choice (name, path) reads; None where it reads files, or what is built in."""
+    """The hub id of the data set that a choice (name, path) reads; None for files and built-in data."""
     default = {"imdb": IMDB, "python_code": None}  # the others read files
     path = choice.get("path") or default.get(str(choice.get("name")))
     if choice.get("name") not in default or not isinstance(path, str) or Path(path).expanduser().exists():
@@ -270,7 +270,7 @@ def hub_set(choice: Mapping[str, Any]) -> str | None:
 
 
 def plain(prompt: Prompt) -> str:
-    """A prompt's words, whatever a policy's template makes of them."""
+    """A prompt's words without a template."""
     return prompt if isinstance(prompt, str) else "\n\n".join(turn.text for turn in prompt)
 
 
@@ -296,9 +296,9 @@ def texts(rows: Sequence[Row]) -> list[str]:
 
 
 def begun_by(prompts: Sequence[Prompt], rows: Sequence[Row]) -> int:
-    """How many of the prompts also begin a row: few words do, though the text that they were cut from is none of these.
+    """How many of the prompts also begin a row, as a few words may even where their whole text differs from all rows.
 
-    Of code it says little: its prompts are the heads of functions, which stand within files.
+    Not telling for code: its prompts are heads of functions, which do not begin a file.
     """
     known = sorted(texts(rows))
     places = [(bisect_left(known, prompt), prompt) for prompt in map(plain, prompts)]
@@ -306,7 +306,7 @@ def begun_by(prompts: Sequence[Prompt], rows: Sequence[Row]) -> int:
 
 
 def _group(row: Row) -> str:
-    """What keeps rows on one side of a split: the prompt, the first turn, else the row itself."""
+    """What the split is by: the prompt, the first turn, else the row itself."""
     match row:
         case Demonstration(prompt=prompt) | Preference(prompt=prompt) | Ranking(prompt=prompt) if prompt:
             return plain(prompt)
@@ -317,12 +317,13 @@ def _group(row: Row) -> str:
 
 
 def _groups(rows: Sequence[Row], share: float) -> list[tuple[str, str | None]]:
-    """What each row is held out with: ("", its prompt), or (its prompt, a part of the prompt's rows; None: never).
+    """The group that each row is held out with: ("", its prompt), or (its prompt, a part of that prompt's rows).
 
-    Prompts that differ only in white space are one. A prompt with more than `share` of all rows is too much to hold out
-    at once: it is divided into the rows that share answers, if that makes enough parts. So are a prompt that all rows
-    have, and rows without a prompt. A part with more than half of these rows (it holds an answer that is given to
-    everything) is never held out; where all rows are one part, it falls apart into single rows.
+    Prompts that differ only in white space are the same. A prompt with more than `share` of all rows is too large to
+    hold out at once: it is divided into parts, the rows that share answers, if there are enough of them. A prompt that
+    all rows have, and rows without a prompt, are divided too. A part with more than half of a prompt's rows has None
+    for a name and is never held out: it holds an answer that is given to everything. If all rows are one part, each row
+    is its own.
     """
     first: dict[str, str] = {}
     names = [first.setdefault(" ".join(group.split()), group) for group in map(_group, rows)]
@@ -347,7 +348,7 @@ def _groups(rows: Sequence[Row], share: float) -> list[tuple[str, str | None]]:
 
 
 def joined(prompts: Sequence[Prompt], rows: Sequence[Row]) -> list[int]:
-    """For every row the first row that it shares an answer to the same prompt with, directly or through other rows."""
+    """For every row, the first row connected to it by answers to the same prompt, directly or through other rows."""
     holding: dict[tuple[Prompt, str], list[int]] = defaultdict(list)
     for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
         for answer in _answers(row) or (whole(row),):
@@ -366,15 +367,15 @@ def _answers(row: Row) -> tuple[str, ...]:
 
 
 def shared_group(groups: Sequence[Any]) -> Any:
-    """What more than half of all rows have as their prompt, if anything: an instruction, not what tells them apart."""
+    """The group that more than half of the rows are in, if any: an instruction rather than a question."""
     most, count = Counter(groups).most_common(1)[0] if groups else (None, 0)
     return most if 2 * count > len(groups) > 1 else None
 
 
 def _split(rows: list[R], share: float) -> Splits[R]:
-    """Hold out a share of the rows' groups, by a hash: a row falls on the same side whatever the seed.
+    """Hold out a share of the rows' groups, by a hash: the split does not depend on the seed.
 
-    Of two prompts or more at least one is held out, and of a divided prompt at least one part: a few labels will do.
+    At least one of several prompts is held out, and at least one part of a divided prompt: a few labels are enough.
     """
     if not 0 < share < 1:
         raise UserError(f"data.test_share is {share}; it takes a number between 0 and 1.")
@@ -391,7 +392,7 @@ def _split(rows: list[R], share: float) -> Splits[R]:
 
 
 def _say_learnt(rows: Sequence[Row], held_out: Sequence[Row], path: str) -> None:
-    """Warn where a file of its own holds out prompts that are learnt from; one that most rows share is no matter."""
+    """Warn if prompts of the held-out file are also learnt from, other than a prompt that most rows share."""
     groups = [_group(row) for row in rows]
     known = set(groups) - {shared_group(groups)}
     if learnt := sum(_group(row) in known for row in held_out):
@@ -399,7 +400,7 @@ def _say_learnt(rows: Sequence[Row], held_out: Sequence[Row], path: str) -> None
 
 
 def _judged(paths: Sequence[str], **how: Any) -> tuple[list[Preference | Ranking], Labels]:
-    """The judgements of all files, settled together."""
+    """The judgements of all files, combined."""
     read = formats.read_judgements([Path(path).expanduser() for path in dict.fromkeys(paths)], **how)
     rows, summary = settle(read.judgements)
     if not rows:
