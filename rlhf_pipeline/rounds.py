@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.atomic import write_json
-from rlhf_pipeline.report import Line, Words, assemble, by_row, chart, members, read, text, write_page
+from rlhf_pipeline.report import Block, Line, Words, assemble, by_row, chart, members, note, read, write_page
 from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.summary import command
 from rlhf_pipeline.tables import rounds_table
@@ -77,11 +77,11 @@ def _policy(metrics: dict[str, Any]) -> dict[str, Any]:
     return {key: metrics.get(key) for key in ("reward_mean", "reward_stderr", "kl", "distinct_2")}
 
 
-def _links(rounds: list[RunDir]) -> str:
+def _links(rounds: list[RunDir]) -> list[Block]:
     """To the pages of the rounds' stages."""
     folders = [(f"round{out.round}/{stage}", out.path.parent / stage) for out in rounds for stage in _STAGES]
-    pages = [page for page, folder in folders if (folder / "report.html").exists()]
-    return "<nav>" + "".join(f'<a href="{page}/report.html">{page}</a>' for page in pages) + "</nav>\n"
+    pages = [(f"{name}/report.html", name) for name, folder in folders if (folder / "report.html").exists()]
+    return [{"kind": "links", "rows": pages}]
 
 
 def report_rounds(runs: Path, name: str, lang: str | None = None, show: bool = True) -> None:
@@ -111,16 +111,15 @@ def write_rounds(runs: Path, name: str, lang: str | None = None) -> Path:
         title: [(float(row["round"]), float(row[key])) for row in rows if row.get(key) is not None]
         for key, title in charts.items()
     }
-    drawn = "".join(
-        chart(words(k), [Line("", "eval", points)], words, unit="Round") for k, points in lines.items() if points
-    )
+    drawn = [chart(words(k), [Line("", "eval", points)], words, unit="Round") for k, points in lines.items() if points]
+    curves: Block = {"kind": "charts", "label": "", "folded": False, "charts": drawn}
     one = str(_evaluation(RunDir(runs, name, "evaluate")).get("reward")) if "one_judge" in columns else ""
     about = _judged_by(judges, one, _evaluate(folder, title, first.record.get("experiment")), words)
     parts = {
-        "By round": about + by_row("Rounds", "Round", shown, words=words) + _links(rounds),
-        "Curves": f'<div class="grid">\n{drawn}</div>\n' if drawn else "",
+        "By round": note(about) + by_row("Rounds", "Round", shown, words=words) + _links(rounds),
+        "Curves": [curves] if drawn else [],
     }
-    return write_page(folder / "report.html", assemble(text(title), "", parts, words=words))
+    return write_page(folder / "report.html", assemble(title, "", parts, words=words))
 
 
 def _evaluate(folder: Path, name: str, experiment: str | None) -> str:
@@ -143,4 +142,4 @@ def _judged_by(judges: list[str], one: str, evaluate: str, words: Words) -> str:
         said.append(words("One judge: {}.", one))
     elif len(judges) > 1:
         said.append(words("To have the newest judge all rounds: {}", evaluate))
-    return f'<p class="soft">{text(" ".join(said))}</p>\n'
+    return " ".join(said)

@@ -8,11 +8,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rlhf_pipeline.report import Words, evaluation_tables, short
 from rlhf_pipeline.scripts import shown
 
 _ABREAST = 4  # policies whose answers can be read side by side
 _MANY = 30  # policies of a sweep that a table shows
 _BEST_OF = (1, 2, 4, 8, 16, 32, 64, 128)  # the n of best-of-n that are told
+_SIGNED = ("gain", "95 % from", "95 % to")
+_FORMS = {"positive": ".1%", "win_rate": ".1%", "kl": ".2f", "perplexity": ".2f", "held_out_perplexity": ".2f",
+          "length": ".1f", "moved": ".2f", **dict.fromkeys(_SIGNED, "+.3f")}  # fmt: skip
 
 
 def number(value: Any, digits: int = 3) -> str:
@@ -27,30 +31,16 @@ def _console() -> Console:
 
 
 def evaluation_table(evaluation: dict[str, Any]) -> None:
-    """Policies by row, by more rewards and by their texts; then the paired gains, then answers."""
-    known = evaluation.get("prompts_in_training")
-    count = evaluation["prompts"]
-    prompts = f"{count} held-out prompts"
-    prompts += f" ({known} of {count} also begin training texts)" if known is not None else ""
-    title = f"{prompts}; reward: {evaluation['reward']}; KL to {evaluation['reference']}"
-    columns = ("reward", "± s.e.", "median", "positive", "KL", "perplexity", "distinct-2", "length")
-    console = _console()
-    rows = [
-        (name, *_means(row), number(row["kl"], 2), number(row["perplexity"], 2), number(row["distinct_2"]),
-         number(row["length"], 1))
-        for name, row in evaluation["metrics"].items()
-    ]  # fmt: skip
-    console.print(_by_policy(title, columns, rows))
-    if evaluation.get("rewards"):
-        console.print(_by_reward(evaluation))
-    keys = {"distinct_1": "distinct-1", "distinct_2": "distinct-2", "distinct_3": "distinct-3",
-            "repeated": "repeated", "self_bleu": "self-BLEU", "held_out_perplexity": "held-out perplexity"}  # fmt: skip
-    if any("self_bleu" in row for row in evaluation["metrics"].values()):
-        texts = [(name, *(number(row.get(key), 2 if "perplexity" in key else 3) for key in keys))
-                 for name, row in evaluation["metrics"].items()]  # fmt: skip
-        console.print(_by_policy("The answers' texts, and what each makes of held-out ones", [*keys.values()], texts))
-    for pair, gain in evaluation["paired_gain"].items():
-        console.print(Text(f"{shown(pair)}: {_interval(gain)}"))
+    """The tables of an evaluation that its page shows too, what it warns of, and some answers."""
+    known, count = evaluation.get("prompts_in_training"), evaluation["prompts"]
+    about = f"{count} held-out prompts"
+    about += f" ({known} of {count} also begin training texts)" if known is not None else ""
+    console, words = _console(), Words()
+    console.print(Text(shown(f"{about}; reward: {evaluation['reward']}; KL to {evaluation['reference']}")))
+    for title, _, rows in evaluation_tables(evaluation):
+        keys = list(dict.fromkeys(key for row in rows.values() for key in row))
+        cells = [(name, *(_figure(key, row.get(key)) for key in keys)) for name, row in rows.items()]
+        console.print(_by_policy(title, [words.name(key) for key in keys], cells))
     for line in evaluation.get("warnings", []):
         console.print(Text(shown(f"warning: {line}"), style="yellow"))
     names = list(evaluation["metrics"])
@@ -67,14 +57,10 @@ def evaluation_table(evaluation: dict[str, Any]) -> None:
             console.print(_answers(title, answers, who))
 
 
-def _means(row: dict[str, Any]) -> tuple[str, ...]:
-    """A policy's rewards in four columns."""
-    keys = ("reward_mean", "reward_stderr", "reward_median")
-    return (*(number(row[key]) for key in keys), f"{row['positive']:.1%}")
-
-
-def _interval(gain: dict[str, Any]) -> str:
-    return f"{gain['mean']:+.3f}, 95 % interval [{gain['low']:+.3f}, {gain['high']:+.3f}], wins {gain['win_rate']:.1%}"
+def _figure(key: str, value: Any) -> str:
+    """A figure with as many digits as its column takes; a dash for none."""
+    form = _FORMS.get(key, ".3f")
+    return f"{value:{form}}" if isinstance(value, int | float) else "-"
 
 
 def _by_policy(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -85,27 +71,6 @@ def _by_policy(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
         table.add_column(column, justify="right", no_wrap=True)
     for name, *cells in rows:
         table.add_row(Text(shown(name)), *cells)
-    return table
-
-
-def _by_reward(evaluation: dict[str, Any]) -> Table:
-    """Of each further reward, the policies by row; and of the main one, how far it moved, to set beside them."""
-    reference, moves = evaluation["reference"], evaluation["moved"]
-    main = next(iter(moves))
-    judged = {main: evaluation, **evaluation["rewards"]}
-    title = f"More rewards; moved: from {reference}, in standard deviations of its answers"
-    table = Table(title=Text(shown(title)), title_justify="left")
-    table.add_column("reward", overflow="fold")
-    table.add_column("", overflow="fold")
-    for column in ("mean", "± s.e.", "median", "positive", "moved", "gain, 95 % interval"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for reward, found in judged.items():
-        table.add_section()
-        for name, row in found["metrics"].items():
-            gain = found["paired_gain"].get(f"{name} - {reference}")
-            change = f"{gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]" if gain else "-"
-            cells = (*_means(row), number(moves[reward][name], 2), change)
-            table.add_row(Text(shown(reward)), Text(shown(name)), *cells)
     return table
 
 
@@ -168,7 +133,7 @@ def sweep_table(found: dict[str, Any], own: Collection[str]) -> None:
     left = sum(row["left"] for row in rows)
     of_ppo = ["reward", "KL"] if any("kl" in row["results"] for row in rows) else []
     cells = [
-        (_settings(row), number(row["objective"]), number(row["stderr"]), *(_reward_and_kl(row) if of_ppo else []),
+        (short(row), number(row["objective"]), number(row["stderr"]), *(_reward_and_kl(row) if of_ppo else []),
          str(row["seeds"]), *([str(row["failed"] or "-")] if some_failed else []),
          *([str(row["left"] or "-")] if left else []), number(row["seconds"], 0))
         for row in rows
@@ -180,7 +145,7 @@ def sweep_table(found: dict[str, Any], own: Collection[str]) -> None:
     about += f" (KL <= {found['kl_budget']:g})" if found["kl_budget"] is not None else ""
     console.print(_by_policy(f"{found['sweep']} ({found['stage']}){about}", columns, cells))
     if rows and rows[0]["over_budget"]:
-        nearest = f"nearest: {_settings(rows[0])}"
+        nearest = f"nearest: {short(rows[0])}"
         console.print(Text(shown(f"no settings keep within sweep.kl_budget={found['kl_budget']:g}; {nearest}")))
     for job in failed:
         console.print(Text(shown(f"failed: {job['job']}: {job['error']}"), style="red"))
@@ -193,11 +158,6 @@ def _reward_and_kl(row: dict[str, Any]) -> tuple[str, str]:
     own = row["results"]
     kl = number(own.get("validation_kl", own.get("kl")), 2)
     return number(own.get("validation_reward", own.get("scores"))), kl + (" (over)" if row["over_budget"] else "")
-
-
-def _settings(row: dict[str, Any]) -> str:
-    """What sets a row of a sweep apart, by the last word of each setting: kl_coef=0.05."""
-    return ", ".join(f"{key.split('.')[-1]}={value}" for key, value in row["settings"].items()) or "all"
 
 
 def rounds_table(rows: list[dict[str, Any]]) -> None:

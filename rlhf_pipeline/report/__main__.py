@@ -1,4 +1,4 @@
-"""Draws the pages of a run anew: `python -m rlhf_pipeline.report runs/demo [en|zh]`."""
+"""Draws the pages of a run again: `python -m rlhf_pipeline.report runs/demo [en|zh]`."""
 
 import re
 import sys
@@ -13,7 +13,7 @@ _ROUND = re.compile("round[1-9][0-9]*")
 
 
 def rebuild(folder: Path, lang: str | None = None) -> list[Path]:
-    """Draw every page of a run: of its stages, its rounds, of a sweep; None is the language each was made in."""
+    """Draw every page below a folder: of stages, rounds and sweeps; None keeps the language each was made in."""
     # They stand above this package, and only a command needs them.
     from rlhf_pipeline.jobs import JOB
     from rlhf_pipeline.rounds import write_rounds
