@@ -16,20 +16,8 @@ _CHARTS = {
     "kl": "policy: KL to the reference",
 }
 _STAGES = ("collect", "reward", "ppo", "evaluate")
-_COLUMNS = {
-    "labelled": "labelled",
-    "pairs": "pairs",
-    "agreement": "agreement",
-    "reward_accuracy": "RM accuracy",
-    "reward_pairs": "of held-out pairs",
-    "own_reward": "RM score",
-    "reward_mean": "reward",
-    "reward_stderr": "± s.e.",
-    "one_judge": "reward, one judge",
-    "gain": "gain over the reference",
-    "kl": "KL",
-    "distinct_2": "distinct-2",
-}
+_COLUMNS = ("labelled", "pairs", "agreement", "reward_accuracy", "reward_pairs", "own_reward", "reward_mean",
+            "reward_stderr", "one_judge", "gain", "kl", "distinct_2")  # fmt: skip
 
 
 def by_round(runs: Path, name: str) -> list[dict[str, Any]]:
@@ -84,13 +72,23 @@ def _links(rounds: list[RunDir]) -> list[Block]:
     return [{"kind": "links", "rows": pages}]
 
 
+def _columns(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The rounds as rows of a table, with the columns that any of them fills."""
+    filled = [key for key in _COLUMNS if any(row.get(key) is not None for row in rows)]
+    return {str(row["round"]): {key: row.get(key) for key in filled} for row in rows}
+
+
+def _judges(rows: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(str(row["judge"]) for row in rows if row.get("judge")))
+
+
 def report_rounds(runs: Path, name: str, lang: str | None = None, show: bool = True) -> None:
     """Write `runs/<name>/rounds.json` and `report.html`, and print the table where it is to be shown."""
     rows = by_round(runs, name)
     write_json(runs / name / "rounds.json", rows)
     page = write_rounds(runs, name, lang)
     if show:
-        rounds_table(rows)
+        rounds_table(_columns(rows), _judges(rows))
         print(f"{page} shows the rounds", flush=True)
 
 
@@ -98,25 +96,20 @@ def write_rounds(runs: Path, name: str, lang: str | None = None) -> Path:
     """Write `runs/<name>/report.html` from what the rounds have left; by default in the first one's language."""
     rows, folder, rounds = by_round(runs, name), runs / name, _rounds(runs, name)
     first = rounds[0] if rounds else RunDir(runs, f"{name}/round1", "collect")
-    made = members(first.config().get("report")).get("lang")
     title = str(Path(first.record.get("name") or first.name).parent)
-    words = Words(lang or made or "en")
-    judges = list(dict.fromkeys(str(row["judge"]) for row in rows if row.get("judge")))
-    charts = dict(_CHARTS)
-    columns = {key: title for key, title in _COLUMNS.items() if any(row.get(key) is not None for row in rows)}
+    words = Words(lang or members(first.config().get("report")).get("lang") or "en")
+    judges, charts, drawn = _judges(rows), dict(_CHARTS), []
     if len(judges) > 1:  # where people label, nothing but each round's own reward model knows what is good
         charts["one_judge"] = charts.pop("reward_mean")
-    shown = {str(row["round"]): {title: row.get(key) for key, title in columns.items()} for row in rows}
-    lines = {
-        title: [(float(row["round"]), float(row[key])) for row in rows if row.get(key) is not None]
-        for key, title in charts.items()
-    }
-    drawn = [chart(words(k), [Line("", "eval", points)], words, unit="Round") for k, points in lines.items() if points]
+    for key, about in charts.items():
+        points = [(float(row["round"]), float(row[key])) for row in rows if row.get(key) is not None]
+        drawn += [chart(words(about), [Line("", "eval", points)], words, unit="Round")] if points else []
+    judged = any(row.get("one_judge") is not None for row in rows)
+    one = str(_evaluation(RunDir(runs, name, "evaluate")).get("reward")) if judged else ""
+    said = _judged_by(judges, one, _evaluate(folder, title, first.record.get("experiment")), words)
     curves: Block = {"kind": "charts", "label": "", "folded": False, "charts": drawn}
-    one = str(_evaluation(RunDir(runs, name, "evaluate")).get("reward")) if "one_judge" in columns else ""
-    about = _judged_by(judges, one, _evaluate(folder, title, first.record.get("experiment")), words)
     parts = {
-        "By round": note(about) + by_row("Rounds", "Round", shown, words=words) + _links(rounds),
+        "By round": note(said) + by_row("Rounds", "Round", _columns(rows), words=words) + _links(rounds),
         "Curves": [curves] if drawn else [],
     }
     return write_page(folder / "report.html", assemble(title, "", parts, words=words))
