@@ -15,25 +15,7 @@ from rlhf_pipeline.report.sweep import sweep_page
 from rlhf_pipeline.report.words import LANGUAGES, Words
 
 __all__ = [
-    "LANGUAGES",
-    "Block",
-    "Line",
-    "LivePage",
-    "Words",
-    "assemble",
-    "by_row",
-    "chart",
-    "compare",
-    "evaluation_tables",
-    "items",
-    "members",
-    "note",
-    "number",
-    "plain",
-    "read",
-    "short",
-    "show",
-    "sweep_page",
-    "write_page",
+    "LANGUAGES", "Block", "Line", "LivePage", "Words", "assemble", "by_row", "chart", "compare", "evaluation_tables",
+    "items", "members", "note", "number", "plain", "read", "short", "show", "sweep_page", "write_page",
     "write_report",
-]
+]  # fmt: skip

@@ -20,11 +20,11 @@ def rebuild(folder: Path, lang: str | None = None) -> list[Path]:
     from rlhf_pipeline.sweeps import write_sweep
 
     if lang not in (None, *LANGUAGES):
-        raise UserError(f"a report is written in one of: {', '.join(LANGUAGES)}; '{lang}' is none.")
+        raise UserError(f"no report language is called '{lang}'; choose one of: {', '.join(LANGUAGES)}.")
     stages = stages_below(folder) if folder.is_dir() else []
     sweeps = sorted({path.parent.parent for path in folder.rglob(JOB)})
     if not stages and not sweeps:
-        raise UserError(f"{folder} holds no run; a report is made of a folder such as runs/demo or runs/demo/ppo.")
+        raise UserError(f"{folder} holds no run; name a folder such as runs/demo or runs/demo/ppo.")
     pages = [write_report(stage, lang) for stage in stages]
     rounds = {stage.parent.parent for stage in stages if _ROUND.fullmatch(stage.parent.name)}
     inside = sorted(path for path in rounds if path.is_relative_to(folder))

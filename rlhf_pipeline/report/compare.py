@@ -42,14 +42,14 @@ def stages_of(folder: Path) -> dict[str, Path]:
 def compare(folders: Sequence[Path], target: Path, lang: str = "en") -> Path:
     """Write one page of several runs; each folder is a run, a round of one or a stage of one."""
     if not 2 <= len({folder.resolve() for folder in folders}) <= COLOURS or len(folders) > COLOURS:
-        raise UserError(f"a comparison takes 2 to {COLOURS} different runs, as in compare=[run1,run2].")
+        raise UserError(f"a comparison takes 2 to {COLOURS} different runs: compare=[run1,run2].")
     words, notes = Words(lang), list[str]()
     short = len({folder.name for folder in folders}) == len(folders)
     runs: dict[str, dict[str, Stage]] = {}
     for folder in folders:
         found = stages_of(folder)
         if not found:
-            raise UserError(f"{folder} holds no stage that has run; compare= takes names of runs, or their folders.")
+            raise UserError(f"{folder} holds no stage that has run; compare= takes names or folders of runs.")
         runs[folder.name if short else str(folder)] = {name: _load(path, notes) for name, path in found.items()}
     order = [stage for stage in STAGES if any(stage in run for run in runs.values())]
     order += sorted({stage for run in runs.values() for stage in run} - set(order))

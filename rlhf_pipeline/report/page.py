@@ -103,7 +103,10 @@ def _template() -> Any:
 
     def visible(value: object) -> object:
         """Characters that hide or reorder text become escapes; the template's own markup stays."""
-        return value if hasattr(value, "__html__") else shown(str(value))
+        if hasattr(value, "__html__"):
+            return value
+        text = str(value)
+        return text if text.isascii() and text.isprintable() else shown(text)
 
     loader = FileSystemLoader(_HERE / "templates")
     made = Environment(loader=loader, autoescape=True, finalize=visible, undefined=StrictUndefined, trim_blocks=True)

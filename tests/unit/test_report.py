@@ -78,13 +78,8 @@ def build(folder: Path, word: str = "plain") -> Path:
         "rewards": {word: {"reward_mean": 0.3331}},
         "answers": [{"response": word}],
     }
-    begun = {
-        "key": word,
-        "path": word,
-        "asked": [word],
-        **spot,
-        "best_of": [{"n": 2, "reward_mean": 0.6661, "kl": 0.19}],
-    }
+    best = [{"n": 2, "reward_mean": 0.6661, "kl": 0.19}]
+    begun = {"key": word, "path": word, "asked": [word], **spot, "best_of": best}
     way = [{"run": word, "step": step, "start": word, **spot, "gain": {"low": 0.1919}} for step in (7, None)]
     (folder / "frontier.json").write_text(json.dumps({"reward": word, "starts": [begun], "points": way}))
     answers = [{"id": "answer1", "text": word}, {"id": "answer2", "text": f"{word} b"}]
@@ -194,19 +189,8 @@ def test_empty_folder(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["report.html"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "run.json",
-        "metrics.jsonl",
-        "samples.jsonl",
-        "evaluation.json",
-        "quality.json",
-        "candidates.jsonl",
-        "labels.jsonl",
-        "warnings.jsonl",
-    ],
-)
+@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "samples.jsonl", "evaluation.json", "quality.json",
+                                  "candidates.jsonl", "labels.jsonl", "warnings.jsonl"])  # fmt: skip
 @pytest.mark.parametrize("cut", [0, 9, 60])
 def test_any_file_may_be_cut_short(tmp_path: Path, name: str, cut: int) -> None:
     path = build(tmp_path) / name
@@ -226,24 +210,9 @@ def test_truncated_last_line_keeps_the_rest(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [[], [1], "x", 3, None, {"a": "x"}, {"a": [1, None]}, [{"a": {}}]])
 def test_any_shape_of_value(tmp_path: Path, value: Any) -> None:
     for name in ("run", "evaluation", "quality", "frontier"):
-        keys = ("name", "status", "seconds", "parents", "data", "git", "hardware", "versions", "results", "command")
-        content = dict.fromkeys(
-            [
-                *keys,
-                "metrics",
-                "paired_gain",
-                "samples",
-                "calibration",
-                "rewards",
-                "moved",
-                "warnings",
-                "extremes",
-                "shown",
-                "starts",
-                "points",
-            ],
-            value,
-        )
+        keys = "name status seconds parents data git hardware versions results command metrics paired_gain samples"
+        keys += " calibration rewards moved warnings extremes shown starts points"
+        content = dict.fromkeys(keys.split(), value)
         spot = dict.fromkeys(("key", "start", "run", "step", "kl", "reward_mean", "rewards", "answers", "asked"), value)
         content |= {"starts": [{**spot, "best_of": value}], "points": [spot, value]} if name == "frontier" else {}
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
@@ -318,12 +287,8 @@ def test_names_that_training_and_evaluation_give_to_one_thing_share_a_chart(tmp_
 
 def test_the_stages_before_are_a_tree_from_the_first(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
-    taken = {
-        "pretrain": {},
-        "sft": {"policy": "pretrain/model"},
-        "reward": {"start": "sft/model"},
-        "ppo": {"policy": "sft/model", "reward": "reward/model"},
-    }
+    taken = {"pretrain": {}, "sft": {"policy": "pretrain/model"}, "reward": {"start": "sft/model"},
+             "ppo": {"policy": "sft/model", "reward": "reward/model"}}  # fmt: skip
     for stage, before in taken.items():
         (runs / "a" / "b" / stage / "model").mkdir(parents=True)
         parents = {role: {"path": f"runs/a/b/{where}", "sha256": "00"} for role, where in before.items()}
@@ -331,12 +296,7 @@ def test_the_stages_before_are_a_tree_from_the_first(tmp_path: Path) -> None:
         (runs / "a" / "b" / stage / "run.json").write_text(json.dumps(record))
     source = made(runs / "a" / "b" / "ppo")
     tree = re.findall(r'<li class="d(\d)"><b>(\w+)</b>(.*)</li>', source)
-    assert [(level, stage) for level, stage, _ in tree] == [
-        ("0", "pretrain"),
-        ("1", "sft"),
-        ("2", "reward"),
-        ("3", "ppo"),
-    ]
+    assert [level + stage for level, stage, _ in tree] == ["0pretrain", "1sft", "2reward", "3ppo"]
     assert "data-of-sft" in tree[1][2]
     assert "policy b/sft, reward b/reward" in tree[3][2]
     own = json.loads((runs / "a" / "b" / "pretrain" / "run.json").read_text())
@@ -423,11 +383,8 @@ def two_runs(folder: Path) -> tuple[Path, Path]:
             (own / "config.yaml").write_text(f"name: {name}\nseed: 3\ntrainer: {{kl_coef: {kl_coef}, batch: 4}}\n")
             metrics = {"base": {"reward_mean": 0.125}, "ppo": {"reward_mean": reward}}
             sample = {"prompt": "Say", "responses": {"ppo": f"I am {name}"}, "rewards": {"ppo": reward}}
-            evaluation = {
-                "metrics": metrics,
-                "paired_gain": {"ppo - base": {"mean": reward - 0.125}},
-                "samples": [sample],
-            }
+            gain = {"ppo - base": {"mean": reward - 0.125}}
+            evaluation = {"metrics": metrics, "paired_gain": gain, "samples": [sample]}
             (own / "evaluation.json").write_text(json.dumps(evaluation))
             (own / "run.json").write_text(json.dumps({"name": name, "stage": stage, "results": {"scores": reward}}))
     return folder / "mild", folder / "strict"
@@ -494,12 +451,5 @@ def test_what_several_rewards_say_is_shown(tmp_path: Path) -> None:
     evaluation |= {"warnings": ["ppo: sentiment rose while <length> fell"], "extremes": {"worst": [row]}}
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
     page = Page(made(tmp_path))
-    for said in (
-        "length · ppo",
-        "0.2812",
-        "-0.0625",
-        "-1.625",
-        "rose while <length> fell",
-        "the worst of all",
-    ):
+    for said in ("length · ppo", "0.2812", "-0.0625", "-1.625", "rose while <length> fell", "the worst of all"):
         assert said in page.text, said
