@@ -1,4 +1,4 @@
-"""Rounds of human feedback side by side: what each was labelled with, what its reward model and its policy came to."""
+"""Rounds of human feedback side by side: the labels of each, its reward model and its policy."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ _COLUMNS = ("labelled", "pairs", "agreement", "reward_accuracy", "reward_pairs",
 
 
 def by_round(runs: Path, name: str) -> list[dict[str, Any]]:
-    """A row a round; round 0 is the policy before any, on the same held-out prompts. What is not there yet is None."""
+    """One row per round; round 0 is the policy before any, on the same held-out prompts. Missing figures are None."""
     rows: list[dict[str, Any]] = []
     together = _evaluation(RunDir(runs, name, "evaluate"))  # of all rounds, by the newest's reward model
     alike = members(together.get("metrics"))
@@ -51,12 +51,12 @@ def by_round(runs: Path, name: str) -> list[dict[str, Any]]:
 
 
 def _evaluation(out: RunDir) -> dict[str, Any]:
-    """What an evaluation came to; empty where there is none that can be read."""
+    """The evaluation of a run or round; empty where none can be read."""
     return next(iter(read(out.path / "evaluation.json", [])), {})
 
 
 def _rounds(runs: Path, name: str) -> list[RunDir]:
-    """Stage=collect of each round in which anything has run, the first one first; one that is gone leaves a gap."""
+    """stage=collect of each round in which anything has run, in order; a deleted round leaves a gap."""
     every = reversed(RunDir(runs, name, "collect").rounds())
     return [out for out in every if any((out.path.parent / stage / "run.json").is_file() for stage in _STAGES)]
 
@@ -106,7 +106,9 @@ def write_rounds(runs: Path, name: str, lang: str | None = None) -> Path:
         drawn += [chart(words(about), [Line("", "eval", points)], words, unit="Round")] if points else []
     judged = any(row.get("one_judge") is not None for row in rows)
     one = str(_evaluation(RunDir(runs, name, "evaluate")).get("reward")) if judged else ""
-    said = _judged_by(judges, one, _evaluate(folder, title, first.record.get("experiment")), words)
+    experiment = first.record.get("experiment")
+    again = command("evaluate", str(runs), **({"experiment": experiment} if experiment else {}), name=name)
+    said = _judged_by(judges, one, again, words)
     curves: Block = {"kind": "charts", "label": "", "folded": False, "charts": drawn}
     parts = {
         "By round": note(said) + by_row("Rounds", "Round", _columns(rows), words=words) + _links(rounds),
@@ -115,17 +117,8 @@ def write_rounds(runs: Path, name: str, lang: str | None = None) -> Path:
     return write_page(folder / "report.html", assemble(title, "", parts, words=words))
 
 
-def _evaluate(folder: Path, name: str, experiment: str | None) -> str:
-    """The command that judges all rounds together; a run that has been moved is called as its folder is."""
-    parts = Path(name).parts
-    if folder.parts[-len(parts) :] != parts:
-        name, parts = folder.name, (folder.name,)
-    said = {"experiment": experiment} if experiment else {}
-    return command("evaluate", str(folder.parents[len(parts) - 1]), **said, name=name)
-
-
 def _judged_by(judges: list[str], one: str, evaluate: str, words: Words) -> str:
-    """What the rewards are worth: who judged them; where there are several, which is the `one` that judged all."""
+    """Which reward judged: each round's own, and the `one` that judged all rounds, or the command for that."""
     if not judges:
         return ""
     said = [words("Reward: {}, on the same held-out prompts.", ", ".join(judges))]
