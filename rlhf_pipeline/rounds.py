@@ -1,10 +1,10 @@
-"""Rounds of human feedback side by side: what each was labelled with, what its reward model and its policy came to."""
+"""Rounds of human feedback side by side: the labels of each, its reward model and its policy."""
 
 from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.atomic import write_json
-from rlhf_pipeline.report import Line, Words, assemble, by_row, chart, members, read, text, write_page
+from rlhf_pipeline.report import Block, Line, Words, assemble, by_row, chart, members, note, read, write_page
 from rlhf_pipeline.rundir import RunDir
 from rlhf_pipeline.summary import command
 from rlhf_pipeline.tables import rounds_table
@@ -16,24 +16,12 @@ _CHARTS = {
     "kl": "policy: KL to the reference",
 }
 _STAGES = ("collect", "reward", "ppo", "evaluate")
-_COLUMNS = {
-    "labelled": "labelled",
-    "pairs": "pairs",
-    "agreement": "agreement",
-    "reward_accuracy": "RM accuracy",
-    "reward_pairs": "of held-out pairs",
-    "own_reward": "RM score",
-    "reward_mean": "reward",
-    "reward_stderr": "± s.e.",
-    "one_judge": "reward, one judge",
-    "gain": "gain over the reference",
-    "kl": "KL",
-    "distinct_2": "distinct-2",
-}
+_COLUMNS = ("labelled", "pairs", "agreement", "reward_accuracy", "reward_pairs", "own_reward", "reward_mean",
+            "reward_stderr", "one_judge", "gain", "kl", "distinct_2")  # fmt: skip
 
 
 def by_round(runs: Path, name: str) -> list[dict[str, Any]]:
-    """A row a round; round 0 is the policy before any, on the same held-out prompts. What is not there yet is None."""
+    """One row per round; round 0 is the policy before any, on the same held-out prompts. Missing figures are None."""
     rows: list[dict[str, Any]] = []
     together = _evaluation(RunDir(runs, name, "evaluate"))  # of all rounds, by the newest's reward model
     alike = members(together.get("metrics"))
@@ -63,12 +51,12 @@ def by_round(runs: Path, name: str) -> list[dict[str, Any]]:
 
 
 def _evaluation(out: RunDir) -> dict[str, Any]:
-    """What an evaluation came to; empty where there is none that can be read."""
+    """The evaluation of a run or round; empty where none can be read."""
     return next(iter(read(out.path / "evaluation.json", [])), {})
 
 
 def _rounds(runs: Path, name: str) -> list[RunDir]:
-    """Stage=collect of each round in which anything has run, the first one first; one that is gone leaves a gap."""
+    """stage=collect of each round in which anything has run, in order; a deleted round leaves a gap."""
     every = reversed(RunDir(runs, name, "collect").rounds())
     return [out for out in every if any((out.path.parent / stage / "run.json").is_file() for stage in _STAGES)]
 
@@ -77,11 +65,21 @@ def _policy(metrics: dict[str, Any]) -> dict[str, Any]:
     return {key: metrics.get(key) for key in ("reward_mean", "reward_stderr", "kl", "distinct_2")}
 
 
-def _links(rounds: list[RunDir]) -> str:
+def _links(rounds: list[RunDir]) -> list[Block]:
     """To the pages of the rounds' stages."""
     folders = [(f"round{out.round}/{stage}", out.path.parent / stage) for out in rounds for stage in _STAGES]
-    pages = [page for page, folder in folders if (folder / "report.html").exists()]
-    return "<nav>" + "".join(f'<a href="{page}/report.html">{page}</a>' for page in pages) + "</nav>\n"
+    pages = [(f"{name}/report.html", name) for name, folder in folders if (folder / "report.html").exists()]
+    return [{"kind": "links", "rows": pages}]
+
+
+def _columns(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The rounds as rows of a table, with the columns that any of them fills."""
+    filled = [key for key in _COLUMNS if any(row.get(key) is not None for row in rows)]
+    return {str(row["round"]): {key: row.get(key) for key in filled} for row in rows}
+
+
+def _judges(rows: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(str(row["judge"]) for row in rows if row.get("judge")))
 
 
 def report_rounds(runs: Path, name: str, lang: str | None = None, show: bool = True) -> None:
@@ -90,7 +88,7 @@ def report_rounds(runs: Path, name: str, lang: str | None = None, show: bool = T
     write_json(runs / name / "rounds.json", rows)
     page = write_rounds(runs, name, lang)
     if show:
-        rounds_table(rows)
+        rounds_table(_columns(rows), _judges(rows))
         print(f"{page} shows the rounds", flush=True)
 
 
@@ -98,42 +96,29 @@ def write_rounds(runs: Path, name: str, lang: str | None = None) -> Path:
     """Write `runs/<name>/report.html` from what the rounds have left; by default in the first one's language."""
     rows, folder, rounds = by_round(runs, name), runs / name, _rounds(runs, name)
     first = rounds[0] if rounds else RunDir(runs, f"{name}/round1", "collect")
-    made = members(first.config().get("report")).get("lang")
     title = str(Path(first.record.get("name") or first.name).parent)
-    words = Words(lang or made or "en")
-    judges = list(dict.fromkeys(str(row["judge"]) for row in rows if row.get("judge")))
-    charts = dict(_CHARTS)
-    columns = {key: title for key, title in _COLUMNS.items() if any(row.get(key) is not None for row in rows)}
+    words = Words(lang or members(first.config().get("report")).get("lang") or "en")
+    judges, charts, drawn = _judges(rows), dict(_CHARTS), []
     if len(judges) > 1:  # where people label, nothing but each round's own reward model knows what is good
         charts["one_judge"] = charts.pop("reward_mean")
-    shown = {str(row["round"]): {title: row.get(key) for key, title in columns.items()} for row in rows}
-    lines = {
-        title: [(float(row["round"]), float(row[key])) for row in rows if row.get(key) is not None]
-        for key, title in charts.items()
-    }
-    drawn = "".join(
-        chart(words(k), [Line("", "eval", points)], words, unit="Round") for k, points in lines.items() if points
-    )
-    one = str(_evaluation(RunDir(runs, name, "evaluate")).get("reward")) if "one_judge" in columns else ""
-    about = _judged_by(judges, one, _evaluate(folder, title, first.record.get("experiment")), words)
+    for key, about in charts.items():
+        points = [(float(row["round"]), float(row[key])) for row in rows if row.get(key) is not None]
+        drawn += [chart(words(about), [Line("", "eval", points)], words, unit="Round")] if points else []
+    judged = any(row.get("one_judge") is not None for row in rows)
+    one = str(_evaluation(RunDir(runs, name, "evaluate")).get("reward")) if judged else ""
+    experiment = first.record.get("experiment")
+    again = command("evaluate", str(runs), **({"experiment": experiment} if experiment else {}), name=name)
+    said = _judged_by(judges, one, again, words)
+    curves: Block = {"kind": "charts", "label": "", "folded": False, "charts": drawn}
     parts = {
-        "By round": about + by_row("Rounds", "Round", shown, words=words) + _links(rounds),
-        "Curves": f'<div class="grid">\n{drawn}</div>\n' if drawn else "",
+        "By round": note(said) + by_row("Rounds", "Round", _columns(rows), words=words) + _links(rounds),
+        "Curves": [curves] if drawn else [],
     }
-    return write_page(folder / "report.html", assemble(text(title), "", parts, words=words))
-
-
-def _evaluate(folder: Path, name: str, experiment: str | None) -> str:
-    """The command that judges all rounds together; a run that has been moved is called as its folder is."""
-    parts = Path(name).parts
-    if folder.parts[-len(parts) :] != parts:
-        name, parts = folder.name, (folder.name,)
-    said = {"experiment": experiment} if experiment else {}
-    return command("evaluate", str(folder.parents[len(parts) - 1]), **said, name=name)
+    return write_page(folder / "report.html", assemble(title, "", parts, words=words))
 
 
 def _judged_by(judges: list[str], one: str, evaluate: str, words: Words) -> str:
-    """What the rewards are worth: who judged them; where there are several, which is the `one` that judged all."""
+    """Which reward judged: each round's own, and the `one` that judged all rounds, or the command for that."""
     if not judges:
         return ""
     said = [words("Reward: {}, on the same held-out prompts.", ", ".join(judges))]
@@ -143,4 +128,4 @@ def _judged_by(judges: list[str], one: str, evaluate: str, words: Words) -> str:
         said.append(words("One judge: {}.", one))
     elif len(judges) > 1:
         said.append(words("To have the newest judge all rounds: {}", evaluate))
-    return f'<p class="soft">{text(" ".join(said))}</p>\n'
+    return " ".join(said)

@@ -1,18 +1,23 @@
 """Tables on the terminal."""
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rlhf_pipeline.report import Words, evaluation_tables, short
 from rlhf_pipeline.scripts import shown
 
 _ABREAST = 4  # policies whose answers can be read side by side
+_HEAD = 10  # characters of a column's head that stay on one line
 _MANY = 30  # policies of a sweep that a table shows
 _BEST_OF = (1, 2, 4, 8, 16, 32, 64, 128)  # the n of best-of-n that are told
+_FORMS = {"positive": ".1%", "win_rate": ".1%", "kl": ".2f", "perplexity": ".2f", "held_out_perplexity": ".2f",
+          "length": ".1f", "moved": ".2f", "seconds": ".0f", "gain": "+.3f", "95 % from": "+.3f",
+          "95 % to": "+.3f"}  # fmt: skip
 
 
 def number(value: Any, digits: int = 3) -> str:
@@ -27,30 +32,14 @@ def _console() -> Console:
 
 
 def evaluation_table(evaluation: dict[str, Any]) -> None:
-    """Policies by row, by more rewards and by their texts; then the paired gains, then answers."""
-    known = evaluation.get("prompts_in_training")
-    count = evaluation["prompts"]
-    prompts = f"{count} held-out prompts"
-    prompts += f" ({known} of {count} also begin training texts)" if known is not None else ""
-    title = f"{prompts}; reward: {evaluation['reward']}; KL to {evaluation['reference']}"
-    columns = ("reward", "± s.e.", "median", "positive", "KL", "perplexity", "distinct-2", "length")
+    """The tables of an evaluation that its page shows too, what it warns of, and some answers."""
+    known, count = evaluation.get("prompts_in_training"), evaluation["prompts"]
+    about = f"{count} held-out prompts"
+    about += f" ({known} of {count} also begin training texts)" if known is not None else ""
     console = _console()
-    rows = [
-        (name, *_means(row), number(row["kl"], 2), number(row["perplexity"], 2), number(row["distinct_2"]),
-         number(row["length"], 1))
-        for name, row in evaluation["metrics"].items()
-    ]  # fmt: skip
-    console.print(_by_policy(title, columns, rows))
-    if evaluation.get("rewards"):
-        console.print(_by_reward(evaluation))
-    keys = {"distinct_1": "distinct-1", "distinct_2": "distinct-2", "distinct_3": "distinct-3",
-            "repeated": "repeated", "self_bleu": "self-BLEU", "held_out_perplexity": "held-out perplexity"}  # fmt: skip
-    if any("self_bleu" in row for row in evaluation["metrics"].values()):
-        texts = [(name, *(number(row.get(key), 2 if "perplexity" in key else 3) for key in keys))
-                 for name, row in evaluation["metrics"].items()]  # fmt: skip
-        console.print(_by_policy("The answers' texts, and what each makes of held-out ones", [*keys.values()], texts))
-    for pair, gain in evaluation["paired_gain"].items():
-        console.print(Text(f"{shown(pair)}: {_interval(gain)}"))
+    console.print(Text(shown(f"{about}; reward: {evaluation['reward']}; KL to {evaluation['reference']}")))
+    for title, _, rows in evaluation_tables(evaluation):
+        console.print(_figures(title, [*rows.items()]))
     for line in evaluation.get("warnings", []):
         console.print(Text(shown(f"warning: {line}"), style="yellow"))
     names = list(evaluation["metrics"])
@@ -67,46 +56,23 @@ def evaluation_table(evaluation: dict[str, Any]) -> None:
             console.print(_answers(title, answers, who))
 
 
-def _means(row: dict[str, Any]) -> tuple[str, ...]:
-    """A policy's rewards in four columns."""
-    keys = ("reward_mean", "reward_stderr", "reward_median")
-    return (*(number(row[key]) for key in keys), f"{row['positive']:.1%}")
-
-
-def _interval(gain: dict[str, Any]) -> str:
-    return f"{gain['mean']:+.3f}, 95 % interval [{gain['low']:+.3f}, {gain['high']:+.3f}], wins {gain['win_rate']:.1%}"
-
-
-def _by_policy(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Policies by row; a name that is long is folded, a figure is not."""
+def _figures(title: str, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
+    """Names by row, and a column for every key that any row fills; a long name is folded, a figure is not."""
+    keys = [key for key in dict.fromkeys(key for _, row in rows for key in row)
+            if any(row.get(key) is not None for _, row in rows)]  # fmt: skip
     table = Table(title=Text(shown(title)), title_justify="left")
     table.add_column("", overflow="fold")
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    for name, *cells in rows:
-        table.add_row(Text(shown(name)), *cells)
+    for key in keys:
+        head = Words().name(key)
+        table.add_column(head.replace(" ", "\n") if len(head) > _HEAD else head, justify="right", no_wrap=True)
+    for name, row in rows:
+        table.add_row(Text(shown(name)), *(Text(_figure(key, row.get(key))) for key in keys))
     return table
 
 
-def _by_reward(evaluation: dict[str, Any]) -> Table:
-    """Of each further reward, the policies by row; and of the main one, how far it moved, to set beside them."""
-    reference, moves = evaluation["reference"], evaluation["moved"]
-    main = next(iter(moves))
-    judged = {main: evaluation, **evaluation["rewards"]}
-    title = f"More rewards; moved: from {reference}, in standard deviations of its answers"
-    table = Table(title=Text(shown(title)), title_justify="left")
-    table.add_column("reward", overflow="fold")
-    table.add_column("", overflow="fold")
-    for column in ("mean", "± s.e.", "median", "positive", "moved", "gain, 95 % interval"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for reward, found in judged.items():
-        table.add_section()
-        for name, row in found["metrics"].items():
-            gain = found["paired_gain"].get(f"{name} - {reference}")
-            change = f"{gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]" if gain else "-"
-            cells = (*_means(row), number(moves[reward][name], 2), change)
-            table.add_row(Text(shown(reward)), Text(shown(name)), *cells)
-    return table
+def _figure(key: str, value: Any) -> str:
+    """A figure with as many digits as its column takes; a dash for none."""
+    return f"{value:{_FORMS.get(key, '.3f')}}" if isinstance(value, float) else "-" if value is None else str(value)
 
 
 def frontier_table(frontier: dict[str, Any]) -> None:
@@ -115,14 +81,16 @@ def frontier_table(frontier: dict[str, Any]) -> None:
     results = {row["run"]: row for row in points}.values()
     shown_rows = points if len(points) <= _MANY else [row for row in points if row["frontier"] or row in results]
     most = min(len(start["best_of"]) for start in frontier["starts"])
-    cells = [(f"{'* ' if row['frontier'] else '  '}{_short(row['run'])}", str(row["step"] or "result"),
-              number(row["reward_mean"]), number(row["reward_stderr"]), number(row["kl"], 2),
-              f"{row['gain']['mean']:+.2f} [{row['gain']['low']:+.2f}, {row['gain']['high']:+.2f}]",
-              str(row["best_of"] or f"> {most}"), number(row["distinct_2"])) for row in shown_rows]  # fmt: skip
+    rows = []
+    for row in shown_rows:
+        low, high = row["gain"]["low"], row["gain"]["high"]
+        figures = {"step": row["step"] or "result", **{key: row[key] for key in ("reward_mean", "reward_stderr", "kl")}}
+        figures["gain, 95 % interval"] = f"{row['gain']['mean']:+.2f} [{low:+.2f}, {high:+.2f}]"
+        figures |= {"= best of": row["best_of"] or f"> {most}", "distinct_2": row["distinct_2"]}
+        rows.append((f"{'* ' if row['frontier'] else '  '}{_short(row['run'])}", figures))
     console = _console()
     title = f"{frontier['sweep']}; reward: {frontier['reward']}; *: none has more reward at no more KL"
-    columns = ("step", "reward", "± s.e.", "KL", "gain, 95 % interval", "= best of", "distinct-2")
-    console.print(_by_policy(title, columns, cells))
+    console.print(_figures(title, rows))
     if len(shown_rows) < len(points):
         console.print(f"{len(points) - len(shown_rows)} more checkpoints are in frontier.json")
     for start in frontier["starts"]:
@@ -163,24 +131,23 @@ def side_by_side(answers: Sequence[tuple[str, str, float | None]]) -> None:
 def sweep_table(found: dict[str, Any], own: Collection[str]) -> None:
     """The settings of a sweep by row, the best objective first; then which of a command's own jobs failed."""
     rows, jobs = found["rows"], [job for job in found["jobs"] if job["job"] in own]
-    some_failed = any(row["failed"] for row in rows)
     failed = [job for job in jobs if job["status"] == "failed"]
-    left = sum(row["left"] for row in rows)
-    of_ppo = ["reward", "KL"] if any("kl" in row["results"] for row in rows) else []
-    cells = [
-        (_settings(row), number(row["objective"]), number(row["stderr"]), *(_reward_and_kl(row) if of_ppo else []),
-         str(row["seeds"]), *([str(row["failed"] or "-")] if some_failed else []),
-         *([str(row["left"] or "-")] if left else []), number(row["seconds"], 0))
-        for row in rows
-    ]  # fmt: skip
-    columns = ("objective", "± s.e.", *of_ppo, "seeds", *(["failed"] if some_failed else []),
-               *(["left"] if left else []), "seconds")  # fmt: skip
+    cells = []
+    for row in rows:
+        results = row["results"]  # on validation prompts; in training, where there are none
+        kl = results.get("validation_kl", results.get("kl"))
+        over = " (over)" if row["over_budget"] else ""
+        figures = {"objective": row["objective"], "± s.e.": row["stderr"]}
+        figures |= {"reward": results.get("validation_reward", results.get("scores"))} if kl is not None else {}
+        figures |= {"kl": number(kl, 2) + over if kl is not None else None, "seeds": row["seeds"]}
+        figures |= {"failed": row["failed"] or None, "left": row["left"] or None, "seconds": row["seconds"]}
+        cells.append((short(row), figures))
     console = _console()
     about = f"; objective: {found['objective']}" if found["objective"] else ""
     about += f" (KL <= {found['kl_budget']:g})" if found["kl_budget"] is not None else ""
-    console.print(_by_policy(f"{found['sweep']} ({found['stage']}){about}", columns, cells))
+    console.print(_figures(f"{found['sweep']} ({found['stage']}){about}", cells))
     if rows and rows[0]["over_budget"]:
-        nearest = f"nearest: {_settings(rows[0])}"
+        nearest = f"nearest: {short(rows[0])}"
         console.print(Text(shown(f"no settings keep within sweep.kl_budget={found['kl_budget']:g}; {nearest}")))
     for job in failed:
         console.print(Text(shown(f"failed: {job['job']}: {job['error']}"), style="red"))
@@ -188,46 +155,16 @@ def sweep_table(found: dict[str, Any], own: Collection[str]) -> None:
         console.print(f"{len(failed)} of {len(jobs)} jobs failed; the same command tries them again")
 
 
-def _reward_and_kl(row: dict[str, Any]) -> tuple[str, str]:
-    """Of the answers to validation prompts; of those in training, where there are none."""
-    own = row["results"]
-    kl = number(own.get("validation_kl", own.get("kl")), 2)
-    return number(own.get("validation_reward", own.get("scores"))), kl + (" (over)" if row["over_budget"] else "")
-
-
-def _settings(row: dict[str, Any]) -> str:
-    """What sets a row of a sweep apart, by the last word of each setting: kl_coef=0.05."""
-    return ", ".join(f"{key.split('.')[-1]}={value}" for key, value in row["settings"].items()) or "all"
-
-
-def rounds_table(rows: list[dict[str, Any]]) -> None:
-    """Rounds of human feedback by row: labels, reward model, policy."""
-    judges = list(dict.fromkeys(str(row["judge"]) for row in rows if row.get("judge")))
+def rounds_table(rows: Mapping[str, Mapping[str, Any]], judges: Sequence[str]) -> None:
+    """Rounds of human feedback by row: labels, reward model, policy; an accuracy with the number of its pairs."""
     of = judges[0] if len(judges) == 1 else "each round's own reward model, so compare within a round"
-    table = Table(title=f"by round; reward: {of}", title_justify="left")
-    cells = [_round_cells(row) for row in rows]
-    filled = [column for column in (cells or [{}])[0] if any(row[column] != "-" for row in cells)]
-    for column in filled:
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in cells:
-        table.add_row(*(row[column] for column in filled))
-    _console().print(table)
-
-
-def _round_cells(row: dict[str, Any]) -> dict[str, str]:
-    """A round's figures by column; what an accuracy or a mean is worth stands beside it."""
-    whole = {key: "-" if row.get(key) is None else str(row[key]) for key in ("round", "labelled", "pairs")}
-    said = {key: number(row.get(key)) for key in ("reward_accuracy", "reward_mean", "reward_stderr")}
-    of = f" of {row['reward_pairs']}" if row.get("reward_pairs") else ""
-    return {
-        **whole,
-        "agreement": number(row.get("agreement")),
-        "RM\naccuracy": said["reward_accuracy"] + of,
-        "RM\nscore": number(row.get("own_reward")),
-        "reward\n± s.e.": "-" if said["reward_mean"] == "-" else f"{said['reward_mean']} ± {said['reward_stderr']}",
-        "gain": number(row.get("gain")),
-        "KL": number(row.get("kl"), 2),
-    }
+    cells = []
+    for name, row in rows.items():
+        pairs, accuracy = row.get("reward_pairs"), row.get("reward_accuracy")
+        of_pairs = {"reward_accuracy": f"{accuracy:.3f} of {pairs}"} if accuracy is not None and pairs else {}
+        told = {key: value for key, value in row.items() if key not in ("reward_pairs", "one_judge", "distinct_2")}
+        cells.append((name, {**told, **of_pairs}))
+    _console().print(_figures(f"by round; reward: {of}", cells))
 
 
 _PARTS = ("process", "weights", "gradients", "Adam", "master", "reference", "critic", "reward", "activations",

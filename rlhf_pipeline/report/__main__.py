@@ -1,4 +1,4 @@
-"""Draws the pages of a run anew: `python -m rlhf_pipeline.report runs/demo [en|zh]`."""
+"""Draws the pages of a run again: `python -m rlhf_pipeline.report runs/demo [en|zh]`."""
 
 import re
 import sys
@@ -13,18 +13,18 @@ _ROUND = re.compile("round[1-9][0-9]*")
 
 
 def rebuild(folder: Path, lang: str | None = None) -> list[Path]:
-    """Draw every page of a run: of its stages, its rounds, of a sweep; None is the language each was made in."""
+    """Draw every page below a folder: of stages, rounds and sweeps; None keeps the language each was made in."""
     # They stand above this package, and only a command needs them.
     from rlhf_pipeline.jobs import JOB
     from rlhf_pipeline.rounds import write_rounds
     from rlhf_pipeline.sweeps import write_sweep
 
     if lang not in (None, *LANGUAGES):
-        raise UserError(f"a report is written in one of: {', '.join(LANGUAGES)}; '{lang}' is none.")
+        raise UserError(f"no report language is called '{lang}'; choose one of: {', '.join(LANGUAGES)}.")
     stages = stages_below(folder) if folder.is_dir() else []
     sweeps = sorted({path.parent.parent for path in folder.rglob(JOB)})
     if not stages and not sweeps:
-        raise UserError(f"{folder} holds no run; a report is made of a folder such as runs/demo or runs/demo/ppo.")
+        raise UserError(f"{folder} holds no run; name a folder such as runs/demo or runs/demo/ppo.")
     pages = [write_report(stage, lang) for stage in stages]
     rounds = {stage.parent.parent for stage in stages if _ROUND.fullmatch(stage.parent.name)}
     inside = sorted(path for path in rounds if path.is_relative_to(folder))

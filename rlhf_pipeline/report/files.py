@@ -1,4 +1,4 @@
-"""What a run directory holds, read as far as it can be: whatever a file has in it, a page can be made of it."""
+"""Reads a run directory as far as it can be read: whatever a file holds, a page can be made of it."""
 
 import contextlib
 import json
@@ -9,12 +9,11 @@ from typing import Any
 
 import yaml
 
-_NO_STAGES = ("checkpoints", "model")  # of what lies in a run's folders
-PARTS = 64  # places that a log too long to be read whole is read at
+_NO_STAGES = ("checkpoints", "model")  # folders of a run that hold no stages
 
 
 def stages_below(folder: Path) -> list[Path]:
-    """Every stage's folder of a run, also those of its rounds or of a sweep's jobs."""
+    """Every stage's folder of a run, its rounds and a sweep's jobs included."""
     if (folder / "run.json").is_file():
         return [folder]
     inside = sorted(path for path in folder.glob("[!.]*") if path.is_dir() and path.name not in _NO_STAGES)
@@ -39,13 +38,9 @@ def items(value: object) -> list[dict[str, Any]]:
     return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
-def read(path: Path, notes: list[str], most: int | None = None) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one a line where it is .jsonl; what cannot be read is counted in the notes.
-
-    Of a log with more than `most` bytes, only so many are read, in whole lines from all over it.
-    """
-    content = b"" if not path.is_file() else path.read_bytes() if most is None else _spread(path, most)
-    text = content.decode("utf-8-sig", "replace")
+def read(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one per line in .jsonl; the notes count what cannot be read."""
+    text = path.read_bytes().decode("utf-8-sig", "replace") if path.is_file() else ""
     pieces = [piece for piece in (text.split("\n") if path.suffix == ".jsonl" else [text]) if piece.strip()]
     rows: list[dict[str, Any]] = []
     for piece in pieces:
@@ -56,27 +51,13 @@ def read(path: Path, notes: list[str], most: int | None = None) -> list[dict[str
     return rows
 
 
-def _spread(path: Path, most: int) -> bytes:
-    size, part = path.stat().st_size, most // PARTS
-    if size <= most:
-        return path.read_bytes()
-    found, last = [], size - part
-    with path.open("rb") as file:
-        for start in (last * place // (PARTS - 1) for place in range(PARTS)):
-            file.seek(start)
-            block = file.read(part)
-            begin = 0 if not start else block.find(b"\n") + 1 or part  # the first line, but for the very first, is cut
-            found.append(block[begin:] if start == last else block[begin : block.rfind(b"\n") + 1])
-    return b"".join(found)
-
-
 def only(path: Path, notes: list[str]) -> dict[str, Any]:
     """The one object of a file, empty where there is none."""
     return (read(path, notes) or [{}])[0]
 
 
 def config(folder: Path) -> dict[str, Any]:
-    """What a stage was asked to do: its config.yaml, empty where it cannot be read."""
+    """The settings of a stage: its config.yaml, empty where it cannot be read."""
     with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
         return members(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
     return {}

@@ -65,18 +65,18 @@ def test_policies_by_hand_and_more_rewards(
     assert gains["./foreign - sft"]["mean"] == pytest.approx(means["./foreign"] - means["sft"])
     best = found["extremes"]["best"][0]["rewards"]["other"]
     assert best == max(sample["rewards"]["other"] for sample in found["samples"])
-    assert "More rewards" in shown
+    assert "By other rewards" in shown
     assert max(map(cell_len, shown.splitlines())) <= 100
     record = json.loads((run / "evaluate" / "run.json").read_text())
     assert record["parents"]["evaluate.rewards[1]"]["path"] == "toy_sentiment"
     assert record["results"]["speed"]["tokens_per_second"] > 0
     page = (run / "evaluate" / "report.html").read_text()
-    assert "By another reward: length" in page
+    assert "length · ppo" in page
 
     # Again, it is done; and done anew it is the same to the byte.
     before = (run / "evaluate" / "evaluation.json").read_bytes()
     assert command_line("stage=evaluate", policies, rewards, *ARGS) == 0
-    assert "More rewards" in capsys.readouterr().out
+    assert "By other rewards" in capsys.readouterr().out
     assert command_line("stage=evaluate", "overwrite=true", policies, rewards, *ARGS) == 0
     assert (run / "evaluate" / "evaluation.json").read_bytes() == before
 

@@ -3,7 +3,6 @@
 import ast
 import base64
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -16,7 +15,7 @@ import pytest
 
 from rlhf_pipeline import rounds
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.report import LivePage, compare, read, write_report
+from rlhf_pipeline.report import LivePage, compare, write_report
 from rlhf_pipeline.report import stage as stage_page
 from rlhf_pipeline.report import words as page_words
 from rlhf_pipeline.report.__main__ import main
@@ -67,7 +66,7 @@ def build(folder: Path, word: str = "plain") -> Path:
     (folder / "samples.jsonl").write_text(lines(*said))
     judged = {"prompt": word, "responses": {"base": "", word: word}, "rewards": {"base": None, word: 0.8125}}
     metrics = {"base": {"reward_mean": 0.1234}, word: {"reward_mean": 0.5678, word: None}}
-    evaluation = {"metrics": metrics, "paired_gain": {"mean": 0.4444}, "samples": [judged] * 25}
+    evaluation = {"metrics": metrics, "paired_gain": {f"{word} - base": {"mean": 0.4444}}, "samples": [judged] * 25}
     others = {word: {"reward": word, "metrics": {word: {"reward_mean": 0.2468}}}}
     evaluation |= {"rewards": others, "moved": {word: {word: 1.432}}, "warnings": [f"{word} fell by 0.7531"]}
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
@@ -79,13 +78,8 @@ def build(folder: Path, word: str = "plain") -> Path:
         "rewards": {word: {"reward_mean": 0.3331}},
         "answers": [{"response": word}],
     }
-    begun = {
-        "key": word,
-        "path": word,
-        "asked": [word],
-        **spot,
-        "best_of": [{"n": 2, "reward_mean": 0.6661, "kl": 0.19}],
-    }
+    best = [{"n": 2, "reward_mean": 0.6661, "kl": 0.19}]
+    begun = {"key": word, "path": word, "asked": [word], **spot, "best_of": best}
     way = [{"run": word, "step": step, "start": word, **spot, "gain": {"low": 0.1919}} for step in (7, None)]
     (folder / "frontier.json").write_text(json.dumps({"reward": word, "starts": [begun], "points": way}))
     answers = [{"id": "answer1", "text": word}, {"id": "answer2", "text": f"{word} b"}]
@@ -166,7 +160,8 @@ def test_text_stays_text(tmp_path: Path, word: str) -> None:
 
 def test_what_would_hide_is_shown(tmp_path: Path) -> None:
     source = made(build(tmp_path, NASTY))
-    assert "&lt;script&gt;alert(1)&lt;/script&gt; &quot; &#x27;" in source
+    assert "<script>alert(1)" not in source
+    assert "<script>alert(1)</script> \" ' onload=x" in Page(source).text
     for escape in ("\\u202eabc\\u2066", "\\u001b[2J\\u009b\\u000d\\u200b"):
         assert escape in source
 
@@ -194,19 +189,8 @@ def test_empty_folder(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["report.html"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "run.json",
-        "metrics.jsonl",
-        "samples.jsonl",
-        "evaluation.json",
-        "quality.json",
-        "candidates.jsonl",
-        "labels.jsonl",
-        "warnings.jsonl",
-    ],
-)
+@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "samples.jsonl", "evaluation.json", "quality.json",
+                                  "candidates.jsonl", "labels.jsonl", "warnings.jsonl"])  # fmt: skip
 @pytest.mark.parametrize("cut", [0, 9, 60])
 def test_any_file_may_be_cut_short(tmp_path: Path, name: str, cut: int) -> None:
     path = build(tmp_path) / name
@@ -226,24 +210,9 @@ def test_truncated_last_line_keeps_the_rest(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [[], [1], "x", 3, None, {"a": "x"}, {"a": [1, None]}, [{"a": {}}]])
 def test_any_shape_of_value(tmp_path: Path, value: Any) -> None:
     for name in ("run", "evaluation", "quality", "frontier"):
-        keys = ("name", "status", "seconds", "parents", "data", "git", "hardware", "versions", "results", "command")
-        content = dict.fromkeys(
-            [
-                *keys,
-                "metrics",
-                "paired_gain",
-                "samples",
-                "calibration",
-                "rewards",
-                "moved",
-                "warnings",
-                "extremes",
-                "shown",
-                "starts",
-                "points",
-            ],
-            value,
-        )
+        keys = "name status seconds parents data git hardware versions results command metrics paired_gain samples"
+        keys += " calibration rewards moved warnings extremes shown starts points"
+        content = dict.fromkeys(keys.split(), value)
         spot = dict.fromkeys(("key", "start", "run", "step", "kl", "reward_mean", "rewards", "answers", "asked"), value)
         content |= {"starts": [{**spot, "best_of": value}], "points": [spot, value]} if name == "frontier" else {}
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
@@ -318,12 +287,8 @@ def test_names_that_training_and_evaluation_give_to_one_thing_share_a_chart(tmp_
 
 def test_the_stages_before_are_a_tree_from_the_first(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
-    taken = {
-        "pretrain": {},
-        "sft": {"policy": "pretrain/model"},
-        "reward": {"start": "sft/model"},
-        "ppo": {"policy": "sft/model", "reward": "reward/model"},
-    }
+    taken = {"pretrain": {}, "sft": {"policy": "pretrain/model"}, "reward": {"start": "sft/model"},
+             "ppo": {"policy": "sft/model", "reward": "reward/model"}}  # fmt: skip
     for stage, before in taken.items():
         (runs / "a" / "b" / stage / "model").mkdir(parents=True)
         parents = {role: {"path": f"runs/a/b/{where}", "sha256": "00"} for role, where in before.items()}
@@ -331,12 +296,7 @@ def test_the_stages_before_are_a_tree_from_the_first(tmp_path: Path) -> None:
         (runs / "a" / "b" / stage / "run.json").write_text(json.dumps(record))
     source = made(runs / "a" / "b" / "ppo")
     tree = re.findall(r'<li class="d(\d)"><b>(\w+)</b>(.*)</li>', source)
-    assert [(level, stage) for level, stage, _ in tree] == [
-        ("0", "pretrain"),
-        ("1", "sft"),
-        ("2", "reward"),
-        ("3", "ppo"),
-    ]
+    assert [level + stage for level, stage, _ in tree] == ["0pretrain", "1sft", "2reward", "3ppo"]
     assert "data-of-sft" in tree[1][2]
     assert "policy b/sft, reward b/reward" in tree[3][2]
     own = json.loads((runs / "a" / "b" / "pretrain" / "run.json").read_text())
@@ -360,63 +320,45 @@ def test_the_language_is_the_runs_own_or_the_one_asked_for(tmp_path: Path) -> No
 
 
 def test_every_phrase_of_the_page_is_translated() -> None:
-    said = {phrase for named in page_words.MEASURES.values() for phrase in (*named.values(), *page_words.MEASURES)}
-    said |= {*page_words.NAMES.values(), page_words.OTHER}
-    said |= {*rounds._CHARTS.values(), *rounds._COLUMNS.values()}
-    for path in (*Path(page_words.__file__).parent.glob("*.py"), Path(rounds.__file__)):
+    measures, chinese = page_words.table("measures"), page_words.table("zh")
+    said = {phrase for named in measures["drawn"].values() for phrase in (*named.values(), *measures["drawn"])}
+    said |= {*measures["names"].values(), page_words.OTHER}
+    said |= set(rounds._CHARTS.values())
+    package = Path(page_words.__file__).parent
+    said |= set(re.findall(r'_\("(.*?)"\)', (package / "templates" / "page.html").read_text(encoding="utf-8")))
+    for path in (*package.glob("*.py"), Path(rounds.__file__)):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
                 name = node.func.id if isinstance(node.func, ast.Name) else ""
-                said |= {node.args[0].value} if name in ("words", "judged", "by_name", "by_row") else set()
+                said |= {node.args[0].value} if name in ("words", "judged", "by_name", "by_row", "Table") else set()
     assert len(said) > 80
-    assert {phrase for phrase in said if phrase not in page_words.CHINESE} == set()
-    for phrase, chinese in page_words.CHINESE.items():
-        assert phrase.count("{}") == chinese.count("{}"), phrase
-
-
-def test_a_page_of_a_running_stage_costs_the_same_however_long_it_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(lines(*({"step": i, "loss": i / 10} for i in range(50_000))))
-    notes: list[str] = []
-    rows = read(path, notes, 200_000)
-    steps = [row["step"] for row in rows]
-    assert not notes
-    assert steps == sorted(set(steps))
-    assert steps[0] == 0
-    assert steps[-1] == 49_999
-    assert 4_000 < len(steps) < 9_000
-    assert max(b - a for a, b in itertools.pairwise(steps)) < 1_500
-    assert len(read(path, notes)) == 50_000
-    assert "is long" not in made(tmp_path)
-    monkeypatch.setattr(stage_page, "BYTES", 1 << 20)
-    assert "metrics.jsonl is long" in stage_page.page(tmp_path, most=1 << 20)
+    assert {phrase for phrase in said if phrase not in chinese} == set()
+    for phrase, translation in chinese.items():
+        assert phrase.count("{}") == translation.count("{}"), phrase
 
 
 def test_a_running_stage_is_drawn_seldom_and_its_end_always(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[int] = []
-    now = [100.0]
+    drawn: list[Path] = []
+    now, cost = [100.0], [0.0]
+
+    def draw(folder: Path) -> None:
+        now[0] += cost[0]
+        drawn.append(folder)
+
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(stage_page, "write_report", lambda folder, most: drawn.append(most))
+    monkeypatch.setattr(stage_page, "write_report", draw)
     live = LivePage(tmp_path)
     for second in range(12):
         now[0] = 100.0 + second
         live.draw()
-    assert drawn == [stage_page.LIVE_BYTES] * 3  # at once, after 5 and after 10 seconds
-
-    def slow(folder: Path, most: int) -> None:
-        now[0] += 1.0
-        drawn.append(most)
-
-    monkeypatch.setattr(stage_page, "write_report", slow)
-    now[0] = 200.0
+    assert len(drawn) == 3  # at once, after 5 and after 10 seconds
+    now[0], cost[0] = 200.0, 1.0
     live.draw()
     now[0] = 240.0
     live.draw()
     assert len(drawn) == 4  # a drawing that takes a second is not for every 5
     live.draw(whole=True)
-    assert drawn[-1] == stage_page.BYTES
+    assert len(drawn) == 5
 
 
 def test_what_a_kill_left_of_a_page_goes(tmp_path: Path) -> None:
@@ -441,11 +383,8 @@ def two_runs(folder: Path) -> tuple[Path, Path]:
             (own / "config.yaml").write_text(f"name: {name}\nseed: 3\ntrainer: {{kl_coef: {kl_coef}, batch: 4}}\n")
             metrics = {"base": {"reward_mean": 0.125}, "ppo": {"reward_mean": reward}}
             sample = {"prompt": "Say", "responses": {"ppo": f"I am {name}"}, "rewards": {"ppo": reward}}
-            evaluation = {
-                "metrics": metrics,
-                "paired_gain": {"ppo - base": {"mean": reward - 0.125}},
-                "samples": [sample],
-            }
+            gain = {"ppo - base": {"mean": reward - 0.125}}
+            evaluation = {"metrics": metrics, "paired_gain": gain, "samples": [sample]}
             (own / "evaluation.json").write_text(json.dumps(evaluation))
             (own / "run.json").write_text(json.dumps({"name": name, "stage": stage, "results": {"scores": reward}}))
     return folder / "mild", folder / "strict"
@@ -512,12 +451,5 @@ def test_what_several_rewards_say_is_shown(tmp_path: Path) -> None:
     evaluation |= {"warnings": ["ppo: sentiment rose while <length> fell"], "extremes": {"worst": [row]}}
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
     page = Page(made(tmp_path))
-    for said in (
-        "By another reward: length",
-        "0.2812",
-        "-0.0625",
-        "-1.625",
-        "rose while <length> fell",
-        "the worst of all",
-    ):
+    for said in ("length · ppo", "0.2812", "-0.0625", "-1.625", "rose while <length> fell", "the worst of all"):
         assert said in page.text, said

@@ -265,7 +265,7 @@ def test_a_hacked_policy_is_not_chosen(hacked: Path, capsys: pytest.CaptureFixtu
     assert order_of(summarise(hacked, "ppo")) == ["0.05", "0.2", "0.01"]
     report_sweep(hacked, "ppo", [])
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if "kl_coef=" in line]
-    assert [(row[1], row[3], row[7], row[9]) for row in rows] == [
+    assert [(row[1], row[3], row[5], row[7]) for row in rows] == [
         ("kl_coef=0.05", "0.809", "0.934", "2.50"),
         ("kl_coef=0.2", "0.781", "0.821", "0.80"),
         ("kl_coef=0.01", "0.460", "0.960", "10.00"),

@@ -36,7 +36,7 @@ def test_many_policies_are_readable_at_100_columns(capsys: pytest.CaptureFixture
     assert "…" not in "".join(lines)
     said = "\n".join(lines)
     assert "8 held-out prompts (3 of 8 also begin training texts)" in said.replace("\n", " ")
-    assert "More rewards" in said
+    assert "By other rewards" in said
     assert "warning: round1: classifier rose by" in said
     assert "worst: prompt" in said
 
