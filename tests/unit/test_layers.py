@@ -12,7 +12,7 @@ LAYERS = [
     ["registry", "toy_reviews", "python_code", "hub", "metrics", "sampling", "precision", "processes",
      "checkpoints", "reward_model", "labels", "limits", "lineage", "adapters"],
     ["likelihood", "formats", "templates", "scorer", "own_code", "report", "trackers"],
-    ["data", "policies", "rewards", "static_sampling", "plan"], ["encoding"], ["settings"], ["cards"], ["rundir"],
+    ["data", "policies", "rewards", "plan"], ["encoding"], ["settings"], ["cards"], ["rundir"],
     ["tables", "ppo", "label_studio", "made", "publish", "together"],
     ["stages"], ["plain_words", "arguments"], ["summary", "jobs"], ["rounds", "sweeps"], ["cli", "plugins"],
 ]  # fmt: skip
