@@ -153,7 +153,7 @@ def moments(launch: str, processes: int, job: Job) -> dict[str, Parts]:
 
 def _activations(network: Network, work: Work) -> float:
     """Bytes that a micro-batch keeps for the backward pass. Checkpointing keeps each layer's input, and one layer."""
-    kept = network.kept + _FP32 * work.response * network.width
+    kept: float = network.kept + _FP32 * work.response * network.width
     if work.checkpointing:
         kept += _FP32 * work.width * network.layers * network.width - network.kept * (1 - 1 / network.layers)
     return work.micro * kept
