@@ -1,4 +1,5 @@
-"""What PPO takes before it is run: parameters, memory by part, FLOPs, seconds; computed, nothing is loaded or trained.
+"""What PPO takes before it is run: parameters, memory by part, FLOPs, seconds; nothing is loaded or trained.
 
-networks.py counts on tensors without storage, memory.py and cost.py are arithmetic on these counts.
+`networks` counts a model on tensors without storage, `launches` is arithmetic on these counts and on the data sheets of
+`devices`.
 """

@@ -81,11 +81,6 @@ class PPOConfig(ParentConfig):
     suppress_tokens: list[str] = field(
         default_factory=list, metadata={"help": "Tokens, by name, that are never sampled."}
     )
-    cache_implementation: Literal["dynamic", "static"] = _field(
-        "dynamic",
-        "The key-value cache of the rollout: grown token by token, or of fixed size, which on CUDA is played back as a "
-        "graph. Both draw the same tokens.",
-    )
     # -- the critic
     critic: Literal["shared", "separate"] = _field(
         "shared", "A value head on the policy's trunk, or a backbone of its own. A `value_model` is always separate."
@@ -197,7 +192,6 @@ def check_config(args: PPOConfig, script: bool = True) -> int:
             raise UserError(f"trainer.{name} is not yours to set: it follows from the batch's other settings.")
     check_limits(vars(args))
     for name, choices in (
-        ("cache_implementation", ("dynamic", "static")),
         ("critic", ("shared", "separate")),
         ("critic_init", ("policy", "reward")),
         ("kl_estimator", ("k1", "k3")),

@@ -27,8 +27,6 @@ def make_learner(accelerator: Accelerator, model: nn.Module, optimizer: Any, max
 
 def check_sharding(accelerator: Accelerator, args: Any) -> None:
     """Refuse what PPO's settings ask for and DeepSpeed does not give."""
-    if accelerator.state.deepspeed_plugin.zero_stage == 3 and args.cache_implementation == "static":
-        raise UserError("under ZeRO-3 the weights never lie in one place; say trainer.cache_implementation=dynamic.")
     if args.max_update_kl is not None:
         raise UserError("DeepSpeed takes no step back: drop trainer.max_update_kl, or launch it as DDP.")
     count = accelerator.num_processes

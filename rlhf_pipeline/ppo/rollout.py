@@ -14,8 +14,7 @@ from rlhf_pipeline.networks import trunk
 from rlhf_pipeline.ppo.actor_critic import ActorCritic, Reference
 from rlhf_pipeline.ppo.prompts import Prompts
 from rlhf_pipeline.precision import autocast
-from rlhf_pipeline.sampling import Batch, Sampling, join, length_mask
-from rlhf_pipeline.static_sampling import Sampler
+from rlhf_pipeline.sampling import Batch, Sampling, join, length_mask, sample
 
 TextReward = Callable[..., Sequence[float]]
 Judge = Callable[[Batch, list[str], list[str], dict[str, list[Any]]], Tensor]
@@ -51,7 +50,6 @@ class Rollout(NamedTuple):
 def roll_out(
     actor: ActorCritic,
     reference: Reference,
-    sampler: Sampler,
     judge: Judge,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Prompts,
@@ -65,7 +63,7 @@ def roll_out(
     with autocast(actor.bf16, device):
         batch = join(
             [
-                sampler(actor.policy, prompts.ids[part], limits[part], sampling, uniforms[:, part])
+                sample(actor.policy, prompts.ids[part], limits[part], sampling, uniforms[:, part])
                 for part in _slices(len(prompts.ids), rows_at_once)
             ]
         )

@@ -52,8 +52,7 @@ from rlhf_pipeline.ppo.rollout import Rollout, TextReward, make_judge, merge, ob
 from rlhf_pipeline.ppo.trl_parent import ParentTrainer
 from rlhf_pipeline.ppo.watch import CollapseWatch
 from rlhf_pipeline.precision import autocast, fuse_gelu
-from rlhf_pipeline.sampling import Batch, Sampling, check_positions, make_batch, uniform_draws
-from rlhf_pipeline.static_sampling import make_sampler
+from rlhf_pipeline.sampling import Batch, Sampling, check_positions, make_batch, sample, uniform_draws
 
 P = ParamSpec("P")
 
@@ -141,7 +140,6 @@ class PPOTrainer(Lifecycle, ParentTrainer):
         self._check_prompts()
         known = language_model(model).get_input_embeddings().num_embeddings
         self.sampling: Sampling = make_sampling(args, processing_class, known)
-        self.sampler = make_sampler(args.cache_implementation, model)
         rows_at_once = args.local_rollout_forward_batch_size
         self.judge: Any = reward_model and make_judge(reward_model, min(len(processing_class), known), rows_at_once)
         for network in (reward_model, ref_model):
@@ -293,7 +291,7 @@ class PPOTrainer(Lifecycle, ParentTrainer):
             for start in range(0, len(rows), self.args.local_rollout_forward_batch_size):
                 part = slice(start, start + self.args.local_rollout_forward_batch_size)
                 draws = torch.rand(int(limits[0]), len(limits[part]))
-                batch = self.sampler(self.policy_model, rows[part], limits[part], self.sampling, draws)
+                batch = sample(self.policy_model, rows[part], limits[part], self.sampling, draws)
                 ends = batch.prompt_lengths + batch.response_lengths
                 starts = 0 * ends if return_prompt else batch.prompt_lengths
                 found += [row[a:b] for row, a, b in zip(batch.tokens, starts.tolist(), ends.tolist(), strict=True)]
@@ -328,7 +326,7 @@ class PPOTrainer(Lifecycle, ParentTrainer):
         mine = range(rank, len(prompts.ids), world)
         with self._whole():
             part = roll_out(
-                self.model, self.reference, self.sampler, self.judge, self.processing_class, prompts.pick(mine),
+                self.model, self.reference, self.judge, self.processing_class, prompts.pick(mine),
                 limits[rank::world], sampling, uniforms[:, rank::world], self.args.local_rollout_forward_batch_size,
             )  # fmt: skip
         return self._merged(part)

@@ -3,18 +3,16 @@
 python -m rlhf_pipeline stage=plan policy=gpt2_scratch policy.size=xl plan.gpus=8 plan.gpu=a100
 """
 
-import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.plan.devices import DEVICES, GIB, Device
-from rlhf_pipeline.plan.launches import Option, fewest, option, options
-from rlhf_pipeline.plan.memory import Roles, Work, reference_bytes
-from rlhf_pipeline.plan.networks import count_classifier, count_critic, count_policy
+from rlhf_pipeline.plan.launches import Job, Work, fewest, launches, needs
+from rlhf_pipeline.plan.networks import count, count_classifier
 from rlhf_pipeline.policies import lora_config, open_config, policy_config
 from rlhf_pipeline.ppo.config import PPOConfig, check_config
 from rlhf_pipeline.precision import native_bf16
@@ -30,12 +28,11 @@ _LONGEST_PROMPT = 256  # tokens, where neither the data nor the user says
 
 
 def run(settings: Settings, out: RunDir) -> None:
-    """Count the networks, reckon each launch, name the simplest that fits; print it."""
+    """Count the networks, compute each launch, name the simplest that fits; print it."""
     quiet()
     config, where = policy_config(settings.policy, out.upstream("sft", "pretrain", policy=settings.policy))
-    reward, judge = reward_parameters(settings.reward, out.upstream("reward"))
-    found = plan(settings, config, reward)
-    found["policy"], found["reward"] = where, judge
+    reward, judge = count_reward(settings.reward, out.upstream("reward"))
+    found = {**plan(settings, config, reward), "policy": where, "reward": judge}
     if settings.plan.json:
         print(json.dumps(found, indent=1))
     else:
@@ -45,14 +42,25 @@ def run(settings: Settings, out: RunDir) -> None:
 def plan(settings: Settings, config: Any, reward: int) -> dict[str, Any]:
     """All that is computed of PPO with a policy of this configuration, as plain values; bytes, seconds, FLOPs.
 
-    `reward` is the number of the reward's parameters. Settings that PPO refuses are a `UserError`.
+    `reward` is the number of the reward's parameters. Raises `UserError` for settings that PPO refuses.
     """
-    asked, device, cpu = settings.plan, device_of(settings), settings.plan.gpu == "cpu"
-    args, work, roles = prepared(settings, config, reward)
-    reckoned = (roles, work, device, cpu, asked.mfu)
-    every = [option(asked.launch, asked.gpus, *reckoned)] if asked.launch else options(asked.gpus, *reckoned)
-    chosen = next((each for each in every if each.fits), None)
-    least = fewest(asked.gpus, *reckoned) if chosen else None
+    asked, device = settings.plan, device_of(settings)
+    args, job = prepare(settings, config, reward)
+    on = (job, device, asked.mfu)
+    rows = [needs(asked.launch, asked.gpus, *on)] if asked.launch else launches(asked.gpus, *on)
+    for row in rows:  # of the whole run, if its length is known
+        episodes = job.work.rows * asked.gpus
+        row["updates"] = (
+            args.max_steps if args.max_steps > 0 else math.ceil((args.total_episodes or 0) / episodes) or None
+        )
+        row["run_seconds"] = row["update_seconds"] * row["updates"] if row["updates"] else None
+    chosen = next((row["launch"] for row in rows if row["fits"]), None)
+    least = fewest(asked.gpus, *on) if chosen else None
+    helps = {}
+    for name, other in [] if chosen else smaller(settings):
+        every = launches(asked.gpus, prepare(other, config, reward)[1], device, asked.mfu)
+        best = min(every, key=lambda row: float(row["bytes"]))
+        helps[name] = {key: best[key] for key in ("launch", "bytes", "fits")}
     return {
         "computed": True,
         "gpus": asked.gpus,
@@ -60,32 +68,22 @@ def plan(settings: Settings, config: Any, reward: int) -> dict[str, Any]:
         "memory": device.memory,
         "mfu": asked.mfu,
         "parameters": {
-            "policy": roles.policy.parameters, "value_head": roles.value_head,
-            "critic": roles.critic.parameters if roles.critic else 0, "reference": roles.reference,
-            "reward": reward, "trained": roles.trained,
+            "policy": job.policy.parameters, "value_head": job.value_head,
+            "critic": job.critic.parameters if job.critic else 0, "reference": job.reference,
+            "reward": reward, "trained": job.trained,
         },
-        "reference_bytes": reference_bytes(roles, work.bf16),
-        "work": dataclasses.asdict(work),
-        "launches": [as_row(each, args, work) for each in every],
-        "chosen": chosen.launch if chosen else None,
-        "fewest": {"launch": least.launch, "gpus": least.processes} if least else None,
-        "helps": {} if chosen else dict(what_helps(settings, config, reward)),
+        "reference_bytes": job.reference_bytes,
+        "work": asdict(job.work),
+        "launches": rows,
+        "chosen": chosen,
+        "fewest": {"launch": least["launch"], "gpus": least["processes"]} if least else None,
+        "helps": helps,
     }  # fmt: skip
 
 
-def as_row(found: Option, args: PPOConfig, work: Work) -> dict[str, Any]:
-    """A launch as plain values, with the updates and seconds of the whole run where its length is known."""
-    updates = args.max_steps if args.max_steps > 0 else None
-    if not updates and args.total_episodes:
-        updates = math.ceil(args.total_episodes / (work.rows * found.processes))
-    run = {"updates": updates, "run_seconds": found.update * updates if updates else None}
-    sums = {"bytes": found.bytes, "update_seconds": found.update, "update_flops": sum(found.flops.values())}
-    return {**dataclasses.asdict(found), **sums, **run}
-
-
-def prepared(settings: Settings, config: Any, reward: int) -> tuple[PPOConfig, Work, Roles]:
-    """PPO's settings, what a process does in an update, and the networks."""
-    asked, values = settings.plan, {k: v for k, v in settings.trainer.items() if k not in ("bf16", "report_to")}
+def prepare(settings: Settings, config: Any, reward: int) -> tuple[PPOConfig, Job]:
+    """PPO's settings, its networks and what a process does in an update."""
+    values = {key: value for key, value in settings.trainer.items() if key not in ("bf16", "report_to")}
     try:
         args = PPOConfig(output_dir="unused", bf16=False, report_to="none", **{"use_cpu": True, **values})
     except (ValueError, TypeError) as error:
@@ -93,28 +91,26 @@ def prepared(settings: Settings, config: Any, reward: int) -> tuple[PPOConfig, W
     rows = check_config(args, script=False)
     bf16 = settings.trainer.get("bf16", "auto")
     if bf16 in ("auto", None):
-        bf16 = native_bf16() if asked.gpu == "cpu" else True
-    prompt, mean = prompts_of(settings, config, args.response_length)
-    micro = min(args.per_device_train_batch_size, rows // args.num_mini_batches)
+        bf16 = native_bf16() if settings.plan.gpu == "cpu" else True
+    prompt, mean = prompt_lengths(settings, config, args.response_length)
     work = Work(
-        rows, micro, args.num_mini_batches, args.num_ppo_epochs,
-        args.local_rollout_forward_batch_size, prompt, args.response_length, mean,
+        rows, min(args.per_device_train_batch_size, rows // args.num_mini_batches), args.num_mini_batches,
+        args.num_ppo_epochs, args.local_rollout_forward_batch_size, prompt, args.response_length, mean,
         ((args.min_response_length or args.response_length) + args.response_length) / 2,
         bool(bf16), args.gradient_checkpointing,
-        asked.gpu == "cpu" and not str(getattr(config, "dtype", None)).endswith("bfloat16"),
     )  # fmt: skip
-    adapter = lora_config(settings.policy)
-    policy = count_policy(config, work.width, work.bf16, adapter)
-    critic = count_critic(config, work.width, work.bf16, adapter) if args.critic == "separate" else None
-    return args, work, Roles(policy, critic, 0 if adapter else policy.parameters, reward)
+    lora = lora_config(settings.policy)
+    policy = count(config, work.width, work.bf16, lora)
+    critic = count(config, work.width, work.bf16, lora, critic=True) if args.critic == "separate" else None
+    return args, Job(policy, critic, 0 if lora else policy.parameters, reward, work)
 
 
-def prompts_of(settings: Settings, config: Any, response: int) -> tuple[int, float]:
-    """The longest prompt and the mean, in tokens: as said, as the data draws them, else 256 as far as there is room."""
+def prompt_lengths(settings: Settings, config: Any, response: int) -> tuple[int, float]:
+    """The longest prompt and the mean, in tokens: as asked, as the data draws them, or 256 if there is room."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
-    said = settings.plan.prompt_tokens
-    first, last = (said, said) if said else settings.data.get("prompt_tokens") or (_LONGEST_PROMPT,) * 2
-    if response >= positions or (said and said + response > positions):
+    asked = settings.plan.prompt_tokens
+    first, last = (asked, asked) if asked else settings.data.get("prompt_tokens") or (_LONGEST_PROMPT,) * 2
+    if response >= positions or (asked and asked + response > positions):
         raise UserError(
             f"a prompt and its response take up to {last + response} tokens, and the policy has {positions} "
             "positions; lower trainer.response_length or plan.prompt_tokens."
@@ -124,68 +120,48 @@ def prompts_of(settings: Settings, config: Any, response: int) -> tuple[int, flo
 
 
 def device_of(settings: Settings) -> Device:
-    """The accelerator that is named, with what is said of it."""
+    """The accelerator that is named, with the user's own figures over its data sheet's."""
     asked, device = settings.plan, DEVICES[settings.plan.gpu]
-    if asked.gpu_memory:
-        device = dataclasses.replace(device, memory=asked.gpu_memory * GIB)
-    if asked.flops:
-        device = dataclasses.replace(device, bf16=asked.flops, fp32=asked.flops)
-    return device
+    flops = {"bf16": asked.flops, "fp32": asked.flops} if asked.flops else {}
+    return replace(device, memory=asked.gpu_memory * GIB if asked.gpu_memory else device.memory, **flops)
 
 
-def reward_parameters(choice: dict[str, Any], upstream: Path | None) -> tuple[int, str]:
-    """How many the reward has, and what is counted: a classifier's if its configuration can be had, else none."""
+def count_reward(choice: dict[str, Any], upstream: Path | None) -> tuple[int, str]:
+    """How many parameters the reward has, and which model was counted; a rule has none."""
+    if choice["name"] == "sum":
+        counts, names = zip(*(count_reward(part, upstream) for part in choice["parts"]), strict=True)
+        return sum(counts), " + ".join(names)
+    if choice["name"] not in TRAINABLE:
+        return 0, f"{choice['name']}, without parameters of its own"
+    path = choice.get("path") or upstream or ON_THE_HUB.get(choice["name"], (None,))[0]
+    if path is None:
+        return 0, f"{choice['name']}, not trained yet: counted as none"
     register()
-    parts = choice["parts"] if choice["name"] == "sum" else [choice]
-    total, said = 0, list[str]()
-    for part in parts:
-        if part["name"] == "sum":
-            count, where = reward_parameters(part, upstream)
-            total, said = total + count, [*said, where]
-            continue
-        if part["name"] not in TRAINABLE:
-            said.append(f"{part['name']}, which has none that we know of")
-            continue
-        path = part.get("path") or upstream or ON_THE_HUB.get(part["name"], (None,))[0]
-        if path is None:
-            said.append(f"{part['name']}, not trained yet: counted as none")
-            continue
-        total += count_classifier(open_config(str(path), "reward.path"))
-        said.append(str(path))
-    return total, " + ".join(said)
+    return count_classifier(open_config(str(path), "reward.path")), str(path)
 
 
-def what_helps(settings: Settings, config: Any, reward: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Settings that need less, one by one and then all together, each with the launch that needs least with it."""
-    for name, other in smaller(settings).items():
-        _, work, roles = prepared(other, config, reward)
-        reckoned = (roles, work, device_of(settings), settings.plan.gpu == "cpu", settings.plan.mfu)
-        least = min(options(settings.plan.gpus, *reckoned), key=lambda each: each.bytes)
-        yield name, {"launch": least.launch, "bytes": least.bytes, "fits": least.fits}
+def smaller(settings: Settings) -> list[tuple[str, Settings]]:
+    """The same job with less to hold, named by the settings to add: one by one, then all together.
 
-
-def smaller(settings: Settings) -> dict[str, Settings]:
-    """The same job with less to hold, by what is said for it; an adapter changes what is learnt, so it is last."""
+    An adapter changes what is learnt, so it is last.
+    """
     trainer = settings.trainer
     rows, parts = trainer.get("per_device_train_batch_size", 8), trainer.get("gradient_accumulation_steps", 1)
-    changes: list[dict[str, Any]] = []
-    if trainer.get("bf16") is False:
-        changes.append({"bf16": True})
-    if trainer.get("critic") == "separate":
-        changes.append({"critic": "shared"})
-    if not trainer.get("gradient_checkpointing"):
-        changes.append({"gradient_checkpointing": True})
-    if trainer.get("local_rollout_forward_batch_size", 64) > _FEW:
-        changes.append({"local_rollout_forward_batch_size": _FEW})
-    if rows > 1:
-        changes.append({"per_device_train_batch_size": 1, "gradient_accumulation_steps": rows * parts})
-    found, all_of_them = dict[str, Settings](), settings
-    for change in changes:
-        name = " ".join(f"trainer.{key}={str(value).lower()}" for key, value in change.items())
-        found[name] = dataclasses.replace(settings, trainer={**trainer, **change})
-        all_of_them = dataclasses.replace(all_of_them, trainer={**all_of_them.trainer, **change})
+    candidates: list[tuple[bool, dict[str, Any]]] = [
+        (trainer.get("bf16") is False, {"bf16": True}),
+        (trainer.get("critic") == "separate", {"critic": "shared"}),
+        (not trainer.get("gradient_checkpointing"), {"gradient_checkpointing": True}),
+        (trainer.get("local_rollout_forward_batch_size", 64) > _FEW, {"local_rollout_forward_batch_size": _FEW}),
+        (rows > 1, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": rows * parts}),
+    ]
+    found, together = list[tuple[str, Settings]](), settings
+    for applies, change in candidates:
+        if applies:
+            name = " ".join(f"trainer.{key}={str(value).lower()}" for key, value in change.items())
+            found.append((name, replace(settings, trainer={**trainer, **change})))
+            together = replace(together, trainer={**together.trainer, **change})
     if not settings.policy.get("lora"):
         adapter = {**settings.policy, "lora": {"r": 8}}
-        found["policy.lora.r=8"] = dataclasses.replace(settings, policy=adapter)
-        all_of_them = dataclasses.replace(all_of_them, policy=adapter)
-    return {**found, " ".join(found): all_of_them} if len(found) > 1 else found
+        found.append(("policy.lora.r=8", replace(settings, policy=adapter)))
+        together = replace(together, policy=adapter)
+    return [*found, (" ".join(name for name, _ in found), together)] if len(found) > 1 else found

@@ -11,7 +11,7 @@ turns: on a small card, say `--models small`.
 - ppo: seconds of an update of TRL 1.12's own loop and of ours in turns, medians of the paired rounds.
 - sft: tokens/s of training steps, and MFU: the share of the card's peak that 6 N + 12 L d T operations a token are
   (PaLM, arXiv 2204.02311, app. B; N without the table of positions, T the length of a text).
-- rollout: new tokens/s of `sample`, of the static cache with and without CUDA graph, and of transformers' generate.
+- rollout: new tokens/s of `sample`, and of transformers' generate with either of its caches.
 - shard: a few steps of stage=sft by conf/accelerate/zero2.yaml and fsdp.yaml on one card, beside a plain run.
 - imdb: a GPT-2 small trained on the reviews, a classifier, PPO, the table; RLHF_SHARED holds data/imdb. A stage that
   runs out of time goes on from its checkpoint when the same command is given again.

@@ -106,13 +106,11 @@ def call(command: list[str], limit: float, log: Any = None) -> str:
 
 
 def ppo(asked: argparse.Namespace) -> Iterator[Row]:
-    """TRL's loop as shipped and in bf16, ours with either cache."""
+    """TRL's loop as shipped and in bf16, and ours."""
     import ppo_speed
-    from ppo_speed import Side, Work
+    from ppo_speed import Work
 
-    static = {"cache_implementation": "static"}
     sides = {name: ppo_speed.SIDES[name] for name in ("TRL", "TRL autocast", "ours")}
-    sides |= {"ours static": Side("ours", {"bf16": "auto", **static})}
     if not ppo_speed.precision.native_bf16():
         del sides["TRL autocast"]
     rival = "TRL autocast" if "TRL autocast" in sides else "TRL"
@@ -205,7 +203,7 @@ def sft(asked: argparse.Namespace) -> Iterator[Row]:
 
 
 def rollout(asked: argparse.Namespace) -> Iterator[Row]:
-    """Samplers in turns on the same prompts, and whether ours draw the same tokens in fp32."""
+    """`sample` and transformers' generate in turns on the same prompts."""
     shapes = [(4, 8, 12)] if asked.quick else [(64, 16, 53), (256, 16, 128)]  # rows, prompt, response
     for name in models(asked):
         model = gpt2(name).eval()
@@ -219,28 +217,20 @@ def compare_samplers(name: str, model: Any, shape: tuple[int, int, int], rounds:
 
     from rlhf_pipeline.precision import autocast, native_bf16
     from rlhf_pipeline.sampling import Sampling, sample
-    from rlhf_pipeline.static_sampling import StaticSampler
 
     rows, prompt, response = shape
     ids = torch.randint(2, model.config.vocab_size, (rows, prompt))
     limits, uniforms, at = torch.full((rows,), response), torch.rand(response, rows), torch.device(device())
-
-    def ours(sampler: Any) -> Any:
-        return sampler(model, ids.tolist(), limits, Sampling(), uniforms).tokens
 
     def generate(cache: str) -> Any:
         inputs = ids.to(at)
         how = {"do_sample": True, "top_k": 0, "max_new_tokens": response, "cache_implementation": cache}
         return model.generate(inputs, attention_mask=torch.ones_like(inputs), **how)
 
-    kinds: dict[str, Callable[[], Any]] = {"ours, dynamic": lambda: sample}
-    kinds["ours, static"] = partial(StaticSampler, graph=False)
-    if at.type == "cuda":
-        kinds["ours, static, CUDA graph"] = partial(StaticSampler, graph=True)
     samplers: dict[str, Callable[[], Any]] = {
         f"generate, {cache} cache": partial(generate, cache) for cache in ("dynamic", "static")
     }
-    samplers |= {key: partial(ours, kind()) for key, kind in kinds.items()}
+    samplers["ours"] = partial(sample, model, ids.tolist(), limits, Sampling(), uniforms)
     seconds: dict[str, list[float]] = {key: [] for key in samplers}
     notes, memory, failed = dict[str, str](), dict[str, str](), set[str]()
 
@@ -252,11 +242,6 @@ def compare_samplers(name: str, model: Any, shape: tuple[int, int, int], rounds:
             notes[key] = reason(error)
             failed.add(key)
 
-    plain = ours(sample)
-    for key, kind in kinds.items():
-        found = attempt(key, lambda kind=kind: ours(kind()))  # type: ignore[misc]
-        if found is not None:
-            notes[key] = f"{(found == plain).float().mean():.1%} of the tokens as dynamic, in fp32"
     for round_ in range(2 + rounds):
         for key in [key for key in samplers if key not in failed]:
             peak = Peak() if round_ == 0 else None
@@ -338,12 +323,12 @@ def imdb(asked: argparse.Namespace) -> Iterator[Row]:
     big = ["policy.size=small", "policy.vocabulary=16384", "policy.positions=512"]
     more = {
         "pretrain": ["trainer.num_train_epochs=4", "trainer.max_length=512", "trainer.learning_rate=6e-4"],
-        "ppo": ["trainer.learning_rate=2e-5", "trainer.cache_implementation=static"],
+        "ppo": ["trainer.learning_rate=2e-5"],
     }
     if asked.quick:
         big, short = [], ["data.limit=200", "trainer.num_train_epochs=1"]
         more = {"pretrain": short, "reward": short, "evaluate": ["evaluate.prompts=16"]}
-        more["ppo"] = ["data.limit=200", "trainer.total_episodes=256", "trainer.cache_implementation=static"]
+        more["ppo"] = ["data.limit=200", "trainer.total_episodes=256"]
     for stage, limit in STAGES.items():
         status, seconds = pipeline(asked, limit, f"stage={stage}", *what, *big, *more.get(stage, []))
         results = {}

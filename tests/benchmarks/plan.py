@@ -14,12 +14,13 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline.plan.memory import SLACK_CPU, Roles, Sharding, Work, peak
-from rlhf_pipeline.plan.networks import count_critic, count_policy
+from rlhf_pipeline.plan.devices import DEVICES
+from rlhf_pipeline.plan.launches import Job, Work, needs
+from rlhf_pipeline.plan.networks import count
 
 MIB = 2**20
 
@@ -82,11 +83,11 @@ def computed(shape: Shape, slack: float) -> tuple[str, dict[str, float]]:
         prompt=shape.prompt, response=shape.response, mean_prompt=shape.prompt, mean_response=shape.response,
         bf16=False, checkpointing=shape.checkpointing,
     )  # fmt: skip
-    policy = count_policy(config_of(shape), work.width, False, lora_of(shape))
-    critic = None
-    if shape.critic == "separate":
-        critic = count_critic(config_of(shape), work.width, False, lora_of(shape))
-    return peak(Roles(policy, critic, 0 if shape.lora else policy.parameters, 0), work, Sharding(), slack=slack)
+    how = (config_of(shape), work.width, False, lora_of(shape))
+    policy, critic = count(*how), count(*how, critic=True) if shape.critic == "separate" else None
+    job = Job(policy, critic, 0 if shape.lora else policy.parameters, 0, work)
+    found = needs("single", 1, job, replace(DEVICES["cpu"], base=0, slack=slack), mfu=0.5)
+    return found["moment"], found["parts"]
 
 
 # -- a shape's process
@@ -157,7 +158,7 @@ def main() -> None:
     print("| shape, MiB | fullest at | plan | measured | error | plan, in use | measured | error |\n|" + " --- |" * 8)
     for name in chosen:
         cells = []
-        for slack in (SLACK_CPU, 0):
+        for slack in (DEVICES["cpu"].slack, 0):
             moment, parts = computed(SHAPES[name], slack)
             total, really = sum(parts.values()), measured(SHAPES[name], exact=not slack)
             cells += [f"{total / MIB:.0f}", f"{really / MIB:.0f}", f"{total / really - 1:+.1%}"]

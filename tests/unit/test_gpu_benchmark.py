@@ -21,10 +21,9 @@ def test_the_benchmark_of_a_gpu_prints_its_tables(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "## imdb: skipped: data/imdb/aclImdb_small.tar.gz is not there; set RLHF_SHARED" in done.stdout
     assert "## rollout: done" in done.stdout
-    assert done.stdout.count("| 100.0% of the tokens as dynamic, in fp32 |") == 2
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert {row["sampler"] for row in rows if row.get("tokens/s")} == {
-        "generate, dynamic cache", "generate, static cache", "ours, dynamic", "ours, static"
+        "generate, dynamic cache", "generate, static cache", "ours"
     }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ LAYERS = [
     ["registry", "hub", "metrics", "sampling", "precision", "processes", "checkpoints", "reward_model", "limits",
      "lineage", "adapters"],
     ["data", "likelihood", "scorer", "own_code", "report", "trackers"],
-    ["policies", "rewards", "static_sampling", "plan"], ["settings"], ["cards"], ["rundir"],
+    ["policies", "rewards", "plan"], ["settings"], ["cards"], ["rundir"],
     ["tables", "ppo", "made", "publish", "together"], ["evaluation", "feedback"], ["frontier"],
     ["stages"], ["plain_words", "arguments"], ["summary", "jobs"], ["rounds", "sweeps"], ["cli", "plugins"],
 ]  # fmt: skip

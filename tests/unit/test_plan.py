@@ -15,11 +15,10 @@ from transformers.cache_utils import DynamicCache
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.networks import cache_argument, trunk
-from rlhf_pipeline.plan import cost, networks
+from rlhf_pipeline.plan import networks
 from rlhf_pipeline.plan.devices import DEVICES, GIB, Device
-from rlhf_pipeline.plan.launches import fewest, option, options, sharding
-from rlhf_pipeline.plan.memory import Roles, Sharding, Work, moments, reference_bytes
-from rlhf_pipeline.plan.networks import Network, count_critic, count_policy
+from rlhf_pipeline.plan.launches import Job, Work, fewest, flops, launches, moments, needs, seconds
+from rlhf_pipeline.plan.networks import Network, count
 from rlhf_pipeline.precision import fuse_gelu
 
 TINY = GPT2Config(vocab_size=300, n_positions=64, n_layer=2, n_embd=32, n_head=2, bos_token_id=0, eos_token_id=0)
@@ -39,17 +38,17 @@ def size(model: torch.nn.Module, trained: bool = False) -> int:
 def test_parameters_are_those_of_the_trainers_own_networks(critic: str, adapter: Any, tmp_path: Path) -> None:
     lora = {"peft_config": LoraConfig(**adapter)} if adapter else {}
     ppo = trainer(tiny_tokenizer(), tmp_path, critic=critic, given=lora)
-    policy = count_policy(ppo.model.config, 8, False, LoraConfig(**adapter) if adapter else None)
+    policy = count(ppo.model.config, 8, False, LoraConfig(**adapter) if adapter else None)
     own = None
     if critic == "separate":
-        own = count_critic(ppo.model.config, 8, False, LoraConfig(**adapter) if adapter else None)
-    roles = Roles(policy, own, 0 if adapter else policy.parameters, 0)
+        own = count(ppo.model.config, 8, False, LoraConfig(**adapter) if adapter else None, critic=True)
+    job = Job(policy, own, 0 if adapter else policy.parameters, 0, WORK)
     assert policy.parameters == size(ppo.model.policy)
-    assert roles.trained == size(ppo.model, trained=True)
+    assert job.trained == size(ppo.model, trained=True)
     if own:
         assert own.parameters == size(ppo.model.value_model)
-    assert roles.reference == (size(ppo.reference.model) if ppo.reference.model else 0)
-    assert roles.value_head == (0 if own else size(ppo.model.value_head))
+    assert job.reference == (size(ppo.reference.model) if ppo.reference.model else 0)
+    assert job.value_head == (0 if own else size(ppo.model.value_head))
 
 
 @pytest.mark.parametrize(
@@ -57,15 +56,17 @@ def test_parameters_are_those_of_the_trainers_own_networks(critic: str, adapter:
     [GPT2LMHeadModel(TINY), *(LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=t)) for t in (False, True))],
 )
 def test_of_any_family_the_counts_are_those_of_a_model_with_weights(model: PreTrainedModel) -> None:
-    found = count_policy(model.config, 10, False)
+    found = count(model.config, 10, False)
     head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     assert found.parameters == found.trained == size(model)
-    assert (found.head, found.tied) == (head.numel(), head is embeddings)
+    assert found.head == head.numel()
     tables = (embeddings, getattr(getattr(trunk(model), "wpe", None), "weight", None))
     rest = [p for p in trunk(model).parameters() if p.dim() == 2 and not any(p is table for table in tables)]
     assert found.matrices == sum(p.numel() for p in rest)
     fuse_gelu(model.eval())
-    kept = [networks._kept(trunk(model), rows, 10, False) for rows in (1, 2)]
+    body = trunk(model)
+    own = {**dict(body.named_parameters()), **dict(body.named_buffers())}
+    kept = [networks._kept(body, own, rows, 10, False) for rows in (1, 2)]
     # Without storage nobody can see that no row is padded, so a mask of (length, length) is counted as well.
     assert found.kept == pytest.approx(kept[1] - kept[0], rel=0.1)
     assert found.kept >= kept[1] - kept[0]
@@ -75,7 +76,7 @@ def test_of_any_family_the_counts_are_those_of_a_model_with_weights(model: PreTr
 
 
 def test_the_parameters_of_llama_2_are_those_of_its_table() -> None:
-    found = count_policy(LlamaConfig(num_hidden_layers=2), 16, True)
+    found = count(LlamaConfig(num_hidden_layers=2), 16, True)
     layer = 4 * 4096**2 + 3 * 4096 * 11008
     assert found.matrices == 2 * layer
     assert found.parameters == 2 * 32000 * 4096 + 2 * (layer + 2 * 4096) + 4096
@@ -85,58 +86,57 @@ def test_the_parameters_of_llama_2_are_those_of_its_table() -> None:
 
 def test_what_is_no_causal_language_model_is_refused() -> None:
     with pytest.raises(UserError, match="T5Config is not the configuration of a causal language model"):
-        count_policy(T5Config(), 8, False)
+        count(T5Config(), 8, False)
 
 
 # By hand: 2 layers of width 4, a vocabulary of 10, tied.
 POLICY = Network(
-    parameters=500, trained=500, layers=2, width=4, vocabulary=10, head=40, head_trained=True, tied=True, matrices=400,
-    matrices_trained=400, halved=0, attention=8, largest=200, cache=64, kept=1000, copies=0,
+    parameters=500, trained=500, layers=2, width=4, vocabulary=10, head=40, head_trained=True, matrices=400,
+    matrices_trained=400, halved=0, attention=8, cache=64, kept=1000, copies=0,
 )  # fmt: skip
 WORK = Work(
     rows=8, micro=4, minibatches=1, epochs=2, at_once=8, prompt=3, response=5, mean_prompt=3, mean_response=5,
     bf16=False, checkpointing=False,
 )  # fmt: skip
-ROLES = Roles(POLICY, None, reference=500, reward=7)
+JOB = Job(POLICY, None, 500, 7, WORK)
 
 
 def test_bytes_by_part() -> None:
-    found = moments(ROLES, WORK, Sharding(), base=1)
-    always = {"process": 1, "weights": 4 * 505, "reference": 2000, "reward": 28, "Adam": 8 * 505}
+    found = moments("single", 1, JOB)
+    always = {"weights": 4 * 505, "reference": 2000, "reward": 28, "Adam": 8 * 505}
     assert found["rollout"] == {**always, "KV cache": 64 * 8 * 8 * 1.5, "logits": 8 * 10 * 12}
     # Two micro-batches: the second comes on top of the first one's gradients, and of the head's both ends are held.
-    assert found["update: head"] == {
+    assert found["update: begin"] == {
         **always, "gradients": 4 * 505 + 160, "activations": 4 * 1000 + 4 * 5 * 4 * 4, "logits": 4 * 5 * 10 * 4,
     }  # fmt: skip
     assert found["update: end"] == {**always, "gradients": 4 * 505 + 320}
-    whole = moments(ROLES, replace(WORK, micro=8), Sharding(), base=1)
-    assert whole["update: head"]["gradients"] == 160
+    whole = moments("single", 1, replace(JOB, work=replace(WORK, micro=8)))
+    assert whole["update: begin"]["gradients"] == 160
     assert whole["update: end"]["gradients"] == 4 * 505 + 160
 
 
 def test_in_bf16_the_weights_are_held_once_more_and_the_reference_in_half() -> None:
-    work = replace(WORK, bf16=True)
-    assert reference_bytes(ROLES, True) == 4 * 100 + 2 * 400
-    found = moments(replace(ROLES, policy=replace(POLICY, copies=800)), work, Sharding(), base=0)
-    assert found["rollout"]["bf16 copies"] == 2 * (400 + 40)
+    job = replace(JOB, policy=replace(POLICY, copies=800), work=replace(WORK, bf16=True))
+    assert job.reference_bytes == 4 * 100 + 2 * 400
+    found = moments("single", 1, job)
+    assert found["rollout"]["bf16 copies"] == 800
     assert found["rollout"]["KV cache"] == 32 * 8 * 8 * 1.5
-    assert found["update: head"]["bf16 copies"] == 800 + 4 * 40
-    assert found["update: head"]["logits"] == 4 * 5 * 10 * 2
+    assert found["update: begin"]["bf16 copies"] == 800 + 4 * 40
+    assert found["update: begin"]["logits"] == 4 * 5 * 10 * 2
 
 
 def test_checkpointing_keeps_the_layers_inputs_and_one_layer() -> None:
-    found = moments(ROLES, replace(WORK, checkpointing=True), Sharding(), base=0)
-    assert found["update: head"]["activations"] == 4 * 7 * 2 * 4 * 4 + 4 * 1000 / 2 + 320
+    found = moments("single", 1, replace(JOB, work=replace(WORK, checkpointing=True)))
+    assert found["update: begin"]["activations"] == 4 * 7 * 2 * 4 * 4 + 4 * 1000 / 2 + 320
 
 
 def test_a_critic_of_its_own_and_an_adapter() -> None:
-    critic = replace(POLICY, parameters=470, trained=470, head=0, tied=False)
-    found = moments(Roles(POLICY, critic, 500, 0), replace(WORK, micro=8), Sharding(), base=0)
-    assert found["update: head"]["critic"] == 4 * 470
-    assert found["update: head"]["gradients"] == 4 * 470 + 160
+    work = replace(WORK, micro=8)
+    found = moments("single", 1, Job(POLICY, replace(POLICY, parameters=470, trained=470, head=0), 500, 0, work))
+    assert found["update: begin"]["critic"] == 4 * 470
     assert found["update: begin"]["activations"] == 2 * (8 * 1000 + 8 * 5 * 4 * 4)
     lora = replace(POLICY, trained=30, matrices_trained=30, head_trained=False)
-    found = moments(Roles(lora, None, 0, 0), replace(WORK, micro=8), Sharding(), base=0)
+    found = moments("single", 1, Job(lora, None, 0, 0, work))
     assert "reference" not in found["rollout"]
     assert found["rollout"]["Adam"] == 8 * 35
     assert found["update: end"]["gradients"] == 4 * 35
@@ -147,25 +147,21 @@ def test_what_lies_under_an_adapter_is_kept_in_bf16(critic: str, tmp_path: Path)
     """As the trainer's own networks are; the backward pass then keeps no copies of it."""
     ppo = trainer(tiny_tokenizer(), tmp_path, critic=critic, given={"peft_config": LoraConfig(**ADAPTER)}, bf16=True)
     networks = [ppo.policy_model, *([ppo.value_model] if critic == "separate" else [])]
-    counts = [count_policy(ppo.model.config, 8, True, LoraConfig(**ADAPTER))]
-    counts += [count_critic(ppo.model.config, 8, True, LoraConfig(**ADAPTER))] if critic == "separate" else []
+    counts = [count(ppo.model.config, 8, True, LoraConfig(**ADAPTER))]
+    counts += [count(ppo.model.config, 8, True, LoraConfig(**ADAPTER), critic=True)] if critic == "separate" else []
     for network, found in zip(networks, counts, strict=True):
         held = sum(p.numel() * p.element_size() for p in network.parameters())
         assert 0 < found.halved < found.parameters
         assert 4 * found.parameters - 2 * found.halved == held
         assert found.copies < 2 * found.matrices / 4
-    roles, work = Roles(counts[0], None, 0, 0), replace(WORK, bf16=True)
-    head, saved = 4 * roles.value_head, 2 * counts[0].halved
-    by_launch = {name: moments(roles, work, sharding(name, 2))["rollout"]["weights"] for name in ("single", "zero2")}
-    assert by_launch == {"single": 4 * counts[0].parameters - saved + head, "zero2": 4 * counts[0].parameters + head}
-    on_a_cpu = moments(roles, replace(work, keeps_whole=True), sharding("single", 1))["rollout"]["weights"]
-    assert on_a_cpu == by_launch["single"] + 2 * saved
+    job = Job(counts[0], None, 0, 0, replace(WORK, bf16=True))
+    head, saved = 4 * job.value_head, 2 * counts[0].halved
+    assert moments("single", 1, job)["rollout"]["weights"] == 4 * counts[0].parameters - saved + head
+    assert moments("zero2", 2, job)["rollout"]["weights"] == 4 * counts[0].parameters + head
 
 
 def test_what_a_launch_divides() -> None:
-    plain, ddp, two, three = (
-        moments(ROLES, WORK, sharding(name, 4), base=0)["update: end"] for name in ("single", "ddp", "zero2", "zero3")
-    )
+    plain, ddp, two, three = (moments(name, 4, JOB)["update: end"] for name in ("single", "ddp", "zero2", "zero3"))
     assert ddp == {**plain, "buckets": 4 * 505}
     assert two["Adam"] == plain["Adam"] / 4
     assert two["master"] == 4 * 505 / 4
@@ -174,57 +170,51 @@ def test_what_a_launch_divides() -> None:
     assert three["weights"] == plain["weights"] / 4
     assert three["gathered"] == 4 * 505  # all of it: it is less than DeepSpeed has in hand
     assert two["buckets"] == three["buckets"] == 4 * 50_000_000
-    while_sampling = moments(ROLES, WORK, sharding("zero3", 4), base=0)["rollout"]
+    while_sampling = moments("zero3", 4, JOB)["rollout"]
     assert while_sampling["weights"] + while_sampling["gathered"] == plain["weights"]
 
 
 def test_flops_by_hand() -> None:
-    found = cost.flops(ROLES, WORK)
+    found = flops(JOB)
     body, head = (2 * 400 + 4 * 8 * 8) * 64, 2 * 40 * 40
     assert found["rollout"] == found["log p"] == found["reference"] == body + head
     assert found["reward"] == 2 * 7 * 64
     assert found["update"] == 2 * 3 * (body + head)
-    again = cost.flops(ROLES, replace(WORK, checkpointing=True))["update"]
-    assert again == found["update"] + 2 * body
-    lora = Roles(replace(POLICY, matrices_trained=0, head_trained=False), None, 0, 0)
-    assert cost.flops(lora, WORK)["update"] == 2 * (2 * (body + head) + 4 * 8 * 8 * 64)
+    assert flops(replace(JOB, work=replace(WORK, checkpointing=True)))["update"] == found["update"] + 2 * body
+    lora = Job(replace(POLICY, matrices_trained=0, head_trained=False), None, 0, 0, WORK)
+    assert flops(lora)["update"] == 2 * (2 * (body + head) + 4 * 8 * 8 * 64)
 
 
 def test_seconds_by_hand() -> None:
     device = Device(memory=1, bf16=1e6, fp32=1e6, bandwidth=1e3, link=1e4)  # so slow that nothing waits for Python
-    found = cost.seconds(ROLES, WORK, Sharding(4, buckets=True), device, mfu=0.5)
-    count = cost.flops(ROLES, WORK)
-    assert found["update"] == count["update"] / 0.5e6
+    found = seconds("ddp", 4, JOB, device, mfu=0.5)
+    assert found["update"] == flops(JOB)["update"] / 0.5e6
     moved = 4 * 440 + 3 * 64 * 8 * (3 + 2.5)
     assert found["rollout"] == pytest.approx((2 * 400 + 4 * 8 * 8) * 24 / 0.5e6 + 5 * moved / 1e3)
     assert found["between processes"] == 2 * 4 * 505 * 2 * 3 / 4 / 1e4
-    assert "between processes" not in cost.seconds(ROLES, WORK, Sharding(), device, mfu=0.5)
+    assert seconds("single", 1, JOB, device, mfu=0.5)["between processes"] == 0
     parts = replace(WORK, micro=1)
-    count = parts.rows // parts.minibatches
-    assert count > 1
-    two, three = (cost.seconds(ROLES, parts, sharding(name, 4), device, mfu=0.5) for name in ("zero2", "zero3"))
+    passes = parts.rows // parts.minibatches
+    two, three = (seconds(name, 4, replace(JOB, work=parts), device, mfu=0.5) for name in ("zero2", "zero3"))
     steps = 4 * 505 * parts.epochs * parts.minibatches * 3 / 4 / 1e4
-    assert two["between processes"] == pytest.approx(steps * (count + 1))
+    assert two["between processes"] == pytest.approx(steps * (passes + 1))
     gathered = 4 * 505 * 3 / 4 / 1e4
-    assert three["between processes"] == pytest.approx(steps * count + gathered + 2 * steps * count)
+    assert three["between processes"] == pytest.approx(steps * passes + gathered + 2 * steps * passes)
 
 
 def test_the_simplest_launch_that_fits() -> None:
-    big = Roles(replace(POLICY, parameters=10**9, trained=10**9, largest=10**7), None, 10**9, 0)
-    room = {
-        launch: option(launch, 8, big, WORK, DEVICES["h100"], False, 0.4).bytes for launch in ("ddp", "zero2", "zero3")
-    }
+    big = Job(replace(POLICY, parameters=10**9, trained=10**9), None, 10**9, 0, WORK)
+    room = {name: needs(name, 8, big, DEVICES["h100"], 0.4)["bytes"] for name in ("ddp", "zero2", "zero3")}
     assert room["ddp"] > room["zero2"] > room["zero3"]
     for launch, need in room.items():
         device = replace(DEVICES["h100"], memory=need / 0.92 + GIB / 100)
-        fitting = [each.launch for each in options(8, big, WORK, device, False, 0.4) if each.fits]
-        assert fitting[0] == launch
-        least = fewest(8, big, WORK, device, False, 0.4)
+        assert next(found["launch"] for found in launches(8, big, device, 0.4) if found["fits"]) == launch
+        least = fewest(8, big, device, 0.4)
         assert least
-        assert least.fits
-        assert least.processes <= 8
-    assert fewest(8, big, WORK, replace(DEVICES["h100"], memory=GIB), False, 0.4) is None
-    assert fewest(8, big, WORK, DEVICES["h200"], False, 0.4).processes == 1  # type: ignore[union-attr]
+        assert least["fits"]
+        assert least["processes"] <= 8
+    assert fewest(8, big, replace(DEVICES["h100"], memory=GIB), 0.4) is None
+    assert fewest(8, big, DEVICES["h200"], 0.4)["processes"] == 1  # type: ignore[index]
 
 
 def test_the_command_prints_a_plan_and_leaves_nothing(
