@@ -71,7 +71,7 @@ def test_policies_by_hand_and_more_rewards(
     assert record["parents"]["evaluate.rewards[1]"]["path"] == "toy_sentiment"
     assert record["results"]["speed"]["tokens_per_second"] > 0
     page = (run / "evaluate" / "report.html").read_text()
-    assert "length · ppo" in page
+    assert "length · runs/demo/ppo" in page
 
     # Again, it is done; and done anew it is the same to the byte.
     before = (run / "evaluate" / "evaluation.json").read_bytes()

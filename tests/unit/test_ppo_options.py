@@ -534,9 +534,10 @@ def test_numbers_that_are_none_stop_the_run(tokenizer: PreTrainedTokenizerBase, 
     ppo = trainer(tokenizer, tmp_path, save_steps=1)
     backward = ppo._backward
 
-    def spoiled(*given: Any) -> torch.Tensor:
+    def spoiled(*given: Any) -> dict[str, torch.Tensor]:
         found = backward(*given)
-        return found * float("nan") if given[-2:] == (3, 1) else found  # update and step
+        spoils = given[-2:] == (3, 1)  # update and step
+        return {name: figure * float("nan") for name, figure in found.items()} if spoils else found
 
     ppo._backward = spoiled  # type: ignore[method-assign]
     with pytest.raises(UserError, match=r"diverged in update 4: .* last good checkpoint is .*checkpoint-3"):
