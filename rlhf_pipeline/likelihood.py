@@ -97,27 +97,26 @@ class _SumOfLosses(torch.autograd.Function):
         by_weight = torch.zeros_like(weight) if wants[1] else None
         by_bias = torch.zeros_like(bias) if bias is not None and wants[2] else None
         sums = states.new_zeros(3, dtype=torch.promote_types(states.dtype, torch.float32))
-        with torch.autocast(device, enabled=False):
-            for start in range(0, len(states), _AT_ONCE):
-                some = slice(start, start + _AT_ONCE)
-                logits = project(states[some], weight, bias)
-                rows = _rows_of_a_piece(logits)
-                for z, target in zip(logits.split(rows), targets[some].split(rows), strict=True):
-                    z.sub_(z.amax(-1, keepdim=True))
-                    chosen = z.gather(-1, target[:, None])
-                    p = z.exp()
-                    total = p.sum(-1, keepdim=True)
-                    p.div_(total)
-                    log_p = chosen - total.log()
-                    sums += torch.stack([-log_p.sum(), total.log().sum() - z.mul_(p).sum(), (chosen == 0).sum()])
-                    z.copy_(p).scatter_(-1, target[:, None], log_p.expm1())  # the gradient by the logits
-                slope = logits.to(narrow)
-                if by_states is not None:
-                    by_states[some] = slope @ factor
-                if by_weight is not None:
-                    by_weight += slope.t() @ states[some].to(narrow)
-                if by_bias is not None:
-                    by_bias += logits.sum(0)
+        for start in range(0, len(states), _AT_ONCE):
+            some = slice(start, start + _AT_ONCE)
+            logits = project(states[some], weight, bias)
+            rows = _rows_of_a_piece(logits)
+            for z, target in zip(logits.split(rows), targets[some].split(rows), strict=True):
+                z.sub_(z.amax(-1, keepdim=True))
+                chosen = z.gather(-1, target[:, None])
+                p = z.exp()
+                total = p.sum(-1, keepdim=True)
+                p.div_(total)
+                log_p = chosen - total.log()
+                sums += torch.stack([-log_p.sum(), total.log().sum() - z.mul_(p).sum(), (chosen == 0).sum()])
+                z.copy_(p).scatter_(-1, target[:, None], log_p.expm1())  # the gradient by the logits
+            slope = logits.to(narrow)
+            if by_states is not None:
+                by_states[some] = slope @ factor
+            if by_weight is not None:
+                by_weight += slope.t() @ states[some].to(narrow)
+            if by_bias is not None:
+                by_bias += logits.sum(0)
         ctx.grads = by_states, by_weight, by_bias
         loss, entropy, right = sums.unbind()
         ctx.mark_non_differentiable(entropy, right)

@@ -240,7 +240,7 @@ class PPOTrainer(Lifecycle, ParentTrainer):
         self.end()
 
     def step(self, queries: Sequence[Any], responses: Sequence[Any], scores: Sequence[Any]) -> dict[str, float]:
-        """One PPO update on responses that you sampled and scored, as in TRL 0.4 to 0.11; returns its statistics.
+        """One PPO update on responses that you sampled and scored, as in TRL 0.7 to 0.11; returns its statistics.
 
         `queries` and `responses` are rows of token ids without padding, tensors or lists; `scores` is one number a
         row. A process passes its own rows: per_device_train_batch_size x gradient_accumulation_steps of them. The
