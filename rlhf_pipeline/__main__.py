@@ -2,7 +2,7 @@
 
 from rlhf_pipeline.cli import main
 from rlhf_pipeline.launch import processes
-from rlhf_pipeline.together import end_at_once
+from rlhf_pipeline.runs.together import end_at_once
 
 
 def start() -> None:

@@ -22,19 +22,23 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf_pipeline import atomic, data, lineage, made, policies, rewards, rundir
+from rlhf_pipeline import data, files
 from rlhf_pipeline.arguments import CONF, complete
 from rlhf_pipeline.errors import UserError, WaitingError
-from rlhf_pipeline.jobs import is_number, note_error, run_job
 from rlhf_pipeline.launch import check_launch, processes, rank
+from rlhf_pipeline.models import policies, rewards
 from rlhf_pipeline.plain_words import plain
 from rlhf_pipeline.progress import say_loading, screen
-from rlhf_pipeline.publish import last_model, publish
 from rlhf_pipeline.registry import Registry, shown
 from rlhf_pipeline.report import compare
+from rlhf_pipeline.report.publish import last_model, publish
+from rlhf_pipeline.report.summary import how_far, say_all_done, say_done, say_done_before, say_next
+from rlhf_pipeline.runs import directory as rundir
+from rlhf_pipeline.runs import lineage
+from rlhf_pipeline.runs import models as made
+from rlhf_pipeline.runs.together import leave, own_log, run_together
 from rlhf_pipeline.settings import SAMPLING, SECTIONS, TRAINED, Hub, Settings, check_sections
-from rlhf_pipeline.summary import how_far, say_all_done, say_done, say_done_before, say_next
-from rlhf_pipeline.together import leave, own_log, run_together
+from rlhf_pipeline.sweeps.jobs import is_number, note_error, run_job
 
 sys.path.append(str(Path(__file__).parent / "plugins"))  # Hydra knows a plugin by its package: hydra_plugins
 NO_STAGES = "stage=pipeline runs an experiment's stages; choose one, as in experiment=demo."
@@ -79,7 +83,7 @@ def _refusals() -> Iterator[None]:
     except (HydraException, OmegaConfBaseException) as error:
         _leave(UserError(plain(error)))
     except Exception as error:
-        if fault := atomic.disk_error(error):
+        if fault := files.disk_error(error):
             _leave(fault)
         if isinstance(error, ImportError) and "install" in str(error):  # what a setting needs beside
             _leave(UserError(" ".join(str(error).split())))
@@ -105,7 +109,7 @@ def _dispatch(cfg: DictConfig, overrides: list[str]) -> float | None:
     out = rundir.RunDir.of(settings)
     if rank() == 0 and out.record.get("status") == "done":
         if out.stage == "evaluate" and out.rounds():
-            from rlhf_pipeline.rounds import write_rounds
+            from rlhf_pipeline.report.rounds import write_rounds
 
             write_rounds(out.runs, out.name, settings.report.lang)  # which shows the rounds by one judge
         say_next(settings, order, None if _recorded() else overrides)
@@ -252,7 +256,7 @@ def _run_held(settings: Settings, out: rundir.RunDir, done: bool) -> float | Non
             raise UserError(f"{out.path} is done, but its evaluation.json is gone; overwrite=true makes it anew.")
         say_done_before(out)
         if settings.stage == "evaluate":
-            from rlhf_pipeline.tables import evaluation_table
+            from rlhf_pipeline.report.tables import evaluation_table
 
             evaluation_table(json.loads((out.path / "evaluation.json").read_text(encoding="utf-8")))
     else:
@@ -266,7 +270,7 @@ def _run_held(settings: Settings, out: rundir.RunDir, done: bool) -> float | Non
             with screen():
                 stages.run(settings, out)
         except BaseException as error:
-            fault = atomic.disk_error(error, out.path)
+            fault = files.disk_error(error, out.path)
             out.failed(fault or error)
             if fault:
                 raise fault from None
@@ -303,7 +307,7 @@ def _pipeline(cfg: DictConfig, overrides: list[str]) -> float | None:
         if settings.stage == "collect":
             _wait_for_people(out)
         if settings.stage == order[-1] and within and rank() == 0:
-            from rlhf_pipeline.rounds import report_rounds
+            from rlhf_pipeline.report.rounds import report_rounds
 
             news = out.record != before or number == len(every)  # the rounds of before have been shown
             report_rounds(Path(whole.runs), whole.name, whole.report.lang, news)

@@ -10,8 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline.atomic import disk_error
 from rlhf_pipeline.errors import NotFinishedError, UserError
+from rlhf_pipeline.files import disk_error
 
 PATIENCE = 5.0  # seconds in which a hub has to answer
 _ELSE = (

@@ -10,12 +10,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_pipeline import data, policies, rewards, trackers
+from rlhf_pipeline import data
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import is_hub_id
 from rlhf_pipeline.limits import check_limits
+from rlhf_pipeline.models import policies, rewards
 from rlhf_pipeline.plan.devices import check_machine
 from rlhf_pipeline.registry import describe, fits, shown, suggest
+from rlhf_pipeline.report import trackers
 
 _NOT_OF_SWEEPS = ("policies", "show", "examples", "held_out_tokens")
 _COUNTS = ("batch_size", "bootstrap", "response_length")

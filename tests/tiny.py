@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
-from rlhf_pipeline.policies import train_tokenizer
+from rlhf_pipeline.models.policies import train_tokenizer
+from rlhf_pipeline.models.sampling import Batch, Sampling, sample, uniform_draws
 from rlhf_pipeline.ppo import PPOConfig, PPOTrainer
-from rlhf_pipeline.sampling import Batch, Sampling, sample, uniform_draws
 
 TEXTS = ["the film was good and the cast was fine", "the plot was bad and nobody liked it"] * 20
 

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from tiny import tiny_tokenizer, trainer
 
 from rlhf_pipeline.processes import agree, join
-from rlhf_pipeline.together import end_at_once
+from rlhf_pipeline.runs.together import end_at_once
 
 
 def main() -> None:

@@ -11,12 +11,12 @@ from transformers import DataCollatorWithPadding, GPT2ForSequenceClassification,
 from trl import SFTConfig
 
 from rlhf_pipeline.launch import processes, rank
-from rlhf_pipeline.policies import train_tokenizer
+from rlhf_pipeline.models.policies import train_tokenizer
 from rlhf_pipeline.processes import agree, join
-from rlhf_pipeline.stages.batching import OrderedSFTTrainer
-from rlhf_pipeline.stages.classification import ClassifierTrainer, LanguageClassifierTrainer
-from rlhf_pipeline.stages.comparisons import Comparison, ComparisonTrainer
-from rlhf_pipeline.together import end_at_once
+from rlhf_pipeline.runs.together import end_at_once
+from rlhf_pipeline.training.batching import OrderedSFTTrainer
+from rlhf_pipeline.training.classifier import ClassifierTrainer, LanguageClassifierTrainer
+from rlhf_pipeline.training.preferences import Comparison, ComparisonTrainer
 
 KINDS = ("sft", "classifier", "language", "comparisons")
 # Steps of 4 rows: of the last of an epoch one row is left, and a second process has none.

@@ -9,11 +9,11 @@ from rlhf_pipeline.data.templates import written
 from rlhf_pipeline.data.tokenization import Question, encode
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.hub import model_folder
-from rlhf_pipeline.made import find, models, ppo_settings, run_of
-from rlhf_pipeline.policies import Policy
+from rlhf_pipeline.models.policies import Policy
+from rlhf_pipeline.models.sampling import Sampling
 from rlhf_pipeline.ppo.config import PPOConfig, make_sampling
-from rlhf_pipeline.rundir import RunDir
-from rlhf_pipeline.sampling import Sampling
+from rlhf_pipeline.runs.directory import RunDir
+from rlhf_pipeline.runs.models import find, models, ppo_settings, run_of
 from rlhf_pipeline.settings import SAMPLING, TOKENS
 
 PPO_SAMPLING = (*SAMPLING, "min_response_length", "temperature")  # PPO's settings that decide how it samples

@@ -7,10 +7,10 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline.atomic import write_json
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.feedback import server
 from rlhf_pipeline.feedback.client import KEY, URL, LabelStudio
+from rlhf_pipeline.files import write_json
 
 _TITLE = (3, 50)  # the lengths that Label Studio allows
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.models.rewards import Reward
 from rlhf_pipeline.progress import parts
-from rlhf_pipeline.rewards import Reward
 
 
 def rank(rows: Sequence[dict[str, Any]], reward: Reward, noise: float, seed: str) -> tuple[list[dict[str, Any]], float]:

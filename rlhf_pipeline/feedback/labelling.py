@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline.atomic import read_jsonl, write_atomic, write_json, write_jsonl
 from rlhf_pipeline.data.agreement import settle
 from rlhf_pipeline.data.formats import read_judgements
 from rlhf_pipeline.data.formats.tasks import label_studio_tasks, sheet
@@ -18,7 +17,8 @@ from rlhf_pipeline.data.records import Judgement, Prompt, Turn
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.feedback.label_studio import connect, pull, push, serve
 from rlhf_pipeline.feedback.page import labeling_config
-from rlhf_pipeline.rundir import CANDIDATES, LABELS, PROJECT, RunDir
+from rlhf_pipeline.files import read_jsonl, write_atomic, write_json, write_jsonl
+from rlhf_pipeline.runs.directory import CANDIDATES, LABELS, PROJECT, RunDir
 from rlhf_pipeline.settings import Collection, Settings
 
 REJECTED, SKIPPED, EXPORT = "rejected.jsonl", "skipped.jsonl", "export.json"

@@ -21,9 +21,9 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]  # of accelerate's requirements
 from filelock import FileLock
 
-from rlhf_pipeline.atomic import write_json
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.feedback.client import LabelStudio
+from rlhf_pipeline.files import write_json
 
 COMMAND = "LABEL_STUDIO"  # names its executable, which lives in an environment of its own
 _INSTALLED = ".venv-label-studio/bin/label-studio"  # where `make label-studio` puts it

@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from rlhf_pipeline.adapters import store_in_bf16
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.likelihood import response_states, token_likelihood
-from rlhf_pipeline.networks import language_model, looks_ahead, text_config, trunk
-from rlhf_pipeline.precision import autocast
-from rlhf_pipeline.sampling import Batch, Sampling
+from rlhf_pipeline.models.adapters import store_in_bf16
+from rlhf_pipeline.models.likelihood import response_states, token_likelihood
+from rlhf_pipeline.models.networks import language_model, looks_ahead, text_config, trunk
+from rlhf_pipeline.models.precision import autocast
+from rlhf_pipeline.models.sampling import Batch, Sampling
 
 
 class Seen(NamedTuple):

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.likelihood import log_probs, response_states, token_likelihood
-from rlhf_pipeline.networks import head_output, language_model, trunk
+from rlhf_pipeline.models.likelihood import log_probs, response_states, token_likelihood
+from rlhf_pipeline.models.networks import head_output, language_model, trunk
+from rlhf_pipeline.models.precision import autocast
+from rlhf_pipeline.models.sampling import Sampling, make_batch
 from rlhf_pipeline.ppo.actor_critic import ActorCritic
 from rlhf_pipeline.ppo.rollout import Rollout
-from rlhf_pipeline.precision import autocast
-from rlhf_pipeline.sampling import Sampling, make_batch
 
 Whole = Callable[[], AbstractContextManager[None]]  # puts weights together that are in shards
 

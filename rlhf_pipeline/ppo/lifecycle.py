@@ -18,9 +18,9 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
 
-from rlhf_pipeline.checkpoints import drop_old, fault_of, newest_whole, put_in_place, seal, step_of
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.metrics import distinct
+from rlhf_pipeline.evaluation.metrics import distinct
+from rlhf_pipeline.models.sampling import Sampling, uniform_draws
 from rlhf_pipeline.ppo.learner import make_learner
 from rlhf_pipeline.ppo.objective import Moments
 from rlhf_pipeline.ppo.prompts import derive_seed, read_prompts
@@ -33,8 +33,8 @@ from rlhf_pipeline.ppo.storage import (
     save_weights,
 )
 from rlhf_pipeline.ppo.watch import CollapseWatch
-from rlhf_pipeline.sampling import Sampling, uniform_draws
-from rlhf_pipeline.scripts import shown
+from rlhf_pipeline.runs.checkpoints import drop_old, fault_of, newest_whole, put_in_place, seal, step_of
+from rlhf_pipeline.texts import shown
 
 _ON_THE_CARD = (
     "learning_rate",

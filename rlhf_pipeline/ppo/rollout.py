@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.networks import trunk
+from rlhf_pipeline.models.networks import trunk
+from rlhf_pipeline.models.precision import autocast
+from rlhf_pipeline.models.sampling import Batch, Sampling, join, length_mask, sample
 from rlhf_pipeline.ppo.actor_critic import ActorCritic, Reference
 from rlhf_pipeline.ppo.prompts import Prompts
-from rlhf_pipeline.precision import autocast
-from rlhf_pipeline.sampling import Batch, Sampling, join, length_mask, sample
 
 TextReward = Callable[..., Sequence[float]]
 Judge = Callable[[Batch, list[str], list[str], dict[str, list[Any]]], Tensor]

@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from rlhf_pipeline.adapters import merged
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.networks import language_model
+from rlhf_pipeline.models.adapters import merged
+from rlhf_pipeline.models.networks import language_model
+from rlhf_pipeline.models.sampling import Sampling
 from rlhf_pipeline.ppo.actor_critic import ActorCritic
-from rlhf_pipeline.sampling import Sampling
 
 WEIGHTS = "actor_critic.safetensors"  # of a checkpoint: what is trained, policy and critic
 

@@ -12,10 +12,12 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl
 
-from rlhf_pipeline.adapters import freeze_in_bf16
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.launch import check_gpus, sharding
-from rlhf_pipeline.networks import language_model
+from rlhf_pipeline.models.adapters import freeze_in_bf16
+from rlhf_pipeline.models.networks import language_model
+from rlhf_pipeline.models.precision import autocast, fuse_gelu
+from rlhf_pipeline.models.sampling import Batch, Sampling, check_positions, make_batch, sample, uniform_draws
 from rlhf_pipeline.ppo.actor_critic import (
     ActorCritic,
     Reference,
@@ -51,8 +53,6 @@ from rlhf_pipeline.ppo.prompts import Prompts, derive_seed, prompts_of_update, r
 from rlhf_pipeline.ppo.rollout import Rollout, TextReward, make_judge, merge, observe, roll_out
 from rlhf_pipeline.ppo.trl_parent import ParentTrainer
 from rlhf_pipeline.ppo.watch import CollapseWatch
-from rlhf_pipeline.precision import autocast, fuse_gelu
-from rlhf_pipeline.sampling import Batch, Sampling, check_positions, make_batch, sample, uniform_draws
 
 P = ParamSpec("P")
 

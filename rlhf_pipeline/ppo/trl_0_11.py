@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.trainer_callback import PrinterCallback
 
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.models.sampling import Sampling, sample
 from rlhf_pipeline.ppo.config import PPOConfig as CurrentConfig
 from rlhf_pipeline.ppo.trainer import PPOTrainer as CurrentTrainer
-from rlhf_pipeline.sampling import Sampling, sample
 
 __all__ = [
     "AutoModelForCausalLMWithValueHead", "LengthSampler", "PPOConfig", "PPOTrainer", "create_reference_model",

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf_pipeline.metrics import Distinct, repeated
+from rlhf_pipeline.evaluation.metrics import Distinct, repeated
 
 # What counts as a collapse, against the run's first updates.
 _DISTINCT_SHARE = 0.5  # of the distinct bigrams there were at first

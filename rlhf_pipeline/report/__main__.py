@@ -15,9 +15,9 @@ _ROUND = re.compile("round[1-9][0-9]*")
 def rebuild(folder: Path, lang: str | None = None) -> list[Path]:
     """Draw every page below a folder: of stages, rounds and sweeps; None keeps the language each was made in."""
     # They stand above this package, and only a command needs them.
-    from rlhf_pipeline.jobs import JOB
-    from rlhf_pipeline.rounds import write_rounds
-    from rlhf_pipeline.sweeps import write_sweep
+    from rlhf_pipeline.report.rounds import write_rounds
+    from rlhf_pipeline.sweeps.jobs import JOB
+    from rlhf_pipeline.sweeps.results import write_sweep
 
     if lang not in (None, *LANGUAGES):
         raise UserError(f"no report language is called '{lang}'; choose one of: {', '.join(LANGUAGES)}.")

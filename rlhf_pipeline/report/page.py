@@ -8,10 +8,10 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf_pipeline.atomic import write_atomic
+from rlhf_pipeline.files import write_atomic
 from rlhf_pipeline.report.files import members
 from rlhf_pipeline.report.words import Words
-from rlhf_pipeline.scripts import shown
+from rlhf_pipeline.texts import shown
 
 LONGEST = 4000  # characters of one text that are shown
 ENGLISH = Words()

@@ -2,9 +2,9 @@
 
 import importlib
 
-from rlhf_pipeline.rundir import RunDir
+from rlhf_pipeline.report.trackers import ready
+from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.settings import Settings
-from rlhf_pipeline.trackers import ready
 
 
 def run(settings: Settings, out: RunDir) -> None:

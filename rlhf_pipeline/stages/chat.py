@@ -22,17 +22,17 @@ from rlhf_pipeline.data.templates import written
 from rlhf_pipeline.data.tokenization import conversational, encode
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.evaluation.lineup import same_vocabulary, sampling_as
-from rlhf_pipeline.made import find, locate, policies_in, ppo_settings, run_of
-from rlhf_pipeline.networks import positions
-from rlhf_pipeline.policies import Policy, load_policy, registry
+from rlhf_pipeline.models.networks import positions
+from rlhf_pipeline.models.policies import Policy, load_policy, registry
+from rlhf_pipeline.models.rewards import Reward, load_reward, trained_part
+from rlhf_pipeline.models.sampling import Sampling, make_batch, room_for_prompts, sample
 from rlhf_pipeline.registry import suggest
-from rlhf_pipeline.rewards import Reward, load_reward, trained_part
-from rlhf_pipeline.rundir import RunDir
-from rlhf_pipeline.sampling import Sampling, make_batch, room_for_prompts, sample
-from rlhf_pipeline.scripts import shown
+from rlhf_pipeline.report.tables import number, side_by_side
+from rlhf_pipeline.runs.directory import RunDir
+from rlhf_pipeline.runs.models import find, locate, policies_in, ppo_settings, run_of
 from rlhf_pipeline.settings import Settings
-from rlhf_pipeline.stages.common import quiet, say_taken
-from rlhf_pipeline.tables import number, side_by_side
+from rlhf_pipeline.texts import shown
+from rlhf_pipeline.training.setup import quiet, say_taken
 
 HELP = {"/reset": "begin a new conversation", "/help": "this list", "/quit": "leave; so do Ctrl-D and Ctrl-C"}
 _LENGTH = 64  # tokens of an answer at most, where no PPO of the run says how many

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from rlhf_pipeline.atomic import read_jsonl, write_jsonl
 from rlhf_pipeline.data import fingerprint, texts
 from rlhf_pipeline.data.records import Row
 from rlhf_pipeline.data.tokenization import Question, fitting, questions
@@ -19,14 +18,15 @@ from rlhf_pipeline.evaluation.lineup import sampling_as
 from rlhf_pipeline.feedback.candidates import Asker, ids_for
 from rlhf_pipeline.feedback.labeler import rank
 from rlhf_pipeline.feedback.labelling import bring_pulled, note_progress, offer
-from rlhf_pipeline.policies import Policy, load_policy
+from rlhf_pipeline.files import read_jsonl, write_jsonl
+from rlhf_pipeline.models.policies import Policy, load_policy
+from rlhf_pipeline.models.rewards import Reward, load_reward, trained_part
+from rlhf_pipeline.models.sampling import room_for_prompts
 from rlhf_pipeline.processes import agree
 from rlhf_pipeline.progress import progress
-from rlhf_pipeline.rewards import Reward, load_reward, trained_part
-from rlhf_pipeline.rundir import CANDIDATES, CANDIDATES_SO_FAR, LABELS, PROJECT, RunDir
-from rlhf_pipeline.sampling import room_for_prompts
+from rlhf_pipeline.runs.directory import CANDIDATES, CANDIDATES_SO_FAR, LABELS, PROJECT, RunDir
 from rlhf_pipeline.settings import SAMPLING, STAGES, Settings
-from rlhf_pipeline.stages.common import quiet, say_taken, take_data
+from rlhf_pipeline.training.setup import quiet, say_taken, take_data
 
 _MAKE_POLICIES = ("pretrain", "sft", "ppo")
 

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 
-from rlhf_pipeline import frontier
-from rlhf_pipeline.atomic import read_jsonl, write_json, write_jsonl
 from rlhf_pipeline.data import Splits, begun_by, fingerprint, load_data, texts
 from rlhf_pipeline.data.records import Prompt, Row, Turn
 from rlhf_pipeline.data.templates import written
 from rlhf_pipeline.data.tokenization import Question, conversational, encode, fitting, questions
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.evaluation import frontier
 from rlhf_pipeline.evaluation.comparison import (
     Answers,
     Trial,
@@ -38,18 +37,19 @@ from rlhf_pipeline.evaluation.lineup import (
     same_vocabulary,
     sampling_as,
 )
-from rlhf_pipeline.made import run_of
-from rlhf_pipeline.policies import Policy, load_policy
+from rlhf_pipeline.files import read_jsonl, write_json, write_jsonl
+from rlhf_pipeline.models.policies import Policy, load_policy
+from rlhf_pipeline.models.rewards import Reward, load_reward, trained_part
+from rlhf_pipeline.models.sampling import check_positions, room_for_prompts
 from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.processes import gathered
 from rlhf_pipeline.progress import progress
 from rlhf_pipeline.registry import suggest
-from rlhf_pipeline.rewards import Reward, load_reward, trained_part
-from rlhf_pipeline.rundir import FRONTIER, POINTS, RunDir
-from rlhf_pipeline.sampling import check_positions, room_for_prompts
+from rlhf_pipeline.report.tables import evaluation_table, frontier_table
+from rlhf_pipeline.runs.directory import FRONTIER, POINTS, RunDir
+from rlhf_pipeline.runs.models import run_of
 from rlhf_pipeline.settings import Settings
-from rlhf_pipeline.stages.common import check_languages, judges, quiet, say_taken, take_data
-from rlhf_pipeline.tables import evaluation_table, frontier_table
+from rlhf_pipeline.training.setup import check_languages, judges, quiet, say_taken, take_data
 
 _BEST_OF = 16  # answers to a prompt that a sweep's best of n is estimated from, unless evaluate.best_of says
 

@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.models.policies import lora_config, open_config, policy_config
+from rlhf_pipeline.models.precision import native_bf16
+from rlhf_pipeline.models.reward_model import register
+from rlhf_pipeline.models.rewards import ON_THE_HUB, TRAINABLE
 from rlhf_pipeline.plan.devices import DEVICES, GIB, Device
 from rlhf_pipeline.plan.launches import Job, Work, fewest, launches, needs
 from rlhf_pipeline.plan.networks import count, count_classifier
-from rlhf_pipeline.policies import lora_config, open_config, policy_config
 from rlhf_pipeline.ppo.config import PPOConfig, check_config
-from rlhf_pipeline.precision import native_bf16
-from rlhf_pipeline.reward_model import register
-from rlhf_pipeline.rewards import ON_THE_HUB, TRAINABLE
-from rlhf_pipeline.rundir import RunDir
+from rlhf_pipeline.report.tables import plan_table
+from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.settings import Settings
-from rlhf_pipeline.stages.common import quiet
-from rlhf_pipeline.tables import plan_table
+from rlhf_pipeline.training.setup import quiet
 
 _FEW = 8  # responses that are rolled out at once, where memory is short
 _LONGEST_PROMPT = 256  # tokens, where neither the data nor the user says

@@ -11,11 +11,11 @@ from trl import SFTConfig
 
 from rlhf_pipeline.data import fingerprint, texts
 from rlhf_pipeline.data.tokenization import documents
-from rlhf_pipeline.policies import make_policy
-from rlhf_pipeline.rundir import RunDir
+from rlhf_pipeline.models.policies import make_policy
+from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.settings import Settings
-from rlhf_pipeline.stages.batching import OrderedSFTTrainer
-from rlhf_pipeline.stages.common import building, fit_length, sharded_weights, take_data, trainer_args, watch
+from rlhf_pipeline.training.batching import OrderedSFTTrainer
+from rlhf_pipeline.training.setup import building, fit_length, sharded_weights, take_data, trainer_args, watch
 
 
 def run(settings: Settings, out: RunDir) -> None:

@@ -18,35 +18,43 @@ from transformers import (
 )
 from trl import RewardConfig
 
-from rlhf_pipeline.atomic import write_json, write_jsonl
 from rlhf_pipeline.data import Splits, check_kind, fingerprint, kind, load_data, texts
 from rlhf_pipeline.data.agreement import Labels
 from rlhf_pipeline.data.records import Labelled, Preference, Ranking
 from rlhf_pipeline.data.templates import TEMPLATES, visible
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.evaluation.reward_quality import (
+from rlhf_pipeline.files import write_json, write_jsonl
+from rlhf_pipeline.hub import explained, model_folder, open_pretrained
+from rlhf_pipeline.models.classifiers import Scorer, settle_padding
+from rlhf_pipeline.models.networks import text_config
+from rlhf_pipeline.models.policies import load_policy, open_config
+from rlhf_pipeline.models.precision import fuse_gelu
+from rlhf_pipeline.models.reward_model import register, shift_scores, with_head
+from rlhf_pipeline.runs.directory import RunDir
+from rlhf_pipeline.settings import Settings
+from rlhf_pipeline.training.classifier import (
+    ClassifierTrainer,
+    LanguageClassifierTrainer,
+    check_language_model,
+    tokenized,
+)
+from rlhf_pipeline.training.preferences import Comparison, ComparisonTrainer, compare, shown, told_apart
+from rlhf_pipeline.training.quality import (
     example_line,
     example_rows,
     labelled_quality,
     preference_quality,
     scores,
 )
-from rlhf_pipeline.hub import explained, model_folder, open_pretrained
-from rlhf_pipeline.networks import text_config
-from rlhf_pipeline.policies import load_policy, open_config
-from rlhf_pipeline.precision import fuse_gelu
-from rlhf_pipeline.reward_model import register, shift_scores, with_head
-from rlhf_pipeline.rundir import RunDir
-from rlhf_pipeline.scorer import Scorer, settle_padding
-from rlhf_pipeline.settings import Settings
-from rlhf_pipeline.stages.classification import (
-    ClassifierTrainer,
-    LanguageClassifierTrainer,
-    check_language_model,
-    tokenized,
+from rlhf_pipeline.training.setup import (
+    building,
+    fit_length,
+    say_taken,
+    sharded_weights,
+    take_data,
+    trainer_args,
+    watch,
 )
-from rlhf_pipeline.stages.common import building, fit_length, say_taken, sharded_weights, take_data, trainer_args, watch
-from rlhf_pipeline.stages.comparisons import Comparison, ComparisonTrainer, compare, shown, told_apart
 
 # layers, width, heads of an encoder from scratch
 ENCODERS = {"tiny": (2, 128, 4), "mini": (4, 256, 4), "small": (6, 512, 8)}

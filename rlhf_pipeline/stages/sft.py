@@ -12,18 +12,26 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from trl import SFTConfig
 
-from rlhf_pipeline.adapters import freeze_in_bf16, merged
-from rlhf_pipeline.atomic import read_jsonl
 from rlhf_pipeline.data import fingerprint, texts
 from rlhf_pipeline.data.records import Demonstration, Dialogue
 from rlhf_pipeline.data.templates import template_of
 from rlhf_pipeline.data.tokenization import conversational, demonstrations, shortened
-from rlhf_pipeline.policies import Policy, load_policy, lora_config, open_policy
-from rlhf_pipeline.precision import fuse_gelu
-from rlhf_pipeline.rundir import RunDir
+from rlhf_pipeline.files import read_jsonl
+from rlhf_pipeline.models.adapters import freeze_in_bf16, merged
+from rlhf_pipeline.models.policies import Policy, load_policy, lora_config, open_policy
+from rlhf_pipeline.models.precision import fuse_gelu
+from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.settings import Settings
-from rlhf_pipeline.stages.batching import OrderedSFTTrainer
-from rlhf_pipeline.stages.common import building, fit_length, say_taken, sharded_weights, take_data, trainer_args, watch
+from rlhf_pipeline.training.batching import OrderedSFTTrainer
+from rlhf_pipeline.training.setup import (
+    building,
+    fit_length,
+    say_taken,
+    sharded_weights,
+    take_data,
+    trainer_args,
+    watch,
+)
 
 
 def run(settings: Settings, out: RunDir) -> None:

@@ -40,7 +40,7 @@ def gpt2(name: str, positions: int = 1024) -> Any:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from rlhf_pipeline.precision import fuse_gelu
+    from rlhf_pipeline.models.precision import fuse_gelu
 
     layers, width, heads, vocabulary = SHAPES[name]
     torch.manual_seed(0)
@@ -152,8 +152,8 @@ def sft(asked: argparse.Namespace) -> Iterator[Row]:
     from transformers import TrainerCallback
     from trl import SFTConfig
 
-    from rlhf_pipeline.policies import train_tokenizer
-    from rlhf_pipeline.stages.batching import OrderedSFTTrainer
+    from rlhf_pipeline.models.policies import train_tokenizer
+    from rlhf_pipeline.training.batching import OrderedSFTTrainer
 
     class Steps(TrainerCallback):
         """When each step was done."""
@@ -215,8 +215,8 @@ def compare_samplers(name: str, model: Any, shape: tuple[int, int, int], rounds:
     """New tokens a second of each sampler; a row for each, with the reason where one cannot."""
     import torch
 
-    from rlhf_pipeline.precision import autocast, native_bf16
-    from rlhf_pipeline.sampling import Sampling, sample
+    from rlhf_pipeline.models.precision import autocast, native_bf16
+    from rlhf_pipeline.models.sampling import Sampling, sample
 
     rows, prompt, response = shape
     ids = torch.randint(2, model.config.vocab_size, (rows, prompt))

@@ -28,8 +28,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import MINIATURE  # which also sets the environment, so it comes before the libraries
 
 from rlhf_pipeline import cli
-from rlhf_pipeline.atomic import read_jsonl
-from rlhf_pipeline.stages import evaluate, ppo, pretrain, reward, sft  # noqa: F401 (loaded for the children)
+from rlhf_pipeline.files import read_jsonl
+from rlhf_pipeline.stages import (
+    sft,  # noqa: F401 (loaded for the children)
+)
 
 # More steps and checkpoints than the miniature has; later settings win.
 LONGER = (

@@ -104,7 +104,7 @@ def be_worker(shape: Shape, folder: str) -> None:
     import torch
     from transformers import GPT2LMHeadModel
 
-    from rlhf_pipeline.policies import train_tokenizer
+    from rlhf_pipeline.models.policies import train_tokenizer
     from rlhf_pipeline.ppo import PPOConfig, PPOTrainer
 
     tokenizer = train_tokenizer(["A film that nobody needed, and that everybody saw."], 300, 1024)

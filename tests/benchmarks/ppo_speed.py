@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, TrainerCallback
 
-from rlhf_pipeline import precision
-from rlhf_pipeline.policies import train_tokenizer
+from rlhf_pipeline.models import precision
+from rlhf_pipeline.models.policies import train_tokenizer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CORES = sorted(os.sched_getaffinity(0))
@@ -145,7 +145,7 @@ def peak_memory() -> int:
 
 def switch_off(what: str) -> None:
     """Take one of our levers away, before the trainer is imported."""
-    from rlhf_pipeline import likelihood
+    from rlhf_pipeline.models import likelihood
 
     if what == "gelu":
         precision.fuse_gelu = lambda model: 0

@@ -36,9 +36,9 @@ import yaml
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerBase, Trainer
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from rlhf_pipeline.policies import train_tokenizer
-from rlhf_pipeline.precision import choose_bf16, fuse_gelu, native_bf16
-from rlhf_pipeline.stages.batching import OrderedRewardTrainer, OrderedSFTTrainer
+from rlhf_pipeline.models.policies import train_tokenizer
+from rlhf_pipeline.models.precision import choose_bf16, fuse_gelu, native_bf16
+from rlhf_pipeline.training.batching import OrderedRewardTrainer, OrderedSFTTrainer
 
 ROOT = Path(__file__).parents[2]
 LONGEST, VOCABULARY, BATCH = 512, 8192, 8

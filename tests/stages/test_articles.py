@@ -11,9 +11,9 @@ import yaml
 from conftest import CommandLine
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf_pipeline.atomic import read_jsonl
 from rlhf_pipeline.data.records import Code
 from rlhf_pipeline.data.tokenization import documents
+from rlhf_pipeline.files import read_jsonl
 
 
 def by_the_hub(hub: dict[str, str], *args: str) -> str:

@@ -23,8 +23,8 @@ from transformers import (
 )
 from trl import RewardConfig, SFTConfig
 
-from rlhf_pipeline.policies import train_tokenizer
-from rlhf_pipeline.stages.batching import (
+from rlhf_pipeline.models.policies import train_tokenizer
+from rlhf_pipeline.training.batching import (
     EpochSampler,
     OrderedRewardTrainer,
     OrderedSFTTrainer,

@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.evaluation.lineup import sampling_as
-from rlhf_pipeline.lineage import content_hash
-from rlhf_pipeline.made import run_of
-from rlhf_pipeline.policies import Policy, make_policy, open_policy
-from rlhf_pipeline.rundir import RunDir
-from rlhf_pipeline.sampling import Sampling
+from rlhf_pipeline.models.policies import Policy, make_policy, open_policy
+from rlhf_pipeline.models.sampling import Sampling
+from rlhf_pipeline.runs.directory import RunDir
+from rlhf_pipeline.runs.lineage import content_hash
+from rlhf_pipeline.runs.models import run_of
 from rlhf_pipeline.settings import Chat as Chatting
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.stages.chat import Speaker, Stream, open_talk

@@ -11,8 +11,8 @@ from rich.cells import cell_len
 from tiny import TEXTS, tiny_policy
 
 from rlhf_pipeline.evaluation.lineup import taught_length
-from rlhf_pipeline.policies import Policy, train_tokenizer
-from rlhf_pipeline.rewards import Reward
+from rlhf_pipeline.models.policies import Policy, train_tokenizer
+from rlhf_pipeline.models.rewards import Reward
 from rlhf_pipeline.stages.evaluate import learnt_from
 
 ARGS = [arg for arg in MINIATURE if "stages" not in arg]

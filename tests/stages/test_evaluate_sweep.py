@@ -10,10 +10,10 @@ import yaml
 from conftest import MINIATURE, CommandLine
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rlhf_pipeline import frontier
-from rlhf_pipeline.frontier import Point, Start, open_point, points_of
-from rlhf_pipeline.made import ppo_jobs
-from rlhf_pipeline.policies import load_policy
+from rlhf_pipeline.evaluation import frontier
+from rlhf_pipeline.evaluation.frontier import Point, Start, open_point, points_of
+from rlhf_pipeline.models.policies import load_policy
+from rlhf_pipeline.runs.models import ppo_jobs
 
 ARGS = [arg for arg in MINIATURE if "stages.ppo" in arg or "stages" not in arg]
 SWEEP = ["stage=evaluate", "sweep=coefs", "evaluate.prompts=24", "evaluate.best_of=4"]

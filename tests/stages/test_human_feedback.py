@@ -12,12 +12,12 @@ import pytest
 import yaml
 from conftest import CommandLine
 
-from rlhf_pipeline.atomic import read_jsonl
 from rlhf_pipeline.data import load_data
 from rlhf_pipeline.data.records import Turn
-from rlhf_pipeline.lineage import content_hash
-from rlhf_pipeline.rounds import by_round, write_rounds
-from rlhf_pipeline.scripts import words_of
+from rlhf_pipeline.files import read_jsonl
+from rlhf_pipeline.report.rounds import by_round, write_rounds
+from rlhf_pipeline.runs.lineage import content_hash
+from rlhf_pipeline.texts import words_of
 
 SMALL = (
     "experiment=human_feedback",

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from conftest import CommandLine
 
-from rlhf_pipeline.atomic import read_jsonl
-from rlhf_pipeline.rewards import load_reward
+from rlhf_pipeline.files import read_jsonl
+from rlhf_pipeline.models.rewards import load_reward
 
 
 def test_everything_from_the_reviews_in_miniature(shared: Path, workplace: Path, command_line: CommandLine) -> None:

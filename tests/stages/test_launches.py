@@ -15,7 +15,7 @@ from conftest import MINIATURE, ROOT, CommandLine
 from launched import accelerate, environment, run, torchrun
 from safetensors.torch import load_file
 
-from rlhf_pipeline.atomic import read_jsonl
+from rlhf_pipeline.files import read_jsonl
 
 HALVES = (
     *(f"++stages.{stage}.trainer.per_device_train_batch_size=16" for stage in ("pretrain", "sft", "reward")),

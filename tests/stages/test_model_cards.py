@@ -13,9 +13,9 @@ from conftest import MINIATURE, CommandLine
 from huggingface_hub import ModelCard
 
 from rlhf_pipeline import cli
-from rlhf_pipeline.cards import named
-from rlhf_pipeline.lineage import content_hash
-from rlhf_pipeline.rundir import RunDir
+from rlhf_pipeline.report.cards import named
+from rlhf_pipeline.runs.directory import RunDir
+from rlhf_pipeline.runs.lineage import content_hash
 from rlhf_pipeline.settings import Hub
 
 STAGES = ("pretrain", "sft", "reward", "ppo")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import CommandLine
 
-from rlhf_pipeline.atomic import read_jsonl
+from rlhf_pipeline.files import read_jsonl
 
 TINY = (
     "policy=gpt2_scratch", "policy.size=tiny", "policy.positions=64", "trainer.max_steps=2",

@@ -10,8 +10,8 @@ import torch
 from conftest import MINIATURE, CommandLine
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf_pipeline.atomic import read_jsonl
-from rlhf_pipeline.lineage import content_hash
+from rlhf_pipeline.files import read_jsonl
+from rlhf_pipeline.runs.lineage import content_hash
 
 STAGES = ("pretrain", "sft", "reward", "ppo", "evaluate")
 

@@ -10,8 +10,8 @@ from conftest import MINIATURE, CommandLine
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from rlhf_pipeline.atomic import read_jsonl
 from rlhf_pipeline.data import begun_by, load_data
+from rlhf_pipeline.files import read_jsonl
 from rlhf_pipeline.ppo import PPOTrainer
 from rlhf_pipeline.stages.ppo import hold_back
 

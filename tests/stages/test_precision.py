@@ -9,9 +9,9 @@ import torch
 from conftest import MINIATURE, CommandLine
 from safetensors.torch import load_file
 
-from rlhf_pipeline import precision
-from rlhf_pipeline.adapters import freeze_in_bf16
-from rlhf_pipeline.atomic import read_jsonl
+from rlhf_pipeline.files import read_jsonl
+from rlhf_pipeline.models import precision
+from rlhf_pipeline.models.adapters import freeze_in_bf16
 
 
 def test_every_stage_computes_in_bf16_where_it_is_native(

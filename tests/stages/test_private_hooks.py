@@ -10,9 +10,11 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import SaveStrategy
 from two_trainers import KINDS, make
 
+from rlhf_pipeline.models.reward_model import RewardModel
 from rlhf_pipeline.ppo import PPOTrainer
-from rlhf_pipeline.reward_model import RewardModel
-from rlhf_pipeline.stages import batching, classification, comparisons
+from rlhf_pipeline.training import batching
+from rlhf_pipeline.training import classifier as classification
+from rlhf_pipeline.training import preferences as comparisons
 
 UPSTREAM = ("transformers", "trl", "peft", "accelerate")
 _EVERY = {

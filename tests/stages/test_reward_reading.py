@@ -20,11 +20,11 @@ from transformers import (
 )
 
 from rlhf_pipeline.data import load_data
-from rlhf_pipeline.policies import train_tokenizer
-from rlhf_pipeline.rewards import load_reward
-from rlhf_pipeline.scorer import Scorer
+from rlhf_pipeline.models.classifiers import Scorer
+from rlhf_pipeline.models.policies import train_tokenizer
+from rlhf_pipeline.models.rewards import load_reward
 from rlhf_pipeline.stages import reward as stage
-from rlhf_pipeline.stages.comparisons import compare
+from rlhf_pipeline.training.preferences import compare
 
 POLICIES = ("gpt2", "gpt2, EOS pads", "llama, EOS pads")
 PAIRS = [{"prompt": f"Film {i}?", "chosen": " very good" * (1 + i % 4), "rejected": " no"} for i in range(60)]

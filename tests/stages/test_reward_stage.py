@@ -24,16 +24,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf_pipeline.atomic import read_jsonl
 from rlhf_pipeline.data import load_data
 from rlhf_pipeline.data.records import Demonstration, Dialogue, Preference, Ranking, Turn
-from rlhf_pipeline.evaluation.reward_quality import preference_quality
-from rlhf_pipeline.policies import train_tokenizer
-from rlhf_pipeline.reward_model import with_head
-from rlhf_pipeline.rewards import load_reward
-from rlhf_pipeline.scorer import Scorer
-from rlhf_pipeline.stages.batching import OrderedRewardTrainer
-from rlhf_pipeline.stages.comparisons import Comparison, ComparisonTrainer, compare, encode, shown, told_apart
+from rlhf_pipeline.files import read_jsonl
+from rlhf_pipeline.models.classifiers import Scorer
+from rlhf_pipeline.models.policies import train_tokenizer
+from rlhf_pipeline.models.reward_model import with_head
+from rlhf_pipeline.models.rewards import load_reward
+from rlhf_pipeline.training.batching import OrderedRewardTrainer
+from rlhf_pipeline.training.preferences import Comparison, ComparisonTrainer, compare, encode, shown, told_apart
+from rlhf_pipeline.training.quality import preference_quality
 
 RANKING = Ranking("Which film?", (" the good one", " any one", " the bad one", " no"))
 PAIR = Preference("Was it good? ", "yes it was", "no")

@@ -13,10 +13,10 @@ from terminal import at_a_terminal, left_standing
 
 from rlhf_pipeline import arguments, cli
 from rlhf_pipeline.arguments import complete
-from rlhf_pipeline.atomic import read_jsonl
-from rlhf_pipeline.rundir import RunDir
+from rlhf_pipeline.files import read_jsonl
+from rlhf_pipeline.report.summary import command, lasted, next_command, say_done
+from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.settings import Settings
-from rlhf_pipeline.summary import command, lasted, next_command, say_done
 
 STAGES = ("pretrain", "sft", "reward", "ppo", "evaluate")
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from conftest import MINIATURE, CommandLine
 
-from rlhf_pipeline.atomic import read_jsonl
-from rlhf_pipeline.lineage import content_hash
-from rlhf_pipeline.trackers import literal
+from rlhf_pipeline.files import read_jsonl
+from rlhf_pipeline.report.trackers import literal
+from rlhf_pipeline.runs.lineage import content_hash
 
 NOT_A_TOKEN = "hf_" + "NotARealToken" * 2
 

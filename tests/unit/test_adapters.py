@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny import PROMPTS, tiny_policy, tiny_tokenizer, trainer
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
-from rlhf_pipeline.adapters import freeze_in_bf16, merged
+from rlhf_pipeline.models.adapters import freeze_in_bf16, merged
 from rlhf_pipeline.ppo import PPOTrainer
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from rlhf_pipeline.data.agreement import settle
 from rlhf_pipeline.data.records import Judgement, Preference, Ranking
-from rlhf_pipeline.stages.comparisons import Comparison, compare
+from rlhf_pipeline.training.preferences import Comparison, compare
 
 
 def said(order: str, by: str | None = None, prompt: str = "p", task: str | None = None) -> Judgement:

@@ -16,8 +16,8 @@ from rlhf_pipeline.data.records import Judgement
 from rlhf_pipeline.data.tokenization import Question, encode
 from rlhf_pipeline.feedback.candidates import Asker, alike
 from rlhf_pipeline.feedback.labelling import label_row
-from rlhf_pipeline.policies import Policy
-from rlhf_pipeline.sampling import Sampling, sample
+from rlhf_pipeline.models.policies import Policy
+from rlhf_pipeline.models.sampling import Sampling, sample
 from rlhf_pipeline.settings import Collection
 from rlhf_pipeline.stages.collect import choose, say_what_lacks
 

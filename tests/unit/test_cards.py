@@ -17,14 +17,14 @@ from safetensors.numpy import save_file
 from tiny import tiny_policy, tiny_tokenizer
 from transformers import GPT2Config
 
-from rlhf_pipeline.cards import card, named, write_cards
-from rlhf_pipeline.cards.facts import SIGNS
 from rlhf_pipeline.data.records import Turn
 from rlhf_pipeline.data.templates import TEMPLATES, written
-from rlhf_pipeline.policies import Policy
+from rlhf_pipeline.models.classifiers import Scorer
+from rlhf_pipeline.models.policies import Policy
+from rlhf_pipeline.models.reward_model import RewardModel, RewardModelConfig
 from rlhf_pipeline.ppo.watch import CollapseWatch
-from rlhf_pipeline.reward_model import RewardModel, RewardModelConfig
-from rlhf_pipeline.scorer import Scorer
+from rlhf_pipeline.report.cards import card, named, write_cards
+from rlhf_pipeline.report.cards.facts import SIGNS
 
 SHA = "ab" * 32
 DATA = {"name": "imdb", "path": None, "train": 25_000, "test": 100, "sha256": SHA}

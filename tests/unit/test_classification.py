@@ -13,9 +13,9 @@ from transformers import (
 )
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.policies import train_tokenizer
-from rlhf_pipeline.stages.batching import OrderedTrainer
-from rlhf_pipeline.stages.classification import ClassifierTrainer, LanguageClassifierTrainer, check_language_model
+from rlhf_pipeline.models.policies import train_tokenizer
+from rlhf_pipeline.training.batching import OrderedTrainer
+from rlhf_pipeline.training.classifier import ClassifierTrainer, LanguageClassifierTrainer, check_language_model
 
 
 @pytest.fixture(scope="module")

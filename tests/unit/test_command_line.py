@@ -373,7 +373,8 @@ def test_code_gpt_is_trained_as_the_course_does_unless_it_is_small(
 
 
 def test_every_group_file_names_an_entry_of_its_registry() -> None:
-    from rlhf_pipeline import data, policies, rewards
+    from rlhf_pipeline import data
+    from rlhf_pipeline.models import policies, rewards
 
     for kind, registry in (("policy", policies.registry), ("reward", rewards.registry), ("data", data.registry)):
         files = {path.stem for path in (cli.CONF / kind).glob("*.yaml")}

@@ -23,9 +23,9 @@ from rlhf_pipeline.evaluation.comparison import (
     traded,
 )
 from rlhf_pipeline.evaluation.lineup import Contestant, asked_of
-from rlhf_pipeline.policies import Policy, train_tokenizer
-from rlhf_pipeline.rewards import Reward
-from rlhf_pipeline.sampling import Sampling
+from rlhf_pipeline.models.policies import Policy, train_tokenizer
+from rlhf_pipeline.models.rewards import Reward
+from rlhf_pipeline.models.sampling import Sampling
 
 SAMPLING = Sampling(stop_ids=(0,))
 

@@ -11,8 +11,8 @@ import pytest
 from conftest import ROOT, CommandLine
 from huggingface_hub import constants
 
-from rlhf_pipeline.atomic import append_jsonl, disk_error
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.files import append_jsonl, disk_error
 from rlhf_pipeline.hub import explained
 
 PLACE = Path("runs/demo/sft")

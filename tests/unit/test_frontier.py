@@ -6,7 +6,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from rlhf_pipeline.frontier import best_of_n, compare_points
+from rlhf_pipeline.evaluation.frontier import best_of_n, compare_points
 
 
 def test_the_best_of_n_is_the_mean_over_all_choices_of_n() -> None:

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from conftest import CommandLine
 
-from rlhf_pipeline import cli, jobs
-from rlhf_pipeline.atomic import held
+from rlhf_pipeline import cli
+from rlhf_pipeline.files import held
+from rlhf_pipeline.sweeps import jobs
 
 SWEEP = ("-m", "stage=sft", "name=a", "seed=1,2")
 

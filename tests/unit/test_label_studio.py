@@ -20,14 +20,14 @@ from conftest import ROOT
 from fake_label_studio import ACCESS, TOKEN, FakeStudio
 from loopback import answering
 
-from rlhf_pipeline.atomic import read_jsonl
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.feedback import labelling
 from rlhf_pipeline.feedback.client import LabelStudio
 from rlhf_pipeline.feedback.label_studio import connect, pull, push, serve
 from rlhf_pipeline.feedback.page import labeling_config
 from rlhf_pipeline.feedback.server import folder_of, running, started
-from rlhf_pipeline.rundir import RunDir
+from rlhf_pipeline.files import read_jsonl
+from rlhf_pipeline.runs.directory import RunDir
 
 PERSONAL = "eyJhbGciOiJIUzI1NiJ9.eyJ1c2VyX2lkIjoiMSJ9.signature"
 

@@ -7,7 +7,7 @@ import pytest
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.feedback.labeler import rank
-from rlhf_pipeline.rewards import Reward
+from rlhf_pipeline.models.rewards import Reward
 
 LENGTH = Reward(lambda prompts, answers: [float(len(answer)) for answer in answers], "length")
 

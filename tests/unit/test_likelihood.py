@@ -5,10 +5,10 @@ import torch
 from tiny import tiny_policy, tiny_tokenizer
 from torch import Tensor
 
-from rlhf_pipeline import likelihood
-from rlhf_pipeline.likelihood import log_probs, response_states, token_likelihood
-from rlhf_pipeline.networks import trunk
-from rlhf_pipeline.sampling import Sampling, make_batch
+from rlhf_pipeline.models import likelihood
+from rlhf_pipeline.models.likelihood import log_probs, response_states, token_likelihood
+from rlhf_pipeline.models.networks import trunk
+from rlhf_pipeline.models.sampling import Sampling, make_batch
 
 SAMPLINGS = [Sampling(), Sampling(0.7, stop_ids=(0, 3), min_length=2, suppressed_ids=(5, 6))]
 BATCH = make_batch([[5, 9, 11], [7], [20, 21]], [[30, 8, 0], [12], [9, 13]])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rlhf_pipeline import metrics
+from rlhf_pipeline.evaluation import metrics
 
 
 def test_accuracy_and_distinct_are_evaluate_modules_that_need_no_network() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf_pipeline.models.sampling import length_mask
 from rlhf_pipeline.ppo.objective import (
     Moments,
     add_moments,
@@ -19,7 +20,6 @@ from rlhf_pipeline.ppo.objective import (
     value_loss,
     whiten,
 )
-from rlhf_pipeline.sampling import length_mask
 
 
 def example(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -14,12 +14,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.cache_utils import DynamicCache
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.networks import cache_argument, trunk
+from rlhf_pipeline.models.networks import cache_argument, trunk
+from rlhf_pipeline.models.precision import fuse_gelu
 from rlhf_pipeline.plan import networks
 from rlhf_pipeline.plan.devices import DEVICES, GIB, Device
 from rlhf_pipeline.plan.launches import Job, Work, fewest, flops, launches, moments, needs, seconds
 from rlhf_pipeline.plan.networks import Network, count
-from rlhf_pipeline.precision import fuse_gelu
 
 TINY = GPT2Config(vocab_size=300, n_positions=64, n_layer=2, n_embd=32, n_head=2, bos_token_id=0, eos_token_id=0)
 LLAMA: dict[str, Any] = {

@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.policies import load_policy, open_policy, train_character_tokenizer, train_tokenizer
+from rlhf_pipeline.models.policies import load_policy, open_policy, train_character_tokenizer, train_tokenizer
+from rlhf_pipeline.models.sampling import Sampling, sample, uniform_draws
 from rlhf_pipeline.ppo import PPOConfig, PPOTrainer
-from rlhf_pipeline.sampling import Sampling, sample, uniform_draws
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -165,7 +165,7 @@ def test_a_scratch_policys_tables_follow_its_size() -> None:
     assert tiny.model.config.n_positions == 256
     given, _ = load_policy({"name": "gpt2_scratch", "positions": 32, "vocabulary": 280}, None, texts, 0)
     assert given.model.config.n_positions == 32
-    from rlhf_pipeline import policies
+    from rlhf_pipeline.models import policies
 
     small: Any = policies.registry.build({"name": "gpt2_scratch", "size": "small"})
     assert (small.vocabulary, small.positions) == (50_257, 1024)

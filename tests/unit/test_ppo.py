@@ -10,11 +10,11 @@ from tiny import PROMPTS, answers, stats_of_first_update, tiny_policy, tiny_toke
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.likelihood import log_probs
+from rlhf_pipeline.models.likelihood import log_probs
+from rlhf_pipeline.models.sampling import Sampling
 from rlhf_pipeline.ppo import PPOConfig, PPOTrainer
 from rlhf_pipeline.ppo.config import make_sampling
 from rlhf_pipeline.ppo.prompts import prompts_of_update
-from rlhf_pipeline.sampling import Sampling
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ from datasets import Dataset
 from tiny import tiny_policy, tiny_tokenizer
 from transformers import GPT2ForSequenceClassification, PreTrainedTokenizerBase, TrainerCallback
 
+from rlhf_pipeline.models.sampling import Batch, make_batch
 from rlhf_pipeline.ppo import PPOConfig, PPOTrainer
-from rlhf_pipeline.sampling import Batch, make_batch
 
 trl_ppo = pytest.importorskip(
     "trl.experimental.ppo.ppo_trainer", reason="TRL 1.13 removed its PPO; make test-oldest compares with TRL 1.12's"

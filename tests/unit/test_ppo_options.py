@@ -28,12 +28,12 @@ from transformers import (
 )
 from transformers.trainer_callback import DefaultFlowCallback
 
-from rlhf_pipeline import precision
-from rlhf_pipeline.checkpoints import newest_whole
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.models import precision
+from rlhf_pipeline.models.sampling import Sampling, make_batch
 from rlhf_pipeline.ppo import PPOConfig, PPOTrainer, config
 from rlhf_pipeline.ppo.watch import CollapseWatch
-from rlhf_pipeline.sampling import Sampling, make_batch
+from rlhf_pipeline.runs.checkpoints import newest_whole
 
 
 @pytest.fixture(scope="module")

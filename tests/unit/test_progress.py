@@ -8,7 +8,7 @@ import pytest
 from terminal import at_a_terminal, left_standing
 
 from rlhf_pipeline import progress
-from rlhf_pipeline.stages.common import Bar
+from rlhf_pipeline.training.setup import Bar
 
 
 def trained(bar: Bar, first: int, last: int, **logs: float) -> None:

@@ -15,9 +15,9 @@ from loopback import answering
 from safetensors.numpy import save_file
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.lineage import content_hash
-from rlhf_pipeline.publish import last_model
-from rlhf_pipeline.rundir import RunDir
+from rlhf_pipeline.report.publish import last_model
+from rlhf_pipeline.runs.directory import RunDir
+from rlhf_pipeline.runs.lineage import content_hash
 from rlhf_pipeline.settings import Hub, Settings
 
 REPEAT = "--config-path runs/demo/sft --config-name config"

@@ -12,8 +12,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from tiny import PROMPTS, TEXTS, good_share, tiny_policy
 
-from rlhf_pipeline import arguments, cli, made
-from rlhf_pipeline.policies import train_tokenizer
+from rlhf_pipeline import arguments, cli
+from rlhf_pipeline.models.policies import train_tokenizer
+from rlhf_pipeline.runs import models as made
 
 READMES = ("README.md", "README.zh-CN.md")
 

@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 
-from rlhf_pipeline import rounds
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.report import LivePage, compare, write_report
+from rlhf_pipeline.report import LivePage, compare, rounds, write_report
 from rlhf_pipeline.report import stage as stage_page
 from rlhf_pipeline.report import words as page_words
 from rlhf_pipeline.report.__main__ import main

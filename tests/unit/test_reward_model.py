@@ -11,7 +11,7 @@ from transformers import (
 )
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.reward_model import RewardModel, register, shift_scores, with_head
+from rlhf_pipeline.models.reward_model import RewardModel, register, shift_scores, with_head
 
 
 def padded(side: str) -> dict[str, torch.Tensor]:

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-from rlhf_pipeline import arguments, cli, rewards, scorer
+from rlhf_pipeline import arguments, cli
 from rlhf_pipeline.errors import NotFinishedError, UserError
-from rlhf_pipeline.policies import train_tokenizer
+from rlhf_pipeline.models import classifiers as scorer
+from rlhf_pipeline.models import rewards
+from rlhf_pipeline.models.policies import train_tokenizer
 
 TEXTS = ["a good film", "a bad film", "这是一部很好的电影", "not good, not bad: 42"]
 

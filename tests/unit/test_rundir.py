@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 from conftest import CommandLine
 
-from rlhf_pipeline import atomic
-from rlhf_pipeline.atomic import read_jsonl
-from rlhf_pipeline.checkpoints import seal
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.files import held, read_jsonl
 from rlhf_pipeline.hub import model_folder
-from rlhf_pipeline.lineage import content_hash
-from rlhf_pipeline.made import recover
-from rlhf_pipeline.rundir import RunDir
+from rlhf_pipeline.runs.checkpoints import seal
+from rlhf_pipeline.runs.directory import RunDir
+from rlhf_pipeline.runs.lineage import content_hash
+from rlhf_pipeline.runs.models import recover
 from rlhf_pipeline.settings import Report, Settings
 
 
@@ -93,7 +92,7 @@ def test_what_a_killed_process_had_moved_aside_is_found_by_the_next_command(
         pass
     assert files(killed.path) == before
     assert not killed.finished(asked)
-    with atomic.held(killed.path.parent / ".sft.lock", killed.path):
+    with held(killed.path.parent / ".sft.lock", killed.path):
         recover(Path("runs"))
         assert not killed.path.exists(), "it is another process's, which is at it"
     assert command_line("stage=evaluate", "name=other", "compare=[demo,demo]") == 2

@@ -9,10 +9,10 @@ from tiny import PROMPTS, answers, tiny_policy, tiny_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Model, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, masking_utils
 
-from rlhf_pipeline import sampling
+from rlhf_pipeline.models import sampling
+from rlhf_pipeline.models.sampling import Batch, Sampling, join, sample, uniform_draws
 from rlhf_pipeline.ppo.actor_critic import ActorCritic
 from rlhf_pipeline.ppo.objective import policy_loss, value_loss
-from rlhf_pipeline.sampling import Batch, Sampling, join, sample, uniform_draws
 
 ODD = Sampling(0.7, stop_ids=(0, 3, 40), min_length=4, suppressed_ids=tuple(range(100, 250)))
 

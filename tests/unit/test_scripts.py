@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_pipeline import scripts
+from rlhf_pipeline import texts as scripts
 
 
 def test_an_ideograph_is_a_word() -> None:

@@ -7,8 +7,8 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from rlhf_pipeline.atomic import held
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.files import held
 
 optuna = pytest.importorskip("optuna", reason="the extra optuna is not installed")
 from hydra_plugins.rlhf_pipeline_sweepers import Optuna  # noqa: E402

@@ -17,7 +17,7 @@ from two_trainers import KINDS, results
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.launch import check_launch, checkpoints_of, same_step
-from rlhf_pipeline.stages.batching import Shares
+from rlhf_pipeline.training.batching import Shares
 
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 31])
@@ -70,7 +70,7 @@ def test_a_process_of_several_ends_before_its_interpreter(ends: str, status: int
     """What was to be done at its end is done, and nothing is left for a thread of gloo's to stumble over."""
     code = f"""
 import atexit, os, sys
-from rlhf_pipeline.together import end_at_once
+from rlhf_pipeline.runs.together import end_at_once
 
 class Left:
     def __del__(self):
@@ -165,7 +165,7 @@ def test_tokens_weigh_the_same_in_every_process(
 ) -> None:
     """With a mean of each process's own, one without rows would have none."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlhf_pipeline.stages.common.processes", lambda: 2)
+        patch.setattr("rlhf_pipeline.training.setup.processes", lambda: 2)
         assert command_line("stage=sft", "experiment=demo", "trainer.average_tokens_across_devices=false") == 2
     assert "would weigh a token by the process that has it" in capsys.readouterr().err
 

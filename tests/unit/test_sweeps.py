@@ -10,11 +10,12 @@ import pytest
 from conftest import CommandLine
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from rlhf_pipeline import arguments, cli, jobs
+from rlhf_pipeline import arguments, cli
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.report import Words, sweep_page
 from rlhf_pipeline.report.__main__ import rebuild
-from rlhf_pipeline.sweeps import report_sweep, summarise
+from rlhf_pipeline.sweeps import jobs
+from rlhf_pipeline.sweeps.results import report_sweep, summarise
 
 PPO = ["stage=ppo", "name=x"]
 
@@ -433,7 +434,7 @@ def test_optuna_searches_for_what_the_table_orders_by(
         jobs.note(runs / name, status="done")
 
     monkeypatch.setattr(cli, "run_job", run_job)
-    monkeypatch.setattr("rlhf_pipeline.rundir.RunDir.finished", lambda *_, **__: False)
+    monkeypatch.setattr("rlhf_pipeline.runs.directory.RunDir.finished", lambda *_, **__: False)
     asked = ["stage=ppo", "sweep=optuna", "name=x", "trainer.learning_rate=1e-4", "trainer.kl_coef=0.01,0.05,0.2"]
     assert command_line(*asked, *budget, "hydra.sweeper.n_trials=8") == 0
     study = optuna.load_study(study_name=None, storage=f"sqlite:///{workplace}/runs/x/optuna.db")

@@ -5,8 +5,8 @@ import random
 import pytest
 
 from rlhf_pipeline.evaluation.comparison import Answers, compare, of_texts
-from rlhf_pipeline.rewards import Reward
-from rlhf_pipeline.tables import evaluation_table
+from rlhf_pipeline.models.rewards import Reward
+from rlhf_pipeline.report.tables import evaluation_table
 
 PROMPTS = [f"prompt {number}" for number in range(8)]
 

@@ -13,8 +13,8 @@ from rlhf_pipeline.data import tokenization
 from rlhf_pipeline.data.records import Code, Demonstration, Dialogue, Preference, Ranking, Row, Text, Turn
 from rlhf_pipeline.data.templates import TEMPLATES, visible, written
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.policies import open_policy, train_character_tokenizer
-from rlhf_pipeline.sampling import make_batch
+from rlhf_pipeline.models.policies import open_policy, train_character_tokenizer
+from rlhf_pipeline.models.sampling import make_batch
 
 CHAT = (
     Turn("system", "Be kind."), Turn("user", "Was it good?"), Turn("assistant", "It was."),

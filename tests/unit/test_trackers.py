@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from conftest import CommandLine
 
-from rlhf_pipeline import trackers
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.trackers import Trackers
+from rlhf_pipeline.report import trackers
+from rlhf_pipeline.report.trackers import Trackers
 
 REFUSED = {
     "stage=sft trainer.report_to=tensorbord": ["report_to=tensorbord", "Did you mean 'tensorboard'", "none, tens"],

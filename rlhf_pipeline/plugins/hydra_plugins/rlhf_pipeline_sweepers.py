@@ -21,8 +21,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from rlhf_pipeline.arguments import as_typed, quoted
-from rlhf_pipeline.atomic import held
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.files import held
 
 # What stands for the whole sweep.
 _OF_ALL = ("stage", "name", "runs")
@@ -62,8 +62,8 @@ class JobsSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """Run all jobs, show what came of them, and leave with the exit status of one that failed."""
-        from rlhf_pipeline.jobs import read_job
-        from rlhf_pipeline.sweeps import report_sweep
+        from rlhf_pipeline.sweeps.jobs import read_job
+        from rlhf_pipeline.sweeps.results import report_sweep
 
         said = {o.get_key_element(): o for o in OverridesParser.create(self.loader).parse_overrides(arguments)}
         for key in _OF_ALL:
@@ -82,9 +82,9 @@ class JobsSweeper(Sweeper):
 
     def launch(self, fixed: list[str], varied: Iterable[Sequence[str]], first: int = 0) -> list[float | None]:
         """Run jobs, each with settings of its own; give what each is worth, None for one that failed."""
-        from rlhf_pipeline.jobs import at_work, note, note_lost, read_job
-        from rlhf_pipeline.rundir import RunDir
-        from rlhf_pipeline.sweeps import judge
+        from rlhf_pipeline.runs.directory import RunDir
+        from rlhf_pipeline.sweeps.jobs import at_work, note, note_lost, read_job
+        from rlhf_pipeline.sweeps.results import judge
 
         # A mistake in any of them is told before any begins.
         jobs = [self._job(fixed, own) for own in varied]
@@ -108,7 +108,7 @@ class JobsSweeper(Sweeper):
 
     def _job(self, fixed: list[str], own: Sequence[str]) -> Job:
         from rlhf_pipeline.cli import check_job
-        from rlhf_pipeline.jobs import job_name, settings_of
+        from rlhf_pipeline.sweeps.jobs import job_name, settings_of
 
         folder = self.folder / job_name([as_typed(setting) for setting in own])
         command = [*fixed, *own, f"name={quoted(str(folder.relative_to(self.cfg.runs)))}"]
@@ -189,7 +189,7 @@ class Optuna(JobsSweeper):
             left -= len(trials)
 
     def _job(self, fixed: list[str], own: Sequence[str]) -> Job:
-        from rlhf_pipeline.sweeps import OBJECTIVES
+        from rlhf_pipeline.sweeps.results import OBJECTIVES
 
         job = super()._job(fixed, own)
         fitting = [stage for stage in OBJECTIVES if stage != "evaluate"]  # whose prompts no choice is made on

@@ -15,7 +15,7 @@ from typing import Any
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.registry import suggest
-from rlhf_pipeline.scripts import shown
+from rlhf_pipeline.texts import shown
 
 # The fields of `trainer` that say where figures are shown. Every stage but chat takes them; its work is the same.
 FIELDS = ("report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_pipeline.report import Words, evaluation_tables, short
-from rlhf_pipeline.scripts import shown
+from rlhf_pipeline.texts import shown
 
 _ABREAST = 4  # policies whose answers can be read side by side
 _HEAD = 10  # characters of a column's head that stay on one line

@@ -28,7 +28,7 @@ class Scorer:
         truncation_side: Side | None = None,
         append_eos: bool = False,
     ) -> None:
-        from rlhf_pipeline.networks import positions, text_config
+        from rlhf_pipeline.models.networks import positions, text_config
 
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -53,7 +53,7 @@ class Scorer:
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        from rlhf_pipeline.reward_model import register
+        from rlhf_pipeline.models.reward_model import register
 
         where = model_folder(path)
         with explained(where, "reward.path"):
@@ -100,7 +100,7 @@ def settle_padding(model: Any, tokenizer: Any) -> None:
 
     transformers' classes read a text at its last token that is not the pad token: where EOS pads, never at its EOS.
     """
-    from rlhf_pipeline.networks import text_config
+    from rlhf_pipeline.models.networks import text_config
 
     eos = tokenizer.eos_token_id
     if eos is not None and tokenizer.pad_token_id in (None, eos) and not hasattr(model.config, "trunk"):

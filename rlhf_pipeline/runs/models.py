@@ -5,12 +5,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline.checkpoints import sealed
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.hub import model_folder
 from rlhf_pipeline.launch import rank
 from rlhf_pipeline.report.files import stages_below
-from rlhf_pipeline.rundir import RunDir
+from rlhf_pipeline.runs.checkpoints import sealed
+from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.settings import STAGES
 
 # A policy's settings that say how it was trained, not what it is.

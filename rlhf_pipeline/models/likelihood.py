@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rlhf_pipeline.networks import head_logits, is_reshaped, language_model, project, trunk
-from rlhf_pipeline.sampling import Batch, Sampling
+from rlhf_pipeline.models.networks import head_logits, is_reshaped, language_model, project, trunk
+from rlhf_pipeline.models.sampling import Batch, Sampling
 
 # Rows of the vocabulary are worked on in pieces that stay in a core's cache; on a GPU in pieces that keep it busy.
 _PIECE, _PIECE_ON_GPU = 2**20, 2**24

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline.atomic import write_json
+from rlhf_pipeline.files import write_json
 from rlhf_pipeline.report import Block, Line, Words, assemble, by_row, chart, members, note, read, write_page
-from rlhf_pipeline.rundir import RunDir
-from rlhf_pipeline.summary import command
-from rlhf_pipeline.tables import rounds_table
+from rlhf_pipeline.report.summary import command
+from rlhf_pipeline.report.tables import rounds_table
+from rlhf_pipeline.runs.directory import RunDir
 
 # Titles of what is drawn by round.
 _CHARTS = {

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from rlhf_pipeline.errors import LostProcessError, UserError
 from rlhf_pipeline.launch import processes, rank
 from rlhf_pipeline.progress import say_loading
-from rlhf_pipeline.rundir import RunDir
+from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.settings import Settings
 
 _STOPPED = "another process has ended, or all were told to; the same command goes on from the last checkpoint."

@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf_pipeline.cards import CARD, card, named
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import why_unreachable
-from rlhf_pipeline.rundir import RunDir
+from rlhf_pipeline.report.cards import CARD, card, named
+from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.settings import TRAINED, Hub, Settings
 
 # By the status of the hub's answer; the token itself is never shown.

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from rlhf_pipeline.data.records import Labelled
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.likelihood import summed_losses
-from rlhf_pipeline.networks import looks_ahead
+from rlhf_pipeline.models.likelihood import summed_losses
+from rlhf_pipeline.models.networks import looks_ahead
 from rlhf_pipeline.progress import parts
-from rlhf_pipeline.stages.batching import OrderedTrainer
+from rlhf_pipeline.training.batching import OrderedTrainer
 
 
 def tokenized(rows: Sequence[Labelled], tokenizer: Any, longest: int) -> Dataset:

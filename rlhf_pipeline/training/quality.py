@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rlhf_pipeline import metrics
 from rlhf_pipeline.data.records import Labelled
+from rlhf_pipeline.evaluation import metrics
+from rlhf_pipeline.models.classifiers import Scorer
 from rlhf_pipeline.progress import progress
-from rlhf_pipeline.scorer import Scorer
 
 if TYPE_CHECKING:
-    from rlhf_pipeline.stages.comparisons import Comparison
+    from rlhf_pipeline.training.preferences import Comparison
 
 
 def scores(strings: Sequence[str], scorer: Scorer, title: str = "quality") -> torch.Tensor:

@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 from rlhf_pipeline.data.python_code import goes_on
 from rlhf_pipeline.errors import NotFinishedError, UserError
-from rlhf_pipeline.own_code import plainly, reward_at
+from rlhf_pipeline.models.classifiers import Scorer, Side, class_named
+from rlhf_pipeline.models.user_function import plainly, reward_at
 from rlhf_pipeline.registry import Registry, fits
-from rlhf_pipeline.scorer import Scorer, Side, class_named
-from rlhf_pipeline.scripts import mismatch, script_of, words_of
+from rlhf_pipeline.texts import mismatch, script_of, words_of
 
 Function = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 

@@ -11,7 +11,7 @@ import yaml
 from rlhf_pipeline.data import hub_set
 from rlhf_pipeline.hub import is_hub_id
 from rlhf_pipeline.report import items, members, number, read
-from rlhf_pipeline.scripts import shown
+from rlhf_pipeline.texts import shown
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData

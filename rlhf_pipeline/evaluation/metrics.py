@@ -10,7 +10,7 @@ import evaluate
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rlhf_pipeline.scripts import words_of
+from rlhf_pipeline.texts import words_of
 
 
 class Accuracy(evaluate.Metric):

@@ -12,15 +12,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline import atomic
-from rlhf_pipeline.checkpoints import drop_half_written, give_way, newest_whole, put_in_place
+from rlhf_pipeline import files
 from rlhf_pipeline.errors import DiskError, UserError
 from rlhf_pipeline.launch import CUT, checkpoints_of, processes, rows_a_step, same_step
-from rlhf_pipeline.lineage import file_hash, git, hardware, parent, versions
 from rlhf_pipeline.report import LivePage
 from rlhf_pipeline.report.files import flat
+from rlhf_pipeline.report.trackers import FIELDS, Trackers
+from rlhf_pipeline.runs.checkpoints import drop_half_written, give_way, newest_whole, put_in_place
+from rlhf_pipeline.runs.lineage import file_hash, git, hardware, parent, versions
 from rlhf_pipeline.settings import Settings
-from rlhf_pipeline.trackers import FIELDS, Trackers
 
 # Stages of the same run that a stage takes something from, if they are there.
 _TAKEN_FROM: dict[str, tuple[str, ...]] = {
@@ -108,7 +108,7 @@ class RunDir:
 
     def _peoples_work(self) -> str | None:
         """What people did here, which no run could do again; None where there is nothing of theirs."""
-        if any(row.get("source") for row in atomic.read_jsonl(self.path / LABELS)):
+        if any(row.get("source") for row in files.read_jsonl(self.path / LABELS)):
             return f"{self.path / LABELS} holds labels by people"
         if (self.path / PROJECT).exists():
             return f"the tasks of {self.path} are in Label Studio"
@@ -228,7 +228,7 @@ class RunDir:
 
     def config(self) -> dict[str, Any]:
         """`config.yaml`, empty where there is none."""
-        return atomic.read_yaml(self.path / "config.yaml")
+        return files.read_yaml(self.path / "config.yaml")
 
     # -- one run of the stage
 
@@ -238,7 +238,7 @@ class RunDir:
 
         Work that was moved aside comes back where the new work was refused, or ended before it had anything to show.
         """
-        with atomic.held(self.path.parent / f".{self.stage}.lock", self.path):
+        with files.held(self.path.parent / f".{self.stage}.lock", self.path):
             self._settle()
             try:
                 yield
@@ -249,7 +249,7 @@ class RunDir:
         """Delete the old work once there is new work, else put it back. Either can be gone on with after a kill."""
         if not self.leads or not self._old.exists():
             return
-        trained = any(row.get("step", 0) > 0 for row in atomic.read_jsonl(self.path / "metrics.jsonl"))
+        trained = any(row.get("step", 0) > 0 for row in files.read_jsonl(self.path / "metrics.jsonl"))
         give_way(self._old, self.path, trained or self.resumable or self.record.get("status") == "done")
 
     def begin(self, settings: Settings, parents: dict[str, str], fingerprint: dict[str, Any] | None) -> None:
@@ -274,9 +274,9 @@ class RunDir:
         logging = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}, "_self_"]
         once = {"overwrite": False, "hub": {}}  # who repeats the run has not asked for these
         config = {"defaults": logging, "hydra": hydra, **_plain_values(settings), **once}
-        atomic.write_yaml(self.path / "config.yaml", config)
+        files.write_yaml(self.path / "config.yaml", config)
         # Of a session that was killed, what its log says.
-        logged = atomic.read_jsonl(self.path / "metrics.jsonl")[-1:] if before else []
+        logged = files.read_jsonl(self.path / "metrics.jsonl")[-1:] if before else []
         self._before = max([before.get("seconds", 0.0), *(row["seconds"] for row in logged)])
         self._record = {
             "stage": self.stage,
@@ -296,7 +296,7 @@ class RunDir:
             "sharded": checkpoints_of(self.stage),
             "git": git(),
         }
-        atomic.write_json(self.path / "run.json", self._record)
+        files.write_json(self.path / "run.json", self._record)
 
     def reopen(self, settings: Settings) -> None:
         """Go on with a stage as it was recorded; of the settings, only what changes nothing of its work is news."""
@@ -307,22 +307,22 @@ class RunDir:
             if config.get(section, {}).get(key) is not None:
                 config[section][key] = getattr(getattr(settings, section), key)
         if config:
-            atomic.write_yaml(self.path / "config.yaml", config)
+            files.write_yaml(self.path / "config.yaml", config)
 
     def offer_sheet(self, content: str) -> None:
         """Write the sheet that people fill in, and note how it was before they did."""
-        atomic.write_atomic(self.path / SHEET, content)
+        files.write_atomic(self.path / SHEET, content)
         self._record["sheet_sha256"] = file_hash(self.path / SHEET)
-        atomic.write_json(self.path / "run.json", self._record)
+        files.write_json(self.path / "run.json", self._record)
 
     def finish(self, results: dict[str, Any], objective: float | None = None, status: str = "done") -> None:
         """Mark the stage done, or waiting for people, with its results; write the model's card and draw the report."""
-        from rlhf_pipeline.cards import write_cards
+        from rlhf_pipeline.report.cards import write_cards
 
         self._record |= {"status": status, "finished": _now(), "seconds": round(self._seconds, 1)}
         self._record |= {"results": results, "objective": objective}
         write_cards(self.path, self._record)  # first: what is done is never without
-        atomic.write_json(self.path / "run.json", self._record)
+        files.write_json(self.path / "run.json", self._record)
         self.page.draw(whole=True)
 
     def failed(self, error: BaseException) -> None:
@@ -334,7 +334,7 @@ class RunDir:
             if isinstance(error, DiskError):
                 drop_half_written(self.path)
             with contextlib.suppress(OSError):  # there may be no room for it, and the error itself is worth more
-                atomic.write_json(self.path / "run.json", self._record)
+                files.write_json(self.path / "run.json", self._record)
             self.page.draw(whole=True)
 
     @property
@@ -361,8 +361,8 @@ class RunDir:
         for name in ("metrics.jsonl", "samples.jsonl", "warnings.jsonl"):
             path = self.path / name
             if path.exists():
-                rows = [row for row in atomic.read_jsonl(path) if row["step"] <= step]
-                atomic.write_jsonl(path, rows)
+                rows = [row for row in files.read_jsonl(path) if row["step"] <= step]
+                files.write_jsonl(path, rows)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Add one row to `metrics.jsonl`, and draw the page where it is due. Only `seconds` depends on the clock."""
@@ -385,7 +385,7 @@ class RunDir:
 
     def add(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Add rows to a file of the directory."""
-        atomic.append_jsonl(self.path / name, rows)
+        files.append_jsonl(self.path / name, rows)
 
 
 def _plain_values(settings: Settings) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from rlhf_pipeline.data import joined
 from rlhf_pipeline.data.records import Demonstration, Dialogue, Preference, Prompt, Ranking, Row
 from rlhf_pipeline.data.templates import visible
 from rlhf_pipeline.progress import parts
-from rlhf_pipeline.stages.batching import Counted, OrderedRewardTrainer
+from rlhf_pipeline.training.batching import Counted, OrderedRewardTrainer
 
 _COLUMNS = ("texts", "better", "worse", "margin", "length")
 _PART = 200  # rows tokenized at once

@@ -13,19 +13,19 @@ from accelerate.state import AcceleratorState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from rlhf_pipeline import trackers
-from rlhf_pipeline.checkpoints import SEAL, seal
 from rlhf_pipeline.data import Splits, load_data
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.launch import check_gpus, processes, sharding
-from rlhf_pipeline.networks import positions
-from rlhf_pipeline.precision import choose_bf16
+from rlhf_pipeline.models.networks import positions
+from rlhf_pipeline.models.precision import choose_bf16
+from rlhf_pipeline.models.rewards import Reward
 from rlhf_pipeline.processes import agree
 from rlhf_pipeline.progress import at_terminal, progress
-from rlhf_pipeline.rewards import Reward
-from rlhf_pipeline.rundir import RunDir
-from rlhf_pipeline.scripts import mismatch
+from rlhf_pipeline.report import trackers
+from rlhf_pipeline.runs.checkpoints import SEAL, seal
+from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.settings import Settings
+from rlhf_pipeline.texts import mismatch
 
 A = TypeVar("A", bound=TrainingArguments)
 

@@ -6,13 +6,13 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline import made
-from rlhf_pipeline.atomic import write_json
-from rlhf_pipeline.jobs import JOB, UNFINISHED, read_job
+from rlhf_pipeline.files import write_json
 from rlhf_pipeline.report import Words, sweep_page, write_page
-from rlhf_pipeline.rundir import RunDir
-from rlhf_pipeline.summary import command, say
-from rlhf_pipeline.tables import sweep_table
+from rlhf_pipeline.report.summary import command, say
+from rlhf_pipeline.report.tables import sweep_table
+from rlhf_pipeline.runs import models as made
+from rlhf_pipeline.runs.directory import RunDir
+from rlhf_pipeline.sweeps.jobs import JOB, UNFINISHED, read_job
 
 # What the objective of each stage is: always more is better, and of what was not trained on.
 OBJECTIVES = {
@@ -134,7 +134,7 @@ def _finite(value: float | None) -> float | None:
 
 def _row(settings: dict[str, str], jobs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The jobs that differ in their seed alone; of one there is no standard error."""
-    from rlhf_pipeline.metrics import standard_error  # with it `evaluate` loads
+    from rlhf_pipeline.evaluation.metrics import standard_error  # with it `evaluate` loads
 
     done = [job for job in jobs if job["objective"] is not None]
     values = [job["objective"] for job in done]

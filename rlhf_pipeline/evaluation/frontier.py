@@ -16,20 +16,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rlhf_pipeline import metrics
-from rlhf_pipeline.atomic import read_jsonl
-from rlhf_pipeline.checkpoints import fault_of, sealed, step_of
 from rlhf_pipeline.errors import NotFinishedError, UserError
+from rlhf_pipeline.evaluation import metrics
 from rlhf_pipeline.evaluation.comparison import Answers, Trial, draw, figures, measure
 from rlhf_pipeline.evaluation.lineup import PPO_SAMPLING, Contestant
-from rlhf_pipeline.lineage import parent
-from rlhf_pipeline.made import ppo_jobs
-from rlhf_pipeline.policies import Policy, load_policy, lora_config
+from rlhf_pipeline.files import read_jsonl
+from rlhf_pipeline.models.policies import Policy, load_policy, lora_config
+from rlhf_pipeline.models.rewards import Reward
 from rlhf_pipeline.ppo.actor_critic import with_master_weights
 from rlhf_pipeline.ppo.storage import WEIGHTS, load_policy_weights
 from rlhf_pipeline.progress import progress
-from rlhf_pipeline.rewards import Reward
-from rlhf_pipeline.rundir import RunDir
+from rlhf_pipeline.runs.checkpoints import fault_of, sealed, step_of
+from rlhf_pipeline.runs.directory import RunDir
+from rlhf_pipeline.runs.lineage import parent
+from rlhf_pipeline.runs.models import ppo_jobs
 
 _SHOWN = 8  # prompts whose answers are kept to be looked at
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.networks import cache_argument, head_logits, positions, trunk
+from rlhf_pipeline.models.networks import cache_argument, head_logits, positions, trunk
 
 
 @dataclass(frozen=True)

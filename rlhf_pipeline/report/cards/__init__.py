@@ -14,9 +14,9 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
-from rlhf_pipeline.cards.facts import POLICIES, gather, metadata
 from rlhf_pipeline.report import show
-from rlhf_pipeline.scripts import shown
+from rlhf_pipeline.report.cards.facts import POLICIES, gather, metadata
+from rlhf_pipeline.texts import shown
 
 CARD = "README.md"
 # What marks up a line of Markdown; a character reference shows it as itself (CommonMark 0.31, section 2.5).

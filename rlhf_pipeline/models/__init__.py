@@ -1,0 +1,1 @@
+"""Policies, rewards, and what computes with them."""

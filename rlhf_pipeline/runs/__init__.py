@@ -1,0 +1,1 @@
+"""Run directories, the only state between stages."""

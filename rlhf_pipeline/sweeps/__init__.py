@@ -1,0 +1,1 @@
+"""Sweeps: their jobs, and what they came to."""
