@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 from rlhf_pipeline.data import formats, records
 from rlhf_pipeline.data.agreement import Labels, connected, settle
@@ -18,7 +18,7 @@ from rlhf_pipeline.data.python_code import source_files
 from rlhf_pipeline.data.records import Code, Demonstration, Dialogue, Labelled, Preference, Prompt, Ranking, Row, Text
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import explained, is_hub_id
-from rlhf_pipeline.registry import Registry
+from rlhf_pipeline.registry import Range, Registry
 
 R = TypeVar("R", bound=Row)
 S = TypeVar("S")
@@ -43,11 +43,11 @@ class Splits(Generic[S]):
 registry: Registry[Splits[Any]] = Registry(
     "data",
     {
-        "limit": int | None,
-        "test_limit": int | None,
+        "limit": Annotated[int, Range(1)] | None,
+        "test_limit": Annotated[int, Range(1)] | None,
         "min_characters": int,
         "prompt_tokens": tuple[int, int],
-        "prompt_turns": int | None,
+        "prompt_turns": Annotated[int, Range(1)] | None,
     },
 )
 
