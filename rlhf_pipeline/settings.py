@@ -227,7 +227,8 @@ class Settings:
             if choice:
                 with _said_of(what):
                     data.registry.check(choice)
-        if not (self.stage == "reward" and self.reward["name"] == _FROM_LABELS):  # else the labels of this run will do
+        learns = self.stage != "reward" or self.reward["name"] == "preference_model"
+        if not (STAGES[self.stage].collected and learns):  # else the labels of this run will do
             data.check_kind(self.data["name"], self.stage)
         if self.stage == "reward" and self.reward["name"] not in rewards.TRAINABLE:
             fitting = ", ".join(rewards.TRAINABLE)
@@ -250,9 +251,6 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `config.yaml` holds them."""
         return asdict(self)
-
-
-_FROM_LABELS = "preference_model"  # the reward that learns from what stage=collect brought
 
 
 def check_name(name: str, runs: str) -> None:

@@ -19,6 +19,7 @@ from rlhf_pipeline.data.records import Code, Demonstration, Dialogue, Labelled, 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import explained, is_hub_id
 from rlhf_pipeline.registry import Range, Registry
+from rlhf_pipeline.stages import STAGES
 
 R = TypeVar("R", bound=Row)
 S = TypeVar("S")
@@ -52,15 +53,7 @@ registry: Registry[Splits[Any]] = Registry(
 )
 
 # The rows that each stage can use.
-_LANGUAGE = (Text, Code, Labelled, Demonstration, Dialogue)
-TAKES: dict[str, tuple[type, ...]] = {
-    "pretrain": _LANGUAGE,
-    "sft": _LANGUAGE,
-    "reward": (Labelled, Preference, Ranking),
-    "collect": (*_LANGUAGE, Preference, Ranking),
-    "ppo": (*_LANGUAGE, Preference, Ranking),
-    "evaluate": (*_LANGUAGE, Preference, Ranking),
-}
+TAKES = {name: tuple(getattr(records, row) for row in stage.rows) for name, stage in STAGES.items() if stage.rows}
 
 
 @registry.register

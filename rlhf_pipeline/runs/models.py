@@ -11,7 +11,7 @@ from rlhf_pipeline.launch import rank
 from rlhf_pipeline.report.files import stages_below
 from rlhf_pipeline.runs.checkpoints import sealed
 from rlhf_pipeline.runs.directory import RunDir
-from rlhf_pipeline.stages import POLICIES, STAGES
+from rlhf_pipeline.stages import FOLDERS, POLICIES, STAGES
 
 # A policy's settings that say how it was trained, not what it is.
 _TRAINING = ("path", "lora", "quantize")
@@ -61,7 +61,7 @@ def recover(runs: Path) -> None:
     """Put back or delete what a killed process had moved aside, unless another process is at work there."""
     every = [old for depth in ("*", "*/*", "*/*/*") for old in runs.glob(f"{depth}/.*.old")]
     for old in every if rank() == 0 else ():
-        if (stage := old.name[1:-4]) in (*STAGES, "frontier"):
+        if (stage := old.name[1:-4]) in FOLDERS:
             with contextlib.suppress(UserError), RunDir(runs, str(old.parent.relative_to(runs)), stage).held():
                 pass
 

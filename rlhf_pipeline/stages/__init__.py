@@ -17,6 +17,7 @@ class Stage:
     takes: tuple[str, ...] = ()  # stages of the same run whose models it starts from, if they are done
     work: tuple[str, ...] = ()  # the settings that define its work; the others may differ when it is run again
     rows: tuple[str, ...] = ()  # the kinds of rows it learns from; see data/records.py
+    collected: bool = False  # whether the labels that stage=collect brought will do in place of data=
     adapter: bool = False  # whether it takes policy.lora
     sharded: tuple[str, ...] = ()  # the launchers that split a model over processes and are right for it
     objective: str = ""  # what a sweep compares: more is better, and it is not measured on training data
@@ -55,8 +56,20 @@ STAGES = {
         "reward",
         work=("seed", "policy", "reward", "data", "trainer"),
         rows=("Labelled", *_COMPARED),
+        collected=True,
         sharded=("zero2",),
         objective="accuracy on held-out rows",
+    ),
+    "dpo": Stage(
+        "DPOConfig",
+        "policy",
+        takes=("sft",),
+        work=_TRAINED,
+        rows=_COMPARED,
+        collected=True,
+        adapter=True,
+        objective="accuracy on held-out pairs",
+        outcome="held-out accuracy {accuracy:.2%} of {pairs} pairs, margin {margin:.3f}",
     ),
     "ppo": Stage(
         "PPOConfig",
@@ -69,7 +82,7 @@ STAGES = {
         objective="reward - selection_kl_coef x KL, on validation prompts",
     ),
     "evaluate": Stage(
-        takes=("pretrain", "sft", "reward", "ppo"),
+        takes=("pretrain", "sft", "reward", "dpo", "ppo"),
         work=("seed", "policy", "reward", "data", "evaluate", "labeler"),
         rows=(*_LANGUAGE, *_COMPARED),
         adapter=True,
@@ -79,6 +92,8 @@ STAGES = {
     "plan": Stage("PPOConfig", rows=(*_LANGUAGE, *_COMPARED), adapter=True),
     "pipeline": Stage(adapter=True),
 }
+# The folders of a run: evaluate with sweep= has one of its own.
+FOLDERS = {**STAGES, "frontier": Stage(work=("reward", "data", "evaluate", "labeler"))}
 POLICIES = tuple(name for name, stage in STAGES.items() if stage.makes == "policy")
 # The stages that make a model. A run is known by the last of them.
 TRAINED = ("reward", *POLICIES)
