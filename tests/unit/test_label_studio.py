@@ -97,7 +97,7 @@ def test_the_page_is_xml_and_shows_the_fields_of_a_task_as_text(answers: int, la
 @pytest.mark.parametrize("text", ["<html>", "{}"])
 def test_what_is_not_label_studio_is_told_and_gets_no_token(fake: FakeStudio, studio: LabelStudio, text: str) -> None:
     fake.wrong = (200, text)
-    with pytest.raises(UserError, match="Label Studio.* make label-studio"):
+    with pytest.raises(UserError, match=r"Label Studio.* make label-studio"):
         studio.check()
     assert fake.asked == ["GET /api/version"]
     with pytest.raises(NotFinishedError, match=r"no Label Studio answers at http://127.0.0.1:9.*start one with: make"):
