@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.launch import ZERO
+from rlhf_pipeline.models.adapters import store_in_bf16
 from rlhf_pipeline.models.networks import language_model, text_config, trunk
 from rlhf_pipeline.models.precision import fuse_gelu
 from rlhf_pipeline.plan.devices import LAUNCHES, NETWORK, NODE, Device
@@ -45,7 +46,7 @@ class Network:
     head: int  # the output head, which may be the input embeddings; 0 of a critic
     head_trained: bool
     matrices: int  # those that each token is multiplied by, without the head
-    halved: int  # frozen under an adapter, and stored in bf16 where that is computed in
+    frozen: int  # of the matrices, those under an adapter: stored in bf16 where that is computed in
     attention: int  # layers x heads x width of a head
     cache: int  # numbers that the key-value cache holds a token
     kept: int  # bytes that a row keeps for the backward pass, without the head
@@ -119,10 +120,11 @@ def count(config: Any, tokens: int, bf16: bool, lora: Any = None, critic: bool =
         model = model if lora is None else get_peft_model(model, lora)
     fuse_gelu(model)
     model.eval()  # PPO trains without dropout
+    if bf16 and lora is not None:
+        store_in_bf16(model)
     body, text, head = trunk(model), text_config(model), language_model(model).get_output_embeddings()
-    products = [module for module in body.modules() if isinstance(module, nn.Linear | Conv1D)]
-    matrices = [module.weight for module in products]
-    frozen = [p for module in products for p in module.parameters(recurse=False) if not p.requires_grad]
+    matrices = [module.weight for module in body.modules() if isinstance(module, nn.Linear | Conv1D)]
+    copies = _BF16 * _size(m for m in matrices if m.dtype == torch.float32) if bf16 else 0  # autocast's
     layers, heads, width = int(text.num_hidden_layers), int(text.num_attention_heads), int(text.hidden_size)
     head_width = getattr(text, "head_dim", None) or width // heads
     return Network(
@@ -134,10 +136,10 @@ def count(config: Any, tokens: int, bf16: bool, lora: Any = None, critic: bool =
         head=0 if head is None else head.weight.numel(),
         head_trained=head is not None and head.weight.requires_grad,
         matrices=_size(matrices),
-        halved=_size(frozen) if bf16 else 0,
+        frozen=_size(m for m in matrices if not m.requires_grad),
         attention=layers * heads * head_width,
         cache=2 * layers * (getattr(text, "num_key_value_heads", None) or heads) * head_width,
-        kept=_kept(body, tokens, bf16) - _BF16 * _size(matrices) * bf16,  # autocast's copies, one whatever the rows
+        kept=_kept(body, tokens, bf16) - copies,  # of which there is one, whatever the rows
     )
 
 
@@ -201,7 +203,7 @@ def moments(launch: str, processes: int, job: Job) -> dict[str, dict[str, float]
     work, policy, networks = job.work, job.policy, job.networks
     number, zero2, zero3 = _BF16 if work.bf16 else _FP32, launch == "zero2", launch == "zero3"
     every = job.value_head + sum(network.parameters for network in networks)
-    halved = 0 if zero2 or zero3 else sum(network.halved for network in networks)
+    halved = sum(network.frozen for network in networks) if work.bf16 and not (zero2 or zero3) else 0
     learnt = _FP32 * job.trained / (processes if zero2 or zero3 else 1)  # of the gradients, or a copy of the weights
     always = {
         "weights": (_FP32 * every - _BF16 * halved) / (processes if zero3 else 1),
@@ -212,7 +214,7 @@ def moments(launch: str, processes: int, job: Job) -> dict[str, dict[str, float]
         "buckets": _FP32 * (ZERO["reduce_bucket_size"] if zero2 or zero3 else job.trained * (launch == "ddp")),
     }
     rows, several = min(work.at_once, work.rows), work.rows // work.minibatches > work.micro
-    copies = work.bf16 * sum(_BF16 * (n.matrices - n.halved) / (n.layers if zero3 else 1) for n in networks)
+    copies = work.bf16 * sum(_BF16 * (n.matrices - n.frozen) / (n.layers if zero3 else 1) for n in networks)
     gathered = _FP32 * min(every, ZERO["stage3_max_live_parameters"]) * zero3
     head = _FP32 * policy.head * policy.head_trained  # its gradient, beside that of the embeddings that it is tied to
     kept: float = sum(network.kept + _FP32 * work.response * network.width for network in networks)
@@ -246,7 +248,7 @@ def flops(job: Job) -> dict[str, float]:
     asked = tokens * _forward(policy, work) + head
     every = tokens * sum(_forward(network, work) for network in job.networks) + head
     # A frozen matrix has no gradient of its own.
-    backward = 2 * every - tokens * 2 * sum(n.halved for n in job.networks) - head * (not policy.head_trained)
+    backward = 2 * every - tokens * 2 * sum(n.frozen for n in job.networks) - head * (not policy.head_trained)
     return {
         "rollout": asked,
         "scores": every + asked + 2.0 * job.reward * tokens,  # log p and values, reference, reward

@@ -46,7 +46,7 @@ def test_networks_are_those_of_the_trainer(critic: str, adapter: Any, bf16: bool
         assert own.parameters == size(ppo.model.value_model)
     assert job.value_head == (0 if own else size(ppo.model.value_head))
     held = sum(p.numel() * p.element_size() for p in ppo.model.parameters())
-    assert moments("single", 1, job)["rollout"]["weights"] == held
+    assert moments("single", 1, job)["rollout"]["weights"] == pytest.approx(held, rel=0.02)
     if ppo.reference.model:
         held = sum(p.numel() * p.element_size() for p in ppo.reference.model.parameters())
         assert job.reference_bytes == pytest.approx(held, rel=0.02)  # biases are not counted
@@ -95,7 +95,7 @@ def test_the_parameters_of_llama_2_are_those_of_its_table() -> None:
 # By hand: 2 layers of width 4, a vocabulary of 10, tied.
 POLICY = Network(
     parameters=500, trained=500, layers=2, width=4, vocabulary=10, head=40, head_trained=True, matrices=400,
-    halved=0, attention=8, cache=16, kept=1000,
+    frozen=0, attention=8, cache=16, kept=1000,
 )  # fmt: skip
 WORK = Work(
     rows=8, micro=4, minibatches=1, epochs=2, at_once=8, prompt=3, response=5, length=8, bf16=False, checkpointing=False
@@ -144,7 +144,7 @@ def test_flops_and_seconds_by_hand() -> None:
     assert found["scores"] == 2 * (body + head) + 2 * 7 * 64
     assert found["update"] == 2 * 3 * (body + head)
     assert flops(JOB._replace(work=replace(WORK, checkpointing=True)))["update"] == 2 * 4 * (body + head)
-    frozen = JOB._replace(policy=replace(POLICY, halved=400, head_trained=False), adapter=True)
+    frozen = JOB._replace(policy=replace(POLICY, frozen=400, head_trained=False), adapter=True)
     assert flops(frozen)["update"] == 2 * (2 * (body + head) + 4 * 8 * 8 * 64)
 
     device = Device(memory=1, bf16=1e6, fp32=1e6, bandwidth=1e3, link=1e4)  # so slow that nothing waits for Python
