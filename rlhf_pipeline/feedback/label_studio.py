@@ -114,8 +114,8 @@ def pull(folder: Path, runs: Path) -> list[dict[str, Any]]:
     if not path.exists():
         raise NotFinishedError(f"{folder} has not been given to Label Studio yet; say labels=serve, or labels=push.")
     known = json.loads(path.read_text(encoding="utf-8"))
-    if os.environ.get(URL, "").strip().rstrip("/") != ("" if known["local"] else known["url"]):
-        fix = f"unset {URL}" if known["local"] else f"set {URL} to that, and {KEY}"
+    if os.environ.get(URL, "").strip().rstrip("/") != ("" if known.get("local") else known["url"]):
+        fix = f"unset {URL}" if known.get("local") else f"set {URL} to that, and {KEY}"
         raise UserError(f"the tasks of {folder} are at {known['url']}; {fix}.")
     studio, project = connect(runs), known["project"]
     if studio.request("GET", f"/api/projects/{project}").get("description") != known["mark"]:

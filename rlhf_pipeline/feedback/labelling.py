@@ -70,7 +70,7 @@ def bring_pulled(out: RunDir) -> None:
     write_json(out.path / _EXPORT, tasks)
     known = json.loads((out.path / PROJECT).read_text(encoding="utf-8"))
     # Our own server may listen on another port the next time, with the same labels.
-    source = f"{'label_studio' if known['local'] else known['url']}/projects/{known['project']}"
+    source = f"{'label_studio' if known.get('local') else known['url']}/projects/{known['project']}"
     notes = [(task["data"].get("task"), note) for task in tasks for note in task["annotations"]]
     skips = [
         {"task": task, "annotator": str(note.get("completed_by")), "source": source}
