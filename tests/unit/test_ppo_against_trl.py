@@ -175,7 +175,7 @@ def test_every_step_equals_trls(
         return make_batch(queries.tolist(), tokens[:, width:].tolist())
 
     ours = our_trainer(tokenizer, tmp_path, mine, temperature=0.7, adam_epsilon=epsilon)
-    monkeypatch.setattr("rlhf_pipeline.ppo.rollout.sample", same_rollout)
+    monkeypatch.setattr("rlhf_pipeline.ppo.lifecycle.sample", same_rollout)
     our_steps, experiences = Record(), []
     estimate = ours._estimate
     ours._estimate = lambda rollout: (experiences.append(estimate(rollout)), experiences[-1])[1]  # type: ignore[method-assign]
