@@ -5,7 +5,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 
 from rlhf_pipeline.errors import UserError
@@ -29,7 +28,7 @@ def _tolerance(actor: ActorCritic, like: Tensor) -> float:
     return 1e-9 if like.dtype == torch.float64 else 1e-3
 
 
-def _rms(differences: Tensor) -> float:
+def rms(differences: Tensor) -> float:
     return float(differences.square().mean().sqrt())
 
 
@@ -55,33 +54,14 @@ def check_head(actor: ActorCritic) -> None:
         )
 
 
-def check_reference(rollout: Rollout, actor: ActorCritic, sampling: Sampling, whole: Whole) -> None:
-    """Policy and reference are one network before the first step, so their KL is 0."""
-    apart = _rms((rollout.log_probs - rollout.ref_log_probs)[rollout.batch.response_mask])
+def check_agreement(
+    apart: float, message: str, rollout: Rollout, actor: ActorCritic, sampling: Sampling, whole: Whole
+) -> None:
+    """Refuse figures of one network that lie further `apart` than by rounding, with the likeliest reason."""
     if not apart <= _tolerance(actor, rollout.log_probs):
         with whole():
             why = diagnose(actor, rollout, sampling)
-        adapter = (
-            ". With the adapter off, the policy must be the one that PPO starts from: initialisations that move the "
-            "base (pissa, olora, loftq, corda) do not fit; leave init_lora_weights at its default"
-        )
-        raise UserError(
-            f"policy and reference have the same weights, yet their log-probabilities differ by {apart:.3g} (root mean "
-            f"square) before the first step: {why}{adapter if isinstance(actor.policy, PeftModel) else ''}."
-        )
-
-
-def check_first_ratio(
-    ratio: float, approx_kl: float, rollout: Rollout, actor: ActorCritic, sampling: Sampling, whole: Whole
-) -> None:
-    """No step has been taken since the rollout, so the ratio of new to old probabilities is 1."""
-    allowed = _tolerance(actor, rollout.log_probs)
-    if not abs(ratio - 1) <= allowed or not 2 * approx_kl <= allowed**2:
-        with whole():
-            why = diagnose(actor, rollout, sampling)
-        raise UserError(
-            f"the ratio of new to old probabilities is {ratio:.6g} before any step, and should be 1: {why}."
-        )
+        raise UserError(f"{message}: {why}.")
 
 
 @torch.no_grad()
@@ -96,14 +76,17 @@ def diagnose(actor: ActorCritic, rollout: Rollout, sampling: Sampling) -> str:
 
     few = min(4, len(rollout.scores))
     first = ask(few)
-    if _rms(first - ask(few)) > limit:
+    if rms(first - ask(few)) > limit:
         return "the policy gives other numbers each time it is asked, so something in it draws at random in eval mode"
-    if _rms(first - ask(few, training=True)) > limit:
+    if rms(first - ask(few, training=True)) > limit:
         return "the policy gives other numbers in training mode than in eval mode; dropout or the like is on"
     alone = ask(1)[0]
-    if _rms(first[0, : len(alone)] - alone) > limit:
+    if rms(first[0, : len(alone)] - alone) > limit:
         return "a row's numbers depend on the other rows of its batch; the model needs causal attention without padding"
-    return "the weights changed between rollout and update, or the reference is in another precision"
+    return (
+        "the weights changed between rollout and update, or the reference is in another precision, or an adapter moved "
+        "the base, which with the adapter off is the reference (leave init_lora_weights at its default)"
+    )
 
 
 def check_drawable(rollout: Rollout, sampling: Sampling) -> None:

@@ -11,7 +11,6 @@ from typing import Any, ParamSpec
 
 import torch
 from accelerate.utils import gather_object
-from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftConfig, PeftModel
 from rich.console import Console
 from rich.table import Table
@@ -41,7 +40,7 @@ from rlhf_pipeline.ppo.learner import check_sharding, make_learner
 from rlhf_pipeline.ppo.objective import Moments
 from rlhf_pipeline.ppo.prompts import Prompts, derive_seed, read_prompts
 from rlhf_pipeline.ppo.rollout import Rollout, TextReward, make_judge, merge, observe
-from rlhf_pipeline.ppo.storage import WEIGHTS, generation_config, load_weights, replacing, save_policy, save_weights
+from rlhf_pipeline.ppo.storage import WEIGHTS, load_weights, replacing, save_policy, save_weights
 from rlhf_pipeline.ppo.trl_parent import ParentTrainer
 from rlhf_pipeline.ppo.watch import CollapseWatch
 from rlhf_pipeline.runs.checkpoints import drop_old, fault_of, newest_whole, seal
@@ -145,8 +144,6 @@ class Lifecycle(ParentTrainer):
             raise UserError("PPOTrainer does not run under FSDP; launch it with DeepSpeed, as DDP or in one process.")
         if self.is_deepspeed_enabled:
             check_sharding(self.accelerator, self.args)
-        if self.accelerator.mixed_precision == "fp16":
-            raise UserError("PPO does not run in fp16: its range is too small for PPO's ratios; use bf16.")
         held = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer else None
         lost = [n for n, p in self.model.named_parameters() if held and p.requires_grad and id(p) not in held]
         if lost:
@@ -462,23 +459,13 @@ class Lifecycle(ParentTrainer):
             self.push_to_hub(commit_message="Model save")
 
     def _write(self, folder: Path, merge: bool) -> None:
-        how = generation_config(self.sampling, self.args.response_length, self.processing_class)
-        save_policy(self.model, self.processing_class, folder, how, merge)
+        save_policy(self.model, self.processing_class, folder, self.sampling, self.args.response_length, merge)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:  # fmt: skip
         """Write a draft of the model's card, README.md in `output_dir`, as TRL's trainers do; push_to_hub calls it."""
-        if not self.is_world_process_zero():
-            return
-        args, base = self.args, getattr(self.model.config, "_name_or_path", None)
-        name = model_name or Path(str(args.output_dir)).name
-        data = ModelCardData(
-            library_name="transformers", pipeline_tag="text-generation", datasets=dataset_name, model_name=name,
-            base_model=base if base and not Path(base).exists() else None,
-            tags=["ppo", "rlhf_pipeline", "trl", *([tags] if isinstance(tags, str) else tags or [])],
-        )  # fmt: skip
-        fields = ("learning_rate", "kl_coef", "num_ppo_epochs", "response_length", "temperature", "total_episodes")
-        settings = ", ".join(f"{field}={getattr(args, field)}" for field in fields)
-        text = f"# {name}\n\nA language model trained with PPO by `rlhf_pipeline`: {settings}.\n"
-        ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(Path(str(args.output_dir)) / "README.md")
+        more = [tags] if isinstance(tags, str) else tags or []
+        Trainer.create_model_card(
+            self, model_name=model_name, dataset_tags=dataset_name, tags=["ppo", "rlhf_pipeline", "trl", *more]
+        )

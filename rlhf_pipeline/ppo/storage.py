@@ -49,15 +49,28 @@ def load_policy_weights(policy: nn.Module, path: Path) -> None:
 
 
 def save_policy(
-    actor: ActorCritic, tokenizer: PreTrainedTokenizerBase, folder: Path, generation: GenerationConfig, merge: bool
+    actor: ActorCritic,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    sampling: Sampling,
+    response_length: int,
+    merge: bool,
 ) -> None:
     """Write the policy so that AutoModelForCausalLM opens it, with its tokenizer; the critic beside it.
 
-    A policy with an adapter is written as the adapter, as peft does, or with `merge` as one model.
+    A policy with an adapter is written as the adapter, as peft does, or with `merge` as one model. The generation
+    config makes `generate` draw from the distribution that was trained. EOS always ends a text.
     """
     policy: Any = actor.policy
     if isinstance(policy, PeftModel) and merge:
         policy = merged(policy)
+    stops = [i for i in dict.fromkeys([*sampling.stop_ids, tokenizer.eos_token_id]) if i is not None]
+    generation = GenerationConfig(
+        do_sample=True, temperature=sampling.temperature, top_k=0, top_p=1.0, max_new_tokens=response_length,
+        min_new_tokens=sampling.min_length or None, suppress_tokens=list(sampling.suppressed_ids) or None,
+        eos_token_id=stops[0] if len(stops) == 1 else (stops or None), bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
     inner = language_model(policy)
     before, inner.generation_config = inner.generation_config, generation
     try:
@@ -70,25 +83,6 @@ def save_policy(
         save_file(actor.value_head.state_dict(), folder / "value_head.safetensors")
     else:
         actor.value_model.save_pretrained(folder / "critic")
-
-
-def generation_config(sampling: Sampling, response_length: int, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """What makes `generate` draw from the distribution that was trained. EOS always ends a text."""
-    stops = list(sampling.stop_ids)
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in stops:
-        stops.append(int(tokenizer.eos_token_id))
-    return GenerationConfig(
-        do_sample=True,
-        temperature=sampling.temperature,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=response_length,
-        min_new_tokens=sampling.min_length or None,
-        suppress_tokens=list(sampling.suppressed_ids) or None,
-        eos_token_id=stops[0] if len(stops) == 1 else (stops or None),
-        bos_token_id=tokenizer.bos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
 
 
 @contextmanager

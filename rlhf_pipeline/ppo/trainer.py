@@ -12,7 +12,7 @@ from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.models.networks import language_model
 from rlhf_pipeline.models.precision import autocast
 from rlhf_pipeline.models.sampling import Batch, Sampling, check_positions, make_batch, sample
-from rlhf_pipeline.ppo.checks import check_drawable, check_first_ratio, check_health, check_reference
+from rlhf_pipeline.ppo.checks import check_agreement, check_drawable, check_health, rms
 from rlhf_pipeline.ppo.config import change_sampling
 from rlhf_pipeline.ppo.lifecycle import Lifecycle
 from rlhf_pipeline.ppo.objective import (
@@ -147,8 +147,10 @@ class PPOTrainer(Lifecycle):
         """Rewards at every token, advantages and returns."""
         args, batch, mask = self.args, rollout.batch, rollout.batch.response_mask
         first = self.state.global_step == 0
-        if first and self.reference.same:
-            check_reference(rollout, self.model, self.sampling, self._whole)
+        if first and self.reference.same:  # then their KL is 0
+            apart = rms((rollout.log_probs - rollout.ref_log_probs)[mask])
+            told = f"log-probabilities of policy and reference differ by {apart:.3g} (root mean square) before any step"
+            self._check_agreement(apart, f"{told}, though both have the same weights", rollout)
         self.reference.same = False  # from the first step on
         scores = self._maximised(rollout)
         values = rollout.values
@@ -191,8 +193,9 @@ class PPOTrainer(Lifecycle):
         for minibatch in torch.cat(orders).split(self.batch_rows // args.num_mini_batches):
             found = self._backward(experience, batch, minibatch, update, len(steps))
             if not steps and bool(found["val/ratio"].isfinite()):
-                ratio, approx_kl = float(found["val/ratio"]), float(found["policy/approxkl_avg"])
-                check_first_ratio(ratio, approx_kl, experience.rollout, self.model, self.sampling, self._whole)
+                ratio, k2 = float(found["val/ratio"]), float(found["policy/approxkl_avg"])
+                told = f"the ratio of new to old probabilities is {ratio:.6g} before any step, and should be 1"
+                self._check_agreement(max(abs(ratio - 1), (2 * k2) ** 0.5), told, experience.rollout)
             if steps and args.max_update_kl is not None and found["policy/approxkl_avg"] > args.max_update_kl:
                 self.learner.drop()
                 break
@@ -204,6 +207,9 @@ class PPOTrainer(Lifecycle):
         worst = {**means, "val/ratio_max": float(every["val/ratio"].max())}
         check_health(worst, args.ratio_threshold, update, self.last_checkpoint)
         return means
+
+    def _check_agreement(self, apart: float, message: str, rollout: Rollout) -> None:
+        check_agreement(apart, message, rollout, self.model, self.sampling, self._whole)
 
     def _backward(
         self, experience: Experience, batch: Batch, minibatch: Tensor, update: int, step: int

@@ -189,9 +189,9 @@ def test_a_script_of_each_generation_runs_with_its_import_changed(generation: st
         assert names["trainer"].state.episode == 16
     if "create_model_card" in SCRIPTS[generation]:
         card = ModelCard.load("trained/README.md")
-        assert card.data.datasets == "stanfordnlp/imdb"
+        assert card.data.datasets == ["stanfordnlp/imdb"]
         assert {"ppo", "trl", "rlhf_pipeline"} <= set(card.data.tags)
-        assert "num_ppo_epochs=1" in card.text
+        assert "learning_rate: 0.001" in card.text
 
 
 def test_the_loop_of_the_articles_learns(models: Path) -> None:

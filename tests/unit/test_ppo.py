@@ -198,7 +198,7 @@ def test_the_saved_policy_opens_and_keeps_its_end(tokenizer: PreTrainedTokenizer
 REFUSED = {
     "min_response_length is 9": {"min_response_length": 9},
     "does not divide into trainer.num_mini_batches=3": {"num_mini_batches": 3},
-    "fp16 is not carried out": {"fp16": True},
+    "fp16 is not possible": {"fp16": True},
     "has '\\[UNK\\]', which is no token": {"suppress_tokens": ["[UNK]"]},
     "prompts do not fill one batch of 800": {"per_device_train_batch_size": 800},
     "temperature is 0": {"temperature": 0.0},
