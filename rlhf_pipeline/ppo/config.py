@@ -173,50 +173,43 @@ def check_config(args: PPOConfig, script: bool = True) -> int:
         if getattr(args, name) not in choices:
             raise UserError(f"trainer.{name} is {getattr(args, name)!r}; it takes {' or '.join(map(str, choices))}.")
     rows, longest = args.per_device_train_batch_size * args.gradient_accumulation_steps, args.response_length
+    episodes = rows * processes()
     no_stop = args.stop_token is None and args.stop_token_id is None and not args.stop_tokens
     schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
-    for wrong, message in (
-        (args.fp16, "trainer.fp16 is not possible: its range is too small for PPO's ratios; use trainer.bf16."),
-        (
-            args.stop_token is not None and args.stop_token_id is not None,
-            "trainer.stop_token and trainer.stop_token_id exclude each other; say trainer.stop_token=null.",
+    refused = {
+        "trainer.fp16 is not possible: its range is too small for PPO's ratios; use trainer.bf16": args.fp16,
+        "trainer.stop_token and trainer.stop_token_id exclude each other; say trainer.stop_token=null": (
+            args.stop_token is not None and args.stop_token_id is not None
         ),
-        (
-            args.missing_eos_penalty is not None and no_stop,
-            "trainer.missing_eos_penalty needs a trainer.stop_token to miss.",
+        "trainer.missing_eos_penalty needs a trainer.stop_token to miss": (
+            args.missing_eos_penalty is not None and no_stop
         ),
-        (
-            args.use_score_norm and not args.use_score_scaling,
-            "trainer.use_score_norm goes with trainer.use_score_scaling=true.",
+        "trainer.use_score_norm goes with trainer.use_score_scaling=true": (
+            args.use_score_norm and not args.use_score_scaling
         ),
-        (
-            rows % args.num_mini_batches,
-            f"a batch of {rows} rows does not divide into trainer.num_mini_batches={args.num_mini_batches}.",
+        f"a batch of {rows} rows does not divide into trainer.num_mini_batches={args.num_mini_batches}": (
+            rows % args.num_mini_batches
         ),
-        (
-            args.kl_target is not None and rows * processes() >= 5 * args.kl_horizon,
-            f"a batch of {rows * processes()} episodes is 5 times trainer.kl_horizon={args.kl_horizon} or more, so one "
-            "update could bring the adaptive coefficient to 0 or below; raise kl_horizon.",
+        f"a batch of {episodes} episodes is 5 times trainer.kl_horizon={args.kl_horizon} or more, so one update could "
+        "bring the adaptive coefficient to 0 or below; raise kl_horizon": (
+            args.kl_target is not None and episodes >= 5 * args.kl_horizon
         ),
-        (
-            args.critic == "shared" and args.critic_init == "reward",
-            "trainer.critic_init=reward starts a separate critic; add trainer.critic=separate.",
+        "trainer.critic_init=reward starts a separate critic; add trainer.critic=separate": (
+            args.critic == "shared" and args.critic_init == "reward"
         ),
-        (
-            args.min_new_tokens > longest,
-            f"trainer.min_new_tokens is {args.min_new_tokens}, more than the response_length of {longest}.",
+        f"trainer.min_new_tokens is {args.min_new_tokens}, more than the response_length of {longest}": (
+            args.min_new_tokens > longest
         ),
-        (
-            args.min_response_length is not None and args.min_response_length > longest,
-            f"trainer.min_response_length is {args.min_response_length}, more than the response_length of {longest}.",
+        f"trainer.min_response_length is {args.min_response_length}, more than the response_length of {longest}": (
+            (args.min_response_length or 0) > longest
         ),
-        (
-            schedule == "reduce_lr_on_plateau",
-            "trainer.lr_scheduler_type=reduce_lr_on_plateau is not possible in PPO: it waits for a loss to fall.",
+        "trainer.lr_scheduler_type=reduce_lr_on_plateau is not possible in PPO: it waits for a loss to fall": (
+            schedule == "reduce_lr_on_plateau"
         ),
-    ):
-        if wrong:
-            raise UserError(message)
+    }
+    for message, holds in refused.items():
+        if holds:
+            raise UserError(f"{message}.")
     return rows
 
 

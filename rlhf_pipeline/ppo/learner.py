@@ -1,6 +1,6 @@
-"""What takes an optimizer step: alone, as DDP, or under DeepSpeed, where gradients and Adam's moments are in shards.
+"""Optimizer steps: in one process, under DDP, or under DeepSpeed, where gradients and Adam's moments are in shards.
 
-A checkpoint is the same whatever wrote it, so a run goes on with another number of processes, or launched otherwise.
+A checkpoint is the same whatever wrote it, so a run can resume on another number of processes or under another launch.
 """
 
 import math
@@ -20,7 +20,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, as torch calls them
 
 
 def make_learner(accelerator: Accelerator, model: nn.Module, optimizer: Any, max_norm: float | None) -> "Learner":
-    """The learner that the launch asks for. `max_norm` bounds the gradient's norm; None or 0: nothing does."""
+    """The learner that the launch asks for. `max_norm` bounds the gradient's norm; None or 0: no bound."""
     kind = Learner if accelerator.state.deepspeed_plugin is None else ShardedLearner
     return kind(accelerator, model, optimizer, max_norm or 0.0)
 
@@ -61,7 +61,7 @@ class Learner:
         return norm.detach()
 
     def drop(self) -> None:
-        """Forget the gradients, and take no step."""
+        """Discard the gradients without a step."""
         self.optimizer.zero_grad()
 
     def fill(self, parameter: Tensor, value: float) -> None:

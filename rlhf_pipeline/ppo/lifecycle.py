@@ -133,7 +133,6 @@ class Lifecycle(ParentTrainer):
                 network.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
         self.reference = Reference(ref_model, actor, args.ref_adapter_name, args.model_adapter_name)
         self.reference.same |= peft_config is not None  # a fresh adapter
-        self.kl_coef, self.moments, self.watch = args.kl_coef, Moments(), CollapseWatch(args.watch_window)
         self.last_rollout: Rollout | None = None
         self.learner: Any = None  # made when the training begins
 
