@@ -185,21 +185,17 @@ def test_a_script_of_each_generation_runs_with_its_import_changed(generation: st
     exec(with_import_changed(SCRIPTS[generation], readmes_imports()[generation]), names)
     saved, start = (AutoModelForCausalLM.from_pretrained(folder) for folder in ("trained", "model"))
     assert not torch.equal(saved.transformer.wte.weight, start.transformer.wte.weight)
-    if generation != "TRL 0.7 to 0.11":
+    if generation == "TRL 0.7 to 0.11":  # it learns
+        history = names["history"]
+        assert sum(history[-4:]) / 4 > sum(history[:4]) / 4 + 0.05
+        assert names["stats"]["objective/kl"] > 0
+    else:
         assert names["trainer"].state.episode == 16
     if "create_model_card" in SCRIPTS[generation]:
         card = ModelCard.load("trained/README.md")
         assert card.data.datasets == ["stanfordnlp/imdb"]
         assert {"ppo", "trl", "rlhf_pipeline"} <= set(card.data.tags)
         assert "learning_rate: 0.001" in card.text
-
-
-def test_the_loop_of_the_articles_learns(models: Path) -> None:
-    names: dict[str, Any] = {}
-    exec(with_import_changed(SENTIMENT, readmes_imports()["TRL 0.7 to 0.11"]), names)
-    history, stats = names["history"], names["stats"]
-    assert sum(history[-4:]) / 4 > sum(history[:4]) / 4 + 0.05
-    assert stats["objective/kl"] > 0
 
 
 def test_the_chinese_dialogue_loop_by_its_hub_ids(hub: dict[str, str], workplace: Path) -> None:

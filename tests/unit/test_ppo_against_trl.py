@@ -525,18 +525,10 @@ def test_any_classifier_and_any_column_can_judge(tokenizer: PreTrainedTokenizerB
     assert [str(row) for row in own.last_rollout.batch.tokens[:, :3].tolist()] == seen[0]
 
 
-def test_trl_lacks_what_ours_has(tmp_path: Path) -> None:
-    """13. The fields exist here and not there; what they do is tested one by one elsewhere."""
-    added = {"kl_target", "max_update_kl", "entropy_coef", "ptx_coef", "use_score_scaling", "score_clip", "critic",
-             "min_response_length", "min_new_tokens", "ratio_threshold", "stop_tokens", "suppress_tokens"}  # fmt: skip
-    assert added <= set(PPOConfig.__dataclass_fields__)
-    assert not added & set(TRLConfig.__dataclass_fields__)
-
-
 def test_the_defaults_work_without_a_gpu_and_outputs_are_no_inputs(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    """14. `PPOConfig()` alone works anywhere; a field that is computed cannot be set. TRL's raises, or overwrites."""
+    """13. `PPOConfig()` alone works anywhere; a field that is computed cannot be set. TRL's raises, or overwrites."""
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="bf16"), quietly():
             TRLConfig(output_dir=str(tmp_path))
