@@ -1,8 +1,7 @@
 """What must hold while PPO runs, and a plain account of what is wrong where it does not."""
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,11 +13,10 @@ from rlhf_pipeline.models.precision import autocast
 from rlhf_pipeline.models.sampling import Sampling, make_batch
 from rlhf_pipeline.ppo.actor_critic import ActorCritic
 from rlhf_pipeline.ppo.rollout import Rollout
+from rlhf_pipeline.runs.checkpoints import newest_whole
 
-Whole = Callable[[], AbstractContextManager[None]]  # gathers weights that are in shards
 
-
-def _tolerance(actor: ActorCritic, like: Tensor) -> float:
+def tolerance(actor: ActorCritic, like: Tensor) -> float:
     """How far log-probabilities may lie apart by rounding alone, root mean square, when a batch is cut otherwise.
 
     A trunk in bf16 under a head in fp32 was seen at 0.0002 (the demo's policy).
@@ -47,27 +45,17 @@ def check_head(actor: ActorCritic) -> None:
         logits = policy(input_ids=batch.tokens, use_cache=False).logits[0, :-1].to(mine.dtype)
     hook.remove()
     theirs = logits.log_softmax(-1).gather(-1, batch.tokens[0, 1:, None])[:, 0]
-    if not (apart := float((mine[0] - theirs).abs().max())) <= _tolerance(actor, mine):  # NaN is refused, too
+    if not (apart := float((mine[0] - theirs).abs().max())) <= tolerance(actor, mine):  # NaN is refused, too
         raise UserError(
             f"{type(policy).__name__} does something to its logits that this trainer does not know: its "
             f"log-probabilities differ by {apart:.3g} from those of trunk and head. Use another policy."
         )
 
 
-def check_agreement(
-    apart: float, message: str, rollout: Rollout, actor: ActorCritic, sampling: Sampling, whole: Whole
-) -> None:
-    """Refuse figures of one network that lie further `apart` than by rounding, with the likeliest reason."""
-    if not apart <= _tolerance(actor, rollout.log_probs):
-        with whole():
-            why = diagnose(actor, rollout, sampling)
-        raise UserError(f"{message}: {why}.")
-
-
 @torch.no_grad()
 def diagnose(actor: ActorCritic, rollout: Rollout, sampling: Sampling) -> str:
     """The likeliest reason why a policy disagrees with itself, found by asking it again in several ways."""
-    limit, device = _tolerance(actor, rollout.log_probs), rollout.scores.device
+    limit, device = tolerance(actor, rollout.log_probs), rollout.scores.device
 
     def ask(rows: int, training: bool = False) -> Tensor:
         actor.train(training)
@@ -102,17 +90,15 @@ def check_drawable(rollout: Rollout, sampling: Sampling) -> None:
         )
 
 
-def check_health(
-    means: dict[str, float], threshold: float, update: int, last_checkpoint: Callable[[], str | None]
-) -> None:
+def check_health(means: dict[str, float], threshold: float, update: int, checkpoints: Path) -> None:
     """Stop at figures that are not finite, or at a ratio that has run away; the last checkpoint is from before."""
     odd = [name for name, value in means.items() if not math.isfinite(value)]
     ratio = means["val/ratio_max"]
     if not odd and ratio <= threshold:
         return
     what = f"{', '.join(odd)} stopped being a number" if odd else f"the mean ratio of a step reached {ratio:.3g}"
-    checkpoint = last_checkpoint()
-    kept = f"The last good checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint yet."
+    newest = newest_whole(checkpoints)
+    kept = f"The last good checkpoint is {newest}." if newest else "There is no checkpoint yet."
     raise UserError(
         f"PPO diverged in update {update + 1}: {what}. {kept} Lower trainer.learning_rate or trainer.num_ppo_epochs, "
         "raise trainer.kl_coef, or limit the reward (trainer.score_clip)."

@@ -39,7 +39,7 @@ from rlhf_pipeline.ppo.config import PPOConfig, check_config, make_sampling
 from rlhf_pipeline.ppo.learner import check_sharding, make_learner
 from rlhf_pipeline.ppo.objective import Moments
 from rlhf_pipeline.ppo.prompts import Prompts, derive_seed, read_prompts
-from rlhf_pipeline.ppo.rollout import Rollout, TextReward, make_judge, merge, observe
+from rlhf_pipeline.ppo.rollout import Rollout, TextReward, make_judge, merge
 from rlhf_pipeline.ppo.storage import WEIGHTS, load_weights, replacing, save_policy, save_weights
 from rlhf_pipeline.ppo.watch import CollapseWatch
 from rlhf_pipeline.runs.checkpoints import drop_old, fault_of, newest_whole, seal
@@ -196,7 +196,6 @@ class Lifecycle(Trainer):
             self._load_state(folder)
         self.state.init_training_references(self, updates, math.ceil(episodes / (prompts or self.batch_rows)), None)
         self.state.compute_steps(args, updates)
-        self.state.train_batch_size = args.per_device_train_batch_size
         handler = self.callback_handler
         handler.model, handler.optimizer, handler.lr_scheduler = self.model, self.optimizer, self.lr_scheduler
         self.control._new_training()
@@ -210,20 +209,18 @@ class Lifecycle(Trainer):
 
         One layer on a trunk's states may take larger steps than a network.
         """
-        made = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        shared = self.value_model is None
-        rate = self.args.critic_learning_rate
+        made, shared = self.optimizer is None, self.value_model is None
+        optimizer, rate = super().create_optimizer(model), self.args.critic_learning_rate
         if rate is None:
             rate = (30 if shared else 1) * self.args.learning_rate
         if made and rate != self.args.learning_rate:
             critic = {id(p) for p in (self.model.value_head if shared else self.value_model).parameters()}
-            for group in list(optimizer.param_groups):
-                own = [p for p in group["params"] if id(p) in critic]
-                group["params"] = [p for p in group["params"] if id(p) not in critic]
-                if own:
-                    optimizer.add_param_group({**group, "params": own, "lr": rate})
-            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+            groups = list[dict[str, Any]]()
+            for own, lr in ((False, self.args.learning_rate), (True, rate)):
+                for group in optimizer.param_groups:
+                    params = [p for p in group["params"] if (id(p) in critic) == own]
+                    groups += [{**group, "params": params, "lr": lr}] if params else []
+            optimizer.param_groups[:] = groups
         return optimizer
 
     def end_update(self, rollout: Rollout, stats: dict[str, float]) -> None:
@@ -300,13 +297,29 @@ class Lifecycle(Trainer):
                 scores = self.judge(batch, *texts, prompts.columns).to(self.accelerator.device)
             return self.observed(batch, texts, scores, sampling)
 
+    @torch.no_grad()
     def observed(self, batch: Batch, texts: tuple[list[str], list[str]], scores: Tensor, sampling: Sampling) -> Rollout:
-        """What all networks make of this process's rows; the rollouts of all processes as one."""
-        size = self.args.local_rollout_forward_batch_size
-        part = observe(self.model, self.reference, batch, texts, scores, sampling, size)
+        """What all networks make of this process's prompts and responses; the rollouts of all processes as one."""
+        if scores.shape != (len(batch.tokens),):
+            count, responses = tuple(scores.shape), len(batch.tokens)
+            raise UserError(f"the reward gave {count} numbers for {responses} responses; it takes one each.")
+        for score, prompt, response in zip(scores.tolist(), *texts, strict=True):
+            if not math.isfinite(score):
+                raise UserError(f"the reward of {response[:80]!r} (to {prompt[:80]!r}) is {score}, which is no number.")
+        width = batch.response_mask.shape[1]
+        # Rows of like length together: a forward pass is as wide as its longest row.
+        by_length = (batch.prompt_lengths + batch.response_lengths).argsort(stable=True)
+        found = []
+        for index in by_length.split(self.args.local_rollout_forward_batch_size):
+            part = batch.rows(index)
+            seen, ref_log_probs = self.model(part, sampling), self.reference.log_probs(part, sampling)
+            figures = torch.stack([seen.log_probs, ref_log_probs, seen.values, seen.entropy])
+            found.append(nn.functional.pad(figures, (0, width - figures.shape[-1])))
+        log_probs, ref_log_probs, values, entropy = torch.cat(found, 1)[:, by_length.argsort()]
+        rollout = Rollout(batch, log_probs, ref_log_probs, values, entropy, scores, *texts)
         if self.accelerator.num_processes == 1:
-            return part
-        return merge(gather_object([part.to("cpu")])).to(self.accelerator.device)
+            return rollout
+        return merge(gather_object([rollout.to("cpu")])).to(self.accelerator.device)
 
     # -- evaluation
 
@@ -377,11 +390,6 @@ class Lifecycle(Trainer):
                 Console().print(table)
 
     # -- checkpoints: whole or not there
-
-    def last_checkpoint(self) -> str | None:
-        """The newest whole checkpoint of this run."""
-        found = newest_whole(Path(self.args.output_dir))
-        return str(found) if found else None
 
     def _checkpoint_of(self, asked: str | bool) -> Path:
         found = newest_whole(Path(self.args.output_dir)) if asked is True else Path(str(asked))

@@ -1,19 +1,16 @@
 """One batch of experience: sampled, scored, and seen by policy, reference and critic."""
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.models.networks import trunk
-from rlhf_pipeline.models.sampling import Batch, Sampling, join, length_mask
-from rlhf_pipeline.ppo.actor_critic import ActorCritic, Reference
+from rlhf_pipeline.models.sampling import Batch, join, length_mask
 
 TextReward = Callable[..., Sequence[float]]
 Judge = Callable[[Batch, list[str], list[str], dict[str, list[Any]]], Tensor]
@@ -44,37 +41,6 @@ class Rollout(NamedTuple):
         parts: dict[str, Any] = {name: getattr(self, name)[index, :width] for name in _PER_TOKEN}
         parts |= {name: [getattr(self, name)[i] for i in index.tolist()] for name in ("prompts", "responses")}
         return Rollout(batch=batch, scores=self.scores[index], **parts)
-
-
-@torch.no_grad()
-def observe(
-    actor: ActorCritic,
-    reference: Reference,
-    batch: Batch,
-    texts: tuple[list[str], list[str]],
-    scores: Tensor,
-    sampling: Sampling,
-    rows_at_once: int,
-) -> Rollout:
-    """The rollout of sampled prompts and responses (`texts`) with their scores (batch,)."""
-    if scores.shape != (len(batch.tokens),):
-        raise UserError(
-            f"the reward gave {tuple(scores.shape)} numbers for {len(batch.tokens)} responses; it takes one each."
-        )
-    for score, prompt, response in zip(scores.tolist(), *texts, strict=True):
-        if not math.isfinite(score):
-            raise UserError(f"the reward of {response[:80]!r} (to {prompt[:80]!r}) is {score}, which is no number.")
-    width = batch.response_mask.shape[1]
-    # Rows of like length together: a forward pass is as wide as its longest row.
-    by_length = (batch.prompt_lengths + batch.response_lengths).argsort(stable=True)
-    found = []
-    for index in by_length.split(rows_at_once):
-        part = batch.rows(index)
-        seen = actor(part, sampling)
-        figures = torch.stack([seen.log_probs, reference.log_probs(part, sampling), seen.values, seen.entropy])
-        found.append(pad(figures, (0, width - figures.shape[-1])))
-    log_probs, ref_log_probs, values, entropy = torch.cat(found, 1)[:, by_length.argsort()]
-    return Rollout(batch, log_probs, ref_log_probs, values, entropy, scores, *texts)
 
 
 def merge(parts: Sequence[Rollout]) -> Rollout:

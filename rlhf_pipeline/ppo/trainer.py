@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.models.networks import language_model
 from rlhf_pipeline.models.precision import autocast
 from rlhf_pipeline.models.sampling import Batch, Sampling, check_positions, make_batch, sample
-from rlhf_pipeline.ppo.checks import check_agreement, check_drawable, check_health, rms
+from rlhf_pipeline.ppo.checks import check_drawable, check_health, diagnose, rms, tolerance
 from rlhf_pipeline.ppo.config import change_sampling
 from rlhf_pipeline.ppo.lifecycle import Lifecycle
 from rlhf_pipeline.ppo.objective import (
@@ -205,11 +206,15 @@ class PPOTrainer(Lifecycle):
         means["val/ratio_var"] = max(means.pop("squared_ratio") - means["val/ratio"] ** 2, 0.0)
         means["policy/optimizer_steps"] = float(len(steps))
         worst = {**means, "val/ratio_max": float(every["val/ratio"].max())}
-        check_health(worst, args.ratio_threshold, update, self.last_checkpoint)
+        check_health(worst, args.ratio_threshold, update, Path(str(args.output_dir)))
         return means
 
     def _check_agreement(self, apart: float, message: str, rollout: Rollout) -> None:
-        check_agreement(apart, message, rollout, self.model, self.sampling, self._whole)
+        """Refuse figures of one network that lie further `apart` than by rounding, with the likeliest reason."""
+        if not apart <= tolerance(self.model, rollout.log_probs):
+            with self._whole():
+                why = diagnose(self.model, rollout, self.sampling)
+            raise UserError(f"{message}: {why}.")
 
     def _backward(
         self, experience: Experience, batch: Batch, minibatch: Tensor, update: int, step: int
