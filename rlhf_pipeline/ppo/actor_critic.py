@@ -29,7 +29,7 @@ class Seen(NamedTuple):
 
 
 class ActorCritic(nn.Module):
-    """A policy, and a critic that is one linear head on the policy's trunk or a network of its own."""
+    """A policy, and a critic that is one linear head on the policy's trunk or a separate network."""
 
     def __init__(self, policy: PreTrainedModel, value_model: nn.Module | None = None, bf16: bool = False) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def prepare_networks(
     peft_config: PeftConfig | None,
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[Any, Any, Any]:
-    """Policy, reference (None: the policy, its adapter off) and separate critic (None: shared), made fit to train."""
+    """Policy, reference (None: the policy, its adapter off) and separate critic (None: shared), ready to train."""
     if ref_model is model:
         raise UserError("model and ref_model are one object; pass a copy, or None and a copy is made.")
     if value_model is not None and value_model is reward_model:
@@ -141,7 +141,7 @@ def _critic_of_reward(reward: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
     elif scorer is not None and not tokenizer.get_vocab().items() <= scorer.tokenizer.get_vocab().items():
         fault = f"{scorer.where} has another vocabulary"
     elif looks_ahead(model):
-        fault = "this one does not read from left to right: it sees the tokens whose value it would foresee"
+        fault = "this one does not read from left to right, so it would see the tokens whose value it predicts"
     if fault:
         raise UserError(
             "trainer.critic_init=reward needs a reward model over the policy's own tokens with a `score` head, and "
@@ -169,12 +169,12 @@ def _without_dropout(model: nn.Module) -> None:
 
 
 def with_master_weights(*models: nn.Module | None) -> bool:
-    """Make what is trained fp32 where it was stored in fewer bits; whether anything was."""
+    """Turn models that are trained in 16 bits into fp32; True if there were any."""
     there = [model for model in models if model is not None]
     halves = (torch.float16, torch.bfloat16)
     if not any(p.requires_grad and p.dtype in halves for model in there for p in model.parameters()):
         return False
-    for model in there:  # what is not trained is of a kind with it, quantised weights apart
+    for model in there:  # frozen weights too, except for quantised ones
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.dtype in halves:
                 tensor.data = tensor.data.float()
@@ -196,7 +196,7 @@ class Reference:
             trained = [(name, p) for name, p in actor.policy.named_parameters() if p.requires_grad]
             adds_nothing = all("lora_A" in name or ("lora_B" in name and not p.any()) for name, p in trained)
             same = adapter is None and adds_nothing
-        self.same = same  # whether both are one function as yet
+        self.same = same  # whether both are still one function
 
     @torch.no_grad()
     def log_probs(self, batch: Batch, sampling: Sampling) -> Tensor:

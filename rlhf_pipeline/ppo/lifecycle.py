@@ -76,7 +76,7 @@ class Lifecycle(Trainer):
     optimizer: Any
     lr_scheduler: Any
     control: TrainerControl
-    on_warning: Callable[[int, str], None] | None = None  # told of each warning, with its update
+    on_warning: Callable[[int, str], None] | None = None  # called with the update and each warning
 
     @_takes_old_keywords
     def __init__(
@@ -446,7 +446,7 @@ class Lifecycle(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _whole(self, change: bool = False) -> AbstractContextManager[None]:
-        """All weights at hand, also where they are in shards."""
+        """All weights are in this process, even where they are sharded."""
         return self.learner.whole(change) if self.learner else nullcontext()
 
     # -- the result

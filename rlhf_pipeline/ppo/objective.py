@@ -49,7 +49,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """Share of the variance of `returns` (tokens,) that `values` (tokens,) foresee; 0 where there is none."""
+    """Share of the variance of `returns` (tokens,) that `values` (tokens,) predict; 0 where there is none."""
     variance = float(returns.var()) if len(returns) > 1 else 0.0
     return 1 - float((returns - values).var()) / variance if variance > 0 else 0.0
 
@@ -120,7 +120,7 @@ class Moments(NamedTuple):
 
 def add_moments(moments: Moments, values: Tensor) -> Moments:
     """The moments with `values` (batch,) taken in (Chan et al. 1983, eq. 2.1)."""
-    values = values.cpu().double()  # Apple's GPUs have no numbers of 64 bits
+    values = values.cpu().double()  # Apple's GPUs have no float64
     count, mean = len(values), float(values.mean())
     total, delta = moments.number + count, mean - moments.mean
     squares = moments.squares + float(((values - mean) ** 2).sum()) + delta**2 * moments.number * count / total

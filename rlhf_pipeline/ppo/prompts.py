@@ -51,7 +51,7 @@ def _without_padding(ids: Any, mask: Any, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def derive_seed(seed: int, use: str, update: int) -> int:
-    """A seed of its own for each use and update."""
+    """A different seed for each use and update."""
     return random.Random(f"{seed} {use} {update}").getrandbits(63)
 
 

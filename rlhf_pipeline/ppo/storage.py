@@ -56,7 +56,7 @@ def save_policy(
     response_length: int,
     merge: bool,
 ) -> None:
-    """Write the policy so that AutoModelForCausalLM opens it, with its tokenizer; the critic beside it.
+    """Write the policy so that AutoModelForCausalLM opens it, with its tokenizer and the critic.
 
     A policy with an adapter is written as the adapter, as peft does, or with `merge` as one model. The generation
     config makes `generate` draw from the distribution that was trained. EOS always ends a text.

@@ -33,7 +33,7 @@ from rlhf_pipeline.ppo.rollout import Rollout
 
 
 class Experience(NamedTuple):
-    """A rollout, and what is to be learnt from it. `time` is the longest response."""
+    """A rollout, and what policy and critic learn from it. `time` is the longest response."""
 
     rollout: Rollout
     kl: Tensor  # (batch, time), of policy and reference
