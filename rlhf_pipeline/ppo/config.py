@@ -6,7 +6,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rlhf_pipeline.errors import UserError
@@ -14,7 +14,12 @@ from rlhf_pipeline.launch import processes
 from rlhf_pipeline.limits import check_limits
 from rlhf_pipeline.models.precision import choose_bf16
 from rlhf_pipeline.models.sampling import Sampling
+from rlhf_pipeline.ppo.trl_parent import ParentConfig
 
+_OUTPUTS = (
+    "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size", "local_mini_batch_size",
+    "mini_batch_size",
+)  # fmt: skip
 # Fields that transformers and TRL declare and nothing in PPO reads. Each is refused where it is set.
 _UNREAD = (
     "auto_find_batch_size", "average_tokens_across_devices", "batch_eval_metrics", "bf16_full_eval", "data_seed",
@@ -40,7 +45,7 @@ def _field(default: Any, help: str) -> Any:
 
 
 @dataclass
-class PPOConfig(TrainingArguments):
+class PPOConfig(ParentConfig):
     """The fields of TRL 1.12's `PPOConfig` under their names, more of our own, and transformers' arguments."""
 
     # -- transformers' own, with other defaults
@@ -117,6 +122,14 @@ class PPOConfig(TrainingArguments):
     sft_model_path: str = _field("EleutherAI/pythia-160m", "For scripts: where they find the policy.")
     reward_model_path: str = _field("EleutherAI/pythia-160m", "For scripts: where they find the reward model.")
     ds3_gather_for_generation: bool = _field(True, "Without effect: under ZeRO-3 the weights are always gathered.")
+    # -- TRL's trainer wrote these; `check_config` refuses them
+    world_size: int | None = _field(None, "Processes.")
+    num_total_batches: int | None = _field(None, "Updates of the training.")
+    micro_batch_size: int | None = _field(None, "Rows of a forward and backward pass, over all processes.")
+    local_batch_size: int | None = _field(None, "Rows of an update, in one process.")
+    batch_size: int | None = _field(None, "Rows of an update, over all processes.")
+    local_mini_batch_size: int | None = _field(None, "Rows of an optimizer step, in one process.")
+    mini_batch_size: int | None = _field(None, "Rows of an optimizer step, over all processes.")
 
     def __post_init__(self) -> None:
         """Settle precision and evaluation, then let transformers do the rest."""
@@ -134,6 +147,7 @@ class PPOConfig(TrainingArguments):
         if inherited.metric_for_best_model is None:
             inherited.metric_for_best_model, inherited.greater_is_better = "eval_score", True
         super().__post_init__()
+        self.world_size = inherited.distributed_state.num_processes  # TRL's field hides transformers' property
         self.bf16 = chosen
         unset_hf_deepspeed_config()  # or under ZeRO-3 transformers would open every model in shards, the reward's, too
 
@@ -149,6 +163,8 @@ def check_config(args: PPOConfig, script: bool = True) -> int:
         default = each.default if each.default_factory is MISSING else each.default_factory()
         if each.name in unread and not settled.get(each.name) and getattr(args, each.name) not in (default, None, []):
             raise UserError(f"trainer.{each.name} has no effect in PPO; leave it out.")
+        if each.name in _OUTPUTS and getattr(args, each.name) is not None:
+            raise UserError(f"trainer.{each.name} is not yours to set: it follows from the batch's other settings.")
     check_limits(vars(args))
     for name, choices in {
         "critic": ("shared", "separate"), "critic_init": ("policy", "reward"), "kl_estimator": ("k1", "k3"),

@@ -41,6 +41,7 @@ from rlhf_pipeline.ppo.objective import Moments
 from rlhf_pipeline.ppo.prompts import Prompts, derive_seed, read_prompts
 from rlhf_pipeline.ppo.rollout import Rollout, TextReward, make_judge, merge
 from rlhf_pipeline.ppo.storage import WEIGHTS, load_weights, replacing, save_policy, save_weights
+from rlhf_pipeline.ppo.trl_parent import ParentTrainer
 from rlhf_pipeline.ppo.watch import CollapseWatch
 from rlhf_pipeline.runs.checkpoints import drop_old, fault_of, newest_whole, seal
 from rlhf_pipeline.texts import shown
@@ -66,7 +67,7 @@ class PPOState(TrainerState):
     episode: int = 0
 
 
-class Lifecycle(Trainer):
+class Lifecycle(ParentTrainer):
     """The parts of PPOTrainer that are not PPO."""
 
     # Narrower than Trainer's own declarations: these are never None here.
@@ -102,8 +103,9 @@ class Lifecycle(Trainer):
             args, model, ref_model, reward_model, value_model, peft_config, processing_class
         )
         actor = ActorCritic(model, value_model, bool(args.bf16))
-        super().__init__(
-            actor, args, eval_dataset=eval_dataset, processing_class=processing_class, callbacks=callbacks,
+        # Trainer's own constructor: TRL's builds a second backbone for the critic and an optimizer over it.
+        Trainer.__init__(
+            self, actor, args, eval_dataset=eval_dataset, processing_class=processing_class, callbacks=callbacks,
             optimizers=optimizers,
         )  # fmt: skip
         self._check_launch(optimizers[0])
@@ -471,6 +473,6 @@ class Lifecycle(Trainer):
     ) -> None:  # fmt: skip
         """Write a draft of the model's card, README.md in `output_dir`, as TRL's trainers do; push_to_hub calls it."""
         more = [tags] if isinstance(tags, str) else tags or []
-        super().create_model_card(
-            model_name=model_name, dataset_tags=dataset_name, tags=["ppo", "rlhf_pipeline", "trl", *more]
+        Trainer.create_model_card(
+            self, model_name=model_name, dataset_tags=dataset_name, tags=["ppo", "rlhf_pipeline", "trl", *more]
         )
