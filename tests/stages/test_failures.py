@@ -48,8 +48,9 @@ def test_a_stage_whose_model_was_deleted_is_not_passed_over(
 @pytest.fixture
 def strangers(run: Path) -> Path:
     """The run with a reward of its own, whose code leaves a mark."""
+    code = "from pathlib import Path; Path('executed').touch()"
     Path("evil.py").write_text(
-        "from pathlib import Path; Path('executed').touch()\ndef score(prompts, completions): return [float(len(text)) for text in completions]\n"
+        f"{code}\ndef score(prompts, completions): return [float(len(x)) for x in completions]\n"
     )
     for stage in ("ppo", "reward"):
         config = yaml.safe_load((run / stage / "config.yaml").read_text())
