@@ -47,11 +47,15 @@ def write_cards(folder: Path, run: dict[str, Any]) -> None:
 
     `run` is what is about to be the stage's run.json.
     """
-    if (folder / "model").is_dir():
-        _write(folder, _gather(folder, run, only(folder.parent / "evaluate" / "run.json")))
-    for other in (folder.parent / stage for stage in POLICIES if run["stage"] == "evaluate"):
-        if (other / "model").is_dir() and (found := _gather(other, only(other / "run.json"), run))["evaluation"]:
-            _write(other, found)
+    found = {folder: _gather(folder, run, only(folder.parent / "evaluate" / "run.json"))}
+    if run["stage"] == "evaluate":
+        others = {(other := folder.parent / stage): _gather(other, only(other / "run.json"), run) for stage in POLICIES}
+        found |= {other: about for other, about in others.items() if about["evaluation"]}
+    for place, about in found.items():
+        if (place / "model").is_dir():
+            temporary = place / f".card.{os.getpid()}"  # not in the model's folder, to which a kill must not add a file
+            temporary.write_text(_rendered(about), encoding="utf-8")
+            os.replace(temporary, place / "model" / CARD)
 
 
 def named(card: str, repository: str) -> str:
@@ -63,34 +67,37 @@ def named(card: str, repository: str) -> str:
 def _gather(folder: Path, run: dict[str, Any], judge: dict[str, Any]) -> dict[str, Any]:
     """What a card shows of the model in `folder`; nothing is escaped yet. `judge` is the record of the evaluation."""
     run, judge, model = _without_home(run), _without_home(judge), folder / "model"
-    stage, row = str(run.get("stage")), _role(judge, run)
-    # A model made after the evaluation, in the place of another, is not what it judged.
+    # A policy by the name under which it was compared. One made after that, in the place of another, was not judged.
+    own = (*Path(str(run.get("name"))).parts, str(run.get("stage")), "model")
+    paths = {role: Path(str(members(made).get("path"))) for role, made in members(judge.get("parents")).items()}
+    row = next((role for role, path in paths.items() if path.parts[-len(own) :] == own), None)
     earlier = str(run.get("finished")) <= str(judge.get("started"))
-    compared = judge.get("status") == "done" and earlier and stage in POLICIES and row
+    compared = judge.get("status") == "done" and earlier and run.get("stage") in POLICIES and row
     evaluation = _without_home(only(folder.parent / "evaluate" / "evaluation.json")) if compared else {}
     file = folder / "config.yaml"  # as it is, with Hydra's escapes, for the card repeats it
     settings = members(_without_home(yaml.safe_load(file.read_text(encoding="utf-8")))) if file.exists() else {}
-    data, results, policies = members(run.get("data")), members(run.get("results")), members(evaluation.get("metrics"))
-    config, tokenizer = only(model / "config.json"), only(model / "tokenizer_config.json")
-    config = {**members(config.get("trunk")), **config}  # a reward model's, over that of its trunk
+    config, data = only(model / "config.json"), members(run.get("data"))
     return {
-        "run": run, "stage": stage, "model": str(model), "settings": settings, "config": config,
-        "results": results, "data": data, "source": hub_set(data) or data.get("path"), "causal": stage in POLICIES,
-        "own_class": config.get("model_type") == "rlhf_reward_model",  # transformers needs ours to open it
-        "scalar": members(settings.get("reward")).get("name") == "preference_model",  # one score, no classes
-        "parameters": _parameters(model),
-        "tokenizer": tokenizer, "vocabulary": only(model / "tokenizer.json"),
-        "chat": tokenizer.get("chat_template") or (model / "chat_template.jinja").exists(),
+        "run": run, "stage": str(run.get("stage")), "model": str(model), "settings": settings, "data": data,
+        "results": members(run.get("results")), "source": hub_set(data) or data.get("path"),
+        "config": {**members(config.get("trunk")), **config},  # a reward model's, over that of its trunk
+        "causal": run.get("stage") in POLICIES, "own_class": config.get("model_type") == "rlhf_reward_model",
+        "parameters": _parameters(model), "vocabulary": only(model / "tokenizer.json"),
+        "tokenizer": only(model / "tokenizer_config.json"), "template": (model / "chat_template.jinja").exists(),
         "steps": max((as_number(row.get("step")) or 0 for row in read(folder / "metrics.jsonl", [])), default=None),
-        "figures": [[key.replace("_", " "), value] for key, value in results.items() if as_number(value) is not None],
         "calibration": dict(enumerate(items(only(folder / "quality.json").get("calibration")), 1)),
-        "trainer": [f"{key}={value}" for key, value in members(settings.get("trainer")).items()],
         "evaluation": evaluation, "row": row, "judged_on": members(judge.get("data")) if compared else {},
-        "tables": evaluation_tables(evaluation), "answer_head": ["Prompt", *policies],
-        "answers": [[example.get("prompt"), *(members(example.get("responses")).get(name) for name in policies)]
-                    for example in items(evaluation.get("examples"))],
+        "tables": evaluation_tables(evaluation), "policies": list(members(evaluation.get("metrics"))),
         "work": {key: settings[key] for key in _WORK if key in settings},
     }  # fmt: skip
+
+
+def _parameters(model: Path) -> int:
+    """Of the weights that from_pretrained opens; tied weights are stored, and counted, once."""
+    from safetensors import safe_open
+
+    opened: list[Any] = [safe_open(path, "np") for path in model.glob("model*.safetensors")]
+    return sum(int(math.prod(weights.get_slice(name).get_shape())) for weights in opened for name in weights.keys())  # noqa: SIM118
 
 
 def _metadata(found: dict[str, Any]) -> Any:
@@ -99,8 +106,10 @@ def _metadata(found: dict[str, Any]) -> Any:
 
     task, results, stage = "text-generation" if found["causal"] else "text-classification", [], _label(found["stage"])
     compared = members(members(found["evaluation"].get("metrics")).get(found["row"]))
-    sources = (found["data"], found["results"], _HELD_OUT), (found["judged_on"], compared, _COMPARED)
-    for data, figures, known in sources:
+    for data, figures, known in (
+        (found["data"], found["results"], _HELD_OUT),
+        (found["judged_on"], compared, _COMPARED),
+    ):
         name, sha = _label(data.get("name")), _label(data.get("sha256"))
         for key, metric in known.items() if data else ():
             value = as_number(figures.get(key))
@@ -132,24 +141,6 @@ def _base_model(run: dict[str, Any], generations: int = 20) -> str | None:
     if start.get("sha256") is None:  # not a folder
         return where if is_hub_id(where) else None
     return _base_model(only(Path(where).expanduser().parent / "run.json"), generations - 1)
-
-
-def _role(judge: dict[str, Any], run: dict[str, Any]) -> str | None:
-    """The name under which an evaluation compared the model of another stage of the same run."""
-    own = (*Path(str(run.get("name"))).parts, str(run.get("stage")), "model")
-    paths = {role: str(members(it).get("path")) for role, it in members(judge.get("parents")).items()}
-    return next((role for role, path in paths.items() if Path(path).parts[-len(own) :] == own), None)
-
-
-def _parameters(model: Path) -> int:
-    """Of the weights that from_pretrained opens; tied weights are stored, and counted, once."""
-    from safetensors import safe_open
-
-    count = 0
-    for path in model.glob("model*.safetensors"):
-        with safe_open(path, "np") as weights:
-            count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
-    return count
 
 
 def _label(value: object) -> str:
@@ -217,10 +208,3 @@ def _rendered(found: dict[str, Any]) -> str:
     templates.globals |= {"table": _table, "by_row": _by_row, "yaml": _yaml, "literal": _literal, "lasted": page.lasted}
     head = Markup(_metadata(found).to_yaml())
     return str(ModelCard(templates.get_template("card.md").render(metadata=head, **found)))
-
-
-def _write(folder: Path, found: dict[str, Any]) -> None:
-    """Whole or not at all. The half-written file is outside the model's folder, whose files a kill must not add to."""
-    temporary = folder / f".card.{os.getpid()}"
-    temporary.write_text(_rendered(found), encoding="utf-8")
-    os.replace(temporary, folder / "model" / CARD)

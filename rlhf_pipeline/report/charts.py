@@ -98,8 +98,8 @@ def small(name: str, lines: Sequence[Line], words: Words = ENGLISH, key: str = "
         drawn.append(Line(label, line.kind, kept, [(*point, 2.6) for point in kept[-1:]], lost))
     xs, ys = zip(*(point for line in drawn for point in line.points), strict=True)
     x_ticks, y_ticks = ([(value, plain(value)) for value in sorted({min(each), max(each)})] for each in (xs, ys))
-    about = f"{name}, {words('from {} to {}', plain(min(ys)), plain(max(ys)))}"
     own = key if key != name else ""
+    about = _range(name, ys, words)
     return plot(name, drawn, x_ticks, y_ticks, words(unit), about=about, size=SMALL, style="", key=own)
 
 
@@ -131,68 +131,70 @@ def training_curves(rows: Iterable[Row], words: Words) -> dict[str, Any]:
 
 
 def calibration(value: object, words: Words) -> Chart | None:
-    """How often a reward is right against how sure it is: a dot per bin, the larger the more it holds."""
-    bins = [[as_number(row.get(key)) for key in ("predicted", "observed", "count")] for row in items(value)]
-    dots = [(p, o, n or 0.0) for p, o, n in bins if p is not None and o is not None and 0 <= p <= 1 and 0 <= o <= 1]
-    if not dots:
+    """How often a reward is right against how sure it is, a dot per bin."""
+    bins = [(as_number(row.get("predicted")), as_number(row.get("observed"))) for row in items(value)]
+    points = sorted((p, o) for p, o in bins if p is not None and o is not None and 0 <= p <= 1 and 0 <= o <= 1)
+    if not points:
         return None
-    most = max(n for _, _, n in dots) or 1.0
-    sized = [(p, o, 3 + 7 * math.sqrt(max(n, 0.0) / most)) for p, o, n in dots]
-    lines = [Line("", "soft dashed", [(0, 0), (1, 1)]), Line("", "train", sorted((p, o) for p, o, _ in dots), sized)]
+    lines = [Line("", "soft dashed", [(0, 0), (1, 1)]), Line("", "train", points, [(*point, 4.0) for point in points])]
     ends, axes = [(0.0, "0"), (1.0, "1")], (words("how sure it is"), words("how often it is right"))
-    title, note = words("Calibration"), words("Dashed line: perfect calibration. Larger dots: more pairs.")
+    title, note = words("Calibration"), words("Dashed line: perfect calibration.")
     return plot(title, lines, ends, ends, *axes, about=title, size=SQUARE, style="square", note=note)
 
 
 def frontier_charts(found: Row, words: Words) -> list[Chart]:
     """Reward against KL of a sweep's policies, one chart per reward: a line per run, and best of n."""
     starts, rows = items(found.get("starts")), items(found.get("points"))
-    runs = list(dict.fromkeys(str(row.get("run")) for row in rows))[:RUNS]
-    out = []
-    for reward in (None, *columns(row.get("rewards") for row in rows)):
+    runs: dict[str, list[Row]] = {}
+    for row in rows:
+        runs.setdefault(str(row.get("run")), []).append(row)
+    ways: list[tuple[str, str, list[Row]]]
+    ways = [(words("best of n"), "soft dashed", [*items(start.get("best_of"))]) for start in starts]
+    for at, (run, own) in enumerate(list(runs.items())[:RUNS]):
+        begun = [start for start in starts if start.get("key") == own[0].get("start")]
+        ways.append((run, f"c{at % COLOURS}", begun + [row for row in own if row.get("step") is not None]))
+    charts = (_against_kl(reward, ways, words) for reward in ("", *columns(row.get("rewards") for row in rows)))
+    return [chart for chart in charts if chart]
 
-        def place(row: Row, reward: str | None = reward) -> list[Point]:
-            own = row if reward is None else members(members(row.get("rewards")).get(reward))
-            kl, mean = as_number(row.get("kl")), as_number(own.get("reward_mean"))
-            return [(max(kl, 0.0), mean)] if kl is not None and mean is not None and math.isfinite(kl + mean) else []
 
-        begun = {str(start.get("key")): place(start) for start in starts}
-        ways = [(words("best of n"), "soft dashed", [p for row in items(start.get("best_of")) for p in place(row)])
-                for start in starts]  # fmt: skip
-        for at, run in enumerate(runs):
-            own = [row for row in rows if str(row.get("run")) == run]
-            way = [p for row in own if row.get("step") is not None for p in place(row)]
-            ways.append((run, f"c{at % COLOURS}", begun.get(str(own[0].get("start")), []) + way))
-        lines = [Line(name, kind, way, [(*p, 2.4) for p in way]) for name, kind, way in ways if way]
-        if not lines:
-            continue
-        xs, ys = zip(*(point for line in lines for point in line.points), strict=True)
-        far, title = max(xs) or 1.0, reward or words("Reward")
-        x_ticks = [(far * share, f"{far * share:.2g}") for share in (0, 1 / 16, 1 / 4, 9 / 16, 1)]
-        about = f"{title}, {words('from {} to {}', plain(min(ys)), plain(max(ys)))}"
-        out.append(plot(title, lines, x_ticks, round_ticks(min(ys), max(ys)), "KL", about=about, scale=math.sqrt))
-    return out
+def _against_kl(reward: str, ways: Sequence[tuple[str, str, list[Row]]], words: Words) -> Chart | None:
+    """The chart of one reward; the main one has no name."""
+    lines = []
+    for name, kind, rows in ways:
+        own = [members(members(row.get("rewards")).get(reward)) if reward else row for row in rows]
+        pairs = [
+            (as_number(row.get("kl")), as_number(one.get("reward_mean"))) for row, one in zip(rows, own, strict=True)
+        ]
+        points = [(max(x, 0.0), y) for x, y in pairs if x is not None and y is not None and math.isfinite(x + y)]
+        lines += [Line(name, kind, points, [(*point, 2.4) for point in points])] if points else []
+    if not lines:
+        return None
+    xs, ys = zip(*(point for line in lines for point in line.points), strict=True)
+    far, title = max(xs) or 1.0, reward or words("Reward")
+    x_ticks = [(far * share, f"{far * share:.2g}") for share in (0, 1 / 16, 1 / 4, 9 / 16, 1)]
+    y_ticks = round_ticks(min(ys), max(ys))
+    return plot(title, lines, x_ticks, y_ticks, "KL", about=_range(title, ys, words), scale=math.sqrt)
 
 
 def sweep_chart(rows: Sequence[Row], words: Words) -> Chart | None:
     """The objective of each row of a sweep, the best at the top: its mean, its standard error and its seeds."""
-    drawn = [row for row in rows if (mean := as_number(row.get("objective"))) is not None and math.isfinite(mean)]
-    if len(drawn) < 2:
+    known = [row for row in rows if math.isfinite(as_number(row.get("objective")) or math.inf)][:ROWS]
+    if len(known) < 2:
         return None
-    lines, names, ends = [], [(0.5, "")], list[float]()
-    for place, row in enumerate(drawn[:ROWS]):
+    lines, names = list[Line](), [(0.5, ""), (0.5 - len(known), "")]
+    for place, row in enumerate(known):
         mean, error, y = float(row["objective"]), as_number(row.get("stderr")) or 0.0, -float(place)
-        values = row["values"] if isinstance(row.get("values"), list) else []
-        seeds = [value for value in map(as_number, values) if value is not None]
-        lines.append(Line("", "soft", [], [(value, y, 1.6) for value in seeds]))
+        lines.append(Line("", "soft", [], [(value, y, 1.6) for value in row.get("values") or []]))
         lines.append(Line("", "c0", [(mean - error, y), (mean + error, y)], [(mean, y, 3.0)]))
-        name = short(row)
-        names.append((y, name if len(name) <= 28 else f"…{name[-27:]}"))
-        ends += [mean - error, mean + error, *seeds]
-    names.append((0.5 - len(drawn[:ROWS]), ""))
-    title, size = words("objective"), (190, 215, 24 * len(drawn[:ROWS]))
-    about = f"{title}, {words('from {} to {}', plain(min(ends)), plain(max(ends)))}"
-    return plot(title, lines, round_ticks(min(ends), max(ends), 4), names, about=about, size=size)
+        names.append((y, name if len(name := short(row)) <= 28 else f"…{name[-27:]}"))
+    xs = [point[0] for line in lines for point in (*line.points, *line.dots)]
+    title, size, x_ticks = words("objective"), (190, 215, 24 * len(known)), round_ticks(min(xs), max(xs), 4)
+    return plot(title, lines, x_ticks, names, about=_range(title, xs, words), size=size)
+
+
+def _range(name: str, values: Sequence[float], words: Words) -> str:
+    """A chart in words."""
+    return f"{name}, {words('from {} to {}', plain(min(values)), plain(max(values)))}"
 
 
 def short(row: Row) -> str:

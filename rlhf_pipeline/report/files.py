@@ -39,8 +39,10 @@ def items(value: object) -> list[dict[str, Any]]:
 
 
 def columns(rows: Iterable[object]) -> list[str]:
-    """The keys of all objects, in the order in which they first appear."""
-    return list(dict.fromkeys(key for row in rows for key in members(row)))
+    """The keys that have a value in any object, in the order in which keys first appear."""
+    known = list(map(members, rows))
+    keys = dict.fromkeys(key for row in known for key in row)
+    return [key for key in keys if any(row.get(key) is not None for row in known)]
 
 
 def read(path: Path, notes: list[str]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What watches a stage: its page, the card of its model, and trackers. None of them is worth the work that it shows."""
+"""What watches a stage: its page, the card of its model, and trackers. None of them can end the work that it shows."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -42,30 +42,26 @@ class Observers:
         self.folder, self.page, self.trackers = folder, LivePage(folder), Trackers(folder)
 
     def started(self, config: dict[str, Any], step: int = 0) -> None:
-        """A trainer of these resolved settings goes on from `step`."""
         self.trackers.start(config, step)
 
     def logged(self, step: int, values: Mapping[str, Any]) -> None:
-        """A row was added to metrics.jsonl."""
         self.trackers.logged(step, values)
         self.page.draw()
 
     def sampled(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
-        """Rows were added to samples.jsonl."""
         self.trackers.samples(step, samples)
 
     def evaluated(self, config: dict[str, Any], evaluation: Mapping[str, Any]) -> None:
-        """Policies were compared."""
         self.trackers.evaluation(config, evaluation)
 
     def finishing(self, record: dict[str, Any]) -> None:
-        """The stage is done; `record` is about to become its run.json, which must not be there before the card."""
+        """`record` is about to become run.json: what is done has a card already."""
         from rlhf_pipeline.report.cards import write_cards
 
         write_cards(self.folder, record)
 
     def ended(self) -> None:
-        """run.json says how the stage ended: done, waiting, interrupted or failed."""
+        """run.json says how: done, waiting, interrupted or failed."""
         self.page.draw(whole=True)
 
     def __enter__(self) -> "Observers":

@@ -19,14 +19,13 @@ _CHARTS = {
     "one_judge": "policy: reward on held-out prompts",
     "kl": "policy: KL to the reference",
 }
+Row = dict[str, Any]
 _STAGES = ("collect", "reward", "ppo", "evaluate")
-_COLUMNS = ("labelled", "pairs", "agreement", "reward_accuracy", "reward_pairs", "own_reward", "reward_mean",
-            "reward_stderr", "one_judge", "gain", "kl", "distinct_2")  # fmt: skip
 
 
-def by_round(runs: Path, name: str) -> list[dict[str, Any]]:
+def by_round(runs: Path, name: str) -> list[Row]:
     """One row per round; round 0 is the policy before any, on the same held-out prompts. Missing figures are None."""
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     of_all = only(runs / name / "evaluate" / "evaluation.json")  # every round, by the newest one's reward model
     one_judge = {policy: members(row).get("reward_mean") for policy, row in members(of_all.get("metrics")).items()}
     for number, folder in _rounds(runs, name).items():
@@ -37,16 +36,22 @@ def by_round(runs: Path, name: str) -> list[dict[str, Any]]:
         before = evaluation.get("reference")
         if not rows and before in policies:
             judged = one_judge.get(str(of_all.get("reference")))
-            rows.append({"round": 0, **_policy(policies[before]), "one_judge": judged})
+            rows.append({"round": 0, **_figures({}, {}, {}, policies[before]), "one_judge": judged})
         rows.append({
-            "round": number,
-            **{key: labels.get(key) for key in ("labelled", "pairs", "agreement")},
-            "reward_accuracy": reward.get("accuracy"), "reward_pairs": reward.get("pairs"),
-            "own_reward": ppo.get("scores"), **_policy(members(policies.get("ppo"))),
-            "gain": members(gains.get(f"ppo - {before}")).get("mean"), "judge": evaluation.get("reward"),
-            "one_judge": one_judge.get(f"round{number}"),
+            "round": number, **_figures(labels, reward, ppo, members(policies.get("ppo"))),
+            "gain": members(gains.get(f"ppo - {before}")).get("mean"),
+            "one_judge": one_judge.get(f"round{number}"), "judge": evaluation.get("reward"),
         })  # fmt: skip
     return rows
+
+
+def _figures(labels: Row, reward: Row, ppo: Row, policy: Row) -> Row:
+    return {
+        **{key: labels.get(key) for key in ("labelled", "pairs", "agreement")},
+        "reward_accuracy": reward.get("accuracy"), "reward_pairs": reward.get("pairs"),
+        "own_reward": ppo.get("scores"),
+        **{key: policy.get(key) for key in ("reward_mean", "reward_stderr", "kl", "distinct_2")},
+    }  # fmt: skip
 
 
 def _rounds(runs: Path, name: str) -> dict[int, Path]:
@@ -55,17 +60,11 @@ def _rounds(runs: Path, name: str) -> dict[int, Path]:
     return {number: path for number, path in found.items() if any(path.glob("*/run.json"))}
 
 
-def _policy(metrics: dict[str, Any]) -> dict[str, Any]:
-    return {key: metrics.get(key) for key in ("reward_mean", "reward_stderr", "kl", "distinct_2")}
+def _table(rows: list[Row]) -> dict[str, Row]:
+    return {str(row["round"]): {key: row[key] for key in row if key not in ("round", "judge")} for row in rows}
 
 
-def _figures(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The rows with the columns that any of them fills."""
-    filled = [key for key in _COLUMNS if any(row.get(key) is not None for row in rows)]
-    return {str(row["round"]): {key: row.get(key) for key in filled} for row in rows}
-
-
-def _judges(rows: list[dict[str, Any]]) -> list[str]:
+def _judges(rows: list[Row]) -> list[str]:
     return list(dict.fromkeys(str(row["judge"]) for row in rows if row.get("judge")))
 
 
@@ -75,7 +74,7 @@ def report_rounds(runs: Path, name: str, lang: str | None = None, show: bool = T
     write_json(runs / name / "rounds.json", rows)
     page = write_rounds(runs, name, lang)
     if show:
-        rounds_table(_figures(rows), _judges(rows))
+        rounds_table(_table(rows), _judges(rows))
         print(f"{page} shows the rounds", flush=True)
 
 
@@ -94,7 +93,7 @@ def write_rounds(runs: Path, name: str, lang: str | None = None) -> Path:
              if (path := folder / stage / "report.html").exists()]  # fmt: skip
     content = render(
         "rounds", words, title=str(Path(collect.record.get("name") or collect.name).parent),
-        judges=judges, rows=_figures(rows), charts=charts, links={str(page): str(page.parent) for page in pages},
+        judges=judges, rows=_table(rows), charts=charts, links={str(page): str(page.parent) for page in pages},
         one_judge=only(runs / name / "evaluate" / "evaluation.json").get("reward")
         if any(row.get("one_judge") is not None for row in rows) else None,
         again=command("evaluate", str(runs), **({"experiment": experiment} if experiment else {}), name=name),

@@ -41,7 +41,7 @@ def _figures(title: str, rows: Rows) -> None:
     """Names by row, and a column for every key that any row fills; a long name is folded, a figure is not."""
     table = Table(title=Text(shown(title)), title_justify="left")
     table.add_column("", overflow="fold")
-    keys = [key for key in columns(rows.values()) if any(row.get(key) is not None for row in rows.values())]
+    keys = columns(rows.values())
     for key in keys:
         head = Words().name(key)
         table.add_column(head.replace(" ", "\n") if len(head) > 10 else head, justify="right", no_wrap=True)
@@ -152,10 +152,6 @@ def rounds_table(rows: Rows, judges: Sequence[str]) -> None:
     _figures(f"by round; reward: {of}", rows)
 
 
-_PARTS = ("process", "weights", "gradients", "Adam", "master", "reference", "critic", "reward", "activations",
-          "bf16 copies", "KV cache", "logits", "buckets", "gathered", "allocator")  # fmt: skip
-
-
 def plan_table(plan: dict[str, Any]) -> None:
     """What a launch needs, a column each; before it what was counted, after it which fits. All of it is computed."""
     count, work = plan["parameters"], plan["work"]
@@ -196,7 +192,7 @@ def _launches(launches: Sequence[Mapping[str, Any]]) -> None:
 
     rows: Rows = {}
     line("GiB", ".2f", lambda launch: launch["bytes"] / 2**30)
-    for part in _PARTS:
+    for part in columns(launch["parts"] for launch in launches):
         line(f"  {part}", ".2f", part_of("parts", part, 2**30))
     line("fullest at", "", lambda launch: launch["moment"])
     line("fits", "", lambda launch: "yes" if launch["fits"] else "no")

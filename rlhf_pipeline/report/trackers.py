@@ -1,5 +1,6 @@
 """Trackers beside metrics.jsonl: TensorBoard, Trackio, Weights & Biases. A tracker that fails costs the run nothing."""
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -7,13 +8,12 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.registry import suggest
 from rlhf_pipeline.report.figures import answers_of, evaluation_tables
-from rlhf_pipeline.report.files import columns, members
+from rlhf_pipeline.report.files import columns, members, only
 from rlhf_pipeline.texts import shown
 
 # The fields of `trainer` that say where figures are shown. Every stage but chat takes them; its work is the same.
@@ -33,12 +33,11 @@ def chosen(report_to: Any) -> list[str]:
 
 
 def check(report_to: Any) -> None:
-    """Refuse a tracker that is not installed, and others of transformers, which would get no samples or tables."""
+    """Refuse what is no tracker of ours or is not installed."""
     for word in chosen(report_to):
         if word not in _KINDS:
             takes = f"It takes none, {', '.join(_KINDS)}, or a list: trainer.report_to=[{','.join(_KINDS)}]."
-            why = "would mean whatever is installed" if word == "all" else "is not a supported tracker"
-            raise UserError(f"trainer.report_to={word} {why}. {suggest(word, _KINDS)}{takes}")
+            raise UserError(f"trainer.report_to={word} is not a supported tracker. {suggest(word, _KINDS)}{takes}")
         found = importlib.util.find_spec(word)
         if found is None or found.origin is None:  # a mere folder of that name
             raise UserError(
@@ -54,15 +53,12 @@ def ready(report_to: Any) -> None:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its reports to its makers
     import wandb
 
-    try:
+    with contextlib.suppress(Exception):  # whether the network is up is not asked
         if wandb.setup().settings.mode not in ("online", "run", "shared") or wandb.login(prompt=False, verify=False):
-            return  # whether the network is up is not asked
-        reason = "nobody is logged in"
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300].rstrip(".")
+            return
     raise UserError(
-        f"trainer.report_to=wandb: {reason}. Run 'wandb login' or set WANDB_API_KEY; WANDB_MODE=offline keeps the run "
-        "on this machine, for 'wandb sync'."
+        "trainer.report_to=wandb: nobody is logged in. Run 'wandb login' or set WANDB_API_KEY; WANDB_MODE=offline "
+        "keeps the run on this machine, for 'wandb sync'."
     )
 
 
@@ -75,98 +71,85 @@ def naming(config: Mapping[str, Any], tracker: str = "trackio") -> dict[str, str
     }
 
 
-class TensorBoard:
-    """Event files in the run directory, or below TENSORBOARD_LOGGING_DIR; steps after `step` are hidden."""
+class Run(NamedTuple):
+    """A tracker's run of one stage."""
 
-    def __init__(self, config: dict[str, Any], folder: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    log: Callable[[Mapping[str, float], int], None]  # figures by name, and the step
+    table: Callable[[str, Sequence[str], Cells, int], None]  # a name, heads, cells, and the step
+    close: Callable[[bool], None]  # whether the stage failed
 
-        root = os.environ.get("TENSORBOARD_LOGGING_DIR")
-        folder = Path(root).expanduser() / naming(config)["run_name"] if root else folder / "tensorboard"
-        self.writer: Any = SummaryWriter(str(folder), purge_step=step + 1)
-        lines = json.dumps(config, indent=2, ensure_ascii=True).split("\n")
-        self.writer.add_text("settings", "\n".join(f"    {line}" for line in lines), step)  # indented: a code block
 
-    def figures(self, step: int, values: Mapping[str, float]) -> None:
+def _tensorboard(config: dict[str, Any], folder: Path, step: int) -> Run:
+    """Event files in the run directory, or below TENSORBOARD_LOGGING_DIR; those after `step` are hidden."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    root = os.environ.get("TENSORBOARD_LOGGING_DIR")
+    place = Path(root).expanduser() / naming(config)["run_name"] if root else folder / "tensorboard"
+    writer: Any = SummaryWriter(str(place), purge_step=step + 1)
+    lines = json.dumps(config, indent=2, ensure_ascii=True).split("\n")
+    writer.add_text("settings", "\n".join(f"    {line}" for line in lines), step)  # indented: a code block
+
+    def log(values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+            writer.add_scalar(name, value, step)
 
-    def table(self, step: int, name: str, heads: Sequence[str], cells: Cells) -> None:
-        """A table in Markdown, which TensorBoard renders."""
-        rows = [[literal(cell) for cell in heads], ["---"] * len(heads), *([literal(c) for c in row] for row in cells)]
-        self.writer.add_text(name, "\n".join(f"| {' | '.join(row)} |" for row in rows), step)
-        self.writer.flush()
+    def table(name: str, heads: Sequence[str], cells: Cells, step: int) -> None:
+        rows = [list(map(literal, heads)), ["---"] * len(heads), *(list(map(literal, row)) for row in cells)]
+        writer.add_text(name, "\n".join(f"| {' | '.join(row)} |" for row in rows), step)
+        writer.flush()
 
-    def close(self, failed: bool) -> None:
-        self.writer.close()
+    return Run(log, table, lambda failed: writer.close())
 
 
-class _Rows:
-    """Trackio and Weights & Biases log rows, in which the step is a figure like others."""
-
-    api: Any
-    mixed: Mapping[str, bool] = MappingProxyType({})  # asks for a table of texts and numbers
-
-    def figures(self, step: int, values: Mapping[str, float]) -> None:
-        self.api.log({**values, _STEP: step})
-
-    def table(self, step: int, name: str, heads: Sequence[str], cells: Cells) -> None:
-        self.api.log({name: self.api.Table(columns=heads, data=cells, **self.mixed), _STEP: step})
-
-
-class Trackio(_Rows):
+def _trackio(config: dict[str, Any], folder: Path, step: int) -> Run:
     """A run in Trackio's own folder on this machine, or in the Space that the user names."""
+    import trackio
 
-    def __init__(self, config: dict[str, Any], folder: Path, step: int) -> None:
-        import trackio
+    asked, named = config["trainer"], naming(config, "trackio")
+    private = asked.get("hub_private_repo")
+    trackio.init(
+        project=named["project"], name=named["run_name"], group=config["name"], embed=False, private=private,
+        resume="allow" if step else "never",  # a run of that name may belong to a folder that was deleted
+        space_id=asked.get("trackio_space_id"), bucket_id=asked.get("trackio_bucket_id"),
+    )  # fmt: skip
+    trackio.config["settings"] = config
 
-        self.asked, self.named, self.api = config["trainer"], naming(config, "trackio"), trackio
-        trackio.init(
-            project=self.named["project"], name=self.named["run_name"], group=config["name"], embed=False,
-            resume="allow" if step else "never",  # a run of that name may belong to a folder that was deleted
-            space_id=self.asked.get("trackio_space_id"), bucket_id=self.asked.get("trackio_bucket_id"),
-            private=self.asked.get("hub_private_repo"),
-        )  # fmt: skip
-        trackio.config["settings"] = config
+    def close(failed: bool) -> None:
+        space, static = trackio.context_vars.current_space_id.get(), asked.get("trackio_static_space_id")
+        trackio.finish()
+        if space and static:
+            trackio.freeze(space_id=space, project=named["project"], new_space_id=static, private=private)
 
-    def close(self, failed: bool) -> None:
-        space = self.api.context_vars.current_space_id.get()
-        self.api.finish()
-        if space and (static := self.asked.get("trackio_static_space_id")):
-            private = self.asked.get("hub_private_repo")
-            self.api.freeze(space_id=space, project=self.named["project"], new_space_id=static, private=private)
+    return _in_rows(trackio, close)
 
 
-class Wandb(_Rows):
+def _wandb(config: dict[str, Any], folder: Path, step: int) -> Run:
     """A run of Weights & Biases, which with WANDB_MODE=offline lies in the run directory."""
+    import wandb
 
-    mixed = MappingProxyType({"allow_mixed_types": True})
-
-    def __init__(self, config: dict[str, Any], folder: Path, step: int) -> None:
-        import wandb
-
-        named, self.api = naming(config, "wandb"), wandb
-        wandb.init(
-            project=named["project"], name=named["run_name"], id=_run_id(folder, named), resume="allow",
-            group=os.environ.get("WANDB_RUN_GROUP") or config["name"],
-            dir=os.environ.get("WANDB_DIR") or str(folder), config={"settings": config},
-        )  # fmt: skip
-        wandb.define_metric("*", step_metric=_STEP, step_sync=True)
-
-    def close(self, failed: bool) -> None:
-        self.api.finish(exit_code=int(failed))
+    named, began = naming(config, "wandb"), only(folder / "run.json").get("started", "")
+    # The same run if the stage is resumed under the same name, another once it is started over.
+    key = hashlib.sha256(json.dumps([began, *named.values()]).encode()).hexdigest()[:12]
+    wandb.init(
+        project=named["project"], name=named["run_name"], id=key, resume="allow", config={"settings": config},
+        group=os.environ.get("WANDB_RUN_GROUP") or config["name"], dir=os.environ.get("WANDB_DIR") or str(folder),
+    )  # fmt: skip
+    wandb.define_metric("*", step_metric=_STEP, step_sync=True)
+    return _in_rows(wandb, lambda failed: wandb.finish(exit_code=int(failed)), allow_mixed_types=True)
 
 
-_KINDS: dict[str, Callable[[dict[str, Any], Path, int], Any]] = {
-    "tensorboard": TensorBoard, "trackio": Trackio, "wandb": Wandb,
+def _in_rows(api: Any, close: Callable[[bool], None], **more: bool) -> Run:
+    """Where the step is a figure like others."""
+
+    def table(name: str, heads: Sequence[str], cells: Cells, step: int) -> None:
+        api.log({name: api.Table(columns=heads, data=cells, **more), _STEP: step})
+
+    return Run(lambda values, step: api.log({**values, _STEP: step}), table, close)
+
+
+_KINDS: dict[str, Callable[[dict[str, Any], Path, int], Run]] = {
+    "tensorboard": _tensorboard, "trackio": _trackio, "wandb": _wandb,
 }  # fmt: skip
-
-
-def _run_id(folder: Path, named: dict[str, str]) -> str:
-    """The same whenever this stage's run is resumed under the same name; another once it is started over."""
-    record = folder / "run.json"
-    started = json.loads(record.read_text(encoding="utf-8"))["started"] if record.exists() else ""
-    return hashlib.sha256(json.dumps([started, *named.values()]).encode()).hexdigest()[:12]
 
 
 class Trackers:
@@ -177,67 +160,66 @@ class Trackers:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.open: dict[str, Any] = {}
+        self.open: dict[str, Run] = {}
 
     def start(self, config: dict[str, Any], step: int = 0) -> None:
         """Open those that the resolved settings name; training goes on from `step`."""
         config = {key: value for key, value in config.items() if key not in ("defaults", "hydra")}
-        for name in chosen(members(config.get("trainer")).get("report_to")):
-            self._try(name, self._open, name, config, step)
+
+        def begin(name: str) -> None:
+            self.open[name] = _KINDS[name](config, self.folder, step)
+
+        self._each(begin, chosen(members(config.get("trainer")).get("report_to")))
 
     def logged(self, step: int, values: Mapping[str, Any]) -> None:
         """The figures of one row of metrics.jsonl, under the names that transformers gives them."""
-        rows = {key: value for key, value in values.items() if isinstance(value, int | float)}
-        named = {f"eval/{key[5:]}" if key.startswith("eval_") else f"train/{key}": rows[key] for key in rows}
-        self._each(lambda tracker: tracker.figures(step, named))
+        named = {f"eval/{key[5:]}" if key.startswith("eval_") else f"train/{key}": value
+                 for key, value in values.items() if isinstance(value, int | float)}  # fmt: skip
+        self._each(lambda name: self.open[name].log(named, step))
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """The policy's answers with their rewards: the rows that samples.jsonl gets."""
         heads = ["prompt", "response", "reward"]
-        self._each(lambda tracker: tracker.table(step, "samples", heads, [[row[key] for key in heads] for row in rows]))
+        cells = [[row[key] for key in heads] for row in rows]
+        self._each(lambda name: self.open[name].table("samples", heads, cells, step))
 
     def evaluation(self, config: dict[str, Any], found: Mapping[str, Any]) -> None:
         """The tables of an evaluation, their figures, and the answers that it shows."""
         self.start(config)
-        tables, answers = evaluation_tables(found), answers_of(found)
-        numbers = {f"evaluate/{name}/{key}": value for table in tables for name, row in table.rows.items()
-                   for key, value in row.items() if isinstance(value, int | float)}  # fmt: skip
-        self._each(lambda tracker: tracker.figures(0, numbers))
-        for title, corner, rows in tables:
-            heads = columns(rows.values())
-            cells = [[name, *(row.get(key) for key in heads)] for name, row in rows.items()]
-            self._table(f"evaluate/{title}", [corner, *heads], cells)
-        if answers:
+        tables = evaluation_tables(found)
+        numbers = {f"evaluate/{row}/{key}": value for _, _, rows in tables for row in rows
+                   for key, value in rows[row].items() if isinstance(value, int | float)}  # fmt: skip
+        sheets = [(title, [corner, *(keys := columns(rows.values()))],
+                   [[row, *map(rows[row].get, keys)] for row in rows]) for title, corner, rows in tables]  # fmt: skip
+        if answers := answers_of(found):
             names = list(answers[0]["responses"])
-            heads = ["prompt", *(head for name in names for head in (name, f"reward of {name}"))]
             cells = [[row["prompt"], *(row[part].get(name) for name in names for part in ("responses", "rewards"))]
                      for row in answers]  # fmt: skip
-            self._table("evaluate/answers", heads, cells)
+            heads = ["prompt", *(head for name in names for head in (name, f"reward of {name}"))]
+            sheets.append(("answers", heads, cells))
+
+        def show(name: str) -> None:
+            self.open[name].log(numbers, 0)
+            for title, heads, cells in sheets:
+                self.open[name].table(f"evaluate/{title}", heads, cells, 0)
+
+        self._each(show)
 
     def __enter__(self) -> "Trackers":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._each(lambda tracker: tracker.close(kind is not None))
+        self._each(lambda name: self.open[name].close(kind is not None))
         self.open = {}
 
-    def _table(self, name: str, heads: Sequence[str], cells: Cells) -> None:
-        self._each(lambda tracker: tracker.table(0, name, heads, cells))
-
-    def _open(self, name: str, config: dict[str, Any], step: int) -> None:
-        self.open[name] = _KINDS[name](config, self.folder, step)
-
-    def _each(self, act: Callable[[Any], None]) -> None:
-        for name, tracker in list(self.open.items()):
-            self._try(name, act, tracker)
-
-    def _try(self, name: str, act: Callable[..., None], *args: Any) -> None:
-        try:
-            act(*args)
-        except Exception as error:  # a tracker must not end the training
-            self.open.pop(name, None)
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-            print(f"warning: {name} failed ({reason}) and is left out; the run goes on", flush=True)
+    def _each(self, act: Callable[[str], None], names: Sequence[str] | None = None) -> None:
+        for name in list(self.open) if names is None else names:
+            try:
+                act(name)
+            except Exception as error:  # a tracker must not end the training
+                self.open.pop(name, None)
+                reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+                print(f"warning: {name} failed ({reason}) and is left out; the run goes on", flush=True)
 
 
 def literal(value: Any) -> str:

@@ -122,7 +122,6 @@ def test_the_fields_of_a_policys_card(workplace: Path) -> None:
         "| Positions | 64 |",
         "| Parameters | 10 |",  # the value head beside it is none of the policy's
         f"| imdb | stanfordnlp/imdb | 25000 | 100 | {SHA} |",
-        "| Settings | learning_rate=1e-05 |",
         "| Updates | 12 |",
         "| Time | 2 min 30 s |",
         "| Seed | 7 |",

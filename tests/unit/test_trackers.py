@@ -17,7 +17,7 @@ from rlhf_pipeline.report.trackers import Trackers
 
 REFUSED = {
     "stage=sft trainer.report_to=tensorbord": ["report_to=tensorbord", "Did you mean 'tensorboard'", "none, tens"],
-    "stage=pipeline trainer.report_to=all": ["report_to=all would mean whatever is installed", "none, tensorboard"],
+    "stage=pipeline trainer.report_to=all": ["report_to=all is not a supported tracker", "none, tensorboard"],
     "stage=ppo trainer.report_to=[none,mlflow]": ["report_to=mlflow is not a supported tracker", "none, tensorboard"],
     "stage=evaluate trainer.report_to=[wandbb]": ["Did you mean 'wandb'"],
     "stage=evaluate trainer.report_to=[3]": ["report_to=3 is not a supported tracker"],
@@ -114,7 +114,7 @@ class Fake:
     """A tracker that remembers, and breaks where it is told to."""
 
     def __init__(self, breaks: str = "") -> None:
-        self.breaks, self.log = breaks, list[Any]()
+        self.breaks, self.did = breaks, list[Any]()
 
     def __call__(self, config: dict[str, Any], folder: Path, step: int) -> "Fake":
         self.config = config
@@ -123,13 +123,13 @@ class Fake:
     def _did(self, what: str, *values: Any) -> "Fake":
         if what == self.breaks:
             raise OSError("no\nroute")
-        self.log.append((what, *values))
+        self.did.append((what, *values))
         return self
 
-    def figures(self, step: int, values: dict[str, float]) -> None:
+    def log(self, values: dict[str, float], step: int) -> None:
         self._did("figures", step, values)
 
-    def table(self, step: int, name: str, heads: list[str], cells: list[list[Any]]) -> None:
+    def table(self, name: str, heads: list[str], cells: list[list[Any]], step: int) -> None:
         self._did("table", step, cells)
 
     def close(self, failed: bool) -> None:
@@ -154,11 +154,11 @@ def go(monkeypatch: pytest.MonkeyPatch, folder: Path, fake: Fake, steps: int, di
 def test_a_tracker_gets_figures_and_samples_and_is_closed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     go(monkeypatch, tmp_path, fake := Fake(), 1)
     figures = ("figures", 1, {"train/loss": 2.0, "eval/loss": 3.0})
-    assert fake.log == [("open",), figures, ("table", 1, [["p", "r", 1.0]]), ("close", False)]
+    assert fake.did == [("open",), figures, ("table", 1, [["p", "r", 1.0]]), ("close", False)]
     assert fake.config == {key: CONFIG[key] for key in ("name", "stage", "trainer")}
     with pytest.raises(KeyboardInterrupt):
         go(monkeypatch, tmp_path, fake, 5, dies=True)
-    assert fake.log[-1] == ("close", True)
+    assert fake.did[-1] == ("close", True)
 
 
 def test_a_resumed_stage_continues_its_run_of_wandb_and_a_new_one_does_not(
@@ -194,4 +194,4 @@ def test_a_tracker_that_fails_is_warned_of_once_and_left_out(
     go(monkeypatch, tmp_path, fake := Fake(where), 3)
     assert capsys.readouterr().out == "warning: wandb failed (OSError: no) and is left out; the run goes on\n"
     done = ["open", "figures", "table"]
-    assert [entry[0] for entry in fake.log][:3] == (done[: done.index(where)] if where in done else done)
+    assert [entry[0] for entry in fake.did][:3] == (done[: done.index(where)] if where in done else done)
