@@ -103,31 +103,31 @@ def small(name: str, lines: Sequence[Line], words: Words = ENGLISH, key: str = "
     return plot(name, drawn, x_ticks, y_ticks, words(unit), about=about, size=SMALL, style="", key=own)
 
 
-def curves(measures: Mapping[str, Sequence[Line]], words: Words) -> dict[str, Any]:
-    """Small charts of the measures that change, in groups, and the names of those that are not drawn."""
+def curves(runs: Mapping[str, Iterable[Row]], words: Words) -> dict[str, Any]:
+    """Small charts of the measures that change, in groups, and the names of those that are not drawn.
 
-    def moves(lines: Iterable[Line]) -> bool:
-        return any(len({y for _, y in line.points if math.isfinite(y)}) > 1 for line in lines)
-
-    moving = grouped([key for key, lines in measures.items() if key not in CLOCKS and moves(lines)])
-    order = [key for keys in moving.values() for key in keys][:CHARTS]
-    groups = {
-        group: [small(words.measure(key), measures[key], words, key) for key in keys if key in order]
-        for group, keys in moving.items()
-        if set(keys) & set(order)
+    A colour per run, or for training and held-out data if there is one run; held-out data is dashed.
+    """
+    measures: dict[str, list[Line]] = {}
+    for place, (run, rows) in enumerate(runs.items()):
+        for name, found in gather(rows).items():
+            for kind, points in sorted(found.items(), reverse=True):
+                colour = f"{f'c{place}' if len(runs) > 1 else kind}{' dashed' if kind == 'eval' else ''}"
+                measures.setdefault(name, []).append(Line(f"{run} {words(kind)}".strip(), colour, points))
+    drawn = {name: lines for name, lines in measures.items() if name not in CLOCKS}
+    moving = [name for name, lines in drawn.items()
+              if any(len({y for _, y in line.points if math.isfinite(y)}) > 1 for line in lines)]  # fmt: skip
+    groups, left = {}, CHARTS
+    for group, keys in grouped(moving).items():
+        groups[group] = [small(words.measure(key), drawn[key], words, key) for key in keys[:left]]
+        moving = [key for key in moving if key not in keys[left:]]
+        left -= len(groups[group])
+    groups = {group: charts for group, charts in groups.items() if charts}
+    return {
+        "groups": groups,
+        "folded": [OTHER] if len(groups) > 1 else [],
+        "rest": [k for k in drawn if k not in moving],
     }
-    rest = [key for key in measures if key not in order and key not in CLOCKS]
-    return {"groups": groups, "folded": [OTHER] if len(groups) > 1 else [], "rest": rest}
-
-
-def training_curves(rows: Iterable[Row], words: Words) -> dict[str, Any]:
-    """The charts of one stage: what was measured in training and, dashed, on held-out data."""
-    kinds = {"train": "train", "eval": "eval dashed"}
-    measures = {
-        name: [Line(words(kind), kinds[kind], points) for kind, points in sorted(found.items(), reverse=True)]
-        for name, found in gather(rows).items()
-    }
-    return curves(measures, words)
 
 
 def calibration(value: object, words: Words) -> Chart | None:
@@ -178,7 +178,9 @@ def _against_kl(reward: str, ways: Sequence[tuple[str, str, list[Row]]], words: 
 
 def sweep_chart(rows: Sequence[Row], words: Words) -> Chart | None:
     """The objective of each row of a sweep, the best at the top: its mean, its standard error and its seeds."""
-    known = [row for row in rows if math.isfinite(as_number(row.get("objective")) or math.inf)][:ROWS]
+    known = [row for row in rows if (mean := as_number(row.get("objective"))) is not None and math.isfinite(mean)][
+        :ROWS
+    ]
     if len(known) < 2:
         return None
     lines, names = list[Line](), [(0.5, ""), (0.5 - len(known), "")]

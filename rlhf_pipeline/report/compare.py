@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.report.charts import COLOURS, Line, curves, gather
+from rlhf_pipeline.report.charts import COLOURS, curves
 from rlhf_pipeline.report.figures import Table, evaluation_tables
 from rlhf_pipeline.report.files import as_number, columns, config, flat, items, members, only, read, stages_below
 from rlhf_pipeline.report.page import render, write_page
@@ -47,7 +47,8 @@ def compare(folders: Sequence[Path], target: Path, lang: str = "en") -> Path:
         "compare", words, title=f"{words('Comparison')}: {', '.join(names)}", notes=notes,
         results={stage: _results(found, words) for stage, found in stages.items()},
         evaluations=_evaluations(stages.get("evaluate", {})), answers=_answers(stages.get("evaluate", {})),
-        curved={stage: _curves(found, list(names), words) for stage, found in stages.items()},
+        curved={stage: curves({name: found[name].metrics if name in found else [] for name in names}, words)
+                for stage, found in stages.items()},
         differences={stage: _differences(found) for stage, found in stages.items()},
     )  # fmt: skip
     return write_page(target, content)
@@ -74,17 +75,6 @@ def _evaluations(stages: Stages) -> list[Table]:
                for key, row in members(one.evaluation.get(kind)).items()}
         for kind in ("metrics", "paired_gain")
     })  # fmt: skip
-
-
-def _curves(stages: Stages, names: list[str], words: Words) -> dict[str, Any]:
-    """A colour per run; what was measured on held-out data is dashed."""
-    measures: dict[str, list[Line]] = {}
-    for name, one in stages.items():
-        for key, kinds in gather(one.metrics).items():
-            for kind, points in sorted(kinds.items(), reverse=True):
-                style = f"c{names.index(name)}{' dashed' if kind == 'eval' else ''}"
-                measures.setdefault(key, []).append(Line(f"{name} {words(kind)}", style, points))
-    return curves(measures, words)
 
 
 def _answers(stages: Stages) -> list[dict[str, Any]]:

@@ -49,12 +49,6 @@ def evaluation_tables(evaluation: Found) -> list[Table]:
     return [table for table in found if any(table.rows.values())]
 
 
-def answers_of(evaluation: Found) -> list[dict[str, Any]]:
-    """Answers to look at: typical ones, the best, the worst and the most changed, then those to the user's prompts."""
-    extremes = [row for rows in members(evaluation.get("extremes")).values() for row in items(rows)]
-    return [*items(evaluation.get("examples")), *extremes, *items(evaluation.get("shown"))]
-
-
 def frontier_tables(frontier: Found) -> list[Table]:
     """What frontier.json holds: the policies of a sweep, and the best of n answers of where they started."""
     starts, points = items(frontier.get("starts")), items(frontier.get("points"))
@@ -88,11 +82,10 @@ def _point(row: Found) -> dict[str, Any]:
 
 def sweep_figures(row: Found) -> dict[str, Any]:
     """One row of sweep.json: its objective over seeds, how its jobs ended, and the means of their results."""
-    named = {"objective": "objective", "± s.e.": "stderr", "seeds": "seeds", "failed": "failed", "left": "left"}
+    ended = {key: row.get(key) or None for key in ("failed", "left")}
     over = {OVER: row["over_budget"]} if as_number(row.get("over_budget")) else {}
-    return {name: row.get(key) for name, key in named.items()} | over | {
-        "time": row.get("seconds"), **members(row.get("results")),
-    }  # fmt: skip
+    whole = {"objective": row.get("objective"), "± s.e.": row.get("stderr"), "seeds": row.get("seeds")}
+    return {**whole, **ended, **over, "time": row.get("seconds"), **members(row.get("results"))}
 
 
 def _of(row: object, keys: tuple[str, ...]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from rlhf_pipeline.report.stage import write_report
 from rlhf_pipeline.report.trackers import Trackers
 
-SECONDS, SHARE = 5.0, 50.0  # between two drawings: at least so long, and so many times what the last one took
+SECONDS = 15.0  # between two drawings of a running stage's page
 
 
 class LivePage:
@@ -19,17 +19,14 @@ class LivePage:
 
     def draw(self, whole: bool = False) -> None:
         """Draw the page if it is due; at the end (`whole`) in any case."""
-        began = time.monotonic()
-        if not whole and began < self._due:
-            return
-        try:
-            write_report(self.folder)
-        except Exception as error:
-            if not self._warned:
-                print(f"warning: {self.folder / 'report.html'} could not be drawn: {error}", flush=True)
-            self._warned = True
-        now = time.monotonic()
-        self._due = now + max(SECONDS, SHARE * (now - began))
+        if whole or time.monotonic() >= self._due:
+            try:
+                write_report(self.folder)
+            except Exception as error:
+                if not self._warned:
+                    print(f"warning: {self.folder / 'report.html'} could not be drawn: {error}", flush=True)
+                self._warned = True
+            self._due = time.monotonic() + SECONDS
 
 
 class Observers:

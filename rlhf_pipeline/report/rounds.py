@@ -20,7 +20,6 @@ _CHARTS = {
     "kl": "policy: KL to the reference",
 }
 Row = dict[str, Any]
-_STAGES = ("collect", "reward", "ppo", "evaluate")
 
 
 def by_round(runs: Path, name: str) -> list[Row]:
@@ -60,42 +59,39 @@ def _rounds(runs: Path, name: str) -> dict[int, Path]:
     return {number: path for number, path in found.items() if any(path.glob("*/run.json"))}
 
 
-def _table(rows: list[Row]) -> dict[str, Row]:
-    return {str(row["round"]): {key: row[key] for key in row if key not in ("round", "judge")} for row in rows}
-
-
-def _judges(rows: list[Row]) -> list[str]:
-    return list(dict.fromkeys(str(row["judge"]) for row in rows if row.get("judge")))
-
-
 def report_rounds(runs: Path, name: str, lang: str | None = None, show: bool = True) -> None:
     """Write `runs/<name>/rounds.json` and `report.html`, and print the table where it is to be shown."""
     rows = by_round(runs, name)
     write_json(runs / name / "rounds.json", rows)
     page = write_rounds(runs, name, lang)
     if show:
-        rounds_table(_table(rows), _judges(rows))
+        rounds_table(*_shown(rows))
         print(f"{page} shows the rounds", flush=True)
+
+
+def _shown(rows: list[Row]) -> tuple[dict[str, Row], list[str]]:
+    """The figures of each round, and the rewards that judged."""
+    table = {str(row["round"]): {key: row[key] for key in row if key not in ("round", "judge")} for row in rows}
+    return table, list(dict.fromkeys(str(row["judge"]) for row in rows if row.get("judge")))
 
 
 def write_rounds(runs: Path, name: str, lang: str | None = None) -> Path:
     """Write `runs/<name>/report.html` from what the rounds have left; by default in the first one's language."""
-    rows, rounds = by_round(runs, name), _rounds(runs, name)
+    folder, rows, rounds = runs / name, by_round(runs, name), _rounds(runs, name)
+    table, judges = _shown(rows)
     collect = RunDir(runs, f"{name}/round{min(rounds, default=1)}", "collect")
-    words, judges = Words(lang or members(collect.config().get("report")).get("lang")), _judges(rows)
-    charts = []
+    words, charts = Words(lang or members(collect.config().get("report")).get("lang")), []
     for key, about in _CHARTS.items():
         points = [(float(row["round"]), float(row[key])) for row in rows if row.get(key) is not None]
         if points and key != ("reward_mean" if len(judges) > 1 else "one_judge"):
             charts.append(small(words(about), [Line("", "eval", points)], words, unit="Round"))
-    experiment = collect.record.get("experiment")
-    pages = [path.relative_to(runs / name) for folder in rounds.values() for stage in _STAGES
-             if (path := folder / stage / "report.html").exists()]  # fmt: skip
+    pages = [path.parent.relative_to(folder) for at in rounds.values() for path in sorted(at.glob("*/report.html"))]
+    judged = any(row.get("one_judge") is not None for row in rows)
+    experiment = {key: value for key, value in collect.record.items() if key == "experiment" and value}
     content = render(
         "rounds", words, title=str(Path(collect.record.get("name") or collect.name).parent),
-        judges=judges, rows=_table(rows), charts=charts, links={str(page): str(page.parent) for page in pages},
-        one_judge=only(runs / name / "evaluate" / "evaluation.json").get("reward")
-        if any(row.get("one_judge") is not None for row in rows) else None,
-        again=command("evaluate", str(runs), **({"experiment": experiment} if experiment else {}), name=name),
+        judges=judges, rows=table, charts=charts, links={f"{page}/report.html": str(page) for page in pages},
+        one_judge=only(folder / "evaluate" / "evaluation.json").get("reward") if judged else None,
+        again=command("evaluate", str(runs), **experiment, name=name),
     )  # fmt: skip
-    return write_page(runs / name / "report.html", content)
+    return write_page(folder / "report.html", content)

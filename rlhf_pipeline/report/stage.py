@@ -5,7 +5,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline.report.charts import RUNS, calibration, frontier_charts, training_curves
+from rlhf_pipeline.report.charts import RUNS, calibration, curves, frontier_charts
 from rlhf_pipeline.report.figures import evaluation_tables, frontier_tables
 from rlhf_pipeline.report.files import as_number, config, items, members, only, read
 from rlhf_pipeline.report.page import lasted, plain, render, write_page
@@ -44,7 +44,7 @@ def write_report(folder: Path, lang: str | None = None) -> Path:
         frontier_answers=[_last_answers(start, frontier, words) for start in items(frontier.get("starts"))],
         samples=pairs, sampled=words("{} of {}", sum(row is not None for pair in pairs for row in pair), len(samples)),
         candidates=_ranked(asked, labels),
-        curved=training_curves(metrics, words),
+        curved=curves({"": metrics}, words),
         parents={role: members(made) or {"path": made} for role, made in members(run.get("parents")).items()},
     )  # fmt: skip
     return write_page(folder / "report.html", content)

@@ -16,7 +16,7 @@ from rlhf_pipeline.texts import shown
 
 _ABREAST, _MANY = 4, 30  # policies whose answers can be read side by side; policies of a sweep that a table shows
 _FORMS = {"positive": ".1%", "win_rate": ".1%", "kl": ".2f", "perplexity": ".2f", "held_out_perplexity": ".2f",
-          "length": ".1f", "moved": ".2f", "time": ".0f", "gain": "+.3f", "95 % from": "+.3f",
+          "length": ".1f", "moved": ".2f", "validation_kl": ".2f", "time": ".0f", "gain": "+.3f", "95 % from": "+.3f",
           "95 % to": "+.3f"}  # fmt: skip
 
 _AGAINST_KL = ("reward_mean", "reward_stderr", "kl", "gain", "95 % from", "95 % to", "as good as best of")
@@ -119,26 +119,17 @@ def frontier_table(frontier: dict[str, Any]) -> None:
 
 def sweep_table(found: dict[str, Any], own: Collection[str]) -> None:
     """The settings of a sweep by row, the best objective first; then which of a command's own jobs failed."""
-    rows, jobs = found["rows"], [job for job in found["jobs"] if job["job"] in own]
-    cells = {}
-    for row in rows:
-        whole = sweep_figures(row)  # on validation prompts; in training, where there are none
-        reward, kl = whole.get("validation_reward", whole.get("scores")), whole.get("validation_kl", whole.get("kl"))
-        judged = (
-            {"reward": reward, "kl": number(kl, 2) + (" (over)" if OVER in whole else "")} if kl is not None else {}
-        )
-        ended = {key: whole[key] or None for key in ("failed", "left", "time")}
-        cells[short(row)] = {
-            **{key: whole[key] for key in ("objective", "± s.e.")},
-            **judged,
-            "seeds": row["seeds"],
-            **ended,
-        }
+    rows = {short(row): sweep_figures(row) for row in found["rows"]}
+    validated = any("validation_kl" in row for row in rows.values())  # else in training
+    judged = ("validation_reward", "validation_kl") if validated else ("scores", "kl")
+    keys = ("objective", "± s.e.", *judged, OVER, "seeds", "failed", "left", "time")
     about = f"; objective: {found['objective']}" if found["objective"] else ""
     about += f" (KL <= {found['kl_budget']:g})" if found["kl_budget"] is not None else ""
-    _figures(f"{found['sweep']} ({found['stage']}){about}", cells)
-    if rows and rows[0]["over_budget"]:
-        _say(f"no settings keep within sweep.kl_budget={found['kl_budget']:g}; nearest: {short(rows[0])}")
+    title = f"{found['sweep']} ({found['stage']}){about}"
+    _figures(title, {name: {key: row.get(key) for key in keys} for name, row in rows.items()})
+    if found["rows"] and found["rows"][0]["over_budget"]:
+        _say(f"no settings keep within sweep.kl_budget={found['kl_budget']:g}; nearest: {next(iter(rows))}")
+    jobs = [job for job in found["jobs"] if job["job"] in own]
     failed = [job for job in jobs if job["status"] == "failed"]
     for job in failed:
         _say(f"failed: {job['job']}: {job['error']}", "red")

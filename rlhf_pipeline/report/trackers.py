@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.registry import suggest
-from rlhf_pipeline.report.figures import answers_of, evaluation_tables
+from rlhf_pipeline.report.figures import evaluation_tables
 from rlhf_pipeline.report.files import columns, members, only
 from rlhf_pipeline.texts import shown
 
@@ -184,19 +184,13 @@ class Trackers:
         self._each(lambda name: self.open[name].table("samples", heads, cells, step))
 
     def evaluation(self, config: dict[str, Any], found: Mapping[str, Any]) -> None:
-        """The tables of an evaluation, their figures, and the answers that it shows."""
+        """The tables of an evaluation, and their figures."""
         self.start(config)
         tables = evaluation_tables(found)
         numbers = {f"evaluate/{row}/{key}": value for _, _, rows in tables for row in rows
                    for key, value in rows[row].items() if isinstance(value, int | float)}  # fmt: skip
         sheets = [(title, [corner, *(keys := columns(rows.values()))],
                    [[row, *map(rows[row].get, keys)] for row in rows]) for title, corner, rows in tables]  # fmt: skip
-        if answers := answers_of(found):
-            names = list(answers[0]["responses"])
-            cells = [[row["prompt"], *(row[part].get(name) for name in names for part in ("responses", "rewards"))]
-                     for row in answers]  # fmt: skip
-            heads = ["prompt", *(head for name in names for head in (name, f"reward of {name}"))]
-            sheets.append(("answers", heads, cells))
 
         def show(name: str) -> None:
             self.open[name].log(numbers, 0)

@@ -107,9 +107,6 @@ def test_tensorboard_has_the_table_of_before_and_after(tracked: Path) -> None:
     gains = text(found, "evaluate/Paired gain")[0]
     for pair, gain in evaluation["paired_gain"].items():
         assert f"| {literal(pair)} | {literal(gain['mean'])} |" in gains
-    answers = text(found, "evaluate/answers")[0]
-    for row in evaluation["examples"]:
-        assert all(literal(said) in answers for said in (row["prompt"], *row["responses"].values()))
 
 
 def test_the_settings_are_shown_and_no_token_is(tracked: Path) -> None:

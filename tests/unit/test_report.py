@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.report import LivePage, compare, observers, rounds, write_report
+from rlhf_pipeline.report import compare, rounds, write_report
 from rlhf_pipeline.report import words as page_words
 from rlhf_pipeline.report.__main__ import main
 
@@ -147,14 +146,10 @@ def test_text_stays_text(tmp_path: Path, word: str) -> None:
     assert not [name for name in names if name.startswith("on") or name in ("src", "srcset", "data", "action")]
     assert all(value and value.startswith("#") for name, value in page.attributes if name in ("href", "xlink:href"))
     assert {re.sub(r"\W", "", tag) for tag in page.tags} == set(page.tags)
-
-
-def test_what_would_hide_is_shown(tmp_path: Path) -> None:
-    source = made(build(tmp_path, NASTY))
-    assert "<script>alert(1)" not in source
-    assert "<script>alert(1)</script> \" ' onload=x" in Page(source).text
-    for escape in ("\\u202eabc\\u2066", "\\u001b[2J\\u009b\\u000d\\u200b"):
-        assert escape in source
+    if word == NASTY:
+        assert "<script>alert(1)</script> \" ' onload=x" in page.text
+        for escape in ("\\u202eabc\\u2066", "\\u001b[2J\\u009b\\u000d\\u200b"):
+            assert escape in source
 
 
 def test_nothing_is_fetched(tmp_path: Path) -> None:
@@ -251,19 +246,6 @@ def test_two_runs_give_identical_bytes(tmp_path: Path) -> None:
     assert made(tmp_path) == first
 
 
-def test_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = made(build(tmp_path))
-
-    def fail(*_: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_report(tmp_path)
-    assert (tmp_path / "report.html").read_text(encoding="utf-8") == before
-    assert not list(tmp_path.glob(".report*"))
-
-
 def test_names_that_training_and_evaluation_give_to_one_thing_share_a_chart(tmp_path: Path) -> None:
     rows = [{"step": i, "objective/scores": i / 8, "eval_reward": i / 4, "objective/kl": i / 2} for i in range(4)]
     (tmp_path / "metrics.jsonl").write_text(lines(*rows))
@@ -330,38 +312,6 @@ def test_every_phrase_of_the_page_is_translated() -> None:
     assert {phrase for phrase in said if phrase not in chinese} == set()
     for phrase, translation in chinese.items():
         assert phrase.count("{}") == translation.count("{}"), phrase
-
-
-def test_a_running_stage_is_drawn_seldom_and_its_end_always(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[Path] = []
-    now, cost = [100.0], [0.0]
-
-    def draw(folder: Path) -> None:
-        now[0] += cost[0]
-        drawn.append(folder)
-
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(observers, "write_report", draw)
-    live = LivePage(tmp_path)
-    for second in range(12):
-        now[0] = 100.0 + second
-        live.draw()
-    assert len(drawn) == 3  # at once, after 5 and after 10 seconds
-    now[0], cost[0] = 200.0, 1.0
-    live.draw()
-    now[0] = 240.0
-    live.draw()
-    assert len(drawn) == 4  # a drawing that takes a second is not for every 5
-    live.draw(whole=True)
-    assert len(drawn) == 5
-
-
-def test_a_page_that_cannot_be_drawn_stops_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "report.html").mkdir()
-    live = LivePage(tmp_path)
-    live.draw(whole=True)
-    live.draw(whole=True)
-    assert capsys.readouterr().out.count("could not be drawn") == 1
 
 
 def two_runs(folder: Path) -> tuple[Path, Path]:
