@@ -190,7 +190,7 @@ def _launches(launches: Sequence[Mapping[str, Any]]) -> None:
     line("TFLOPs/update", ".3g", lambda launch: launch["update_flops"] / 1e12)
     line("seconds/update", ".3g", lambda launch: launch["update_seconds"])
     for part in columns(launch["seconds"] for launch in launches):
-        line(f"  {part} seconds", ".3g", part_of("seconds", part, 1))
+        line(f"  {part}", ".3g", part_of("seconds", part, 1))
     line("updates", "", lambda launch: launch["updates"])
     line("minutes, whole run", ",.1f", lambda launch: launch["run_seconds"] and launch["run_seconds"] / 60)
     _figures("", rows)
