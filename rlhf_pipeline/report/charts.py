@@ -32,7 +32,7 @@ class Line(NamedTuple):
 
 def plot(
     title: str, lines: Sequence[Line], x_ticks: Sequence[Tick], y_ticks: Sequence[Tick], x_label: str = "",
-    y_label: str = "", *, about: str, size: tuple[int, int, int] = WIDE, style: str = "wide",
+    y_label: str = "", *, size: tuple[int, int, int] = WIDE, style: str = "wide",
     scale: Callable[[float], float] = float, key: str = "", note: str = "",
 ) -> Chart:  # fmt: skip
     """Lines and dots over two axes, which span all points and ticks; `scale` is that of x."""
@@ -58,7 +58,7 @@ def plot(
     ]  # fmt: skip
     return {
         "title": title, "lines": drawn, "x_label": x_label, "y_label": y_label,
-        "about": about, "style": style, "key": key, "note": note,
+        "style": style, "key": key, "note": note,
         "left": left, "wide": wide, "top": TOP, "high": high, "bottom": TOP + high,
         "width": left + wide + RIGHT, "height": TOP + high + BELOW,
         "x_ticks": [(across(x), text) for x, text in x_ticks], "y_ticks": [(down(y), text) for y, text in y_ticks],
@@ -99,8 +99,7 @@ def small(name: str, lines: Sequence[Line], words: Words = ENGLISH, key: str = "
     xs, ys = zip(*(point for line in drawn for point in line.points), strict=True)
     x_ticks, y_ticks = ([(value, plain(value)) for value in sorted({min(each), max(each)})] for each in (xs, ys))
     own = key if key != name else ""
-    about = _range(name, ys, words)
-    return plot(name, drawn, x_ticks, y_ticks, words(unit), about=about, size=SMALL, style="", key=own)
+    return plot(name, drawn, x_ticks, y_ticks, words(unit), size=SMALL, style="", key=own)
 
 
 def curves(runs: Mapping[str, Iterable[Row]], words: Words) -> dict[str, Any]:
@@ -117,17 +116,11 @@ def curves(runs: Mapping[str, Iterable[Row]], words: Words) -> dict[str, Any]:
     drawn = {name: lines for name, lines in measures.items() if name not in CLOCKS}
     moving = [name for name, lines in drawn.items()
               if any(len({y for _, y in line.points if math.isfinite(y)}) > 1 for line in lines)]  # fmt: skip
-    groups, left = {}, CHARTS
-    for group, keys in grouped(moving).items():
-        groups[group] = [small(words.measure(key), drawn[key], words, key) for key in keys[:left]]
-        moving = [key for key in moving if key not in keys[left:]]
-        left -= len(groups[group])
-    groups = {group: charts for group, charts in groups.items() if charts}
-    return {
-        "groups": groups,
-        "folded": [OTHER] if len(groups) > 1 else [],
-        "rest": [k for k in drawn if k not in moving],
-    }
+    order = [key for keys in grouped(moving).values() for key in keys][:CHARTS]
+    groups = {group: [small(words.measure(key), drawn[key], words, key) for key in keys if key in order]
+              for group, keys in grouped(moving).items()}  # fmt: skip
+    rest = [key for key in drawn if key not in order]
+    return {"groups": groups, "folded": [OTHER] if len(groups) > 1 else [], "rest": rest}
 
 
 def calibration(value: object, words: Words) -> Chart | None:
@@ -139,7 +132,7 @@ def calibration(value: object, words: Words) -> Chart | None:
     lines = [Line("", "soft dashed", [(0, 0), (1, 1)]), Line("", "train", points, [(*point, 4.0) for point in points])]
     ends, axes = [(0.0, "0"), (1.0, "1")], (words("how sure it is"), words("how often it is right"))
     title, note = words("Calibration"), words("Dashed line: perfect calibration.")
-    return plot(title, lines, ends, ends, *axes, about=title, size=SQUARE, style="square", note=note)
+    return plot(title, lines, ends, ends, *axes, size=SQUARE, style="square", note=note)
 
 
 def frontier_charts(found: Row, words: Words) -> list[Chart]:
@@ -162,25 +155,22 @@ def _against_kl(reward: str, ways: Sequence[tuple[str, str, list[Row]]], words: 
     lines = []
     for name, kind, rows in ways:
         own = [members(members(row.get("rewards")).get(reward)) if reward else row for row in rows]
-        pairs = [
-            (as_number(row.get("kl")), as_number(one.get("reward_mean"))) for row, one in zip(rows, own, strict=True)
-        ]
-        points = [(max(x, 0.0), y) for x, y in pairs if x is not None and y is not None and math.isfinite(x + y)]
+        kls, means = ([as_number(row.get(key)) for row in found] for key, found in (("kl", rows), ("reward_mean", own)))
+        points = [(max(x, 0.0), y) for x, y in zip(kls, means, strict=True)
+                  if x is not None and y is not None and math.isfinite(x + y)]  # fmt: skip
         lines += [Line(name, kind, points, [(*point, 2.4) for point in points])] if points else []
     if not lines:
         return None
     xs, ys = zip(*(point for line in lines for point in line.points), strict=True)
     far, title = max(xs) or 1.0, reward or words("Reward")
     x_ticks = [(far * share, f"{far * share:.2g}") for share in (0, 1 / 16, 1 / 4, 9 / 16, 1)]
-    y_ticks = round_ticks(min(ys), max(ys))
-    return plot(title, lines, x_ticks, y_ticks, "KL", about=_range(title, ys, words), scale=math.sqrt)
+    return plot(title, lines, x_ticks, even_ticks(min(ys), max(ys)), "KL", scale=math.sqrt)
 
 
 def sweep_chart(rows: Sequence[Row], words: Words) -> Chart | None:
     """The objective of each row of a sweep, the best at the top: its mean, its standard error and its seeds."""
-    known = [row for row in rows if (mean := as_number(row.get("objective"))) is not None and math.isfinite(mean)][
-        :ROWS
-    ]
+    means = [as_number(row.get("objective")) for row in rows]
+    known = [row for row, mean in zip(rows, means, strict=True) if mean is not None and math.isfinite(mean)][:ROWS]
     if len(known) < 2:
         return None
     lines, names = list[Line](), [(0.5, ""), (0.5 - len(known), "")]
@@ -190,13 +180,7 @@ def sweep_chart(rows: Sequence[Row], words: Words) -> Chart | None:
         lines.append(Line("", "c0", [(mean - error, y), (mean + error, y)], [(mean, y, 3.0)]))
         names.append((y, name if len(name := short(row)) <= 28 else f"…{name[-27:]}"))
     xs = [point[0] for line in lines for point in (*line.points, *line.dots)]
-    title, size, x_ticks = words("objective"), (190, 215, 24 * len(known)), round_ticks(min(xs), max(xs), 4)
-    return plot(title, lines, x_ticks, names, about=_range(title, xs, words), size=size)
-
-
-def _range(name: str, values: Sequence[float], words: Words) -> str:
-    """A chart in words."""
-    return f"{name}, {words('from {} to {}', plain(min(values)), plain(max(values)))}"
+    return plot(words("objective"), lines, even_ticks(min(xs), max(xs)), names, size=(190, 215, 24 * len(known)))
 
 
 def short(row: Row) -> str:
@@ -204,12 +188,6 @@ def short(row: Row) -> str:
     return ", ".join(f"{key.split('.')[-1]}={value}" for key, value in members(row.get("settings")).items()) or "all"
 
 
-def round_ticks(low: float, high: float, about: int = 5) -> list[Tick]:
-    """Round numbers between two, about so many."""
-    span = (high - low) / about
-    if not span > 0 or not math.isfinite(span):
-        return [(low, f"{low:g}")]
-    power = 10 ** math.floor(math.log10(span))
-    step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= span)
-    marks = [round(step * place, 12) for place in range(math.ceil(low / step), math.floor(high / step) + 1)]
-    return [(mark, f"{mark:g}") for mark in marks]
+def even_ticks(low: float, high: float) -> list[Tick]:
+    """Five values from one to the other."""
+    return [(value, f"{value:.3g}") for value in (low + (high - low) * part / 4 for part in range(5))]

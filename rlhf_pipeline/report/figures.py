@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from rlhf_pipeline.report.files import as_number, items, members
+from rlhf_pipeline.report.files import as_number, columns, items, members
 
 _FIRST = ("reward_mean", "reward_stderr", "reward_median", "positive", "kl", "perplexity", "distinct_2", "length")
 _GAIN = {"mean": "gain", "low": "95 % from", "high": "95 % to"}
@@ -28,7 +28,8 @@ def evaluation_tables(evaluation: Found) -> list[Table]:
     moved = {name: members(row) for name, row in members(evaluation.get("moved")).items()}
     own = next((row for name, row in moved.items() if name not in others), {})
     policies = {name: members(row) for name, row in members(evaluation.get("metrics")).items()}
-    rest = {name: {key: value for key, value in row.items() if key not in _FIRST} for name, row in policies.items()}
+    rest = {name: {key: row[key] for key in row if key not in _FIRST} | {"moved": own.get(name)}
+            for name, row in policies.items()}  # fmt: skip
     judged = {
         f"{reward} · {name}": _of(row, _FIRST) | {"moved": moved.get(reward, {}).get(name)}
         for reward, found in others.items()
@@ -41,12 +42,11 @@ def evaluation_tables(evaluation: Found) -> list[Table]:
     }
     found = (
         Table("Before and after", "Policy", {name: _of(row, _FIRST) for name, row in policies.items()}),
-        Table("The answers' texts, and how far their reward moved", "Policy",
-              {name: row | ({"moved": own[name]} if name in own else {}) for name, row in rest.items()}),
+        Table("The answers' texts, and how far their reward moved", "Policy", rest),
         Table("By other rewards", "Policy", judged),
         Table("Paired gain", "Pair", gains),
     )  # fmt: skip
-    return [table for table in found if any(table.rows.values())]
+    return [table for table in found if columns(table.rows.values())]
 
 
 def frontier_tables(frontier: Found) -> list[Table]:

@@ -8,7 +8,7 @@ from typing import Any
 from rlhf_pipeline.report.stage import write_report
 from rlhf_pipeline.report.trackers import Trackers
 
-SECONDS = 15.0  # between two drawings of a running stage's page
+SECONDS, SHARE = 5.0, 50.0  # between two drawings: at least so long, and so many times what the last one took
 
 
 class LivePage:
@@ -19,14 +19,15 @@ class LivePage:
 
     def draw(self, whole: bool = False) -> None:
         """Draw the page if it is due; at the end (`whole`) in any case."""
-        if whole or time.monotonic() >= self._due:
+        began = time.monotonic()
+        if whole or began >= self._due:
             try:
                 write_report(self.folder)
             except Exception as error:
                 if not self._warned:
                     print(f"warning: {self.folder / 'report.html'} could not be drawn: {error}", flush=True)
                 self._warned = True
-            self._due = time.monotonic() + SECONDS
+            self._due = time.monotonic() + max(SECONDS, SHARE * (time.monotonic() - began))
 
 
 class Observers:

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,55 +165,52 @@ class Trackers:
     def start(self, config: dict[str, Any], step: int = 0) -> None:
         """Open those that the resolved settings name; training goes on from `step`."""
         config = {key: value for key, value in config.items() if key not in ("defaults", "hydra")}
-
-        def begin(name: str) -> None:
-            self.open[name] = _KINDS[name](config, self.folder, step)
-
-        self._each(begin, chosen(members(config.get("trainer")).get("report_to")))
+        for name in chosen(members(config.get("trainer")).get("report_to")):
+            with self._trying(name):
+                self.open[name] = _KINDS[name](config, self.folder, step)
 
     def logged(self, step: int, values: Mapping[str, Any]) -> None:
         """The figures of one row of metrics.jsonl, under the names that transformers gives them."""
         named = {f"eval/{key[5:]}" if key.startswith("eval_") else f"train/{key}": value
                  for key, value in values.items() if isinstance(value, int | float)}  # fmt: skip
-        self._each(lambda name: self.open[name].log(named, step))
+        self._each("log", named, step)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """The policy's answers with their rewards: the rows that samples.jsonl gets."""
         heads = ["prompt", "response", "reward"]
-        cells = [[row[key] for key in heads] for row in rows]
-        self._each(lambda name: self.open[name].table("samples", heads, cells, step))
+        self._each("table", "samples", heads, [[row[key] for key in heads] for row in rows], step)
 
     def evaluation(self, config: dict[str, Any], found: Mapping[str, Any]) -> None:
         """The tables of an evaluation, and their figures."""
         self.start(config)
-        tables = evaluation_tables(found)
-        numbers = {f"evaluate/{row}/{key}": value for _, _, rows in tables for row in rows
-                   for key, value in rows[row].items() if isinstance(value, int | float)}  # fmt: skip
-        sheets = [(title, [corner, *(keys := columns(rows.values()))],
-                   [[row, *map(rows[row].get, keys)] for row in rows]) for title, corner, rows in tables]  # fmt: skip
-
-        def show(name: str) -> None:
-            self.open[name].log(numbers, 0)
-            for title, heads, cells in sheets:
-                self.open[name].table(f"evaluate/{title}", heads, cells, 0)
-
-        self._each(show)
+        for title, corner, rows in evaluation_tables(found):
+            keys = columns(rows.values())
+            numbers = {f"evaluate/{name}/{key}": row[key] for name, row in rows.items() for key in keys
+                       if isinstance(row.get(key), int | float)}  # fmt: skip
+            self._each("log", numbers, 0)
+            cells = [[name, *map(row.get, keys)] for name, row in rows.items()]
+            self._each("table", f"evaluate/{title}", [corner, *keys], cells, 0)
 
     def __enter__(self) -> "Trackers":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._each(lambda name: self.open[name].close(kind is not None))
+        self._each("close", kind is not None)
         self.open = {}
 
-    def _each(self, act: Callable[[str], None], names: Sequence[str] | None = None) -> None:
-        for name in list(self.open) if names is None else names:
-            try:
-                act(name)
-            except Exception as error:  # a tracker must not end the training
-                self.open.pop(name, None)
-                reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-                print(f"warning: {name} failed ({reason}) and is left out; the run goes on", flush=True)
+    def _each(self, method: str, *args: Any) -> None:
+        for name, run in list(self.open.items()):
+            with self._trying(name):
+                getattr(run, method)(*args)
+
+    @contextlib.contextmanager
+    def _trying(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a tracker must not end the training
+            self.open.pop(name, None)
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            print(f"warning: {name} failed ({reason}) and is left out; the run goes on", flush=True)
 
 
 def literal(value: Any) -> str:
