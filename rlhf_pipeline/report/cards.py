@@ -47,14 +47,13 @@ def write_cards(folder: Path, run: dict[str, Any]) -> None:
 
     `run` is what is about to be the stage's run.json.
     """
-    found = {folder: _gather(folder, run, only(folder.parent / "evaluate" / "run.json"))}
+    records = {folder: (run, only(folder.parent / "evaluate" / "run.json"))}
     if run["stage"] == "evaluate":
-        others = {(other := folder.parent / stage): _gather(other, only(other / "run.json"), run) for stage in POLICIES}
-        found |= {other: about for other, about in others.items() if about["evaluation"]}
-    for place, about in found.items():
-        if (place / "model").is_dir():
+        records |= {other: (only(other / "run.json"), run) for other in (folder.parent / stage for stage in POLICIES)}
+    for place, both in records.items():
+        if (place / "model").is_dir() and ((found := _gather(place, *both))["evaluation"] or place == folder):
             temporary = place / f".card.{os.getpid()}"  # not in the model's folder, to which a kill must not add a file
-            temporary.write_text(_rendered(about), encoding="utf-8")
+            temporary.write_text(_rendered(found), encoding="utf-8")
             os.replace(temporary, place / "model" / CARD)
 
 

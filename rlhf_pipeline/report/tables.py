@@ -104,15 +104,13 @@ def frontier_table(frontier: dict[str, Any]) -> None:
     """The policies of a sweep, of many those that none beats and the results; then the best of n of each start."""
     policies, *best = frontier_tables(frontier)
     results = {row["run"]: name_of(row) for row in frontier["points"]}.values()
-    few = {name: row for name, row in policies.rows.items()
-           if len(policies.rows) <= _MANY or row["frontier"] or name in results}  # fmt: skip
     rows = {}
-    for name, row in few.items():
-        last_words = re.sub(r"[\w.]+\.(\w+=)", r"\1", name)  # kl_coef=0.05 for trainer.kl_coef=0.05
-        rows[f"{'* ' if row['frontier'] else '  '}{last_words}"] = {key: row.get(key) for key in _AGAINST_KL}
-    _figures(f"{frontier['sweep']}; reward: {frontier['reward']}; *: none has more reward at no more KL", rows)
-    if len(few) < len(policies.rows):
-        _say(f"{len(policies.rows) - len(few)} more checkpoints are in frontier.json")
+    for name, row in policies.rows.items():
+        if len(policies.rows) <= _MANY or row["frontier"] or name in results:
+            last_words = re.sub(r"[\w.]+\.(\w+=)", r"\1", name)  # kl_coef=0.05 for trainer.kl_coef=0.05
+            rows[f"{'* ' if row['frontier'] else '  '}{last_words}"] = {key: row.get(key) for key in _AGAINST_KL}
+    about = f"{len(rows)} of {len(policies.rows)} policies; *: none has more reward at no more KL"
+    _figures(f"{frontier['sweep']}; reward: {frontier['reward']}; {about}", rows)
     for title, _, rows in best:
         _figures(title, rows)
 

@@ -16,6 +16,7 @@ from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.report import compare, rounds, write_report
 from rlhf_pipeline.report import words as page_words
 from rlhf_pipeline.report.__main__ import main
+from rlhf_pipeline.report.observers import Observers
 
 NASTY = (
     "<script>alert(1)</script> \" ' onload=x <img src=https://evil.example/x.png onerror=alert(2)>"
@@ -312,6 +313,21 @@ def test_every_phrase_of_the_page_is_translated() -> None:
     assert {phrase for phrase in said if phrase not in chinese} == set()
     for phrase, translation in chinese.items():
         assert phrase.count("{}") == translation.count("{}"), phrase
+
+
+def test_observers_draw_a_stage_while_it_goes_and_at_its_end(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"stage": "ppo", "name": "x", "status": "running"}')
+    with Observers(tmp_path) as watching:
+        watching.started({"name": "x", "stage": "ppo", "trainer": {"report_to": "none"}})
+        watching.logged(1, {"loss": 1.0})
+        watching.sampled(1, [{"prompt": "p", "response": "r", "reward": 1.0}])
+        assert ">running</span>" in (tmp_path / "report.html").read_text()
+        done = {"stage": "ppo", "name": "x", "status": "done"}
+        watching.finishing(done)  # there is no model, so there is no card
+        (tmp_path / "run.json").write_text(json.dumps(done))
+        watching.ended()
+    assert ">done</span>" in (tmp_path / "report.html").read_text()
+    assert sorted(os.listdir(tmp_path)) == ["report.html", "run.json"]
 
 
 def two_runs(folder: Path) -> tuple[Path, Path]:
