@@ -134,6 +134,7 @@ def _wandb(config: dict[str, Any], folder: Path, step: int) -> Run:
         project=named["project"], name=named["run_name"], id=key, resume="allow", config={"settings": config},
         group=os.environ.get("WANDB_RUN_GROUP") or config["name"], dir=os.environ.get("WANDB_DIR") or str(folder),
     )  # fmt: skip
+    wandb.define_metric(_STEP)
     wandb.define_metric("*", step_metric=_STEP, step_sync=True)
     return _in_rows(wandb, lambda failed: wandb.finish(exit_code=int(failed)), allow_mixed_types=True)
 
