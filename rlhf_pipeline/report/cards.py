@@ -20,7 +20,7 @@ from rlhf_pipeline.hub import is_hub_id
 from rlhf_pipeline.report import page
 from rlhf_pipeline.report.figures import evaluation_tables
 from rlhf_pipeline.report.files import as_number, columns, items, members, only, read
-from rlhf_pipeline.stages import POLICIES
+from rlhf_pipeline.stages import FOLDERS, POLICIES
 from rlhf_pipeline.texts import shown
 
 CARD = "README.md"
@@ -77,7 +77,8 @@ def _gather(folder: Path, run: dict[str, Any], judge: dict[str, Any]) -> dict[st
     settings = members(_without_home(yaml.safe_load(file.read_text(encoding="utf-8")))) if file.exists() else {}
     config, data = only(model / "config.json"), members(run.get("data"))
     return {
-        "run": run, "stage": str(run.get("stage")), "model": str(model), "settings": settings, "data": data,
+        "run": run, "stage": (stage := str(run.get("stage"))), "about": FOLDERS[stage].model if stage in FOLDERS else "",
+        "model": str(model), "settings": settings, "data": data,
         "results": members(run.get("results")), "source": hub_set(data) or data.get("path"),
         "config": {**members(config.get("trunk")), **config},  # a reward model's, over that of its trunk
         "causal": run.get("stage") in POLICIES, "own_class": config.get("model_type") == "rlhf_reward_model",

@@ -13,6 +13,7 @@ from rlhf_pipeline.report.page import lasted
 from rlhf_pipeline.runs.directory import CANDIDATES, LABELS, SHEET, RunDir
 from rlhf_pipeline.runs.models import newest_policy
 from rlhf_pipeline.settings import Settings
+from rlhf_pipeline.stages import FOLDERS, STAGES
 from rlhf_pipeline.texts import shown
 from rlhf_pipeline.words import as_typed, typed
 
@@ -69,7 +70,7 @@ def next_command(settings: Settings, order: Sequence[str], overrides: Sequence[s
     """
     stage = settings.stage
     if overrides is not None:
-        after = dict(itertools.pairwise(order)).get(stage) or {"reward": "ppo", "ppo": "evaluate"}.get(stage)
+        after = dict(itertools.pairwise(order)).get(stage) or STAGES[stage].then
         if after:
             return shlex.join([*_RUN.split(), f"stage={after}", *_for_others(settings, overrides)])
     run = RunDir(Path(settings.runs), settings.name, "chat", settings.experiment)
@@ -101,9 +102,13 @@ def outcome(out: RunDir) -> str:
     """A stage's result in a few words, from its files."""
     results = out.record.get("results", {})
     try:
-        return _OUTCOMES[out.stage](out, results)
+        if out.stage in _OUTCOMES:
+            return _OUTCOMES[out.stage](out, results)
+        if line := FOLDERS[out.stage].outcome:
+            return line.format_map({"pairs": results.get("rows"), **results})
     except (KeyError, TypeError, ValueError, IndexError):  # of another version, or by another hand
-        return ", ".join(f"{k} {v:.4g}" for k, v in [*results.items()][:3] if isinstance(v, int | float))
+        pass
+    return ", ".join(f"{k} {v:.4g}" for k, v in [*results.items()][:3] if isinstance(v, int | float))
 
 
 def _collected(out: RunDir, results: dict[str, Any]) -> str:
@@ -133,15 +138,9 @@ def _evaluated(out: RunDir, results: dict[str, Any]) -> str:
 
 
 _OUTCOMES: dict[str, Callable[[RunDir, dict[str, Any]], str]] = {
-    "pretrain": lambda _, found: f"perplexity {found['eval_perplexity']:.1f} a token on held-out texts",
-    "sft": lambda _, found: f"held-out loss {found['eval_loss']:.3f}, from {found['eval_loss_before']:.3f}",
-    "reward": lambda _, found: f"held-out accuracy {found['accuracy']:.2%} of {found.get('pairs') or found['rows']}",
     "collect": _collected,
     "ppo": _improved,
     "evaluate": _evaluated,
-    "frontier": lambda _, found: (
-        f"{found['policies']} policies, the best has reward {found['reward_mean']:.3f} at KL {found['kl']:.2f}"
-    ),
 }
 
 
