@@ -77,7 +77,8 @@ def _gather(folder: Path, run: dict[str, Any], judge: dict[str, Any]) -> dict[st
     settings = members(_without_home(yaml.safe_load(file.read_text(encoding="utf-8")))) if file.exists() else {}
     config, data = only(model / "config.json"), members(run.get("data"))
     return {
-        "run": run, "stage": (stage := str(run.get("stage"))), "about": FOLDERS[stage].model if stage in FOLDERS else "",
+        "run": run, "stage": (stage := str(run.get("stage"))),
+        "about": FOLDERS[stage].model if stage in FOLDERS else "",
         "model": str(model), "settings": settings, "data": data,
         "results": members(run.get("results")), "source": hub_set(data) or data.get("path"),
         "config": {**members(config.get("trunk")), **config},  # a reward model's, over that of its trunk
