@@ -20,15 +20,14 @@ from conftest import ROOT, CommandLine
 from transformers import AutoModelForCausalLM
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.evaluation.lineup import sampling_as
+from rlhf_pipeline.evaluation.lineup import Contestant
 from rlhf_pipeline.models.policies import Policy, make_policy, open_policy
 from rlhf_pipeline.models.sampling import Sampling
 from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.runs.lineage import content_hash
-from rlhf_pipeline.runs.models import run_of
 from rlhf_pipeline.settings import Chat as Chatting
 from rlhf_pipeline.settings import Settings
-from rlhf_pipeline.stages.chat import Speaker, Stream, open_talk
+from rlhf_pipeline.stages.chat import Speaker, Stream, Talk, open_talk
 
 Chat = Callable[..., tuple[str, str]]
 
@@ -65,11 +64,11 @@ def test_it_is_what_the_policy_says_by_the_runs_own_sampling(chat: Chat, miniatu
     talk = open_talk(settings, RunDir.of(settings))
     assert talk.speakers[0].length == 8  # as PPO's response_length
     grown: list[str] = []
-    (answer,) = talk.ask("I saw this", grown.append)
-    assert chat("--prompt", "I saw this")[0].endswith(f"/reward/model\n{answer.text}\n")  # what open_talk said, too
-    assert grown[-1] == answer.text
+    ((_, answer, reward),) = talk.ask("I saw this", grown.append)
+    assert chat("--prompt", "I saw this")[0].endswith(f"/reward/model\n{answer}\n")  # what open_talk said, too
+    assert grown[-1] == answer
     assert len(grown) > 1
-    assert answer.reward == talk.reward(["I saw this"], [answer.text])[0]  # type: ignore[misc]
+    assert reward == talk.reward(["I saw this"], [answer])[0]  # type: ignore[misc]
 
 
 def test_the_seed_decides(chat: Chat) -> None:
@@ -89,7 +88,7 @@ def test_two_policies_are_labelled_and_share_the_prompts(chat: Chat, miniature: 
     other, _ = chat("against=sft", f"policy.path={miniature}/ppo", "--prompt", "I saw this", "--prompt=The plot was")
     assert out == other
     same, _ = chat(f"against={miniature}", "--prompt", "I saw this")
-    first, second = same.split("ppo: ")[1:]
+    first, second = same.removeprefix("ppo: ").split(f"{miniature}: ")
     assert first == second
 
 
@@ -154,12 +153,12 @@ def test_what_a_model_writes_never_steers_the_terminal(
 
 def test_a_growing_answer_is_printed_once_and_whole(capsys: pytest.CaptureFixture[str]) -> None:
     stream = Stream()
-    for text in ("A", "A f\ufffd", "A fé", "A fé\r", "A fé\r!"):
-        stream.grow(text)
+    for text in ("A", "A f", "A fé", "A fé\r", "A fé\r!"):
+        stream.show(text)
     stream.end("A fé\r!\ufffd")
     assert capsys.readouterr().out == "A fé\\u000d!\ufffd\n"
     stream = Stream()
-    stream.grow("do n")
+    stream.show("do n")
     stream.end("don't")
     assert capsys.readouterr().out == "do n\ndon't\n"
 
@@ -184,22 +183,22 @@ def chinese(workplace: Path) -> Policy:
 
 
 def test_chinese_is_asked_turn_by_turn_between_its_special_tokens(chinese: Policy) -> None:
-    speaker = Speaker("zh", chinese, Sampling(stop_ids=(chinese.tokenizer.sep_token_id,)), 6, converses=True)
+    who = Contestant("zh", chinese, Sampling(stop_ids=(chinese.tokenizer.sep_token_id,)))
+    speaker = Speaker(who, 6, converses=True)
+    talk = Talk([speaker], None, torch.Generator().manual_seed(0))
     ids = speaker.hear("你好吗")
     assert chinese.tokenizer.convert_ids_to_tokens(ids) == ["[CLS]", "你", "好", "吗", "[SEP]"]
-    _, text = speaker.answer("你好吗", ids, torch.rand(6, generator=torch.Generator().manual_seed(0)))
+    ((_, text, _),) = talk.ask("你好吗")
     again = chinese.tokenizer.decode(speaker.hear("我很好"))
     assert again.replace(" ", "") == f"[CLS]你好吗[SEP]{text}[SEP]我很好[SEP]".replace(" ", "")
     for _ in range(6):
-        speaker.answer("今天天气真好", speaker.hear("今天天气真好"), torch.full((6,), 0.5))
+        talk.ask("今天天气真好")
     assert speaker.forgetful
     assert [turn.role for turn in speaker.turns] == ["user", "assistant"] * (len(speaker.turns) // 2)
     before = speaker.turns
     with pytest.raises(UserError, match="that takes 62 tokens, and zh has room for 1 to 26"):
         speaker.hear("好" * 60)
     assert speaker.turns == before
-    speaker.forget()
-    assert speaker.hear("你好吗") == ids
 
 
 def test_a_chinese_run_needs_nothing_said_again(
@@ -209,11 +208,10 @@ def test_a_chinese_run_needs_nothing_said_again(
     said = capsys.readouterr()
     assert "[UNK]" not in said.out
     assert "reward  length" in said.err
-    home = run_of("runs/zh/ppo/model")
     settings = Settings("chat", "zh", policy={"name": "causal_lm", "path": "runs/zh"}, reward={"name": "length"})
-    (speaker,) = open_talk(settings, home or RunDir.of(settings)).speakers
-    assert (speaker.name, speaker.converses, speaker.length) == ("ppo", True, 6)
-    assert chinese.tokenizer.unk_token_id in speaker.sampling.suppressed_ids
+    (speaker,) = open_talk(settings, RunDir.of(settings)).speakers
+    assert (speaker.who.name, speaker.converses, speaker.length) == ("ppo", True, 6)
+    assert chinese.tokenizer.unk_token_id in speaker.who.sampling.suppressed_ids
 
 
 def test_the_newest_round_answers(
@@ -229,7 +227,7 @@ def test_the_newest_round_answers(
     assert command_line("stage=chat", "against=sft", "--prompt", "I saw") == 0
     said = capsys.readouterr()
     assert "policy  runs/demo/round2/ppo/model" in said.err
-    assert "demo/sft: " in said.out
+    assert "sft: " in said.out
 
 
 REFUSED = {
@@ -320,18 +318,6 @@ def read_until_asked(terminal: int, seconds: float = 120) -> str:
                 break
             shown += part
     return shown.decode()
-
-
-def test_all_that_ppo_said_of_sampling_is_taken(chinese: Policy) -> None:
-    trained = {"response_length": 9, "min_response_length": 4, "temperature": 0.5, "min_new_tokens": 2, "kl_coef": 1.0,
-               "stop_tokens": ["气"], "suppress_tokens": ["[UNK]"]}  # fmt: skip
-    sampling, longest, shortest = sampling_as(trained, chinese, temperature=0.7, response_length=None)
-    number = chinese.tokenizer.convert_tokens_to_ids
-    assert sampling == Sampling(0.7, tuple(sorted((number("[SEP]"), number("气")))), 2, (number("[UNK]"),))
-    assert (longest, shortest) == (9, 4)
-    # Of another vocabulary's PPO the numbers are taken, and the tokens of its own.
-    foreign = sampling_as(trained, chinese, {"suppress_tokens": ["[PAD]"], "min_new_tokens": 3}).sampling
-    assert foreign == Sampling(0.5, (number("[SEP]"),), 2, (number("[PAD]"),))
 
 
 @pytest.mark.parametrize(("prompt", "mode"), [("Say it.", "complete"), ([{"role": "user", "content": "Hi"}], "chat")])
