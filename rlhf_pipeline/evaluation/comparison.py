@@ -1,7 +1,6 @@
 """What policies answer to the same prompts, and what that comes to: rewards, KL, perplexities, gains, examples."""
 
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,8 +10,7 @@ import numpy as np
 import torch
 
 from rlhf_pipeline.data.records import Preference, Ranking, Row
-from rlhf_pipeline.data.templates import written
-from rlhf_pipeline.data.tokenization import Question, documents, lesson
+from rlhf_pipeline.data.tokenization import Question, documents
 from rlhf_pipeline.evaluation import metrics
 from rlhf_pipeline.evaluation.lineup import Contestant, asked_of, same_vocabulary
 from rlhf_pipeline.launch import processes
@@ -23,10 +21,9 @@ from rlhf_pipeline.models.rewards import Reward
 from rlhf_pipeline.models.sampling import Batch, Sampling, make_batch, sample, uniform_draws
 from rlhf_pipeline.processes import gathered, mine
 
-_ROWS = 16  # held-out rows tokenized at once: a file of code may be all that is needed
+_TEXTS = 16  # held-out rows tokenized at once: a file of code may be all that is needed
 _WINDOW = 128  # tokens of a held-out text that are read: a policy from scratch may have learnt no later positions
 T = TypeVar("T")
-Gains = dict[str, dict[str, float]]  # by pair of policies, "ppo - sft"
 
 
 class Answers(NamedTuple):
@@ -94,52 +91,50 @@ def best(tries: Sequence[Answers], main: str) -> Answers:
 
 
 def measure(who: Contestant, trial: Trial, n: int = 1) -> Answers:
-    """A policy's answers, or the best of `n`, with their figures; None for what cannot be measured.
+    """A policy's answers, or the best of `n`, with their figures; None for what takes the other's vocabulary.
 
     The KL of the best of n to the policy itself is at most log n - (n - 1) / n (Stiennon et al. 2020, app. G.3).
     """
-    main, first, reference = next(iter(trial.rewards)), trial.first, trial.reference
-    comparable, readable = same_vocabulary(who.policy, reference.policy), same_vocabulary(who.policy, first)
-    asked = asked_of(who.policy, first, trial.questions)
+    main, reference = next(iter(trial.rewards)), trial.reference
+    comparable, readable = same_vocabulary(who.policy, reference.policy), same_vocabulary(who.policy, trial.first)
+    asked = asked_of(who.policy, trial.first, trial.questions)
     answers = best([draw(who, trial, number) for number in range(1, n + 1)], main) if n > 1 else draw(who, trial)
 
-    def measured(part: slice) -> tuple[float, float, int]:
+    def measured(part: slice) -> tuple[float, float]:
         batch = make_batch(asked[part], answers.ids[part]).to(who.policy.model.device)
         kl = 0.0
         if comparable and n == 1:
             own = log_probs(who.policy.model, batch, who.sampling)
             kl = float((own - log_probs(reference.policy.model, batch, reference.sampling)).sum())
-        ended = who.sampling.ended(batch.last_tokens).tolist()
-        read = batch if readable else reread(first, trial.questions[part], answers.responses[part], ended)
-        return kl, *(negative_log_likelihood(first, read) if read else (0.0, 0))
+        return kl, negative_log_likelihood(trial.first, batch) if readable else 0.0
 
-    sums = shared_out(len(asked), trial.batch_size, measured)
-    kl, nats, tokens = (sum(column) for column in zip(*sums, strict=True))
+    kl, nats = (sum(column) for column in zip(*shared_out(len(asked), trial.batch_size, measured), strict=True))
+    tokens = sum(map(len, answers.ids))
     figures: dict[str, float | None] = {
         "kl": math.log(n) - (n - 1) / n if n > 1 else kl / len(asked) if comparable else None,
-        "perplexity": math.exp(nats / tokens) if tokens else None,
+        "perplexity": math.exp(nats / tokens) if readable else None,
         "held_out_perplexity": perplexity(who.policy, trial.held_out, trial.batch_size) if readable else None,
         **of_texts(answers.responses),
-        "length": sum(map(len, answers.ids)) / len(asked),
+        "length": tokens / len(asked),
     }
     return answers._replace(figures=figures)
 
 
-def negative_log_likelihood(policy: Policy, batch: Batch) -> tuple[float, int]:
-    """-log p of a batch's responses under a policy in nats, and how many tokens they have."""
-    return -float(log_probs(policy.model, batch, Sampling()).sum()), int(batch.response_lengths.sum())
+def negative_log_likelihood(policy: Policy, batch: Batch) -> float:
+    """-log p of a batch's responses under a policy, in nats."""
+    return -float(log_probs(policy.model, batch, Sampling()).sum())
 
 
 def perplexity(policy: Policy, texts: Sequence[list[int]], batch_size: int) -> float | None:
     """A policy's perplexity per token on texts in its tokens; None without texts."""
     texts = sorted((ids for ids in texts if len(ids) > 1), key=len)  # of like length, so that little is padding
 
-    def measured(part: slice) -> tuple[float, int]:
+    def measured(part: slice) -> float:
         batch = make_batch([ids[:1] for ids in texts[part]], [ids[1:] for ids in texts[part]])
         return negative_log_likelihood(policy, batch.to(policy.model.device))
 
-    sums = shared_out(len(texts), batch_size, measured)
-    return math.exp(sum(nats for nats, _ in sums) / sum(tokens for _, tokens in sums)) if sums else None
+    nats = sum(shared_out(len(texts), batch_size, measured))
+    return math.exp(nats / sum(len(ids) - 1 for ids in texts)) if texts else None
 
 
 def of_texts(texts: Sequence[str]) -> dict[str, float | None]:
@@ -148,84 +143,69 @@ def of_texts(texts: Sequence[str]) -> dict[str, float | None]:
     return {**distinct, "repeated": metrics.repeated(texts), "self_bleu": metrics.self_bleu(texts)}
 
 
-def reread(
-    policy: Policy, questions: Sequence[Question], answers: Sequence[str], ended: Sequence[bool]
-) -> Batch | None:
-    """Answers of a policy with another vocabulary in this one's tokens, as far as its positions go; None if none fits.
-
-    `ended` says which answers ended with a stop token.
-    """
-    tokenizer, room = policy.tokenizer, positions(policy.model) or sys.maxsize
-    prompts, responses = [], []
-    for question, answer, end in zip(questions, answers, ended, strict=True):
-        ids, learnt = lesson(tokenizer, [(written(tokenizer, question.prompt), False), (answer, True)])
-        start = learnt.index(1) if 1 in learnt else len(ids)
-        response = [*ids[start:], *[int(tokenizer.eos_token_id)] * end][: max(room - start, 0)]
-        if start and response:
-            prompts.append(ids[:start])
-            responses.append(response)
-    return make_batch(prompts, responses).to(policy.model.device) if prompts else None
-
-
 def held_out_texts(rows: Sequence[Row], policies: Sequence[Contestant], tokens: int) -> list[list[int]]:
     """The beginnings of held-out texts in the first policy's tokens, about `tokens` in all; of comparisons none."""
     window = min(_WINDOW, *(positions(each.policy.model) or _WINDOW for each in policies))
     found: list[list[int]] = []
-    for start in range(0, 0 if isinstance(rows[0], Preference | Ranking) else len(rows), _ROWS):
+    for start in range(0, 0 if isinstance(rows[0], Preference | Ranking) else len(rows), _TEXTS):
         if sum(map(len, found)) >= tokens:
             break
-        found += [ids[:window] for ids in documents(rows[start : start + _ROWS], policies[0].policy.tokenizer)]
+        found += [ids[:window] for ids in documents(rows[start : start + _TEXTS], policies[0].policy.tokenizer)]
     return found
 
 
-def figures(values: Sequence[float], neutral: float) -> dict[str, float]:
-    """Mean, median, standard error and share above `neutral` of a policy's rewards."""
-    scores = np.asarray(values, float)
+def judge(
+    values: Mapping[str, Sequence[float]], reward: Reward, reference: str, bootstrap: int, seed: int
+) -> dict[str, Any]:
+    """What one reward makes of every policy, from its `values` of the same prompts by policy.
+
+    Gains are paired: of every policy over the first one and over the reference. `moved` is how far a policy's mean is
+    from the reference's, in standard deviations of the reference's answers; None if these do not vary.
+    """
+    scores = {name: np.asarray(own, float) for name, own in values.items()}
+    first, start = next(iter(scores)), scores[reference]
+    spread = float(start.std(ddof=1)) if len(start) > 1 else 0.0
+    pairs = [(after, before) for after in scores for before in dict.fromkeys((first, reference)) if after != before]
     return {
-        "reward_mean": float(scores.mean()),
-        "reward_median": float(np.median(scores)),
-        "reward_stderr": metrics.standard_error(scores),
-        "positive": float((scores > neutral).mean()),
+        "reward": reward.name,
+        "metrics": {
+            name: {
+                "reward_mean": float(own.mean()),
+                "reward_median": float(np.median(own)),
+                "reward_stderr": metrics.standard_error(own),
+                "positive": float((own > reward.neutral).mean()),
+            }
+            for name, own in scores.items()
+        },
+        "paired_gain": {
+            f"{after} - {before}": metrics.paired_gain(scores[before], scores[after], bootstrap, seed)
+            for after, before in pairs
+            if (after, before) != (first, reference)  # the same pair, the other way round
+        },
+        "moved": {name: float(own.mean() - start.mean()) / spread if spread else None for name, own in scores.items()},
     }
 
 
-def gains(values: Mapping[str, Sequence[float]], reference: str, draws: int, seed: int) -> Gains:
-    """The paired gain of every policy over the first one and over the reference, from rewards of the same prompts."""
-    first = next(iter(values))
-    pairs = [(after, before) for after in values for before in dict.fromkeys((first, reference)) if after != before]
-    return {
-        f"{after} - {before}": metrics.paired_gain(values[before], values[after], draws, seed)
-        for after, before in pairs
-        if (after, before) != (first, reference)  # the same pair, the other way round
-    }
-
-
-def moved(values: Mapping[str, Sequence[float]], reference: str) -> dict[str, float | None]:
-    """How far each policy's mean reward is from the reference's, in standard deviations of the reference's answers."""
-    there = np.asarray(values[reference], float)
-    spread = float(there.std(ddof=1)) if len(there) > 1 else 0.0
-    return {name: float(np.mean(own) - there.mean()) / spread if spread else None for name, own in values.items()}
-
-
-def traded(
-    trained: str, reference: str, gained: Mapping[str, Gains], moves: Mapping[str, Mapping[str, float | None]]
-) -> list[str]:
+def traded(judged: Mapping[str, dict[str, Any]], trained: str, reference: str) -> list[str]:
     """A warning for each policy that gained of the `trained` reward over the reference and lost of another.
 
-    Both by more than chance: the 95 % intervals are on either side of 0. `gained` and `moves` are by reward.
+    Both by more than chance: the 95 % intervals are on either side of 0.
     """
-    lines = []
-    for name in moves[trained]:
-        over = {reward: own[pair] for reward, own in gained.items() if (pair := f"{name} - {reference}") in own}
-        by = {
-            reward: f"{abs(gain['mean']):.3g}" if (move := moves[reward][name]) is None
-            else f"{abs(move):.2f} s.d. of {reference}'s answers" for reward, gain in over.items()
-        }  # fmt: skip
-        for other, gain in over.items():
-            if over[trained]["low"] > 0 > gain["high"]:
-                said = f"{trained} rose by {by[trained]} while {other} fell by {by[other]}"
-                lines.append(f"{name}: {said}: possible reward hacking")
-    return lines
+
+    def amount(reward: str, name: str) -> str:
+        move = judged[reward]["moved"][name]
+        gain = judged[reward]["paired_gain"][f"{name} - {reference}"]["mean"]
+        return f"{abs(gain):.3g}" if move is None else f"{abs(move):.2f} s.d. of {reference}'s answers"
+
+    gains = {key: own["paired_gain"] for key, own in judged.items()}
+    return [
+        f"{name}: {trained} rose by {amount(trained, name)} while {other} fell by {amount(other, name)}: "
+        "possible reward hacking"
+        for name in judged[trained]["moved"]
+        for other in judged
+        if (pair := f"{name} - {reference}") in gains[other]
+        and gains[trained][pair]["low"] > 0 > gains[other][pair]["high"]
+    ]
 
 
 def sample_rows(prompts: Sequence[str], answers: Mapping[str, Answers], main: str) -> list[dict[str, Any]]:
@@ -251,11 +231,7 @@ def compare(
     """
     main, *others = rewards
     values = {key: {name: own.rewards[key] for name, own in answers.items()} for key in rewards}
-    by_policy = {
-        key: {name: figures(scores, rewards[key].neutral) for name, scores in values[key].items()} for key in rewards
-    }
-    gained = {key: gains(values[key], reference, bootstrap, seed) for key in rewards}
-    moves = {key: moved(values[key], reference) for key in rewards}
+    judged = {key: judge(values[key], reward, reference, bootstrap, seed) for key, reward in rewards.items()}
     samples = sample_rows(prompts, answers, main)
     first, after = next(iter(values[main].values())), np.asarray(values[main][last])
     change = after - first
@@ -267,13 +243,11 @@ def compare(
     }
     shown = {kind: [samples[at] for at in order.argsort(kind="stable")[:examples]] for kind, order in orders.items()}
     return {
-        "metrics": {name: {**own, **answers[name].figures} for name, own in by_policy[main].items()},
-        "paired_gain": gained[main],
-        "rewards": {
-            key: {"reward": rewards[key].name, "metrics": by_policy[key], "paired_gain": gained[key]} for key in others
-        },
-        "moved": moves,
-        "warnings": traded(trained, reference, gained, moves),
+        "metrics": {name: {**own, **answers[name].figures} for name, own in judged[main]["metrics"].items()},
+        "paired_gain": judged[main]["paired_gain"],
+        "moved": {key: own["moved"] for key, own in judged.items()},
+        "rewards": {key: {part: judged[key][part] for part in ("reward", "metrics", "paired_gain")} for key in others},
+        "warnings": traded(judged, trained, reference),
         "samples": samples,
         "examples": shown.pop("typical"),
         "extremes": shown,

@@ -135,14 +135,6 @@ def laid_out(known: Sequence[Row], points: Sequence[Point]) -> dict[str, list[Ro
     return {"starts": starts, "points": sorted(rows, key=place)}
 
 
-def as_evaluation(points: Sequence[Row]) -> Row:
-    """The policies' figures as stage=evaluate has them, for the trackers."""
-    rows = {f"{row['run']} {row['step'] or 'result'}": row for row in points}
-    floats = {name: {key: x for key, x in row.items() if isinstance(x, float)} for name, row in rows.items()}
-    gains = {name: row["gain"] for name, row in rows.items()}
-    return {"metrics": floats, "paired_gain": gains, "rewards": {}, "extremes": {}, "examples": [], "shown": []}
-
-
 def open_point(point: Point) -> Policy:
     """A job's result as it lies there; of a checkpoint the weights that were trained, in the policy it started from."""
     if point.where == point.job.model:

@@ -1,16 +1,18 @@
 """Which policies are compared, what each of them is asked, and how it samples: as PPO did."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 from rlhf_pipeline.data.templates import written
 from rlhf_pipeline.data.tokenization import Question, encode
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.hub import model_folder
 from rlhf_pipeline.models.networks import positions
-from rlhf_pipeline.models.policies import Policy
+from rlhf_pipeline.models.policies import Policy, load_policy
 from rlhf_pipeline.models.sampling import Sampling
 from rlhf_pipeline.ppo.config import PPOConfig, make_sampling
 from rlhf_pipeline.registry import suggest
@@ -92,9 +94,9 @@ def lineup(run: RunDir, names: Sequence[str], policy: dict[str, Any]) -> tuple[d
 
 
 def open_all(
-    paths: Sequence[tuple[str, str]], run: RunDir, opened: Callable[[str], Policy], **asked: Any
+    paths: Sequence[tuple[str, str]], run: RunDir, choice: dict[str, Any], **asked: Any
 ) -> tuple[list[Contestant], int, int]:
-    """The policies with how they sample, and the longest and the shortest limit of a response.
+    """The policies by name and place, opened as `choice` says, and the longest and the shortest limit of a response.
 
     They sample as the run's newest PPO did, else as that of the first policy that has one, except for what is `asked`.
     """
@@ -104,12 +106,13 @@ def open_all(
     limits = []
     for name, path in paths:
         try:
-            policy = opened(path)
+            policy, _ = load_policy({**choice, "path": path}, None, [], 0)
         except UserError as error:
             raise type(error)(f"{name}: {error} {suggest(name, STAGES)}".rstrip()) from error
         foreign = found and not same_vocabulary(policy, found[0].policy)
         tokens_of = ppo_settings(run_of(path)) if foreign else None
         sampling, *limit = sampling_as(trained, policy, tokens_of, **asked)
+        policy.model.to("cuda" if torch.cuda.is_available() else "cpu")
         found.append(Contestant(name, policy, sampling))
         limits.append(limit)
     longest, shortest = map(min, zip(*limits, strict=True))

@@ -110,7 +110,7 @@ def standard_error(values: ArrayLike) -> float:
     return float(own.std(ddof=1) / math.sqrt(len(own))) if len(own) > 1 else 0.0
 
 
-def paired_gain(before: Sequence[float], after: Sequence[float], draws: int, seed: int) -> dict[str, float]:
+def paired_gain(before: ArrayLike, after: ArrayLike, draws: int, seed: int) -> dict[str, float]:
     """Mean of `after - before` over the same prompts, its 95 % bootstrap interval, and how often `after` wins.
 
     A tie is half a win.

@@ -7,8 +7,8 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 from rich.console import Console
@@ -20,9 +20,9 @@ from rlhf_pipeline.data.templates import written
 from rlhf_pipeline.data.tokenization import conversational, encode
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.evaluation.lineup import Contestant, open_all
-from rlhf_pipeline.models.policies import Policy, load_policy, registry
+from rlhf_pipeline.models.policies import Policy, registry
 from rlhf_pipeline.models.rewards import Reward, load_reward, trained_part
-from rlhf_pipeline.models.sampling import make_batch, room_for_prompts, sample
+from rlhf_pipeline.models.sampling import room_for_prompts, sample
 from rlhf_pipeline.registry import suggest
 from rlhf_pipeline.report.tables import number, side_by_side
 from rlhf_pipeline.runs.directory import RunDir
@@ -35,72 +35,52 @@ HELP = {"/reset": "begin a new conversation", "/help": "this list", "/quit": "le
 
 
 @dataclass
-class Speaker:
-    """One policy in a conversation. It answers in turn, or continues each text by itself unless it `converses`."""
+class Talk:
+    """The conversations of one or two policies with the same person; or, unless it `converses`, texts continued."""
 
-    who: Contestant
+    policies: list[Contestant]
     length: int  # of an answer, at most, in tokens
     converses: bool
-    turns: tuple[Turn, ...] = ()
-    forgetful: bool = False  # whether turns have been dropped
+    reward: Reward | None
+    generator: torch.Generator
+    turns: dict[int, tuple[Turn, ...]] = field(default_factory=dict)  # by the place of the policy
 
-    def hear(self, text: str) -> list[int]:
-        """The token ids that it is asked with; if a conversation no longer fits, its oldest turns are dropped."""
-        room, user = room_for_prompts(self.who.policy.model, self.length), Turn("user", text)
-        tokenizer = self.who.policy.tokenizer
-        for begin in range(0, len(self.turns) + 1, 2):  # a question with its answer: templates want the user first
-            turns = self.turns[begin:]
-            ids = encode(tokenizer, [written(tokenizer, (*turns, user) if self.converses else text)])[0]
+    def ask(self, text: str) -> list[tuple[str, str, float | None]]:
+        """Each policy's name, its answer from the same random numbers, and the answer's reward if there is one."""
+        asked = [self._ids(place, text) for place in range(len(self.policies))]
+        uniforms, limits = torch.rand(self.length, 1, generator=self.generator), torch.tensor([self.length])
+        prompts, answers = [], []
+        for who, ids in zip(self.policies, asked, strict=True):
+            batch = sample(who.policy.model, [ids], limits, who.sampling, uniforms)
+            (prompt,), (answer,) = batch.texts(who.policy.tokenizer)
+            prompts.append(prompt)
+            answers.append(answer)
+        for place, answer in enumerate(answers):
+            self.turns[place] = (*self.turns.get(place, ()), Turn("user", text), Turn("assistant", answer))
+        scores: list[float | None] = [None] * len(answers)
+        if self.reward is not None:
+            with contextlib.redirect_stdout(sys.stderr):  # what a user's own reward prints is no answer
+                scores = [*self.reward(prompts, answers)]
+        return list(zip([who.name for who in self.policies], answers, scores, strict=True))
+
+    def _ids(self, place: int, text: str) -> list[int]:
+        """The token ids that a policy is asked with; if a conversation no longer fits, its oldest turns are dropped."""
+        name, policy = self.policies[place].name, self.policies[place].policy
+        room, turns = room_for_prompts(policy.model, self.length), self.turns.get(place, ())
+        for dropped in range(0, len(turns) + 1, 2):  # a question with its answer: templates want the user first
+            prompt = (*turns[dropped:], Turn("user", text)) if self.converses else text
+            ids = encode(policy.tokenizer, [written(policy.tokenizer, prompt)])[0]
             if len(ids) <= room:
                 break
         if not 1 <= len(ids) <= room:
             raise UserError(
-                f"that takes {len(ids)} tokens, and {self.who.name} has room for 1 to {room} before an answer of "
-                f"{self.length}; use fewer words, or lower chat.response_length."
+                f"that takes {len(ids)} tokens, and {name} has room for 1 to {room} before an answer of {self.length}; "
+                "use fewer words, or lower chat.response_length."
             )
-        if turns != self.turns and not self.forgetful:
-            note(f"{self.who.name}: the conversation no longer fits; from here on its oldest turns are dropped")
-            self.forgetful = True
-        self.turns = turns
+        if dropped:
+            note(f"{name}: the conversation no longer fits, so its oldest turns are dropped")
+        self.turns[place] = turns[dropped:]
         return ids
-
-    def answer(
-        self, text: str, ids: list[int], uniforms: torch.Tensor, tell: Callable[[str], None] | None
-    ) -> tuple[str, str]:
-        """The prompt as a reward sees it, and the answer to `text`, of token `ids`; `tell` gets it as it grows."""
-        tokenizer = self.who.policy.tokenizer
-
-        def grown(drawn: torch.Tensor) -> None:
-            if tell:
-                tell(make_batch([ids], drawn.tolist()).texts(tokenizer)[1][0])
-
-        limits = torch.tensor([self.length])
-        batch = sample(self.who.policy.model, [ids], limits, self.who.sampling, uniforms, grown)
-        (prompt,), (answer,) = batch.texts(tokenizer)
-        if self.converses:
-            self.turns = (*self.turns, Turn("user", text), Turn("assistant", answer))
-        return prompt, answer
-
-
-@dataclass
-class Talk:
-    """The conversations of one or two policies with the same person."""
-
-    speakers: list[Speaker]
-    reward: Reward | None
-    generator: torch.Generator
-
-    def ask(self, text: str, tell: Callable[[str], None] | None = None) -> list[tuple[str, str, float | None]]:
-        """Each policy's name, its answer from the same random numbers, and the answer's reward if there is one."""
-        heard = [speaker.hear(text) for speaker in self.speakers]
-        uniforms = torch.rand(self.speakers[0].length, 1, generator=self.generator)
-        pairs = [speaker.answer(text, ids, uniforms, tell) for speaker, ids in zip(self.speakers, heard, strict=True)]
-        scores: list[float | None] = [None] * len(pairs)
-        if self.reward is not None:
-            with contextlib.redirect_stdout(sys.stderr):  # what a user's own reward prints is no answer
-                scores = [*self.reward([prompt for prompt, _ in pairs], [answer for _, answer in pairs])]
-        names = [speaker.who.name for speaker in self.speakers]
-        return [(name, answer, score) for name, (_, answer), score in zip(names, pairs, scores, strict=True)]
 
 
 def run(settings: Settings, out: RunDir) -> None:
@@ -117,7 +97,7 @@ def run(settings: Settings, out: RunDir) -> None:
             note("/help lists the commands")
         for text in settings.chat.prompt or prompts(talk, terminal):
             try:
-                answer(talk, text, terminal)
+                show(talk.ask(text), terminal)
             except UserError as error:
                 if not terminal:
                     raise
@@ -136,8 +116,7 @@ def prompts(talk: Talk, terminal: bool) -> Iterator[str]:
         if word == "/quit":
             return
         if word == "/reset":
-            for speaker in talk.speakers:
-                speaker.turns, speaker.forgetful = (), False
+            talk.turns.clear()
             note("a new conversation")
         elif word == "/help":
             note("\n".join(f"{name:<8}{what}" for name, what in HELP.items()))
@@ -151,49 +130,22 @@ def typed() -> Iterator[str]:
     """Lines from the terminal, with a history and editing where the standard library has them."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (input() uses it)
-    while True:
-        try:
+    with contextlib.suppress(EOFError):
+        while True:
             yield input("> ")
-        except EOFError:
-            print()
-            return
+    print()
 
 
-def answer(talk: Talk, text: str, terminal: bool) -> None:
-    """Print the answers on stdout: of one policy while it grows, of two side by side, or in a script one per line."""
-    if len(talk.speakers) == 1:
-        stream = Stream()
-        ((_, said, reward),) = talk.ask(text, lambda grown: stream.show(grown.rstrip("\ufffd")))  # not yet a character
-        stream.end(said)
+def show(answers: list[tuple[str, str, float | None]], terminal: bool) -> None:
+    """Print the answers on stdout: one as it stands, two side by side, or in a script two lines."""
+    if terminal and len(answers) > 1:
+        side_by_side(answers)
+        return
+    for name, answer, reward in answers:
+        label = f"{shown(name)}: " if len(answers) > 1 else ""
+        print(f"{label}{shown(answer)}", flush=True)  # a model wrote it, so control characters are shown as escapes
         if reward is not None:
-            note(f"reward {number(reward)}")
-    elif terminal:
-        side_by_side(talk.ask(text))
-    else:
-        for name, said, reward in talk.ask(text):
-            print(f"{shown(name)}: {shown(said)}", flush=True)
-            if reward is not None:
-                note(f"{name}: reward {number(reward)}")
-
-
-class Stream:
-    """Prints an answer while it grows. A model wrote it, so control characters are shown as escapes."""
-
-    printed = ""
-
-    def show(self, text: str) -> None:
-        """Print what is new."""
-        if text.startswith(self.printed):
-            print(shown(text[len(self.printed) :]), end="", flush=True)
-            self.printed = text
-
-    def end(self, text: str) -> None:
-        """Print the rest, or all of an answer that reads otherwise now that it is whole, and end the line."""
-        if not text.startswith(self.printed):
-            print()
-            self.printed = ""
-        self.show(text)
-        print(flush=True)
+            note(f"{label}reward {number(reward)}")
 
 
 def note(text: str) -> None:
@@ -213,24 +165,17 @@ def open_talk(settings: Settings, out: RunDir) -> Talk:
     place = locate(first)
     made_by = run_of(place)
     home = made_by or out
-    places = [(home.stage if made_by else place, place)]
+    places = [(made_by.stage if made_by else place, place)]
     if settings.against:
-        try:
-            places.append((settings.against, find(settings.against, home)))
-        except UserError as error:
-            raise type(error)(f"against={settings.against}: {error}") from error
+        places.append((settings.against, find(settings.against, home)))
     for _, path in places:
         say_taken("policy", shown(path))
-    policies, length, _ = open_all(
-        places, home, lambda path: load_policy({**settings.policy, "path": path}, None, [], settings.seed)[0],
-        temperature=settings.chat.temperature, response_length=settings.chat.response_length,
-    )  # fmt: skip
-    for each in policies:
-        each.policy.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    asked = settings.chat.mode
-    converses = asked == "chat" if asked else _converses(made_by, policies[0].policy, settings.seed)
-    speakers = [Speaker(each, length, converses) for each in policies]
-    return Talk(speakers, _judge(settings, home), torch.Generator().manual_seed(settings.seed))
+    asked = {"temperature": settings.chat.temperature, "response_length": settings.chat.response_length}
+    policies, length, _ = open_all(places, home, settings.policy, **asked)
+    mode = settings.chat.mode
+    converses = mode == "chat" if mode else _converses(made_by, policies[0].policy, settings.seed)
+    generator = torch.Generator().manual_seed(settings.seed)
+    return Talk(policies, length, converses, _judge(settings, home), generator)
 
 
 def _converses(run: RunDir | None, policy: Policy, seed: int) -> bool:

@@ -18,10 +18,9 @@ from rlhf_pipeline.data.templates import written
 from rlhf_pipeline.data.tokenization import Question, conversational, encode, questions
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.evaluation import comparison, frontier, lineup
-from rlhf_pipeline.evaluation.comparison import Answers, Trial
+from rlhf_pipeline.evaluation.comparison import Trial
 from rlhf_pipeline.evaluation.lineup import Contestant, asked_of
 from rlhf_pipeline.files import read_jsonl, write_json, write_jsonl
-from rlhf_pipeline.models.policies import load_policy
 from rlhf_pipeline.models.rewards import Reward, load_reward, trained_part
 from rlhf_pipeline.models.sampling import check_positions, room_for_prompts
 from rlhf_pipeline.ppo.config import PPOConfig
@@ -46,9 +45,8 @@ def run(settings: Settings, out: RunDir) -> None:
     rewards, judged_by = load_rewards(settings, out)
     rows = take_data(settings.data, settings.seed)
     policies, longest, shortest = lineup.open_all(
-        [*paths.items()], out, lambda path: load_policy({**settings.policy, "path": path}, None, [], settings.seed)[0],
-        response_length=asked.response_length, temperature=asked.temperature,
-    )  # fmt: skip
+        [*paths.items()], out, settings.policy, response_length=asked.response_length, temperature=asked.temperature
+    )
     for name, path in paths.items():
         say_taken(name, path)
     out.begin(settings, {**paths, **judged_by}, fingerprint(settings.data, rows))
@@ -56,7 +54,15 @@ def run(settings: Settings, out: RunDir) -> None:
     start = next(each for each in policies if each.name == reference)
     trial = make_trial(settings, policies, start, longest, shortest, rows, rewards)
     own = own_prompts(asked.show, rows.test, policies, trial)
-    answers, shown = ask(policies, trial, own, asked.best_of or 0)
+    n, answers, shown = asked.best_of or 0, {}, {}
+    with progress((len(policies) + n) * len(trial.questions), "evaluate", "prompt") as bar:
+        trial = dataclasses.replace(trial, tick=bar.update)
+        for each in policies:
+            answers[each.name] = comparison.measure(each, trial)
+            if n and each is start:
+                answers[f"best of {n}"] = comparison.measure(each, trial, n)
+            if asked.show:
+                shown[each.name] = comparison.draw(each, own)
     if not out.leads:
         return
     last, trained = policies[-1].name, learnt_from([*paths.values()], rewards)
@@ -110,7 +116,6 @@ def measure_sweep(settings: Settings, out: RunDir, folder: Path) -> None:
     rows = found()["points"]
     coef = jobs[0].config()["trainer"].get("selection_kl_coef", PPOConfig.selection_kl_coef)
     top = max(rows, key=lambda row: row["reward_mean"] - coef * row["kl"])
-    out.trackers.evaluation(out.config(), frontier.as_evaluation(rows))
     results = {"policies": len(rows), "reward_mean": top["reward_mean"], "kl": top["kl"]}
     out.finish(results, objective=top["reward_mean"])
     frontier_table(found())
@@ -219,30 +224,3 @@ def own_prompts(strings: Sequence[str], rows: Sequence[Row], policies: Sequence[
     for each in policies if found else ():
         check_positions(each.policy.model, asked_of(each.policy, trial.first, found), longest)
     return dataclasses.replace(trial, questions=found, limits=torch.full((len(found),), longest))
-
-
-def ask(
-    policies: Sequence[Contestant], trial: Trial, own: Trial, n: int
-) -> tuple[dict[str, Answers], dict[str, Answers]]:
-    """Every policy's answers, the best of `n` next to the reference's; and the answers to the user's own prompts.
-
-    A policy is on the accelerator while it is measured, the first and the reference all the time.
-    """
-    answers: dict[str, Answers] = {}
-    shown: dict[str, Answers] = {}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    stay = (trial.first, trial.reference.policy)
-    for policy in stay:
-        policy.model.to(device)
-    with progress((len(policies) + n) * len(trial.questions), "evaluate", "prompt") as bar:
-        trial = dataclasses.replace(trial, tick=bar.update)
-        for each in policies:
-            each.policy.model.to(device)
-            answers[each.name] = comparison.measure(each, trial)
-            if own.questions:
-                shown[each.name] = comparison.draw(each, own)
-            if n and each is trial.reference:
-                answers[f"best of {n}"] = comparison.measure(each, trial, n)
-            if each.policy not in stay:
-                each.policy.model.to("cpu")
-    return answers, shown

@@ -15,11 +15,9 @@ from rlhf_pipeline.evaluation.comparison import (
     Trial,
     compare,
     draw,
-    gains,
     held_out_texts,
     measure,
     perplexity,
-    reread,
     traded,
 )
 from rlhf_pipeline.evaluation.lineup import Contestant, asked_of, sampling_as
@@ -76,23 +74,8 @@ def test_another_vocabulary_is_asked_in_its_own_tokens_and_has_no_kl() -> None:
     assert [foreign.policy.tokenizer.decode(ids) for ids in asked] == trial.prompts
     assert asked != [question.ids for question in trial.questions]
     found = measure(foreign, trial).figures
-    assert found["kl"] is None
-    assert found["perplexity"] > 1
-
-
-def test_texts_read_again_are_the_tokens_that_they_were_sampled_as_or_as_many_as_fit() -> None:
-    first = policy()
-    question = Question("the film", first.tokenizer("the film")["input_ids"])
-    answer = first.tokenizer(" was good")["input_ids"]
-    batch = reread(first, [question] * 3, [" was good", "", ""], [True, True, False])
-    assert batch is not None
-    assert batch.prompt_lengths.tolist() == [len(question.ids)] * 2
-    assert batch.tokens[0].tolist() == [*question.ids, *answer, 0]
-    assert batch.response_lengths.tolist() == [len(answer) + 1, 1]
-    long = reread(first, [question], [" was good" * 40], [True])
-    assert long is not None
-    assert long.tokens.shape[1] == 64
-    assert reread(first, [question], [""], [False]) is None
+    assert found["kl"] is found["perplexity"] is None
+    assert found["length"] > 0
 
 
 def test_held_out_perplexity_is_transformers_own() -> None:
@@ -132,22 +115,22 @@ def test_all_that_ppo_said_of_sampling_is_taken() -> None:
     assert sampling_as({}, chinese).longest == 16  # half of the positions
 
 
+def compared(reference: str = "sft", **rewards: list[float]) -> dict:
+    answers = {name: Answers([name] * len(own), {"letters": own}, {"kl": 0.5}) for name, own in rewards.items()}
+    judge = {"letters": Reward(lambda _, texts: [0.0] * len(texts), "letters", neutral=2)}
+    prompts = [str(number) for number in range(len(next(iter(rewards.values()))))]
+    return compare(answers, [*answers][-1], reference, judge, "letters", prompts, examples=2, bootstrap=10, seed=0)
+
+
 def test_everyone_is_held_against_the_first_and_the_reference() -> None:
-    values = {"base": [0.0, 0.0], "sft": [1.0, 1.0], "best of 4": [3.0, 3.0], "ppo": [2.0, 4.0]}
-    found = gains(values, "sft", draws=100, seed=0)
-    pairs = ["sft - base", "best of 4 - base", "best of 4 - sft", "ppo - base", "ppo - sft"]
+    values = {"base": [0.0, 0.0], "sft": [1.0, 1.0], "best": [3.0, 3.0], "ppo": [2.0, 4.0]}
+    found = compared(**values)["paired_gain"]
+    pairs = ["sft - base", "best - base", "best - sft", "ppo - base", "ppo - sft"]
     assert list(found) == pairs
     assert [found[pair]["mean"] for pair in pairs] == [1, 3, 2, 3, 2]
     assert found["ppo - sft"]["low"] == 1
     assert found["ppo - sft"]["high"] == 3
-    assert list(gains(values, "base", draws=10, seed=0)) == ["sft - base", "best of 4 - base", "ppo - base"]
-
-
-def compared(**rewards: list[float]) -> dict:
-    answers = {name: Answers([name] * len(own), {"letters": own}, {"kl": 0.5}) for name, own in rewards.items()}
-    judge = {"letters": Reward(lambda _, texts: [0.0] * len(texts), "letters", neutral=2)}
-    prompts = [str(number) for number in range(len(next(iter(rewards.values()))))]
-    return compare(answers, [*answers][-1], "sft", judge, "letters", prompts, examples=2, bootstrap=10, seed=0)
+    assert list(compared("base", **values)["paired_gain"]) == ["sft - base", "best - base", "ppo - base"]
 
 
 def test_the_figures_of_a_reward_and_how_far_it_moved_in_deviations_of_the_reference() -> None:
@@ -170,29 +153,26 @@ def test_the_examples_are_typical_best_worst_and_most_changed() -> None:
     }  # fmt: skip
 
 
-def gain(mean: float, low: float, high: float) -> dict[str, float]:
-    return {"mean": mean, "low": low, "high": high, "win_rate": 0.5}
-
-
 @pytest.mark.parametrize(
-    ("own", "others", "warned"),
+    ("classifier", "length", "warned"),
     [
-        (gain(1, 0.5, 1.5), gain(-0.4, -0.6, -0.2), True),
-        (gain(1, 0.5, 1.5), gain(-0.4, -0.9, 0.1), False),  # it may be chance
-        (gain(1, 0.5, 1.5), gain(0.4, 0.2, 0.6), False),
-        (gain(0.1, -0.1, 0.3), gain(-0.4, -0.6, -0.2), False),
+        ((1, 0.5), (-0.4, -0.2), True),
+        ((1, 0.5), (-0.4, 0.1), False),  # it may be chance
+        ((1, 0.5), (0.4, 0.6), False),
+        ((0.1, -0.1), (-0.4, -0.2), False),
     ],
 )
 def test_a_reward_that_rose_while_another_fell_is_warned_of(
-    own: dict[str, float], others: dict[str, float], warned: bool
+    classifier: tuple[float, float], length: tuple[float, float], warned: bool
 ) -> None:
-    gained = {
-        "classifier": {"sft - base": gain(1, 0.5, 1.5), "ppo - sft": own},
-        "length": {"sft - base": gain(-1, -1.5, -0.5), "ppo - sft": others},
+    rose, fell = ({"sft - base": {"mean": 1, "low": 0.5, "high": 1.5}} for _ in range(2))
+    rose["ppo - sft"] = {"mean": classifier[0], "low": classifier[1], "high": 2}
+    fell["ppo - sft"] = {"mean": length[0], "low": -2, "high": length[1]}
+    judged = {
+        "classifier": {"paired_gain": rose, "moved": {"base": -1.0, "sft": 0.0, "ppo": 2.0}},
+        "length": {"paired_gain": fell, "moved": {"base": 1.0, "sft": 0.0, "ppo": None}},
     }
-    moves = {"classifier": {"base": -1.0, "sft": 0.0, "ppo": 2.0}, "length": {"base": 1.0, "sft": 0.0, "ppo": None}}
-    lines = traded("classifier", "sft", gained, moves)
+    lines = traded(judged, "classifier", "sft")
     assert len(lines) == warned
-    if warned:
-        for part in ("ppo", "classifier rose by 2.00 s.d. of sft's answers", "length fell by 0.4"):
-            assert part in lines[0]
+    for part in ("ppo", "classifier rose by 2.00 s.d. of sft's answers", "length fell by 0.4") if warned else ():
+        assert part in lines[0]
