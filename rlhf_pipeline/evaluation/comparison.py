@@ -12,18 +12,19 @@ import torch
 from rlhf_pipeline.data.records import Preference, Ranking, Row
 from rlhf_pipeline.data.tokenization import Question, documents
 from rlhf_pipeline.evaluation import metrics
-from rlhf_pipeline.evaluation.lineup import Contestant, asked_of, same_vocabulary
+from rlhf_pipeline.evaluation.lineup import Sampler, asked_of, same_vocabulary
 from rlhf_pipeline.launch import processes
 from rlhf_pipeline.models.likelihood import log_probs
 from rlhf_pipeline.models.networks import positions
 from rlhf_pipeline.models.policies import Policy
 from rlhf_pipeline.models.rewards import Reward
-from rlhf_pipeline.models.sampling import Batch, Sampling, make_batch, sample, uniform_draws
+from rlhf_pipeline.models.sampling import Sampling, make_batch, sample, uniform_draws
 from rlhf_pipeline.processes import gathered, mine
 
 _TEXTS = 16  # held-out rows tokenized at once: a file of code may be all that is needed
 _WINDOW = 128  # tokens of a held-out text that are read: a policy from scratch may have learnt no later positions
 T = TypeVar("T")
+Ids = Sequence[list[int]]
 
 
 class Answers(NamedTuple):
@@ -32,21 +33,21 @@ class Answers(NamedTuple):
     responses: list[str]
     rewards: dict[str, list[float]]
     figures: dict[str, float | None]
-    ids: Sequence[list[int]] = ()  # in the policy's own tokens
+    ids: Ids = ()  # in the policy's own tokens
 
 
 @dataclass(frozen=True)
-class Trial:
+class Task:
     """What all policies are asked, and what their answers are compared with."""
 
     questions: Sequence[Question]  # in the tokens of the first policy
     limits: torch.Tensor  # (prompts,): tokens of each response
     rewards: dict[str, Reward]  # by name, the main one first
     first: Policy  # the policy under which every answer's perplexity is measured
-    reference: Contestant
+    reference: Sampler
     batch_size: int
     seed: int
-    held_out: Sequence[list[int]] = ()  # texts in the first policy's tokens, for the held-out perplexity
+    held_out: Ids = ()  # texts in the first policy's tokens, for the held-out perplexity
     tick: Callable[[int], Any] = lambda _: None
 
     @cached_property
@@ -62,23 +63,23 @@ def shared_out(count: int, size: int, work: Callable[[slice], T]) -> list[T]:
     return gathered({number: work(batch) for number, batch in enumerate(batches) if mine(number)})
 
 
-def draw(who: Contestant, trial: Trial, number: int = 0) -> Answers:
+def draw(who: Sampler, task: Task, number: int = 0) -> Answers:
     """A policy's answer to each prompt; draw `number` is from the same random numbers for every policy."""
-    asked = asked_of(who.policy, trial.first, trial.questions)
-    generator = torch.Generator().manual_seed(trial.seed + number)
-    uniforms = [uniform_draws(limits, generator) for limits in trial.limits.split(trial.batch_size)]
+    asked = asked_of(who.policy, task.first, task.questions)
+    generator = torch.Generator().manual_seed(task.seed + number)
+    uniforms = [uniform_draws(limits, generator) for limits in task.limits.split(task.batch_size)]
 
     def sampled(part: slice) -> tuple[list[str], list[list[int]], list[list[float]]]:
-        limits = trial.limits[part]
-        batch = sample(who.policy.model, asked[part], limits, who.sampling, uniforms[part.start // trial.batch_size])
-        trial.tick(len(limits) * processes())
+        limits = task.limits[part]
+        batch = sample(who.policy.model, asked[part], limits, who.sampling, uniforms[part.start // task.batch_size])
+        task.tick(len(limits) * processes())
         texts = batch.texts(who.policy.tokenizer)[1]
         ids = [row[:n] for row, n in zip(batch.responses.tolist(), batch.response_lengths.tolist(), strict=True)]
-        return texts, ids, [reward(trial.prompts[part], texts) for reward in trial.rewards.values()]
+        return texts, ids, [reward(task.prompts[part], texts) for reward in task.rewards.values()]
 
-    found = shared_out(len(asked), trial.batch_size, sampled)
+    found = shared_out(len(asked), task.batch_size, sampled)
     texts, ids = [text for batch in found for text in batch[0]], [row for batch in found for row in batch[1]]
-    rewards = {name: [x for batch in found for x in batch[2][at]] for at, name in enumerate(trial.rewards)}
+    rewards = {name: [x for batch in found for x in batch[2][at]] for at, name in enumerate(task.rewards)}
     return Answers(texts, rewards, {}, ids)
 
 
@@ -90,51 +91,44 @@ def best(tries: Sequence[Answers], main: str) -> Answers:
     return Answers(texts, rewards, {}, ids)
 
 
-def measure(who: Contestant, trial: Trial, n: int = 1) -> Answers:
-    """A policy's answers, or the best of `n`, with their figures; None for what takes the other's vocabulary.
+def measure(who: Sampler, task: Task, n: int = 1) -> Answers:
+    """A policy's answers, or the best of `n`, with their figures; None where another vocabulary does not allow one.
 
     The KL of the best of n to the policy itself is at most log n - (n - 1) / n (Stiennon et al. 2020, app. G.3).
     """
-    main, reference = next(iter(trial.rewards)), trial.reference
-    comparable, readable = same_vocabulary(who.policy, reference.policy), same_vocabulary(who.policy, trial.first)
-    asked = asked_of(who.policy, trial.first, trial.questions)
-    answers = best([draw(who, trial, number) for number in range(1, n + 1)], main) if n > 1 else draw(who, trial)
-
-    def measured(part: slice) -> tuple[float, float]:
-        batch = make_batch(asked[part], answers.ids[part]).to(who.policy.model.device)
-        kl = 0.0
-        if comparable and n == 1:
-            own = log_probs(who.policy.model, batch, who.sampling)
-            kl = float((own - log_probs(reference.policy.model, batch, reference.sampling)).sum())
-        return kl, negative_log_likelihood(trial.first, batch) if readable else 0.0
-
-    kl, nats = (sum(column) for column in zip(*shared_out(len(asked), trial.batch_size, measured), strict=True))
-    tokens = sum(map(len, answers.ids))
+    main, reference, size = next(iter(task.rewards)), task.reference, task.batch_size
+    answers = best([draw(who, task, number) for number in range(1, n + 1)], main) if n > 1 else draw(who, task)
+    asked, ids = asked_of(who.policy, task.first, task.questions), answers.ids
+    kl = math.log(n) - (n - 1) / n if n > 1 else None
+    if n == 1 and same_vocabulary(who.policy, reference.policy):
+        theirs = log_p(reference.policy, reference.sampling, asked, ids, size)
+        kl = (log_p(who.policy, who.sampling, asked, ids, size) - theirs) / len(asked)
+    readable = same_vocabulary(who.policy, task.first)
+    heads, tails = [text[:1] for text in task.held_out], [text[1:] for text in task.held_out]
     figures: dict[str, float | None] = {
-        "kl": math.log(n) - (n - 1) / n if n > 1 else kl / len(asked) if comparable else None,
-        "perplexity": math.exp(nats / tokens) if readable else None,
-        "held_out_perplexity": perplexity(who.policy, trial.held_out, trial.batch_size) if readable else None,
+        "kl": kl,
+        "perplexity": perplexity(task.first, asked, ids, size) if readable else None,
+        "held_out_perplexity": perplexity(who.policy, heads, tails, size) if readable else None,
         **of_texts(answers.responses),
-        "length": tokens / len(asked),
+        "length": sum(map(len, ids)) / len(ids),
     }
     return answers._replace(figures=figures)
 
 
-def negative_log_likelihood(policy: Policy, batch: Batch) -> float:
-    """-log p of a batch's responses under a policy, in nats."""
-    return -float(log_probs(policy.model, batch, Sampling()).sum())
+def log_p(policy: Policy, sampling: Sampling, prompts: Ids, responses: Ids, batch_size: int) -> float:
+    """log p of all responses together under a policy's sampling distribution, in nats."""
+
+    def summed(part: slice) -> float:
+        batch = make_batch(prompts[part], responses[part]).to(policy.model.device)
+        return float(log_probs(policy.model, batch, sampling).sum())
+
+    return sum(shared_out(len(responses), batch_size, summed))
 
 
-def perplexity(policy: Policy, texts: Sequence[list[int]], batch_size: int) -> float | None:
-    """A policy's perplexity per token on texts in its tokens; None without texts."""
-    texts = sorted((ids for ids in texts if len(ids) > 1), key=len)  # of like length, so that little is padding
-
-    def measured(part: slice) -> float:
-        batch = make_batch([ids[:1] for ids in texts[part]], [ids[1:] for ids in texts[part]])
-        return negative_log_likelihood(policy, batch.to(policy.model.device))
-
-    nats = sum(shared_out(len(texts), batch_size, measured))
-    return math.exp(nats / sum(len(ids) - 1 for ids in texts)) if texts else None
+def perplexity(policy: Policy, prompts: Ids, responses: Ids, batch_size: int) -> float | None:
+    """A policy's perplexity per token of the responses; None if there are none."""
+    tokens = sum(map(len, responses))
+    return math.exp(-log_p(policy, Sampling(), prompts, responses, batch_size) / tokens) if tokens else None
 
 
 def of_texts(texts: Sequence[str]) -> dict[str, float | None]:
@@ -143,7 +137,7 @@ def of_texts(texts: Sequence[str]) -> dict[str, float | None]:
     return {**distinct, "repeated": metrics.repeated(texts), "self_bleu": metrics.self_bleu(texts)}
 
 
-def held_out_texts(rows: Sequence[Row], policies: Sequence[Contestant], tokens: int) -> list[list[int]]:
+def held_out_texts(rows: Sequence[Row], policies: Sequence[Sampler], tokens: int) -> list[list[int]]:
     """The beginnings of held-out texts in the first policy's tokens, about `tokens` in all; of comparisons none."""
     window = min(_WINDOW, *(positions(each.policy.model) or _WINDOW for each in policies))
     found: list[list[int]] = []
@@ -151,7 +145,7 @@ def held_out_texts(rows: Sequence[Row], policies: Sequence[Contestant], tokens: 
         if sum(map(len, found)) >= tokens:
             break
         found += [ids[:window] for ids in documents(rows[start : start + _TEXTS], policies[0].policy.tokenizer)]
-    return found
+    return sorted((ids for ids in found if len(ids) > 1), key=len)  # of like length, so that little is padding
 
 
 def judge(

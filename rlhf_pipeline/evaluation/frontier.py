@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.evaluation import metrics
-from rlhf_pipeline.evaluation.comparison import Answers, Trial, compare, draw, measure
-from rlhf_pipeline.evaluation.lineup import PPO_SAMPLING, Contestant, started_from
+from rlhf_pipeline.evaluation.comparison import Answers, Task, compare, draw, measure
+from rlhf_pipeline.evaluation.lineup import PPO_SAMPLING, Sampler, started_from
 from rlhf_pipeline.files import read_jsonl
 from rlhf_pipeline.models.policies import Policy, load_policy, lora_config
 from rlhf_pipeline.ppo.actor_critic import with_master_weights
@@ -90,26 +90,26 @@ def is_known(point: Point, known: Sequence[Row]) -> bool:
     return any(point[:4] == tuple(row.get(key) for key in ("run", "step", "began", "start")) for row in known)
 
 
-def start_row(start: str, own: Answers, trial: Trial, most: int) -> Row:
+def start_row(start: str, own: Answers, task: Task, most: int) -> Row:
     """Where jobs started: its figures, and those of the best of up to `most` of its answers."""
-    tries = [draw(trial.reference, trial, number).rewards for number in range(1, most + 1)]
+    tries = [draw(task.reference, task, number).rewards for number in range(1, most + 1)]
     best = best_of_n({name: np.array([one[name] for one in tries]).T for name in own.rewards}, next(iter(own.rewards)))
-    about = {"key": start, "path": json.loads(start)["path"], "seed": trial.seed, "asked": trial.prompts[:_SHOWN]}
-    return {**about, **_figures({"start": own}, trial, 1), "best_of": best}
+    about = {"key": start, "path": json.loads(start)["path"], "seed": task.seed, "asked": task.prompts[:_SHOWN]}
+    return {**about, **_figures({"start": own}, task, 1), "best_of": best}
 
 
-def point_row(point: Point, own: Answers, trial: Trial, draws: int) -> Row:
+def point_row(point: Point, own: Answers, task: Task, draws: int) -> Row:
     """A policy's figures and its gain over where it started; `draws` are the resamplings of an interval."""
-    answers = measure(Contestant("point", open_point(point), trial.reference.sampling), trial)
+    answers = measure(Sampler("point", open_point(point), task.reference.sampling), task)
     about = {"run": point.run, "step": point.step, "began": point.began, "start": point.start, "path": str(point.where)}
-    return {**about, **_figures({"start": own, "point": answers}, trial, draws)}
+    return {**about, **_figures({"start": own, "point": answers}, task, draws)}
 
 
-def _figures(answers: Mapping[str, Answers], trial: Trial, draws: int) -> Row:
+def _figures(answers: Mapping[str, Answers], task: Task, draws: int) -> Row:
     """The figures of the last of one or two policies, as stage=evaluate compares them."""
-    name, main = [*answers][-1], next(iter(trial.rewards))
+    name, main = [*answers][-1], next(iter(task.rewards))
     found = compare(
-        answers, name, "start", trial.rewards, main, trial.prompts, examples=0, bootstrap=draws, seed=trial.seed
+        answers, name, "start", task.rewards, main, task.prompts, examples=0, bootstrap=draws, seed=task.seed
     )
 
     def judged(by: Row) -> Row:

@@ -32,12 +32,14 @@ class Drawing(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """A policy that is compared, and the distribution that its answers are drawn from."""
+class Sampler:
+    """A policy with a name, and how its answers are drawn."""
 
     name: str
     policy: Policy
     sampling: Sampling
+    longest: int = 0
+    shortest: int = 0
 
 
 def sampling_as(
@@ -93,30 +95,24 @@ def lineup(run: RunDir, names: Sequence[str], policy: dict[str, Any]) -> tuple[d
     return paths, next(begun, next(iter(paths)))
 
 
-def open_all(
-    paths: Sequence[tuple[str, str]], run: RunDir, choice: dict[str, Any], **asked: Any
-) -> tuple[list[Contestant], int, int]:
-    """The policies by name and place, opened as `choice` says, and the longest and the shortest limit of a response.
+def open_all(paths: Sequence[tuple[str, str]], run: RunDir, choice: dict[str, Any], **asked: Any) -> list[Sampler]:
+    """The policies by name and place, opened as `choice` says, on the accelerator.
 
     They sample as the run's newest PPO did, else as that of the first policy that has one, except for what is `asked`.
     """
     homes = (run, *(run_of(path) for _, path in paths))
     trained = next((own for home in homes if (own := ppo_settings(home))), {})
-    found: list[Contestant] = []
-    limits = []
+    found: list[Sampler] = []
     for name, path in paths:
         try:
             policy, _ = load_policy({**choice, "path": path}, None, [], 0)
         except UserError as error:
             raise type(error)(f"{name}: {error} {suggest(name, STAGES)}".rstrip()) from error
+        policy.model.to("cuda" if torch.cuda.is_available() else "cpu")
         foreign = found and not same_vocabulary(policy, found[0].policy)
         tokens_of = ppo_settings(run_of(path)) if foreign else None
-        sampling, *limit = sampling_as(trained, policy, tokens_of, **asked)
-        policy.model.to("cuda" if torch.cuda.is_available() else "cpu")
-        found.append(Contestant(name, policy, sampling))
-        limits.append(limit)
-    longest, shortest = map(min, zip(*limits, strict=True))
-    return found, longest, shortest
+        found.append(Sampler(name, policy, *sampling_as(trained, policy, tokens_of, **asked)))
+    return found
 
 
 def same_place(one: str, other: str) -> bool:

@@ -19,7 +19,7 @@ from rlhf_pipeline.data.records import Code, Dialogue, Labelled, Text, Turn
 from rlhf_pipeline.data.templates import written
 from rlhf_pipeline.data.tokenization import conversational, encode
 from rlhf_pipeline.errors import NotFinishedError, UserError
-from rlhf_pipeline.evaluation.lineup import Contestant, open_all
+from rlhf_pipeline.evaluation.lineup import Sampler, open_all
 from rlhf_pipeline.models.policies import Policy, registry
 from rlhf_pipeline.models.rewards import Reward, load_reward, trained_part
 from rlhf_pipeline.models.sampling import room_for_prompts, sample
@@ -38,7 +38,7 @@ HELP = {"/reset": "begin a new conversation", "/help": "this list", "/quit": "le
 class Talk:
     """The conversations of one or two policies with the same person; or, unless it `converses`, texts continued."""
 
-    policies: list[Contestant]
+    policies: list[Sampler]
     length: int  # of an answer, at most, in tokens
     converses: bool
     reward: Reward | None
@@ -171,10 +171,10 @@ def open_talk(settings: Settings, out: RunDir) -> Talk:
     for _, path in places:
         say_taken("policy", shown(path))
     asked = {"temperature": settings.chat.temperature, "response_length": settings.chat.response_length}
-    policies, length, _ = open_all(places, home, settings.policy, **asked)
+    policies = open_all(places, home, settings.policy, **asked)
     mode = settings.chat.mode
     converses = mode == "chat" if mode else _converses(made_by, policies[0].policy, settings.seed)
-    generator = torch.Generator().manual_seed(settings.seed)
+    length, generator = min(each.longest for each in policies), torch.Generator().manual_seed(settings.seed)
     return Talk(policies, length, converses, _judge(settings, home), generator)
 
 

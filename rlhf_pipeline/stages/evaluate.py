@@ -18,8 +18,8 @@ from rlhf_pipeline.data.templates import written
 from rlhf_pipeline.data.tokenization import Question, conversational, encode, questions
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.evaluation import comparison, frontier, lineup
-from rlhf_pipeline.evaluation.comparison import Trial
-from rlhf_pipeline.evaluation.lineup import Contestant, asked_of
+from rlhf_pipeline.evaluation.comparison import Task
+from rlhf_pipeline.evaluation.lineup import Sampler, asked_of
 from rlhf_pipeline.files import read_jsonl, write_json, write_jsonl
 from rlhf_pipeline.models.rewards import Reward, load_reward, trained_part
 from rlhf_pipeline.models.sampling import check_positions, room_for_prompts
@@ -44,7 +44,7 @@ def run(settings: Settings, out: RunDir) -> None:
     paths, reference = lineup.lineup(out, asked.policies, settings.policy)
     rewards, judged_by = load_rewards(settings, out)
     rows = take_data(settings.data, settings.seed)
-    policies, longest, shortest = lineup.open_all(
+    policies = lineup.open_all(
         [*paths.items()], out, settings.policy, response_length=asked.response_length, temperature=asked.temperature
     )
     for name, path in paths.items():
@@ -52,27 +52,27 @@ def run(settings: Settings, out: RunDir) -> None:
     out.begin(settings, {**paths, **judged_by}, fingerprint(settings.data, rows))
 
     start = next(each for each in policies if each.name == reference)
-    trial = make_trial(settings, policies, start, longest, shortest, rows, rewards)
-    own = own_prompts(asked.show, rows.test, policies, trial)
+    task = make_task(settings, policies, start, rows, rewards)
+    own = own_prompts(asked.show, rows.test, policies, task)
     n, answers, shown = asked.best_of or 0, {}, {}
-    with progress((len(policies) + n) * len(trial.questions), "evaluate", "prompt") as bar:
-        trial = dataclasses.replace(trial, tick=bar.update)
+    with progress((len(policies) + n) * len(task.questions), "evaluate", "prompt") as bar:
+        task = dataclasses.replace(task, tick=bar.update)
         for each in policies:
-            answers[each.name] = comparison.measure(each, trial)
+            answers[each.name] = comparison.measure(each, task)
             if n and each is start:
-                answers[f"best of {n}"] = comparison.measure(each, trial, n)
+                answers[f"best of {n}"] = comparison.measure(each, task, n)
             if asked.show:
                 shown[each.name] = comparison.draw(each, own)
     if not out.leads:
         return
     last, trained = policies[-1].name, learnt_from([*paths.values()], rewards)
     evaluation = {
-        "prompts": len(trial.questions),
-        "prompts_in_training": begun_by([question.prompt for question in trial.questions], rows.train),
+        "prompts": len(task.questions),
+        "prompts_in_training": begun_by([question.prompt for question in task.questions], rows.train),
         "reward": next(iter(rewards.values())).name,
         "reference": reference,
         "sampling": dataclasses.asdict(policies[0].sampling),
-        **comparison.compare(answers, last, reference, rewards, trained, trial.prompts,
+        **comparison.compare(answers, last, reference, rewards, trained, task.prompts,
                   examples=asked.examples, bootstrap=asked.bootstrap, seed=settings.seed),
         "shown": comparison.sample_rows(own.prompts, shown, next(iter(rewards))),
     }  # fmt: skip
@@ -135,18 +135,17 @@ def frontier_rows(
         about = json.loads(start)
         job = next(point.job for point in points if point.start == start)
         policy = frontier.open_policy(job, about["path"])
-        sampling, longest, shortest = lineup.sampling_as(about["sampling"], policy)
-        who = Contestant("start", policy, sampling)
+        who = Sampler("start", policy, *lineup.sampling_as(about["sampling"], policy))
         of_start = dataclasses.replace(settings, seed=about["seed"])
-        trial = make_trial(of_start, [who], who, longest, shortest, load_data(settings.data, about["seed"]), rewards)
-        with progress((1 + len(left) + most * new) * len(trial.questions), "frontier", "prompt") as bar:
-            trial = dataclasses.replace(trial, tick=bar.update)
-            own = comparison.measure(who, trial)
+        task = make_task(of_start, [who], who, load_data(settings.data, about["seed"]), rewards)
+        with progress((1 + len(left) + most * new) * len(task.questions), "frontier", "prompt") as bar:
+            task = dataclasses.replace(task, tick=bar.update)
+            own = comparison.measure(who, task)
             if new:
-                yield frontier.start_row(start, own, trial, most)
+                yield frontier.start_row(start, own, task, most)
             for point in left:
                 try:
-                    yield frontier.point_row(point, own, trial, asked.bootstrap)
+                    yield frontier.point_row(point, own, task, asked.bootstrap)
                 except FileNotFoundError:  # a job that goes on keeps only its newest
                     print(f"warning: {point.where} has been deleted by now, and is left out", flush=True)
 
@@ -181,21 +180,20 @@ def learnt_from(paths: Sequence[str], rewards: dict[str, Reward]) -> str:
     """The reward that the newest of PPO's policies learnt from, if it is one of these; else the main one."""
     homes = [home for path in paths if (home := run_of(path)) and home.stage == "ppo"]
     where = str(homes[-1].record["parents"].get("reward", {}).get("path")) if homes else ""
-    return next(
-        (name for name, reward in rewards.items() if lineup.same_place(reward.name, where)), next(iter(rewards))
-    )
+    own = (name for name, reward in rewards.items() if lineup.same_place(reward.name, where))
+    return next(own, next(iter(rewards)))
 
 
-def make_trial(
-    settings: Settings, policies: Sequence[Contestant], reference: Contestant, longest: int, shortest: int,
-    rows: Splits[Row], rewards: dict[str, Reward],
-) -> Trial:  # fmt: skip
+def make_task(
+    settings: Settings, policies: Sequence[Sampler], reference: Sampler, rows: Splits[Row], rewards: dict[str, Reward]
+) -> Task:
     """The held-out prompts that every policy has room for, in the tokens of the first, and what judges the answers."""
     first, (main, *others) = policies[0].policy, rewards.items()
     check_languages(main[1], first.tokenizer, texts(rows.test))
     for name, reward in others:
         if reason := reward.unfit(texts(rows.test)):
             print(f"warning: {name}: {reason}", flush=True)
+    longest, shortest = min(each.longest for each in policies), min(each.shortest for each in policies)
     room = min(room_for_prompts(each.policy.model, longest) for each in policies)
     asked = questions(rows.test, first.tokenizer, settings.data, settings.seed)
     every = zip(*(asked_of(each.policy, first, asked) for each in policies), strict=True)
@@ -212,15 +210,15 @@ def make_trial(
     limits = torch.randint(shortest, longest + 1, (len(kept),), generator=torch.Generator().manual_seed(settings.seed))
     size, tokens = settings.evaluate.batch_size, 0 if settings.sweep else settings.evaluate.held_out_tokens
     held_out = comparison.held_out_texts(rows.test, policies, tokens)
-    return Trial(kept, limits, rewards, first, reference, size, settings.seed, held_out)
+    return Task(kept, limits, rewards, first, reference, size, settings.seed, held_out)
 
 
-def own_prompts(strings: Sequence[str], rows: Sequence[Row], policies: Sequence[Contestant], trial: Trial) -> Trial:
+def own_prompts(strings: Sequence[str], rows: Sequence[Row], policies: Sequence[Sampler], task: Task) -> Task:
     """The user's own prompts: as turns of a conversation if the data holds conversations, else as they stand."""
-    talks, tokenizer, longest = conversational(rows), trial.first.tokenizer, int(trial.limits.max())
+    talks, tokenizer, longest = conversational(rows), task.first.tokenizer, int(task.limits.max())
     asked: list[Prompt] = [(Turn("user", string),) if talks else string for string in strings]
     ids = encode(tokenizer, [written(tokenizer, prompt) for prompt in asked])
     found = [Question(prompt, row) for prompt, row in zip(asked, ids, strict=True)]
     for each in policies if found else ():
-        check_positions(each.policy.model, asked_of(each.policy, trial.first, found), longest)
-    return dataclasses.replace(trial, questions=found, limits=torch.full((len(found),), longest))
+        check_positions(each.policy.model, asked_of(each.policy, task.first, found), longest)
+    return dataclasses.replace(task, questions=found, limits=torch.full((len(found),), longest))

@@ -46,7 +46,8 @@ def chat(miniature: Path, command_line: CommandLine, capsys: pytest.CaptureFixtu
 
 def test_one_prompt_is_answered_by_the_newest_policy_and_nothing_else_is_on_stdout(chat: Chat, miniature: Path) -> None:
     before = content_hash(miniature)
-    out, err = chat("--prompt", "I saw this")
+    with RunDir(miniature.parent, "demo", "ppo").held():  # a stage that is running is no hindrance
+        out, err = chat("--prompt", "I saw this")
     assert out.count("\n") >= 1
     assert "policy" not in out
     assert "reward 0." not in out
@@ -68,14 +69,13 @@ def test_it_is_what_the_policy_says_by_the_runs_own_sampling(chat: Chat, miniatu
     assert reward == talk.reward(["I saw this"], [answer])[0]  # type: ignore[misc]
 
 
-def test_the_seed_decides(chat: Chat) -> None:
-    said = [chat(f"seed={seed}", "--prompt", "I saw this")[0] for seed in (1, 1, 2)]
-    assert said[0] == said[1] != said[2]
-
-
-def test_a_chat_goes_on_beside_a_stage_that_is_running(chat: Chat, miniature: Path) -> None:
-    with RunDir(miniature.parent, "demo", "ppo").held():
-        assert chat("--prompt", "I saw this")[0]
+def test_the_seed_and_the_settings_of_a_chat_decide(chat: Chat) -> None:
+    asked = ["seed=1", "seed=2", "chat.response_length=1", "chat.temperature=0.001", "chat.temperature=0.001 seed=2"]
+    usual, other, short, cold, same = (chat(*words.split(), "--prompt", "I saw this")[0][:-1] for words in asked)
+    assert usual != other
+    assert chat("--prompt", "I saw this")[0].startswith(short)
+    assert len(usual) > len(short)
+    assert cold == same
 
 
 def test_two_policies_are_labelled_and_share_the_prompts(chat: Chat, miniature: Path) -> None:
@@ -95,14 +95,6 @@ def test_lines_of_a_pipe_are_answered_and_commands_obeyed(chat: Chat, monkeypatc
     assert out.count("ppo: ") == out.count("pretrain: ") == 2
     assert "/reset  begin a new conversation" in err
     assert "\na new conversation" in err
-
-
-def test_other_settings_than_the_runs_are_said_by_chat(chat: Chat) -> None:
-    whole, short = (chat(*length, "--prompt", "I saw this")[0][:-1] for length in ((), ("chat.response_length=1",)))
-    assert whole.startswith(short)
-    assert len(whole) > len(short)
-    cold = [chat("chat.temperature=0.001", f"seed={seed}", "--prompt", "I saw this")[0] for seed in (1, 2)]
-    assert cold[0] == cold[1]
 
 
 def test_a_reward_by_hand_and_none(chat: Chat) -> None:

@@ -66,7 +66,7 @@ def test_every_checkpoint_of_every_job_is_measured(
     assert "Best of n, without training" in page
 
     # Again, nothing is measured; after one more job, that job alone.
-    monkeypatch.setattr(evaluate, "make_trial", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(evaluate, "make_task", lambda *_: pytest.fail("measured again"))
     assert command_line(*SWEEP, "evaluate.rewards=[{name: length, target: 5}]") == 0
     assert found_in(sweep) == found
 

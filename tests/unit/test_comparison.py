@@ -12,7 +12,7 @@ from rlhf_pipeline.data.records import Preference, Text
 from rlhf_pipeline.data.tokenization import Question
 from rlhf_pipeline.evaluation.comparison import (
     Answers,
-    Trial,
+    Task,
     compare,
     draw,
     held_out_texts,
@@ -20,7 +20,7 @@ from rlhf_pipeline.evaluation.comparison import (
     perplexity,
     traded,
 )
-from rlhf_pipeline.evaluation.lineup import Contestant, asked_of, sampling_as
+from rlhf_pipeline.evaluation.lineup import Sampler, asked_of, sampling_as
 from rlhf_pipeline.models.policies import Policy, make_policy, train_tokenizer
 from rlhf_pipeline.models.rewards import Reward
 from rlhf_pipeline.models.sampling import Sampling
@@ -33,47 +33,47 @@ def policy(vocabulary: int = 300, seed: int = 0) -> Policy:
     return Policy(tiny_policy(tokenizer, seed), tokenizer)
 
 
-def trial_of(first: Policy) -> Trial:
+def task_of(first: Policy) -> Task:
     prompts = ["the film", "nobody", "the plot was", "the cast"]
     questions = [Question(text, first.tokenizer(text)["input_ids"]) for text in prompts]
     reward = Reward(lambda _, answers: [float(answer.count("o")) for answer in answers], "letters")
-    start = Contestant("sft", first, SAMPLING)
-    return Trial(questions, torch.tensor([12, 8, 12, 8]), {"letters": reward}, first, start, batch_size=3, seed=0)
+    start = Sampler("sft", first, SAMPLING)
+    return Task(questions, torch.tensor([12, 8, 12, 8]), {"letters": reward}, first, start, batch_size=3, seed=0)
 
 
 def test_of_the_reference_itself_the_kl_is_0_and_the_perplexity_that_of_its_samples() -> None:
-    trial = trial_of(policy())
-    own = measure(trial.reference, trial)
+    task = task_of(policy())
+    own = measure(task.reference, task)
     assert own.figures["kl"] == pytest.approx(0, abs=1e-5)
     assert own.rewards["letters"] == [answer.count("o") for answer in own.responses]
     assert 1 <= own.figures["length"] <= 12
-    other = Contestant("ppo", policy(seed=1), SAMPLING)
-    found = measure(other, trial).figures
+    other = Sampler("ppo", policy(seed=1), SAMPLING)
+    found = measure(other, task).figures
     assert found["kl"] > 0.1
     assert found["perplexity"] > own.figures["perplexity"]
 
 
 def test_the_best_of_several_is_worth_the_most_and_costs_what_the_bound_says() -> None:
     ticks: list[int] = []
-    trial = replace(trial_of(policy()), tick=ticks.append)
-    found = measure(trial.reference, trial, 8)
+    task = replace(task_of(policy()), tick=ticks.append)
+    found = measure(task.reference, task, 8)
     assert sum(ticks) == 8 * 4
-    tries = [draw(trial.reference, trial, number) for number in range(1, 9)]
+    tries = [draw(task.reference, task, number) for number in range(1, 9)]
     assert found.rewards["letters"] == [
         max(row) for row in zip(*(one.rewards["letters"] for one in tries), strict=True)
     ]
     assert found.rewards["letters"] == [answer.count("o") for answer in found.responses]
-    assert [trial.first.tokenizer.decode(ids, skip_special_tokens=True) for ids in found.ids] == found.responses
+    assert [task.first.tokenizer.decode(ids, skip_special_tokens=True) for ids in found.ids] == found.responses
     assert found.figures["kl"] == pytest.approx(math.log(8) - 7 / 8)
 
 
 def test_another_vocabulary_is_asked_in_its_own_tokens_and_has_no_kl() -> None:
-    trial = trial_of(policy())
-    foreign = Contestant("other", policy(280, seed=1), SAMPLING)
-    asked = asked_of(foreign.policy, trial.first, trial.questions)
-    assert [foreign.policy.tokenizer.decode(ids) for ids in asked] == trial.prompts
-    assert asked != [question.ids for question in trial.questions]
-    found = measure(foreign, trial).figures
+    task = task_of(policy())
+    foreign = Sampler("other", policy(280, seed=1), SAMPLING)
+    asked = asked_of(foreign.policy, task.first, task.questions)
+    assert [foreign.policy.tokenizer.decode(ids) for ids in asked] == task.prompts
+    assert asked != [question.ids for question in task.questions]
+    found = measure(foreign, task).figures
     assert found["kl"] is found["perplexity"] is None
     assert found["length"] > 0
 
@@ -87,13 +87,15 @@ def test_held_out_perplexity_is_transformers_own() -> None:
         with torch.no_grad():
             losses += float(own.model(ids, labels=ids).loss) * (ids.shape[1] - 1)
         tokens += ids.shape[1] - 1
-    texts = held_out_texts(rows, [Contestant("own", own, SAMPLING)], 100)
-    assert perplexity(own, texts, 8) == pytest.approx(math.exp(losses / tokens), rel=1e-5)
-    assert perplexity(own, [], 8) is None
+    texts = held_out_texts(rows, [Sampler("own", own, SAMPLING)], 100)
+    assert perplexity(own, [ids[:1] for ids in texts], [ids[1:] for ids in texts], 8) == pytest.approx(
+        math.exp(losses / tokens), rel=1e-5
+    )
+    assert perplexity(own, [], [], 8) is None
 
 
 def test_held_out_texts_are_about_as_many_tokens_as_asked_and_comparisons_are_none() -> None:
-    who = [Contestant("own", policy(), SAMPLING)]
+    who = [Sampler("own", policy(), SAMPLING)]
     rows = [Text("the film was good and the cast was fine " * 10)] * 50
     found = held_out_texts(rows, who, 65 * 16)
     assert [len(ids) for ids in found] == [64] * 32  # as far as the positions go, 16 texts at a time
