@@ -13,7 +13,6 @@ from rlhf_pipeline.data.records import Preference, Ranking, Row
 from rlhf_pipeline.data.tokenization import Question, documents
 from rlhf_pipeline.evaluation import metrics
 from rlhf_pipeline.evaluation.lineup import Sampler, asked_of, same_vocabulary
-from rlhf_pipeline.launch import processes
 from rlhf_pipeline.models.likelihood import log_probs
 from rlhf_pipeline.models.networks import positions
 from rlhf_pipeline.models.policies import Policy
@@ -48,7 +47,7 @@ class Task:
     batch_size: int
     seed: int
     held_out: Ids = ()  # texts in the first policy's tokens, for the held-out perplexity
-    tick: Callable[[int], Any] = lambda _: None
+    tick: Callable[[int], Any] = lambda _: None  # told how many prompts have been answered
 
     @cached_property
     def prompts(self) -> list[str]:
@@ -57,10 +56,16 @@ class Task:
         return list(self.first.tokenizer.batch_decode(ids, skip_special_tokens=True)) if ids else []
 
 
-def shared_out(count: int, size: int, work: Callable[[slice], T]) -> list[T]:
+def shared_out(
+    count: int, size: int, work: Callable[[slice], T], tick: Callable[[int], Any] = lambda _: None
+) -> list[T]:
     """What `work` makes of each batch of `count` rows; every process takes its share, and gets all results."""
-    batches = [slice(at, at + size) for at in range(0, count, size)]
-    return gathered({number: work(batch) for number, batch in enumerate(batches) if mine(number)})
+    own: dict[int, T] = {}
+    for number, start in enumerate(range(0, count, size)):
+        if mine(number):
+            own[number] = work(slice(start, start + size))
+        tick(min(size, count - start))
+    return gathered(own)
 
 
 def draw(who: Sampler, task: Task, number: int = 0) -> Answers:
@@ -70,14 +75,13 @@ def draw(who: Sampler, task: Task, number: int = 0) -> Answers:
     uniforms = [uniform_draws(limits, generator) for limits in task.limits.split(task.batch_size)]
 
     def sampled(part: slice) -> tuple[list[str], list[list[int]], list[list[float]]]:
-        limits = task.limits[part]
-        batch = sample(who.policy.model, asked[part], limits, who.sampling, uniforms[part.start // task.batch_size])
-        task.tick(len(limits) * processes())
+        draws = uniforms[part.start // task.batch_size]
+        batch = sample(who.policy.model, asked[part], task.limits[part], who.sampling, draws)
         texts = batch.texts(who.policy.tokenizer)[1]
         ids = [row[:n] for row, n in zip(batch.responses.tolist(), batch.response_lengths.tolist(), strict=True)]
         return texts, ids, [reward(task.prompts[part], texts) for reward in task.rewards.values()]
 
-    found = shared_out(len(asked), task.batch_size, sampled)
+    found = shared_out(len(asked), task.batch_size, sampled, task.tick)
     texts, ids = [text for batch in found for text in batch[0]], [row for batch in found for row in batch[1]]
     rewards = {name: [x for batch in found for x in batch[2][at]] for at, name in enumerate(task.rewards)}
     return Answers(texts, rewards, {}, ids)

@@ -6,6 +6,7 @@ python -m rlhf_pipeline stage=evaluate sweep=<a multirun>   (reward against KL f
 
 import dataclasses
 import json
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,9 @@ def run(settings: Settings, out: RunDir) -> None:
     start = next(each for each in policies if each.name == reference)
     task = make_task(settings, policies, start, rows, rewards)
     own = own_prompts(asked.show, rows.test, policies, task)
-    n, answers, shown = asked.best_of or 0, {}, {}
-    with progress((len(policies) + n) * len(task.questions), "evaluate", "prompt") as bar:
+    n, answers, shown, begun = asked.best_of or 0, {}, {}, time.monotonic()
+    drawn = (len(policies) + n) * len(task.questions)
+    with progress(drawn, "evaluate", "prompt") as bar:
         task = dataclasses.replace(task, tick=bar.update)
         for each in policies:
             answers[each.name] = comparison.measure(each, task)
@@ -65,6 +67,8 @@ def run(settings: Settings, out: RunDir) -> None:
                 shown[each.name] = comparison.draw(each, own)
     if not out.leads:
         return
+    seconds, tokens = time.monotonic() - begun, sum(len(ids) for each in answers.values() for ids in each.ids)
+    speed = {"tokens_per_second": round(tokens / seconds, 1), "prompts_per_second": round(drawn / seconds, 1)}
     last, trained = policies[-1].name, learnt_from([*paths.values()], rewards)
     evaluation = {
         "prompts": len(task.questions),
@@ -82,7 +86,7 @@ def run(settings: Settings, out: RunDir) -> None:
     if gain := evaluation["paired_gain"].get(f"{last} - {policies[0].name}"):
         results |= {"gain": gain["mean"], "gain_low": gain["low"], "gain_high": gain["high"]}
     out.trackers.evaluation(out.config(), evaluation)
-    out.finish(results, objective=after["reward_mean"])
+    out.finish({**results, "speed": speed}, objective=after["reward_mean"])
     evaluation_table(evaluation)
 
 

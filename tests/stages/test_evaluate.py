@@ -66,6 +66,7 @@ def test_policies_by_hand_and_more_rewards(
     assert max(map(cell_len, shown.splitlines())) <= 100
     record = json.loads((run / "evaluate" / "run.json").read_text())
     assert record["parents"]["evaluate.rewards[1]"]["path"] == "toy_sentiment"
+    assert record["results"]["speed"]["tokens_per_second"] > 0
     page = (run / "evaluate" / "report.html").read_text()
     assert "length · runs/demo/ppo" in page
 
