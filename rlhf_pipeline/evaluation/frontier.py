@@ -51,7 +51,12 @@ def points_of(folder: Path, asked: Mapping[str, Any]) -> list[Point]:
         record, config = job.record, job.config()
         below = os.path.relpath(job.path.parent.resolve(), folder.resolve())
         name = folder.resolve().name if below == "." else below
-        places: dict[int | None, Path] = {step_of(p): p for p in sealed(job.checkpoints) if fault_of(p) is None}
+        places: dict[int | None, Path] = {}
+        for checkpoint in sealed(job.checkpoints):
+            if fault := fault_of(checkpoint):
+                print(f"warning: {checkpoint} is damaged ({fault}), and is left out", flush=True)
+            else:
+                places[step_of(checkpoint)] = checkpoint
         if record["status"] == "done" and job.model.is_dir():
             last = max((int(row["step"]) for row in read_jsonl(job.path / "metrics.jsonl")), default=0)
             places[None if config["trainer"].get("load_best_model_at_end") else last] = job.model
