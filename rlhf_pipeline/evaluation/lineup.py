@@ -18,7 +18,8 @@ from rlhf_pipeline.ppo.config import PPOConfig, make_sampling
 from rlhf_pipeline.registry import suggest
 from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.runs.models import find, models, ppo_settings, run_of
-from rlhf_pipeline.settings import SAMPLING, STAGES, TOKENS
+from rlhf_pipeline.settings import SAMPLING, TOKENS
+from rlhf_pipeline.stages import POLICIES
 
 PPO_SAMPLING = (*SAMPLING, "min_response_length", "temperature")  # PPO's settings that decide how it samples
 
@@ -74,17 +75,17 @@ def asked_of(policy: Policy, first: Policy, questions: Sequence[Question]) -> li
 
 
 def lineup(run: RunDir, names: Sequence[str], policy: dict[str, Any]) -> tuple[dict[str, str], str]:
-    """Where the compared policies lie by name, and the name of the reference: the one that PPO started from.
+    """Where the compared policies lie by name, and the name of the reference: the one that PPO or DPO started from.
 
     Without `names` they are all that the run has made from `policy`; the base is then what PPO started from elsewhere,
-    or what was chosen by hand. If PPO started from none of them, the first is the reference.
+    or what was chosen by hand. If none of them started from another, the first is the reference.
     """
     paths = {name: find(name, run) for name in names} or models(run, policy)
     if not names:
-        by_ppo = {name: path for name, path in paths.items() if name not in ("pretrain", "sft")}
-        start = started_from([*by_ppo.values()][-1]) if by_ppo else policy.get("path")
+        after = {name: path for name, path in paths.items() if name not in ("pretrain", "sft")}
+        start = started_from([*after.values()][-1]) if after else policy.get("path")
         if start and not any(same_place(model_folder(start), path) for path in paths.values()):
-            paths = {"base": model_folder(start), **by_ppo}
+            paths = {"base": model_folder(start), **after}
     if not paths:
         raise NotFinishedError(
             f"{run.runs / run.name} has no policy to evaluate; 'make ppo NAME={run.name}' makes one."
@@ -107,7 +108,7 @@ def open_all(paths: Sequence[tuple[str, str]], run: RunDir, choice: dict[str, An
         try:
             policy, _ = load_policy({**choice, "path": path}, None, [], 0)
         except UserError as error:
-            raise type(error)(f"{name}: {error} {suggest(name, STAGES)}".rstrip()) from error
+            raise type(error)(f"{name}: {error} {suggest(name, POLICIES)}".rstrip()) from error
         policy.model.to("cuda" if torch.cuda.is_available() else "cpu")
         foreign = found and not same_vocabulary(policy, found[0].policy)
         tokens_of = ppo_settings(run_of(path)) if foreign else None
@@ -121,7 +122,7 @@ def same_place(one: str, other: str) -> bool:
 
 
 def started_from(model: str) -> str | None:
-    """The policy that PPO made a model from; None if PPO did not make it, or began with a new, untrained policy."""
+    """The policy that PPO or DPO made a model from; None if neither made it, or it began as a new, untrained policy."""
     home = run_of(model)
-    start = str(home.record["parents"]["policy"]["path"]) if home and home.stage == "ppo" else None
+    start = str(home.record["parents"]["policy"]["path"]) if home and home.stage in ("dpo", "ppo") else None
     return None if start and start.endswith(", untrained") else start
