@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.data.agreement import settle
-from rlhf_pipeline.data.formats import read_judgements
-from rlhf_pipeline.data.formats.tasks import label_studio_tasks, sheet
+from rlhf_pipeline.data.judgements import read_judgements
 from rlhf_pipeline.data.records import Judgement, Prompt, Turn
+from rlhf_pipeline.data.sheets import label_studio_tasks, sheet
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.feedback.label_studio import connect, pull, push, serve
 from rlhf_pipeline.feedback.page import labeling_config
@@ -107,7 +107,7 @@ def _bring(out: RunDir, path: Path, source: str) -> None:
             new.append({**label, "annotator": annotator, "source": source})
         else:
             why = "its answers are not those of the task" if candidate else "no candidate of this run has that task"
-            place = {"file": str(path), "line": None, "task": judgement.task, "annotator": annotator}
+            place = {"file": str(path), "where": None, "task": judgement.task, "annotator": annotator}
             rejected.append({**place, "why": why, "row": {"answers": judgement.answers, "ranks": judgement.ranks}})
     if not new:
         whys = "; ".join(sorted({row["why"] for row in rejected})[:3])

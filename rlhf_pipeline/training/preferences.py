@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from trl import RewardConfig
 from trl.trainer.utils import pad
 
-from rlhf_pipeline.data import joined
 from rlhf_pipeline.data.records import Demonstration, Dialogue, Preference, Prompt, Ranking, Row
+from rlhf_pipeline.data.sets import joined
 from rlhf_pipeline.data.templates import visible
 from rlhf_pipeline.progress import parts
 from rlhf_pipeline.training.batching import Counted, OrderedRewardTrainer

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from rlhf_pipeline.data.formats import read_judgements
+from rlhf_pipeline.data.judgements import read_judgements
 from rlhf_pipeline.feedback.label_studio import connect, pull, push
 from rlhf_pipeline.feedback.page import labeling_config
 

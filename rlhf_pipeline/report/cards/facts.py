@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from rlhf_pipeline.data import hub_set
+from rlhf_pipeline.data.sets import hub_set
 from rlhf_pipeline.hub import is_hub_id
 from rlhf_pipeline.report import items, members, number, read
 from rlhf_pipeline.texts import shown
