@@ -69,12 +69,10 @@ def renamed(row: Fields, columns: Mapping[str, str]) -> Fields:
 
 
 def holds(row: Fields, key: str) -> bool:
-    """Whether a column is there and not blank."""
     return not blank(row.get(key))
 
 
 def value_of(row: Fields, key: str, kind: type, called: str) -> Any:
-    """The value of a column, which is of one kind."""
     if key not in row:
         raise RowError(f"'{key}' is missing")
     if not isinstance(row[key], kind):
@@ -88,7 +86,6 @@ def text(row: Fields, key: str) -> str:
 
 
 def chat(row: Fields) -> str | None:
-    """The column that holds a conversation."""
     return next((key for key in CHATS if holds(row, key)), None)
 
 

@@ -17,11 +17,6 @@ from rlhf_pipeline.data.records import Judgement
 from rlhf_pipeline.errors import UserError
 
 _LOG = logging.getLogger("rlhf_pipeline")
-_PAIR = {"chosen", "selected", "rejected", "rejected_response", "winner"}
-_ALLOWED = (
-    "allowed are prompt, chosen, rejected; prompt, responses; a sheet's prompt, answer1, rank1, ..; exports of Label "
-    "Studio; data.columns={chosen: ..} says what they are called here"
-)
 
 
 @dataclass(frozen=True)
@@ -76,8 +71,8 @@ def _row(row: Fields | RowError, reading: Reading) -> list[Label]:
     try:
         return _labels(row, reading)
     except RowError as fault:
-        held = fault.row if isinstance(row, RowError) else row
-        return [Label("rejected", held, name(held.get("task")), name(held.get("annotator")), why=str(fault))]
+        held = fault.args[-1] if isinstance(row, RowError) else row
+        return [Label("rejected", held, name(held.get("task")), name(held.get("annotator")), why=fault.args[0])]
     except RecursionError:
         return [Label("rejected", {}, why="lists in lists, too deep to be read")]
 
@@ -90,13 +85,7 @@ def _labels(row: Fields | RowError, reading: Reading) -> list[Label]:
     row = renamed(row, reading.columns)
     if "annotation_id" in row:
         return [label_studio.of_annotation(row, reading)]
-    if labels.is_sheet(row):
-        return labels.of_sheet(row, reading.unnamed)
-    if "responses" in row or "ranked" in row:
-        return [labels.ranking(row)]
-    if _PAIR & row.keys():
-        return [labels.pair(row)]
-    raise RowError(f"no label among the columns {', '.join(row)[:200] or '(none)'}; {_ALLOWED}")
+    return labels.of_row(row, reading.unnamed)
 
 
 def _judged(found: Sequence[Label]) -> Judged:

@@ -37,7 +37,6 @@ class _Value(NamedTuple):
 
 
 def is_task(row: Fields) -> bool:
-    """Whether a row is a task, as Label Studio imports and exports it."""
     return "annotations" in row or isinstance(row.get("data"), dict)
 
 
@@ -169,7 +168,7 @@ def _answer(held: object, item: str) -> str:
 
 def _prompt(data: Fields, known: set[str]) -> Prompt:
     if key := next((key for key in _PROMPTS if key in data), None):
-        return fields.prompt(data, key)
+        return fields.prompt({key: data[key]}, key)
     if others := [key for key, cell in data.items() if isinstance(cell, str) and key not in known]:
         raise RowError(f"no prompt among {', '.join(others)[:200]}; data.columns={{prompt: ..}} names it")
     return ""

@@ -8,11 +8,16 @@ from typing import Literal
 
 from rlhf_pipeline.data import fields
 from rlhf_pipeline.data.plain_rows import Fields, RowError
-from rlhf_pipeline.data.records import Judgement, Prompt, Turn
+from rlhf_pipeline.data.records import Judgement, Prompt, Turn, plain
 from rlhf_pipeline.data.sheets import unmarked
 
 _ASSISTANT = "\n\nAssistant:"
 _RANK = re.compile(r"rank([0-9]+)")
+_PAIR = {"chosen", "selected", "rejected", "rejected_response", "winner"}
+_ALLOWED = (
+    "allowed are prompt, chosen, rejected; prompt, responses; a sheet's prompt, answer1, rank1, ..; exports of Label "
+    "Studio; data.columns={chosen: ..} says what they are called here"
+)
 
 
 @dataclass(frozen=True)
@@ -50,73 +55,64 @@ def judged(
     kept = [(answer, rank) for answer, rank in zip(answers, ranks, strict=True) if rank is not None]
     if len(kept) < 2:
         raise RowError(f"{len(kept)} of {len(answers)} answers ranked; it takes two or more")
-    words = [prompt] if isinstance(prompt, str) else [turn.text for turn in prompt]
     try:
-        "".join((*words, *answers)).encode()
+        "".join((plain(prompt), *answers)).encode()
     except UnicodeEncodeError:
         raise RowError("half a character (a lone surrogate) in a text") from None
     return Judgement(prompt, tuple(a for a, _ in kept), tuple(rank for _, rank in kept), task, annotator, margin)
 
 
-def _label(
-    row: Fields, prompt: Prompt, answers: Sequence[str], ranks: Sequence[float | None], margin: float | None = None,
-    unnamed: str | None = None,
-) -> Label:  # fmt: skip
-    task, who = fields.name(row.get("task")), fields.name(row.get("annotator")) or unnamed
+def of_row(row: Fields, unnamed: str | None) -> list[Label]:
+    """The label that a row holds: a sheet's, a ranked list or a pair. Nothing for an empty line of a sheet."""
+    sheet = [int(match[1]) for match in map(_RANK.fullmatch, row) if match and f"answer{match[1]}" in row]
+    if sheet and all(map(fields.blank, row.values())):
+        return []
+    task, who = fields.name(row.get("task")), fields.name(row.get("annotator")) or (unnamed if sheet else None)
+    ranks: Sequence[float | None] = (1, 2)
+    if sheet:
+        prompt, answers, ranks = _sheet(row, sorted(sheet))
+    elif "responses" in row or "ranked" in row:
+        prompt, answers, ranks = _ranking(row)
+    elif _PAIR & row.keys():
+        prompt, *answers = _pair(row)
+    else:
+        raise RowError(f"no label among the columns {', '.join(row)[:200] or '(none)'}; {_ALLOWED}")
+    if all(rank is None for rank in ranks):
+        return [Label("unlabelled", row, task, who)]
     # `task` may be a kind of work and `annotator` a constant: only with the same answers is it the same person again.
     key = (task, who, prompt, frozenset(answers)) if task and who else None
-    return Label("judged", row, task, who, judged(prompt, answers, ranks, task, who, margin), key=key)
+    margin = _number("margin", row.get("margin"))
+    return [Label("judged", row, task, who, judged(prompt, answers, ranks, task, who, margin), key=key)]
 
 
-def is_sheet(row: Fields) -> bool:
-    """Whether a row is one of a sheet: answers in columns, and a rank to each."""
-    return any(match and f"answer{match[1]}" in row for match in map(_RANK.fullmatch, row))
+def _number(key: str, value: object) -> float | None:
+    if not fields.blank(value) and fields.number(value) is None:
+        raise RowError(f"'{key}' is {str(value)[:40]!r}, not a number")
+    return fields.number(value)
 
 
-def of_sheet(row: Fields, unnamed: str | None) -> list[Label]:
-    """A task of a sheet: rank1 belongs to answer1 and so on, 1 is the best. Nothing for an empty line."""
-    if all(map(fields.blank, row.values())):
-        return []
-    numbers = sorted(int(match[1]) for match in map(_RANK.fullmatch, row) if match)
-    ranks = [_rank(row, f"rank{n}", row[f"rank{n}"]) for n in numbers]
-    if not any(ranks):
-        return [Label("unlabelled", row, fields.name(row.get("task")))]
+def _sheet(row: Fields, numbers: Sequence[int]) -> tuple[Prompt, list[str], list[float | None]]:
+    """rank1 belongs to answer1 and so on: 1 is the best, equal numbers are ties."""
+    ranks = [_number(f"rank{n}", row[f"rank{n}"]) for n in numbers]
     answers = [unmarked(fields.text(row, f"answer{n}")) for n in numbers]
     for n, rank, words in zip(numbers, ranks, answers, strict=True):
         if rank is not None and not words.strip():
             raise RowError(f"rank{n} is given to answer{n}, which is empty")
-    return [_label(row, unmarked(fields.text(row, "prompt")), answers, ranks, unnamed=unnamed)]
+    return unmarked(fields.text(row, "prompt")), answers, ranks
 
 
-def ranking(row: Fields) -> Label:
+def _ranking(row: Fields) -> tuple[Prompt, list[str], Sequence[float | None]]:
     """Answers with their ranks, else best first."""
     key = "ranked" if "ranked" in row else "responses"
     answers, given = fields.decoded(row[key]), fields.decoded(row.get("ranks"))
     if not isinstance(answers, list) or len(answers) < 2 or not all(isinstance(answer, str) for answer in answers):
         raise RowError(f"'{key}' is not a list of 2 or more texts")
-    ranks: Sequence[float | None] = range(1, len(answers) + 1)
-    if not fields.blank(given):
-        if not isinstance(given, list) or len(given) != len(answers):
-            raise RowError(f"'ranks' is not a list of {len(answers)} numbers, one to each response")
-        ranks = [_rank(row, "ranks", value) for value in given]
+    if not fields.blank(given) and (not isinstance(given, list) or len(given) != len(answers)):
+        raise RowError(f"'ranks' is not a list of {len(answers)} numbers, one to each response")
     question = "" if key == "ranked" else fields.prompt(row)
     if "context" in row and isinstance(question, str):  # Open Assistant: what was said before the prompt
         question = (*fields.turns(row, "context"), Turn("user", question))
-    return _label(row, question, answers, ranks)
-
-
-def _rank(row: Fields, key: str, value: object) -> float | None:
-    if not fields.blank(value) and fields.number(value) is None:
-        raise RowError(f"'{key}' is {str(value)[:40]!r}, not a number; 1 is the best, equal numbers are ties")
-    return fields.number(value)
-
-
-def pair(row: Fields) -> Label:
-    """A better and a worse answer, in any of the forms in use."""
-    question, better, worse = _pair(row)
-    if fields.holds(row, "margin") and fields.number(row["margin"]) is None:
-        raise RowError(f"'margin' is {str(row['margin'])[:40]!r}, not a number")
-    return _label(row, question, (better, worse), (1, 2), fields.number(row.get("margin")))
+    return question, answers, [_number("ranks", rank) for rank in given] if given else range(1, len(answers) + 1)
 
 
 def _pair(row: Fields) -> tuple[Prompt, str, str]:

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import logging
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -26,11 +27,7 @@ Fields = dict[str, Any]
 
 
 class RowError(Exception):
-    """What is wrong with one row. Whoever reads the file adds the place; the other rows can still be used."""
-
-    def __init__(self, why: str, row: Fields | None = None) -> None:
-        super().__init__(why)
-        self.row = row or {}  # what is there instead of fields
+    """What is wrong with one row: why, and what is there instead of fields. Whoever reads the file adds the place."""
 
 
 class SkippedRowError(RowError):
@@ -70,30 +67,25 @@ def read_rows(path: Path, blocks: bool = False) -> Iterator[tuple[str, Fields | 
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, in the words of a data file."""
     kinds = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
     return "nothing" if value is None else kinds.get(type(value), "neither text nor a number")
 
 
 def missing(path: Path, kind: str) -> UserError:
-    """That there is no such file, and what is called like it."""
     names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
     near = [] if path.exists() else difflib.get_close_matches(path.name, names)
     return UserError(f"no {kind} at {path}" + (f"; near it: {', '.join(near)}." if near else "."))
 
 
 def broken(path: Path, error: Exception) -> UserError:
-    """That a file cannot be read to its end."""
     return UserError(f"{path} cannot be read to its end ({error}): cut short, damaged or misnamed; fetch it again.")
 
 
 def suffix(path: Path) -> str:
-    """The suffix that tells a file's format."""
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def open_file(path: Path) -> io.BufferedIOBase:
-    """The bytes of a file, unpacked if it is gzipped."""
     return gzip.open(path) if path.name.lower().endswith((".gz", ".tgz")) else path.open("rb")
 
 
@@ -120,22 +112,17 @@ def _text(path: Path) -> str:
     return text
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, by number. They end at "\\n" alone: U+2028 and the like stay inside a text."""
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if line.strip():
-            yield number, line.rstrip("\r")
-
-
 def _txt_rows(path: Path) -> _Rows:
-    return ((f"line {number}", {"text": line}) for number, line in _lines(path))
+    # Lines end at "\n" alone, here and below: U+2028 and the like stay inside a text.
+    lines = enumerate(_text(path).split("\n"), start=1)
+    return ((f"line {number}", {"text": line.rstrip("\r")}) for number, line in lines if line.strip())
 
 
 def _txt_blocks(path: Path) -> _Rows:
-    blocks: dict[int, list[str]] = {}  # by number of lines before, less the lines that count
-    for place, (number, line) in enumerate(_lines(path)):
-        blocks.setdefault(number - place, []).append(line)
-    return ((f"dialogue {number}", {"conversation": lines}) for number, lines in enumerate(blocks.values(), start=1))
+    blocks = (
+        block.replace("\r", "").split("\n") for block in re.split(r"\n(?:[ \t\r]*\n)+", _text(path).strip()) if block
+    )
+    return ((f"dialogue {number}", {"conversation": lines}) for number, lines in enumerate(blocks, start=1))
 
 
 def _json_rows(path: Path) -> _Rows:

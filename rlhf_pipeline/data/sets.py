@@ -51,16 +51,9 @@ registry: Registry[Splits[Any]] = Registry(
     },
 )
 
-# The rows that each stage can use.
-_LANGUAGE = (Text, Code, Labelled, Demonstration, Dialogue)
-TAKES: dict[str, tuple[type, ...]] = {
-    "pretrain": _LANGUAGE,
-    "sft": _LANGUAGE,
-    "reward": (Labelled, Preference, Ranking),
-    "collect": (*_LANGUAGE, Preference, Ranking),
-    "ppo": (*_LANGUAGE, Preference, Ranking),
-    "evaluate": (*_LANGUAGE, Preference, Ranking),
-}
+# The rows that stages can use: those named here, and for all other stages any.
+_LANGUAGE = {Text, Code, Labelled, Demonstration, Dialogue}
+_TAKES = {"pretrain": _LANGUAGE, "sft": _LANGUAGE, "reward": {Labelled, Preference, Ranking}}
 
 
 @registry.register
@@ -213,7 +206,7 @@ def kind(name: str) -> Any:
 def check_kind(name: str, stage: str) -> None:
     """Refuse data that a stage cannot use."""
     kinds = {entry: typing.get_args(kind(entry)) or (kind(entry),) for entry in registry.entries}
-    fitting = [entry for entry, held in kinds.items() if set(held) & set(TAKES.get(stage, held))]
+    fitting = [entry for entry, held in kinds.items() if set(held) & _TAKES.get(stage, set(held))]
     if name not in fitting:
         holds = " or ".join(held.__name__ for held in kinds[name])
         raise UserError(f"data={name} holds rows of {holds}; stage={stage} takes: {', '.join(fitting)}.")

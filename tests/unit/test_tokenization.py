@@ -43,20 +43,19 @@ def learnt(lesson: tokenization.Lesson, tokenizer: PreTrainedTokenizerBase) -> s
     return "|".join(tokenizer.decode(part) for part in parts)
 
 
-def test_an_instruction_is_asked_as_alpaca_asks_and_its_answer_ends() -> None:
-    tokenizer = tiny_tokenizer()
-    rows: list[Row] = [Demonstration((Turn("user", "Name a colour."),), "Blue.")]
+@pytest.mark.parametrize(
+    ("prompt", "answer", "text"),
+    [
+        ((Turn("user", "Name a colour."),), "Blue.", "### Instruction:\nName a colour.\n\n### Response:\nBlue."),
+        ("Say hi:", " Hi.", "Say hi: Hi."),  # a text is taken as it stands
+    ],
+)
+def test_a_prompt_is_asked_and_its_answer_learnt_with_an_end(prompt: Any, answer: str, text: str) -> None:
+    tokenizer, rows = tiny_tokenizer(), [Demonstration(prompt, answer)]
     (lesson,) = tokenization.demonstrations(rows, tokenizer, {}, seed=0)
-    assert tokenizer.decode(lesson.ids) == "### Instruction:\nName a colour.\n\n### Response:\nBlue.<|endoftext|>"
-    assert learnt(lesson, tokenizer) == "Blue.<|endoftext|>"
+    assert tokenizer.decode(lesson.ids) == f"{text}<|endoftext|>"
+    assert learnt(lesson, tokenizer) == f"{answer}<|endoftext|>"
     assert asked(rows, tokenizer, {}, 0) == [lesson.ids[: lesson.learnt.index(1)]]
-
-
-def test_a_prompt_that_is_text_is_taken_as_it_stands() -> None:
-    tokenizer = tiny_tokenizer()
-    (lesson,) = tokenization.demonstrations([Demonstration("Say hi:", " Hi.")], tokenizer, {}, seed=0)
-    assert tokenizer.decode(lesson.ids) == "Say hi: Hi.<|endoftext|>"
-    assert learnt(lesson, tokenizer) == " Hi.<|endoftext|>"
 
 
 def test_of_a_chat_every_reply_is_learnt_and_nothing_else() -> None:
@@ -72,15 +71,8 @@ def test_of_a_chat_every_reply_is_learnt_and_nothing_else() -> None:
 def test_of_two_peoples_talk_every_turn_but_the_first_is_learnt() -> None:
     tokenizer = chinese()
     (lesson,) = tokenization.demonstrations([TALK], tokenizer, {}, seed=0)
-    assert tokenizer.convert_ids_to_tokens(lesson.ids) == [
-        "[CLS]",
-        *"你好",
-        "[SEP]",
-        *"你好啊",
-        "[SEP]",
-        *"再见",
-        "[SEP]",
-    ]
+    tokens = ["[CLS]", *"你好", "[SEP]", *"你好啊", "[SEP]", *"再见", "[SEP]"]
+    assert tokenizer.convert_ids_to_tokens(lesson.ids) == tokens
     assert lesson.learnt == [0] * 4 + [1] * 7
     assert tokenization.documents([TALK], tokenizer) == [lesson.ids], "no second end"
     first, both = (asked([TALK], tokenizer, {"prompt_turns": n}, 0)[0] for n in (None, 2))
@@ -88,7 +80,7 @@ def test_of_two_peoples_talk_every_turn_but_the_first_is_learnt() -> None:
     assert both == lesson.ids[:8]
 
 
-def test_a_tokenizers_own_template_goes_first() -> None:
+def test_a_tokenizers_own_template_goes_first_and_one_that_announces_replies_loses_no_turn() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
@@ -97,14 +89,6 @@ def test_a_tokenizers_own_template_goes_first() -> None:
     (lesson,) = tokenization.demonstrations([Dialogue(CHAT)], tokenizer, {}, seed=0)
     assert learnt(lesson, tokenizer) == "It was.\n|The cast was fine.\n<|endoftext|>"
     assert written(tokenizer, CHAT[:2]) == "<system>Be kind.\n<user>Was it good?\n<assistant>"
-
-
-def test_with_a_template_that_announces_replies_no_turn_is_lost() -> None:
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
-        "{% if add_generation_prompt %}<assistant>{% endif %}"
-    )
     row = Dialogue((Turn("user", "a?"), Turn("assistant", "b"), Turn("user", "c")), both=True)
     (lesson,) = tokenization.demonstrations([row], tokenizer, {}, seed=0)
     (prompt,) = asked([row], tokenizer, {"prompt_turns": 2}, seed=0)
@@ -185,21 +169,7 @@ def sentencepiece_like() -> PreTrainedTokenizerBase:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    words = [
-        "<s>",
-        "</s>",
-        "<unk>",
-        "\u2581",
-        "\u2581Say",
-        "\u2581hi",
-        "Say",
-        "hi",
-        "\u2581a",
-        "a",
-        ":",
-        "\u2581yes",
-        "yes",
-    ]
+    words = ["<s>", "</s>", "<unk>", "▁", "▁Say", "▁hi", "Say", "hi", "▁a", "a", ":", "▁yes", "yes"]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Metaspace(prepend_scheme="first"), pre_tokenizers.Split(":", "isolated")]
@@ -312,42 +282,21 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(capsys: pytest.Captu
 
 
 def test_data_without_prompts_or_anything_to_learn_is_named() -> None:
-    tokenizer, choice = tiny_tokenizer(), {"name": "text", "prompt_tokens": (8, 8)}
+    tokenizer, choice, rows = tiny_tokenizer(), {"name": "text", "prompt_tokens": (8, 8)}, [Text("a b")]
     with pytest.raises(UserError, match="data=text gives no prompts: none of 1 rows"):
-        asked([Text("a b")], tokenizer, choice, 0)
+        asked(rows, tokenizer, choice, 0)
     with pytest.raises(UserError, match="data=text gives nothing to learn"):
-        tokenization.demonstrations([Text("a b")], tokenizer, choice, 0)
-
-
-def test_a_template_that_refuses_a_role_is_named() -> None:
-    tokenizer = tiny_tokenizer()
+        tokenization.demonstrations(rows, tokenizer, choice, 0)
+    with pytest.raises(UserError, match=r"data\.prompt_tokens is \[3, 2\]"):
+        asked(rows, tokenizer, {"prompt_tokens": (3, 2)}, 0)
     tokenizer.chat_template = "{{ raise_exception('no system, please') }}"
     with pytest.raises(UserError, match=r"a conversation of system, user.*no system, please.*policy\.template="):
         asked([Dialogue(CHAT)], tokenizer, {"name": "dialogue"}, 0)
 
 
-def test_prompt_tokens_are_checked() -> None:
-    with pytest.raises(UserError, match=r"data\.prompt_tokens is \[3, 2\]"):
-        asked([Text("a b c d")], tiny_tokenizer(), {"prompt_tokens": (3, 2)}, 0)
-
-
 def jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
-
-
-def test_a_prompt_stays_on_one_side_but_one_that_all_share_does_not_count(tmp_path: Path) -> None:
-    apart = [{"prompt": f"p {i // 4}", "responses": [f"a {i}", f"b {i}"]} for i in range(200)]
-    rows = data.load_data(
-        {"name": "preferences", "path": jsonl(tmp_path / "a.jsonl", apart), "test_share": 0.3}, seed=0
-    )
-    assert not {row.prompt for row in rows.test} & {row.prompt for row in rows.train}
-    assert 20 < len(rows.test) < 100
-    shared = [{"prompt": "A comment:", "chosen": f"a {i}", "rejected": f"b {i}"} for i in range(100)]
-    rows = data.load_data(
-        {"name": "preferences", "path": jsonl(tmp_path / "b.jsonl", shared), "test_share": 0.3}, seed=0
-    )
-    assert len(rows.train) + len(rows.test) == 100
 
 
 def test_chats_are_split_by_the_users_first_words(tmp_path: Path) -> None:
