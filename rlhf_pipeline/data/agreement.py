@@ -1,9 +1,10 @@
-"""Judgements to rows to learn from: judgements of the same answers are combined, and how far people agree."""
+"""Judgements of the same answers become one row to learn from; and how far people agree."""
 
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from rlhf_pipeline.data.records import Judgement, Preference, Prompt, Ranking
@@ -32,9 +33,13 @@ def settle(judgements: Sequence[Judgement]) -> tuple[list[Preference | Ranking],
         for pair in _pairs(judgement.prompt, own):
             better = own[pair[2]] - own[pair[1]]
             verdicts[pair].append((judgement.annotator, (better > 0) - (better < 0)))
-    combined = [_combined([(judgements[n], ranks[n]) for n in numbers]) for numbers in alike.values()]
-    rows = [row for row in combined if row]
-    ordered = {pair for row in rows for pair in _ordered(row)}
+    rows: list[Preference | Ranking] = []
+    ordered: set[_Pair] = set()
+    for (prompt, _), numbers in alike.items():
+        mean = {answer: fmean(ranks[n][answer] for n in numbers) for answer in ranks[numbers[0]]}
+        ordered |= {pair for pair in _pairs(prompt, mean) if mean[pair[1]] != mean[pair[2]]}
+        if len(set(mean.values())) > 1:
+            rows.append(_row(prompt, mean, [judgements[n].margin for n in numbers]))
     agreement, alpha = _agreement(verdicts.values())
     return rows, {
         "judgements": len(judgements),
@@ -49,19 +54,14 @@ def settle(judgements: Sequence[Judgement]) -> tuple[list[Preference | Ranking],
     }
 
 
-def _combined(given: Sequence[tuple[Judgement, Mapping[str, float]]]) -> Preference | Ranking | None:
-    """One row of judgements of the same answers, by their mean ranks; None if all answers tie."""
-    prompt = given[0][0].prompt
-    mean = {answer: sum(own[answer] for _, own in given) / len(given) for answer in given[0][1]}
-    if len(set(mean.values())) < 2:
-        return None
+def _row(prompt: Prompt, mean: Mapping[str, float], margins: Sequence[float | None]) -> Preference | Ranking:
     answers = sorted(mean, key=lambda answer: mean[answer])
-    if len(answers) == 2:
-        # A margin is known if all agree, and each says by how much.
-        margins = [j.margin for j, own in given if j.margin is not None and own[answers[0]] < own[answers[1]]]
-        margin = sum(margins) / len(margins) if len(margins) == len(given) else None
-        return Preference(prompt, answers[0], answers[1], margin)
     ranks = tuple(mean[answer] for answer in answers)
+    if len(answers) == 2:
+        known = [margin for margin in margins if margin is not None]
+        # A margin is known if all agree, and each says by how much.
+        margin = fmean(known) if ranks[0] == 1 and len(known) == len(margins) else None
+        return Preference(prompt, answers[0], answers[1], margin)
     return Ranking(prompt, tuple(answers), () if ranks == tuple(range(1, len(ranks) + 1)) else ranks)
 
 
@@ -70,7 +70,7 @@ def _ranks(judgement: Judgement) -> dict[str, float]:
     given: dict[str, list[float]] = defaultdict(list)
     for answer, rank in zip(judgement.answers, _averaged(judgement.ranks), strict=True):
         given[answer].append(rank)
-    return dict(zip(given, _averaged([sum(own) / len(own) for own in given.values()]), strict=True))
+    return dict(zip(given, _averaged([fmean(own) for own in given.values()]), strict=True))
 
 
 def _averaged(ranks: Sequence[float]) -> list[float]:
@@ -80,13 +80,6 @@ def _averaged(ranks: Sequence[float]) -> list[float]:
 def _pairs(prompt: Prompt, answers: Iterable[str]) -> Iterator[_Pair]:
     """All pairs of answers, by their texts: the order in which they were shown or judged plays no part."""
     return ((prompt, first, second) for first, second in itertools.combinations(sorted(answers), 2))
-
-
-def _ordered(row: Preference | Ranking) -> Iterator[_Pair]:
-    """The pairs that a row puts in an order."""
-    answers = (row.chosen, row.rejected) if isinstance(row, Preference) else row.responses
-    own = dict(zip(answers, getattr(row, "ranks", ()) or range(len(answers)), strict=True))
-    return (pair for pair in _pairs(row.prompt, own) if own[pair[1]] != own[pair[2]])
 
 
 def _agreement(verdicts: Iterable[Sequence[tuple[str | None, int]]]) -> tuple[float | None, float | None]:

@@ -64,7 +64,7 @@ def renamed(row: Fields, columns: Mapping[str, str]) -> Fields:
         if theirs not in row:
             raise RowError(f"data.columns.{ours}={theirs} names no column here; there are {', '.join(row) or 'none'}")
     names = {theirs: ours for ours, theirs in columns.items()}
-    # A column that has the name now given to another steps aside.
+    # A column that already has one of our names is dropped.
     return {names.get(key, key): cell for key, cell in row.items() if key in names or key not in columns}
 
 
@@ -72,17 +72,17 @@ def holds(row: Fields, key: str) -> bool:
     return not blank(row.get(key))
 
 
-def value_of(row: Fields, key: str, kind: type, called: str) -> Any:
+def value_of(row: Fields, key: str, kind: type) -> Any:
     if key not in row:
         raise RowError(f"'{key}' is missing")
     if not isinstance(row[key], kind):
-        raise RowError(f"'{key}' is {kind_of(row[key])}, not {called}")
+        raise RowError(f"'{key}' is {kind_of(row[key])}, not {kind_of(kind())}")
     return row[key]
 
 
 def text(row: Fields, key: str) -> str:
     """A text; a null is an empty one."""
-    return "" if key in row and blank(row[key]) else str(value_of(row, key, str, "text"))
+    return "" if key in row and blank(row[key]) else str(value_of(row, key, str))
 
 
 def chat(row: Fields) -> str | None:
@@ -97,9 +97,9 @@ def answer(row: Fields, key: str) -> str:
 
 
 def prompt(row: Fields, key: str = "prompt") -> Prompt:
-    """What is asked in a column, as text or as messages; else in Alpaca's instruction and input, or in a question.
+    """The prompt in a column, as text or messages; if it is blank, Alpaca's instruction and input, or a question.
 
-    It follows what was said before, if anything was: Alpaca's `system` and `history`.
+    Alpaca's `system` and `history` go before it.
     """
     ask = next((ask for ask in ("instruction", "question") if holds(row, ask)), None)
     asked: Prompt
@@ -125,19 +125,20 @@ def messages(row: Fields, key: str) -> list[Any] | None:
 
 
 def turns(row: Fields, key: str) -> tuple[Turn, ...]:
-    """A conversation as a list of messages, in any of the forms known here."""
+    """A conversation as a list of messages, in any of the forms known here; without blank turns of a system."""
     found = []
     for message in messages(row, key) or ([] if blank(row[key]) else [row[key]]):
         form = _form(message)
         who, words = (message.get(part) for part in form) if form else (None, None)
-        if str(who).lower() in _TOOLS or _calls_tools(message):
+        if str(who).lower() in _TOOLS or _calls_tools(message) or _calls_tools(row):
             raise SkippedRowError("it calls tools, which are not read")
         if form is None or not (isinstance(words, str) or blank(words)):
             forms = " or ".join(" and ".join(form) for form in _FORMS)
             raise RowError(f"'{key}' is not a list of messages with {forms}")
         if str(who).lower() not in _ROLES:
             raise RowError(f"'{key}' has a message from {who!r}; allowed are {', '.join(_ROLES)}")
-        found.append(Turn(_ROLES[str(who).lower()], words if isinstance(words, str) else ""))
+        turn = Turn(_ROLES[str(who).lower()], words if isinstance(words, str) else "")
+        found += [turn] if turn.role != "system" or turn.text.strip() else []
     return tuple(found)
 
 
@@ -149,13 +150,6 @@ def _form(message: Any) -> tuple[str, str] | None:
 def _calls_tools(message: Any) -> bool:
     fields = message if isinstance(message, dict) else {}
     return any(not blank(decoded(fields.get(key))) for key in ("tools", "tool_calls", "function_call"))
-
-
-def conversation(row: Fields, key: str) -> tuple[Turn, ...]:
-    """The turns in a column, after `before`; without blank system turns."""
-    if _calls_tools(row):
-        raise SkippedRowError("it calls tools, which are not read")
-    return tuple(turn for turn in (*before(row), *turns(row, key)) if turn.role != "system" or turn.text.strip())
 
 
 def before(row: Fields) -> tuple[Turn, ...]:
@@ -172,7 +166,7 @@ def before(row: Fields) -> tuple[Turn, ...]:
 
 
 def unread(row: Fields) -> set[str]:
-    """What a row holds that is not read: a model's thoughts, and a history that is no list."""
+    """Content of a row that is not read: a model's thoughts, and a history that is no list."""
     lists = (cell for cell in row.values() if isinstance(cell, list))
     held = [row, *(item for cells in lists for item in cells if isinstance(item, dict))]
     found = {key for each in held for key in _THOUGHTS if holds(each, key)}

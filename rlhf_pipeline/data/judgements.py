@@ -67,29 +67,29 @@ def _file(path: Path, reading: Reading) -> list[Label]:
 
 
 def _row(row: Fields | RowError, reading: Reading) -> list[Label]:
-    """The labels of a row; an error sets aside this row alone."""
+    """The labels of a row; a row that cannot be used is rejected, and the others are read."""
+    held: Fields = row.args[1] if isinstance(row, RowError) else row
     try:
-        return _labels(row, reading)
+        if isinstance(row, RowError):
+            raise row
+        if label_studio.is_task(row):
+            return label_studio.of_task(row, reading)
+        row = renamed(row, reading.columns)
+        if "annotation_id" in row:
+            return [label_studio.of_annotation(row, reading)]
+        return labels.of_row(row, reading.unnamed)
     except RowError as fault:
-        held = fault.args[-1] if isinstance(row, RowError) else row
         return [Label("rejected", held, name(held.get("task")), name(held.get("annotator")), why=fault.args[0])]
     except RecursionError:
         return [Label("rejected", {}, why="lists in lists, too deep to be read")]
 
 
-def _labels(row: Fields | RowError, reading: Reading) -> list[Label]:
-    if isinstance(row, RowError):
-        raise row
-    if label_studio.is_task(row):
-        return list(label_studio.of_task(row, reading))
-    row = renamed(row, reading.columns)
-    if "annotation_id" in row:
-        return [label_studio.of_annotation(row, reading)]
-    return labels.of_row(row, reading.unnamed)
-
-
 def _judged(found: Sequence[Label]) -> Judged:
-    newest = _newest(found)
+    last: dict[Hashable, int] = {}  # by key, the place of the latest label
+    for place, label in enumerate(found):
+        if label.key and (label.key not in last or found[last[label.key]].when <= label.when):
+            last[label.key] = place
+    newest = [label for place, label in enumerate(found) if last.get(label.key, place) == place]
     kinds = Counter(label.kind for label in newest)
     counts = {
         "tasks": len({label.task or (label.file, label.where) for label in found}),
@@ -101,15 +101,6 @@ def _judged(found: Sequence[Label]) -> Judged:
     }
     judgements = [label.judgement for label in newest if label.judgement]
     return Judged(judgements, [_set_aside(label) for label in newest if label.kind == "rejected"], counts)
-
-
-def _newest(found: Sequence[Label]) -> list[Label]:
-    """The labels without those that the same person replaced later."""
-    last: dict[Hashable, int] = {}
-    for place, label in enumerate(found):
-        if label.key and (label.key not in last or found[last[label.key]].when <= label.when):
-            last[label.key] = place
-    return [label for place, label in enumerate(found) if last.get(label.key, place) == place]
 
 
 def _set_aside(label: Label) -> dict[str, Any]:

@@ -13,13 +13,13 @@ from rlhf_pipeline.data.labels import Label, Reading, judged
 from rlhf_pipeline.data.plain_rows import Fields, RowError
 from rlhf_pipeline.data.records import Prompt
 
-_UNSORTED = "_"  # a Ranker with buckets has what was left where it was under this name
-_BUCKETS = ("best", "better", "good", _UNSORTED, "neutral", "bad", "worse", "worst")  # whose order goes without saying
+_UNSORTED = "_"  # the answers that were put into no bucket
+_BUCKETS = ("best", "better", "good", _UNSORTED, "neutral", "bad", "worse", "worst")  # unless data.buckets= says
 _STEMS = ("answer", "response", "completion", "output", "text")
 _SIDES = [(f"{stem}{gap}{a}", f"{stem}{gap}{b}") for stem in _STEMS for gap in ("", "_") for a, b in ("12", "ab")]
 _SIDES += [("left", "right"), ("a", "b")]
 _PROMPTS = ("prompt", "instruction", "question", "query", "input", "context", "messages", "conversation", "dialogue")
-# What the exports with an annotation a row write beside the data and the label; `task` is our own.
+# Columns that JSON_MIN, CSV and TSV add to the data and the label; `task` is our own.
 _ABOUT = ("id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "agreement", "history", "task")
 _OTHERS = ("rating", "choices", "taxonomy", "number", "labels")  # what other tags write
 
@@ -42,11 +42,11 @@ def is_task(row: Fields) -> bool:
 
 def of_task(row: Fields, reading: Reading) -> list[Label]:
     """Every annotation of a task."""
-    data: Fields = fields.value_of(row, "data", dict, "an object")
+    data: Fields = fields.value_of(row, "data", dict)
     if not fields.holds(row, "annotations"):
         return [Label("unlabelled", row, _task(row, data))]
-    notes = fields.value_of(row, "annotations", list, "a list of annotations")
-    # What is set aside is the task with this annotation alone: once mended, it can be read again.
+    notes = fields.value_of(row, "annotations", list)
+    # A label's row is the task with this annotation alone: if it is set aside, it can be mended and read again.
     return [_label({**row, "annotations": [note]}, data, note, reading) for note in notes if isinstance(note, dict)]
 
 
@@ -70,7 +70,7 @@ def _task(row: Fields, data: Fields) -> str | None:
 
 
 def _label(row: Fields, data: Fields, note: Fields, reading: Reading) -> Label:
-    """What became of an annotation: `note` has its results and who made it when, `data` what was judged."""
+    """The label of an annotation. `note` has its results, its author and its time; `data` has the answers."""
     by, task = note.get("completed_by"), _task(row, data)
     who = fields.name((by.get("email") or by.get("id")) if isinstance(by, dict) else by)
     # All times are UTC; a fraction of 0 is left out.
@@ -82,7 +82,7 @@ def _label(row: Fields, data: Fields, note: Fields, reading: Reading) -> Label:
         items = _items(data)
         prompt = _prompt(data, {*sides, *items, *_ABOUT})
         if who and (known := fields.name(row.get("id")) or task):
-            # Every server counts its tasks and its people from 1, so what was judged is part of the key.
+            # Every server counts its tasks and its people from 1, so the answers are part of the key.
             found = replace(found, key=(known, who, prompt, repr((items, [data[side] for side in sides]))))
         if note.get("was_cancelled"):
             return found
@@ -99,7 +99,7 @@ def _label(row: Fields, data: Fields, note: Fields, reading: Reading) -> Label:
             what = "the order as shown" if as_shown else "the prediction as it stood"
             raise RowError(f"untouched: {what}, after {seconds:.1f} s")
     except RowError as fault:
-        return replace(found, kind="rejected", why=str(fault))
+        return replace(found, kind="rejected", why=fault.args[0])
     return replace(found, kind="judged", judgement=judgement)
 
 
@@ -107,7 +107,7 @@ def _chosen(note: Fields, label: str | None) -> _Value:
     """The one value that is the label."""
     values = [
         _Value(str(part.get("from_name")), part["value"], str(part.get("origin")))
-        for part in fields.value_of(note, "result", list, "a list")
+        for part in fields.value_of(note, "result", list)
         if isinstance(part, dict) and isinstance(part.get("value"), dict)
     ]
     found = [value for value in values if value.compares and label in (None, value.control)]
@@ -130,7 +130,7 @@ def _lists(held: Fields, sides: Sequence[str], buckets: Sequence[str] | None) ->
             raise RowError("no answers such as answer1 and answer2; data.columns={answer1: .., answer2: ..} names them")
         return [[side] for side in (sides if held["selected"] == "left" else reversed(sides))]
     ranker = held["ranker"]
-    # With buckets, those that are empty are written too: one list alone is an order.
+    # A Ranker with buckets writes empty ones too, so a single list is one without buckets.
     if isinstance(ranker, dict) and len(ranker) == 1 and not buckets:
         (ranker,) = ranker.values()
     if isinstance(ranker, list):
@@ -144,7 +144,7 @@ def _lists(held: Fields, sides: Sequence[str], buckets: Sequence[str] | None) ->
     if not set(named) <= {*order, _UNSORTED}:
         names = ", ".join(bucket[:40] for bucket in ranker)
         raise RowError(f"no order is known of the buckets {names}; say data.buckets=[..], best first")
-    # What is left unsorted has no place in an order of one's own, unless that gives it one.
+    # Unsorted answers get no rank from data.buckets=, unless it names '_'.
     return [[str(item) for item in named[bucket]] for bucket in order if bucket in named]
 
 

@@ -1,4 +1,4 @@
-"""Labels with one row each: pairs, ranked lists and the rows of a sheet."""
+"""Rows that hold one label each: pairs, ranked lists and the rows of a sheet."""
 
 import os
 import re
@@ -27,13 +27,13 @@ class Reading:
     columns: Mapping[str, str] = field(default_factory=dict)  # our names of columns to the file's
     label: str | None = None  # the control that counts, where an annotation holds several
     buckets: Sequence[str] | None = None  # a Ranker's, best first
-    untouched_seconds: float = 5.0  # what is submitted sooner, as it was shown, is no label
+    untouched_seconds: float = 5.0  # an annotation submitted sooner, as it was shown, is set aside
     unnamed: str | None = None  # who filled in a sheet that names nobody
 
 
 @dataclass(frozen=True)
 class Label:
-    """What one person said of one task, and what became of it. Of all with the same `key`, the newest counts."""
+    """One person's label of one task, and whether it is used. If several have the same `key`, the latest counts."""
 
     kind: Literal["judged", "rejected", "skipped", "unlabelled"]
     row: Fields  # as the file has it
@@ -79,7 +79,7 @@ def of_row(row: Fields, unnamed: str | None) -> list[Label]:
         raise RowError(f"no label among the columns {', '.join(row)[:200] or '(none)'}; {_ALLOWED}")
     if all(rank is None for rank in ranks):
         return [Label("unlabelled", row, task, who)]
-    # `task` may be a kind of work and `annotator` a constant: only with the same answers is it the same person again.
+    # `task` may be a kind of work and `annotator` a constant, so the answers are part of the key.
     key = (task, who, prompt, frozenset(answers)) if task and who else None
     margin = _number("margin", row.get("margin"))
     return [Label("judged", row, task, who, judged(prompt, answers, ranks, task, who, margin), key=key)]
@@ -116,7 +116,7 @@ def _ranking(row: Fields) -> tuple[Prompt, list[str], Sequence[float | None]]:
 
 
 def _pair(row: Fields) -> tuple[Prompt, str, str]:
-    if "winner" in row:  # answers by the name of who gave them, and the name of the one preferred
+    if "winner" in row:  # each answer is in a column named after its author; `winner` names the better one
         return _won(row)
     chat = fields.chat(row)
     if chat and "rejected_response" in row:  # ms-swift: the conversation ends with the better answer
@@ -142,7 +142,7 @@ def _won(row: Fields) -> tuple[Prompt, str, str]:
     others = [key for key in row if key not in ("winner", "prompt", "margin", "task", "annotator", "id", winner)]
     if len(others) != 1:
         raise RowError(f"beside '{winner[:40]}' there is not one other answer but {', '.join(others) or 'none'}")
-    better, worse = (fields.value_of(row, key, str, "text") for key in (winner, *others))
+    better, worse = (fields.value_of(row, key, str) for key in (winner, *others))
     return fields.text(row, "prompt") if "prompt" in row else "", better, worse
 
 

@@ -18,7 +18,7 @@ from rlhf_pipeline.errors import UserError
 
 _LOG = logging.getLogger("rlhf_pipeline")
 _JSON = "allowed are one object a line, or one list of them"
-# Encodings that other countries use; a text that looks like one of them is not taken for GB18030, which most bytes fit.
+# Most bytes are valid GB18030. A text that looks more like another of these encodings is refused.
 _ENCODINGS = ["gb18030", "big5", "euc_kr", "shift_jis", "cp1251", "latin_1"]
 
 BROKEN = (EOFError, zlib.error, OSError, ValueError)  # what a damaged file makes the readers raise
@@ -27,7 +27,7 @@ Fields = dict[str, Any]
 
 
 class RowError(Exception):
-    """What is wrong with one row: why, and what is there instead of fields. Whoever reads the file adds the place."""
+    """Why one row cannot be used, and what it holds instead of fields. Whoever reads the file adds the place."""
 
 
 class SkippedRowError(RowError):

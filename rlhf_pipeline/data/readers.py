@@ -1,6 +1,6 @@
-"""Files to records: texts, labels, demonstrations, dialogues.
+"""Files to records: texts, labelled texts, demonstrations, dialogues.
 
-`columns` of a reader maps its own names of columns to the file's. Rows with nothing to read are counted in the log.
+`columns` maps a reader's names of columns to the file's. Rows with nothing to read are skipped and counted in the log.
 """
 
 import logging
@@ -117,7 +117,7 @@ def _dialogue(row: Fields, key: str) -> Dialogue:
             raise RowError(f"'{key}' is not a list of texts, or of objects with a text 'utterance'")
         turns = tuple(Turn("assistant" if i % 2 else "user", words) for i, words in enumerate(said))
     else:
-        turns = fields.conversation(row, key)
+        turns = (*fields.before(row), *fields.turns(row, key))
     while turns and not turns[-1].text.strip():
         turns = turns[:-1]
     if not any(turn.role != "system" and turn.text.strip() for turn in turns):
