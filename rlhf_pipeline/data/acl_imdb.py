@@ -25,20 +25,19 @@ def read_acl_imdb(path: Path) -> dict[str, list[Labelled]]:
             f"{path} is not an aclImdb; allowed are a folder and {', '.join(_ARCHIVES)}, laid out {_LAYOUT}."
         )
     found: dict[tuple[str, str], dict[tuple[int, int], str]] = {(s, f): {} for s in ("train", "test") for f in _NAME}
-    for place, data in _folder_files(path) if path.is_dir() else _archive_files(path):
-        if review := _REVIEW.fullmatch(place):
-            short, split, folder, file = review.groups()
-            known = _NAME[folder].fullmatch(file)
-            try:
-                text = " ".join(_BREAK.sub(" ", data.decode()).split())
-            except UnicodeDecodeError:
-                text = ""
-            if not known or not text:
-                raise UserError(
-                    f"{path}: {short} does not fit: <id>_<rating>.txt with rating 1..4 in neg and 7..10 in pos, and a "
-                    "text in UTF-8."
-                )
-            found[split, folder][int(known[1]), int(known[2])] = text
+    for review, data in _folder_files(path) if path.is_dir() else _archive_files(path):
+        short, split, folder, file = review.groups()
+        known = _NAME[folder].fullmatch(file)
+        try:
+            text = " ".join(_BREAK.sub(" ", data.decode()).split())
+        except UnicodeDecodeError:
+            text = ""
+        if not known or not text:
+            raise UserError(
+                f"{path}: {short} does not fit: <id>_<rating>.txt with rating 1..4 in neg and 7..10 in pos, and a text "
+                "in UTF-8."
+            )
+        found[split, folder][int(known[1]), int(known[2])] = text
     for (split, folder), reviews in found.items():
         if not reviews:
             raise UserError(f"{path}: no reviews in {split}/{folder}; the layout must be {_LAYOUT}.")
@@ -48,22 +47,23 @@ def read_acl_imdb(path: Path) -> dict[str, list[Labelled]]:
     }
 
 
-def _folder_files(path: Path) -> Iterator[tuple[str, bytes]]:
+def _folder_files(path: Path) -> Iterator[tuple[re.Match[str], bytes]]:
     root = path / "aclImdb" if (path / "aclImdb").is_dir() else path
     for file in root.glob("t*/*/*"):
-        if file.is_file():
-            yield file.relative_to(root).as_posix(), file.read_bytes()
+        review = _REVIEW.fullmatch(file.relative_to(root).as_posix())
+        if review and file.is_file():
+            yield review, file.read_bytes()
 
 
-def _archive_files(path: Path) -> Iterator[tuple[str, bytes]]:
+def _archive_files(path: Path) -> Iterator[tuple[re.Match[str], bytes]]:
     """Reviews straight from the archive: nothing is written to disk, so no member can land outside a folder."""
     try:
         with open_file(path) as raw, tarfile.open(fileobj=raw, mode="r:") as archive:
             for member in archive:
-                place = str(PurePosixPath(member.name))
-                content = archive.extractfile(member) if member.isfile() and _REVIEW.fullmatch(place) else None
-                if content:
-                    yield place, content.read()
+                review = _REVIEW.fullmatch(str(PurePosixPath(member.name)))
+                content = archive.extractfile(member) if review and member.isfile() else None
+                if review and content:
+                    yield review, content.read()
             # tarfile takes a damaged header for the end. The true end is zeros; reading it also checks gzip's CRC.
             end = raw.read()
             if not end or end.strip(b"\0"):

@@ -152,7 +152,7 @@ def _csv_rows(path: Path) -> _Rows:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     start = 1
     try:
-        header = next(reader, [])
+        header = next(filter(None, reader), [])
         named = [name for name in header if name.strip()]  # columns without a name are left over in sheets
         if len(set(named)) < len(named):
             raise UserError(f"{path}, line 1: a column name occurs twice in {header}; each needs its own.")
