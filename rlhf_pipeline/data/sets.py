@@ -26,6 +26,7 @@ S = TypeVar("S")
 
 _LOG = logging.getLogger("rlhf_pipeline")
 IMDB = "stanfordnlp/imdb"  # on the hub
+_PARTS = 5  # with fewer, one part would be too large a share of a prompt to hold out
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,8 @@ def preferences(
         split = _split(rows, test_share)
         return Splits(split.train, split.test, labels)
     held_out, test_labels = read(test_path)
-    learnt = [_question(row) for row in rows]
-    known = set(learnt) - {_most(learnt)}
+    learnt = Counter(map(_question, rows))
+    known = {prompt for prompt, count in learnt.items() if 2 * count <= len(rows)}  # not one that most rows share
     if again := sum(_question(row) in known for row in held_out):
         _LOG.warning("%d of the %d rows in %s have a prompt that is learnt from too", again, len(held_out), test_path)
     return Splits(rows, held_out, Labels(labels.summary, labels.rejected + test_labels.rejected))
@@ -299,30 +300,31 @@ def _question(row: Row) -> str:
     return records.whole(row)
 
 
-def _groups(rows: Sequence[Row]) -> list[str]:
-    """The group that each row is held out with, by name: the rows of one prompt.
+def _groups(rows: Sequence[Row], share: float) -> list[str]:
+    """The group that each row is held out with, by name; "" for a row that is never held out.
 
-    Rows without a prompt, or of one that more than half of all rows have, are held out with those that share answers;
-    each by itself, if more than half share them.
+    A group is the rows of one prompt. Rows without a prompt, and those of a prompt with more than `share` of all rows,
+    are divided by the answers that they share, if that makes several parts. A part with more than half of them is never
+    held out.
     """
     first: dict[str, str] = {}  # prompts that differ only in white space are the same
     names = [first.setdefault(" ".join(name.split()), name) for name in map(_question, rows)]
-    prompts = [name if getattr(row, "prompt", True) else "" for name, row in zip(names, rows, strict=True)]
-    if (most := _most(prompts)) is None and "" not in prompts:
-        return names
-    divided = [number for number, prompt in enumerate(prompts) if prompt in ("", most)]
-    heads = joined([prompts[number] for number in divided], [rows[number] for number in divided])
-    if (large := _most(heads)) is not None:
-        _LOG.warning("most rows share answers, so held-out answers may also be learnt from")
-    for number, head in zip(divided, heads, strict=True):
-        names[number] = records.whole(rows[number if head == large else divided[head]])
+    holding: dict[str, list[int]] = defaultdict(list)
+    for number, (row, name) in enumerate(zip(rows, names, strict=True)):
+        holding[name if getattr(row, "prompt", True) else ""].append(number)
+    for prompt, numbers in holding.items():
+        if prompt and len(numbers) <= share * len(rows):
+            continue
+        heads = joined([prompt] * len(numbers), [rows[number] for number in numbers])
+        size = Counter(heads)
+        if len(size) == 1 < len(numbers) == len(rows):
+            _LOG.warning("all %d rows share answers, so held-out answers may also be learnt from", len(rows))
+            return [records.whole(row) for row in rows]
+        if prompt and len(numbers) < len(rows) and len(size) < _PARTS:
+            continue
+        for number, head in zip(numbers, heads, strict=True):
+            names[number] = "" if 2 * size[head] > len(numbers) > 1 else records.whole(rows[numbers[head]])
     return names
-
-
-def _most(groups: Sequence[S]) -> S | None:
-    """The group that more than half of the rows are in, if there is one."""
-    group, count = Counter(groups).most_common(1)[0]
-    return group if 2 * count > len(groups) > 1 else None
 
 
 def joined(prompts: Sequence[Prompt], rows: Sequence[Row]) -> list[int]:
@@ -354,10 +356,10 @@ def _split(rows: list[R], share: float) -> Splits[R]:
     """
     if not 0 < share < 1:
         raise UserError(f"data.test_share is {share}; it takes a number between 0 and 1.")
-    groups = _groups(rows)
-    places = {name: int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 16**8 for name in groups}
-    least = min(places.values()) if len(places) > 1 else 0.0
-    held_out = [places[name] < share or places[name] <= least for name in groups]
+    groups = _groups(rows, share)
+    places = {name: int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 16**8 for name in groups if name}
+    least = min(places.values()) if len(set(groups)) > 1 else 0.0
+    held_out = [bool(name) and (places[name] < share or places[name] <= least) for name in groups]
     pairs = list(zip(rows, held_out, strict=True))
     return Splits([row for row, out in pairs if not out], [row for row, out in pairs if out])
 

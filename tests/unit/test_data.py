@@ -171,20 +171,30 @@ def test_without_a_prompt_of_their_own_pairs_of_one_answer_stay_on_one_side(
     assert 0 < len(test) < 40, "an answer that is given to everything joins nothing"
 
 
+def test_a_prompt_with_most_of_the_pairs_is_a_prompt_like_any_other(tmp_path: Path) -> None:
+    many = [{"prompt": "much asked", "chosen": f"a{i}", "rejected": f"a{j}"} for i in range(9) for j in range(i)]
+    few = [{"prompt": f"p {i}", "chosen": "x", "rejected": "y"} for i in range(20)]
+    train, test = ({row.prompt for row in side} for side in sides(preferences_file(tmp_path / "a.jsonl", *many, *few)))
+    assert (len(train) + len(test), train & test) == (21, set())
+
+
+@pytest.mark.parametrize(
+    "shares", [{"one": 55, "two": 45}, dict.fromkeys("abcd", 25), {"most": 76, "some": 12, "more": 12}]
+)
 @pytest.mark.parametrize("answers", [2, 4])
-def test_a_prompt_with_most_of_the_pairs_is_on_both_sides(tmp_path: Path, answers: int) -> None:
+def test_a_prompt_with_very_many_pairs_is_divided(tmp_path: Path, shares: dict[str, int], answers: int) -> None:
     """Its pairs are held out with those that they share answers with: of each four answers all six pairs."""
     rows = []
-    for prompt, share in {"most": 76, "some": 12, "more": 12}.items():
-        for number in range(share):
+    for prompt, share in shares.items():
+        for number in range(share if answers == 4 else 5 * share):
             each = [f"answer {number} {place} to {prompt}" for place in range(answers)]
             rows += [{"prompt": prompt, "chosen": a, "rejected": b} for a, b in itertools.combinations(each, 2)]
     train, test = sides(preferences_file(tmp_path / "a.jsonl", *rows), share=0.1)
     assert len(train) + len(test) == len(rows)
-    assert 0.02 < len(test) / len(rows) < 0.3
+    assert 0.05 < len(test) / len(rows) < 0.2
     learnt, held_out = ({(row.prompt, row.chosen) for row in side} for side in (train, test))
     assert not learnt & held_out
-    assert {prompt for prompt, _ in learnt} & {prompt for prompt, _ in held_out} == {"most"}
+    assert {prompt for prompt, _ in learnt} == set(shares)
 
 
 def test_a_prompt_is_held_out_by_its_own_hash(tmp_path: Path) -> None:
@@ -195,11 +205,20 @@ def test_a_prompt_is_held_out_by_its_own_hash(tmp_path: Path) -> None:
     assert {row.prompt for row in test} == low
 
 
+@pytest.mark.parametrize("prompt", [{}, {"prompt": "Be nice:"}])
+def test_pairs_of_an_answer_that_most_of_them_share_are_learnt(tmp_path: Path, prompt: dict[str, str]) -> None:
+    rows = [{**prompt, "winner": "a", "a": f"x{i}", "b": "I cannot say." if i % 3 else f"y{i}"} for i in range(90)]
+    train, test = sides(preferences_file(tmp_path / "a.jsonl", *rows))
+    assert len(train) + len(test) == 90
+    assert 0 < len(test) < 30
+    assert not any(row.rejected == "I cannot say." for row in test)
+
+
 def test_where_all_pairs_share_answers_a_warning_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [{"prompt": "p", "chosen": f"a{i}", "rejected": f"a{j}"} for i in range(9) for j in range(i)]
     train, test = sides(preferences_file(tmp_path / "a.jsonl", *rows))
     assert len(train) + len(test) == 36
-    assert "most rows share answers" in caplog.text
+    assert "all 36 rows share answers" in caplog.text
 
 
 def test_prompts_held_out_and_learnt_from_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
