@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from markupsafe import Markup, escape
 
-from rlhf_pipeline.data import hub_set
+from rlhf_pipeline.data.sets import hub_set
 from rlhf_pipeline.hub import is_hub_id
 from rlhf_pipeline.report import page
 from rlhf_pipeline.report.figures import evaluation_tables
