@@ -1,6 +1,7 @@
 """The parts of a language model: its trunk, its head, and the logits that the head makes of hidden states."""
 
 import inspect
+import sys
 from typing import Any
 
 import torch
@@ -25,9 +26,9 @@ def text_config(model: Any) -> Any:
     return language_model(model).config.get_text_config()
 
 
-def positions(model: Any) -> int | None:
-    """How many tokens a model has positions for; None where it sets no limit."""
-    return getattr(text_config(model), "max_position_embeddings", None)
+def positions(model: Any) -> int:
+    """How many tokens a model has positions for; `sys.maxsize` where it sets no limit."""
+    return getattr(text_config(model), "max_position_embeddings", None) or sys.maxsize
 
 
 def cache_argument(body: nn.Module) -> str:

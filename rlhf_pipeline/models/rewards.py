@@ -3,22 +3,25 @@
 A reward is tried once when it is loaded: on its probes, texts that it should tell apart.
 """
 
+import functools
 import math
 import re
+import reprlib
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_pipeline.data.python_code import goes_on
 from rlhf_pipeline.errors import NotFinishedError, UserError
-from rlhf_pipeline.models.classifiers import Scorer, Side, class_named
 from rlhf_pipeline.models.user_function import plainly, reward_at
 from rlhf_pipeline.registry import Registry, fits
 from rlhf_pipeline.texts import mismatch, script_of, words_of
+
+if TYPE_CHECKING:
+    from rlhf_pipeline.models.classifiers import Scorer
 
 Function = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
@@ -52,30 +55,24 @@ class Reward:
     unfit: Callable[[Sequence[str]], str | None] = lambda texts: None
     probes: Sequence[str] = PROBES
     parts: Sequence[str] = ()  # of a sum: where each part came from
-    scorer: Scorer | None = None  # the classifier that judges, where one does
+    scorer: "Scorer | None" = None  # the classifier that judges, where one does
     readout: Sequence[float] = ()  # the weights by which its logits make the score; none where that is not linear
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
         """One finite number a completion; anything else is a `UserError` that names the reward."""
         given: Any = self.function(list(prompts), list(completions))
-        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
         try:
             scores = [float(score) for score in given]
         except (TypeError, ValueError, RuntimeError) as error:  # the last is torch's, of a matrix
-            raise UserError(f"reward={self.name} must give a list of numbers: {_instead(given, texts)}.") from error
+            got = " ".join(repr(given).split())
+            raise UserError(f"reward={self.name} must give a list of numbers: it gave {got:.200}.") from error
         if len(scores) != len(completions):
             raise UserError(f"reward={self.name} gave {len(scores)} numbers for {len(completions)} completions.")
-        for text, score in zip(texts, scores, strict=True):
+        for prompt, completion, score in zip(prompts, completions, scores, strict=True):
             if not math.isfinite(score):
+                text = prompt + completion
                 raise UserError(f"reward={self.name} gave {score} for {text!r:.200}; it must be finite.")
         return scores
-
-
-def _instead(given: Any, texts: Sequence[str]) -> str:
-    """What a function gave in the place of numbers."""
-    each = zip(texts, given, strict=False) if isinstance(given, list | tuple) else ()
-    text = next((repr(text) for text, score in each if score is None), None)
-    return f"it gave None for {text:.200}" if text else f"it gave {' '.join(repr(given).split()):.200}"
 
 
 registry: Registry[Reward] = Registry("reward")
@@ -86,6 +83,7 @@ _NO_MODEL = "reward={} has no model yet; run stage=reward first, or give reward.
 
 Scale = Literal["logit", "probability", "log_odds"]
 Seen = Literal["response", "prompt_response"]
+Side = Literal["left", "right"]
 
 
 @registry.register
@@ -115,24 +113,55 @@ def classifier(
     where = path or where
     if where is None:
         raise NotFinishedError(_NO_MODEL.format("classifier"))
-    return _classifier_reward(where, batch_size, max_length, truncation_side, label, scale, text)
+    from rlhf_pipeline.models.classifiers import Scorer
+
+    side = truncation_side or ("right" if text == "response" else None)
+    scorer = Scorer.open(where, batch_size=batch_size, max_length=max_length, truncation_side=side)
+    index = class_named(scorer.model.config.id2label, label, scorer.where)
+    if scorer.labels == 1 and scale != "logit":
+        raise UserError(f"{scorer.where} has one class, so reward.scale={scale} means nothing; say reward.scale=logit.")
+
+    def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+        logits = scorer.logits(answers) if text == "response" else scorer.pairs(prompts, answers)
+        if scale == "probability":
+            logits = logits.softmax(-1)
+        chosen = logits[:, index].clone()
+        if scale == "log_odds":
+            logits[:, index] = -math.inf
+            chosen -= logits.logsumexp(-1)
+        return chosen.tolist()
+
+    weights = [float(i == index) for i in range(scorer.labels)]
+    if scale == "log_odds":
+        weights = [2 * weight - 1 for weight in weights] if scorer.labels == 2 else []
+    return Reward(
+        score,
+        scorer.where,
+        0.5 if scale == "probability" else 0.0,
+        functools.partial(mismatch, scorer.tokenizer),
+        scorer=scorer,
+        readout=[] if scale == "probability" else weights,
+    )
+
+
+def class_named(labels: dict[int, str], wanted: str, where: str) -> int:
+    """The index of the class with a name, case ignored; the usual short forms count."""
+    short = {"pos": "positive", "neg": "negative"}
+    names = {index: short.get(str(name).lower(), str(name).lower()) for index, name in labels.items()}
+    found = [index for index, name in names.items() if name == short.get(wanted.lower(), wanted.lower())]
+    if len(found) != 1:
+        raise UserError(
+            f"{where} has no class named '{wanted}'; reward.label= takes one of: {', '.join(labels.values())}."
+        )
+    return int(found[0])
 
 
 def _on_the_hub(hub_id: str, seen: Seen) -> Callable[..., Reward]:
     """An entry for a classifier that the hub has, and that was made to judge what `seen` names."""
 
-    def entry(
-        where: str | None,
-        *,
-        path: str | None = None,
-        label: str = "positive",
-        scale: Scale = "logit",
-        text: Seen = seen,
-        batch_size: int = 64,
-        max_length: int | None = None,
-        truncation_side: Side | None = None,
-    ) -> Reward:
-        return _classifier_reward(path or where or hub_id, batch_size, max_length, truncation_side, label, scale, text)
+    @functools.wraps(classifier)
+    def entry(where: str | None, **options: Any) -> Reward:
+        return classifier(where or hub_id, **{"text": seen, **options})
 
     return entry
 
@@ -170,27 +199,20 @@ def preference_model(
     where = path or where
     if where is None:
         raise NotFinishedError(_NO_MODEL.format("preference_model"))
-    scorer = Scorer.open(where, batch_size, max_length, truncation_side, append_eos=True)
+    from rlhf_pipeline.models.classifiers import Scorer
+
+    scorer = Scorer.open(
+        where, batch_size=batch_size, max_length=max_length, truncation_side=truncation_side, append_eos=True
+    )
     if scorer.labels != 1:
         raise UserError(f"{where} is a classifier of {scorer.labels} classes; a preference model has one score.")
     return Reward(
         lambda prompts, answers: scorer.pairs(prompts, answers)[:, 0].tolist(),
         scorer.where,
-        unfit=partial(mismatch, scorer.tokenizer),
+        unfit=functools.partial(mismatch, scorer.tokenizer),
         scorer=scorer,
         readout=(1.0,),
     )
-
-
-@registry.register
-def toy_sentiment(where: str | None) -> Reward:
-    """The sentiment of a toy review by the rules of its grammar: the truth that a trained reward only estimates."""
-    from rlhf_pipeline.data.toy_reviews import toy_reviews, true_sentiment
-
-    def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        return [true_sentiment(prompt + answer) for prompt, answer in zip(prompts, answers, strict=True)]
-
-    return Reward(score, "toy_sentiment", 0.5, probes=[row.text for row in toy_reviews(8, seed=0)])
 
 
 @registry.register
@@ -205,22 +227,22 @@ def python(where: str | None, *, path: str, probes: list[str] | None = None) -> 
         with plainly(f"reward=python reward.path={path}"):
             return function(prompts, answers)
 
-    return Reward(score, path, probes=_two_or_more(probes))
+    return Reward(score, path, probes=probes or PROBES)
+
+
+def _rule(name: str, score: Callable[[str], float], neutral: float, probes: Sequence[str], **more: Any) -> Reward:
+    """A reward that looks at each response alone."""
+    return Reward(lambda _, answers: [score(answer) for answer in answers], name, neutral, probes=probes, **more)
 
 
 @registry.register
 def regex(where: str | None, *, pattern: str, probes: list[str] | None = None) -> Reward:
     """How many times a response matches a regular expression; `(?i)` before it ignores case."""
     try:
-        found = re.compile(pattern)
+        sought = re.compile(pattern)
     except re.error as error:
         raise UserError(f"reward.pattern={pattern!r} is no regular expression: {error}.") from error
-    return Reward(
-        lambda _, answers: [float(len(list(found.finditer(a)))) for a in answers],
-        "regex",
-        0.5,
-        probes=_two_or_more(probes),
-    )
+    return _rule("regex", lambda answer: float(len(list(sought.finditer(answer)))), 0.5, probes or PROBES)
 
 
 @registry.register
@@ -228,12 +250,7 @@ def length(where: str | None, *, target: int = 20) -> Reward:
     """Closeness of a response's length to `target` words: 0 at the target, -1 where it is missed by all of it."""
     if target < 1:
         raise UserError(f"reward.target is {target}; it takes at least 1.")
-    return Reward(
-        lambda _, answers: [-abs(len(words_of(a)) - target) / target for a in answers],
-        "length",
-        -0.5,
-        probes=["", "word " * target],
-    )
+    return _rule("length", lambda answer: -abs(len(words_of(answer)) - target) / target, -0.5, ["", "word " * target])
 
 
 @registry.register
@@ -244,17 +261,15 @@ def keywords(where: str | None, *, words: list[str]) -> Reward:
     sought = {word.lower() for word in words}
     own = script_of(words, least=1)
 
+    def score(answer: str) -> float:
+        text = answer.lower()
+        return float(len([word for word in sought if word in text]))
+
     def unfit(texts: Sequence[str]) -> str | None:
         theirs = script_of(texts)
         return f"its words are {own} and the texts {theirs}" if own and theirs and own != theirs else None
 
-    return Reward(
-        lambda _, answers: [float(len([word for word in sought if word in a.lower()])) for a in answers],
-        "keywords",
-        0.5,
-        unfit,
-        probes=["", " ".join(words)],
-    )
+    return _rule("keywords", score, 0.5, ["", " ".join(words)], unfit=unfit)
 
 
 @registry.register
@@ -268,14 +283,28 @@ def repetition(where: str | None, *, n: int = 3) -> Reward:
         grams = [tuple(said[i : i + n]) for i in range(len(said) - n + 1)]
         return len(set(grams)) / len(grams) - 1 if grams else 0.0
 
-    return Reward(lambda _, answers: [repeated(a) for a in answers], "repetition", -0.5, probes=["", "no " * (n + 1)])
+    return _rule("repetition", repeated, -0.5, ["", "no " * (n + 1)])
+
+
+@registry.register
+def toy_sentiment(where: str | None) -> Reward:
+    """The sentiment of a toy review by the rules of its grammar: the truth that a trained reward only estimates."""
+    from rlhf_pipeline.data.toy_reviews import toy_reviews, true_sentiment
+
+    def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+        return [true_sentiment(prompt + answer) for prompt, answer in zip(prompts, answers, strict=True)]
+
+    return Reward(score, "toy_sentiment", 0.5, probes=[row.text for row in toy_reviews(8, seed=0)])
 
 
 @registry.register
 def python_syntax(where: str | None) -> Reward:
     """Whether a response goes on as Python, 1 or 0: the body of the function in the prompt, or more lines."""
-    return Reward(lambda prompts, answers: [float(goes_on(p, a)) for p, a in zip(prompts, answers, strict=True)],
-                  "python_syntax", 0.5, probes=("= 1\n", "= =\n"))  # fmt: skip
+
+    def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+        return [float(goes_on(prompt, answer)) for prompt, answer in zip(prompts, answers, strict=True)]
+
+    return Reward(score, "python_syntax", 0.5, probes=("= 1\n", "= =\n"))
 
 
 @registry.register
@@ -284,9 +313,9 @@ def sum(where: str | None, *, parts: list[dict[str, Any]]) -> Reward:
     trained = trained_part({"name": "sum", "parts": parts})["name"]
     made: list[tuple[float, Reward]] = []
     for number, part in enumerate(parts):
-        own = _without_weight(part)
+        own, weight = _weighed(part)
         with _inside(number):
-            made.append((part.get("weight", 1.0), _tested(own, where if own["name"] in ("sum", trained) else None)))
+            made.append((weight, _tested(own, where if own["name"] in ("sum", trained) else None)))
 
     def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
         columns = [[weight * value for value in part(prompts, answers)] for weight, part in made]
@@ -301,6 +330,22 @@ def sum(where: str | None, *, parts: list[dict[str, Any]]) -> Reward:
     return Reward(score, name, neutral, unfit, probes, [part.name for _, part in made])
 
 
+def _weighed(part: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    """A part of a sum without its weight, and the weight."""
+    own = dict(part)
+    weight = own.pop("weight", 1.0)
+    return own, weight
+
+
+@contextmanager
+def _inside(number: int) -> Iterator[None]:
+    """Say in which part of a sum something is wrong."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"reward.parts[{number}]: {error}") from error
+
+
 def check_choice(choice: Mapping[str, Any]) -> None:
     """Refuse a choice that no reward can be made of, and of a sum each part, before anything heavy is loaded."""
     registry.check(choice)
@@ -309,10 +354,11 @@ def check_choice(choice: Mapping[str, Any]) -> None:
         if not choice["parts"]:
             raise UserError("reward.parts is empty; it takes rewards, as in [{name: length, target: 12, weight: 0.5}].")
         for number, part in enumerate(choice["parts"]):
+            own, weight = _weighed(part)
             with _inside(number):
-                if not fits(weight := part.get("weight", 1.0), float) or not math.isfinite(weight):
+                if not fits(weight, float) or not math.isfinite(weight):
                     raise UserError(f"weight is {weight!r}; it takes a number.")
-                check_choice(_without_weight(part))
+                check_choice(own)
     elif name in ("keywords", "length", "regex", "repetition"):
         registry.build(choice, None)  # a rule is made in no time, and refuses what it cannot use
 
@@ -333,75 +379,19 @@ def load_reward(choice: dict[str, Any], upstream: Path | None) -> tuple[Reward, 
     return reward, reward.name
 
 
-# What helps a reward that gives everything the same, by the fields it has; the first that fits.
-_FIXES = {
-    "probes": "if there are texts that it tells apart, name some: reward.probes=['...', '...']",
-    "parts": "change reward.parts or their weights",
-    "path": "give another reward.path",
-}
-
-
 def _tested(choice: Mapping[str, Any], where: str | None) -> Reward:
     """Make a reward, and see once that it gives finite numbers, as many as texts, and not always the same."""
     reward = registry.build(choice, where)
-    shown = [repr(text if len(text) <= 30 else f"{text[:27]}...") for text in reward.probes[:6]]
-    tried = ", ".join([*shown, f"{len(reward.probes) - 6} more"] if len(reward.probes) > 6 else shown)
+    tried = reprlib.repr(list(reward.probes))
     try:
         scores = reward([_PROMPT] * len(reward.probes), reward.probes)
     except UserError as error:
         raise UserError(f"{error} It was tried on: {tried}.") from error
     if len(set(scores)) == 1:
-        fix = next((fix for field, fix in _FIXES.items() if field in registry.fields(choice["name"])), "")
+        own = "probes" in registry.fields(choice["name"])
+        fix = "name texts that it tells apart: reward.probes=['...', '...']" if own else "choose another"
         raise UserError(
             f"reward={reward.name} gave {scores[0]:g} for all of {len(scores)} texts ({tried}), so nothing can be "
             f"learnt from it; {fix}."
         )
     return reward
-
-
-def _without_weight(part: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in part.items() if key != "weight"}
-
-
-@contextmanager
-def _inside(number: int) -> Iterator[None]:
-    """Say in which part of a sum something is wrong."""
-    try:
-        yield
-    except UserError as error:
-        raise type(error)(f"reward.parts[{number}]: {error}") from error
-
-
-def _two_or_more(probes: list[str] | None) -> Sequence[str]:
-    if probes is not None and len(set(probes)) < 2:
-        raise UserError(f"reward.probes is {probes}; it takes two texts or more that the reward tells apart.")
-    return PROBES if probes is None else probes
-
-
-def _classifier_reward(
-    where: str, batch_size: int, max_length: int | None, side: Side | None, label: str, scale: Scale, seen: Seen
-) -> Reward:
-    scorer = Scorer.open(where, batch_size, max_length, side or ("right" if seen == "response" else None))
-    index = class_named(scorer.model.config.id2label, label, scorer.where)
-    if scorer.labels == 1 and scale != "logit":
-        raise UserError(f"{scorer.where} has one class, so reward.scale={scale} means nothing; say reward.scale=logit.")
-
-    def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        logits = scorer.logits(list(answers)) if seen == "response" else scorer.pairs(prompts, answers)
-        if scale == "logit":
-            chosen = logits[:, index]
-        elif scale == "probability":
-            chosen = logits.softmax(-1)[:, index]
-        else:
-            log_p = logits.log_softmax(-1)
-            others = [i for i in range(logits.shape[1]) if i != index]
-            chosen = log_p[:, index] - log_p[:, others].logsumexp(-1)
-        values: list[float] = chosen.tolist()
-        return values
-
-    neutral = 0.5 if scale == "probability" else 0.0
-    readout = [float(i == index) for i in range(scorer.labels)] if scale == "logit" else []
-    if scale == "log_odds" and scorer.labels == 2:
-        readout = [1.0 if i == index else -1.0 for i in range(2)]
-    unfit = partial(mismatch, scorer.tokenizer)
-    return Reward(score, scorer.where, neutral, unfit, scorer=scorer, readout=readout)

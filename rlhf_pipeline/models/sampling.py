@@ -4,7 +4,6 @@ A GPU works off a queue, and whoever asks it for a number or a shape waits until
 asks once a token or a micro-batch, where it can be helped.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -155,7 +154,7 @@ def length_mask(lengths: Tensor, width: int) -> Tensor:
 
 def room_for_prompts(model: PreTrainedModel, response_length: int) -> int:
     """How many tokens of a prompt a model has positions for, where a response is to follow."""
-    places = positions(model) or sys.maxsize
+    places = positions(model)
     if places <= response_length:
         raise UserError(
             f"a response takes up to {response_length} tokens, and the policy has {places} positions; lower "
@@ -166,11 +165,10 @@ def room_for_prompts(model: PreTrainedModel, response_length: int) -> int:
 
 def check_positions(model: PreTrainedModel, prompts: Sequence[Sequence[int]], response_length: int) -> None:
     """Refuse prompts that leave no room for a response, and those that hold nothing to go on from."""
-    if any(not len(prompt) for prompt in prompts):
+    if not all(map(len, prompts)):
         raise UserError("a prompt is empty; every prompt takes at least one token.")
-    places = positions(model)
     longest = max(map(len, prompts)) + response_length
-    if places is not None and longest > places:
+    if longest > (places := positions(model)):
         raise UserError(
             f"a prompt and its response take up to {longest} tokens, and the policy has {places} positions; "
             "lower response_length or the prompts' length (data.prompt_tokens)."

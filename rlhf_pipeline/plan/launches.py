@@ -71,7 +71,7 @@ class Job:
 
     @property
     def reference_bytes(self) -> float:
-        """A frozen copy of the policy, its matrices in bf16 under autocast (`adapters.store_in_bf16`)."""
+        """A frozen copy of the policy, its matrices in bf16 under autocast (`precision.store_in_bf16`)."""
         saved = (_FP32 - _BF16) * self.policy.matrices if self.work.bf16 else 0
         return _FP32 * self.reference - saved if self.reference else 0
 

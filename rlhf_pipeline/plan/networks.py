@@ -19,9 +19,8 @@ from transformers.cache_utils import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.models.adapters import store_in_bf16
 from rlhf_pipeline.models.networks import cache_argument, language_model, text_config, trunk
-from rlhf_pipeline.models.precision import fuse_gelu
+from rlhf_pipeline.models.precision import fuse_gelu, store_in_bf16
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.models.adapters import store_in_bf16
+from rlhf_pipeline.models.classifiers import score_offset
 from rlhf_pipeline.models.likelihood import response_states, token_likelihood
 from rlhf_pipeline.models.networks import language_model, looks_ahead, text_config, trunk
-from rlhf_pipeline.models.precision import autocast
+from rlhf_pipeline.models.precision import autocast, store_in_bf16
 from rlhf_pipeline.models.sampling import Batch, Sampling
 
 
@@ -128,6 +128,11 @@ def critic_of_reward(reward: Any, tokenizer: Any) -> nn.Module:
             if head.bias is not None:
                 critic.score.bias.copy_(readout.to(head.bias) @ head.bias)
         critic.num_labels = critic.config.num_labels = 1
+    if offset := score_offset(critic):  # a value has no configuration to keep it
+        last = [module for module in critic.score.modules() if isinstance(module, nn.Linear)][-1]
+        bias = last.weight.new_zeros(1) if last.bias is None else last.bias.detach()
+        last.bias = nn.Parameter(bias - offset)
+        critic.config.score_offset = 0.0
     found: nn.Module = critic
     return found
 

@@ -14,9 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.launch import check_gpus, sharding
-from rlhf_pipeline.models.adapters import freeze_in_bf16
 from rlhf_pipeline.models.networks import language_model
-from rlhf_pipeline.models.precision import autocast, fuse_gelu
+from rlhf_pipeline.models.precision import autocast, fuse_gelu, store_in_bf16
 from rlhf_pipeline.models.sampling import Batch, Sampling, check_positions, make_batch, sample, uniform_draws
 from rlhf_pipeline.ppo.actor_critic import (
     ActorCritic,
@@ -526,5 +525,5 @@ def _networks(
     if args.bf16 and sharding() is None:
         for network in (model, value_model):
             if isinstance(network, PeftModel):
-                freeze_in_bf16(network, keep=network is model and args.should_save)
+                store_in_bf16(network)
     return model, ref_model, value_model

@@ -9,8 +9,8 @@ PACKAGE = ROOT / "rlhf_pipeline"
 # A module imports only from those before it (at module level).
 LAYERS = [
     ["errors", "texts"], ["launch", "files"], ["progress"],
-    ["registry", "hub", "processes", "limits", "models.networks", "models.precision", "models.adapters",
-     "models.reward_model", "evaluation.metrics", "runs.checkpoints", "runs.lineage"],
+    ["registry", "hub", "processes", "limits", "models.networks", "models.precision",
+     "evaluation.metrics", "runs.checkpoints", "runs.lineage"],
     ["data", "models.sampling"],
     ["models", "report"], ["plan"], ["settings"], ["report.cards"], ["runs"],
     ["report.tables", "report.publish", "ppo", "runs.models", "runs.together"], ["evaluation", "feedback", "training"],
