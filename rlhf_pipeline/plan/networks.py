@@ -61,7 +61,7 @@ def count(config: Any, tokens: int, bf16: bool, lora: Any = None, critic: bool =
             lora.task_type, lora.modules_to_save = "SEQ_CLS", ["score"]
     kind = AutoModelForSequenceClassification if critic else AutoModelForCausalLM
     with torch.device("meta"):
-        model = kind.from_config(config, dtype=torch.float32)
+        model = kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
         model = model if lora is None else get_peft_model(model, lora)
     fuse_gelu(model)
     model.eval()  # PPO trains without dropout
@@ -96,7 +96,8 @@ def count(config: Any, tokens: int, bf16: bool, lora: Any = None, critic: bool =
 def count_classifier(config: Any) -> int:
     """The number of parameters of a classifier that serves as the reward."""
     with torch.device("meta"):
-        return _size(AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).parameters())
+        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    return _size(model.parameters())
 
 
 def _size(parameters: Iterable[Tensor]) -> int:

@@ -142,7 +142,7 @@ def make_critic(policy: PreTrainedModel) -> PreTrainedModel:
     inner = language_model(policy)
     config = copy.deepcopy(inner.config)
     config.num_labels = 1
-    critic: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
+    critic: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     some = next(inner.parameters())
     critic.to(some.device, some.dtype)
     body = {_without_adapter(k): v for k, v in trunk(policy).state_dict().items() if "lora_" not in k}
