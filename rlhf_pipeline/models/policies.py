@@ -40,8 +40,8 @@ class Source:
     shape: dict[str, Any] = field(default_factory=dict)  # fields of GPT2Config
 
 
-# `lora` holds fields of peft's LoraConfig: the stages that can, train an adapter, on `quantize`d weights (QLoRA) if so
-# asked. `template` is how conversations are written; null: the tokenizer's own, else by its special tokens.
+# With `lora`, fields of peft's LoraConfig, a stage trains an adapter; with `quantize`, on quantized weights (QLoRA).
+# `template` is how conversations are written; null: the tokenizer's own, else by its special tokens.
 registry: Registry[Source] = Registry(
     "policy",
     common={
@@ -114,7 +114,7 @@ registry.entries |= {
 
 
 def load_policy(choice: dict[str, Any], upstream: Path | None, texts: Sequence[str], seed: int) -> tuple[Policy, str]:
-    """The policy chosen by hand, else the one an earlier stage made, else the entry's own; and where it came from."""
+    """The policy chosen by `path`, else the one an earlier stage made, else the entry's own; and where it came from."""
     where = _where(choice, upstream)
     if where is None:
         return make_policy(choice, texts, seed), f"{choice['name']}, untrained"
@@ -217,27 +217,33 @@ def lora_config(choice: dict[str, Any]) -> Any:
 
 
 def merged(model: Any) -> "PreTrainedModel":
-    """A new model in fp32: the base of a peft model with the adapter merged in.
+    """A new model in fp32 and in main memory: the base of a peft model with the adapter merged in.
 
-    The base is read again from where it lies, since in memory it may be quantized or in bf16. If it lies nowhere, the
-    one in memory is copied.
+    A base that is kept in fewer bits, quantized or in bf16, is read again from where it lies. If it lies nowhere, its
+    rounded weights are used.
     """
+    import torch
     from peft import PeftModel
 
-    where = model.get_base_model().name_or_path
-    if not where:
-        return copy.deepcopy(model).cpu().float().merge_and_unload()
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        return PeftModel.from_pretrained(open_policy(where).model, folder).merge_and_unload()
+    base = model.get_base_model()
+    if base.name_or_path and any(p.dtype != torch.float32 for p in base.parameters()):
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            return PeftModel.from_pretrained(open_policy(base.name_or_path).model, folder).merge_and_unload()
+    # Weight by weight, for the device may have no room for a second model.
+    copies: dict[int, Any] = {
+        id(p): torch.nn.Parameter(p.detach().to("cpu", torch.float32, copy=True), p.requires_grad)
+        for p in model.parameters()
+    }
+    return copy.deepcopy(model, copies).merge_and_unload()
 
 
 def settle_special_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
     """Make model and tokenizer agree on BOS, EOS, pad and the number of tokens.
 
-    A token that the tokenizer does not name is the configuration's, if that id is in the vocabulary. Otherwise EOS is
-    [SEP], and pad is EOS: masks come from lengths. Tokens that only the tokenizer has get embeddings. Embeddings beyond
-    the tokenizer's tokens stay, and are never sampled.
+    A token that the tokenizer does not name is taken from the configuration, if its id is in the vocabulary. Otherwise
+    EOS is [SEP], and pad is EOS: masks come from lengths. Tokens that only the tokenizer has get embeddings. Embeddings
+    beyond the tokenizer's tokens stay, and are never sampled.
     """
     config = model.config
     for name, otherwise in (("eos", "sep_token"), ("pad", "eos_token"), ("bos", "bos_token")):
@@ -257,15 +263,15 @@ def settle_special_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokeni
 
 
 def settle_ideographs(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Let a BERT vocabulary write Chinese without blanks, and read the signs that it lacks as those it has."""
+    """Let a BERT vocabulary write Chinese without spaces, and read punctuation that it lacks as what it has."""
     from tokenizers import Regex, decoders, models, normalizers
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not isinstance(backend.model, models.WordPiece):
         return
-    chinese = r"\p{Han}\u3000-\u303f\uff00-\uffef"  # ideographs and full-width signs
-    no_blanks = decoders.Replace(Regex(rf"(?<=[{chinese}]) +| +(?=[{chinese}])"), "")
-    backend.decoder = decoders.Sequence([decoders.WordPiece(cleanup=True), decoders.Fuse(), no_blanks])
+    chinese = r"\p{Han}\u3000-\u303f\uff00-\uffef"  # ideographs and full-width punctuation
+    unspaced = decoders.Replace(Regex(rf"(?<=[{chinese}]) +| +(?=[{chinese}])"), "")
+    backend.decoder = decoders.Sequence([decoders.WordPiece(cleanup=True), decoders.Fuse(), unspaced])
     tokenizer.clean_up_tokenization_spaces = False
     known = tokenizer.get_vocab()
     replaced = [
@@ -277,50 +283,40 @@ def settle_ideographs(tokenizer: "PreTrainedTokenizerBase") -> None:
 
 def train_tokenizer(texts: Sequence[str], vocabulary: int, positions: int) -> "PreTrainedTokenizerBase":
     """A byte-level BPE as GPT-2 has it, with a pad token of its own."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import ByteLevelBPETokenizer
 
     if vocabulary < 258:
         raise UserError(f"policy.vocabulary is {vocabulary}; 256 bytes and two special tokens take at least 258.")
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
     special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=list(dict.fromkeys(special.values())),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    return _trained(bpe, trainer, texts, positions, special)
+    return _trained(ByteLevelBPETokenizer(), texts, vocabulary, positions, special)
 
 
 def train_character_tokenizer(texts: Sequence[str], vocabulary: int, positions: int) -> "PreTrainedTokenizerBase":
     """A BERT tokenizer: each ideograph a token, other words in pieces; lower case; [SEP] ends, [PAD] pads."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import BertWordPieceTokenizer
 
-    pieces = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    pieces.normalizer = normalizers.BertNormalizer(lowercase=True)
-    pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocabulary,
-        special_tokens=list(special.values()),
-        limit_alphabet=vocabulary - len(special),
-        show_progress=False,
-    )
     special |= {"bos_token": "[CLS]", "eos_token": "[SEP]"}
-    tokenizer = _trained(pieces, trainer, texts, positions, special)
+    backend = BertWordPieceTokenizer(lowercase=True)
+    tokenizer = _trained(backend, texts, vocabulary, positions, special, limit_alphabet=vocabulary - 5)
     settle_ideographs(tokenizer)
     return tokenizer
 
 
 def _trained(
-    backend: Any, trainer: Any, texts: Sequence[str], positions: int, special: dict[str, str]
+    backend: Any, texts: Sequence[str], vocabulary: int, positions: int, special: dict[str, str], **options: Any
 ) -> "PreTrainedTokenizerBase":
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     read = itertools.chain.from_iterable(parts(texts, 100, "read", "text"))  # with a bar
-    backend.train_from_iterator(read, trainer, length=len(texts))
+    tokens = list(dict.fromkeys(special.values()))
+    backend.train_from_iterator(
+        read, vocabulary, min_frequency=0, special_tokens=tokens, show_progress=False, length=len(texts), **options
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, model_max_length=positions, clean_up_tokenization_spaces=False, **special
+        tokenizer_object=Tokenizer.from_str(backend.to_str()),
+        model_max_length=positions,
+        clean_up_tokenization_spaces=False,
+        **special,
     )

@@ -1,6 +1,6 @@
 """The registry of rewards: text in, floats out. The same object serves PPO and evaluation.
 
-A reward is tried once when it is loaded: on its probes, texts that it should tell apart.
+A reward is tried once when it is loaded, on its probes: texts to which it should give different scores.
 """
 
 import functools
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Function = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
-# For rewards that know no texts of their own which they tell apart: something for every taste.
+# For rewards without probes of their own: something for every taste.
 PROBES = (
     "Could you please help me? Thank you very much.",
     "Shut up, you stupid fool!",
@@ -39,14 +39,14 @@ PROBES = (
     "no no no no no no no no",
     "It was a quiet morning by the river. " * 8,
 )
-_PROMPT = "So "  # no longer, or where few tokens are read it would be all that is
+_PROMPT = "So "  # short, for a reward that reads few tokens has to reach the probe
 
 
 @dataclass(frozen=True)
 class Reward:
-    """What a person would say of responses, as numbers: more is better, `neutral` is neither good nor bad.
+    """Scores texts: more is better, `neutral` is neither good nor bad.
 
-    `unfit(texts)` says in a few words why it cannot judge such texts, or None. `probes` are texts that it tells apart.
+    `unfit(texts)` says in a few words why it cannot judge such texts, or None. `probes` are texts whose scores differ.
     """
 
     function: Function
@@ -56,7 +56,7 @@ class Reward:
     probes: Sequence[str] = PROBES
     parts: Sequence[str] = ()  # of a sum: where each part came from
     scorer: "Scorer | None" = None  # the classifier that judges, where one does
-    readout: Sequence[float] = ()  # the weights by which its logits make the score; none where that is not linear
+    readout: Sequence[float] = ()  # the weights that make its logits the score; empty where that is not linear
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
         """One finite number a completion; anything else is a `UserError` that names the reward."""
@@ -77,7 +77,7 @@ class Reward:
 
 registry: Registry[Reward] = Registry("reward")
 
-# What stage=reward can train; the first two have no model but that.
+# What stage=reward can train; the first two have no other model.
 TRAINABLE = ("classifier", "preference_model", "imdb_sentiment", "dianping_sentiment")
 _NO_MODEL = "reward={} has no model yet; run stage=reward first, or give reward.path=."
 
@@ -102,13 +102,12 @@ def classifier(
     lm_coef: float = 0.0,
     examples: list[str] = [],  # noqa: B006 (never changed)
 ) -> Reward:
-    """A text classifier's score of the class that is *named* `label`, whatever its index or case.
+    """A text classifier's score of the class *named* `label`, whatever its index or case.
 
-    `truncation_side` is the end of a text that is cut off where it is longer than `max_length` tokens. Without these a
-    text is cut to what the model was trained on (else 512 tokens), on the left; a response alone, on the right.
-    `base` and `size` say what stage=reward trains where no `path` is given: the language model of this run
-    with a head (GPT-1's way; `lm_coef` weighs its language-model loss in training), or an encoder from scratch, of
-    that size. `examples` are texts that stage=reward scores at its end.
+    A text longer than `max_length` tokens loses its `truncation_side`. By default it is cut to the length that the
+    model was trained on (else 512 tokens), on the left; a response alone, on the right. Without a `path`, stage=reward
+    trains the language model of this run with a head (as GPT-1; `lm_coef` weighs its language-model loss), or an
+    encoder from scratch of this `size`, and scores `examples` at its end.
     """
     where = path or where
     if where is None:
@@ -145,7 +144,7 @@ def classifier(
 
 
 def class_named(labels: dict[int, str], wanted: str, where: str) -> int:
-    """The index of the class with a name, case ignored; the usual short forms count."""
+    """The index of the class with this name; case is ignored, and pos and neg are understood."""
     short = {"pos": "positive", "neg": "negative"}
     names = {index: short.get(str(name).lower(), str(name).lower()) for index, name in labels.items()}
     found = [index for index, name in names.items() if name == short.get(wanted.lower(), wanted.lower())]
@@ -157,8 +156,6 @@ def class_named(labels: dict[int, str], wanted: str, where: str) -> int:
 
 
 def _on_the_hub(hub_id: str, seen: Seen) -> Callable[..., Reward]:
-    """An entry for a classifier that the hub has, and that was made to judge what `seen` names."""
-
     @functools.wraps(classifier)
     def entry(where: str | None, **options: Any) -> Reward:
         return classifier(where or hub_id, **{"text": seen, **options})
@@ -191,10 +188,10 @@ def preference_model(
 ) -> Reward:
     """A reward model trained on preferences by stage=reward: the scalar of its head.
 
-    A text longer than `max_length` tokens is cut on the `truncation_side`: without these as in training, else to the
-    last 512 tokens, for the answer stands at the end.
-    `head`, `pooling` (the last token, or the mean weighted by position) and `margin` (a rank) say how it is trained.
-    `demonstrations` (name and path, as data) score 0 on average; null: the best answers of the training data do.
+    A text longer than `max_length` tokens loses its `truncation_side`; by default it is cut as in training, else to the
+    last 512 tokens, for the answer stands at the end. `head`, `pooling` (the last token, or the mean weighted by
+    position) and `margin` (per rank) say how it is trained. `demonstrations` (name and path, as data) score 0 on
+    average; null: the best answers of the training data do.
     """
     where = path or where
     if where is None:
@@ -230,9 +227,12 @@ def python(where: str | None, *, path: str, probes: list[str] | None = None) -> 
     return Reward(score, path, probes=probes or PROBES)
 
 
-def _rule(name: str, score: Callable[[str], float], neutral: float, probes: Sequence[str], **more: Any) -> Reward:
-    """A reward that looks at each response alone."""
-    return Reward(lambda _, answers: [score(answer) for answer in answers], name, neutral, probes=probes, **more)
+def _rule(name: str, score: Callable[[str, str], float], neutral: float, probes: Sequence[str], **more: Any) -> Reward:
+    """A reward that scores each response, with its prompt, on its own."""
+    return Reward(
+        lambda prompts, answers: [score(p, a) for p, a in zip(prompts, answers, strict=True)],
+        name, neutral, probes=probes, **more,
+    )  # fmt: skip
 
 
 @registry.register
@@ -242,7 +242,7 @@ def regex(where: str | None, *, pattern: str, probes: list[str] | None = None) -
         sought = re.compile(pattern)
     except re.error as error:
         raise UserError(f"reward.pattern={pattern!r} is no regular expression: {error}.") from error
-    return _rule("regex", lambda answer: float(len(list(sought.finditer(answer)))), 0.5, probes or PROBES)
+    return _rule("regex", lambda _, answer: float(len([*sought.finditer(answer)])), 0.5, probes or PROBES)
 
 
 @registry.register
@@ -250,7 +250,7 @@ def length(where: str | None, *, target: int = 20) -> Reward:
     """Closeness of a response's length to `target` words: 0 at the target, -1 where it is missed by all of it."""
     if target < 1:
         raise UserError(f"reward.target is {target}; it takes at least 1.")
-    return _rule("length", lambda answer: -abs(len(words_of(answer)) - target) / target, -0.5, ["", "word " * target])
+    return _rule("length", lambda _, a: -abs(len(words_of(a)) - target) / target, -0.5, ["", "word " * target])
 
 
 @registry.register
@@ -261,7 +261,7 @@ def keywords(where: str | None, *, words: list[str]) -> Reward:
     sought = {word.lower() for word in words}
     own = script_of(words, least=1)
 
-    def score(answer: str) -> float:
+    def held(_: str, answer: str) -> float:
         text = answer.lower()
         return float(len([word for word in sought if word in text]))
 
@@ -269,16 +269,16 @@ def keywords(where: str | None, *, words: list[str]) -> Reward:
         theirs = script_of(texts)
         return f"its words are {own} and the texts {theirs}" if own and theirs and own != theirs else None
 
-    return _rule("keywords", score, 0.5, ["", " ".join(words)], unfit=unfit)
+    return _rule("keywords", held, 0.5, ["", " ".join(words)], unfit=unfit)
 
 
 @registry.register
 def repetition(where: str | None, *, n: int = 3) -> Reward:
-    """Minus the share of a response's word n-grams that it has said before."""
+    """Minus the share of a response's word n-grams that occur in it before."""
     if n < 1:
         raise UserError(f"reward.n is {n}; it takes at least 1.")
 
-    def repeated(answer: str) -> float:
+    def repeated(_: str, answer: str) -> float:
         said = words_of(answer)
         grams = [tuple(said[i : i + n]) for i in range(len(said) - n + 1)]
         return len(set(grams)) / len(grams) - 1 if grams else 0.0
@@ -291,20 +291,14 @@ def toy_sentiment(where: str | None) -> Reward:
     """The sentiment of a toy review by the rules of its grammar: the truth that a trained reward only estimates."""
     from rlhf_pipeline.data.toy_reviews import toy_reviews, true_sentiment
 
-    def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        return [true_sentiment(prompt + answer) for prompt, answer in zip(prompts, answers, strict=True)]
-
-    return Reward(score, "toy_sentiment", 0.5, probes=[row.text for row in toy_reviews(8, seed=0)])
+    probes = [row.text for row in toy_reviews(8, seed=0)]
+    return _rule("toy_sentiment", lambda prompt, answer: true_sentiment(prompt + answer), 0.5, probes)
 
 
 @registry.register
 def python_syntax(where: str | None) -> Reward:
-    """Whether a response goes on as Python, 1 or 0: the body of the function in the prompt, or more lines."""
-
-    def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        return [float(goes_on(prompt, answer)) for prompt, answer in zip(prompts, answers, strict=True)]
-
-    return Reward(score, "python_syntax", 0.5, probes=("= 1\n", "= =\n"))
+    """1 where a response continues the prompt as valid Python (a function's body, or more lines), else 0."""
+    return _rule("python_syntax", lambda prompt, answer: float(goes_on(prompt, answer)), 0.5, ["= 1\n", "= =\n"])
 
 
 @registry.register
@@ -339,7 +333,7 @@ def _weighed(part: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
 
 @contextmanager
 def _inside(number: int) -> Iterator[None]:
-    """Say in which part of a sum something is wrong."""
+    """Name the part of a sum in which something is wrong."""
     try:
         yield
     except UserError as error:
@@ -347,7 +341,7 @@ def _inside(number: int) -> Iterator[None]:
 
 
 def check_choice(choice: Mapping[str, Any]) -> None:
-    """Refuse a choice that no reward can be made of, and of a sum each part, before anything heavy is loaded."""
+    """Refuse a choice from which no reward can be made, before anything heavy is loaded."""
     registry.check(choice)
     name = choice["name"]
     if name == "sum":
@@ -360,11 +354,11 @@ def check_choice(choice: Mapping[str, Any]) -> None:
                     raise UserError(f"weight is {weight!r}; it takes a number.")
                 check_choice(own)
     elif name in ("keywords", "length", "regex", "repetition"):
-        registry.build(choice, None)  # a rule is made in no time, and refuses what it cannot use
+        registry.build(choice, None)  # a rule is made at once, and refuses what it cannot use
 
 
 def trained_part(choice: dict[str, Any]) -> dict[str, Any]:
-    """Whose model stage=reward trains: the choice itself; of a sum, the part that needs it most."""
+    """The reward whose model stage=reward trains: the choice itself, or the part of a sum that needs it most."""
     if choice["name"] != "sum":
         return choice
     parts = [trained_part(part) for part in choice["parts"]]
@@ -380,7 +374,7 @@ def load_reward(choice: dict[str, Any], upstream: Path | None) -> tuple[Reward, 
 
 
 def _tested(choice: Mapping[str, Any], where: str | None) -> Reward:
-    """Make a reward, and see once that it gives finite numbers, as many as texts, and not always the same."""
+    """Make a reward, and check that its probes get finite numbers, one per text, that are not all the same."""
     reward = registry.build(choice, where)
     tried = reprlib.repr(list(reward.probes))
     try:
@@ -392,6 +386,6 @@ def _tested(choice: Mapping[str, Any], where: str | None) -> Reward:
         fix = "name texts that it tells apart: reward.probes=['...', '...']" if own else "choose another"
         raise UserError(
             f"reward={reward.name} gave {scores[0]:g} for all of {len(scores)} texts ({tried}), so nothing can be "
-            f"learnt from it; {fix}."
+            f"learned from it; {fix}."
         )
     return reward

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
+import yaml
+from conftest import ROOT
 
-from rlhf_pipeline import arguments, cli
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.models import rewards
 from rlhf_pipeline.models.policies import train_tokenizer
@@ -277,14 +277,8 @@ def test_a_sum_weighs_its_parts() -> None:
     assert nested([""], ["great great"]) == [10 * 1.5 - 0.5]
 
 
-def test_the_command_line_takes_the_parts_of_a_sum() -> None:
-    parts = "[{name: keywords, words: [great], weight: 1.0}, {name: length, target: 12, weight: 0.5}]"
-    args = arguments.complete(["stage=ppo", "reward=sum", f"reward.parts={parts}"])
-    with initialize_config_dir(str(cli.CONF), version_base="1.3"):
-        choice = cli.resolve(compose("config", args), args).reward
-        shipped = cli.resolve(compose("config", arguments.complete(["stage=ppo", "reward=sum"])), []).reward
-    rewards.check_choice(choice)
-    assert rewards.load_reward(choice, None)[0](["It was"], [" great"]) == [pytest.approx(1 - 0.5 * 11 / 12)]
+def test_the_shipped_sum_is_whole_and_waits_for_the_runs_classifier() -> None:
+    shipped = yaml.safe_load((ROOT / "conf" / "reward" / "sum.yaml").read_text())
     rewards.check_choice(shipped)
     assert rewards.trained_part(shipped)["name"] == "classifier"
 
