@@ -1,6 +1,7 @@
 """The registry of policies: language models with their tokenizers, from a folder, the hub or scratch."""
 
 import copy
+import importlib.util
 import itertools
 import tempfile
 from collections.abc import Callable, Sequence
@@ -187,8 +188,6 @@ def open_policy(path: str, quantize: str | None = None) -> Policy:
 
 def quantization(bits: str) -> Any:
     """How QLoRA (arXiv 2305.14314) stores the weights that are not trained."""
-    import importlib.util
-
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"policy.quantize={bits} needs bitsandbytes: pip install 'rlhf_pipeline[quantize]'.")
     import torch

@@ -21,10 +21,10 @@ Texts = Sequence[str]
 
 
 def reward_at(path: str) -> Callable[[Texts, Texts], Any]:
-    """The reward function that `path` names, to be called with prompts and completions, whatever its signature.
+    """The reward function that `path` names, made to take prompts and completions whatever its signature.
 
-    A function that names `completions`, or takes any keyword, is called by keyword, as TRL's GRPO and RLOO call it. If
-    it cannot read strings, it gets messages, TRL's conversational form. Any other is called by position.
+    A function that names `completions`, or takes any keyword, is called by keyword, as TRL's GRPO and RLOO do. If it
+    cannot read strings, it gets messages, TRL's conversational form. Any other function is called by position.
     """
     function = function_at(path)
     with plainly(f"reward.path={path}"):
@@ -89,8 +89,7 @@ def function_at(path: str) -> Callable[..., Any]:
         module = _from_file(Path(place).expanduser()) if place.endswith(".py") else importlib.import_module(place)
     function = getattr(module, name, None)
     if not callable(function):
-        own = [n for n, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
-        known = [n for n in own if callable(getattr(module, n)) and n[0] != "_"]
+        known = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
         raise UserError(
             f"{place} has no function '{name}'. {suggest(name, known)}It has: {', '.join(known) or 'none'}."
         )
