@@ -1,12 +1,16 @@
 """`python -m rlhf_pipeline`."""
 
-from rlhf_pipeline.cli import main
-from rlhf_pipeline.launch import processes
-from rlhf_pipeline.runs.together import end_at_once
+import sys
 
 
 def start() -> None:
     """The command line, in one process or in one of several."""
+    try:
+        from rlhf_pipeline.cli import main
+        from rlhf_pipeline.launch import processes
+        from rlhf_pipeline.runs.together import end_at_once
+    except KeyboardInterrupt:
+        sys.exit(130)
     if processes() > 1:
         end_at_once(main)
     main()

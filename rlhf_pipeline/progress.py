@@ -55,8 +55,8 @@ def progress(total: int, title: str, unit: str, initial: int = 0, delay: float =
 
     With a `delay`, in seconds, what takes less is not shown. Of several processes the first one shows it.
     """
-    terminal = at_terminal()
-    how = {"dynamic_ncols": True} if terminal else {"bar_format": _LINE, "file": _Lines(sys.stderr)}
+    terminal, screen = at_terminal(), getattr(sys.stderr, "raw", sys.stderr)
+    how = {"dynamic_ncols": True, "file": screen} if terminal else {"bar_format": _LINE, "file": _Lines(screen)}
     bar = tqdm(
         total=total, initial=initial, desc=title, unit=unit, delay=delay, leave=leave, smoothing=0.1,
         mininterval=0.2 if terminal else 10.0, disable=rank() > 0, **how,

@@ -237,6 +237,13 @@ def merged(model: Any) -> "PreTrainedModel":
     return copy.deepcopy(model, copies).merge_and_unload()
 
 
+def without_adapter(trained: Any, policy: Policy) -> Policy:
+    """A trained policy as a model that stands alone: the next stage may put its own adapter in."""
+    from peft import PeftModel
+
+    return Policy(merged(trained), policy.tokenizer) if isinstance(trained, PeftModel) else policy
+
+
 def settle_special_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
     """Make model and tokenizer agree on BOS, EOS, pad and the number of tokens.
 

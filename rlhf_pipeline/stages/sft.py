@@ -7,7 +7,7 @@ import functools
 import math
 
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from trl import SFTConfig
 
 from rlhf_pipeline.data import fingerprint, texts
@@ -15,7 +15,7 @@ from rlhf_pipeline.data.records import Demonstration, Dialogue
 from rlhf_pipeline.data.templates import template_of
 from rlhf_pipeline.data.tokenization import conversational, demonstrations, shortened
 from rlhf_pipeline.files import read_jsonl
-from rlhf_pipeline.models.policies import Policy, load_policy, lora_config, merged
+from rlhf_pipeline.models.policies import load_policy, lora_config, without_adapter
 from rlhf_pipeline.models.precision import fuse_gelu, store_in_bf16
 from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.settings import Settings
@@ -82,8 +82,6 @@ def run(settings: Settings, out: RunDir) -> None:
     weights = sharded_weights(trainer)
     if not out.leads:
         return
-    if isinstance(trainer.model, PeftModel):  # the result stands alone, and the next stage may put its own adapter in
-        policy = Policy(merged(trainer.model), policy.tokenizer)
-    out.save_model(functools.partial(policy.save, weights=weights))
+    out.save_model(functools.partial(without_adapter(trainer.model, policy).save, weights=weights))
     results = {"eval_loss": loss, "eval_loss_before": before, "eval_perplexity": math.exp(loss)}
     out.finish(results, objective=-loss)

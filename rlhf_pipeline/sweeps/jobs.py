@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline.arguments import as_typed
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.files import held, write_json
 from rlhf_pipeline.runs.directory import RunDir
+from rlhf_pipeline.words import as_typed
 
 JOB = "job.json"
 _LOCK = ".job.lock"  # held while the job is run

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from conftest import ROOT
+from conftest import settings_of
 
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.models import rewards
@@ -277,8 +276,12 @@ def test_a_sum_weighs_its_parts() -> None:
     assert nested([""], ["great great"]) == [10 * 1.5 - 0.5]
 
 
-def test_the_shipped_sum_is_whole_and_waits_for_the_runs_classifier() -> None:
-    shipped = yaml.safe_load((ROOT / "conf" / "reward" / "sum.yaml").read_text())
+def test_the_command_line_takes_the_parts_of_a_sum() -> None:
+    parts = "[{name: keywords, words: [great], weight: 1.0}, {name: length, target: 12, weight: 0.5}]"
+    choice = settings_of("stage=ppo", "reward=sum", f"reward.parts={parts}").reward
+    shipped = settings_of("stage=ppo", "reward=sum").reward
+    rewards.check_choice(choice)
+    assert rewards.load_reward(choice, None)[0](["It was"], [" great"]) == [pytest.approx(1 - 0.5 * 11 / 12)]
     rewards.check_choice(shipped)
     assert rewards.trained_part(shipped)["name"] == "classifier"
 

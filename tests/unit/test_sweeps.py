@@ -7,26 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CommandLine
+from conftest import CommandLine, read_words
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from rlhf_pipeline import arguments, cli
+from rlhf_pipeline import cli
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.report import Words, sweep_page
 from rlhf_pipeline.report.__main__ import rebuild
 from rlhf_pipeline.sweeps import jobs
 from rlhf_pipeline.sweeps.results import report_sweep, summarise
+from rlhf_pipeline.words import CONF
 
 PPO = ["stage=ppo", "name=x"]
 
 
 def test_a_sweeps_name_is_a_multirun_of_its_settings() -> None:
-    assert arguments.complete([*PPO, "sweep=kl"]) == [*PPO, "++trainer.kl_coef=0.01,0.02,0.05,0.1,0.2", "-m"]
-    both = arguments.complete([*PPO, "sweep=kl,seeds"])
+    assert read_words(*PPO, "sweep=kl") == [*PPO, "++trainer.kl_coef=0.01,0.02,0.05,0.1,0.2", "-m"]
+    both = read_words(*PPO, "sweep=kl,seeds")
     assert both == [*PPO, "++trainer.kl_coef=0.01,0.02,0.05,0.1,0.2", "seed=1,2,3,4,5", "-m"]
-    assert arguments.complete(["-m", *PPO, "sweep=[kl, seeds]"]) == both
-    assert arguments.complete(["stage=ppo", "-m", "seed=1,2"]) == ["stage=ppo", "seed=1,2", "-m"]
-    assert arguments.complete(["--multirun", "stage=ppo", "policy=gpt2"]) == [
+    assert read_words("-m", *PPO, "sweep=[kl, seeds]") == both
+    assert read_words("stage=ppo", "-m", "seed=1,2") == ["stage=ppo", "seed=1,2", "-m"]
+    assert read_words("--multirun", "stage=ppo", "policy=gpt2") == [
         "stage=ppo",
         "policy=gpt2",
         "~experiment",
@@ -35,41 +36,41 @@ def test_a_sweeps_name_is_a_multirun_of_its_settings() -> None:
 
 
 def test_what_is_said_goes_over_a_sweeps_own_settings() -> None:
-    assert arguments.complete([*PPO, "sweep=kl", "trainer.kl_coef=0.03,0.3"])[2:] == [
+    assert read_words(*PPO, "sweep=kl", "trainer.kl_coef=0.03,0.3")[2:] == [
         "++trainer.kl_coef=0.03,0.3",
         "-m",
     ]
-    assert arguments.complete([*PPO, "sweep=seeds", "seed=1,2"])[2:] == ["seed=1,2", "-m"]
-    found = arguments.complete([*PPO, "sweep=optuna", "++trainer.kl_coef=0.05"])
+    assert read_words(*PPO, "sweep=seeds", "seed=1,2")[2:] == ["seed=1,2", "-m"]
+    found = read_words(*PPO, "sweep=optuna", "++trainer.kl_coef=0.05")
     assert "hydra/sweeper=optuna" in found
     assert [a for a in found if "kl_coef" in a] == ["++trainer.kl_coef=0.05"]
 
 
 def test_a_sweep_keeps_to_what_a_stage_has() -> None:
-    found = arguments.complete(["stage=sft", "sweep=optuna"])
+    found = read_words("stage=sft", "sweep=optuna")
     assert any(a.startswith("++trainer.learning_rate=tag(log") for a in found)
     assert not any("kl_coef" in a for a in found)
     with pytest.raises(UserError, match=r"sweep=kl varies trainer\.kl_coef, which stage=sft has not"):
-        arguments.complete(["stage=sft", "sweep=kl"])
+        read_words("stage=sft", "sweep=kl")
     with pytest.raises(UserError, match=r"no sweep is called 'k'.*'kl'.*Known: kl, optuna, seeds"):
-        arguments.complete([*PPO, "sweep=k"])
+        read_words(*PPO, "sweep=k")
 
 
 def test_of_an_evaluation_a_sweep_is_one_that_has_been() -> None:
     for said in (["stage=evaluate", "sweep=kl"], ["sweep=kl"], ["--config-name", "config", "stage=ppo", "sweep=kl"]):
-        assert "sweep=kl" in arguments.complete(said)
+        assert "sweep=kl" in read_words(*said)
 
 
 def test_no_sweep_is_none_and_of_one_that_is_shown_a_job_is() -> None:
-    assert arguments.complete([*PPO, "sweep=null"]) == [*PPO, "sweep=null"]
+    assert read_words(*PPO, "sweep=null") == [*PPO, "sweep=null"]
     show = ["--cfg", "job"]
     for said in (["sweep=kl"], ["++sweep=kl"], ["-m", "seed=1,2"], ["-m", "trainer.kl_coef=interval(0.1,0.2)"]):
-        assert arguments.complete([*PPO, *said, *show]) == [*PPO, *show]
+        assert read_words(*PPO, *said, *show) == [*PPO, *show]
 
 
 def test_every_sweep_that_is_shipped_can_be_read() -> None:
-    for path in (arguments.CONF / "sweeps").glob("*.yaml"):
-        swept = [a for a in arguments.complete([*PPO, f"sweep={path.stem}"]) if a != "-m"]
+    for path in (CONF / "sweeps").glob("*.yaml"):
+        swept = [a for a in read_words(*PPO, f"sweep={path.stem}") if a != "-m"]
         assert any(o.is_sweep_override() for o in OverridesParser.create().parse_overrides(swept)), path
 
 
@@ -310,16 +311,16 @@ def test_a_job_that_was_judged_by_reward_alone_is_not_compared(hacked: Path) -> 
 
 
 def test_a_kl_budget_is_said_beside_a_sweep() -> None:
-    asked = arguments.complete([*PPO, "sweep=kl", "sweep.kl_budget=3"])
+    asked = read_words(*PPO, "sweep=kl", "sweep.kl_budget=3")
     assert asked == [*PPO, "hydra.sweeper.kl_budget=3.0", "++trainer.kl_coef=0.01,0.02,0.05,0.1,0.2", "-m"]
-    assert "hydra.sweeper.kl_budget=0.5" in arguments.complete([*PPO, "-m", "seed=1,2", "++sweep.kl_budget=0.5"])
+    assert "hydra.sweeper.kl_budget=0.5" in read_words(*PPO, "-m", "seed=1,2", "++sweep.kl_budget=0.5")
     with pytest.raises(UserError, match=r"sweep\.kl_budget=3 goes with a sweep of stage=ppo"):
-        arguments.complete([*PPO, "sweep.kl_budget=3"])
+        read_words(*PPO, "sweep.kl_budget=3")
     with pytest.raises(UserError, match=r"sweep\.kl_budget=3 goes with a sweep of stage=ppo"):
-        arguments.complete(["stage=evaluate", "sweep=coefs", "sweep.kl_budget=3"])
+        read_words("stage=evaluate", "sweep=coefs", "sweep.kl_budget=3")
     for budget in ("much", "0", "-1", "nan", "inf", "", "1,2"):
         with pytest.raises(UserError, match=r"it takes a number above 0, a KL in nats"):
-            arguments.complete([*PPO, "sweep=kl", f"sweep.kl_budget={budget}"])
+            read_words(*PPO, "sweep=kl", f"sweep.kl_budget={budget}")
 
 
 def test_the_page_links_jobs_and_takes_what_files_hold_as_text(sweep: Path) -> None:

@@ -18,11 +18,11 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, open_dict, read_write
 
-from rlhf_pipeline.arguments import as_typed, quoted
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.files import held
+from rlhf_pipeline.words import as_typed, quoted
 
 # What stands for the whole sweep.
 _OF_ALL = ("stage", "name", "runs")
@@ -112,10 +112,7 @@ class JobsSweeper(Sweeper):
 
         folder = self.folder / job_name([as_typed(setting) for setting in own])
         command = [*fixed, *own, f"name={quoted(str(folder.relative_to(self.cfg.runs)))}"]
-        cfg = self.loader.load_sweep_config(self.cfg, command)
-        OmegaConf.set_struct(cfg, False)
-        del cfg["hydra"]
-        stage, seed, done = check_job(cfg, command)
+        stage, seed, done = check_job(command)
         if self.kl_budget is not None and stage != "ppo":
             raise UserError(f"sweep.kl_budget= goes with stage=ppo; the jobs here are known by their stage={stage}.")
         return Job(folder, command, {"stage": stage, "settings": settings_of(command), "seed": seed}, done)
