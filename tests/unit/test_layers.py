@@ -9,8 +9,8 @@ PACKAGE = ROOT / "rlhf_pipeline"
 # A module imports only from those before it (at module level).
 LAYERS = [
     ["errors", "texts", "terminal", "stages.__init__", "stages.STAGES", "stages.FOLDERS", "stages.POLICIES",
-     "stages.TRAINED"], ["launch", "files"], ["progress"],
-    ["registry", "hub", "processes", "limits", "models.networks", "models.precision",
+     "stages.TRAINED"], ["launch", "files"], ["progress", "registry"],
+    ["hub", "processes", "limits", "models.networks", "models.precision",
      "evaluation.metrics", "runs.checkpoints", "runs.lineage"],
     ["data", "models.sampling"],
     ["models", "report"], ["plan"], ["settings"], ["report.cards"], ["runs"],
