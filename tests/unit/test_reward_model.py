@@ -5,13 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_tokenizer
+from tiny import good_share, tiny_tokenizer, trainer
 from tiny_rewards import distilbert, llama, tiny_model
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.models.classifiers import RewardModel, Scorer, shift_scores, with_head
 from rlhf_pipeline.models.rewards import Reward
-from rlhf_pipeline.ppo.actor_critic import critic_of_reward
 
 
 def padded(side: str) -> dict[str, torch.Tensor]:
@@ -71,10 +70,11 @@ def test_a_shift_moves_all_scores_alike_and_outlives_saving(make: Any, head: Any
 
 
 @torch.no_grad()
-def test_a_critic_starts_at_the_shifted_scores() -> None:
+def test_a_critic_starts_at_the_shifted_scores(tmp_path: Path) -> None:
     ids, tokenizer = torch.tensor([[5, 6, 7]]), tiny_tokenizer()
     for model in (tiny_model(), with_head(tiny_model(), "mlp", "last")):
         shift_scores(model, -1.7)
-        scorer = Scorer(model, tokenizer, 8, append_eos=True)
-        critic: Any = critic_of_reward(Reward(lambda p, c: [], "r", scorer=scorer, readout=(1.0,)), tokenizer)
-        torch.testing.assert_close(critic.eval()(input_ids=ids).logits, model(input_ids=ids).logits - 1.7)
+        judge = Reward(good_share, "r", scorer=Scorer(model, tokenizer, 8, append_eos=True), readout=(1.0,))
+        ppo = trainer(tokenizer, tmp_path, given={"reward_model": judge}, critic="separate", critic_init="reward")
+        values = ppo.value_model.eval()(input_ids=ids).logits
+        torch.testing.assert_close(values, model.eval()(input_ids=ids).logits - 1.7)
