@@ -71,8 +71,9 @@ def trainers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def options(policy: Path, data: str, path: str, *more: str) -> list[str]:
-    return ["stage=reward", "name=r", f"data={data}", f"data.path={path}", "data.test_share=0.2", "policy=causal_lm",
-            f"policy.path={policy}", "trainer.learning_rate=1e-2", "trainer.max_steps=6", *more]  # fmt: skip
+    words = ["stage=reward", "name=r", f"data={data}", f"data.path={path}", "data.test_share=0.2", "policy=causal_lm",
+             f"policy.path={policy}", "trainer.learning_rate=1e-2", "trainer.max_steps=6", *more]  # fmt: skip
+    return [*{word.partition("=")[0]: word for word in words}.values()]  # a setting is given once, the last
 
 
 def by_a_stranger(texts: Sequence[str], end: str) -> torch.Tensor:
