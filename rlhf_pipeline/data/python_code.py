@@ -20,8 +20,10 @@ _LOG = logging.getLogger(__name__)
 _NEVER = ("site-packages", "dist-packages", "__pycache__", ".*")
 # Of the standard library: its tests, which are as long as all the rest, and what differs from machine to machine
 # or was generated. encodings is a hundred tables with the same four functions, topics.py the manual as one dict.
-_NOT_OF_LIBRARY = ("test", "tests", "idle_test", "config-*", "encodings", "pydoc_data")
-_NOT_OF_LIBRARY_FILES = ("_sysconfigdata*", "sitecustomize.py", "usercustomize.py", "html/entities.py")
+_NOT_OF_LIBRARY = (
+    "test", "tests", "idle_test", "config-*", "encodings", "pydoc_data",
+    "_sysconfigdata*", "sitecustomize.py", "usercustomize.py", "html/entities.py",
+)  # fmt: skip
 _AT_COLUMN_0 = re.compile(r"^\f*[^\s#]", re.MULTILINE)
 
 
@@ -30,42 +32,35 @@ def source_files(folder: Path | None) -> list[tuple[str, str]]:
 
     Empty files, exact duplicates, links that lead out of the folder and files that cannot be decoded are left out.
     """
-    root = Path(sysconfig.get_path("stdlib")) if folder is None else folder.expanduser()
-    wanted = "give a folder of .py files, or no path for Python's standard library"
-    if not root.is_dir():
-        raise UserError(f"{root} is {'a file' if root.exists() else 'no folder'}; {wanted}.")
-    names = _names(root, library=folder is None)
-    if not names:
-        raise UserError(f"{root} holds no Python source; {wanted}.")
+    root = Path(sysconfig.get_path("stdlib")) if folder is None else folder
     found: dict[str, str] = {}
-    unreadable: list[str] = []
-    for name in names:
+    unreadable = []
+    for name in _names(root, _NEVER if folder else (*_NEVER, *_NOT_OF_LIBRARY)):
         path = root / name
         try:
-            if not path.resolve().is_relative_to(root.resolve()):
-                continue
             with tokenize.open(path) as file:  # by the file's own coding cookie
                 text = file.read()
         except (OSError, SyntaxError, LookupError, ValueError):  # no such encoding, or not in that encoding
             unreadable.append(name)
             continue
-        if text.strip():
+        if text.strip() and path.resolve().is_relative_to(root.resolve()):
             found.setdefault(text, name)
     if unreadable:
         _LOG.warning("%s: %d files cannot be read and are left out, as %s.", root, len(unreadable), unreadable[0])
     if not found:
-        raise UserError(f"{root} holds no Python source that can be read, only empty or broken files.")
+        raise UserError(
+            f"{root} holds no Python source that can be read; give a folder of .py files, or no path for Python's "
+            "standard library."
+        )
     return [(name, text) for text, name in found.items()]
 
 
-def _names(root: Path, library: bool) -> list[str]:
-    folders = _NEVER + _NOT_OF_LIBRARY if library else _NEVER
-    files = _NOT_OF_LIBRARY_FILES if library else ()
+def _names(root: Path, unwanted: tuple[str, ...]) -> list[str]:
     found = []
-    for here, inner, names in os.walk(root):  # follows no linked folder
-        inner[:] = [name for name in inner if not any(fnmatch(name, pattern) for pattern in folders)]
-        found += [(Path(here) / name).relative_to(root).as_posix() for name in names if name.endswith(".py")]
-    return sorted(name for name in found if not any(fnmatch(name, pattern) for pattern in files))
+    for here, folders, files in os.walk(root):  # follows no linked folder
+        folders[:] = [folder for folder in folders if not any(fnmatch(folder, pattern) for pattern in unwanted)]
+        found += [(Path(here) / name).relative_to(root).as_posix() for name in files if name.endswith(".py")]
+    return sorted(name for name in found if not any(fnmatch(name, pattern) for pattern in unwanted))
 
 
 def functions(source: str, longest_head: int = 1000, top_level: bool = False) -> list[tuple[str, str]]:
@@ -77,30 +72,27 @@ def functions(source: str, longest_head: int = 1000, top_level: bool = False) ->
     """
     source = source.replace("\r\n", "\n").replace("\r", "\n")  # the lines that `ast` counts end in "\n" alone
     tree = _parsed(source)
-    if tree is None:
-        return []
     lines = [line + "\n" for line in source.split("\n")]
     nodes = [node for node in _statements(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    nodes = [node for node in nodes if node.col_offset == 0 or not top_level]
-    cut = (_cut(node, lines) for node in sorted(nodes, key=lambda node: node.lineno))
-    return [found for found in cut if found and len(found[0]) <= longest_head]
+    wanted = sorted((node for node in nodes if not (top_level and node.col_offset)), key=lambda node: node.lineno)
+    return [pair for pair in (_cut(node, lines) for node in wanted) if pair and len(pair[0]) <= longest_head]
 
 
 def _cut(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> tuple[str, str] | None:
-    statements = node.body[1:] if _is_string(node.body[0]) else node.body
+    documented = _is_string(node.body[0])
+    statements = node.body[documented:]
     if all(isinstance(s, ast.Pass | ast.Expr) and ast.unparse(s) in ("pass", "...") for s in statements):
         return None
     own = lines[node.lineno - 1 : node.end_lineno]
-    first = min([statements[0].lineno, *(d.lineno for d in getattr(statements[0], "decorator_list", []))])
-    if len(statements) < len(node.body):
+    decorators = getattr(statements[0], "decorator_list", [])
+    size = most = min(part.lineno for part in (statements[0], *decorators)) - node.lineno
+    if documented:
         size = (node.body[0].end_lineno or 0) - node.lineno + 1
-    else:  # comments before the first statement are the body's
-        size = first - node.lineno
-        while size > 0 and re.match(r"\s*(#|$)", own[size - 1]):
-            size -= 1
-    indent = own[0][: len(own[0]) - len(own[0].lstrip())]
-    if not 0 < size <= first - node.lineno or own[size - 1].endswith("\\\n"):
+    while not documented and size > 0 and re.match(r"\s*(#|$)", own[size - 1]):
+        size -= 1  # comments before the first statement are the body's
+    if not 0 < size <= most or own[size - 1].endswith("\\\n"):
         return None
+    indent = own[0][: node.col_offset]
     if not all(line.startswith(indent) or re.match(r"\s*$|#", line) for line in own):
         return None
     own = [line.removeprefix(indent) for line in own]
@@ -148,17 +140,8 @@ def _parsed(text: str) -> ast.Module | None:
         return None
 
 
-def _statements(tree: ast.Module) -> list[ast.stmt]:
-    """All of them, inner ones too. Half the time of `ast.walk`, and no depth of `elif` is too much."""
-    found: list[ast.stmt] = []
-    waiting: list[ast.AST] = [tree]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, ast.stmt):
-            found.append(node)
-        for field in ("body", "orelse", "finalbody", "handlers", "cases"):
-            waiting += getattr(node, field, [])
-    return found
+def _statements(tree: ast.Module | None) -> list[ast.stmt]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.stmt)] if tree else []
 
 
 def _is_string(node: ast.stmt) -> bool:

@@ -114,3 +114,22 @@ def teaches(row: Row) -> bool:
         case Dialogue():
             return bool(row.replies)
     return True
+
+
+def plain(prompt: Prompt) -> str:
+    """A prompt's words without a template."""
+    return prompt if isinstance(prompt, str) else "\n\n".join(turn.text for turn in prompt)
+
+
+def whole(row: Row) -> str:
+    """All words of a row."""
+    match row:
+        case Demonstration(prompt=prompt, completion=completion):
+            return f"{plain(prompt)}\n\n{completion}"
+        case Dialogue(turns=turns):
+            return "\n".join(turn.text for turn in turns)
+        case Preference(prompt=prompt, chosen=chosen, rejected=rejected):
+            return f"{plain(prompt)}\n\n{chosen}\n\n{rejected}"
+        case Ranking(prompt=prompt, responses=responses):
+            return "\n\n".join((plain(prompt), *responses))
+    return row.text

@@ -8,12 +8,13 @@ from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
-from rlhf_pipeline.data import formats, records
-from rlhf_pipeline.data.agreement import Labels, connected, settle
+from rlhf_pipeline.data import readers, records
+from rlhf_pipeline.data.acl_imdb import read_acl_imdb
+from rlhf_pipeline.data.agreement import Labels, settle
+from rlhf_pipeline.data.judgements import read_judgements
 from rlhf_pipeline.data.python_code import source_files
 from rlhf_pipeline.data.records import Code, Demonstration, Dialogue, Labelled, Preference, Prompt, Ranking, Row, Text
 from rlhf_pipeline.errors import UserError
@@ -26,7 +27,7 @@ S = TypeVar("S")
 
 _LOG = logging.getLogger("rlhf_pipeline")
 IMDB = "stanfordnlp/imdb"  # on the hub
-_PARTS = 5  # of a prompt: with fewer, the one that is always held out would be too large a share of it
+_PARTS = 5  # with fewer, one part would be too large a share of a prompt to hold out
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ registry: Registry[Splits[Any]] = Registry(
     },
 )
 
-# The rows that each stage can use.
-TAKES = {name: tuple(getattr(records, row) for row in stage.rows) for name, stage in STAGES.items() if stage.rows}
+# The kinds of rows that each stage can use.
+_TAKES = {name: {getattr(records, row) for row in stage.rows} for name, stage in STAGES.items() if stage.rows}
 
 
 @registry.register
@@ -72,16 +73,19 @@ def imdb(seed: int, *, path: str = IMDB) -> Splits[Labelled]:
     """The Large Movie Review Dataset (Maas et al. 2011): the hub's, or the original aclImdb as a folder or .tar.gz."""
     where = Path(path).expanduser()
     if where.exists() or path.endswith((".tar.gz", ".tgz", ".tar")):
-        read = formats.read_acl_imdb(where)
+        read = read_acl_imdb(where)
         return Splits(read["train"], read["test"])
-    splits = _from_hub(path)
+    import datasets
+
+    with explained(path, "data.path"):
+        splits = datasets.load_dataset(path)
     try:
-        rows = {s: [Labelled(r["text"], int(r["label"])) for r in splits[s]] for s in ("train", "test")}
+        train, test = ([Labelled(r["text"], int(r["label"])) for r in splits[s]] for s in ("train", "test"))
     except KeyError as error:
         raise UserError(
             f"data.path={path} has no {error}; data=imdb needs train and test with text and label."
         ) from error
-    return Splits(rows["train"], rows["test"])
+    return Splits(train, test)
 
 
 # Entries that read a file: `test_path` is a second file to hold out; without it, `test_share` of the rows is held out.
@@ -97,9 +101,10 @@ def sentiment(
 
     `labels` says what the file's labels mean: 0 is bad, 1 is good (labels: {正面: 1, 负面: 0}).
     """
-    if odd := [name for name, label in (labels or {}).items() if type(label) is not int or label not in (0, 1)]:
-        raise UserError(f"data.labels.{odd[0]} is {(labels or {})[odd[0]]!r}; each label takes 0 (bad) or 1 (good).")
-    return _from_files(partial(formats.read_labelled, columns=columns, labels=labels), path, test_path, test_share)
+    for name, label in (labels or {}).items():
+        if type(label) is not int or label not in (0, 1):
+            raise UserError(f"data.labels.{name} is {label!r}; each label takes 0 (bad) or 1 (good).")
+    return _files(lambda file: readers.read_labelled(file, columns, labels), path, test_path, test_share)
 
 
 @registry.register
@@ -118,13 +123,28 @@ def preferences(
             "data=preferences has no file; give data.path=. (stage=reward with reward=preference_model takes what "
             "this run's stage=collect brought, once it has.)"
         )
-    read = partial(_judged, columns=columns, buckets=buckets, untouched_seconds=untouched_seconds)
-    rows, labels = read([path] if isinstance(path, str) else path)
+
+    def read(*paths: str) -> tuple[list[Preference | Ranking], Labels]:
+        files = [Path(file).expanduser() for file in dict.fromkeys(paths)]
+        found = read_judgements(files, columns, buckets, untouched_seconds)
+        rows, summary = settle(found.judgements)
+        if not rows:
+            raise UserError(
+                f"{', '.join(paths)}: {summary['judgements']} judgements, and none prefers one answer to a different "
+                "one."
+            )
+        aside = {key: found.counts[key] for key in ("skipped", "unlabelled", "superseded", "rejected")}
+        return rows, Labels({**summary, **aside}, found.rejected)
+
+    rows, labels = read(*([path] if isinstance(path, str) else path))
     if test_path is None:
         split = _split(rows, test_share)
         return Splits(split.train, split.test, labels)
-    held_out, test_labels = read([test_path])
-    _say_learnt(rows, held_out, test_path)
+    held_out, test_labels = read(test_path)
+    learnt = Counter(map(_question, rows))
+    known = {prompt for prompt, count in learnt.items() if 2 * count <= len(rows)}  # not one that most rows share
+    if again := sum(_question(row) in known for row in held_out):
+        _LOG.warning("%d of the %d rows in %s have a prompt that is learnt from too", again, len(held_out), test_path)
     return Splits(rows, held_out, Labels(labels.summary, labels.rejected + test_labels.rejected))
 
 
@@ -134,7 +154,7 @@ def instructions(
     test_share: float = 0.1,
 ) -> Splits[Demonstration | Dialogue]:  # fmt: skip
     """Demonstrations: prompt and completion, Alpaca's instruction, input and output, or chat messages."""
-    return _from_files(partial(formats.read_demonstrations, columns=columns), path, test_path, test_share)
+    return _files(lambda file: readers.read_demonstrations(file, columns), path, test_path, test_share)
 
 
 @registry.register
@@ -143,7 +163,7 @@ def dialogue(
     test_share: float = 0.1,
 ) -> Splits[Dialogue]:  # fmt: skip
     """Conversations: {"conversation": [{"utterance": ...}, ...]}, messages, or a .txt with blank lines between."""
-    return _from_files(partial(formats.read_dialogues, columns=columns), path, test_path, test_share)
+    return _files(lambda file: readers.read_dialogues(file, columns), path, test_path, test_share)
 
 
 @registry.register
@@ -152,7 +172,7 @@ def text(
     test_share: float = 0.1,
 ) -> Splits[Text]:  # fmt: skip
     """Plain texts from a file: one a line, or one a row in `column`."""
-    return _from_files(partial(formats.read_texts, column=column, columns=columns), path, test_path, test_share)
+    return _files(lambda file: readers.read_texts(file, column, columns), path, test_path, test_share)
 
 
 @registry.register
@@ -184,17 +204,13 @@ def kind(name: str) -> Any:
     return typing.get_args(typing.get_type_hints(registry.entries[name])["return"])[0]
 
 
-def _kinds(name: str) -> tuple[type, ...]:
-    found = kind(name)
-    return typing.get_args(found) or (found,)
-
-
 def check_kind(name: str, stage: str) -> None:
     """Refuse data that a stage cannot use."""
-    if stage in TAKES and not set(_kinds(name)) & set(TAKES[stage]):
-        fitting = ", ".join(n for n in registry.entries if set(_kinds(n)) & set(TAKES[stage]))
-        holds = " or ".join(k.__name__ for k in _kinds(name))
-        raise UserError(f"data={name} holds rows of {holds}; stage={stage} takes: {fitting}.")
+    kinds = {entry: typing.get_args(kind(entry)) or (kind(entry),) for entry in registry.entries}
+    fitting = [entry for entry, held in kinds.items() if set(held) & _TAKES.get(stage, set(held))]
+    if name not in fitting:
+        holds = " or ".join(held.__name__ for held in kinds[name])
+        raise UserError(f"data={name} holds rows of {holds}; stage={stage} takes: {', '.join(fitting)}.")
 
 
 def load_data(choice: dict[str, Any], seed: int, answers: bool = False) -> Splits[Any]:
@@ -206,22 +222,18 @@ def load_data(choice: dict[str, Any], seed: int, answers: bool = False) -> Split
     splits = registry.build(choice, seed)
     if answers:
         splits = _answered(splits, choice)
-    shortest = choice.get("min_characters", 0)
-    test = [row for row in splits.test if len(whole(row)) >= shortest]
-    held_out = {whole(row) for row in splits.test}
-    apart = [row for row in splits.train if whole(row) not in held_out]
-    if both := len(splits.train) - len(apart):
-        _LOG.warning(
-            "data=%s: %d of %d rows to learn from are also held out, and are left out",
-            choice["name"], both, len(splits.train),
-        )  # fmt: skip
-    train = [row for row in apart if len(whole(row)) >= shortest]
+    shortest, limit, name = choice.get("min_characters", 0), choice.get("limit"), choice["name"]
+    held_out = {records.whole(row) for row in splits.test}
+    apart = [row for row in splits.train if records.whole(row) not in held_out]
+    if len(apart) < len(splits.train):
+        both, every = len(splits.train) - len(apart), len(splits.train)
+        _LOG.warning("data=%s: %d of %d rows to learn from are also held out, and are left out", name, both, every)
+    train, test = ([row for row in rows if len(records.whole(row)) >= shortest] for rows in (apart, splits.test))
     for rows in (train, test):
         random.Random(f"rows {seed}").shuffle(rows)
-    limit = choice.get("limit")
     if not train[:limit] or not test[:limit]:
         raise UserError(
-            f"data={choice['name']} has {len(train)} rows to learn from and {len(test)} to hold out; both are needed."
+            f"data={name} has {len(train)} rows to learn from and {len(test)} to hold out; both are needed."
         )
     return Splits(train[:limit], test[:limit][: choice.get("test_limit")], splits.labels)
 
@@ -262,30 +274,9 @@ def hub_set(choice: Mapping[str, Any]) -> str | None:
     return path if is_hub_id(path) else None
 
 
-def plain(prompt: Prompt) -> str:
-    """A prompt's words without a template."""
-    return prompt if isinstance(prompt, str) else "\n\n".join(turn.text for turn in prompt)
-
-
-def whole(row: Row) -> str:
-    """All words of a row."""
-    match row:
-        case Text(text=text) | Code(text=text) | Labelled(text=text):
-            return text
-        case Demonstration(prompt=prompt, completion=completion):
-            return f"{plain(prompt)}\n\n{completion}"
-        case Dialogue(turns=turns):
-            return "\n".join(turn.text for turn in turns)
-        case Preference(prompt=prompt, chosen=chosen, rejected=rejected):
-            return f"{plain(prompt)}\n\n{chosen}\n\n{rejected}"
-        case Ranking(prompt=prompt, responses=responses):
-            return "\n\n".join((plain(prompt), *responses))
-    raise TypeError(type(row))
-
-
 def texts(rows: Sequence[Row]) -> list[str]:
     """The rows as plain text: for a tokenizer to be trained on, or a classifier to read."""
-    return [whole(row) for row in rows]
+    return [records.whole(row) for row in rows]
 
 
 def begun_by(prompts: Sequence[Prompt], rows: Sequence[Row]) -> int:
@@ -294,123 +285,85 @@ def begun_by(prompts: Sequence[Prompt], rows: Sequence[Row]) -> int:
     Not telling for code: its prompts are heads of functions, which do not begin a file.
     """
     known = sorted(texts(rows))
-    places = [(bisect_left(known, prompt), prompt) for prompt in map(plain, prompts)]
+    places = [(bisect_left(known, prompt), prompt) for prompt in map(records.plain, prompts)]
     return sum(place < len(known) and known[place].startswith(prompt) for place, prompt in places)
 
 
-def _group(row: Row) -> str:
-    """What the split is by: the prompt, the first turn, else the row itself."""
+def _question(row: Row) -> str:
+    """What the split is by: the prompt, the turns up to the user's first, else the row itself."""
     match row:
         case Demonstration(prompt=prompt) | Preference(prompt=prompt) | Ranking(prompt=prompt) if prompt:
-            return plain(prompt)
+            return records.plain(prompt)
         case Dialogue(turns=turns):
             first = next((i for i, turn in enumerate(turns) if turn.role == "user"), 0)
-            return plain(turns[: first + 1])  # a system's words before it are no question
-    return whole(row)
+            return records.plain(turns[: first + 1])  # a system's words before it are no question
+    return records.whole(row)
 
 
-def _groups(rows: Sequence[Row], share: float) -> list[tuple[str, str | None]]:
-    """The group that each row is held out with: ("", its prompt), or (its prompt, a part of that prompt's rows).
+def _groups(rows: Sequence[Row], share: float) -> list[str]:
+    """The group that each row is held out with, by name; "" for a row that is never held out.
 
-    Prompts that differ only in white space are the same. A prompt with more than `share` of all rows is too large to
-    hold out at once: it is divided into parts, the rows that share answers, if there are enough of them. A prompt that
-    all rows have, and rows without a prompt, are divided too. A part with more than half of a prompt's rows has None
-    for a name and is never held out: it holds an answer that is given to everything. If all rows are one part, each row
-    is its own.
+    A group is the rows of one prompt. Rows without a prompt, and those of a prompt with more than `share` of all rows,
+    are divided by the answers that they share, if that makes several parts. A part with more than half of them is never
+    held out.
     """
-    first: dict[str, str] = {}
-    names = [first.setdefault(" ".join(group.split()), group) for group in map(_group, rows)]
+    first: dict[str, str] = {}  # prompts that differ only in white space are the same
+    names = [first.setdefault(" ".join(name.split()), name) for name in map(_question, rows)]
     holding: dict[str, list[int]] = defaultdict(list)
-    for number, row in enumerate(rows):
-        holding[names[number] if getattr(row, "prompt", True) else ""].append(number)
-    groups: list[tuple[str, str | None]] = [("", name) for name in names]
+    for number, (row, name) in enumerate(zip(rows, names, strict=True)):
+        holding[name if getattr(row, "prompt", True) else ""].append(number)
     for prompt, numbers in holding.items():
         if prompt and len(numbers) <= share * len(rows):
             continue
-        own = [rows[number] for number in numbers]
-        heads = joined([prompt] * len(own), own)
-        parts, largest = len(set(heads)), shared_group(heads)
-        if prompt and len(own) < len(rows) and parts < _PARTS:
-            continue
-        if single := parts == 1 and 1 < len(own) == len(rows):
+        heads = joined([prompt] * len(numbers), [rows[number] for number in numbers])
+        size = Counter(heads)
+        if len(size) == 1 < len(numbers) == len(rows):
             _LOG.warning("all %d rows share answers, so held-out answers may also be learnt from", len(rows))
-        for place, head in enumerate(heads):
-            never = head == largest and parts > 1
-            groups[numbers[place]] = (prompt, None if never else whole(own[place if single else head]))
-    return groups
+            return [records.whole(row) for row in rows]
+        if prompt and len(numbers) < len(rows) and len(size) < _PARTS:
+            continue
+        for number, head in zip(numbers, heads, strict=True):
+            names[number] = "" if 2 * size[head] > len(numbers) > 1 else records.whole(rows[numbers[head]])
+    return names
 
 
 def joined(prompts: Sequence[Prompt], rows: Sequence[Row]) -> list[int]:
     """For every row, the first row connected to it by answers to the same prompt, directly or through other rows."""
+    from networkx.utils import UnionFind  # type: ignore[import-untyped]  # torch brings it
+
     holding: dict[tuple[Prompt, str], list[int]] = defaultdict(list)
     for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-        for answer in _answers(row) or (whole(row),):
-            if answer.strip():
-                holding[prompt, answer].append(number)
-    return connected(len(rows), holding.values())
-
-
-def _answers(row: Row) -> tuple[str, ...]:
-    match row:
-        case Preference(chosen=chosen, rejected=rejected):
-            return (chosen, rejected)
-        case Ranking(responses=responses):
-            return responses
-    return ()
-
-
-def shared_group(groups: Sequence[Any]) -> Any:
-    """The group that more than half of the rows are in, if any: an instruction rather than a question."""
-    most, count = Counter(groups).most_common(1)[0] if groups else (None, 0)
-    return most if 2 * count > len(groups) > 1 else None
+        match row:
+            case Preference(chosen=chosen, rejected=rejected):
+                answers: tuple[str, ...] = (chosen, rejected)
+            case Ranking(responses=responses):
+                answers = responses
+            case _:
+                answers = (records.whole(row),)
+        for answer in filter(str.strip, answers):
+            holding[prompt, answer].append(number)
+    groups = UnionFind(range(len(rows)))
+    for numbers in holding.values():
+        groups.union(*numbers)
+    heads = {number: min(together) for together in groups.to_sets() for number in together}
+    return [heads[number] for number in range(len(rows))]
 
 
 def _split(rows: list[R], share: float) -> Splits[R]:
     """Hold out a share of the rows' groups, by a hash: the split does not depend on the seed.
 
-    At least one of several prompts is held out, and at least one part of a divided prompt: a few labels are enough.
+    At least one of several groups is held out: a few labels are enough.
     """
     if not 0 < share < 1:
         raise UserError(f"data.test_share is {share}; it takes a number between 0 and 1.")
     groups = _groups(rows, share)
-    places = [int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 16**8 if name else 1.0 for _, name in groups]
-    # The places of the groups that a prompt is divided into; under "" all other prompts.
-    of: dict[str, set[float]] = defaultdict(set)
-    for (prompt, _), place in zip(groups, places, strict=True):
-        of[prompt].add(place)
-    least = {prompt: min(own) if len(own) > 1 else -1.0 for prompt, own in of.items()}
-    held_out = [place < share or place <= least[prompt] for (prompt, _), place in zip(groups, places, strict=True)]
+    places = {name: int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 16**8 for name in groups if name}
+    least = min(places.values()) if len(set(groups)) > 1 else 0.0
+    held_out = [bool(name) and (places[name] < share or places[name] <= least) for name in groups]
     pairs = list(zip(rows, held_out, strict=True))
     return Splits([row for row, out in pairs if not out], [row for row, out in pairs if out])
 
 
-def _say_learnt(rows: Sequence[Row], held_out: Sequence[Row], path: str) -> None:
-    """Warn if prompts of the held-out file are also learnt from, other than a prompt that most rows share."""
-    groups = [_group(row) for row in rows]
-    known = set(groups) - {shared_group(groups)}
-    if learnt := sum(_group(row) in known for row in held_out):
-        _LOG.warning("%d of the %d rows in %s have a prompt that is learnt from too", learnt, len(held_out), path)
-
-
-def _judged(paths: Sequence[str], **how: Any) -> tuple[list[Preference | Ranking], Labels]:
-    """The judgements of all files, combined."""
-    read = formats.read_judgements([Path(path).expanduser() for path in dict.fromkeys(paths)], **how)
-    rows, summary = settle(read.judgements)
-    if not rows:
-        raise UserError(
-            f"{', '.join(paths)}: {summary['judgements']} judgements, and none prefers one answer to a different one."
-        )
-    apart = {key: read.counts[key] for key in ("skipped", "unlabelled", "superseded", "rejected")}
-    return rows, Labels({**summary, **apart}, read.rejected)
-
-
-def _from_files(read: Callable[[Path], list[R]], path: str, test_path: str | None, share: float) -> Splits[R]:
+def _files(read: Callable[[Path], list[R]], path: str, test_path: str | None, share: float) -> Splits[R]:
     rows = read(Path(path).expanduser())
     return _split(rows, share) if test_path is None else Splits(rows, read(Path(test_path).expanduser()))
-
-
-def _from_hub(path: str) -> Any:
-    import datasets
-
-    with explained(path, "data.path"):
-        return datasets.load_dataset(path)

@@ -1,10 +1,10 @@
 """Conversations as a policy reads them: turns to text with its special tokens, by the tokenizer's chat template."""
 
-import itertools
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rlhf_pipeline.data.records import Dialogue, Prompt, Turn
+from rlhf_pipeline.data.records import Demonstration, Dialogue, Prompt, Turn
 from rlhf_pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -67,27 +67,26 @@ def visible(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
-def pieces(tokenizer: "PreTrainedTokenizerBase", dialogue: Dialogue) -> list[tuple[str, bool]]:
-    """The text of a dialogue in parts, each with whether it is learnt.
+def pieces(tokenizer: "PreTrainedTokenizerBase", row: Demonstration | Dialogue) -> list[tuple[str, bool]]:
+    """The text of a demonstration or a dialogue in parts, each with whether it is learnt.
 
     A template that writes a turn otherwise once another follows (some leave out what was thought) cannot be cut so;
     of such a dialogue the last reply alone is learnt.
     """
-    turns = dialogue.turns
+    if isinstance(row, Demonstration):
+        return [(written(tokenizer, row.prompt), False), (row.completion, True)]
     found: list[tuple[str, bool]] = []
     so_far = ""
-    for index in dialogue.replies:
-        before = render(tokenizer, turns[:index], reply_follows=turns[index].role == "assistant")
-        after = render(tokenizer, turns[: index + 1], reply_follows=False)
-        if not after.startswith(before):
-            # Some templates end the prompt of a reply to come with more (an empty thought) than they write before one
-            # that is there. The reply then begins where the two part, as in TRL.
-            before = "".join(
-                a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, after, strict=False))
-            )
-            if not before.startswith(render(tokenizer, turns[:index], reply_follows=False)):
-                found, so_far = [], ""
-                continue
+    for index in row.replies:
+        before = render(tokenizer, row.turns[:index], reply_follows=row.turns[index].role == "assistant")
+        after = render(tokenizer, row.turns[: index + 1], reply_follows=False)
+        # Some templates end the prompt of a reply to come with more (an empty thought) than they write before one
+        # that is there. The reply then begins where the two part, as in TRL.
+        shared = os.path.commonprefix([before, after])  # noqa: RUF071  # of characters
+        if shared != before and not shared.startswith(render(tokenizer, row.turns[:index], reply_follows=False)):
+            found, so_far = [], ""
+            continue
+        before = shared
         if not before.startswith(so_far):
             found, so_far = [], ""
         found += [(before[len(so_far) :], False), (after[len(before) :], True)]

@@ -4,21 +4,18 @@ import bisect
 import itertools
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rlhf_pipeline.data import texts, whole
 from rlhf_pipeline.data.python_code import functions
-from rlhf_pipeline.data.records import Code, Demonstration, Dialogue, Preference, Prompt, Ranking, Row
+from rlhf_pipeline.data.records import Code, Demonstration, Dialogue, Preference, Prompt, Ranking, Row, whole
+from rlhf_pipeline.data.sets import texts
 from rlhf_pipeline.data.templates import pieces, render, written
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.progress import parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
-
-P = TypeVar("P", list[int], "Question")
-_Begun = tuple[list[int], list[int]]
 
 _PART = 100  # rows tokenized at once: some are whole files of code
 
@@ -42,21 +39,35 @@ def documents(rows: Sequence[Row], tokenizer: "Tokenizer") -> list[list[int]]:
     end = int(tokenizer.eos_token_id)
     found: list[list[int]] = []
     for part in parts(rows, _PART, "tokenize", "text"):
-        strings = [
-            render(tokenizer, row.turns, False) if isinstance(row, Dialogue) else _said(row, tokenizer) for row in part
-        ]
-        found += [
-            [*ids, end] if getattr(row, "answered", True) and ids[-1:] != [end] else ids
-            for row, ids in zip(part, encode(tokenizer, strings), strict=True)
-        ]
+        encoded = encode(tokenizer, [_language(row, tokenizer) for row in part])
+        for row, ids in zip(part, encoded, strict=True):
+            found.append([*ids, end] if getattr(row, "answered", True) and ids[-1:] != [end] else ids)
     return found
+
+
+def _language(row: Row, tokenizer: "Tokenizer") -> str:
+    """A row's text as a language model reads it; of judged answers the best."""
+    match row:
+        case Dialogue(turns=turns):
+            return render(tokenizer, turns, reply_follows=False)
+        case Demonstration(prompt=prompt, completion=answer) | Preference(prompt=prompt, chosen=answer):
+            return written(tokenizer, prompt) + answer
+        case Ranking(prompt=prompt, responses=(answer, *_)):
+            return written(tokenizer, prompt) + answer
+    return whole(row)
 
 
 def demonstrations(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any], seed: int) -> list[Lesson]:
     """Prompts with their answers, which end with the tokenizer's EOS."""
     end = int(tokenizer.eos_token_id)
-    every = _lessons(rows, tokenizer, choice, seed)
-    found = [lesson for lesson in every if any(lesson.learnt)]
+    if rows and isinstance(rows[0], Demonstration | Dialogue):
+        bar = itertools.chain.from_iterable(parts(rows, _PART, "tokenize", "text"))
+        cut = (pieces(tokenizer, row) for row in bar if isinstance(row, Demonstration | Dialogue))
+        every = (lesson(tokenizer, said) for said in cut if said)
+    else:
+        begun = _begun(rows, tokenizer, choice, seed)
+        every = (Lesson(prompt + rest, [0] * len(prompt) + [1] * len(rest)) for prompt, rest in begun)
+    found = [each for each in every if any(each.learnt)]
     if rows and not found:
         raise UserError(
             f"data={choice['name']} gives nothing to learn: no row goes on after its prompt (data.prompt_tokens is how "
@@ -73,48 +84,37 @@ def shortened(
     A prompt loses its beginning, so that its answer stays whole. An answer that does not fit by itself loses its end,
     and so does a text that is prompt and answer at once (not `apart`): the prompt then keeps up to half of the tokens.
     """
-    lost = Counter[str]()
+    lost = Counter({"rows": 0, "prompts lose their beginning": 0, "answers lose their end": 0})
 
     def short(lesson: Lesson) -> Lesson:
         ids, learnt = lesson
-        asked = learnt.index(1)
-        excess = len(ids) - longest
+        asked, excess = learnt.index(1), len(ids) - longest
         over = min(excess, asked - (1 if apart and asked > excess else longest // 2))
         lost["rows"] += excess > 0
         if over > 0:
-            lost["prompts"] += 1
+            lost["prompts lose their beginning"] += 1
             first = int(ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id))
             ids, learnt = ([*row[:first], *row[first + over :]] for row in (ids, learnt))
-        lost["answers"] += len(ids) > longest
+        lost["answers lose their end"] += len(ids) > longest
         return Lesson(ids[:longest], learnt[:longest])
 
     found = [[x for x in map(short, split) if any(x.learnt[1:])] for split in splits]
-    total, kept = (sum(map(len, each)) for each in (splits, found))
-    if lost["rows"]:
-        counts = {
-            "prompts lose their beginning": lost["prompts"],
-            "answers lose their end": lost["answers"],
-            "rows are left out": total - kept,
-        }
-        said = f"{lost['rows']} of {total} rows are longer than {longest} tokens (trainer.max_length, at most the "
-        said += "policy's positions): " + ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    total = sum(map(len, splits))
+    if rows := lost.pop("rows"):
+        lost["rows are left out"] = total - sum(map(len, found))
+        said = f"{rows} of {total} rows are longer than {longest} tokens (trainer.max_length, at most the policy's "
+        said += "positions): " + ", ".join(f"{count} {what}" for what, count in lost.items() if count)
         if any(split and not left for split, left in zip(splits, found, strict=True)):
             raise UserError(f"{said}, so that nothing is left to learn; raise trainer.max_length, or shorten the data.")
         print(f"warning: {said}", flush=True)
     return found
 
 
-def prompts(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any], seed: int) -> list[list[int]]:
-    """Token ids of prompts: a row's own, a dialogue's first turns, the first tokens of a text, the heads of functions.
-
-    A row of code gives as many prompts as it has functions; one without a prompt gives none.
-    """
-    return [question.ids for question in questions(rows, tokenizer, choice, seed)]
-
-
 def questions(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any], seed: int) -> list[Question]:
-    """The prompts of `prompts`, each with its record: turns where the row holds turns, else text."""
-    found: list[Question]
+    """Prompts: a row's own, a dialogue's first turns, the first tokens of a text, the heads of functions.
+
+    A row of code gives as many as it has functions; one without a prompt gives none.
+    """
     if rows and isinstance(rows[0], Demonstration | Preference | Ranking | Dialogue):
         asked = [_asked(row, tokenizer, choice.get("prompt_turns")) for row in rows]
         asked = [(prompt, string) for prompt, string in asked if string]
@@ -125,7 +125,7 @@ def questions(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any
     else:
         heads = [head for head, _ in _begun(rows, tokenizer, choice, seed)]
         decoded = tokenizer.batch_decode(heads, skip_special_tokens=True) if heads else []
-        found = [Question(text, head) for text, head in zip(decoded, heads, strict=True)]
+        found = list(map(Question, decoded, heads))
     if rows and not found:
         raise UserError(
             f"data={choice['name']} gives no prompts: none of {len(rows)} rows has one (data.prompt_tokens is how many "
@@ -134,16 +134,29 @@ def questions(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any
     return found
 
 
-def fitting(asked: list[P], room: int) -> list[P]:
-    """The prompts (ids or questions) of at most `room` tokens; a warning counts those that are longer."""
-    found = [prompt for prompt in asked if len(prompt.ids if isinstance(prompt, Question) else prompt) <= room]
+def _asked(row: Any, tokenizer: "Tokenizer", turns: int | None) -> tuple[Prompt, str]:
+    """A row's prompt, as a record and as a policy is asked it."""
+    if not isinstance(row, Dialogue):
+        return row.prompt, written(tokenizer, row.prompt)
+    # Of two people's talk the first turn; of a chat all that stands before its last reply, or all if the user has the
+    # last word.
+    ends = row.turns[-1].role == "assistant" or (row.both and len(row.turns) > 1)
+    last = len(row.turns) - ends
+    count = min(turns or (1 if row.both else last), last)
+    reply_follows = count == len(row.turns) or row.turns[count].role == "assistant"
+    return row.turns[:count], render(tokenizer, row.turns[:count], reply_follows)
+
+
+def fitting(asked: list[Question], room: int) -> list[Question]:
+    """The prompts of at most `room` tokens; a warning counts those that are longer."""
+    found = [question for question in asked if len(question.ids) <= room]
+    than = f"longer than the {room} tokens that the policy's positions leave for them"
+    if asked and not found:
+        raise UserError(
+            f"no prompt leaves room for an answer: all {len(asked)} are {than}; lower response_length or "
+            "data.prompt_tokens, or shorten the prompts."
+        )
     if len(found) < len(asked):
-        than = f"longer than the {room} tokens that the policy's positions leave for them"
-        if not found:
-            raise UserError(
-                f"no prompt leaves room for an answer: all {len(asked)} are {than}; lower response_length or "
-                "data.prompt_tokens, or shorten the prompts."
-            )
         print(f"warning: {len(asked) - len(found)} of {len(asked)} prompts are {than}, and are left out", flush=True)
     return found
 
@@ -179,8 +192,8 @@ def lesson(tokenizer: "Tokenizer", parts: Sequence[tuple[str, bool]]) -> Lesson:
     """
     (asked,) = encode(tokenizer, [parts[0][0]])
     if tokenizer.is_fast:
-        whole = tokenizer("".join(part for part, _ in parts), add_special_tokens=False, return_offsets_mapping=True)
-        ids, starts = list(whole["input_ids"]), [start for start, _ in whole["offset_mapping"]]
+        text = tokenizer("".join(part for part, _ in parts), add_special_tokens=False, return_offsets_mapping=True)
+        ids, starts = list(text["input_ids"]), [start for start, _ in text["offset_mapping"]]
         bos = [] if ids[:1] == asked[:1] else _beginning(tokenizer)
         ids, starts = bos + ids, [0] * len(bos) + starts
         ends = list(itertools.accumulate(len(part) for part, _ in parts))
@@ -188,73 +201,27 @@ def lesson(tokenizer: "Tokenizer", parts: Sequence[tuple[str, bool]]) -> Lesson:
         if ids[: len(asked)] == asked and not any(learnt[: len(asked)]):
             return Lesson(ids, learnt)
     rows = [asked, *_plain_ids(tokenizer, [part for part, _ in parts[1:]])]
-    every = [(token, int(is_learnt)) for row, (_, is_learnt) in zip(rows, parts, strict=True) for token in row]
-    return Lesson([token for token, _ in every], [is_learnt for _, is_learnt in every])
+    masks = ([int(is_learnt)] * len(row) for row, (_, is_learnt) in zip(rows, parts, strict=True))
+    return Lesson(list(itertools.chain(*rows)), list(itertools.chain(*masks)))
 
 
-def _said(row: Row, tokenizer: "Tokenizer") -> str:
-    match row:
-        case Demonstration(prompt=prompt, completion=answer) | Preference(prompt=prompt, chosen=answer):
-            return written(tokenizer, prompt) + answer
-        case Ranking(prompt=prompt, responses=(best, *_)):
-            return written(tokenizer, prompt) + best
-    return whole(row)
-
-
-def _asked(row: Row, tokenizer: "Tokenizer", turns: int | None) -> tuple[Prompt, str]:
-    """A row's prompt, as a record and as a policy is asked it."""
-    if not isinstance(row, Dialogue):
-        assert isinstance(row, Demonstration | Preference | Ranking)
-        return row.prompt, written(tokenizer, row.prompt)
-    # Of two people's talk the first turn; of a chat all that stands before its last reply, or all if the user has the
-    # last word.
-    ends = row.turns[-1].role == "assistant" or (row.both and len(row.turns) > 1)
-    last = len(row.turns) - ends
-    count = min(turns or (1 if row.both else last), last)
-    reply_follows = count == len(row.turns) or row.turns[count].role == "assistant"
-    return row.turns[:count], render(tokenizer, row.turns[:count], reply_follows)
-
-
-def _lessons(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any], seed: int) -> Iterator[Lesson]:
-    """Each row as token ids, with whether they are learnt."""
-    if rows and isinstance(rows[0], Demonstration | Dialogue):
-        for row in itertools.chain.from_iterable(parts(rows, _PART, "tokenize", "text")):
-            if isinstance(row, Dialogue):
-                said = pieces(tokenizer, row)
-            else:
-                assert isinstance(row, Demonstration)
-                said = [(written(tokenizer, row.prompt), False), (row.completion, True)]
-            if said:
-                yield lesson(tokenizer, said)
-        return
-    for prompt, rest in _begun(rows, tokenizer, choice, seed):
-        yield Lesson(prompt + rest, [0] * len(prompt) + [1] * len(rest))
-
-
-def _begun(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any], seed: int) -> Iterable[_Begun]:
-    """The tokens of each prompt and of its continuation, from functions or from texts."""
-    cut = _functions if rows and isinstance(rows[0], Code) else _cut
-    return cut(rows, tokenizer, choice, seed)
-
-
-def _functions(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any], seed: int) -> list[_Begun]:
-    """Heads and bodies of the functions in files of code, in random order: a file's functions are much alike."""
-    longest = choice.get("prompt_tokens", (1, 64))[1]
-    # As in a file: methods are not taken out of their class, and the line break is one token with the body's indent.
-    every = [pair for row in rows if isinstance(row, Code) for pair in functions(row.text, top_level=True)]
-    found = [(head.removesuffix("\n"), f"\n{body}") for head, body in every]
-    random.Random(f"functions {seed}").shuffle(found)
-    heads = encode(tokenizer, [head for head, _ in found])
-    bodies = _plain_ids(tokenizer, [body for _, body in found])
-    return [(head, body) for head, body in zip(heads, bodies, strict=True) if len(head) <= longest]
-
-
-def _cut(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any], seed: int) -> Iterator[_Begun]:
-    """The first tokens of each text, and the others."""
-    draw = random.Random(f"prompts {seed}")
-    first, last = choice.get("prompt_tokens", (2, 8))
+def _begun(
+    rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any], seed: int
+) -> Iterator[tuple[list[int], list[int]]]:
+    """The tokens of each prompt and of its continuation: of functions, or of texts cut after a few tokens."""
+    of_code = bool(rows) and isinstance(rows[0], Code)
+    first, last = choice.get("prompt_tokens", (1, 64) if of_code else (2, 8))
     if not 1 <= first <= last:
         raise UserError(f"data.prompt_tokens is [{first}, {last}]; it takes two numbers, 1 <= first <= last.")
+    if of_code:
+        # As in a file: methods stay in their class, and the line break is one token with the body's indent.
+        found = [pair for text in texts(rows) for pair in functions(text, top_level=True)]
+        random.Random(f"functions {seed}").shuffle(found)  # a file's functions are much alike
+        heads = encode(tokenizer, [head.removesuffix("\n") for head, _ in found])
+        bodies = _plain_ids(tokenizer, [f"\n{body}" for _, body in found])
+        yield from ((head, body) for head, body in zip(heads, bodies, strict=True) if len(head) <= last)
+        return
+    draw = random.Random(f"prompts {seed}")
     short = 0
     for part in parts(rows, _PART, "tokenize", "text"):
         for ids in encode(tokenizer, texts(part)):

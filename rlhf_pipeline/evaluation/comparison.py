@@ -1,53 +1,53 @@
 """What policies answer to the same prompts, and what that comes to: rewards, KL, perplexities, gains, examples."""
 
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from rlhf_pipeline.data.records import Preference, Ranking, Row
-from rlhf_pipeline.data.templates import written
-from rlhf_pipeline.data.tokenization import Question, documents, lesson
+from rlhf_pipeline.data.tokenization import Question, documents
 from rlhf_pipeline.evaluation import metrics
-from rlhf_pipeline.evaluation.lineup import Contestant, asked_of, same_vocabulary
-from rlhf_pipeline.launch import rank
+from rlhf_pipeline.evaluation.lineup import Sampler, asked_of, same_vocabulary
 from rlhf_pipeline.models.likelihood import log_probs
 from rlhf_pipeline.models.networks import positions
 from rlhf_pipeline.models.policies import Policy
 from rlhf_pipeline.models.rewards import Reward
-from rlhf_pipeline.models.sampling import Batch, Sampling, join, make_batch, sample, uniform_draws
+from rlhf_pipeline.models.sampling import Sampling, make_batch, sample, uniform_draws
 from rlhf_pipeline.processes import gathered, mine
 
-_ROWS = 16  # held-out rows tokenized at once: a file of code may be all that is needed
-Gains = dict[str, dict[str, float]]  # by pair of policies, "ppo - sft"
+_TEXTS = 16  # held-out rows tokenized at once: a file of code may be all that is needed
+_WINDOW = 128  # tokens of a held-out text that are read: a policy from scratch may have learnt no later positions
+T = TypeVar("T")
+Ids = Sequence[list[int]]
 
 
 class Answers(NamedTuple):
-    """One policy's answers to all prompts, their rewards by reward, and the figures of the texts."""
+    """One policy's answers to all prompts: texts, rewards by reward, what was measured of them, and their tokens."""
 
     responses: list[str]
     rewards: dict[str, list[float]]
     figures: dict[str, float | None]
+    ids: Ids = ()  # in the policy's own tokens
 
 
 @dataclass(frozen=True)
-class Trial:
+class Task:
     """What all policies are asked, and what their answers are compared with."""
 
     questions: Sequence[Question]  # in the tokens of the first policy
     limits: torch.Tensor  # (prompts,): tokens of each response
     rewards: dict[str, Reward]  # by name, the main one first
     first: Policy  # the policy under which every answer's perplexity is measured
-    reference: Contestant
+    reference: Sampler
     batch_size: int
     seed: int
-    tick: Callable[[int], Any] = lambda _: None
-    drawn: list[tuple[float, int, int]] = field(default_factory=list)  # seconds, tokens and prompts of each batch
+    held_out: Ids = ()  # texts in the first policy's tokens, for the held-out perplexity
+    tick: Callable[[int], Any] = lambda _: None  # told how many prompts have been answered
 
     @cached_property
     def prompts(self) -> list[str]:
@@ -55,235 +55,167 @@ class Trial:
         ids = [question.ids for question in self.questions]
         return list(self.first.tokenizer.batch_decode(ids, skip_special_tokens=True)) if ids else []
 
-    @property
-    def parts(self) -> list[slice]:
-        """The batches."""
-        return [slice(at, at + self.batch_size) for at in range(0, len(self.questions), self.batch_size)]
 
-    def speed(self) -> dict[str, float]:
-        """How fast answers were drawn, by all processes together."""
-        every = gathered({rank(): [sum(column) for column in zip((0.0, 0, 0), *self.drawn, strict=True)]})
-        seconds = max(*(own[0] for own in every), 1e-9)
-        tokens, prompts = (sum(own[place] for own in every) / seconds for place in (1, 2))
-        return {"tokens_per_second": round(tokens, 1), "prompts_per_second": round(prompts, 1)}
-
-
-def draw(who: Contestant, trial: Trial, n: int = 1) -> Iterator[tuple[int, slice, Batch, list[str]]]:
-    """A policy's answers to all prompts by batches: number, place, tokens and texts.
-
-    Of `n` answers to a prompt the main reward's best is kept. Every policy draws with the same random numbers, the
-    best of n with others. Batches are shared out among processes, and drawn as a single process would.
-    """
-    device = next(who.policy.model.parameters()).device
-    generator = torch.Generator().manual_seed(trial.seed + (n > 1))
-    asked, prompts = asked_of(who.policy, trial.first, trial.questions), trial.prompts
-    main = next(iter(trial.rewards.values()))
-    for number, part in enumerate(trial.parts):
-        tries, limits = [], trial.limits[part]
-        for draws in [uniform_draws(limits, generator) for _ in range(n)]:
-            if mine(number):
-                start = time.monotonic()
-                batch = sample(who.policy.model, asked[part], limits, who.sampling, draws)
-                trial.drawn.append((time.monotonic() - start, int(batch.response_lengths.sum()), len(limits)))
-                tries.append(batch)
-            trial.tick(len(limits))
-        if not tries:
-            continue
-        texts = [batch.texts(who.policy.tokenizer)[1] for batch in tries]
-        if n == 1:
-            yield number, part, tries[0], texts[0]
-            continue
-        best = np.array([main(prompts[part], answers) for answers in texts]).argmax(0)
-        rows = torch.from_numpy(best * len(limits) + np.arange(len(limits))).to(device)
-        yield number, part, join(tries).rows(rows), [texts[which][row] for row, which in enumerate(best)]
+def shared_out(
+    count: int, size: int, work: Callable[[slice], T], tick: Callable[[int], Any] = lambda _: None
+) -> list[T]:
+    """What `work` makes of each batch of `count` rows; every process takes its share, and gets all results."""
+    own: dict[int, T] = {}
+    for number, start in enumerate(range(0, count, size)):
+        if mine(number):
+            own[number] = work(slice(start, start + size))
+        tick(min(size, count - start))
+    return gathered(own)
 
 
-@torch.no_grad()
-def measure(who: Contestant, trial: Trial, n: int = 1) -> Answers:
-    """A policy's answers with all that is measured of them; None where something cannot be measured.
+def draw(who: Sampler, task: Task, number: int = 0) -> Answers:
+    """A policy's answer to each prompt; draw `number` is from the same random numbers for every policy."""
+    asked = asked_of(who.policy, task.first, task.questions)
+    generator = torch.Generator().manual_seed(task.seed + number)
+    uniforms = [uniform_draws(limits, generator) for limits in task.limits.split(task.batch_size)]
+
+    def sampled(part: slice) -> tuple[list[str], list[list[int]], list[list[float]]]:
+        draws = uniforms[part.start // task.batch_size]
+        batch = sample(who.policy.model, asked[part], task.limits[part], who.sampling, draws)
+        texts = batch.texts(who.policy.tokenizer)[1]
+        ids = [row[:n] for row, n in zip(batch.responses.tolist(), batch.response_lengths.tolist(), strict=True)]
+        return texts, ids, [reward(task.prompts[part], texts) for reward in task.rewards.values()]
+
+    found = shared_out(len(asked), task.batch_size, sampled, task.tick)
+    texts, ids = [text for batch in found for text in batch[0]], [row for batch in found for row in batch[1]]
+    rewards = {name: [x for batch in found for x in batch[2][at]] for at, name in enumerate(task.rewards)}
+    return Answers(texts, rewards, {}, ids)
+
+
+def best(tries: Sequence[Answers], main: str) -> Answers:
+    """Of several answers to each prompt the one with the highest main reward."""
+    picks = list(enumerate(np.argmax([one.rewards[main] for one in tries], axis=0)))
+    rewards = {name: [tries[which].rewards[name][row] for row, which in picks] for name in tries[0].rewards}
+    texts, ids = [tries[which].responses[row] for row, which in picks], [tries[which].ids[row] for row, which in picks]
+    return Answers(texts, rewards, {}, ids)
+
+
+def measure(who: Sampler, task: Task, n: int = 1) -> Answers:
+    """A policy's answers, or the best of `n`, with their figures; None where another vocabulary does not allow one.
 
     The KL of the best of n to the policy itself is at most log n - (n - 1) / n (Stiennon et al. 2020, app. G.3).
     """
-    for model in (who.policy.model, trial.reference.policy.model, trial.first.model):
-        model.eval()
-    comparable = same_vocabulary(who.policy, trial.reference.policy)
-    readable = same_vocabulary(who.policy, trial.first)
-    own: dict[int, tuple[list[str], dict[str, list[float]], tuple[float, ...]]] = {}
-    for number, part, batch, answers in draw(who, trial, n):
-        kl, surprise, tokens = 0.0, 0.0, 0
-        if comparable and n == 1:
-            theirs = log_probs(trial.reference.policy.model, batch, trial.reference.sampling)
-            kl = float((log_probs(who.policy.model, batch, who.sampling) - theirs).sum())
-        read: Batch | None = batch
-        if not readable:
-            read = reread(trial.first, trial.questions[part], answers, who.sampling.ended(batch.last_tokens).tolist())
-        if read is not None:
-            surprise = -float(log_probs(trial.first.model, read, Sampling()).sum())
-            tokens = int(read.response_lengths.sum())
-        rewards = {name: reward(trial.prompts[part], answers) for name, reward in trial.rewards.items()}
-        own[number] = answers, rewards, (kl, surprise, tokens, int(batch.response_lengths.sum()))
-    every = gathered(own)
-    texts = [text for answers, _, _ in every for text in answers]
-    rewards = {name: [value for _, found, _ in every for value in found[name]] for name in trial.rewards}
-    kl, surprise, tokens, length = (sum(column) for column in zip(*(sums for _, _, sums in every), strict=True))
-    figures = {
-        "kl": math.log(n) - (n - 1) / n if n > 1 else kl / len(texts) if comparable else None,
-        "perplexity": math.exp(surprise / tokens) if tokens else None,
-        **of_texts(texts),
-        "length": length / len(texts),
+    main, reference, size = next(iter(task.rewards)), task.reference, task.batch_size
+    answers = best([draw(who, task, number) for number in range(1, n + 1)], main) if n > 1 else draw(who, task)
+    asked, ids = asked_of(who.policy, task.first, task.questions), answers.ids
+    kl = math.log(n) - (n - 1) / n if n > 1 else None
+    if n == 1 and same_vocabulary(who.policy, reference.policy):
+        theirs = log_p(reference.policy, reference.sampling, asked, ids, size)
+        kl = (log_p(who.policy, who.sampling, asked, ids, size) - theirs) / len(asked)
+    readable = same_vocabulary(who.policy, task.first)
+    heads, tails = [text[:1] for text in task.held_out], [text[1:] for text in task.held_out]
+    figures: dict[str, float | None] = {
+        "kl": kl,
+        "perplexity": perplexity(task.first, asked, ids, size) if readable else None,
+        "held_out_perplexity": perplexity(who.policy, heads, tails, size) if readable else None,
+        **of_texts(answers.responses),
+        "length": sum(map(len, ids)) / len(ids),
     }
-    return Answers(texts, rewards, figures)
+    return answers._replace(figures=figures)
 
 
-def of_texts(texts: list[str]) -> dict[str, float | None]:
+def log_p(policy: Policy, sampling: Sampling, prompts: Ids, responses: Ids, batch_size: int) -> float:
+    """log p of all responses together under a policy's sampling distribution, in nats."""
+
+    def summed(part: slice) -> float:
+        batch = make_batch(prompts[part], responses[part]).to(policy.model.device)
+        return float(log_probs(policy.model, batch, sampling).sum())
+
+    return sum(shared_out(len(responses), batch_size, summed))
+
+
+def perplexity(policy: Policy, prompts: Ids, responses: Ids, batch_size: int) -> float | None:
+    """A policy's perplexity per token of the responses; None if there are none."""
+    tokens = sum(map(len, responses))
+    return math.exp(-log_p(policy, Sampling(), prompts, responses, batch_size) / tokens) if tokens else None
+
+
+def of_texts(texts: Sequence[str]) -> dict[str, float | None]:
     """How varied a policy's answers are: distinct n-grams, repeated answers, how alike they are."""
     distinct: dict[str, float | None] = {f"distinct_{n}": metrics.distinct(texts, n) for n in (1, 2, 3)}
     return {**distinct, "repeated": metrics.repeated(texts), "self_bleu": metrics.self_bleu(texts)}
 
 
-def reread(
-    policy: Policy, questions: Sequence[Question], answers: Sequence[str], ended: Sequence[bool]
-) -> Batch | None:
-    """Answers of a policy with another vocabulary in the tokens of this one, up to its positions; None if none is left.
+def held_out_texts(rows: Sequence[Row], policies: Sequence[Sampler], tokens: int) -> list[list[int]]:
+    """The beginnings of held-out texts in the first policy's tokens, about `tokens` in all; of comparisons none."""
+    window = min(_WINDOW, *(positions(each.policy.model) or _WINDOW for each in policies))
+    found: list[list[int]] = []
+    for start in range(0, 0 if isinstance(rows[0], Preference | Ranking) else len(rows), _TEXTS):
+        if sum(map(len, found)) >= tokens:
+            break
+        found += [ids[:window] for ids in documents(rows[start : start + _TEXTS], policies[0].policy.tokenizer)]
+    return sorted((ids for ids in found if len(ids) > 1), key=len)  # of like length, so that little is padding
 
-    `ended` says which answers ended with a stop token.
+
+def judge(
+    values: Mapping[str, Sequence[float]], reward: Reward, reference: str, bootstrap: int, seed: int
+) -> dict[str, Any]:
+    """What one reward makes of every policy, from its `values` of the same prompts by policy.
+
+    Gains are paired: of every policy over the first one and over the reference. `moved` is how far a policy's mean is
+    from the reference's, in standard deviations of the reference's answers; None if these do not vary.
     """
-    tokenizer = policy.tokenizer
-    places = positions(policy.model)
-    prompts, responses = [], []
-    for question, answer, end in zip(questions, answers, ended, strict=True):
-        ids = lesson(tokenizer, [(written(tokenizer, question.prompt), False), (answer, True)]) if answer else None
-        asked = [*ids.ids[: ids.learnt.index(1)]] if ids and 1 in ids.learnt else question.ids
-        said = (ids.ids[len(asked) :] if ids else []) + [int(tokenizer.eos_token_id)] * end
-        room = len(said) if places is None else places - len(asked)
-        if asked and said[: max(room, 0)]:
-            prompts.append(asked)
-            responses.append(said[:room])
-    return make_batch(prompts, responses).to(policy.model.device) if prompts else None
-
-
-def held_out_texts(rows: Sequence[Row], policies: Sequence[Contestant], tokens: int) -> tuple[list[Row], int]:
-    """The first held-out rows with `tokens` tokens of the first policy in all, and how many tokens of each are read.
-
-    As many as every policy has positions that texts of its pretraining reached. Comparisons of answers are not texts,
-    so of those there are none.
-    """
-    places = [positions(each.policy.model) or 1024 for each in policies]
-    window = min(1024, *places, *(each.taught for each in policies if each.taught))
-    found: list[Row] = []
-    if not rows or isinstance(rows[0], Preference | Ranking):
-        return found, window
-    for start in range(0, len(rows), _ROWS):
-        for row, ids in zip(
-            part := rows[start : start + _ROWS], documents(part, policies[0].policy.tokenizer), strict=True
-        ):
-            if tokens <= 0:
-                return found, window
-            found.append(row)
-            tokens -= min(len(ids), window)
-    return found, window
-
-
-@torch.no_grad()
-def held_out_perplexity(policy: Policy, rows: Sequence[Row], window: int, batch_size: int) -> float | None:
-    """A policy's perplexity per token of its own on texts, each up to `window` tokens; None without texts."""
-    ids = [row[:window] for row in documents(rows, policy.tokenizer)] if rows else []
-    ids = sorted((row for row in ids if len(row) > 1), key=len)  # of like length, so that little is padding
-    own: dict[int, tuple[float, int]] = {}
-    for number, start in enumerate(range(0, len(ids), batch_size)):
-        if mine(number):
-            part = ids[start : start + batch_size]
-            batch = make_batch([row[:1] for row in part], [row[1:] for row in part]).to(policy.model.device)
-            surprise = -float(log_probs(policy.model, batch, Sampling()).sum())
-            own[number] = surprise, int(batch.response_lengths.sum())
-    every = gathered(own)
-    tokens = sum(count for _, count in every)
-    return math.exp(sum(surprise for surprise, _ in every) / tokens) if tokens else None
-
-
-def figures(values: Sequence[float], neutral: float) -> dict[str, float]:
-    """Mean, median, standard error and share above `neutral` of a policy's rewards."""
-    scores = np.asarray(values, float)
+    scores = {name: np.asarray(own, float) for name, own in values.items()}
+    first, start = next(iter(scores)), scores[reference]
+    spread = float(start.std(ddof=1)) if len(start) > 1 else 0.0
+    pairs = [(after, before) for after in scores for before in dict.fromkeys((first, reference)) if after != before]
     return {
-        "reward_mean": float(scores.mean()),
-        "reward_median": float(np.median(scores)),
-        "reward_stderr": metrics.standard_error(scores),
-        "positive": float((scores > neutral).mean()),
+        "reward": reward.name,
+        "metrics": {
+            name: {
+                "reward_mean": float(own.mean()),
+                "reward_median": float(np.median(own)),
+                "reward_stderr": metrics.standard_error(own),
+                "positive": float((own > reward.neutral).mean()),
+            }
+            for name, own in scores.items()
+        },
+        "paired_gain": {
+            f"{after} - {before}": metrics.paired_gain(scores[before], scores[after], bootstrap, seed)
+            for after, before in pairs
+            if (after, before) != (first, reference)  # the same pair, the other way round
+        },
+        "moved": {name: float(own.mean() - start.mean()) / spread if spread else None for name, own in scores.items()},
     }
 
 
-def gains(values: Mapping[str, Sequence[float]], reference: str, draws: int, seed: int) -> Gains:
-    """The paired gain of every policy over the first one and over the reference, always of the later over the earlier.
+def traded(judged: Mapping[str, dict[str, Any]], trained: str, reference: str) -> list[str]:
+    """A warning for each policy that gained of the `trained` reward over the reference and lost of another.
 
-    `values` are rewards of the same prompts by policy.
+    Both by more than chance: the 95 % intervals are on either side of 0.
     """
-    names = list(values)
-    pairs = [
-        (after, before)
-        for after in names
-        for before in dict.fromkeys((names[0], reference))
-        if after != before and not (before == reference and after == names[0])
+
+    def amount(reward: str, name: str) -> str:
+        move = judged[reward]["moved"][name]
+        gain = judged[reward]["paired_gain"][f"{name} - {reference}"]["mean"]
+        return f"{abs(gain):.3g}" if move is None else f"{abs(move):.2f} s.d. of {reference}'s answers"
+
+    gains = {key: own["paired_gain"] for key, own in judged.items()}
+    return [
+        f"{name}: {trained} rose by {amount(trained, name)} while {other} fell by {amount(other, name)}: "
+        "possible reward hacking"
+        for name in judged[trained]["moved"]
+        for other in judged
+        if (pair := f"{name} - {reference}") in gains[other]
+        and gains[trained][pair]["low"] > 0 > gains[other][pair]["high"]
     ]
-    return {
-        f"{after} - {before}": metrics.paired_gain(values[before], values[after], draws, seed)
-        for after, before in pairs
-    }
 
 
-def moved(values: Mapping[str, Sequence[float]], reference: str) -> dict[str, float | None]:
-    """How far each policy's mean reward is from the reference's, in standard deviations of the reference's answers."""
-    there = np.asarray(values[reference], float)
-    spread = float(there.std(ddof=1)) if len(there) > 1 else 0.0
-    return {name: float(np.mean(own) - there.mean()) / spread if spread else None for name, own in values.items()}
-
-
-def traded(
-    trained: str, reference: str, gained: Mapping[str, Gains], moves: Mapping[str, Mapping[str, float | None]]
-) -> list[str]:
-    """A warning for each policy after the reference that gained of the `trained` reward and lost of another.
-
-    Both by more than chance: the 95 % intervals are on either side of 0. `gained` and `moves` are by reward.
-    """
-    lines = []
-    names = list(moves[trained])
-    for name in names[names.index(reference) + 1 :]:
-        pair = f"{name} - {reference}"
-        if pair not in gained[trained] or gained[trained][pair]["low"] <= 0:
-            continue
-        for other, theirs in gained.items():
-            if other != trained and theirs[pair]["high"] < 0:
-                up, down = (_amount(moves[key][name], gained[key][pair]["mean"], reference) for key in (trained, other))
-                lines.append(f"{name}: {trained} rose by {up} while {other} fell by {down}: possible reward hacking")
-    return lines
-
-
-def _amount(move: float | None, mean: float, reference: str) -> str:
-    return f"{abs(mean):.3g}" if move is None else f"{abs(move):.2f} s.d. of {reference}'s answers"
-
-
-def sample_row(prompts: Sequence[str], answers: Mapping[str, Answers], main: str, index: int) -> dict[str, Any]:
-    """One prompt with every policy's answer and main reward."""
-    return {
-        "prompt": prompts[index],
-        "responses": {name: answer.responses[index] for name, answer in answers.items()},
-        "rewards": {name: answer.rewards[main][index] for name, answer in answers.items()},
-    }
-
-
-def chosen(first: Sequence[float], last: Sequence[float], count: int) -> dict[str, list[int]]:
-    """Which prompts are shown: `count` of each kind, by the first and the last policy's rewards.
-
-    Typical are those whose reward changed as the median did; best and worst are by the last policy's reward.
-    """
-    after = np.asarray(last, float)
-    change = after - np.asarray(first, float)
-    orders = {
-        "typical": np.abs(change - np.median(change)),
-        "best": -after,
-        "worst": after,
-        "most changed": -np.abs(change),
-    }
-    return {kind: np.argsort(order, kind="stable")[:count].tolist() for kind, order in orders.items()}
+def sample_rows(prompts: Sequence[str], answers: Mapping[str, Answers], main: str) -> list[dict[str, Any]]:
+    """Each prompt with every policy's answer and main reward."""
+    return [
+        {
+            "prompt": prompt,
+            "responses": {name: own.responses[at] for name, own in answers.items()},
+            "rewards": {name: own.rewards[main][at] for name, own in answers.items()},
+        }
+        for at, prompt in enumerate(prompts)
+    ]
 
 
 def compare(
@@ -292,30 +224,29 @@ def compare(
 ) -> dict[str, Any]:  # fmt: skip
     """The figures of `evaluation.json` from all answers; of `rewards` the main one is first.
 
-    `last` is the policy that examples are chosen by, `trained` the reward that PPO learnt from, `examples` their
-    number, and `bootstrap` the resamplings of an interval.
+    `trained` is the reward that PPO learnt from, `bootstrap` the resamplings of an interval. So many `examples` of each
+    kind are chosen by how the main reward changed from the first policy to `last`; typical ones changed as the median.
     """
     main, *others = rewards
-    values = {key: {name: answer.rewards[key] for name, answer in answers.items()} for key in rewards}
-    by_policy = {
-        key: {name: figures(scores, rewards[key].neutral) for name, scores in values[key].items()} for key in rewards
+    values = {key: {name: own.rewards[key] for name, own in answers.items()} for key in rewards}
+    judged = {key: judge(values[key], reward, reference, bootstrap, seed) for key, reward in rewards.items()}
+    samples = sample_rows(prompts, answers, main)
+    first, after = next(iter(values[main].values())), np.asarray(values[main][last])
+    change = after - first
+    orders = {
+        "typical": np.abs(change - np.median(change)),
+        "best": -after,
+        "worst": after,
+        "most changed": -np.abs(change),
     }
-    gained = {key: gains(values[key], reference, bootstrap, seed) for key in rewards}
-    moves = {key: moved(values[key], reference) for key in rewards}
-    first = next(iter(answers))
-    shown = {
-        kind: [sample_row(prompts, answers, main, index) for index in indices]
-        for kind, indices in chosen(values[main][first], values[main][last], examples).items()
-    }
+    shown = {kind: [samples[at] for at in order.argsort(kind="stable")[:examples]] for kind, order in orders.items()}
     return {
-        "metrics": {name: {**by_policy[main][name], **answer.figures} for name, answer in answers.items()},
-        "paired_gain": gained[main],
-        "rewards": {
-            key: {"reward": rewards[key].name, "metrics": by_policy[key], "paired_gain": gained[key]} for key in others
-        },
-        "moved": moves,
-        "warnings": traded(trained, reference, gained, moves),
-        "samples": [sample_row(prompts, answers, main, index) for index in range(len(prompts))],
+        "metrics": {name: {**own, **answers[name].figures} for name, own in judged[main]["metrics"].items()},
+        "paired_gain": judged[main]["paired_gain"],
+        "moved": {key: own["moved"] for key, own in judged.items()},
+        "rewards": {key: {part: judged[key][part] for part in ("reward", "metrics", "paired_gain")} for key in others},
+        "warnings": traded(judged, trained, reference),
+        "samples": samples,
         "examples": shown.pop("typical"),
         "extremes": shown,
     }

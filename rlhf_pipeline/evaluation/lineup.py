@@ -1,20 +1,25 @@
-"""Which policies stage=evaluate compares, how each is asked, and how it samples: as PPO did."""
+"""Which policies are compared, what each of them is asked, and how it samples: as PPO did."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 from rlhf_pipeline.data.templates import written
 from rlhf_pipeline.data.tokenization import Question, encode
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.hub import model_folder
-from rlhf_pipeline.models.policies import Policy
+from rlhf_pipeline.models.networks import positions
+from rlhf_pipeline.models.policies import Policy, load_policy
 from rlhf_pipeline.models.sampling import Sampling
 from rlhf_pipeline.ppo.config import PPOConfig, make_sampling
+from rlhf_pipeline.registry import suggest
 from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.runs.models import find, models, ppo_settings, run_of
 from rlhf_pipeline.settings import SAMPLING, TOKENS
+from rlhf_pipeline.stages import POLICIES
 
 PPO_SAMPLING = (*SAMPLING, "min_response_length", "temperature")  # PPO's settings that decide how it samples
 
@@ -28,13 +33,14 @@ class Drawing(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """A policy that is compared, and the distribution that its answers are drawn from."""
+class Sampler:
+    """A policy with a name, and how its answers are drawn."""
 
     name: str
     policy: Policy
     sampling: Sampling
-    taught: int | None = None  # longest text of its pretraining in tokens; None where no run of ours pretrained it
+    longest: int = 0
+    shortest: int = 0
 
 
 def sampling_as(
@@ -42,14 +48,15 @@ def sampling_as(
 ) -> Drawing:
     """How a policy samples: as PPO with the settings `trained` did, except for what is `asked` and not None.
 
-    A policy with another vocabulary than that PPO's takes the settings that name tokens from `tokens_of`.
+    If the policy has another vocabulary than that PPO's, `tokens_of` holds the settings that name tokens. Without a
+    response length, an answer takes at most half of the policy's positions.
     """
-    if tokens_of is not None:
-        own = {key: value for key, value in tokens_of.items() if key in TOKENS}
-        trained = {key: value for key, value in trained.items() if key not in TOKENS} | own
-    values = {key: value for key, value in trained.items() if key in PPO_SAMPLING}
+    half = min(PPOConfig.response_length, (positions(policy.model) or 1024) // 2)
+    values: dict[str, Any] = {"temperature": 1.0, "stop_token": "eos", "response_length": half}
+    values |= {key: trained[key] for key in PPO_SAMPLING if key in trained and (tokens_of is None or key not in TOKENS)}
+    values |= {key: tokens_of[key] for key in TOKENS if tokens_of and key in tokens_of}
     values |= {key: value for key, value in asked.items() if value is not None}
-    args = PPOConfig(output_dir="unused", bf16=False, **{"temperature": 1.0, "stop_token": "eos", **values})
+    args = PPOConfig(output_dir="unused", bf16=False, **values)
     shortest = min(args.min_response_length or args.response_length, args.response_length)
     embeddings = policy.model.get_input_embeddings().num_embeddings
     return Drawing(make_sampling(args, policy.tokenizer, embeddings), args.response_length, shortest)
@@ -68,82 +75,45 @@ def asked_of(policy: Policy, first: Policy, questions: Sequence[Question]) -> li
 
 
 def lineup(run: RunDir, names: Sequence[str], policy: dict[str, Any]) -> tuple[dict[str, str], str]:
-    """Where the policies lie by name, from first to last, and the name of PPO's reference.
+    """Where the compared policies lie by name, and the name of the reference: the one that PPO or DPO started from.
 
-    Without `names` they are all that the run has made from `policy`.
+    Without `names` they are all that the run has made from `policy`; the base is then what PPO started from elsewhere,
+    or what was chosen by hand. If none of them started from another, the first is the reference.
     """
-    if names:
-        return _with_reference(_named(names, run))
-    made = models(run, policy)
-    before = {"base" if name == "pretrain" else name: made.pop(name) for name in ("pretrain", "sft") if name in made}
-    if policy.get("path"):  # chosen by hand: it stands for what came before PPO
-        before = {"base": model_folder(policy["path"])}
-    if not before | made:
+    paths = {name: find(name, run) for name in names} or models(run, policy)
+    if not names:
+        after = {name: path for name, path in paths.items() if name not in ("pretrain", "sft")}
+        start = started_from([*after.values()][-1]) if after else policy.get("path")
+        if start and not any(same_place(model_folder(start), path) for path in paths.values()):
+            paths = {"base": model_folder(start), **after}
+    if not paths:
         raise NotFinishedError(
             f"{run.runs / run.name} has no policy to evaluate; 'make ppo NAME={run.name}' makes one."
         )
-    paths = before | made
-    start = _started_from([*made.values()][-1]) if made else None
-    if start and not start.endswith(", untrained") and not any(same_place(start, path) for path in paths.values()):
-        paths = {"base": start, **made}
-    paths, reference = _with_reference(paths)
-    return paths, reference if made else [*paths][-1]
+    paths = {"base" if name == "pretrain" else name: path for name, path in paths.items()}
+    starts = [start for path in paths.values() if (start := started_from(path))]
+    begun = (name for name, path in paths.items() if any(same_place(start, path) for start in starts))
+    return paths, next(begun, next(iter(paths)))
 
 
-def _named(names: Sequence[str], run: RunDir) -> dict[str, str]:
-    """Where each of `evaluate.policies` lies, by the word that names it."""
-    found: dict[str, str] = {}
-    for name in names:
-        try:
-            path = find("pretrain" if name == "base" else name, run)
-        except UserError as error:
-            raise type(error)(f"evaluate.policies: {error}") from error
-        if path in found.values():
-            raise UserError(f"evaluate.policies names {path} twice; name it once.")
-        found["base" if name == "pretrain" else name] = path
-    return found
-
-
-def _with_reference(paths: dict[str, str]) -> tuple[dict[str, str], str]:
-    """The policies and the one among them that PPO started from, which stands before what was trained from it.
-
-    Where there is none, the first is the reference.
-    """
-    starts = {name: start for name, path in paths.items() if (start := _started_from(path))}
-    for name, path in paths.items():
-        if learners := [other for other, start in starts.items() if same_place(start, path)]:
-            order = [other for other in paths if other != name]
-            order.insert(min(*map(order.index, learners), [*paths].index(name)), name)
-            return {other: paths[other] for other in order}, name
-    return paths, next(iter(paths))
-
-
-def open_all(
-    paths: dict[str, str], run: RunDir, opened: Callable[[str], Policy], **asked: Any
-) -> tuple[list[Contestant], int, int]:
-    """The policies with how they sample, and the longest and the shortest limit of a response.
+def open_all(paths: Sequence[tuple[str, str]], run: RunDir, choice: dict[str, Any], **asked: Any) -> list[Sampler]:
+    """The policies by name and place, opened as `choice` says, on the accelerator.
 
     They sample as the run's newest PPO did, else as that of the first policy that has one, except for what is `asked`.
     """
-    homes = (run, *map(run_of, paths.values()))
+    homes = (run, *(run_of(path) for _, path in paths))
     trained = next((own for home in homes if (own := ppo_settings(home))), {})
-    found: list[Contestant] = []
-    longest = shortest = 0
-    for name, path in paths.items():
-        policy = opened(path)
+    found: list[Sampler] = []
+    for name, path in paths:
+        try:
+            policy, _ = load_policy({**choice, "path": path}, None, [], 0)
+        except UserError as error:
+            raise type(error)(f"{name}: {error} {suggest(name, POLICIES)}".rstrip()) from error
+        policy.model.to("cuda" if torch.cuda.is_available() else "cpu")
         foreign = found and not same_vocabulary(policy, found[0].policy)
         tokens_of = ppo_settings(run_of(path)) if foreign else None
-        sampling, longest, shortest = sampling_as(trained, policy, tokens_of, **asked)
-        found.append(Contestant(name, policy, sampling, taught_length(path)))
-    return found, longest, shortest
-
-
-def taught_length(path: str) -> int | None:
-    """How many tokens the texts of a policy's pretraining had at most; None where no run of ours pretrained it."""
-    home = run_of(path)
-    while home and home.stage != "pretrain":
-        home = run_of(home.record["parents"].get("policy", {}).get("path", ""))
-    return home.config()["trainer"].get("max_length") if home else None
+        found.append(Sampler(name, policy, *sampling_as(trained, policy, tokens_of, **asked)))
+    return found
 
 
 def same_place(one: str, other: str) -> bool:
@@ -151,7 +121,8 @@ def same_place(one: str, other: str) -> bool:
     return one == other or Path(one).resolve() == Path(other).resolve()
 
 
-def _started_from(model: str) -> str | None:
-    """The policy that PPO made a model from; None where no PPO of ours made it."""
+def started_from(model: str) -> str | None:
+    """The policy that PPO or DPO made a model from; None if neither made it, or it began as a new, untrained policy."""
     home = run_of(model)
-    return home.record["parents"]["policy"]["path"] if home and home.stage == "ppo" else None
+    start = str(home.record["parents"]["policy"]["path"]) if home and home.stage in ("dpo", "ppo") else None
+    return None if start and start.endswith(", untrained") else start

@@ -38,8 +38,18 @@ def _info(name: str, kind: str) -> evaluate.MetricInfo:
     return evaluate.MetricInfo(description=name, citation="", inputs_description="", features=features)
 
 
+def _grams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+
+
+def distinct(texts: Sequence[str], n: int) -> float:
+    """Different word n-grams over all word n-grams of `texts`, an ideograph being a word; 0 if there are none."""
+    grams = [gram for text in texts for gram in _grams(words_of(text), n)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
 def repeated(texts: Sequence[str]) -> float:
-    """Share of texts that are there more than once, blanks around them apart; 0 where there are none."""
+    """Share of texts that occur more than once, blanks around them apart; 0 if there are none."""
     counts = Counter(text.strip() for text in texts)
     return sum(count for count in counts.values() if count > 1) / max(len(texts), 1)
 
@@ -47,47 +57,37 @@ def repeated(texts: Sequence[str]) -> float:
 def self_bleu(texts: Sequence[str], most: int = 200) -> float | None:
     """Mean BLEU-4 of each text with all others as its references (Zhu et al. 2018, arXiv 1802.01886), from 0 to 1.
 
-    None where fewer than two texts have words.
-
-    Of the first `most` texts alone: it grows with their number, so that only equal numbers compare. An order of
-    n-grams without a match counts as a tenth of one (Chen and Cherry 2014, method 1), one that a text is too short for
-    not at all.
+    None if fewer than two texts have words. Only the first `most` texts count: self-BLEU grows with their number, so
+    compare equal numbers. An order of n-grams without a match counts as a tenth of a match (Chen and Cherry 2014,
+    method 1); an order that a text is too short for does not count.
     """
     said = [words for text in texts[:most] if (words := words_of(text))]
     if len(said) < 2:
         return None
     precisions: list[list[float]] = [[] for _ in said]
     for n in range(1, 5):
-        counts = [Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1)) for words in said]
-        highest: dict[tuple[str, ...], tuple[int, int]] = {}  # of each n-gram, in any text and in any other than that
+        counts = [Counter(_grams(words, n)) for words in said]
+        highest: dict[tuple[str, ...], list[int]] = {}  # of each n-gram, the two highest counts in a text
         for own in counts:
             for gram, count in own.items():
-                first, second = highest.get(gram, (0, 0))
-                highest[gram] = (max(first, count), max(second, min(first, count)))
-        for place, own in enumerate(counts):
-            matched = sum(min(count, highest[gram][count == highest[gram][0]]) for gram, count in own.items())
+                highest[gram] = sorted([*highest.get(gram, [0, 0]), count])[1:]
+        for found, own in zip(precisions, counts, strict=True):
+            # In the other texts it occurs at most as often as the highest count, or the second if this text has that.
+            matched = sum(min(count, highest[gram][count < highest[gram][1]]) for gram, count in own.items())
             if own:
-                precisions[place].append(math.log((matched or 0.1) / own.total()))
+                found.append(math.log((matched or 0.1) / own.total()))
     lengths = Counter(map(len, said))
-    scores = [math.exp(float(np.mean(p)) + _brevity(len(w), lengths)) for p, w in zip(precisions, said, strict=True)]
+    scores = []
+    for found, words in zip(precisions, said, strict=True):
+        nearest = min(lengths - Counter([len(words)]), key=lambda length: (abs(length - len(words)), length))
+        scores.append(
+            math.exp(float(np.mean(found)) + min(0.0, 1 - nearest / len(words)))
+        )  # with BLEU's brevity penalty
     return float(np.mean(scores))
 
 
-def _brevity(length: int, lengths: Counter[int]) -> float:
-    """The logarithm of BLEU's penalty for a text shorter than the other that is nearest in length."""
-    others = lengths - Counter([length])
-    nearest = min(others, key=lambda other: (abs(other - length), other))
-    return min(0.0, 1 - nearest / length)
-
-
-def distinct(texts: Sequence[str], n: int) -> float:
-    """Different word n-grams over all word n-grams of `texts`, an ideograph being a word; 0 where there are none."""
-    grams = [tuple(words[i : i + n]) for words in map(words_of, texts) for i in range(len(words) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 0.0
-
-
 def correlation(first: ArrayLike, second: ArrayLike) -> float | None:
-    """Pearson's correlation; None where either does not vary."""
+    """Pearson's correlation; None if either does not vary."""
     a, b = np.asarray(first, float), np.asarray(second, float)
     return float(np.corrcoef(a, b)[0, 1]) if a.std() > 0 and b.std() > 0 else None
 
@@ -96,29 +96,28 @@ def calibration(probability: NDArray[Any], truth: NDArray[Any], bins: int = 10) 
     """Predicted against observed share of positives in equal bins, and the expected calibration error."""
     index = np.minimum((probability * bins).astype(int), bins - 1)
     rows: list[dict[str, float]] = []
-    for number in range(bins):
+    for number in np.unique(index):
         inside = index == number
-        if inside.any():
-            predicted, observed = float(probability[inside].mean()), float(truth[inside].mean())
-            rows.append({"predicted": predicted, "observed": observed, "count": int(inside.sum())})
+        predicted, observed = float(probability[inside].mean()), float(truth[inside].mean())
+        rows.append({"predicted": predicted, "observed": observed, "count": int(inside.sum())})
     error = sum(row["count"] * abs(row["predicted"] - row["observed"]) for row in rows) / max(len(truth), 1)
     return rows, float(error)
 
 
 def standard_error(values: ArrayLike) -> float:
-    """Of the mean of independent values; 0 of a single one, which says nothing of it."""
+    """Standard error of the mean of independent values; 0 for a single one, which says nothing of it."""
     own = np.asarray(values, float)
     return float(own.std(ddof=1) / math.sqrt(len(own))) if len(own) > 1 else 0.0
 
 
-def paired_gain(before: Sequence[float], after: Sequence[float], draws: int, seed: int) -> dict[str, float]:
+def paired_gain(before: ArrayLike, after: ArrayLike, draws: int, seed: int) -> dict[str, float]:
     """Mean of `after - before` over the same prompts, its 95 % bootstrap interval, and how often `after` wins.
 
     A tie is half a win.
     """
     gain = np.asarray(after, float) - np.asarray(before, float)
     rng = np.random.default_rng(seed)
-    means = np.array([gain[rng.integers(0, len(gain), len(gain))].mean() for _ in range(draws)])
+    means = [gain[rng.integers(0, len(gain), len(gain))].mean() for _ in range(draws)]
     low, high = np.quantile(means, [0.025, 0.975])
     wins = float(np.mean(gain > 0) + 0.5 * np.mean(gain == 0))
     return {"mean": float(gain.mean()), "low": float(low), "high": float(high), "win_rate": wins}

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.data.agreement import settle
-from rlhf_pipeline.data.formats import read_judgements
-from rlhf_pipeline.data.formats.tasks import label_studio_tasks, sheet
+from rlhf_pipeline.data.judgements import read_judgements
 from rlhf_pipeline.data.records import Judgement
+from rlhf_pipeline.data.sheets import label_studio_tasks, sheet
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.feedback.label_studio import connect, labeling_config, pull, push, serve
 from rlhf_pipeline.files import read_jsonl, write_atomic, write_json, write_jsonl
@@ -99,7 +99,7 @@ def _bring(out: RunDir, path: Path, source: str) -> None:
             continue
         why = "its answers are not those of the task" if candidate else "no candidate of this run has that task"
         row = {"answers": judgement.answers, "ranks": judgement.ranks}
-        place = {"file": str(path), "line": None, "task": judgement.task, "annotator": annotator}
+        place = {"file": str(path), "where": None, "task": judgement.task, "annotator": annotator}
         rejected.append({**place, "why": why, "row": row})
     if not new:
         whys = "; ".join(sorted({row["why"] for row in rejected})[:3])

@@ -6,122 +6,81 @@ python -m rlhf_pipeline stage=chat
 import contextlib
 import io
 import os
-import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from rich.text import Text as Line
 
 from rlhf_pipeline import data
-from rlhf_pipeline.data.records import Code, Dialogue, Labelled, Prompt, Text, Turn
+from rlhf_pipeline.data.records import Code, Dialogue, Labelled, Text, Turn
 from rlhf_pipeline.data.templates import written
 from rlhf_pipeline.data.tokenization import conversational, encode
 from rlhf_pipeline.errors import NotFinishedError, UserError
-from rlhf_pipeline.evaluation.lineup import same_vocabulary, sampling_as
-from rlhf_pipeline.models.networks import positions
-from rlhf_pipeline.models.policies import Policy, load_policy, registry
+from rlhf_pipeline.evaluation.lineup import Sampler, open_all
+from rlhf_pipeline.models.policies import Policy, registry
 from rlhf_pipeline.models.rewards import Reward, load_reward, trained_part
-from rlhf_pipeline.models.sampling import Sampling, make_batch, room_for_prompts, sample
+from rlhf_pipeline.models.sampling import room_for_prompts, sample
 from rlhf_pipeline.registry import suggest
 from rlhf_pipeline.report.tables import number, side_by_side
 from rlhf_pipeline.runs.directory import RunDir
-from rlhf_pipeline.runs.models import find, locate, policies_in, ppo_settings, run_of
+from rlhf_pipeline.runs.models import find, locate, policies_in, run_of
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.texts import shown
 from rlhf_pipeline.training.setup import quiet, say_taken
 
 HELP = {"/reset": "begin a new conversation", "/help": "this list", "/quit": "leave; so do Ctrl-D and Ctrl-C"}
-_LENGTH = 64  # tokens of an answer at most, where no PPO of the run says how many
-
-
-@dataclass
-class Speaker:
-    """One policy in a conversation. It answers in turn, or continues each text by itself unless it `converses`."""
-
-    name: str
-    policy: Policy
-    sampling: Sampling
-    length: int  # of an answer, at most, in tokens
-    converses: bool
-    turns: list[Turn] = field(default_factory=list)
-    forgetful: bool = False  # whether turns have been dropped
-
-    def hear(self, text: str) -> list[int]:
-        """The token ids that it is asked with; of a conversation that no longer fits, the oldest turns are dropped."""
-        room = room_for_prompts(self.policy.model, self.length)
-        user, turns = Turn("user", text), self.turns
-        ids = self._ids((*turns, user) if self.converses else text)
-        while len(ids) > room and self.converses and turns:
-            turns = turns[2:]  # a question with its answer: templates want the user to speak first
-            ids = self._ids((*turns, user))
-        if not 1 <= len(ids) <= room:
-            raise UserError(
-                f"that takes {len(ids)} tokens, and {self.name} has room for 1 to {room} before an answer of "
-                f"{self.length}; say it in fewer words, or lower chat.response_length."
-            )
-        if len(turns) < len(self.turns) and not self.forgetful:
-            note(f"{self.name}: the conversation no longer fits; from here on its oldest turns are dropped")
-            self.forgetful = True
-        self.turns = turns
-        return ids
-
-    def _ids(self, prompt: Prompt) -> list[int]:
-        return encode(self.policy.tokenizer, [written(self.policy.tokenizer, prompt)])[0]
-
-    def answer(
-        self, asked: str, ids: list[int], draws: torch.Tensor, tell: Callable[[str], None] | None = None
-    ) -> tuple[str, str]:
-        """The prompt as a reward sees it and the answer to what was `asked`, with `ids`, drawn from `draws` (time,).
-
-        `tell` is given the answer as it grows.
-        """
-
-        def grown(drawn: torch.Tensor) -> None:
-            if tell:
-                tell(make_batch([ids], drawn.tolist()).texts(self.policy.tokenizer)[1][0])
-
-        limits = torch.tensor([self.length])
-        batch = sample(self.policy.model, [ids], limits, self.sampling, draws[: self.length, None], grown)
-        (prompt,), (text,) = batch.texts(self.policy.tokenizer)
-        if self.converses:
-            self.turns = [*self.turns, Turn("user", asked), Turn("assistant", text)]
-        return prompt, text
-
-    def forget(self) -> None:
-        """Begin a new conversation."""
-        self.turns, self.forgetful = [], False
-
-
-class Answer(NamedTuple):
-    """A policy's answer, and its reward if there is a reward."""
-
-    name: str
-    text: str
-    reward: float | None
 
 
 @dataclass
 class Talk:
-    """The conversations of one or two policies with the same person."""
+    """The conversations of one or two policies with the same person; or, unless it `converses`, texts continued."""
 
-    speakers: list[Speaker]
+    policies: list[Sampler]
+    length: int  # of an answer, at most, in tokens
+    converses: bool
     reward: Reward | None
     generator: torch.Generator
+    turns: dict[int, tuple[Turn, ...]] = field(default_factory=dict)  # by the place of the policy
 
-    def ask(self, text: str, tell: Callable[[str], None] | None = None) -> list[Answer]:
-        """Each policy's answer to `text`, all from the same random numbers."""
-        heard = [speaker.hear(text) for speaker in self.speakers]
-        draws = torch.rand(max(speaker.length for speaker in self.speakers), generator=self.generator)
-        pairs = [speaker.answer(text, ids, draws, tell) for speaker, ids in zip(self.speakers, heard, strict=True)]
-        scores: list[float | None] = [None] * len(pairs)
+    def ask(self, text: str) -> list[tuple[str, str, float | None]]:
+        """Each policy's name, its answer from the same random numbers, and the answer's reward if there is one."""
+        asked = [self._ids(place, text) for place in range(len(self.policies))]
+        uniforms, limits = torch.rand(self.length, 1, generator=self.generator), torch.tensor([self.length])
+        prompts, answers = [], []
+        for who, ids in zip(self.policies, asked, strict=True):
+            batch = sample(who.policy.model, [ids], limits, who.sampling, uniforms)
+            (prompt,), (answer,) = batch.texts(who.policy.tokenizer)
+            prompts.append(prompt)
+            answers.append(answer)
+        for place, answer in enumerate(answers):
+            self.turns[place] = (*self.turns.get(place, ()), Turn("user", text), Turn("assistant", answer))
+        scores: list[float | None] = [None] * len(answers)
         if self.reward is not None:
-            with contextlib.redirect_stdout(sys.stderr):  # what a reward of the user's own prints is no answer
-                scores = [*self.reward([prompt for prompt, _ in pairs], [answer for _, answer in pairs])]
-        return [Answer(s.name, text, score) for s, (_, text), score in zip(self.speakers, pairs, scores, strict=True)]
+            with contextlib.redirect_stdout(sys.stderr):  # what a user's own reward prints is no answer
+                scores = [*self.reward(prompts, answers)]
+        return list(zip([who.name for who in self.policies], answers, scores, strict=True))
+
+    def _ids(self, place: int, text: str) -> list[int]:
+        """The token ids that a policy is asked with; if a conversation no longer fits, its oldest turns are dropped."""
+        name, policy = self.policies[place].name, self.policies[place].policy
+        room, turns = room_for_prompts(policy.model, self.length), self.turns.get(place, ())
+        for dropped in range(0, len(turns) + 1, 2):  # a question with its answer: templates want the user first
+            prompt = (*turns[dropped:], Turn("user", text)) if self.converses else text
+            ids = encode(policy.tokenizer, [written(policy.tokenizer, prompt)])[0]
+            if len(ids) <= room:
+                break
+        if not 1 <= len(ids) <= room:
+            raise UserError(
+                f"that takes {len(ids)} tokens, and {name} has room for 1 to {room} before an answer of {self.length}; "
+                "use fewer words, or lower chat.response_length."
+            )
+        if dropped:
+            note(f"{name}: the conversation no longer fits, so its oldest turns are dropped")
+        self.turns[place] = turns[dropped:]
+        return ids
 
 
 def run(settings: Settings, out: RunDir) -> None:
@@ -136,10 +95,9 @@ def run(settings: Settings, out: RunDir) -> None:
             talk = open_talk(settings, out)
         if terminal:
             note("/help lists the commands")
-        lines = typed() if terminal else (line.rstrip("\r\n") for line in sys.stdin)
-        for text in settings.chat.prompt or commands(talk, lines, terminal):
+        for text in settings.chat.prompt or prompts(talk, terminal):
             try:
-                answer(talk, text, terminal)
+                show(talk.ask(text), terminal)
             except UserError as error:
                 if not terminal:
                     raise
@@ -151,75 +109,43 @@ def run(settings: Settings, out: RunDir) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def commands(talk: Talk, lines: Iterator[str], terminal: bool) -> Iterator[str]:
-    """Obey the lines that are commands, drop empty ones, and pass on the others."""
-    for line in lines:
+def prompts(talk: Talk, terminal: bool) -> Iterator[str]:
+    """The lines that are typed or piped in and are neither empty nor commands, which are obeyed."""
+    for line in typed() if terminal else sys.stdin:
         word = line.strip()
         if word == "/quit":
             return
         if word == "/reset":
-            for speaker in talk.speakers:
-                speaker.forget()
+            talk.turns.clear()
             note("a new conversation")
         elif word == "/help":
             note("\n".join(f"{name:<8}{what}" for name, what in HELP.items()))
-        elif terminal and re.fullmatch(r"/\w*", word):
+        elif terminal and word[:1] == "/" and word[1:].isalpha():
             note(f"there is no command {word}. {suggest(word, HELP)}Known: {', '.join(HELP)}.")
         elif word:
-            yield line
+            yield line.rstrip("\r\n")
 
 
 def typed() -> Iterator[str]:
     """Lines from the terminal, with a history and editing where the standard library has them."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (input() uses it)
-    while True:
-        try:
+    with contextlib.suppress(EOFError):
+        while True:
             yield input("> ")
-        except EOFError:
-            print()
-            return
+    print()
 
 
-def answer(talk: Talk, text: str, terminal: bool) -> None:
-    """Print the answers on stdout: of one policy while it grows, of two side by side, or in a script one per line."""
-    if len(talk.speakers) == 1:
-        stream = Stream()
-        (only,) = talk.ask(text, stream.grow)
-        stream.end(only.text)
-        if only.reward is not None:
-            note(f"reward {number(only.reward)}")
-    elif terminal:
-        side_by_side(talk.ask(text))
-    else:
-        for each in talk.ask(text):
-            print(f"{shown(each.name)}: {shown(each.text)}", flush=True)
-            if each.reward is not None:
-                note(f"{each.name}: reward {number(each.reward)}")
-
-
-class Stream:
-    """Prints an answer while it grows. A model wrote it, so control characters are shown as escapes."""
-
-    def __init__(self) -> None:
-        self.printed = ""
-
-    def grow(self, text: str) -> None:
-        """Print what is new, but for a last character that may not be whole."""
-        self._print(text.rstrip("\ufffd"))
-
-    def end(self, text: str) -> None:
-        """Print the rest and end the line."""
-        if not text.startswith(self.printed):  # a tokenizer may write its words otherwise once more of them follow
-            print(flush=True)
-            self.printed = ""
-        self._print(text)
-        print(flush=True)
-
-    def _print(self, text: str) -> None:
-        if text.startswith(self.printed):
-            print(shown(text[len(self.printed) :]), end="", flush=True)
-            self.printed = text
+def show(answers: list[tuple[str, str, float | None]], terminal: bool) -> None:
+    """Print the answers on stdout: one as it stands, two side by side, or in a script two lines."""
+    if terminal and len(answers) > 1:
+        side_by_side(answers)
+        return
+    for name, answer, reward in answers:
+        label = f"{shown(name)}: " if len(answers) > 1 else ""
+        print(f"{label}{shown(answer)}", flush=True)  # a model wrote it, so control characters are shown as escapes
+        if reward is not None:
+            note(f"{label}reward {number(reward)}")
 
 
 def note(text: str) -> None:
@@ -236,58 +162,31 @@ def open_talk(settings: Settings, out: RunDir) -> Talk:
             f"{out.runs / out.name} has no policy to talk to; 'make sft NAME={out.name}' makes one"
             f"{f', and there is one under name= {there}' if there else ''}; or give policy.path=."
         )
-    places = [locate(first)]
-    home = run_of(places[0]) or out
+    place = locate(first)
+    made_by = run_of(place)
+    home = made_by or out
+    places = [(made_by.stage if made_by else place, place)]
     if settings.against:
-        try:
-            places.append(find(settings.against, home))
-        except UserError as error:
-            raise type(error)(f"against={settings.against}: {error}") from error
-    policies = [_open(settings, place) for place in places]
-    converses = settings.chat.mode == "chat" if settings.chat.mode else _converses(settings, places[0], policies[0])
-    trained = [ppo_settings(run_of(place)) for place in places]
+        places.append((settings.against, find(settings.against, home)))
+    for _, path in places:
+        say_taken("policy", shown(path))
     asked = {"temperature": settings.chat.temperature, "response_length": settings.chat.response_length}
-    speakers = []
-    for place, policy, own in zip(places, policies, trained, strict=True):
-        say_taken("policy", shown(place))
-        usual = {"response_length": min(_LENGTH, (positions(policy.model) or 2 * _LENGTH) // 2)}
-        # Without a PPO of its own a policy samples as the other does.
-        foreign = not own and not same_vocabulary(policy, policies[0])
-        drawing = sampling_as({**usual, **(own or trained[0])}, policy, {} if foreign else None, **asked)
-        speakers.append(Speaker(_name(place, home), policy, drawing.sampling, drawing.longest, converses))
-    return Talk(speakers, _judge(settings, home), torch.Generator().manual_seed(settings.seed))
+    policies = open_all(places, home, settings.policy, **asked)
+    mode = settings.chat.mode
+    converses = mode == "chat" if mode else _converses(made_by, policies[0].policy, settings.seed)
+    length, generator = min(each.longest for each in policies), torch.Generator().manual_seed(settings.seed)
+    return Talk(policies, length, converses, _judge(settings, home), generator)
 
 
-def _open(settings: Settings, place: str) -> Policy:
-    policy, _ = load_policy({**settings.policy, "path": place}, None, [], settings.seed)
-    policy.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return policy
-
-
-def _converses(settings: Settings, place: str, policy: Policy) -> bool:
+def _converses(run: RunDir | None, policy: Policy, seed: int) -> bool:
     """Whether a policy was taught conversations rather than texts: by its run's data, else by its tokenizer."""
-    tokenizer = policy.tokenizer
-    likely = bool(tokenizer.chat_template or (tokenizer.cls_token and tokenizer.sep_token))
-    home = run_of(place)
-    if home is None:
-        return likely
-    choice = home.config()["data"]
-    kind = data.kind(choice["name"])
-    if kind in (Text, Code, Labelled, Dialogue):
-        return kind is Dialogue
-    try:
-        return conversational(data.load_data(choice, settings.seed).test)
-    except UserError as error:
-        note(f"chat.mode={'chat' if likely else 'complete'}: the data that would tell cannot be read ({error})")
-        return likely
-
-
-def _name(place: str, home: RunDir) -> str:
-    """A policy's name: its stage, with its run where that is another; else where it lies."""
-    own = run_of(place)
-    if own is None:
-        return place
-    return own.stage if own.runs / own.name == home.runs / home.name else f"{own.name}/{own.stage}"
+    if run is not None:
+        choice = run.config()["data"]
+        if (kind := data.kind(choice["name"])) in (Text, Code, Labelled, Dialogue):
+            return kind is Dialogue
+        with contextlib.suppress(UserError):  # the data may have been moved
+            return conversational(data.load_data(choice, seed).test)
+    return bool(policy.tokenizer.chat_template or (policy.tokenizer.cls_token and policy.tokenizer.sep_token))
 
 
 def _judge(settings: Settings, home: RunDir) -> Reward | None:

@@ -6,7 +6,8 @@ python -m rlhf_pipeline stage=evaluate sweep=<a multirun>   (reward against KL f
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,36 +16,16 @@ import torch
 from rlhf_pipeline.data import Splits, begun_by, fingerprint, load_data, texts
 from rlhf_pipeline.data.records import Prompt, Row, Turn
 from rlhf_pipeline.data.templates import written
-from rlhf_pipeline.data.tokenization import Question, conversational, encode, fitting, questions
+from rlhf_pipeline.data.tokenization import Question, conversational, encode, questions
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.evaluation import frontier
-from rlhf_pipeline.evaluation.comparison import (
-    Answers,
-    Trial,
-    compare,
-    draw,
-    held_out_perplexity,
-    held_out_texts,
-    measure,
-    sample_row,
-)
-from rlhf_pipeline.evaluation.lineup import (
-    Contestant,
-    asked_of,
-    lineup,
-    open_all,
-    same_place,
-    same_vocabulary,
-    sampling_as,
-)
+from rlhf_pipeline.evaluation import comparison, frontier, lineup
+from rlhf_pipeline.evaluation.comparison import Task
+from rlhf_pipeline.evaluation.lineup import Sampler, asked_of
 from rlhf_pipeline.files import read_jsonl, write_json, write_jsonl
-from rlhf_pipeline.models.policies import Policy, load_policy
 from rlhf_pipeline.models.rewards import Reward, load_reward, trained_part
 from rlhf_pipeline.models.sampling import check_positions, room_for_prompts
 from rlhf_pipeline.ppo.config import PPOConfig
-from rlhf_pipeline.processes import gathered
 from rlhf_pipeline.progress import progress
-from rlhf_pipeline.registry import suggest
 from rlhf_pipeline.report.tables import evaluation_table, frontier_table
 from rlhf_pipeline.runs.directory import FRONTIER, POINTS, RunDir
 from rlhf_pipeline.runs.models import run_of
@@ -61,35 +42,43 @@ def run(settings: Settings, out: RunDir) -> None:
         measure_sweep(settings, out, Path(settings.sweep))
         return
     asked = settings.evaluate
-    paths, reference = lineup(out, asked.policies, settings.policy)
-    rewards = load_rewards(settings, out)
+    paths, reference = lineup.lineup(out, asked.policies, settings.policy)
+    rewards, judged_by = load_rewards(settings, out)
     rows = take_data(settings.data, settings.seed)
-    policies, longest, shortest = open_all(paths, out, lambda path: open_policy(path, settings), **_sampled(settings))
+    policies = lineup.open_all(
+        [*paths.items()], out, settings.policy, response_length=asked.response_length, temperature=asked.temperature
+    )
     for name, path in paths.items():
         say_taken(name, path)
-    out.begin(settings, {**paths, **announce(rewards)}, fingerprint(settings.data, rows))
+    out.begin(settings, {**paths, **judged_by}, fingerprint(settings.data, rows))
 
     start = next(each for each in policies if each.name == reference)
-    trial = make_trial(settings, policies, start, longest, shortest, rows, rewards)
-    own = own_questions(asked.show, rows.test, trial.first)
-    for each in policies:
-        prompts = asked_of(each.policy, trial.first, [*trial.questions, *own])
-        check_positions(each.policy.model, prompts, int(trial.limits.max()))
-    answers, shown = ask(policies, trial, own, rows, settings)
-    speed = trial.speed()
+    task = make_task(settings, policies, start, rows, rewards)
+    own = own_prompts(asked.show, rows.test, policies, task)
+    n, answers, shown, begun = asked.best_of or 0, {}, {}, time.monotonic()
+    drawn = (len(policies) + n) * len(task.questions)
+    with progress(drawn, "evaluate", "prompt") as bar:
+        task = dataclasses.replace(task, tick=bar.update)
+        for each in policies:
+            answers[each.name] = comparison.measure(each, task)
+            if n and each is start:
+                answers[f"best of {n}"] = comparison.measure(each, task, n)
+            if asked.show:
+                shown[each.name] = comparison.draw(each, own)
     if not out.leads:
         return
-
-    last, trained = policies[-1].name, learnt_from(list(paths.values()), rewards)
+    seconds, tokens = time.monotonic() - begun, sum(len(ids) for each in answers.values() for ids in each.ids)
+    speed = {"tokens_per_second": round(tokens / seconds, 1), "prompts_per_second": round(drawn / seconds, 1)}
+    last, trained = policies[-1].name, learnt_from([*paths.values()], rewards)
     evaluation = {
-        "prompts": len(trial.questions),
-        "prompts_in_training": begun_by([question.prompt for question in trial.questions], rows.train),
+        "prompts": len(task.questions),
+        "prompts_in_training": begun_by([question.prompt for question in task.questions], rows.train),
         "reward": next(iter(rewards.values())).name,
         "reference": reference,
         "sampling": dataclasses.asdict(policies[0].sampling),
-        **compare(answers, last, reference, rewards, trained, trial.prompts,
+        **comparison.compare(answers, last, reference, rewards, trained, task.prompts,
                   examples=asked.examples, bootstrap=asked.bootstrap, seed=settings.seed),
-        "shown": shown,
+        "shown": comparison.sample_rows(own.prompts, shown, next(iter(rewards))),
     }  # fmt: skip
     write_json(out.path / "evaluation.json", evaluation)
     after = evaluation["metrics"][last]
@@ -103,181 +92,137 @@ def run(settings: Settings, out: RunDir) -> None:
 
 def measure_sweep(settings: Settings, out: RunDir, folder: Path) -> None:
     """Measure every policy of a sweep that is not measured yet, and the best of n of where each started."""
-    points = frontier.points_of(folder)
-    said = {key: value for key, value in _sampled(settings).items() if value is not None}
-    starts = frontier.by_start(points, settings.data, said)
-    jobs = list({point.job.path: point.job for own in starts.values() for point in own}.values())
-    rewards = load_rewards(settings, jobs[0])
-    if not settings.labelling_reward:
-        frontier.check_judge(settings.reward, jobs)
-    say_taken("sweep", f"{folder}: {sum(map(len, starts.values()))} policies of {len(jobs)} runs")
-    lineage = announce(rewards)
-    known: frontier.Rows = {row["key"]: row for row in read_jsonl(out.path / POINTS)}
-    keys = {start: {who: start.key(who) for who in (None, *own)} for start, own in starts.items()}
-    place = out.path / FRONTIER
+    asked = settings.evaluate
+    given = {"response_length": asked.response_length, "temperature": asked.temperature}
+    points = frontier.points_of(folder, {key: value for key, value in given.items() if value is not None})
+    jobs = list({point.job.path: point.job for point in points}.values())
+    frontier.check_jobs(jobs, settings.labelling_reward or settings.reward, settings.data)
+    rewards, judged_by = load_rewards(settings, jobs[0])
+    say_taken("sweep", f"{folder}: {len(points)} policies of {len(jobs)} runs")
+    known, place = read_jsonl(out.path / POINTS), out.path / FRONTIER
 
     def found() -> dict[str, Any]:
         reward = next(iter(rewards.values())).name
-        return {"sweep": str(folder), "reward": reward, **frontier.laid_out(keys, known)}
+        return {"sweep": str(folder), "reward": reward, **frontier.laid_out(known, points)}
 
-    if out.record.get("status") == "done" and place.exists() and json.loads(place.read_text("utf-8")) == found():
+    whole = place.exists() and all(frontier.is_known(point, known) for point in points)
+    if out.record.get("status") == "done" and whole and json.loads(place.read_text("utf-8")) == found():
         frontier_table(found())
         return  # nothing has been made since
-    out.begin(settings, lineage, fingerprint(settings.data, take_data(settings.data, settings.seed)))
-    write_jsonl(out.path / POINTS, known.values())  # without a row that was cut off, to be added to
-    for start, own in keys.items():
-        left = {who: key for who, key in own.items() if key not in known}
-        if not left:
-            continue
-        policy = frontier.open_policy(starts[start][0].job, start.path, start.seed)
-        sampling, longest, shortest = sampling_as(start.settings, policy)
-        reference = Contestant("start", policy, sampling)
-        of_start = dataclasses.replace(settings, seed=start.seed)
-        rows = load_data(settings.data, start.seed)
-        trial = make_trial(of_start, [reference], reference, longest, shortest, rows, rewards)
-        most = settings.evaluate.best_of or _BEST_OF
-        for row in frontier.measured(start, left, trial, most, settings.evaluate.bootstrap):
-            known[row["key"]] = row
-            out.add(POINTS, [row])
-            write_json(place, found())
-            out.draw()
-    whole = found()
-    write_json(place, whole)
+    out.begin(settings, judged_by, fingerprint(settings.data, take_data(settings.data, settings.seed)))
+    write_jsonl(out.path / POINTS, known)  # without a row that was cut off, to be added to
+    for row in frontier_rows(settings, points, known, rewards):
+        known.append(row)
+        out.add(POINTS, [row])
+        write_json(place, found())
+        out.draw()
+    write_json(place, found())
+    rows = found()["points"]
     coef = jobs[0].config()["trainer"].get("selection_kl_coef", PPOConfig.selection_kl_coef)
-    best = max(whole["points"], key=lambda row: row["reward_mean"] - coef * row["kl"])
-    results = {"policies": len(whole["points"]), "reward_mean": best["reward_mean"], "kl": best["kl"]}
-    out.trackers.evaluation(out.config(), frontier.as_evaluation(whole["points"]))
-    out.finish(results, objective=best["reward_mean"])
-    frontier_table(whole)
+    top = max(rows, key=lambda row: row["reward_mean"] - coef * row["kl"])
+    results = {"policies": len(rows), "reward_mean": top["reward_mean"], "kl": top["kl"]}
+    out.finish(results, objective=top["reward_mean"])
+    frontier_table(found())
 
 
-def _sampled(settings: Settings) -> dict[str, Any]:
-    """The sampling settings of stage=evaluate; where one is None, policies sample as PPO did."""
-    return {key: getattr(settings.evaluate, key) for key in ("response_length", "temperature")}
+def frontier_rows(
+    settings: Settings, points: Sequence[frontier.Point], known: Sequence[frontier.Row], rewards: dict[str, Reward]
+) -> Iterator[frontier.Row]:
+    """A row for each policy of a sweep that is not among the rows `known`, and for where it started."""
+    asked, measured = settings.evaluate, list(known)
+    most = asked.best_of or _BEST_OF
+    for start in dict.fromkeys(point.start for point in points):
+        left = [point for point in points if point.start == start and not frontier.is_known(point, measured)]
+        new = all(row.get("key") != start for row in measured)
+        if not left and not new:
+            continue
+        about = json.loads(start)
+        job = next(point.job for point in points if point.start == start)
+        policy = frontier.open_policy(job, about["path"])
+        who = Sampler("start", policy, *lineup.sampling_as(about["sampling"], policy))
+        of_start = dataclasses.replace(settings, seed=about["seed"])
+        task = make_task(of_start, [who], who, load_data(settings.data, about["seed"]), rewards)
+        with progress((1 + len(left) + most * new) * len(task.questions), "frontier", "prompt") as bar:
+            task = dataclasses.replace(task, tick=bar.update)
+            own = comparison.measure(who, task)
+            if new:
+                yield frontier.start_row(start, own, task, most)
+            for point in left:
+                try:
+                    yield frontier.point_row(point, own, task, asked.bootstrap)
+                except FileNotFoundError:  # a job that goes on keeps only its newest
+                    print(f"warning: {point.where} has been deleted by now, and is left out", flush=True)
 
 
-def open_policy(path: str, settings: Settings) -> Policy:
-    """A policy that is compared, by its folder or hub id."""
-    try:
-        return load_policy({**settings.policy, "path": path}, None, [], settings.seed)[0]
-    except UserError as error:
-        if not settings.evaluate.policies:
-            raise
-        hint = "" if "/" in path else suggest(path, ("pretrain", "sft", "ppo"))  # a word may be a hub id, too
-        raise type(error)(f"{error} {hint}".replace("policy.path", "evaluate.policies").rstrip()) from error
+def load_rewards(settings: Settings, out: RunDir) -> tuple[dict[str, Reward], dict[str, str]]:
+    """The reward that judges, first, and those of `evaluate.rewards`, by name; and where they came from, by role.
 
-
-def load_rewards(settings: Settings, out: RunDir) -> dict[str, Reward]:
-    """The reward that judges, first, and those of `evaluate.rewards`; by name, with its fields if names repeat.
-
-    Where a reward labels in place of people, that one judges, for it is what they would say.
+    Names that repeat are told apart by their fields. A reward that labels in place of people judges too: it is what
+    they would say.
     """
     choices = [settings.labelling_reward or settings.reward, *settings.evaluate.rewards]
-    names = [str(choice["name"]) for choice in choices]
+    names = [choice["name"] for choice in choices]
     found: dict[str, Reward] = {}
-    for number, (choice, name) in enumerate(zip(choices, names, strict=True)):
+    lineage: dict[str, str] = {}
+    for number, choice in enumerate(choices):
+        role = f"evaluate.rewards[{number - 1}]" if number else "reward"
         fields = ", ".join(f"{key}={value}" for key, value in choice.items() if key != "name" and value is not None)
-        full = f"{name} ({fields})" if fields and names.count(name) > 1 else name
-        if full in found:
-            raise UserError(f"evaluate.rewards[{number - 1}] is {full}, which judges already; leave it out.")
+        name = f"{choice['name']} ({fields})" if fields and names.count(choice["name"]) > 1 else choice["name"]
+        if name in found:
+            raise UserError(f"{role} is {name}, which judges already; leave it out.")
         made = (each.upstream("reward", reward=trained_part(choice)) for each in (out, *out.rounds()))
         try:
-            found[full] = load_reward(choice, next((path for path in made if path), None))[0]
+            found[name], where = load_reward(choice, next(filter(None, made), None))
         except UserError as error:
-            raise type(error)(f"evaluate.rewards[{number - 1}]: {error}" if number else str(error)) from error
-    return found
-
-
-def announce(rewards: dict[str, Reward]) -> dict[str, str]:
-    """Print a line for each reward; give their places in the lineage."""
-    lineage: dict[str, str] = {}
-    for number, (name, reward) in enumerate(rewards.items()):
-        say_taken(name if number else "reward", reward.name)
-        lineage |= judges(reward, reward.name, f"evaluate.rewards[{number - 1}]" if number else "reward")
-    return lineage
+            raise type(error)(f"{role}: {error}" if number else str(error)) from error
+        say_taken(name if number else role, where)
+        lineage |= judges(found[name], where, role)
+    return found, lineage
 
 
 def learnt_from(paths: Sequence[str], rewards: dict[str, Reward]) -> str:
     """The reward that the newest of PPO's policies learnt from, if it is one of these; else the main one."""
-    homes = [home for path in reversed(paths) if (home := run_of(path)) and home.stage == "ppo"]
-    where = homes[0].record["parents"].get("reward", {}).get("path") if homes else None
-    return next((name for name, reward in rewards.items() if same_place(reward.name, str(where))), next(iter(rewards)))
+    homes = [home for path in paths if (home := run_of(path)) and home.stage == "ppo"]
+    where = str(homes[-1].record["parents"].get("reward", {}).get("path")) if homes else ""
+    own = (name for name, reward in rewards.items() if lineup.same_place(reward.name, where))
+    return next(own, next(iter(rewards)))
 
 
-def make_trial(
-    settings: Settings, policies: Sequence[Contestant], reference: Contestant, longest: int, shortest: int,
-    rows: Splits[Row], rewards: dict[str, Reward],
-) -> Trial:  # fmt: skip
-    """The held-out prompts and what judges the answers; a line warns of a reward that does not fit the texts."""
+def make_task(
+    settings: Settings, policies: Sequence[Sampler], reference: Sampler, rows: Splits[Row], rewards: dict[str, Reward]
+) -> Task:
+    """The held-out prompts that every policy has room for, in the tokens of the first, and what judges the answers."""
     first, (main, *others) = policies[0].policy, rewards.items()
     check_languages(main[1], first.tokenizer, texts(rows.test))
     for name, reward in others:
         if reason := reward.unfit(texts(rows.test)):
             print(f"warning: {name}: {reason}", flush=True)
-    asked = prompts_for([each.policy for each in policies], rows.test, longest, settings)
-    generator = torch.Generator().manual_seed(settings.seed)
-    limits = torch.randint(shortest, longest + 1, (len(asked),), generator=generator)
-    return Trial(asked, limits, rewards, first, reference, settings.evaluate.batch_size, settings.seed)
-
-
-def prompts_for(policies: Sequence[Policy], rows: Sequence[Row], longest: int, settings: Settings) -> list[Question]:
-    """The held-out prompts that every policy has room for, in the tokens of the first."""
-    first, room = policies[0], min(room_for_prompts(policy.model, longest) for policy in policies)
-    asked = fitting(questions(rows, first.tokenizer, settings.data, settings.seed), room)
-    every = zip(*(asked_of(policy, first, asked) for policy in policies), strict=True)
-    kept = [all(1 <= len(ids) <= room for ids in each) for each in every]
-    if not any(kept):
+    longest, shortest = min(each.longest for each in policies), min(each.shortest for each in policies)
+    room = min(room_for_prompts(each.policy.model, longest) for each in policies)
+    asked = questions(rows.test, first.tokenizer, settings.data, settings.seed)
+    every = zip(*(asked_of(each.policy, first, asked) for each in policies), strict=True)
+    kept = [question for question, ids in zip(asked, every, strict=True) if all(1 <= len(own) <= room for own in ids)]
+    if not kept:
         raise UserError(
             f"no held-out prompt leaves room for an answer of {longest} tokens in the policies' positions; lower "
             "evaluate.response_length, or data.prompt_tokens."
         )
-    if not all(kept):
-        left_out = f"{kept.count(False)} of {len(kept)} prompts are"
-        print(f"warning: {left_out} empty or too long in another policy's tokens, and are left out", flush=True)
-    return [question for question, fits in zip(asked, kept, strict=True) if fits][: settings.evaluate.prompts]
+    if left_out := len(asked) - len(kept):
+        print(f"warning: {left_out} of {len(asked)} prompts are longer than the {room} tokens that the policies have "
+              "room for, or empty for one of them, and are left out", flush=True)  # fmt: skip
+    kept = kept[: settings.evaluate.prompts]
+    limits = torch.randint(shortest, longest + 1, (len(kept),), generator=torch.Generator().manual_seed(settings.seed))
+    size, tokens = settings.evaluate.batch_size, 0 if settings.sweep else settings.evaluate.held_out_tokens
+    held_out = comparison.held_out_texts(rows.test, policies, tokens)
+    return Task(kept, limits, rewards, first, reference, size, settings.seed, held_out)
 
 
-def own_questions(strings: Sequence[str], rows: Sequence[Row], first: Policy) -> list[Question]:
+def own_prompts(strings: Sequence[str], rows: Sequence[Row], policies: Sequence[Sampler], task: Task) -> Task:
     """The user's own prompts: as turns of a conversation if the data holds conversations, else as they stand."""
-    talks = conversational(rows)
+    talks, tokenizer, longest = conversational(rows), task.first.tokenizer, int(task.limits.max())
     asked: list[Prompt] = [(Turn("user", string),) if talks else string for string in strings]
-    ids = encode(first.tokenizer, [written(first.tokenizer, prompt) for prompt in asked])
-    return [Question(prompt, row) for prompt, row in zip(asked, ids, strict=True)]
-
-
-def ask(
-    policies: Sequence[Contestant], trial: Trial, own: list[Question], rows: Splits[Row], settings: Settings
-) -> tuple[dict[str, Answers], list[dict[str, Any]]]:
-    """Every policy's answers, the best of several next to the reference's; and rows of those to the user's own prompts.
-
-    A policy is on the accelerator while it is measured, the first and the reference all the time.
-    """
-    answers: dict[str, Answers] = {}
-    shown: dict[str, Answers] = {}
-    n = settings.evaluate.best_of or 0
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    known, window = held_out_texts(rows.test, policies, settings.evaluate.held_out_tokens)
-    stay = (trial.first.model, trial.reference.policy.model)
-    own_trial = dataclasses.replace(trial, questions=own, limits=torch.full((len(own),), int(trial.limits.max())))
-    for model in stay:
-        model.to(device)
-    with progress((len(policies) + n) * len(trial.questions), "evaluate", "prompt") as bar:
-        trial = dataclasses.replace(trial, tick=bar.update)
-        for each in policies:
-            model = each.policy.model.to(device)
-            answers[each.name] = measure(each, trial)
-            perplexity = None  # a token of another vocabulary is another measure
-            if same_vocabulary(each.policy, trial.first):
-                perplexity = held_out_perplexity(each.policy, known, window, settings.evaluate.batch_size)
-            answers[each.name].figures["held_out_perplexity"] = perplexity
-            if own:
-                parts = gathered({number: part for number, _, _, part in draw(each, own_trial)})
-                replies = [text for part in parts for text in part]
-                rewards = {name: reward(own_trial.prompts, replies) for name, reward in trial.rewards.items()}
-                shown[each.name] = Answers(replies, rewards, {})
-            if n and each is trial.reference:
-                answers[f"best of {n}"] = measure(each, trial, n)
-            if not any(model is other for other in stay):
-                model.to("cpu")
-    main, prompts = next(iter(trial.rewards)), own_trial.prompts
-    return answers, [sample_row(prompts, shown, main, index) for index in range(len(own))]
+    ids = encode(tokenizer, [written(tokenizer, prompt) for prompt in asked])
+    found = [Question(prompt, row) for prompt, row in zip(asked, ids, strict=True)]
+    for each in policies if found else ():
+        check_positions(each.policy.model, asked_of(each.policy, task.first, found), longest)
+    return dataclasses.replace(task, questions=found, limits=torch.full((len(found),), longest))

@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rlhf_pipeline.data import fingerprint, load_data, texts
-from rlhf_pipeline.data.tokenization import documents, fitting, prompts
+from rlhf_pipeline.data.tokenization import documents, fitting, questions
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.files import read_jsonl
 from rlhf_pipeline.launch import processes
@@ -53,7 +53,7 @@ def run(settings: Settings, out: RunDir) -> None:
     check_languages(reward, policy.tokenizer, texts(rows.train))
     print(f"computing in {args.precision_choice}", flush=True)
     room = room_for_prompts(policy.model, args.response_length)
-    asked = fitting(prompts(rows.train, policy.tokenizer, settings.data, settings.seed), room)
+    asked = [q.ids for q in fitting(questions(rows.train, policy.tokenizer, settings.data, settings.seed), room)]
     asked, validation = hold_back(asked, args.eval_samples, len(asked) - batch, settings.seed)
     if not validation:
         why = f"a batch of {batch} takes all {len(asked)} prompts, so none are held back as validation prompts"

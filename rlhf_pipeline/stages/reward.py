@@ -125,7 +125,7 @@ def _say_labels(labels: Labels, out: RunDir) -> None:
     figures = {key: value for key, value in labels.summary.items() if value or isinstance(value, float)}
     print("labels  " + ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items()))
     for row in labels.rejected[:3]:
-        where = f"{row['file']}" + (f", line {row['line']}" if row["line"] else "")
+        where = f"{row['file']}" + (f", {row['where']}" if row["where"] else "")
         print(f"  set aside: {where}" + (f", task {row['task']}" if row["task"] else "") + f": {row['why']}")
     if len(labels.rejected) > 3:
         print(f"  set aside: {len(labels.rejected) - 3} more, see {out.path / 'rejected.jsonl'}", flush=True)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from trl import RewardConfig
 from trl.trainer.utils import pad
 
-from rlhf_pipeline.data import check_kind, joined, kind
+from rlhf_pipeline.data import check_kind, kind
 from rlhf_pipeline.data.records import Demonstration, Dialogue, Preference, Prompt, Ranking, Row
+from rlhf_pipeline.data.sets import joined
 from rlhf_pipeline.data.templates import visible
 from rlhf_pipeline.progress import parts
 from rlhf_pipeline.runs.directory import RunDir

@@ -1,7 +1,6 @@
 """stage=evaluate with more policies and more rewards than the run's own."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from conftest import MINIATURE, CommandLine
 from rich.cells import cell_len
 from tiny import TEXTS, tiny_policy
 
-from rlhf_pipeline.evaluation.lineup import taught_length
 from rlhf_pipeline.models.policies import Policy, train_tokenizer
 from rlhf_pipeline.models.rewards import Reward
 from rlhf_pipeline.stages.evaluate import learnt_from
@@ -44,11 +42,10 @@ def test_policies_by_hand_and_more_rewards(
     assert found["metrics"]["sft"]["kl"] == pytest.approx(0, abs=1e-4)
     assert found["metrics"]["./foreign"]["kl"] is None
     assert found["metrics"]["other"] == found["metrics"]["runs/demo/ppo"]
-    for row in found["metrics"].values():
-        assert row["perplexity"] > 1
-    taken = {name: row["held_out_perplexity"] for name, row in found["metrics"].items()}
-    assert taken.pop("./foreign") is None  # a token of its own is another measure
-    assert min(taken.values()) > 1
+    for key in ("perplexity", "held_out_perplexity"):
+        taken = {name: row[key] for name, row in found["metrics"].items()}
+        assert taken.pop("./foreign") is None  # a token of its own is another measure
+        assert min(taken.values()) > 1
     for row in found["metrics"].values():
         assert 0 <= row["self_bleu"] <= 1
         assert row["distinct_1"] <= row["distinct_2"] <= row["distinct_3"] or row["repeated"] > 0
@@ -81,26 +78,13 @@ def test_policies_by_hand_and_more_rewards(
     assert (run / "evaluate" / "evaluation.json").read_bytes() == before
 
 
-def test_what_a_policy_was_taught_is_told_by_its_pretraining(miniature: Path, workplace: Path) -> None:
-    run = Path(shutil.copytree(miniature, workplace / "runs" / "demo"))
-    path = run / "pretrain" / "config.yaml"
-    path.write_text(re.sub(r"max_length: \d+", "max_length: 48", path.read_text()))
-    for stage in ("sft", "ppo"):  # as a run in this place would have it
-        record = json.loads((run / stage / "run.json").read_text())
-        before = {"sft": "pretrain", "ppo": "sft"}[stage]
-        record["parents"]["policy"]["path"] = str(run / before / "model")
-        (run / stage / "run.json").write_text(json.dumps(record))
-    assert [taught_length(str(run / stage / "model")) for stage in ("pretrain", "sft", "ppo")] == [48] * 3
-    assert taught_length("openai-community/gpt2") is None
-
-
-def test_where_ppo_began_stands_before_it_whoever_is_named_first(run: Path, command_line: CommandLine) -> None:
-    asked = ["evaluate.policies=[ppo,sft,demo/pretrain]", "evaluate.held_out_tokens=0", "overwrite=true", *ARGS]
+def test_where_ppo_began_is_the_reference_wherever_it_stands(run: Path, command_line: CommandLine) -> None:
+    asked = ["evaluate.policies=[demo/pretrain,ppo,sft]", "evaluate.held_out_tokens=0", "overwrite=true", *ARGS]
     assert command_line("stage=evaluate", *asked) == 0
     found = evaluated(run)
-    assert list(found["metrics"]) == ["sft", "ppo", "demo/pretrain"]
+    assert list(found["metrics"]) == ["demo/pretrain", "ppo", "sft"]
     assert found["reference"] == "sft"
-    assert list(found["paired_gain"]) == ["ppo - sft", "demo/pretrain - sft"]
+    assert {"ppo - sft", "ppo - demo/pretrain"} < set(found["paired_gain"])
 
 
 def test_a_run_is_the_same_by_its_whole_path(run: Path, command_line: CommandLine) -> None:
@@ -132,8 +116,7 @@ def test_runs_are_compared_where_there_is_no_run_of_that_name(run: Path, command
     ("args", "message"),
     [
         (["evaluate.policies=[sft,round1]"], "runs/demo has made no policy round1. It has: pretrain, sft, ppo"),
-        (["evaluate.policies=[sft,runs/demo/sft]"], "evaluate.policies names runs/demo/sft/model twice"),
-        (["evaluate.policies=[./nowhere]"], "evaluate.policies: there is no folder ./nowhere"),
+        (["evaluate.policies=[./nowhere]"], "there is no folder ./nowhere"),
         (["evaluate.policies=[sft,pppo]"], "Did you mean 'ppo'?"),
         (["evaluate.policies=['']"], "evaluate.policies has an empty name"),
         (
@@ -143,7 +126,7 @@ def test_runs_are_compared_where_there_is_no_run_of_that_name(run: Path, command
         (["evaluate.rewards=[{name: length, goal: 3}]"], "evaluate.rewards[0]: reward=length has no field 'goal'"),
         (["evaluate.rewards=[{name: toy_sentiment}, {name: toy_sentiment}]"], "toy_sentiment, which judges already"),
         (["evaluate.rewards=[length]"], "evaluate.rewards is ['length']; it takes a list (settings"),
-        (["evaluate.held_out_tokens=-1"], "evaluate.held_out_tokens is -1; it takes at least 0"),
+        (["evaluate.held_out_tokens=-1"], "evaluate.held_out_tokens is -1; it takes a whole number of at least 0"),
     ],
 )
 def test_what_cannot_be_compared_is_said_in_one_line(

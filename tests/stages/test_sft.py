@@ -9,7 +9,7 @@ import pytest
 from conftest import CommandLine
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_pipeline.data.formats import read_demonstrations, read_dialogues
+from rlhf_pipeline.data.readers import read_demonstrations, read_dialogues
 from rlhf_pipeline.data.tokenization import demonstrations
 
 SMALL = (

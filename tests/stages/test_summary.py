@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import MINIATURE, CommandLine, read_words, settings_of
+import yaml
+from conftest import MINIATURE, ROOT, CommandLine, read_words, settings_of
 from terminal import at_a_terminal, left_standing
 
 from rlhf_pipeline import composition
@@ -82,8 +83,9 @@ NEXT = {
 @pytest.mark.parametrize("asked", NEXT)
 def test_the_next_command_keeps_what_was_said_of_all_stages(asked: str, workplace: Path) -> None:
     words = read_words(*shlex.split(asked))
-    general = [word for word in words if not word.startswith("stage=")]
-    order = list(composition.settings_of([*general, "stage=pipeline"]).stages)
+    named = [word.partition("=")[2] for word in words if word.startswith("experiment=")]
+    file = ROOT / "conf" / "experiment" / f"{named[0] if named else 'demo'}.yaml"
+    order = [] if "~experiment" in words else list(yaml.safe_load(file.read_text())["stages"])
     found = next_command(composition.settings_of(words), order, words)
     if NEXT[asked] is None:
         assert found is None

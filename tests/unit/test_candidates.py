@@ -11,9 +11,9 @@ import pytest
 import torch
 from tiny import tiny_policy, tiny_tokenizer
 
-from rlhf_pipeline.data.formats import read_judgements
-from rlhf_pipeline.data.formats.tasks import FORMULA, sheet
+from rlhf_pipeline.data.judgements import read_judgements
 from rlhf_pipeline.data.records import Judgement
+from rlhf_pipeline.data.sheets import FORMULA, sheet
 from rlhf_pipeline.data.tokenization import Question, encode
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.feedback.candidates import Asker, alike

@@ -11,19 +11,17 @@ from tiny import TEXTS, tiny_policy
 from rlhf_pipeline.data.records import Preference, Text
 from rlhf_pipeline.data.tokenization import Question
 from rlhf_pipeline.evaluation.comparison import (
-    Trial,
-    chosen,
-    figures,
-    gains,
-    held_out_perplexity,
+    Answers,
+    Task,
+    compare,
+    draw,
     held_out_texts,
     measure,
-    moved,
-    reread,
+    perplexity,
     traded,
 )
-from rlhf_pipeline.evaluation.lineup import Contestant, asked_of
-from rlhf_pipeline.models.policies import Policy, train_tokenizer
+from rlhf_pipeline.evaluation.lineup import Sampler, asked_of, sampling_as
+from rlhf_pipeline.models.policies import Policy, make_policy, train_tokenizer
 from rlhf_pipeline.models.rewards import Reward
 from rlhf_pipeline.models.sampling import Sampling
 
@@ -35,61 +33,49 @@ def policy(vocabulary: int = 300, seed: int = 0) -> Policy:
     return Policy(tiny_policy(tokenizer, seed), tokenizer)
 
 
-def trial_of(first: Policy) -> Trial:
+def task_of(first: Policy) -> Task:
     prompts = ["the film", "nobody", "the plot was", "the cast"]
     questions = [Question(text, first.tokenizer(text)["input_ids"]) for text in prompts]
     reward = Reward(lambda _, answers: [float(answer.count("o")) for answer in answers], "letters")
-    start = Contestant("sft", first, SAMPLING)
-    return Trial(questions, torch.tensor([12, 8, 12, 8]), {"letters": reward}, first, start, batch_size=3, seed=0)
+    start = Sampler("sft", first, SAMPLING)
+    return Task(questions, torch.tensor([12, 8, 12, 8]), {"letters": reward}, first, start, batch_size=3, seed=0)
 
 
 def test_of_the_reference_itself_the_kl_is_0_and_the_perplexity_that_of_its_samples() -> None:
-    trial = trial_of(policy())
-    own = measure(trial.reference, trial)
+    task = task_of(policy())
+    own = measure(task.reference, task)
     assert own.figures["kl"] == pytest.approx(0, abs=1e-5)
     assert own.rewards["letters"] == [answer.count("o") for answer in own.responses]
     assert 1 <= own.figures["length"] <= 12
-    other = measure(Contestant("ppo", policy(seed=1), SAMPLING), trial)
-    assert other.figures["kl"] > 0.1
-    assert other.figures["perplexity"] > own.figures["perplexity"]
+    other = Sampler("ppo", policy(seed=1), SAMPLING)
+    found = measure(other, task).figures
+    assert found["kl"] > 0.1
+    assert found["perplexity"] > own.figures["perplexity"]
 
 
 def test_the_best_of_several_is_worth_the_most_and_costs_what_the_bound_says() -> None:
-    trial = trial_of(policy())
-    ticks = []
-    best = measure(trial.reference, replace(trial, tick=ticks.append), 8)
-    plain = measure(trial.reference, trial)
-    assert sum(best.rewards["letters"]) > sum(plain.rewards["letters"])
-    assert best.rewards["letters"] == [answer.count("o") for answer in best.responses]
-    assert best.figures["kl"] == pytest.approx(math.log(8) - 7 / 8)
+    ticks: list[int] = []
+    task = replace(task_of(policy()), tick=ticks.append)
+    found = measure(task.reference, task, 8)
     assert sum(ticks) == 8 * 4
-    assert trial.speed()["tokens_per_second"] > 0
+    tries = [draw(task.reference, task, number) for number in range(1, 9)]
+    assert found.rewards["letters"] == [
+        max(row) for row in zip(*(one.rewards["letters"] for one in tries), strict=True)
+    ]
+    assert found.rewards["letters"] == [answer.count("o") for answer in found.responses]
+    assert [task.first.tokenizer.decode(ids, skip_special_tokens=True) for ids in found.ids] == found.responses
+    assert found.figures["kl"] == pytest.approx(math.log(8) - 7 / 8)
 
 
 def test_another_vocabulary_is_asked_in_its_own_tokens_and_has_no_kl() -> None:
-    trial = trial_of(policy())
-    foreign = policy(280, seed=1)
-    asked = asked_of(foreign, trial.first, trial.questions)
-    assert [foreign.tokenizer.decode(ids) for ids in asked] == trial.prompts
-    assert asked != [question.ids for question in trial.questions]
-    found = measure(Contestant("other", foreign, SAMPLING), trial)
-    assert found.figures["kl"] is None
-    assert found.figures["perplexity"] > 1
-
-
-def test_texts_read_again_are_the_tokens_that_they_were_sampled_as_or_as_many_as_fit() -> None:
-    first = policy()
-    question = Question("the film", first.tokenizer("the film")["input_ids"])
-    answer = first.tokenizer(" was good")["input_ids"]
-    batch = reread(first, [question] * 3, [" was good", "", ""], [True, True, False])
-    assert batch is not None
-    assert batch.prompt_lengths.tolist() == [len(question.ids)] * 2
-    assert batch.tokens[0].tolist() == [*question.ids, *answer, 0]
-    assert batch.response_lengths.tolist() == [len(answer) + 1, 1]
-    long = reread(first, [question], [" was good" * 40], [True])
-    assert long is not None
-    assert long.tokens.shape[1] == 64
-    assert reread(first, [question], [""], [False]) is None
+    task = task_of(policy())
+    foreign = Sampler("other", policy(280, seed=1), SAMPLING)
+    asked = asked_of(foreign.policy, task.first, task.questions)
+    assert [foreign.policy.tokenizer.decode(ids) for ids in asked] == task.prompts
+    assert asked != [question.ids for question in task.questions]
+    found = measure(foreign, task).figures
+    assert found["kl"] is found["perplexity"] is None
+    assert found["length"] > 0
 
 
 def test_held_out_perplexity_is_transformers_own() -> None:
@@ -101,79 +87,94 @@ def test_held_out_perplexity_is_transformers_own() -> None:
         with torch.no_grad():
             losses += float(own.model(ids, labels=ids).loss) * (ids.shape[1] - 1)
         tokens += ids.shape[1] - 1
-    assert held_out_perplexity(own, rows, 64, 8) == pytest.approx(math.exp(losses / tokens), rel=1e-5)
-    assert held_out_perplexity(own, [], 64, 8) is None
+    texts = held_out_texts(rows, [Sampler("own", own, SAMPLING)], 100)
+    assert perplexity(own, [ids[:1] for ids in texts], [ids[1:] for ids in texts], 8) == pytest.approx(
+        math.exp(losses / tokens), rel=1e-5
+    )
+    assert perplexity(own, [], [], 8) is None
 
 
-def test_held_out_texts_are_bounded_by_tokens_and_comparisons_are_none() -> None:
-    own = policy()
-    rows = [Text("the film was good and the cast was fine")] * 50
-    length = len(own.tokenizer(rows[0].text)["input_ids"]) + 1
-    who = [Contestant("own", own, SAMPLING)]
-    assert held_out_texts(rows, who, 3 * length) == (rows[:3], 64)
-    assert held_out_texts(rows, who, 3 * length + 1) == (rows[:4], 64)
-    assert held_out_texts(rows, who, 0) == ([], 64)
-    assert held_out_texts([Preference("a", "b", "c")], who, 100) == ([], 64)
+def test_held_out_texts_are_about_as_many_tokens_as_asked_and_comparisons_are_none() -> None:
+    who = [Sampler("own", policy(), SAMPLING)]
+    rows = [Text("the film was good and the cast was fine " * 10)] * 50
+    found = held_out_texts(rows, who, 65 * 16)
+    assert [len(ids) for ids in found] == [64] * 32  # as far as the positions go, 16 texts at a time
+    assert held_out_texts(rows, who, 0) == held_out_texts([Preference("a", "b", "c")], who, 100) == []
 
 
-def test_no_text_is_read_beyond_what_a_policy_was_taught() -> None:
-    who = [Contestant("long", policy(), SAMPLING), Contestant("short", policy(), SAMPLING, taught=5)]
-    rows = [Text("the film was good and the cast was fine")] * 50
-    assert held_out_texts(rows, who, 10) == (rows[:2], 5)
+def test_all_that_ppo_said_of_sampling_is_taken() -> None:
+    choice = {"name": "gpt2_scratch", "tokenizer": "characters", "vocabulary": 60, "positions": 32}
+    chinese = make_policy(choice, ["你好吗", "我很好，谢谢你", "今天天气真好"] * 10, 0)
+    trained = {"response_length": 9, "min_response_length": 4, "temperature": 0.5, "min_new_tokens": 2, "kl_coef": 1.0,
+               "stop_tokens": ["气"], "suppress_tokens": ["[UNK]"]}  # fmt: skip
+    sampling, longest, shortest = sampling_as(trained, chinese, temperature=0.7, response_length=None)
+    number = chinese.tokenizer.convert_tokens_to_ids
+    assert sampling == Sampling(0.7, tuple(sorted((number("[SEP]"), number("气")))), 2, (number("[UNK]"),))
+    assert (longest, shortest) == (9, 4)
+    # Of another vocabulary's PPO the numbers are taken, and the tokens of its own.
+    foreign = sampling_as(trained, chinese, {"suppress_tokens": ["[PAD]"], "min_new_tokens": 3}).sampling
+    assert foreign == Sampling(0.5, (number("[SEP]"),), 2, (number("[PAD]"),))
+    assert sampling_as({}, chinese).longest == 16  # half of the positions
 
 
-def test_the_figures_of_a_reward() -> None:
-    found = figures([1, 2, 3, 6], neutral=2)
-    assert found == {
-        "reward_mean": 3, "reward_median": 2.5, "reward_stderr": pytest.approx((14 / 3) ** 0.5 / 2), "positive": 0.5,
-    }  # fmt: skip
+def compared(reference: str = "sft", **rewards: list[float]) -> dict:
+    answers = {name: Answers([name] * len(own), {"letters": own}, {"kl": 0.5}) for name, own in rewards.items()}
+    judge = {"letters": Reward(lambda _, texts: [0.0] * len(texts), "letters", neutral=2)}
+    prompts = [str(number) for number in range(len(next(iter(rewards.values()))))]
+    return compare(answers, [*answers][-1], reference, judge, "letters", prompts, examples=2, bootstrap=10, seed=0)
 
 
 def test_everyone_is_held_against_the_first_and_the_reference() -> None:
-    values = {"base": [0.0, 0.0], "sft": [1.0, 1.0], "best of 4": [3.0, 3.0], "ppo": [2.0, 4.0]}
-    found = gains(values, "sft", draws=100, seed=0)
-    pairs = ["sft - base", "best of 4 - base", "best of 4 - sft", "ppo - base", "ppo - sft"]
+    values = {"base": [0.0, 0.0], "sft": [1.0, 1.0], "best": [3.0, 3.0], "ppo": [2.0, 4.0]}
+    found = compared(**values)["paired_gain"]
+    pairs = ["sft - base", "best - base", "best - sft", "ppo - base", "ppo - sft"]
     assert list(found) == pairs
     assert [found[pair]["mean"] for pair in pairs] == [1, 3, 2, 3, 2]
     assert found["ppo - sft"]["low"] == 1
     assert found["ppo - sft"]["high"] == 3
-    assert list(gains(values, "base", draws=10, seed=0)) == ["sft - base", "best of 4 - base", "ppo - base"]
+    assert list(compared("base", **values)["paired_gain"]) == ["sft - base", "best - base", "ppo - base"]
 
 
-def test_how_far_a_reward_moved_is_in_deviations_of_the_reference() -> None:
-    assert moved({"sft": [0, 2], "ppo": [4, 6]}, "sft") == {"sft": 0, "ppo": pytest.approx(4 / 2**0.5)}
-    assert moved({"sft": [1, 1], "ppo": [4, 6]}, "sft") == {"sft": None, "ppo": None}
-
-
-def gain(mean: float, low: float, high: float) -> dict[str, float]:
-    return {"mean": mean, "low": low, "high": high, "win_rate": 0.5}
-
-
-@pytest.mark.parametrize(
-    ("own", "others", "warned"),
-    [
-        (gain(1, 0.5, 1.5), gain(-0.4, -0.6, -0.2), True),
-        (gain(1, 0.5, 1.5), gain(-0.4, -0.9, 0.1), False),  # it may be chance
-        (gain(1, 0.5, 1.5), gain(0.4, 0.2, 0.6), False),
-        (gain(0.1, -0.1, 0.3), gain(-0.4, -0.6, -0.2), False),
-    ],
-)
-def test_a_reward_that_rose_while_another_fell_is_warned_of(
-    own: dict[str, float], others: dict[str, float], warned: bool
-) -> None:
-    gained = {
-        "classifier": {"sft - base": gain(1, 0.5, 1.5), "ppo - sft": own},
-        "length": {"sft - base": gain(-1, -1.5, -0.5), "ppo - sft": others},
-    }
-    moves = {"classifier": {"base": -1.0, "sft": 0.0, "ppo": 2.0}, "length": {"base": 1.0, "sft": 0.0, "ppo": None}}
-    lines = traded("classifier", "sft", gained, moves)
-    assert len(lines) == warned
-    if warned:
-        for part in ("ppo", "classifier rose by 2.00 s.d. of sft's answers", "length fell by 0.4"):
-            assert part in lines[0]
+def test_the_figures_of_a_reward_and_how_far_it_moved_in_deviations_of_the_reference() -> None:
+    found = compared(sft=[1, 2, 3, 6], ppo=[3, 4, 5, 8])
+    assert found["metrics"]["sft"] == {
+        "reward_mean": 3, "reward_median": 2.5, "reward_stderr": pytest.approx((14 / 3) ** 0.5 / 2), "positive": 0.5,
+        "kl": 0.5,
+    }  # fmt: skip
+    assert found["moved"] == {"letters": {"sft": 0, "ppo": pytest.approx(2 / (14 / 3) ** 0.5)}}
+    assert compared(sft=[1, 1], ppo=[4, 6])["moved"] == {"letters": {"sft": None, "ppo": None}}
 
 
 def test_the_examples_are_typical_best_worst_and_most_changed() -> None:
-    first, last = [0.0, 0.0, 5.0, 0.0, 3.0], [1.0, 2.0, 0.0, 9.0, 4.0]  # changes: 1, 2, -5, 9, 1
-    found = chosen(first, last, 2)
-    assert found == {"typical": [0, 4], "best": [3, 4], "worst": [2, 0], "most changed": [3, 2]}
+    found = compared(sft=[0, 0, 5, 0, 3], ppo=[1, 2, 0, 9, 4])  # changes: 1, 2, -5, 9, 1
+    kinds = {"typical": found["examples"], **found["extremes"]}
+    shown = {kind: [row["prompt"] for row in rows] for kind, rows in kinds.items()}
+    assert shown == {"typical": ["0", "4"], "best": ["3", "4"], "worst": ["2", "0"], "most changed": ["3", "2"]}
+    assert found["samples"][3] == {
+        "prompt": "3", "responses": {"sft": "sft", "ppo": "ppo"}, "rewards": {"sft": 0, "ppo": 9}
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("classifier", "length", "warned"),
+    [
+        ((1, 0.5), (-0.4, -0.2), True),
+        ((1, 0.5), (-0.4, 0.1), False),  # it may be chance
+        ((1, 0.5), (0.4, 0.6), False),
+        ((0.1, -0.1), (-0.4, -0.2), False),
+    ],
+)
+def test_a_reward_that_rose_while_another_fell_is_warned_of(
+    classifier: tuple[float, float], length: tuple[float, float], warned: bool
+) -> None:
+    rose, fell = ({"sft - base": {"mean": 1, "low": 0.5, "high": 1.5}} for _ in range(2))
+    rose["ppo - sft"] = {"mean": classifier[0], "low": classifier[1], "high": 2}
+    fell["ppo - sft"] = {"mean": length[0], "low": -2, "high": length[1]}
+    judged = {
+        "classifier": {"paired_gain": rose, "moved": {"base": -1.0, "sft": 0.0, "ppo": 2.0}},
+        "length": {"paired_gain": fell, "moved": {"base": 1.0, "sft": 0.0, "ppo": None}},
+    }
+    lines = traded(judged, "classifier", "sft")
+    assert len(lines) == warned
+    for part in ("ppo", "classifier rose by 2.00 s.d. of sft's answers", "length fell by 0.4") if warned else ():
+        assert part in lines[0]

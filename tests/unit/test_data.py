@@ -11,12 +11,16 @@ from hydra import compose, initialize_config_dir
 
 from rlhf_pipeline import data
 from rlhf_pipeline.data import begun_by, tokenization
-from rlhf_pipeline.data.records import Labelled, Preference, Ranking
+from rlhf_pipeline.data.records import Labelled, Preference, Ranking, whole
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.models.policies import train_tokenizer
 from rlhf_pipeline.words import CONF
 
 TOY = {"name": "toy_reviews", "limit": 200, "prompt_tokens": [3, 6]}
+
+
+def asked(rows: list[Any], tokenizer: Any, choice: dict[str, Any], seed: int) -> list[list[int]]:
+    return [question.ids for question in tokenization.questions(rows, tokenizer, choice, seed)]
 
 
 def test_splits_are_disjoint_and_cut_to_the_limit() -> None:
@@ -85,18 +89,7 @@ def test_prompts_are_the_first_tokens_and_demonstrations_lose_nothing() -> None:
         assert completion[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(prompt + completion[:-1]) == row.text
     assert {len(prompt) for prompt, _ in pairs} == {3, 4, 5, 6}
-    assert tokenization.prompts(rows, tokenizer, TOY, seed=0) == [prompt for prompt, _ in pairs]
-
-
-def test_files_of_ones_own(tmp_path: Path) -> None:
-    (tmp_path / "mine.jsonl").write_text(
-        "".join(json.dumps({"text": f"t {i}", "label": i % 2}) + "\n" for i in range(50))
-    )
-    rows = data.load_data({"name": "sentiment", "path": str(tmp_path / "mine.jsonl"), "test_share": 0.2}, seed=0)
-    assert len(rows.train) + len(rows.test) == 50
-    assert 3 <= len(rows.test) <= 20
-    few = data.load_data({"name": "sentiment", "path": str(tmp_path / "mine.jsonl"), "test_share": 0.001}, seed=0)
-    assert len(few.test) == 1  # never none
+    assert asked(rows, tokenizer, TOY, seed=0) == [prompt for prompt, _ in pairs]
 
 
 def test_the_split_of_a_file_does_not_move_with_the_seed(tmp_path: Path) -> None:
@@ -126,7 +119,7 @@ def test_labels_of_several_files_are_settled_together(tmp_path: Path) -> None:
     assert prompts == {f"p {i}" for i in range(1, 40)} | {"new"}, "p 0 was preferred both ways"
     assert rows.labels is not None
     assert (rows.labels.summary["contradictions"], rows.labels.summary["rejected"]) == (1, 2)
-    assert [(row["file"], row["line"]) for row in rows.labels.rejected] == [(first, 41), (second, 2)]
+    assert [(row["file"], row["where"]) for row in rows.labels.rejected] == [(first, "line 41"), (second, "line 2")]
     again = data.load_data({"name": "preferences", "path": [first, first, second], "test_share": 0.3}, seed=0)
     assert again == rows, "a file named twice counts once"
 
@@ -148,15 +141,7 @@ def test_labels_held_out_in_a_file_of_their_own(tmp_path: Path) -> None:
     rows = data.load_data({"name": "preferences", "path": learnt, "test_path": held_out}, seed=0)
     assert len(rows.train) == 5
     assert rows.test == [Ranking("q", ("b", "a", "c"), (1, 2.5, 2.5))]
-    assert "b" in data.whole(rows.test[0])
-
-
-def test_rankings_with_ties_of_one_prompt_stay_on_one_side_of_the_split(tmp_path: Path) -> None:
-    ranked = [{"prompt": f"p {i % 20}", "responses": ["a", "b", f"c {i}"], "ranks": [1, 2, 2]} for i in range(60)]
-    path = preferences_file(tmp_path / "a.jsonl", *ranked)
-    rows = data.load_data({"name": "preferences", "path": path, "test_share": 0.3}, seed=0)
-    assert len(rows.train) + len(rows.test) == 60
-    assert not {row.prompt for row in rows.train} & {row.prompt for row in rows.test}
+    assert "b" in whole(rows.test[0])
 
 
 def sides(path: str, share: float = 0.3) -> tuple[list[Any], list[Any]]:
@@ -193,18 +178,11 @@ def test_a_prompt_with_most_of_the_pairs_is_a_prompt_like_any_other(tmp_path: Pa
     assert (len(train) + len(test), train & test) == (21, set())
 
 
-def answers_by_prompt(rows: list[Any]) -> dict[str, set[str]]:
-    found: dict[str, set[str]] = {}
-    for row in rows:
-        found.setdefault(row.prompt, set()).update((row.chosen, row.rejected))
-    return found
-
-
 @pytest.mark.parametrize(
     "shares", [{"one": 55, "two": 45}, dict.fromkeys("abcd", 25), {"most": 76, "some": 12, "more": 12}]
 )
 @pytest.mark.parametrize("answers", [2, 4])
-def test_a_prompt_with_very_many_pairs_is_on_both_sides(tmp_path: Path, shares: dict[str, int], answers: int) -> None:
+def test_a_prompt_with_very_many_pairs_is_divided(tmp_path: Path, shares: dict[str, int], answers: int) -> None:
     """Its pairs are held out with those that they share answers with: of each four answers all six pairs."""
     rows = []
     for prompt, share in shares.items():
@@ -214,22 +192,9 @@ def test_a_prompt_with_very_many_pairs_is_on_both_sides(tmp_path: Path, shares: 
     train, test = sides(preferences_file(tmp_path / "a.jsonl", *rows), share=0.1)
     assert len(train) + len(test) == len(rows)
     assert 0.05 < len(test) / len(rows) < 0.2
-    learnt, held_out = answers_by_prompt(train), answers_by_prompt(test)
-    assert set(learnt) == set(held_out) == set(shares)
-    assert not any(learnt[prompt] & held_out[prompt] for prompt in shares)
-
-
-def test_two_prompts_with_a_few_pairs_each_are_on_both_sides(tmp_path: Path) -> None:
-    rows = [{"prompt": "ab"[n % 2], "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(20)]
-    train, test = sides(preferences_file(tmp_path / "a.jsonl", *rows), share=0.01)
-    assert {row.prompt for row in train} == {row.prompt for row in test} == {"a", "b"}
-    assert len(test) == 2
-
-
-def test_of_many_prompts_each_is_on_one_side(tmp_path: Path) -> None:
-    rows = [{"prompt": f"p {n % 20}", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(400)]
-    train, test = ({row.prompt for row in side} for side in sides(preferences_file(tmp_path / "a.jsonl", *rows), 0.1))
-    assert (len(train) + len(test), train & test) == (20, set())
+    learnt, held_out = ({(row.prompt, row.chosen) for row in side} for side in (train, test))
+    assert not learnt & held_out
+    assert {prompt for prompt, _ in learnt} == set(shares)
 
 
 def test_a_prompt_is_held_out_by_its_own_hash(tmp_path: Path) -> None:
@@ -272,18 +237,13 @@ def test_without_any_preference_the_error_says_so(tmp_path: Path) -> None:
         data.load_data({"name": "preferences", "path": path}, seed=0)
 
 
-@pytest.mark.parametrize("count", [2, 3, 8])
+@pytest.mark.parametrize("count", [2, 3, 50])
 def test_a_few_labels_are_split_too_and_one_prompt_is_not(tmp_path: Path, count: int) -> None:
     rows = [{"prompt": f"p{n}", "chosen": "a", "rejected": "b"} for n in range(count)]
-    path = tmp_path / "labels.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    splits = data.load_data({"name": "preferences", "path": str(path), "test_share": 0.001}, 0)
-    assert (len(splits.train), len(splits.test)) == (count - 1, 1)
-    path.write_text(
-        "".join(json.dumps({**row, "prompt": "p", "chosen": str(n)}) + "\n" for n, row in enumerate(rows[:1]))
-    )
+    train, test = sides(preferences_file(tmp_path / "a.jsonl", *rows), share=0.001)
+    assert (len(train), len(test)) == (count - 1, 1)
     with pytest.raises(UserError, match="both are needed"):
-        data.load_data({"name": "preferences", "path": str(path)}, 0)
+        sides(preferences_file(tmp_path / "a.jsonl", rows[0]))
 
 
 def instructions(tmp_path: Path, *answers: str | None) -> dict[str, Any]:

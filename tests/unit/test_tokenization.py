@@ -23,6 +23,10 @@ CHAT = (
 TALK = Dialogue((Turn("user", "你好"), Turn("assistant", "你好啊"), Turn("user", "再见")), both=True)
 
 
+def asked(rows: list[Any], tokenizer: PreTrainedTokenizerBase, choice: dict[str, Any], seed: int) -> list[list[int]]:
+    return [question.ids for question in tokenization.questions(rows, tokenizer, choice, seed)]
+
+
 def chinese() -> PreTrainedTokenizerBase:
     return train_character_tokenizer(["你好啊，再见。 hello world"] * 5, 200, 64)
 
@@ -39,20 +43,19 @@ def learnt(lesson: tokenization.Lesson, tokenizer: PreTrainedTokenizerBase) -> s
     return "|".join(tokenizer.decode(part) for part in parts)
 
 
-def test_an_instruction_is_asked_as_alpaca_asks_and_its_answer_ends() -> None:
-    tokenizer = tiny_tokenizer()
-    rows: list[Row] = [Demonstration((Turn("user", "Name a colour."),), "Blue.")]
+@pytest.mark.parametrize(
+    ("prompt", "answer", "text"),
+    [
+        ((Turn("user", "Name a colour."),), "Blue.", "### Instruction:\nName a colour.\n\n### Response:\nBlue."),
+        ("Say hi:", " Hi.", "Say hi: Hi."),  # a text is taken as it stands
+    ],
+)
+def test_a_prompt_is_asked_and_its_answer_learnt_with_an_end(prompt: Any, answer: str, text: str) -> None:
+    tokenizer, rows = tiny_tokenizer(), [Demonstration(prompt, answer)]
     (lesson,) = tokenization.demonstrations(rows, tokenizer, {}, seed=0)
-    assert tokenizer.decode(lesson.ids) == "### Instruction:\nName a colour.\n\n### Response:\nBlue.<|endoftext|>"
-    assert learnt(lesson, tokenizer) == "Blue.<|endoftext|>"
-    assert tokenization.prompts(rows, tokenizer, {}, 0) == [lesson.ids[: lesson.learnt.index(1)]]
-
-
-def test_a_prompt_that_is_text_is_taken_as_it_stands() -> None:
-    tokenizer = tiny_tokenizer()
-    (lesson,) = tokenization.demonstrations([Demonstration("Say hi:", " Hi.")], tokenizer, {}, seed=0)
-    assert tokenizer.decode(lesson.ids) == "Say hi: Hi.<|endoftext|>"
-    assert learnt(lesson, tokenizer) == " Hi.<|endoftext|>"
+    assert tokenizer.decode(lesson.ids) == f"{text}<|endoftext|>"
+    assert learnt(lesson, tokenizer) == f"{answer}<|endoftext|>"
+    assert asked(rows, tokenizer, {}, 0) == [lesson.ids[: lesson.learnt.index(1)]]
 
 
 def test_of_a_chat_every_reply_is_learnt_and_nothing_else() -> None:
@@ -60,7 +63,7 @@ def test_of_a_chat_every_reply_is_learnt_and_nothing_else() -> None:
     (lesson,) = tokenization.demonstrations([Dialogue(CHAT)], tokenizer, {}, seed=0)
     assert learnt(lesson, tokenizer) == "It was.<|endoftext|>|The cast was fine.<|endoftext|>"
     assert tokenizer.decode(lesson.ids).startswith("Be kind.\n\n### Instruction:\nWas it good?")
-    (prompt,) = tokenization.prompts([Dialogue(CHAT)], tokenizer, {}, seed=0)
+    (prompt,) = asked([Dialogue(CHAT)], tokenizer, {}, seed=0)
     assert tokenizer.decode(prompt).endswith("### Instruction:\nWhy?\n\n### Response:\n")
     assert lesson.ids[: len(prompt)] == prompt
 
@@ -68,23 +71,16 @@ def test_of_a_chat_every_reply_is_learnt_and_nothing_else() -> None:
 def test_of_two_peoples_talk_every_turn_but_the_first_is_learnt() -> None:
     tokenizer = chinese()
     (lesson,) = tokenization.demonstrations([TALK], tokenizer, {}, seed=0)
-    assert tokenizer.convert_ids_to_tokens(lesson.ids) == [
-        "[CLS]",
-        *"你好",
-        "[SEP]",
-        *"你好啊",
-        "[SEP]",
-        *"再见",
-        "[SEP]",
-    ]
+    tokens = ["[CLS]", *"你好", "[SEP]", *"你好啊", "[SEP]", *"再见", "[SEP]"]
+    assert tokenizer.convert_ids_to_tokens(lesson.ids) == tokens
     assert lesson.learnt == [0] * 4 + [1] * 7
     assert tokenization.documents([TALK], tokenizer) == [lesson.ids], "no second end"
-    first, both = (tokenization.prompts([TALK], tokenizer, {"prompt_turns": n}, 0)[0] for n in (None, 2))
+    first, both = (asked([TALK], tokenizer, {"prompt_turns": n}, 0)[0] for n in (None, 2))
     assert tokenizer.convert_ids_to_tokens(first) == ["[CLS]", *"你好", "[SEP]"]
     assert both == lesson.ids[:8]
 
 
-def test_a_tokenizers_own_template_goes_first() -> None:
+def test_a_tokenizers_own_template_goes_first_and_one_that_announces_replies_loses_no_turn() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
@@ -93,17 +89,9 @@ def test_a_tokenizers_own_template_goes_first() -> None:
     (lesson,) = tokenization.demonstrations([Dialogue(CHAT)], tokenizer, {}, seed=0)
     assert learnt(lesson, tokenizer) == "It was.\n|The cast was fine.\n<|endoftext|>"
     assert written(tokenizer, CHAT[:2]) == "<system>Be kind.\n<user>Was it good?\n<assistant>"
-
-
-def test_with_a_template_that_announces_replies_no_turn_is_lost() -> None:
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
-        "{% if add_generation_prompt %}<assistant>{% endif %}"
-    )
     row = Dialogue((Turn("user", "a?"), Turn("assistant", "b"), Turn("user", "c")), both=True)
     (lesson,) = tokenization.demonstrations([row], tokenizer, {}, seed=0)
-    (prompt,) = tokenization.prompts([row], tokenizer, {"prompt_turns": 2}, seed=0)
+    (prompt,) = asked([row], tokenizer, {"prompt_turns": 2}, seed=0)
     assert tokenizer.decode(prompt) == "<user>a?\n<assistant>b\n", "a user's turn follows, which is not announced"
     assert tokenizer.decode(lesson.ids) == "<user>a?\n<assistant>b\n<user>c\n<|endoftext|>"
     assert learnt(lesson, tokenizer) == "b\n<user>c\n<|endoftext|>"
@@ -130,7 +118,7 @@ def test_a_template_that_ends_prompts_with_an_empty_thought_teaches_every_reply(
     (lesson,) = tokenization.demonstrations([Dialogue(CHAT)], tokenizer, {}, seed=0)
     assert "no thought" not in tokenizer.decode(lesson.ids)
     assert learnt(lesson, tokenizer) == "It was.</>\n|The cast was fine.</>\n<|endoftext|>"
-    (prompt,) = tokenization.prompts([Dialogue(CHAT)], tokenizer, {"prompt_turns": 2}, seed=0)
+    (prompt,) = asked([Dialogue(CHAT)], tokenizer, {"prompt_turns": 2}, seed=0)
     assert tokenizer.decode(prompt).endswith("<assistant>\n(no thought)\n")
 
 
@@ -147,7 +135,7 @@ def test_prompts_of_preferences_and_rankings() -> None:
         Ranking((Turn("user", "a?"),), ("b", "c")),
         Ranking("", ("x",)),
     ]
-    shown = [tokenizer.decode(ids) for ids in tokenization.prompts(rows, tokenizer, {}, 0)]
+    shown = [tokenizer.decode(ids) for ids in asked(rows, tokenizer, {}, 0)]
     assert shown == ["Is it?", "### Instruction:\na?\n\n### Response:\n"], "one without a prompt gives none"
 
 
@@ -166,7 +154,7 @@ def test_code_gives_its_functions_heads_and_bodies() -> None:
     assert in_a_file[start : start + len(lesson.ids) - 2] == lesson.ids[:-2], (
         "cut apart, the tokens are those of the file"
     )
-    assert tokenization.prompts(rows, tokenizer, choice, 0) == [lesson.ids[: lesson.learnt.index(1)]]
+    assert asked(rows, tokenizer, choice, 0) == [lesson.ids[: lesson.learnt.index(1)]]
     assert tokenizer.decode(tokenization.documents(rows, tokenizer)[0]) == source + "<|endoftext|>"
 
 
@@ -181,21 +169,7 @@ def sentencepiece_like() -> PreTrainedTokenizerBase:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    words = [
-        "<s>",
-        "</s>",
-        "<unk>",
-        "\u2581",
-        "\u2581Say",
-        "\u2581hi",
-        "Say",
-        "hi",
-        "\u2581a",
-        "a",
-        ":",
-        "\u2581yes",
-        "yes",
-    ]
+    words = ["<s>", "</s>", "<unk>", "▁", "▁Say", "▁hi", "Say", "hi", "▁a", "a", ":", "▁yes", "yes"]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Metaspace(prepend_scheme="first"), pre_tokenizers.Split(":", "isolated")]
@@ -211,7 +185,7 @@ def test_a_bos_that_a_tokenizer_begins_with_stands_in_every_row_and_no_blank_is_
     (lesson,) = tokenization.demonstrations([row], tokenizer, {}, seed=0)
     assert tokenizer.convert_ids_to_tokens(lesson.ids) == ["<s>", "\u2581Say", "\u2581hi", ":", "hi", "\u2581a", "</s>"]
     assert lesson.learnt == [0, 0, 0, 0, 1, 1, 1]
-    assert tokenization.prompts([row], tokenizer, {}, 0) == [lesson.ids[:4]], "SFT and PPO read the same prompt"
+    assert asked([row], tokenizer, {}, 0) == [lesson.ids[:4]], "SFT and PPO read the same prompt"
     assert tokenization.documents([Text("Say hi")], tokenizer) == [[0, 4, 5, 1]]
 
 
@@ -229,12 +203,12 @@ def test_a_prompt_alone_is_asked_as_it_stands_and_nothing_ends_after_it() -> Non
     tokenizer = tiny_tokenizer()
     talk = Dialogue((Turn("user", "a?"), Turn("assistant", "b"), Turn("user", "c?")))
     rows: list[Row] = [Demonstration("Say hi:", ""), talk, Dialogue((Turn("user", "a?"),)), Dialogue(CHAT[:2])]
-    shown = [tokenizer.decode(ids) for ids in tokenization.prompts(rows, tokenizer, {}, 0)]
+    shown = [tokenizer.decode(ids) for ids in asked(rows, tokenizer, {}, 0)]
     assert shown[0] == "Say hi:"
     assert shown[1].endswith("### Response:\nb<|endoftext|>### Instruction:\nc?\n\n### Response:\n")
     assert shown[2] == "### Instruction:\na?\n\n### Response:\n"
     assert [tokenizer.decode(ids) for ids in tokenization.documents(rows, tokenizer)] == shown, "no end to learn"
-    (alone,) = tokenization.prompts([Dialogue((Turn("user", "你好"),), both=True)], chinese(), {}, 0)
+    (alone,) = asked([Dialogue((Turn("user", "你好"),), both=True)], chinese(), {}, 0)
     assert chinese().convert_ids_to_tokens(alone) == ["[CLS]", *"你好", "[SEP]"]
 
 
@@ -295,54 +269,34 @@ def test_texts_that_end_within_their_prompt_are_counted(capsys: pytest.CaptureFi
     assert len(tokenization.demonstrations(rows, tokenizer, choice, 0)) == 1
     said = "warning: 1 of 2 texts end within their prompt (data.prompt_tokens), and are left out\n"
     assert capsys.readouterr().out == said
-    assert len(tokenization.prompts([Demonstration("p", "c"), Demonstration("", "c")], tokenizer, {}, 0)) == 1
+    assert len(asked([Demonstration("p", "c"), Demonstration("", "c")], tokenizer, {}, 0)) == 1
     assert capsys.readouterr().out == "warning: 1 of 2 rows have no prompt, and are left out\n"
 
 
 def test_prompts_that_are_too_long_are_left_out_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    assert tokenization.fitting([[1], [1, 2], [1, 2, 3]], 2) == [[1], [1, 2]]
+    every = [tokenization.Question("a", [1] * length) for length in (1, 2, 3)]
+    assert tokenization.fitting(every, 2) == every[:2]
     assert "warning: 1 of 3 prompts are longer than the 2 tokens" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"no prompt leaves room .*: all 3 are longer than the 0 tokens"):
-        tokenization.fitting([[1], [1, 2], [1, 2, 3]], 0)
+        tokenization.fitting(every, 0)
 
 
 def test_data_without_prompts_or_anything_to_learn_is_named() -> None:
-    tokenizer, choice = tiny_tokenizer(), {"name": "text", "prompt_tokens": (8, 8)}
+    tokenizer, choice, rows = tiny_tokenizer(), {"name": "text", "prompt_tokens": (8, 8)}, [Text("a b")]
     with pytest.raises(UserError, match="data=text gives no prompts: none of 1 rows"):
-        tokenization.prompts([Text("a b")], tokenizer, choice, 0)
+        asked(rows, tokenizer, choice, 0)
     with pytest.raises(UserError, match="data=text gives nothing to learn"):
-        tokenization.demonstrations([Text("a b")], tokenizer, choice, 0)
-
-
-def test_a_template_that_refuses_a_role_is_named() -> None:
-    tokenizer = tiny_tokenizer()
+        tokenization.demonstrations(rows, tokenizer, choice, 0)
+    with pytest.raises(UserError, match=r"data\.prompt_tokens is \[3, 2\]"):
+        asked(rows, tokenizer, {"prompt_tokens": (3, 2)}, 0)
     tokenizer.chat_template = "{{ raise_exception('no system, please') }}"
     with pytest.raises(UserError, match=r"a conversation of system, user.*no system, please.*policy\.template="):
-        tokenization.prompts([Dialogue(CHAT)], tokenizer, {"name": "dialogue"}, 0)
-
-
-def test_prompt_tokens_are_checked() -> None:
-    with pytest.raises(UserError, match=r"data\.prompt_tokens is \[3, 2\]"):
-        tokenization.prompts([Text("a b c d")], tiny_tokenizer(), {"prompt_tokens": (3, 2)}, 0)
+        asked([Dialogue(CHAT)], tokenizer, {"name": "dialogue"}, 0)
 
 
 def jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
-
-
-def test_a_prompt_stays_on_one_side_but_one_that_all_share_does_not_count(tmp_path: Path) -> None:
-    apart = [{"prompt": f"p {i // 4}", "responses": [f"a {i}", f"b {i}"]} for i in range(200)]
-    rows = data.load_data(
-        {"name": "preferences", "path": jsonl(tmp_path / "a.jsonl", apart), "test_share": 0.3}, seed=0
-    )
-    assert not {row.prompt for row in rows.test} & {row.prompt for row in rows.train}
-    assert 20 < len(rows.test) < 100
-    shared = [{"prompt": "A comment:", "chosen": f"a {i}", "rejected": f"b {i}"} for i in range(100)]
-    rows = data.load_data(
-        {"name": "preferences", "path": jsonl(tmp_path / "b.jsonl", shared), "test_share": 0.3}, seed=0
-    )
-    assert len(rows.train) + len(rows.test) == 100
 
 
 def test_chats_are_split_by_the_users_first_words(tmp_path: Path) -> None:
@@ -380,6 +334,6 @@ def test_the_real_chinese_dialogues_lose_next_to_nothing(shared: Path, tmp_path:
     assert len(lessons) == len(rows)
     unknown = sum(lesson.ids.count(100) for lesson in lessons) / sum(len(lesson.ids) for lesson in lessons)
     assert unknown < 0.001, "signs that the vocabulary lacks are read as those it has"
-    asked = tokenizer.batch_decode(tokenization.prompts(rows, tokenizer, {}, 0), skip_special_tokens=True)
-    same = [said == row.turns[0].text.lower() for said, row in zip(asked, rows, strict=True)]
+    shown = tokenizer.batch_decode(asked(rows, tokenizer, {}, 0), skip_special_tokens=True)
+    same = [said == row.turns[0].text.lower() for said, row in zip(shown, rows, strict=True)]
     assert sum(same) / len(same) > 0.9, "Chinese is written without blanks"

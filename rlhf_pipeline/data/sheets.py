@@ -38,10 +38,15 @@ def sheet(candidates: Sequence[dict[str, Any]]) -> str:
     numbers = range(1, 1 + max((len(row["answers"]) for row in candidates), default=0))
     out = io.StringIO("\ufeff")
     out.seek(0, io.SEEK_END)
-    writer = csv.writer(out)
+    writer = csv.writer(out, quoting=csv.QUOTE_ALL)  # some spreadsheets part cells at ; or tabs
     writer.writerow(["task", "prompt", *(f"answer{n}" for n in numbers), *(f"rank{n}" for n in numbers)])
     for row in candidates:
         prompt, texts = _texts(row)
         cells = [f"'{cell}" if cell.startswith(FORMULA) else cell for cell in (row["task"], prompt, *texts)]
         writer.writerow(cells + [""] * (2 * len(numbers) - len(texts)))
     return out.getvalue()
+
+
+def unmarked(cell: str) -> str:
+    """A cell without the mark that `sheet` puts before what a spreadsheet would run."""
+    return cell[1:] if cell.startswith("'") and cell[1:].startswith(FORMULA) else cell

@@ -1,0 +1,72 @@
+"""The Large Movie Review Dataset in its original layout, as a folder or an archive."""
+
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from rlhf_pipeline.data.plain_rows import BROKEN, broken, missing, open_file
+from rlhf_pipeline.data.records import Labelled
+from rlhf_pipeline.errors import UserError
+
+_ARCHIVES = (".tar.gz", ".tgz", ".tar")
+_LAYOUT = "aclImdb/{train,test}/{pos,neg}/<id>_<rating>.txt"
+_REVIEW = re.compile(r"(?:aclImdb/)?((train|test)/(pos|neg)/(.+))", re.DOTALL)
+_NAME = {"neg": re.compile(r"([0-9]+)_([1-4])\.txt"), "pos": re.compile(r"([0-9]+)_([7-9]|10)\.txt")}
+_BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
+
+
+def read_acl_imdb(path: Path) -> dict[str, list[Labelled]]:
+    """The reviews of "train" and "test" in the original aclImdb layout, a folder or a tar archive of it."""
+    if not path.exists():
+        raise missing(path, "file or folder")
+    if path.is_file() and not path.name.lower().endswith(_ARCHIVES):
+        raise UserError(
+            f"{path} is not an aclImdb; allowed are a folder and {', '.join(_ARCHIVES)}, laid out {_LAYOUT}."
+        )
+    found: dict[tuple[str, str], dict[tuple[int, int], str]] = {(s, f): {} for s in ("train", "test") for f in _NAME}
+    for review, data in _folder_files(path) if path.is_dir() else _archive_files(path):
+        short, split, folder, file = review.groups()
+        known = _NAME[folder].fullmatch(file)
+        try:
+            text = " ".join(_BREAK.sub(" ", data.decode()).split())
+        except UnicodeDecodeError:
+            text = ""
+        if not known or not text:
+            raise UserError(
+                f"{path}: {short} does not fit: <id>_<rating>.txt with rating 1..4 in neg and 7..10 in pos, and a text "
+                "in UTF-8."
+            )
+        found[split, folder][int(known[1]), int(known[2])] = text
+    for (split, folder), reviews in found.items():
+        if not reviews:
+            raise UserError(f"{path}: no reviews in {split}/{folder}; the layout must be {_LAYOUT}.")
+    return {
+        split: [Labelled(text, label) for label, f in enumerate(_NAME) for _, text in sorted(found[split, f].items())]
+        for split in ("train", "test")
+    }
+
+
+def _folder_files(path: Path) -> Iterator[tuple[re.Match[str], bytes]]:
+    root = path / "aclImdb" if (path / "aclImdb").is_dir() else path
+    for file in root.glob("t*/*/*"):
+        review = _REVIEW.fullmatch(file.relative_to(root).as_posix())
+        if review and file.is_file():
+            yield review, file.read_bytes()
+
+
+def _archive_files(path: Path) -> Iterator[tuple[re.Match[str], bytes]]:
+    """Reviews straight from the archive: nothing is written to disk, so no member can land outside a folder."""
+    try:
+        with open_file(path) as raw, tarfile.open(fileobj=raw, mode="r:") as archive:
+            for member in archive:
+                review = _REVIEW.fullmatch(str(PurePosixPath(member.name)))
+                content = archive.extractfile(member) if review and member.isfile() else None
+                if review and content:
+                    yield review, content.read()
+            # tarfile takes a damaged header for the end. The true end is zeros; reading it also checks gzip's CRC.
+            end = raw.read()
+            if not end or end.strip(b"\0"):
+                raise tarfile.ReadError("no end-of-archive mark where one should be")
+    except (*BROKEN, tarfile.TarError) as error:
+        raise broken(path, error) from error

@@ -1,0 +1,173 @@
+"""Fields of a row: texts, numbers and messages, with errors that name the field."""
+
+import ast
+import json
+import math
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from rlhf_pipeline.data.plain_rows import Fields, RowError, SkippedRowError, kind_of
+from rlhf_pipeline.data.records import Prompt, Role, Turn
+
+CHATS = ("conversation", "messages", "conversations")
+# The keys of speaker and text: chat messages, ShareGPT, Open Assistant's trees.
+_FORMS = (("role", "content"), ("from", "value"), ("role", "text"))
+_ROLES: dict[str, Role] = {
+    "system": "system",
+    "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant", "gpt": "assistant", "bot": "assistant",
+}  # fmt: skip
+_TOOLS = ("tool", "function", "observation", "function_call", "tool_call", "tool_calls", "tool_response", "ipython")
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # a model's, before its answer: not read
+_LIKE_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|from)["']""")
+
+
+def blank(value: Any) -> bool:
+    """Whether a value is empty: an empty cell, a null, or the NaN that pandas writes for it."""
+    return value is None or value != value or value in ([], {}) or (isinstance(value, str) and not value.strip())
+
+
+def number(value: Any) -> float | None:
+    """A finite number, which may be written as text; None for anything else."""
+    try:
+        found = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return found if math.isfinite(found) else None
+
+
+def name(value: Any) -> str | None:
+    """An id or a name: a number, or a text that is not empty."""
+    return (str(value).strip() or None) if isinstance(value, int | str) and not isinstance(value, bool) else None
+
+
+def decoded(cell: Any) -> Any:
+    """A cell of a CSV; lists and objects in it are written as JSON, or as Python writes them."""
+    if not isinstance(cell, str) or not cell.lstrip().startswith(("[", "{")):
+        return cell
+    try:
+        return json.loads(cell)
+    except ValueError:
+        pass
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of backslashes in what is no Python
+            return ast.literal_eval(cell.strip())
+    except (ValueError, SyntaxError, MemoryError):
+        return cell
+
+
+def renamed(row: Fields, columns: Mapping[str, str]) -> Fields:
+    """A row with the reader's names of columns in place of the file's (columns: {ours: theirs})."""
+    for ours, theirs in columns.items():
+        if theirs not in row:
+            raise RowError(f"data.columns.{ours}={theirs} names no column here; there are {', '.join(row) or 'none'}")
+    names = {theirs: ours for ours, theirs in columns.items()}
+    # A column that already has one of our names is dropped.
+    return {names.get(key, key): cell for key, cell in row.items() if key in names or key not in columns}
+
+
+def holds(row: Fields, key: str) -> bool:
+    return not blank(row.get(key))
+
+
+def value_of(row: Fields, key: str, kind: type) -> Any:
+    if key not in row:
+        raise RowError(f"'{key}' is missing")
+    if not isinstance(row[key], kind):
+        raise RowError(f"'{key}' is {kind_of(row[key])}, not {kind_of(kind())}")
+    return row[key]
+
+
+def text(row: Fields, key: str) -> str:
+    """A text; a null is an empty one."""
+    return "" if key in row and blank(row[key]) else str(value_of(row, key, str))
+
+
+def chat(row: Fields) -> str | None:
+    return next((key for key in CHATS if holds(row, key)), None)
+
+
+def answer(row: Fields, key: str) -> str:
+    """A text, or messages of which the last is the answer; empty where there is none."""
+    if not holds(row, key):
+        return ""
+    return turns(row, key)[-1].text if messages(row, key) else text(row, key)
+
+
+def prompt(row: Fields, key: str = "prompt") -> Prompt:
+    """The prompt in a column, as text or messages; if it is blank, Alpaca's instruction and input, or a question.
+
+    Alpaca's `system` and `history` go before it.
+    """
+    ask = next((ask for ask in ("instruction", "question") if holds(row, ask)), None)
+    asked: Prompt
+    if ask and not holds(row, key):
+        asked = (Turn("user", "\n\n".join(text(row, part) for part in (ask, "input") if holds(row, part))),)
+    else:
+        asked = turns(row, key) if holds(row, key) and messages(row, key) else text(row, key)
+    if past := before(row):
+        return (*past, *((Turn("user", asked),) if isinstance(asked, str) else asked))
+    return asked
+
+
+def messages(row: Fields, key: str) -> list[Any] | None:
+    """The messages in a column: a list of them, one alone, or a cell in which they are written; None for a text."""
+    cell = row[key]
+    found = decoded(cell)
+    items = [found] if isinstance(found, dict) else found
+    if isinstance(items, list):
+        return items if not isinstance(cell, str) or all(map(_form, items)) else None
+    if isinstance(cell, str) and _LIKE_MESSAGES.match(cell):
+        raise SkippedRowError(f"'{key}' begins like a list of messages, and cannot be read as one")
+    return None
+
+
+def turns(row: Fields, key: str) -> tuple[Turn, ...]:
+    """A conversation as a list of messages, in any of the forms known here; without blank turns of a system."""
+    found = []
+    for message in messages(row, key) or ([] if blank(row[key]) else [row[key]]):
+        form = _form(message)
+        who, words = (message.get(part) for part in form) if form else (None, None)
+        if str(who).lower() in _TOOLS or _calls_tools(message) or _calls_tools(row):
+            raise SkippedRowError("it calls tools, which are not read")
+        if form is None or not (isinstance(words, str) or blank(words)):
+            forms = " or ".join(" and ".join(form) for form in _FORMS)
+            raise RowError(f"'{key}' is not a list of messages with {forms}")
+        if str(who).lower() not in _ROLES:
+            raise RowError(f"'{key}' has a message from {who!r}; allowed are {', '.join(_ROLES)}")
+        turn = Turn(_ROLES[str(who).lower()], words if isinstance(words, str) else "")
+        found += [turn] if turn.role != "system" or turn.text.strip() else []
+    return tuple(found)
+
+
+def _form(message: Any) -> tuple[str, str] | None:
+    fields = message if isinstance(message, dict) else {}
+    return next((form for form in _FORMS if form[1] in fields and holds(fields, form[0])), None)
+
+
+def _calls_tools(message: Any) -> bool:
+    fields = message if isinstance(message, dict) else {}
+    return any(not blank(decoded(fields.get(key))) for key in ("tools", "tool_calls", "function_call"))
+
+
+def before(row: Fields) -> tuple[Turn, ...]:
+    """The turns before an instruction: Alpaca's `system` and `history`, which is pairs or messages."""
+    found = [Turn("system", text(row, "system"))] if holds(row, "system") else []
+    past = decoded(row.get("history"))
+    if isinstance(past, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in past):
+        for user, assistant in past:
+            said = {"user": user, "assistant": assistant}
+            found += [Turn("user", text(said, "user")), Turn("assistant", text(said, "assistant"))]
+    elif isinstance(past, list):
+        found += turns({"history": past}, "history")
+    return tuple(found)
+
+
+def unread(row: Fields) -> set[str]:
+    """Content of a row that is not read: a model's thoughts, and a history that is no list."""
+    lists = (cell for cell in row.values() if isinstance(cell, list))
+    held = [row, *(item for cells in lists for item in cells if isinstance(item, dict))]
+    found = {key for each in held for key in _THOUGHTS if holds(each, key)}
+    return found | ({"history"} if holds(row, "history") and not isinstance(decoded(row["history"]), list) else set())

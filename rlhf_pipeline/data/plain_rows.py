@@ -1,0 +1,179 @@
+"""Files to rows of plain values: JSON, JSON lines, CSV, TSV, Parquet and text, each also gzipped."""
+
+import codecs
+import csv
+import difflib
+import gzip
+import io
+import json
+import logging
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rlhf_pipeline.errors import UserError
+
+_LOG = logging.getLogger("rlhf_pipeline")
+_JSON = "allowed are one object a line, or one list of them"
+# Most bytes are valid GB18030. A text that looks more like another of these encodings is refused.
+_ENCODINGS = ["gb18030", "big5", "euc_kr", "shift_jis", "cp1251", "latin_1"]
+
+BROKEN = (EOFError, zlib.error, OSError, ValueError)  # what a damaged file makes the readers raise
+
+Fields = dict[str, Any]
+
+
+class RowError(Exception):
+    """Why one row cannot be used, and what it holds instead of fields. Whoever reads the file adds the place."""
+
+
+class SkippedRowError(RowError):
+    """A valid row with nothing to read."""
+
+
+_Rows = Iterator[tuple[str, Any]]  # "line 3" or "row 3", and what is there; a RowError stands for a broken row
+
+
+def read_rows(path: Path, blocks: bool = False) -> Iterator[tuple[str, Fields | RowError]]:
+    """Each row with its place: its fields, or the error that stands for a row that cannot be read.
+
+    With `blocks`, a row of a .txt is {"conversation": lines}, up to a blank line; else it is {"text": line}.
+    """
+    readers: dict[str, Callable[[Path], _Rows]] = {
+        ".jsonl": _json_rows, ".json": _json_rows, ".csv": _csv_rows, ".tsv": _csv_rows, ".parquet": _parquet_rows,
+        ".txt": _txt_blocks if blocks else _txt_rows,
+    }  # fmt: skip
+    if not path.is_file():
+        raise missing(path, "file")
+    if suffix(path) not in readers:
+        raise UserError(
+            f"{path}: unknown suffix; allowed are {', '.join(readers)}, each also with .gz. Save a spreadsheet as CSV "
+            "UTF-8; unpack an archive and give one of its files."
+        )
+    empty = True
+    try:
+        for where, row in readers[suffix(path)](path):
+            empty = False
+            if not isinstance(row, dict | RowError):
+                row = RowError(f'{kind_of(row)} where an object is needed, such as {{"text": ...}}', {"value": row})
+            yield where, row
+    except BROKEN as error:
+        raise broken(path, error) from error
+    if empty:
+        raise UserError(f"{path} holds no rows; it needs one or more.")
+
+
+def kind_of(value: Any) -> str:
+    kinds = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    return "nothing" if value is None else kinds.get(type(value), "neither text nor a number")
+
+
+def missing(path: Path, kind: str) -> UserError:
+    names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = [] if path.exists() else difflib.get_close_matches(path.name, names)
+    return UserError(f"no {kind} at {path}" + (f"; near it: {', '.join(near)}." if near else "."))
+
+
+def broken(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} cannot be read to its end ({error}): cut short, damaged or misnamed; fetch it again.")
+
+
+def suffix(path: Path) -> str:
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def open_file(path: Path) -> io.BufferedIOBase:
+    return gzip.open(path) if path.name.lower().endswith((".gz", ".tgz")) else path.open("rb")
+
+
+def _text(path: Path) -> str:
+    """A text in UTF-8, in UTF-16 with its mark (Excel's Unicode text), or in GB18030 (GBK), common in China."""
+    with open_file(path) as file:
+        data = file.read()
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        import charset_normalizer  # requests brings it
+
+        guess = charset_normalizer.from_bytes(data, cp_isolation=_ENCODINGS, threshold=0.6).best()
+        if guess is None or guess.encoding != "gb18030":
+            line = data.count(b"\n", 0, error.start) + 1
+            raise UserError(
+                f"{path}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8 (in a spreadsheet: CSV "
+                "UTF-8; else: iconv -f gbk -t utf-8, where gbk is its encoding now)."
+            ) from None
+        encoding, text = "gb18030", data.decode("gb18030")
+    if encoding != "utf-8-sig":
+        _LOG.warning("%s is not UTF-8; read as %s", path, encoding)
+    return text
+
+
+def _txt_rows(path: Path) -> _Rows:
+    # Lines end at "\n" alone, here and below: U+2028 and the like stay inside a text.
+    lines = enumerate(_text(path).split("\n"), start=1)
+    return ((f"line {number}", {"text": line.rstrip("\r")}) for number, line in lines if line.strip())
+
+
+def _txt_blocks(path: Path) -> _Rows:
+    blocks = (
+        block.replace("\r", "").split("\n") for block in re.split(r"\n(?:[ \t\r]*\n)+", _text(path).strip()) if block
+    )
+    return ((f"dialogue {number}", {"conversation": lines}) for number, lines in enumerate(blocks, start=1))
+
+
+def _json_rows(path: Path) -> _Rows:
+    """Objects one a line, or a list of them: the first character tells, since suffixes are used for either."""
+    text = _text(path)
+    if text.lstrip().startswith("["):
+        try:
+            yield from ((f"row {number}", row) for number, row in enumerate(json.loads(text), start=1))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {getattr(error, 'lineno', 1)}: not JSON ({error}); {_JSON}.") from None
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                row = RowError(f"not JSON ({error}); {_JSON}", {"text": line})
+            yield f"line {number}", row
+
+
+def _csv_rows(path: Path) -> _Rows:
+    text = _text(path)
+    # A spreadsheet writes ; where the comma stands in decimal numbers, and tabs as what it calls text.
+    first = text.partition("\n")[0]
+    delimiter = "\t" if suffix(path) == ".tsv" else next((mark for mark in ",;\t" if mark in first), ",")
+    csv.field_size_limit(sys.maxsize)  # answers may be longer than the 131,072 characters it allows otherwise
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    start = 1
+    try:
+        header = next(filter(None, reader), [])
+        named = [name for name in header if name.strip()]  # columns without a name are left over in sheets
+        if len(set(named)) < len(named):
+            raise UserError(f"{path}, line 1: a column name occurs twice in {header}; each needs its own.")
+        start = reader.line_num + 1
+        for cells in reader:
+            if len(cells) == len(header):
+                yield f"line {start}", dict(zip(header, cells, strict=True))
+            elif cells:
+                why = f"{len(cells)} fields; the header has {len(header)} ({', '.join(header)})"
+                yield f"line {start}", RowError(why, {"fields": cells})
+            start = reader.line_num + 1  # a quoted cell may hold line breaks: a row is known by its first line
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, line {start}: not CSV ({error}); quotes in a field are doubled and the field is quoted."
+        ) from None
+
+
+def _parquet_rows(path: Path) -> _Rows:
+    import pyarrow.parquet as parquet  # slow to import, and few files are Parquet
+
+    with open_file(path) as raw:
+        batches = parquet.ParquetFile(raw).iter_batches()
+        rows = (row for batch in batches for row in batch.to_pylist())
+        yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))

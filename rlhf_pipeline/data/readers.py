@@ -1,0 +1,158 @@
+"""Files to records: texts, labelled texts, demonstrations, dialogues.
+
+`columns` maps a reader's names of columns to the file's. Rows with nothing to read are skipped and counted in the log.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rlhf_pipeline.data import fields
+from rlhf_pipeline.data.plain_rows import Fields, RowError, SkippedRowError, kind_of, read_rows
+from rlhf_pipeline.data.records import Demonstration, Dialogue, Labelled, Text, Turn
+from rlhf_pipeline.errors import UserError
+
+T = TypeVar("T")
+
+_LOG = logging.getLogger("rlhf_pipeline")
+_TEXT_COLUMNS = ("text", "review", "sentence", "content")
+_LABEL_COLUMNS = ("label", "sentiment")
+_ASKED = {"prompt", "instruction", "question", "input", *fields.CHATS}
+_ANSWERS = ("completion", "output", "answer")
+_LABELS = {"0": 0, "1": 1, "neg": 0, "pos": 1, "negative": 0, "positive": 1}
+
+
+def read_texts(path: Path, column: str = "text", columns: Mapping[str, str] | None = None) -> list[Text]:
+    """Plain texts: one a line, or one a row."""
+
+    def parse(row: Fields) -> Text:
+        words = fields.text(row, column)
+        if not words.strip():
+            raise SkippedRowError("the text is empty")
+        return Text(words)
+
+    return _read(path, f"a text row needs {column}", parse, columns)
+
+
+def read_labelled(
+    path: Path, columns: Mapping[str, str] | None = None, labels: Mapping[Any, int] | None = None
+) -> list[Labelled]:
+    """Texts with label 0 or 1. `labels` are the file's own names of labels, each with 0 or 1."""
+    known = _LABELS if labels is None else {_label(name): label for name, label in labels.items()}
+    hint = "; data.labels={good: 1, bad: 0} gives others a meaning" if labels is None else " (data.labels)"
+
+    def parse(row: Fields) -> Labelled:
+        text_key, label_key = _first(row, _TEXT_COLUMNS), _first(row, _LABEL_COLUMNS)
+        words = fields.text(row, text_key).removeprefix("\ufeff").strip()  # stray byte order marks
+        value = row[label_key]
+        if not words or fields.blank(value):
+            raise SkippedRowError("no label or no text")
+        if _label(value) not in known:
+            said = kind_of(value) if isinstance(value, list | dict) else repr(value)
+            raise RowError(f"'{label_key}' is {said}; allowed are {', '.join(known)}{hint}")
+        return Labelled(words, known[_label(value)])
+
+    needs = f"a labelled row needs {'|'.join(_TEXT_COLUMNS)} and {'|'.join(_LABEL_COLUMNS)}"
+    return _read(path, needs, parse, columns)
+
+
+def _first(row: Fields, keys: tuple[str, ...]) -> str:
+    found = next((key for key in keys if key in row), None)
+    if found is None:
+        raise RowError(f"'{'|'.join(keys)}' is missing among {', '.join(row) or 'no columns'}")
+    return found
+
+
+def _label(value: Any) -> str:
+    return str(value).strip().lower().removesuffix(".0")  # 1.0: integers beside nulls, by way of pandas
+
+
+def read_demonstrations(path: Path, columns: Mapping[str, str] | None = None) -> list[Demonstration | Dialogue]:
+    """Prompts, conversations, and the good answers to them; a prompt alone has an empty completion.
+
+    A prompt that is text is taken as it stands; an instruction or a question is one turn of a conversation, which the
+    policy's template puts into words.
+    """
+    needs = "a demonstration row needs prompt, completion (or instruction, output; question, answer; messages)"
+    return _read(path, needs, _demonstration, columns)
+
+
+def _demonstration(row: Fields) -> Demonstration | Dialogue:
+    if chat := fields.chat(row):
+        return _dialogue(row, chat)
+    if _ASKED & row.keys() and not any(fields.holds(row, key) for key in (*_ASKED, *_ANSWERS)):
+        raise SkippedRowError("the prompt is empty")
+    prompt = fields.prompt(row)
+    said = next((said for key in _ANSWERS if (said := fields.answer(row, key))), "")
+    if isinstance(prompt, tuple) and fields.before(row):
+        return Dialogue((*prompt, Turn("assistant", said)) if said else prompt)
+    return Demonstration(prompt, said)
+
+
+def read_dialogues(path: Path, columns: Mapping[str, str] | None = None) -> list[Dialogue]:
+    """Utterances of two people in turn, or messages with their roles.
+
+    In a .txt an utterance is a line, and a blank line ends a dialogue.
+    """
+    needs = 'a dialogue row needs conversation: [{"utterance": ...}, ...] (or messages with role and content)'
+
+    def parse(row: Fields) -> Dialogue:
+        return _dialogue(row, fields.chat(row) or _first(row, fields.CHATS))
+
+    return _read(path, needs, parse, columns, blocks=True)
+
+
+def _dialogue(row: Fields, key: str) -> Dialogue:
+    """A conversation up to its last words, which may be a question; a blank turn at its end is none."""
+    items = fields.decoded(row[key])
+    first = items[0] if isinstance(items, list) and items else None
+    both = isinstance(first, str) or (isinstance(first, dict) and "utterance" in first)
+    turns: tuple[Turn, ...]
+    if both:
+        said: list[Any] = [item.get("utterance") if isinstance(item, dict) else item for item in items]
+        said = ["" if fields.blank(words) else words for words in said]
+        if not all(isinstance(words, str) for words in said):
+            raise RowError(f"'{key}' is not a list of texts, or of objects with a text 'utterance'")
+        turns = tuple(Turn("assistant" if i % 2 else "user", words) for i, words in enumerate(said))
+    else:
+        turns = (*fields.before(row), *fields.turns(row, key))
+    while turns and not turns[-1].text.strip():
+        turns = turns[:-1]
+    if not any(turn.role != "system" and turn.text.strip() for turn in turns):
+        raise SkippedRowError("the conversation is empty")
+    return Dialogue(turns, both)
+
+
+def _read(
+    path: Path, needs: str, parse: Callable[[Fields], T], columns: Mapping[str, str] | None, blocks: bool = False
+) -> list[T]:
+    """Every row of a file, parsed."""
+    kept: list[T] = []
+    skipped, left_out = Counter[str](), Counter[str]()
+    for where, row in read_rows(path, blocks):
+        try:
+            if isinstance(row, RowError):
+                raise row
+            row = fields.renamed(row, columns or {})
+            kept.append(parse(row))
+            left_out.update(fields.unread(row) if isinstance(kept[-1], Demonstration | Dialogue) else ())
+        except SkippedRowError as fault:
+            skipped[str(fault)] += 1
+        except (RowError, RecursionError) as fault:
+            why = "lists in lists, too deep to be read" if isinstance(fault, RecursionError) else fault.args[0]
+            raise UserError(f"{path}, {where}: {why}; {needs}.") from None
+    total = len(kept) + skipped.total()
+    if not kept:
+        raise UserError(f"{path}: all {total} rows were skipped ({'; '.join(skipped)}); {needs}.")
+    for why, count in skipped.items():
+        _LOG.warning("%s: %d of %d rows skipped (%s)", path, count, total, why)
+    say_unread(path, left_out, total)
+    return kept
+
+
+def say_unread(path: Path, left_out: Mapping[str, int], total: int) -> None:
+    """Log each kind of content that is not read, with the number of rows."""
+    for what, count in left_out.items():
+        _LOG.warning("%s: %d of %d rows have %s, which is not read", path, count, total, what)

@@ -1,0 +1,575 @@
+"""Files to records: every format, the forms that users bring, and faults that name their place; the real files too."""
+
+import csv
+import gzip
+import io
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_pipeline.data.acl_imdb import read_acl_imdb
+from rlhf_pipeline.data.agreement import settle
+from rlhf_pipeline.data.judgements import read_judgements
+from rlhf_pipeline.data.plain_rows import RowError, read_rows
+from rlhf_pipeline.data.readers import read_demonstrations, read_dialogues, read_labelled, read_texts
+from rlhf_pipeline.data.records import Demonstration, Dialogue, Labelled, Preference, Ranking, Text, Turn
+from rlhf_pipeline.errors import UserError
+
+ASKED = {"role": "user", "content": "Is it?"}
+CHAT = [ASKED, {"role": "assistant", "content": 'It "is", isn\'t it?'}]
+WORSE = [ASKED, {"role": "assistant", "content": "No."}]
+TURNS = (Turn("user", "Is it?"), Turn("assistant", 'It "is", isn\'t it?'))
+
+
+def jsonl(path: Path, *rows: object) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def sheet(path: Path, *rows: dict[str, Any]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], delimiter="\t" if path.suffix == ".tsv" else ",")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def read_preferences(path: Path, columns: dict[str, str] | None = None) -> list[Preference | Ranking]:
+    return settle(read_judgements(path, columns).judgements)[0]
+
+
+# --- aclImdb
+
+REVIEWS = {
+    "train/pos/10_9.txt": "A warm film.<br /><br />I saw it   twice.",
+    "train/pos/2_7.txt": "Better than its poster.",
+    "train/neg/3_1.txt": "Two hours I will not get back.",
+    "test/pos/0_10.txt": "Flawless; the score alone is worth it.",
+    "test/neg/1_4.txt": "Nice costumes, no plot.",
+    "train/unsup/5_0.txt": "Nobody rated this one.",
+    "README": "Large Movie Review Dataset v1.0",
+}
+
+
+def write_folder(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text, encoding="utf-8")
+    return root
+
+
+def write_archive(path: Path, files: dict[str, str], *others: tarfile.TarInfo, prefix: str = "aclImdb/") -> Path:
+    with tarfile.open(path, "w" if path.suffix == ".tar" else "w:gz") as archive:
+        for name, text in reversed(files.items()):
+            member = tarfile.TarInfo(prefix + name)
+            member.size = len(text.encode())
+            archive.addfile(member, io.BytesIO(text.encode()))
+        for member in others:
+            archive.addfile(member, io.BytesIO(bytes(member.size)))
+    return path
+
+
+def test_acl_imdb_is_the_same_from_folder_and_archive(tmp_path: Path) -> None:
+    inner = write_folder(tmp_path / "data" / "aclImdb", REVIEWS)
+    read = read_acl_imdb(inner)
+    assert read == {
+        "train": [
+            Labelled("Two hours I will not get back.", 0),
+            Labelled("Better than its poster.", 1),  # id 2 before 10: by number, not by name
+            Labelled("A warm film. I saw it twice.", 1),
+        ],
+        "test": [Labelled("Nice costumes, no plot.", 0), Labelled("Flawless; the score alone is worth it.", 1)],
+    }
+    assert read_acl_imdb(tmp_path / "data") == read
+    for name, prefix in (("a.tar.gz", "aclImdb/"), ("a.tgz", ""), ("a.tar", "./aclImdb/")):
+        assert read_acl_imdb(write_archive(tmp_path / name, REVIEWS, prefix=prefix)) == read
+
+
+@pytest.mark.parametrize("archive", [False, True])
+@pytest.mark.parametrize("name", ["train/pos/4_3.txt", "test/neg/6_5.txt", "test/neg/._1_4.txt", "train/pos/8_11.txt"])
+def test_acl_imdb_names_a_file_that_does_not_fit(tmp_path: Path, archive: bool, name: str) -> None:
+    files = REVIEWS | {name: "x"}
+    path = write_archive(tmp_path / "a.tar.gz", files) if archive else write_folder(tmp_path / "a", files)
+    with pytest.raises(UserError, match=rf"{name} .*rating 1\.\.4 in neg and 7\.\.10 in pos"):
+        read_acl_imdb(path)
+
+
+@pytest.mark.parametrize("text", [b"caf\xe9", b"<br />"])
+def test_acl_imdb_names_an_unreadable_review(tmp_path: Path, text: bytes) -> None:
+    root = write_folder(tmp_path, REVIEWS)
+    (root / "test/pos/9_8.txt").write_bytes(text)
+    with pytest.raises(UserError, match=r"test/pos/9_8\.txt"):
+        read_acl_imdb(root)
+
+
+def test_acl_imdb_takes_nothing_from_hostile_members(tmp_path: Path) -> None:
+    hostile = [tarfile.TarInfo(name) for name in ("../1_9.txt", "/train/pos/1_9.txt")]
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
+        link = tarfile.TarInfo("aclImdb/train/pos/7_7.txt")
+        link.type, link.linkname = kind, "../../../etc/passwd"
+        hostile.append(link)
+    read = read_acl_imdb(write_folder(tmp_path / "a", REVIEWS))
+    assert read_acl_imdb(write_archive(tmp_path / "a.tar.gz", REVIEWS, *hostile)) == read
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.tar.gz"]
+
+
+def many() -> dict[str, str]:
+    extra = {f"{s}/pos/{i}_8.txt": f"Film {i}: {i * 7919} stars." for s in ("train", "test") for i in range(20, 60)}
+    return REVIEWS | extra
+
+
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.tar"])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.8])
+def test_acl_imdb_truncated_archive(tmp_path: Path, name: str, share: float) -> None:
+    path = write_archive(tmp_path / name, many())
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(UserError, match=f"{name} .*cut short"):
+        read_acl_imdb(path)
+
+
+@pytest.mark.parametrize(("name", "place"), [("a.tar", 1024 * 60), ("b.tar.gz", -6)])  # a header; gzip's CRC
+def test_acl_imdb_damage_is_not_taken_for_the_end(tmp_path: Path, name: str, place: int) -> None:
+    path = write_archive(tmp_path / name, many())
+    data = bytearray(path.read_bytes())
+    data[place] ^= 0xFF
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="damaged"):
+        read_acl_imdb(path)
+
+
+def test_acl_imdb_missing_parts(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no file or folder at"):
+        read_acl_imdb(tmp_path / "nowhere")
+    without = {name: text for name, text in REVIEWS.items() if not name.startswith("test/neg")}
+    for path in (write_folder(tmp_path / "aclImdb", without), write_archive(tmp_path / "a.tgz", without)):
+        with pytest.raises(UserError, match=r"no reviews in test/neg; .*aclImdb/\{train,test\}/\{pos,neg\}"):
+            read_acl_imdb(path)
+    (tmp_path / "a.zip").touch()
+    with pytest.raises(UserError, match=r"a\.zip is not an aclImdb"):
+        read_acl_imdb(tmp_path / "a.zip")
+
+
+# --- rows of plain values
+
+
+def test_rows_line_separators_stay_inside_a_text(tmp_path: Path) -> None:
+    text = "one\u2028two\u2029three\x85four"
+    path = jsonl(tmp_path / "a.jsonl", {"text": text}, {"text": "five"})
+    assert list(read_rows(path)) == [("line 1", {"text": text}), ("line 2", {"text": "five"})]
+    (tmp_path / "a.txt").write_bytes(f"\ufeff{text}\r\n\n  \nlast".encode())
+    assert list(read_rows(tmp_path / "a.txt")) == [("line 1", {"text": text}), ("line 4", {"text": "last"})]
+    (tmp_path / "a.csv").write_text(f"text,label\n{text},1\n", encoding="utf-8")
+    assert read_labelled(tmp_path / "a.csv") == [Labelled(text, 1)]
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_rows_json_list_or_lines_whatever_the_suffix(tmp_path: Path, suffix: str) -> None:
+    rows = [{"text": "one"}, {"text": "two", "tags": [1, {"a": "]"}]}, {"text": "three"}]
+    (tmp_path / f"list.{suffix}").write_text("\n" + json.dumps(rows, indent=1), encoding="utf-8")
+    assert list(read_rows(tmp_path / f"list.{suffix}")) == [(f"row {n}", row) for n, row in enumerate(rows, start=1)]
+    found = list(read_rows(jsonl(tmp_path / f"lines.{suffix}", *rows)))
+    assert found == [(f"line {n}", row) for n, row in enumerate(rows, start=1)]
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ('\ufefflabel,text\r\n1,"很快，\n""好吃"""\r\n\r\n0,慢\r\n',
+         [("line 2", {"label": "1", "text": '很快，\n"好吃"'}), ("line 5", {"label": "0", "text": "慢"})]),
+        ("label;text\n1;good, cheap\n", [("line 2", {"label": "1", "text": "good, cheap"})]),
+        ("label\ttext\n1\tgood, cheap\n", [("line 2", {"label": "1", "text": "good, cheap"})]),
+        ("text,label,,\ngood,1,,\n", [("line 2", {"text": "good", "label": "1", "": ""})]),
+        (f"text,label\n{'x' * 200_000},1\n", [("line 2", {"text": "x" * 200_000, "label": "1"})]),
+    ],
+)  # fmt: skip
+def test_rows_of_sheets_as_spreadsheets_save_them(tmp_path: Path, text: str, rows: list[Any]) -> None:
+    (tmp_path / "a.csv").write_text(text, encoding="utf-8", newline="")
+    assert list(read_rows(tmp_path / "a.csv")) == rows
+    (tmp_path / "a.tsv").write_text("text\tlabel\na, b\tpos\n", encoding="utf-8")
+    assert read_labelled(tmp_path / "a.tsv") == [Labelled("a, b", 1)]
+
+
+TALKS = "今天天气怎么样\r\n很好啊\r\n那我们去玩吧\r\n\r\n\r\n你吃饭了吗\r\n还没有呢\r\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "gbk", "gb18030", "utf-16"])
+def test_encodings_used_in_china(tmp_path: Path, encoding: str, caplog: pytest.LogCaptureFixture) -> None:
+    said = [["今天天气怎么样", "很好啊", "那我们去玩吧"], ["你吃饭了吗", "还没有呢"]]
+    (tmp_path / "train.txt").write_bytes(TALKS.encode(encoding))
+    found = read_dialogues(tmp_path / "train.txt")
+    assert [[turn.text for turn in row.turns] for row in found] == said, "a blank line ends a dialogue"
+    assert [turn.role for turn in found[0].turns] == ["user", "assistant", "user"]
+    assert read_texts(tmp_path / "train.txt") == [Text(text) for texts in said for text in texts]
+    row = {"prompt": "为什么天是蓝的？", "chosen": "因为光的散射。", "rejected": "我不知道，你说呢？"}
+    for name, text in (("a.csv", ",".join(row) + "\r\n" + ",".join(row.values())), ("a.jsonl", json.dumps(row))):
+        text = text if name == "a.csv" else json.dumps(row, ensure_ascii=False)
+        (tmp_path / name).write_bytes(text.encode(encoding))
+        assert [held for _, held in read_rows(tmp_path / name)] == [row]
+        assert (f"{name} is not UTF-8; read as" in caplog.text) == (not encoding.startswith("utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [
+        ("euc-kr", "하늘은 왜 파란가요? 모르겠어요"),
+        ("cp1251", "Мы на море"),
+        ("latin-1", "na\u00efve"),
+        ("big5", "為什麼天是藍的？"),
+    ],
+)
+def test_other_encodings_are_refused(tmp_path: Path, encoding: str, text: str) -> None:
+    (tmp_path / "a.csv").write_bytes(b"text\n" + text.encode(encoding) + b"\n")
+    with pytest.raises(UserError, match=r"a\.csv, line 2: not UTF-8 .*save the file as UTF-8"):
+        list(read_rows(tmp_path / "a.csv"))
+
+
+def test_rows_gzip_and_parquet(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", {"text": "比赛"})
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    assert read_texts(tmp_path / "a.jsonl.gz") == [Text("比赛")]
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pa.table({"text": ["good", "bad", "so-so"], "label": [1.0, 0.0, None]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert read_labelled(tmp_path / "a.parquet") == [Labelled("good", 1), Labelled("bad", 0)]
+    with pytest.raises(UserError, match=r"a\.parquet, row 1: 'prompt' is missing"):
+        read_demonstrations(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', "line 3: not JSON"),
+        ("a.jsonl", b'{"text": "a"}\n["b"]\n', "line 2: a list where an object is needed"),
+        ("a.json", b'[{"text": "a"},\n 3]', "row 2: a number where an object is needed"),
+        ("a.json", b'[{"text": "a"},\n{"text": "b"}\n', "line 3: not JSON"),
+        ("a.json", b'[{"text": "a"}]\n[{"text": "b"}]\n', "line 2: not JSON"),
+        ("a.json", b"[]", "holds no rows"),
+        ("a.jsonl", b"", "holds no rows"),
+        ("a.csv", b"text,label\n", "holds no rows"),
+        ("a.txt", b"\n \n", "holds no rows"),
+        ("a.csv", b"text,label\na,1\nb, c,0\n", r"line 3: 3 fields; the header has 2 \(text, label\)"),
+        ("a.csv", b'text,label\n"a,1\nb,0\n', "line 2: not CSV"),
+        ("a.csv", b"text,text\na,b\n", "line 1: a column name occurs twice"),
+        ("a.xlsx", b"PK", r"unknown suffix; allowed are \.jsonl, \.json, \.csv.*Save a spreadsheet as CSV UTF-8"),
+        ("a.jsonl.gz", b"plain", "cannot be read to its end"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9], "cut short"),
+        ("a.parquet", b"PAR1PAR1PAR1", "damaged or misnamed"),
+    ],
+)
+def test_faults_name_file_and_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        read_texts(tmp_path / name)
+    assert str(caught.value).startswith(str(tmp_path / name))
+
+
+def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
+    jsonl(tmp_path / "reviews.jsonl", {"text": "a"})
+    with pytest.raises(UserError, match=r"no file at .*review\.jsonl; near it: reviews\.jsonl"):
+        read_texts(tmp_path / "review.jsonl")
+    for path in (tmp_path, tmp_path / "no" / "such.csv"):
+        with pytest.raises(UserError, match="no file at"):
+            read_texts(path)
+
+
+# --- texts and labels
+
+
+def test_labelled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    values = [0, 1, "1", "NEG", "Positive", "pos", None, ""]
+    rows = [{"sentence": f"\ufeffs{i}", "sentiment": value} for i, value in enumerate(values)]
+    path = jsonl(tmp_path / "a.jsonl", *rows, {"sentence": " ", "sentiment": 1})
+    assert read_labelled(path) == [Labelled(f"s{i}", label) for i, label in enumerate([0, 1, 1, 0, 1, 1])]
+    assert "3 of 9 rows skipped" in caplog.text
+    path = jsonl(tmp_path / "b.jsonl", {"body": "fine", "y": 1})
+    assert read_labelled(path, {"text": "body", "label": "y"}) == [Labelled("fine", 1)]
+    with pytest.raises(UserError, match=r"line 1: 'text\|review\|sentence\|content' is missing among body, y"):
+        read_labelled(path)
+    with pytest.raises(UserError, match=r"line 1: data\.columns\.label=star names no column here; there are bo"):
+        read_labelled(path, columns={"text": "body", "label": "star"})
+    path = jsonl(tmp_path / "c.jsonl", {"text": "a", "label": 1}, {"text": "b", "label": 5})
+    with pytest.raises(UserError, match=r"c\.jsonl, line 2: 'label' is 5; allowed are 0, 1, neg.*data\.labels=\{good"):
+        read_labelled(path)
+
+
+def test_labels_of_other_names(tmp_path: Path) -> None:
+    rows = [{"text": f"t{n}", "label": label} for n, label in enumerate(["正面", " 负面 ", 5.0, "5", None])]
+    path = jsonl(tmp_path / "a.jsonl", *rows)
+    found = [Labelled("t0", 1), Labelled("t1", 0), Labelled("t2", 1), Labelled("t3", 1)]
+    assert read_labelled(path, labels={"正面": 1, "负面": 0, 5: 1}) == found
+    with pytest.raises(UserError, match=r"line 2: 'label' is ' 负面 '; allowed are 正面 \(data\.labels\)"):
+        read_labelled(path, labels={"正面": 1})
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [({"a": 1}, "an object"), (["a"], "a list"), (3, "a number"), (0.5, "a number"), (True, "true or false")],
+)
+def test_no_message_names_a_type_of_python(tmp_path: Path, value: Any, said: str) -> None:
+    with pytest.raises(UserError, match=f"line 1: 'text' is {said}, not text"):
+        read_texts(jsonl(tmp_path / "a.jsonl", {"text": value}))
+
+
+# --- demonstrations and dialogues
+
+
+def test_demonstrations(tmp_path: Path) -> None:
+    rows: dict[str, tuple[dict[str, Any], Any]] = {
+        "text": ({"prompt": "Say hi.", "completion": "Hi."}, Demonstration("Say hi.", "Hi.")),
+        "alpaca": ({"instruction": "Mend the spelling.", "input": "freind", "output": "friend"},
+                   Demonstration((Turn("user", "Mend the spelling.\n\nfreind"),), "friend")),
+        "no input": ({"instruction": "Name a colour.", "input": "", "output": "Blue."},
+                     Demonstration((Turn("user", "Name a colour."),), "Blue.")),
+        "question": ({"question": "1+1?", "answer": "2"}, Demonstration((Turn("user", "1+1?"),), "2")),
+        "messages": ({"prompt": CHAT[:1], "completion": CHAT[1:]}, Demonstration(TURNS[:1], TURNS[1].text)),
+        "chat": ({"messages": [{"role": "system", "content": "Be kind."}, *CHAT]},
+                 Dialogue((Turn("system", "Be kind."), *TURNS))),
+        "sharegpt": ({"conversations": [{"from": "human", "value": "你好"}, {"from": "gpt", "value": "好"}]},
+                     Dialogue((Turn("user", "你好"), Turn("assistant", "好")))),
+    }  # fmt: skip
+    found = read_demonstrations(jsonl(tmp_path / "a.jsonl", *(row for row, _ in rows.values())))
+    assert found == [expected for _, expected in rows.values()]
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([{"role": "judge", "content": "a?"}], "message from 'judge'; allowed are system, user"),
+        ([{"role": "user", "content": 3}], "not a list of messages with role and content or from and value"),
+        ([{"role": None, "content": "a?"}], "not a list of messages with role and content or from and value"),
+        ("a?", "not a list of messages"),
+    ],
+)
+def test_chat_faults(tmp_path: Path, messages: object, message: str) -> None:
+    path = jsonl(tmp_path / "a.jsonl", {"messages": CHAT}, {"messages": messages})
+    with pytest.raises(UserError, match=rf"a\.jsonl, line 2: .*{message}"):
+        read_demonstrations(path)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl"])
+@pytest.mark.parametrize("write", [json.dumps, str], ids=["json", "python"])
+def test_messages_written_in_a_cell_are_read_as_messages(tmp_path: Path, write: Any, name: str) -> None:
+    put = jsonl if name.endswith("jsonl") else sheet
+    path = put(tmp_path / name, {"prompt": "Is it?", "chosen": write(CHAT), "rejected": write(WORSE)})
+    assert read_preferences(path) == [Preference((TURNS[0],), TURNS[1].text, "No.")]
+    path = put(tmp_path / name, {"prompt": write(CHAT[:1]), "completion": write(CHAT[1:])})
+    assert read_demonstrations(path) == [Demonstration((TURNS[0],), TURNS[1].text)]
+    path = put(tmp_path / name, {"messages": write(CHAT)})
+    assert read_demonstrations(path) == read_dialogues(path) == [Dialogue(TURNS)]
+    path = put(tmp_path / name, {"conversation": write([{"utterance": "one"}, {"utterance": "two"}])})
+    assert read_dialogues(path) == [Dialogue((Turn("user", "one"), Turn("assistant", "two")), both=True)]
+    path = put(tmp_path / name, {"prompt": "p", "responses": write(["it's a", "b", "c"]), "ranks": "[2, 1, 3]"})
+    assert read_preferences(path) == [Ranking("p", ("b", "it's a", "c"))]
+
+
+def test_answers_of_json_and_code_stay_text(tmp_path: Path) -> None:
+    texts = ['{"a": 1}', '[{"name": "x", "role": "admin"}]', "[1, 2]", "{not json", "['a', 'b']", "[see above] yes"]
+    path = sheet(tmp_path / "a.csv", *({"prompt": text, "completion": text} for text in texts))
+    assert read_demonstrations(path) == [Demonstration(text, text) for text in texts]
+
+
+def test_a_cell_of_messages_that_was_cut_off_is_no_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cut = json.dumps(CHAT)[:-5]
+    path = sheet(tmp_path / "a.csv", {"prompt": "p", "completion": "c"}, {"prompt": "q", "completion": cut})
+    assert read_demonstrations(path) == [Demonstration("p", "c")]
+    assert "1 of 2 rows skipped ('completion' begins like a list of messages, and cannot be read as one)" in caplog.text
+    deep = f'[{{"role": "user", "content": {"[" * 100_000}'
+    path = sheet(tmp_path / "a.csv", {"prompt": "p", "completion": deep})
+    with pytest.raises(UserError, match="lists in lists, too deep"):
+        read_demonstrations(path)
+
+
+def test_messages_of_files_that_were_merged_leave_their_other_columns_null(tmp_path: Path) -> None:
+    nulls = {"from": None, "value": None, "tool_calls": None, "reasoning_content": None}
+    other = {"role": None, "content": None}
+    mixed = [{**message, **nulls} for message in CHAT[:1]] + [{"from": "gpt", "value": "Yes.", **other}]
+    path = jsonl(tmp_path / "a.jsonl", {"messages": mixed, "prompt": None}, {"messages": None, "prompt": "p"})
+    assert read_demonstrations(path) == [Dialogue((TURNS[0], Turn("assistant", "Yes."))), Demonstration("p", "")]
+
+
+def test_alpacas_history_and_system_stand_before_the_instruction(tmp_path: Path) -> None:
+    row: dict[str, Any] = {"instruction": "And now?", "input": "Say it.", "output": "Now too.", "system": "Be brief."}
+    pairs = [["Is it?", "Yes."], ["Why?", "So."]]
+    asked, answer, system = (
+        Turn("user", "And now?\n\nSay it."),
+        Turn("assistant", "Now too."),
+        Turn("system", "Be brief."),
+    )
+    past = [Turn(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]
+    whole = Dialogue((system, *past, asked, answer))
+    path = jsonl(tmp_path / "a.jsonl", {**row, "history": pairs}, row, {**row, "history": None, "system": ""})
+    assert read_demonstrations(path) == [
+        whole, Dialogue((system, asked, answer)), Demonstration((asked,), "Now too."),
+    ]  # fmt: skip
+    for write in (json.dumps, str):
+        assert read_demonstrations(sheet(tmp_path / "a.csv", {**row, "history": write(pairs)})) == [whole]
+    path = jsonl(tmp_path / "b.jsonl", {"history": CHAT, "prompt": "c", "completion": "d"},
+                 {"conversations": CHAT, "system": "Be brief."})  # fmt: skip
+    talk = Dialogue((*TURNS, Turn("user", "c"), Turn("assistant", "d")))
+    assert read_demonstrations(path) == [talk, Dialogue((system, *TURNS))]
+    pair = {**row, "history": pairs, "chosen": "c", "rejected": "r"}
+    assert read_preferences(jsonl(tmp_path / "c.jsonl", pair)) == [Preference((system, *past, asked), "c", "r")]
+
+
+def test_what_is_not_read_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    thoughts = ("thinking", "reasoning", "reasoning_content")
+    for name in thoughts:
+        thought, empty = ([CHAT[0], {**CHAT[1], name: words}] for words in ("Hm.", ""))
+        path = jsonl(tmp_path / f"{name}.jsonl", {"messages": thought}, {"messages": empty}, {"messages": CHAT})
+        assert read_demonstrations(path) == [Dialogue(TURNS)] * 3
+        read_judgements(jsonl(tmp_path / f"pair-{name}.jsonl", {"chosen": thought, "rejected": WORSE}))
+    row = {"instruction": "i", "reasoning_content": "Hm.", "output": "o"}
+    read_demonstrations(jsonl(tmp_path / "b.jsonl", row, {"prompt": "p", "completion": "c", "history": "x"}))
+    counts = {f"{name}.jsonl: 1 of 3 rows have {name}" for name in thoughts}
+    counts |= {f"pair-{name}.jsonl: 1 of 1 rows have {name}" for name in thoughts}
+    for said in counts | {"b.jsonl: 1 of 2 rows have reasoning_content", "b.jsonl: 1 of 2 rows have history"}:
+        assert f"{said}, which is not read" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [ASKED, {"role": "tool", "content": "{}"}, CHAT[1]]},
+        {"messages": [ASKED, {"role": "assistant", "content": None, "tool_calls": [{"name": "clock"}]}, CHAT[1]]},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "{}"}]},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "observation", "value": "{}"}]},
+        {"messages": [{"role": "system", "content": "", "tools": '[{"name": "clock"}]'}, *CHAT]},
+        {"messages": CHAT, "tools": '[{"name": "clock"}]'},
+    ],
+)
+def test_rows_with_tools_are_skipped_and_counted(
+    tmp_path: Path, row: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = {"messages": [{"role": "system", "content": "s", "tools": "[]"}, *CHAT], "tools": []}
+    path = jsonl(tmp_path / "a.jsonl", {"messages": CHAT}, row, plain)
+    assert read_demonstrations(path) == [Dialogue(TURNS), Dialogue((Turn("system", "s"), *TURNS))]
+    assert "a.jsonl: 1 of 3 rows skipped (it calls tools, which are not read)" in caplog.text
+    with pytest.raises(UserError, match=r"all 1 rows were skipped \(it calls tools"):
+        read_demonstrations(jsonl(tmp_path / "b.jsonl", row))
+
+
+def test_prompts_alone(tmp_path: Path) -> None:
+    path = jsonl(
+        tmp_path / "a.jsonl",
+        {"prompt": "p"}, {"prompt": "p", "completion": ""}, {"prompt": "p", "completion": " \n"},
+        {"prompt": [ASKED]}, {"instruction": "i"}, {"question": "q", "answer": None},
+        {"messages": [ASKED]}, {"messages": [ASKED, {"role": "assistant", "content": ""}]},
+        {"messages": [*CHAT, ASKED]},
+    )  # fmt: skip
+    found = read_demonstrations(path)
+    assert found == [
+        *[Demonstration("p", "")] * 3,
+        *[Demonstration((Turn("user", text),), "") for text in ("Is it?", "i", "q")],
+        *[Dialogue((TURNS[0],))] * 2,
+        Dialogue((*TURNS, TURNS[0])),
+    ]
+    assert not any(row.answered for row in found)
+    assert [row.replies for row in found if isinstance(row, Dialogue)] == [[], [], [1]]
+
+
+@pytest.mark.parametrize("empty", [None, "", "  ", float("nan"), []])
+def test_a_null_is_a_blank(tmp_path: Path, empty: Any, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [
+        {"instruction": "i", "input": empty, "output": "o"},
+        {"instruction": empty, "input": empty, "output": empty},
+        {"messages": empty},
+        {"messages": [{"role": "system", "content": empty}, ASKED, {"role": "assistant", "content": empty}]},
+    ]
+    found = read_demonstrations(jsonl(tmp_path / "a.jsonl", *rows))
+    assert "a.jsonl: 2 of 4 rows skipped (the prompt is empty)" in caplog.text
+    assert found == [Demonstration((Turn("user", "i"),), "o"), Dialogue((TURNS[0],))]
+    texts = read_texts(jsonl(tmp_path / "b.jsonl", {"text": empty}, {"text": "a"}))
+    labelled = read_labelled(jsonl(tmp_path / "c.jsonl", {"text": empty, "label": 1}, {"text": "a", "label": 0}))
+    assert (texts, labelled) == ([Text("a")], [Labelled("a", 0)])
+    if empty is None:
+        alike = [{**rows[0], "instruction": f"i{n}"} for n in range(3)] + [rows[1]]
+        assert read_demonstrations(sheet(tmp_path / "a.csv", *alike)) == read_demonstrations(
+            jsonl(tmp_path / "a.jsonl", *alike)
+        )
+
+
+def test_dialogues(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "b.jsonl", {"conversation": [{"utterance": "哪个区？"}, {"utterance": "艾欧尼亚"}]},
+                 {"conversation": [{"utterance": "alone"}]})  # fmt: skip
+    two = Dialogue((Turn("user", "哪个区？"), Turn("assistant", "艾欧尼亚")), both=True)
+    assert read_dialogues(path) == [two, Dialogue((Turn("user", "alone"),), both=True)]
+    for value in ([{"utterance": 3}], [{"words": "a"}], "a"):
+        path = jsonl(tmp_path / "d.jsonl", {"conversation": value})
+        with pytest.raises(UserError, match=r"line 1: 'conversation' is not a list of .*; a dialogue row needs"):
+            read_dialogues(path)
+
+
+# --- the real files
+
+Reader = Callable[[Path], list[Any]]
+
+
+def test_real_acl_imdb_folder_and_archive(shared: Path, tmp_path: Path) -> None:
+    archive = shared / "data/imdb/aclImdb_small.tar.gz"
+    read = read_acl_imdb(archive)
+    for split in ("train", "test"):
+        assert Counter(row.label for row in read[split]) == {0: 1000, 1: 1000}
+    assert not any("<br" in row.text or "  " in row.text for rows in read.values() for row in rows)
+    with tarfile.open(archive) as opened:
+        opened.extractall(tmp_path, filter="data")
+    assert read_acl_imdb(tmp_path) == read
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("ChnSentiCorp_htl_all.csv.gz", {1: 5322, 0: 2443}),  # 2,444 less the one empty review
+        ("waimai_10k.csv.gz", {1: 4000, 0: 7987}),
+        ("dianping_asap_sample.jsonl.gz", {1: 230, 0: 26}),
+    ],
+)
+def test_real_chinese_sentiment(shared: Path, name: str, counts: dict[int, int]) -> None:
+    assert Counter(row.label for row in read_labelled(shared / "data/chinese_sentiment" / name)) == counts
+
+
+@pytest.mark.parametrize(
+    ("reader", "name", "count"),
+    [
+        (read_texts, "imdb/unsup_20k.jsonl.gz", 20_000),
+        (read_labelled, "chinese_sentiment/online_shopping_10_cats.csv.gz", 62_773),
+        (read_preferences, "preferences/hh_harmless_base_test.jsonl.gz", 2312),
+        (read_preferences, "preferences/zh_sentiment_comment_pairs_train.jsonl.gz", 1000),
+        (read_preferences, "preferences/medicalgpt_dpo_zh_500.jsonl.gz", 500),
+        (read_preferences, "preferences/llms_from_scratch_preference_1100.jsonl.gz", 1094),
+        (read_preferences, "preferences/minchatgpt_chatgpt_preferences.json.gz", 458),
+        (read_preferences, "preferences/minchatgpt_ranked3.jsonl.gz", 149),
+        (read_preferences, "preferences/oasst_en_ranked.jsonl.gz", 212),
+        (read_preferences, "preferences/zh_review_ranklists4.jsonl.gz", 3082),
+        (read_demonstrations, "sft/alpaca_en_5k.jsonl.gz", 5000),
+        (read_demonstrations, "sft/alpaca_zh_2k.jsonl.gz", 2000),
+        (read_demonstrations, "sft/llms_from_scratch_instruct_1100.jsonl.gz", 1100),
+        (read_dialogues, "chinese_dialog/train.jsonl.gz", 10_000),
+        (read_dialogues, "chinese_dialog/kdconv_dev_test.jsonl.gz", 900),
+    ],
+)
+def test_real_counts(shared: Path, reader: Reader, name: str, count: int) -> None:
+    assert len(reader(shared / "data" / name)) == count
+
+
+def test_real_hh_prompt_and_answer_make_up_the_dialog(shared: Path) -> None:
+    path = shared / "data/preferences/hh_harmless_base_test.jsonl.gz"
+    raw = [row for _, row in read_rows(path) if not isinstance(row, RowError)]
+    read = [row for row in read_preferences(path) if isinstance(row, Preference) and isinstance(row.prompt, str)]
+    assert [(p.prompt + p.chosen, p.prompt + p.rejected) for p in read] == [(r["chosen"], r["rejected"]) for r in raw]
+    assert all(str(p.prompt).endswith("\n\nAssistant:") for p in read)
+
+
+@pytest.mark.parametrize("name", ["chinese_dialog/train.jsonl.gz", "preferences/medicalgpt_dpo_zh_500.jsonl.gz"])
+def test_ten_lines_of_real_chinese_in_gbk_are_read_as_in_utf_8(shared: Path, tmp_path: Path, name: str) -> None:
+    lines = gzip.decompress((shared / "data" / name).read_bytes()).decode().splitlines(keepends=True)
+    for first in range(0, 200, 10):
+        text = "".join(lines[first : first + 10])
+        (tmp_path / "a.jsonl").write_text(text, encoding="gb18030", newline="")
+        (tmp_path / "b.jsonl").write_text(text, encoding="utf-8", newline="")
+        assert list(read_rows(tmp_path / "a.jsonl")) == list(read_rows(tmp_path / "b.jsonl"))
