@@ -1,11 +1,11 @@
-"""log p of tokens and the entropy there, without keeping logits of the vocabulary about."""
+"""log p of tokens and the entropy of their distributions, without holding all logits at a time."""
 
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_pipeline.models.networks import head_logits, is_reshaped, language_model, project, trunk
+from rlhf_pipeline.models.networks import head_logits, matrix_head, project, trunk
 from rlhf_pipeline.models.sampling import Batch, Sampling
 
 # Rows of the vocabulary are worked on in pieces that stay in a core's cache; on a GPU in pieces that keep it busy.
@@ -29,11 +29,10 @@ def token_likelihood(model: Any, states: Tensor, batch: Batch, sampling: Samplin
 
     `states` as `response_states` gives them; both results are (batch, longest response), 0 beyond a response's end.
     """
-    targets, times = batch.chosen, batch.places[1]
-    inner = language_model(model)
-    head = inner.get_output_embeddings()
-    if type(head) is not nn.Linear or is_reshaped(inner):
-        found = _plain_likelihood(head_logits(model, states), targets, times, sampling)
+    targets, times, head = batch.chosen, batch.places[1], matrix_head(model)
+    if head is None:  # the definition, by autograd, with several copies of the logits
+        every = sampling.adjust_(head_logits(model, states).clone(), times).log_softmax(-1)
+        found = every.gather(-1, targets[:, None])[:, 0], -(every.exp() * every).sum(-1)
     elif torch.is_grad_enabled():
         fused: Any = _TokenLikelihood.apply
         found = fused(states, head.weight, head.bias, targets, times, sampling)
@@ -51,38 +50,35 @@ def log_probs(model: Any, batch: Batch, sampling: Sampling) -> Tensor:
 
 
 class Losses(NamedTuple):
-    """What a language model makes of the tokens that follow, summed over them."""
+    """How well a language model predicts tokens, summed over them."""
 
     loss: Tensor  # -log p of the tokens, in nats: the one that has a gradient
-    entropy: Tensor  # of the distributions that they were told from, in nats
+    entropy: Tensor  # of the predicted distributions, in nats
     right: Tensor  # how many were the likeliest
     tokens: Tensor  # how many there were
 
 
 def next_token_losses(model: Any, states: Tensor, targets: Tensor) -> Losses:
-    """Losses of `targets` (tokens,), each told from a last hidden state (tokens, hidden)."""
-    inner = language_model(model)
-    head = inner.get_output_embeddings()
-    if type(head) is nn.Linear and not is_reshaped(inner):
+    """Losses of `targets` (tokens,), each predicted from a last hidden state (tokens, hidden)."""
+    if (head := matrix_head(model)) is not None:
         return summed_losses(states, head.weight, head.bias, targets)
-    logits = head_logits(model, states)
-    found = logits.log_softmax(-1)
-    entropy = -(found.detach().exp() * found.detach()).sum()
-    right = (logits.argmax(-1) == targets).sum()
-    return Losses(-found.gather(-1, targets[:, None]).sum(), entropy, right, targets.new_tensor(len(targets)))
+    every = head_logits(model, states).log_softmax(-1)
+    entropy = -(every.detach().exp() * every.detach()).sum()
+    right = (every.argmax(-1) == targets).sum()
+    return Losses(-every.gather(-1, targets[:, None]).sum(), entropy, right, targets.new_tensor(len(targets)))
 
 
 def summed_losses(states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Losses:
-    """The same for a head that is a matrix, (vocabulary, hidden)."""
+    """`next_token_losses` for a head that is a matrix, (vocabulary, hidden)."""
     fused: Any = _SumOfLosses.apply
     loss, entropy, right = fused(states, weight, bias, targets)
     return Losses(loss, entropy, right, targets.new_tensor(len(targets)))
 
 
 class _SumOfLosses(torch.autograd.Function):
-    """-log p of tokens, summed, with the gradient made along with it: no more logits exist than are worked on at once.
+    """-log p of tokens, summed. Its gradient is made along with it, so no more logits exist than one piece of them.
 
-    Without rounding logits to 16 bits; the products of the gradient are in autocast's format.
+    Logits are not rounded to 16 bits; the products of the gradient are in autocast's format.
     """
 
     @staticmethod
@@ -125,12 +121,6 @@ class _SumOfLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         return (*(None if found is None else found.mul_(grad) for found in ctx.grads), None)
-
-
-def _plain_likelihood(logits: Tensor, targets: Tensor, times: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """The definition, for heads that are not one matrix: by autograd, with several copies of the logits."""
-    found = sampling.adjust_(logits.clone(), times).log_softmax(-1)
-    return found.gather(-1, targets[:, None])[:, 0], -(found.exp() * found).sum(-1)
 
 
 def _rows_of_a_piece(logits: Tensor) -> int:

@@ -1,6 +1,7 @@
 """The parts of a language model: its trunk, its head, and the logits that the head makes of hidden states."""
 
 import inspect
+import sys
 from typing import Any
 
 import torch
@@ -25,9 +26,9 @@ def text_config(model: Any) -> Any:
     return language_model(model).config.get_text_config()
 
 
-def positions(model: Any) -> int | None:
-    """How many tokens a model has positions for; None where it sets no limit."""
-    return getattr(text_config(model), "max_position_embeddings", None)
+def positions(model: Any) -> int:
+    """How many tokens a model has positions for; `sys.maxsize` where it sets no limit."""
+    return getattr(text_config(model), "max_position_embeddings", None) or sys.maxsize
 
 
 def cache_argument(body: nn.Module) -> str:
@@ -45,10 +46,27 @@ def looks_ahead(model: Any) -> bool:
     return not torch.allclose(states[0], states[1], atol=1e-6)
 
 
+def matrix_head(model: Any) -> nn.Linear | None:
+    """A language model's head where its output is the logits and it is one matrix, else None."""
+    head = language_model(model).get_output_embeddings()
+    return head if type(head) is nn.Linear and _reshaping(model) == (1, 1, 0) else None
+
+
+def _reshaping(model: Any) -> tuple[float, float, float]:
+    """What a family multiplies and divides its head's output by, and the bound of its soft cap; 0 is none."""
+    config = text_config(model)
+    usual = {"logit_scale": 1.0, "logits_scaling": 1.0, "final_logit_softcapping": 0.0}
+    factor, divisor, cap = (getattr(config, name, None) or value for name, value in usual.items())
+    return factor, divisor, cap
+
+
 def head_logits(model: Any, states: Tensor) -> Tensor:
     """Logits (tokens, vocabulary) of the trunk's hidden states (tokens, hidden), in fp32 or wider."""
-    inner = language_model(model)
-    return reshaped(inner, head_output(inner.get_output_embeddings(), states))
+    logits = head_output(language_model(model).get_output_embeddings(), states)
+    factor, divisor, cap = _reshaping(model)
+    if factor != 1 or divisor != 1:
+        logits = logits * factor / divisor
+    return cap * torch.tanh(logits / cap) if cap else logits
 
 
 def head_output(head: Any, states: Tensor) -> Tensor:
@@ -76,19 +94,3 @@ def project(states: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | N
         if bias is None:
             return torch.mm(states, weight.t(), out=out)
         return torch.addmm(bias.to(wide), states, weight.t(), out=out)
-
-
-def is_reshaped(model: PreTrainedModel) -> bool:
-    """Whether a family does something to its logits after the head."""
-    config = text_config(model)
-    return any(getattr(config, name, None) for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"))
-
-
-def reshaped(model: PreTrainedModel, logits: Tensor) -> Tensor:
-    """What a family makes of the head's output: scaled, or softly capped."""
-    if not is_reshaped(model):
-        return logits
-    config = text_config(model)
-    logits = logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-    cap = getattr(config, "final_logit_softcapping", None)
-    return cap * torch.tanh(logits / cap) if cap else logits

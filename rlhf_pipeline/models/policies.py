@@ -1,14 +1,17 @@
-"""The registry of policies: from the hub, from a folder, from scratch; with their special tokens."""
+"""The registry of policies: language models with their tokenizers, from a folder, the hub or scratch."""
 
+import copy
+import importlib.util
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_pipeline.data.templates import TEMPLATES
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.hub import explained, model_folder, open_pretrained
+from rlhf_pipeline.hub import model_folder, open_pretrained
 from rlhf_pipeline.progress import parts
 from rlhf_pipeline.registry import Registry
 
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Policy:
-    """A language model and the tokenizer that belongs to it."""
+    """A language model and its tokenizer."""
 
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
@@ -29,23 +32,17 @@ class Policy:
         self.tokenizer.save_pretrained(folder)
 
 
-class Source(Protocol):
-    """What a policy's entry gives: where it lies, or how to make it from texts."""
+@dataclass(frozen=True)
+class Source:
+    """Where a policy's model lies (`path`); without a path it is made from scratch, a GPT-2 of this `shape`."""
 
-    @property
-    def path(self) -> str | None:
-        """Where the entry's own model lies; None where it has none."""
-
-    def make(self, texts: Sequence[str], seed: int) -> Policy:
-        """A new policy, untrained, with a tokenizer trained on `texts`."""
-
-    def config(self) -> Any:
-        """The configuration of its model, of which no weights are read or made."""
+    path: str | None
+    tokenizer: Literal["bytes", "characters"] = "bytes"
+    shape: dict[str, Any] = field(default_factory=dict)  # fields of GPT2Config
 
 
-# `lora` holds the fields of peft's LoraConfig; with it the stages that take an adapter train one, on `quantize`d
-# weights (QLoRA) if so asked. `template` is how conversations are written; null: the tokenizer's own, else by its
-# special tokens.
+# With `lora`, fields of peft's LoraConfig, a stage trains an adapter; with `quantize`, on quantized weights (QLoRA).
+# `template` is how conversations are written; null: the tokenizer's own, else by its special tokens.
 registry: Registry[Source] = Registry(
     "policy",
     common={
@@ -55,73 +52,17 @@ registry: Registry[Source] = Registry(
     },
 )
 
-# layers, width, heads: GPT-2's own sizes (Radford et al. 2019, table 2), and smaller ones for CPUs.
+# Layers, width, heads, tokens, positions. From small on they are GPT-2's own (Radford et al. 2019, table 2); below, its
+# vocabulary would be most of the parameters.
 SIZES = {
-    "tiny": (4, 144, 4),
-    "mini": (4, 192, 4),
-    "mid": (6, 384, 6),
-    "small": (12, 768, 12),
-    "medium": (24, 1024, 16),
-    "large": (36, 1280, 20),
-    "xl": (48, 1600, 25),
+    "tiny": (4, 144, 4, 4096, 256),
+    "mini": (4, 192, 4, 4096, 256),
+    "mid": (6, 384, 6, 4096, 256),
+    "small": (12, 768, 12, 50_257, 1024),
+    "medium": (24, 1024, 16, 50_257, 1024),
+    "large": (36, 1280, 20, 50_257, 1024),
+    "xl": (48, 1600, 25, 50_257, 1024),
 }
-# tokens, positions: GPT-2's own from small on; with fewer parameters they would be most of the work.
-_SMALL_TABLES, _OWN_TABLES = (4096, 256), (50_257, 1024)
-
-
-@dataclass(frozen=True)
-class _Pretrained:
-    path: str | None
-
-    def make(self, texts: Sequence[str], seed: int) -> Policy:
-        raise UserError(
-            f"stage=pretrain makes a policy from scratch, and {self.path} is made already. Use policy=gpt2_scratch."
-        )
-
-    def config(self) -> Any:
-        return open_config(str(self.path), "policy.path")
-
-
-@dataclass(frozen=True)
-class _FromScratch:
-    size: str
-    tokenizer: str
-    vocabulary: int
-    positions: int
-    dropout: float
-    path: str | None
-
-    def make(self, texts: Sequence[str], seed: int) -> Policy:
-        if self.path is not None:
-            raise UserError("stage=pretrain starts from nothing; drop policy.path, or go on from it with stage=sft.")
-        import torch
-        from transformers import GPT2LMHeadModel
-
-        from rlhf_pipeline.processes import agree
-
-        train = train_tokenizer if self.tokenizer == "bytes" else train_character_tokenizer
-        print(f"training a tokenizer of {self.vocabulary} tokens on {len(texts)} texts", flush=True)
-        tokenizer = agree(lambda: train(texts, self.vocabulary, self.positions))
-        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-        config = self.config(vocab_size=len(tokenizer), **ids)
-        torch.manual_seed(seed)
-        return Policy(GPT2LMHeadModel(config), tokenizer)
-
-    def config(self, **tokens: int) -> Any:
-        from transformers import GPT2Config
-
-        layers, width, heads = SIZES[self.size]
-        return GPT2Config(
-            **{"vocab_size": self.vocabulary, "bos_token_id": None, "eos_token_id": None, **tokens},
-            n_positions=self.positions,
-            n_layer=layers,
-            n_embd=width,
-            n_head=heads,
-            activation_function="gelu_pytorch_tanh",  # GPT-2's own formula, in one fused kernel
-            resid_pdrop=self.dropout,
-            embd_pdrop=self.dropout,
-            attn_pdrop=self.dropout,
-        )
 
 
 @registry.register
@@ -134,74 +75,96 @@ def gpt2_scratch(
     dropout: float = 0.0,
     path: str | None = None,
 ) -> Source:
-    """A GPT-2 from its configuration, with a tokenizer trained on the data; without `vocabulary` and `positions` those
-    that its size is used to.
-
-    The tokenizer is a byte-level BPE as GPT-2's own, or one of `characters` as Chinese models have: each ideograph a
-    token, other words in pieces, [CLS] and [SEP] around what is said.
-    """
-    tables = _OWN_TABLES if size in ("small", "medium", "large", "xl") else _SMALL_TABLES
-    return _FromScratch(size, tokenizer, vocabulary or tables[0], positions or tables[1], dropout, path)
-
-
-@registry.register
-def gpt2(*, path: str = "openai-community/gpt2") -> Source:
-    """OpenAI's GPT-2, 124 M parameters."""
-    return _Pretrained(path)
-
-
-@registry.register
-def gpt2_imdb(*, path: str = "lvwerra/gpt2-imdb") -> Source:
-    """GPT-2 fine-tuned on IMDB reviews: the policy of TRL's classic sentiment demo."""
-    return _Pretrained(path)
-
-
-@registry.register
-def gpt2_dialog_chinese(*, path: str = "shibing624/gpt2-dialogbot-base-chinese") -> Source:
-    """A Chinese GPT-2 that chats: `[CLS] utterance [SEP] utterance [SEP]`, 300 positions, BERT's vocabulary."""
-    return _Pretrained(path)
+    """A GPT-2 from its configuration, with a tokenizer trained on the data: GPT-2's byte-level BPE, or `characters`."""
+    layers, width, heads, usual_vocabulary, usual_positions = SIZES[size]
+    shape = {
+        "vocab_size": vocabulary or usual_vocabulary,
+        "n_positions": positions or usual_positions,
+        "n_layer": layers,
+        "n_embd": width,
+        "n_head": heads,
+        "activation_function": "gelu_pytorch_tanh",  # GPT-2's own formula, in one fused kernel
+        "resid_pdrop": dropout,
+        "embd_pdrop": dropout,
+        "attn_pdrop": dropout,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return Source(path, tokenizer, shape)
 
 
 @registry.register
 def causal_lm(*, path: str) -> Source:
     """Any causal language model, by folder or hub id."""
-    return _Pretrained(path)
+    return Source(path)
+
+
+def _on_the_hub(hub_id: str) -> Callable[..., Source]:
+    def entry(*, path: str = hub_id) -> Source:
+        return Source(path)
+
+    return entry
+
+
+registry.entries |= {
+    "gpt2": _on_the_hub("openai-community/gpt2"),
+    "gpt2_imdb": _on_the_hub("lvwerra/gpt2-imdb"),  # the policy of TRL's classic sentiment demo
+    # A Chinese GPT-2 that chats: [CLS] utterance [SEP] utterance [SEP], 300 positions, BERT's vocabulary.
+    "gpt2_dialog_chinese": _on_the_hub("shibing624/gpt2-dialogbot-base-chinese"),
+}
 
 
 def load_policy(choice: dict[str, Any], upstream: Path | None, texts: Sequence[str], seed: int) -> tuple[Policy, str]:
-    """The policy chosen by hand, else the one an earlier stage made, else the entry's own; and where it came from."""
-    source = registry.build(choice)
-    by_hand = choice.get("path")
-    where = by_hand or (str(upstream) if upstream else None) or source.path
+    """The policy chosen by `path`, else the one an earlier stage made, else the entry's own; and where it came from."""
+    where = _where(choice, upstream)
     if where is None:
-        policy, where = source.make(texts, seed), f"{choice['name']}, untrained"
-    else:
-        where = model_folder(where)
-        policy = open_policy(where, choice.get("quantize"))
-    return _with_template(policy, choice), where
+        return make_policy(choice, texts, seed), f"{choice['name']}, untrained"
+    return _with_template(open_policy(where, choice.get("quantize")), choice), model_folder(where)
 
 
 def policy_config(choice: dict[str, Any], upstream: Path | None) -> tuple[Any, str]:
     """The configuration of what `load_policy` would give, and where it lies; no weights are read."""
-    source = registry.build(choice)
-    where = choice.get("path") or (str(upstream) if upstream else None) or source.path
+    where = _where(choice, upstream)
     if where is None:
-        return source.config(), f"{choice['name']}, untrained"
+        from transformers import GPT2Config
+
+        return GPT2Config(**registry.build(choice).shape), f"{choice['name']}, untrained"
     return open_config(where, "policy.path"), model_folder(where)
+
+
+def _where(choice: dict[str, Any], upstream: Path | None) -> str | None:
+    source = registry.build(choice)
+    return choice.get("path") or (str(upstream) if upstream else source.path)
 
 
 def open_config(path: str, setting: str) -> Any:
     """The configuration of a model in a folder or on the hub."""
     from transformers import AutoConfig
 
-    where = model_folder(path)
-    with explained(where, setting):
-        return AutoConfig.from_pretrained(where)
+    return open_pretrained(AutoConfig, model_folder(path), setting)
 
 
 def make_policy(choice: dict[str, Any], texts: Sequence[str], seed: int) -> Policy:
-    """A new policy, untrained, whatever there is already."""
-    return _with_template(registry.build(choice).make(texts, seed), choice)
+    """A new, untrained policy, with a tokenizer trained on `texts`."""
+    source = registry.build(choice)
+    if source.path is not None:
+        raise UserError(
+            f"stage=pretrain makes a policy from scratch, and {source.path} is trained already. Use "
+            "policy=gpt2_scratch without policy.path, or go on from it with stage=sft."
+        )
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from rlhf_pipeline.processes import agree
+
+    train = train_tokenizer if source.tokenizer == "bytes" else train_character_tokenizer
+    size, positions = source.shape["vocab_size"], source.shape["n_positions"]
+    print(f"training a tokenizer of {size} tokens on {len(texts)} texts", flush=True)
+    tokenizer = agree(lambda: train(texts, size, positions))
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    torch.manual_seed(seed)
+    model = GPT2LMHeadModel(GPT2Config(**{**source.shape, **ids, "vocab_size": len(tokenizer)}))
+    return _with_template(Policy(model, tokenizer), choice)
 
 
 def _with_template(policy: Policy, choice: dict[str, Any]) -> Policy:
@@ -215,8 +178,7 @@ def open_policy(path: str, quantize: str | None = None) -> Policy:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = model_folder(path)
-    with explained(where, "policy.path"):
-        tokenizer = AutoTokenizer.from_pretrained(where)
+    tokenizer = open_pretrained(AutoTokenizer, where, "policy.path")
     options = {"quantization_config": quantization(quantize)} if quantize else {}
     model = open_pretrained(AutoModelForCausalLM, where, "policy.path", **options)
     settle_special_tokens(model, tokenizer)
@@ -226,60 +188,79 @@ def open_policy(path: str, quantize: str | None = None) -> Policy:
 
 def quantization(bits: str) -> Any:
     """How QLoRA (arXiv 2305.14314) stores the weights that are not trained."""
-    import importlib.util
-
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"policy.quantize={bits} needs bitsandbytes: pip install 'rlhf_pipeline[quantize]'.")
     import torch
     from transformers import BitsAndBytesConfig
 
-    compute = torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+    from rlhf_pipeline.models.precision import native_bf16
+
     if bits == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
+    compute = torch.bfloat16 if native_bf16() else torch.float32
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
     )
 
 
-def lora_config(choice: dict[str, Any], task: str = "CAUSAL_LM") -> Any:
+def lora_config(choice: dict[str, Any]) -> Any:
     """peft's configuration from `policy.lora`; None where there is none."""
-    asked = choice.get("lora")
-    if not asked:
+    if not (asked := choice.get("lora")):
         return None
     from peft import LoraConfig
 
     try:
-        return LoraConfig(**{"task_type": task, **asked})
+        return LoraConfig(**{"task_type": "CAUSAL_LM", **asked})
     except (TypeError, ValueError) as error:
-        raise UserError(f"policy.lora={asked} is refused by peft's LoraConfig: {error}") from error
+        raise UserError(f"peft's LoraConfig refuses policy.lora={asked}: {error}") from error
+
+
+def merged(model: Any) -> "PreTrainedModel":
+    """A new model in fp32 and in main memory: the base of a peft model with the adapter merged in.
+
+    A base that is kept in fewer bits, quantized or in bf16, is read again from where it lies. If it lies nowhere, its
+    rounded weights are used.
+    """
+    import torch
+    from peft import PeftModel
+
+    base = model.get_base_model()
+    if base.name_or_path and any(p.dtype != torch.float32 for p in base.parameters()):
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            return PeftModel.from_pretrained(open_policy(base.name_or_path).model, folder).merge_and_unload()
+    # Weight by weight, for the device may have no room for a second model.
+    copies: dict[int, Any] = {
+        id(p): torch.nn.Parameter(p.detach().to("cpu", torch.float32, copy=True), p.requires_grad)
+        for p in model.parameters()
+    }
+    return copy.deepcopy(model, copies).merge_and_unload()
+
+
+def without_adapter(trained: Any, policy: Policy) -> Policy:
+    """A trained policy as a model that stands alone: the next stage may put its own adapter in."""
+    from peft import PeftModel
+
+    return Policy(merged(trained), policy.tokenizer) if isinstance(trained, PeftModel) else policy
 
 
 def settle_special_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
     """Make model and tokenizer agree on BOS, EOS, pad and the number of tokens.
 
-    An id outside the vocabulary counts as none. What ends a text is the tokenizer's EOS, else the configuration's, else
-    [SEP]; what pads is the tokenizer's pad, else the configuration's, else EOS: masks come from lengths. Tokens that
-    were added to the tokenizer alone get embeddings; rows beyond the tokenizer's tokens stay, and are never sampled.
+    A token that the tokenizer does not name is taken from the configuration, if its id is in the vocabulary. Otherwise
+    EOS is [SEP], and pad is EOS: masks come from lengths. Tokens that only the tokenizer has get embeddings. Embeddings
+    beyond the tokenizer's tokens stay, and are never sampled.
     """
     config = model.config
-    for name, others in (("eos", ("sep_token",)), ("pad", ("eos_token",)), ("bos", ())):
-        if getattr(tokenizer, f"{name}_token_id") is not None:
-            continue
-        own = getattr(config, f"{name}_token_id", None)
-        candidates = [i for i in (own if isinstance(own, list) else [own]) if i is not None and 0 <= i < len(tokenizer)]
-        token = tokenizer.convert_ids_to_tokens(candidates[0]) if candidates else None
-        token = token or next((t for other in others if (t := getattr(tokenizer, other))), None)
-        if token is not None:
+    for name, otherwise in (("eos", "sep_token"), ("pad", "eos_token"), ("bos", "bos_token")):
+        if getattr(tokenizer, f"{name}_token_id") is None:
+            own = getattr(config, f"{name}_token_id", None)
+            known = [i for i in (own if isinstance(own, list) else [own]) if i is not None and 0 <= i < len(tokenizer)]
+            token = tokenizer.convert_ids_to_tokens(known[0]) if known else getattr(tokenizer, otherwise)
             setattr(tokenizer, f"{name}_token", token)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{model.name_or_path} names no token that ends a text; its tokenizer needs an eos_token.")
-    embeddings = model.get_input_embeddings().num_embeddings
-    if 2 * len(tokenizer) < embeddings:
-        raise UserError(
-            f"{model.name_or_path} has {embeddings} embeddings and its tokenizer {len(tokenizer)} tokens: the "
-            "tokenizer's files are not all there, or of another model."
-        )
-    if len(tokenizer) > embeddings:
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     for each in (config, model.generation_config):
         each.bos_token_id = tokenizer.bos_token_id
@@ -288,82 +269,60 @@ def settle_special_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokeni
 
 
 def settle_ideographs(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Let a BERT vocabulary write Chinese without blanks, and read the signs that it lacks as those it has."""
+    """Let a BERT vocabulary write Chinese without spaces, and read punctuation that it lacks as what it has."""
     from tokenizers import Regex, decoders, models, normalizers
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not isinstance(backend.model, models.WordPiece):
         return
-    chinese = r"\p{Han}\u3000-\u303f\uff00-\uffef"  # ideographs and full-width signs
-    no_blanks = decoders.Replace(Regex(rf"(?<=[{chinese}]) +| +(?=[{chinese}])"), "")
-    backend.decoder = decoders.Sequence([decoders.WordPiece(cleanup=True), decoders.Fuse(), no_blanks])
+    chinese = r"\p{Han}\u3000-\u303f\uff00-\uffef"  # ideographs and full-width punctuation
+    unspaced = decoders.Replace(Regex(rf"(?<=[{chinese}]) +| +(?=[{chinese}])"), "")
+    backend.decoder = decoders.Sequence([decoders.WordPiece(cleanup=True), decoders.Fuse(), unspaced])
     tokenizer.clean_up_tokenization_spaces = False
-    vocabulary = tokenizer.get_vocab()
-    stand_ins = {sign: sign_for for sign, sign_for in (("…", "..."), ("—", "-"), ("`", "'")) if sign not in vocabulary}
-    if stand_ins and isinstance(backend.normalizer, normalizers.BertNormalizer):
-        replaced = [normalizers.Replace(sign, sign_for) for sign, sign_for in stand_ins.items()]
+    known = tokenizer.get_vocab()
+    replaced = [
+        normalizers.Replace(sign, other) for sign, other in (("…", "..."), ("—", "-"), ("`", "'")) if sign not in known
+    ]
+    if replaced and isinstance(backend.normalizer, normalizers.BertNormalizer):
         backend.normalizer = normalizers.Sequence([*replaced, backend.normalizer])
 
 
 def train_tokenizer(texts: Sequence[str], vocabulary: int, positions: int) -> "PreTrainedTokenizerBase":
     """A byte-level BPE as GPT-2 has it, with a pad token of its own."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import ByteLevelBPETokenizer
 
-    specials = ["<|endoftext|>", "<|pad|>"]
-    if vocabulary < 256 + len(specials):
-        raise UserError(
-            f"policy.vocabulary is {vocabulary}; a byte-level one has at least {256 + len(specials)} tokens."
-        )
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=specials,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(_read(texts), trainer, length=len(texts))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token=specials[0],
-        eos_token=specials[0],
-        pad_token=specials[1],
-        model_max_length=positions,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def _read(texts: Sequence[str]) -> Iterator[str]:
-    """The texts for a tokenizer to be trained on, with a bar."""
-    return itertools.chain.from_iterable(parts(texts, 100, "read", "text"))
+    if vocabulary < 258:
+        raise UserError(f"policy.vocabulary is {vocabulary}; 256 bytes and two special tokens take at least 258.")
+    special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
+    return _trained(ByteLevelBPETokenizer(), texts, vocabulary, positions, special)
 
 
 def train_character_tokenizer(texts: Sequence[str], vocabulary: int, positions: int) -> "PreTrainedTokenizerBase":
     """A BERT tokenizer: each ideograph a token, other words in pieces; lower case; [SEP] ends, [PAD] pads."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import BertWordPieceTokenizer
 
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    pieces = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    pieces.normalizer = normalizers.BertNormalizer(lowercase=True)
-    pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocabulary, special_tokens=specials, limit_alphabet=vocabulary - len(specials), show_progress=False
-    )
-    pieces.train_from_iterator(_read(texts), trainer, length=len(texts))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=pieces,
-        bos_token="[CLS]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        eos_token="[SEP]",
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        mask_token="[MASK]",
-        model_max_length=positions,
-        clean_up_tokenization_spaces=False,
-    )
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    special |= {"bos_token": "[CLS]", "eos_token": "[SEP]"}
+    backend = BertWordPieceTokenizer(lowercase=True)
+    tokenizer = _trained(backend, texts, vocabulary, positions, special, limit_alphabet=vocabulary - 5)
     settle_ideographs(tokenizer)
     return tokenizer
+
+
+def _trained(
+    backend: Any, texts: Sequence[str], vocabulary: int, positions: int, special: dict[str, str], **options: Any
+) -> "PreTrainedTokenizerBase":
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    read = itertools.chain.from_iterable(parts(texts, 100, "read", "text"))  # with a bar
+    tokens = list(dict.fromkeys(special.values()))
+    backend.train_from_iterator(
+        read, vocabulary, min_frequency=0, special_tokens=tokens, show_progress=False, length=len(texts), **options
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(backend.to_str()),
+        model_max_length=positions,
+        clean_up_tokenization_spaces=False,
+        **special,
+    )

@@ -1,10 +1,13 @@
-"""Number formats: where bf16 pays, the context that computes in it, and GELU in one kernel."""
+"""Number formats: where bf16 pays, what computes and what is stored in it, and GELU in one kernel."""
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers.activations import ACT2FN, NewGELUActivation
+from transformers.pytorch_utils import Conv1D
 
 
 def native_bf16() -> bool:
@@ -14,20 +17,18 @@ def native_bf16() -> bool:
     """
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    cpu = torch.cpu
-    return bool(cpu._is_amx_tile_supported() or cpu._is_avx512_bf16_supported())
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 def choose_bf16(asked: bool | str | None) -> tuple[bool, str]:
     """`True`, `False` or `auto` (also None) to whether bf16 is used, and a line that says so."""
     native = native_bf16()
-    chosen = native if asked in ("auto", None) else bool(asked)
-    form = "bf16 with fp32 master weights" if chosen else "fp32"
     if asked in ("auto", None):
-        why = "this machine multiplies bf16 natively" if native else "this machine has no native bf16"
+        chosen, why = native, f"this machine {'multiplies bf16 natively' if native else 'has no native bf16'}"
     else:
+        chosen = bool(asked)
         why = "as asked" + ("; this machine only emulates it, so it is slow" if chosen and not native else "")
-    return chosen, f"{form} ({why})"
+    return chosen, f"{'bf16 with fp32 master weights' if chosen else 'fp32'} ({why})"
 
 
 def autocast(bf16: bool, device: torch.device) -> AbstractContextManager[None]:
@@ -36,16 +37,31 @@ def autocast(bf16: bool, device: torch.device) -> AbstractContextManager[None]:
     return context
 
 
-def fuse_gelu(model: nn.Module) -> int:
-    """Put GPT-2's GELU in the place of its op-by-op twin; gives how many were replaced.
+def store_in_bf16(model: Any) -> None:
+    """Keep in bf16 the frozen weights that autocast would round to it for each product anyway: half the memory.
+
+    What is computed under autocast stays the same number by number.
+    """
+    # The output head is multiplied on its own, a critic's in its own precision.
+    heads = {model.get_output_embeddings()}
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            heads |= set(module.modules())
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        matrix = isinstance(module, nn.Linear | Conv1D) and module not in heads
+        if matrix and all(p.dtype == torch.float32 and not p.requires_grad for p in own):
+            for p in own:
+                p.data = p.data.to(torch.bfloat16)
+
+
+def fuse_gelu(model: nn.Module) -> None:
+    """Put GPT-2's GELU in the place of its op-by-op twin.
 
     `gelu_new` and `gelu_pytorch_tanh` are one formula, the second in a single kernel that keeps one activation
     for the backward pass in place of six. The configuration is left as it is.
     """
-    count = 0
     for module in model.modules():
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, ACT2FN["gelu_pytorch_tanh"])
-                count += 1
-    return count

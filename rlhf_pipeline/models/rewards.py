@@ -1,28 +1,31 @@
 """The registry of rewards: text in, floats out. The same object serves PPO and evaluation.
 
-A reward is tried once when it is loaded: on its probes, texts that it should tell apart.
+A reward is tried once when it is loaded, on its probes: texts to which it should give different scores.
 """
 
+import functools
 import math
 import re
+import reprlib
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_pipeline.data.python_code import goes_on
 from rlhf_pipeline.errors import NotFinishedError, UserError
-from rlhf_pipeline.models.classifiers import Scorer, Side, class_named
 from rlhf_pipeline.models.user_function import plainly, reward_at
 from rlhf_pipeline.registry import Registry, fits
 from rlhf_pipeline.texts import mismatch, script_of, words_of
 
+if TYPE_CHECKING:
+    from rlhf_pipeline.models.classifiers import Scorer
+
 Function = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
-# For rewards that know no texts of their own which they tell apart: something for every taste.
+# For rewards without probes of their own: something for every taste.
 PROBES = (
     "Could you please help me? Thank you very much.",
     "Shut up, you stupid fool!",
@@ -36,14 +39,14 @@ PROBES = (
     "no no no no no no no no",
     "It was a quiet morning by the river. " * 8,
 )
-_PROMPT = "So "  # no longer, or where few tokens are read it would be all that is
+_PROMPT = "So "  # short, for a reward that reads few tokens has to reach the probe
 
 
 @dataclass(frozen=True)
 class Reward:
-    """What a person would say of responses, as numbers: more is better, `neutral` is neither good nor bad.
+    """Scores texts: more is better, `neutral` is neither good nor bad.
 
-    `unfit(texts)` says in a few words why it cannot judge such texts, or None. `probes` are texts that it tells apart.
+    `unfit(texts)` says in a few words why it cannot judge such texts, or None. `probes` are texts whose scores differ.
     """
 
     function: Function
@@ -52,40 +55,35 @@ class Reward:
     unfit: Callable[[Sequence[str]], str | None] = lambda texts: None
     probes: Sequence[str] = PROBES
     parts: Sequence[str] = ()  # of a sum: where each part came from
-    scorer: Scorer | None = None  # the classifier that judges, where one does
-    readout: Sequence[float] = ()  # the weights by which its logits make the score; none where that is not linear
+    scorer: "Scorer | None" = None  # the classifier that judges, where one does
+    readout: Sequence[float] = ()  # the weights that make its logits the score; empty where that is not linear
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
         """One finite number a completion; anything else is a `UserError` that names the reward."""
         given: Any = self.function(list(prompts), list(completions))
-        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
         try:
             scores = [float(score) for score in given]
         except (TypeError, ValueError, RuntimeError) as error:  # the last is torch's, of a matrix
-            raise UserError(f"reward={self.name} must give a list of numbers: {_instead(given, texts)}.") from error
+            got = " ".join(repr(given).split())
+            raise UserError(f"reward={self.name} must give a list of numbers: it gave {got:.200}.") from error
         if len(scores) != len(completions):
             raise UserError(f"reward={self.name} gave {len(scores)} numbers for {len(completions)} completions.")
-        for text, score in zip(texts, scores, strict=True):
+        for prompt, completion, score in zip(prompts, completions, scores, strict=True):
             if not math.isfinite(score):
+                text = prompt + completion
                 raise UserError(f"reward={self.name} gave {score} for {text!r:.200}; it must be finite.")
         return scores
 
 
-def _instead(given: Any, texts: Sequence[str]) -> str:
-    """What a function gave in the place of numbers."""
-    each = zip(texts, given, strict=False) if isinstance(given, list | tuple) else ()
-    text = next((repr(text) for text, score in each if score is None), None)
-    return f"it gave None for {text:.200}" if text else f"it gave {' '.join(repr(given).split()):.200}"
-
-
 registry: Registry[Reward] = Registry("reward")
 
-# What stage=reward can train; the first two have no model but that.
+# What stage=reward can train; the first two have no other model.
 TRAINABLE = ("classifier", "preference_model", "imdb_sentiment", "dianping_sentiment")
 _NO_MODEL = "reward={} has no model yet; run stage=reward first, or give reward.path=."
 
 Scale = Literal["logit", "probability", "log_odds"]
 Seen = Literal["response", "prompt_response"]
+Side = Literal["left", "right"]
 
 
 @registry.register
@@ -104,35 +102,63 @@ def classifier(
     lm_coef: float = 0.0,
     examples: list[str] = [],  # noqa: B006 (never changed)
 ) -> Reward:
-    """A text classifier's score of the class that is *named* `label`, whatever its index or case.
+    """A text classifier's score of the class *named* `label`, whatever its index or case.
 
-    `truncation_side` is the end of a text that is cut off where it is longer than `max_length` tokens. Without these a
-    text is cut to what the model was trained on (else 512 tokens), on the left; a response alone, on the right.
-    `base` and `size` say what stage=reward trains where no `path` is given: the language model of this run
-    with a head (GPT-1's way; `lm_coef` weighs its language-model loss in training), or an encoder from scratch, of
-    that size. `examples` are texts that stage=reward scores at its end.
+    A text longer than `max_length` tokens loses its `truncation_side`. By default it is cut to the length that the
+    model was trained on (else 512 tokens), on the left; a response alone, on the right. Without a `path`, stage=reward
+    trains the language model of this run with a head (as GPT-1; `lm_coef` weighs its language-model loss), or an
+    encoder from scratch of this `size`, and scores `examples` at its end.
     """
     where = path or where
     if where is None:
         raise NotFinishedError(_NO_MODEL.format("classifier"))
-    return _classifier_reward(where, batch_size, max_length, truncation_side, label, scale, text)
+    from rlhf_pipeline.models.classifiers import Scorer
+
+    side = truncation_side or ("right" if text == "response" else None)
+    scorer = Scorer.open(where, batch_size=batch_size, max_length=max_length, truncation_side=side)
+    index = class_named(scorer.model.config.id2label, label, scorer.where)
+    if scorer.labels == 1 and scale != "logit":
+        raise UserError(f"{scorer.where} has one class, so reward.scale={scale} means nothing; say reward.scale=logit.")
+
+    def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+        logits = scorer.logits(answers) if text == "response" else scorer.pairs(prompts, answers)
+        if scale == "probability":
+            logits = logits.softmax(-1)
+        chosen = logits[:, index].clone()
+        if scale == "log_odds":
+            logits[:, index] = -math.inf
+            chosen -= logits.logsumexp(-1)
+        return chosen.tolist()
+
+    weights = [float(i == index) for i in range(scorer.labels)]
+    if scale == "log_odds":
+        weights = [2 * weight - 1 for weight in weights] if scorer.labels == 2 else []
+    return Reward(
+        score,
+        scorer.where,
+        0.5 if scale == "probability" else 0.0,
+        functools.partial(mismatch, scorer.tokenizer),
+        scorer=scorer,
+        readout=[] if scale == "probability" else weights,
+    )
+
+
+def class_named(labels: dict[int, str], wanted: str, where: str) -> int:
+    """The index of the class with this name; case is ignored, and pos and neg are understood."""
+    short = {"pos": "positive", "neg": "negative"}
+    names = {index: short.get(str(name).lower(), str(name).lower()) for index, name in labels.items()}
+    found = [index for index, name in names.items() if name == short.get(wanted.lower(), wanted.lower())]
+    if len(found) != 1:
+        raise UserError(
+            f"{where} has no class named '{wanted}'; reward.label= takes one of: {', '.join(labels.values())}."
+        )
+    return int(found[0])
 
 
 def _on_the_hub(hub_id: str, seen: Seen) -> Callable[..., Reward]:
-    """An entry for a classifier that the hub has, and that was made to judge what `seen` names."""
-
-    def entry(
-        where: str | None,
-        *,
-        path: str | None = None,
-        label: str = "positive",
-        scale: Scale = "logit",
-        text: Seen = seen,
-        batch_size: int = 64,
-        max_length: int | None = None,
-        truncation_side: Side | None = None,
-    ) -> Reward:
-        return _classifier_reward(path or where or hub_id, batch_size, max_length, truncation_side, label, scale, text)
+    @functools.wraps(classifier)
+    def entry(where: str | None, **options: Any) -> Reward:
+        return classifier(where or hub_id, **{"text": seen, **options})
 
     return entry
 
@@ -162,35 +188,28 @@ def preference_model(
 ) -> Reward:
     """A reward model trained on preferences by stage=reward: the scalar of its head.
 
-    A text longer than `max_length` tokens is cut on the `truncation_side`: without these as in training, else to the
-    last 512 tokens, for the answer stands at the end.
-    `head`, `pooling` (the last token, or the mean weighted by position) and `margin` (a rank) say how it is trained.
-    `demonstrations` (name and path, as data) score 0 on average; null: the best answers of the training data do.
+    A text longer than `max_length` tokens loses its `truncation_side`; by default it is cut as in training, else to the
+    last 512 tokens, for the answer stands at the end. `head`, `pooling` (the last token, or the mean weighted by
+    position) and `margin` (per rank) say how it is trained. `demonstrations` (name and path, as data) score 0 on
+    average; null: the best answers of the training data do.
     """
     where = path or where
     if where is None:
         raise NotFinishedError(_NO_MODEL.format("preference_model"))
-    scorer = Scorer.open(where, batch_size, max_length, truncation_side, append_eos=True)
+    from rlhf_pipeline.models.classifiers import Scorer
+
+    scorer = Scorer.open(
+        where, batch_size=batch_size, max_length=max_length, truncation_side=truncation_side, append_eos=True
+    )
     if scorer.labels != 1:
         raise UserError(f"{where} is a classifier of {scorer.labels} classes; a preference model has one score.")
     return Reward(
         lambda prompts, answers: scorer.pairs(prompts, answers)[:, 0].tolist(),
         scorer.where,
-        unfit=partial(mismatch, scorer.tokenizer),
+        unfit=functools.partial(mismatch, scorer.tokenizer),
         scorer=scorer,
         readout=(1.0,),
     )
-
-
-@registry.register
-def toy_sentiment(where: str | None) -> Reward:
-    """The sentiment of a toy review by the rules of its grammar: the truth that a trained reward only estimates."""
-    from rlhf_pipeline.data.toy_reviews import toy_reviews, true_sentiment
-
-    def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        return [true_sentiment(prompt + answer) for prompt, answer in zip(prompts, answers, strict=True)]
-
-    return Reward(score, "toy_sentiment", 0.5, probes=[row.text for row in toy_reviews(8, seed=0)])
 
 
 @registry.register
@@ -205,22 +224,25 @@ def python(where: str | None, *, path: str, probes: list[str] | None = None) -> 
         with plainly(f"reward=python reward.path={path}"):
             return function(prompts, answers)
 
-    return Reward(score, path, probes=_two_or_more(probes))
+    return Reward(score, path, probes=probes or PROBES)
+
+
+def _rule(name: str, score: Callable[[str, str], float], neutral: float, probes: Sequence[str], **more: Any) -> Reward:
+    """A reward that scores each response, with its prompt, on its own."""
+    return Reward(
+        lambda prompts, answers: [score(p, a) for p, a in zip(prompts, answers, strict=True)],
+        name, neutral, probes=probes, **more,
+    )  # fmt: skip
 
 
 @registry.register
 def regex(where: str | None, *, pattern: str, probes: list[str] | None = None) -> Reward:
     """How many times a response matches a regular expression; `(?i)` before it ignores case."""
     try:
-        found = re.compile(pattern)
+        sought = re.compile(pattern)
     except re.error as error:
         raise UserError(f"reward.pattern={pattern!r} is no regular expression: {error}.") from error
-    return Reward(
-        lambda _, answers: [float(len(list(found.finditer(a)))) for a in answers],
-        "regex",
-        0.5,
-        probes=_two_or_more(probes),
-    )
+    return _rule("regex", lambda _, answer: float(len([*sought.finditer(answer)])), 0.5, probes or PROBES)
 
 
 @registry.register
@@ -228,12 +250,7 @@ def length(where: str | None, *, target: int = 20) -> Reward:
     """Closeness of a response's length to `target` words: 0 at the target, -1 where it is missed by all of it."""
     if target < 1:
         raise UserError(f"reward.target is {target}; it takes at least 1.")
-    return Reward(
-        lambda _, answers: [-abs(len(words_of(a)) - target) / target for a in answers],
-        "length",
-        -0.5,
-        probes=["", "word " * target],
-    )
+    return _rule("length", lambda _, a: -abs(len(words_of(a)) - target) / target, -0.5, ["", "word " * target])
 
 
 @registry.register
@@ -244,38 +261,44 @@ def keywords(where: str | None, *, words: list[str]) -> Reward:
     sought = {word.lower() for word in words}
     own = script_of(words, least=1)
 
+    def held(_: str, answer: str) -> float:
+        text = answer.lower()
+        return float(len([word for word in sought if word in text]))
+
     def unfit(texts: Sequence[str]) -> str | None:
         theirs = script_of(texts)
         return f"its words are {own} and the texts {theirs}" if own and theirs and own != theirs else None
 
-    return Reward(
-        lambda _, answers: [float(len([word for word in sought if word in a.lower()])) for a in answers],
-        "keywords",
-        0.5,
-        unfit,
-        probes=["", " ".join(words)],
-    )
+    return _rule("keywords", held, 0.5, ["", " ".join(words)], unfit=unfit)
 
 
 @registry.register
 def repetition(where: str | None, *, n: int = 3) -> Reward:
-    """Minus the share of a response's word n-grams that it has said before."""
+    """Minus the share of a response's word n-grams that occur in it before."""
     if n < 1:
         raise UserError(f"reward.n is {n}; it takes at least 1.")
 
-    def repeated(answer: str) -> float:
+    def repeated(_: str, answer: str) -> float:
         said = words_of(answer)
         grams = [tuple(said[i : i + n]) for i in range(len(said) - n + 1)]
         return len(set(grams)) / len(grams) - 1 if grams else 0.0
 
-    return Reward(lambda _, answers: [repeated(a) for a in answers], "repetition", -0.5, probes=["", "no " * (n + 1)])
+    return _rule("repetition", repeated, -0.5, ["", "no " * (n + 1)])
+
+
+@registry.register
+def toy_sentiment(where: str | None) -> Reward:
+    """The sentiment of a toy review by the rules of its grammar: the truth that a trained reward only estimates."""
+    from rlhf_pipeline.data.toy_reviews import toy_reviews, true_sentiment
+
+    probes = [row.text for row in toy_reviews(8, seed=0)]
+    return _rule("toy_sentiment", lambda prompt, answer: true_sentiment(prompt + answer), 0.5, probes)
 
 
 @registry.register
 def python_syntax(where: str | None) -> Reward:
-    """Whether a response goes on as Python, 1 or 0: the body of the function in the prompt, or more lines."""
-    return Reward(lambda prompts, answers: [float(goes_on(p, a)) for p, a in zip(prompts, answers, strict=True)],
-                  "python_syntax", 0.5, probes=("= 1\n", "= =\n"))  # fmt: skip
+    """1 where a response continues the prompt as valid Python (a function's body, or more lines), else 0."""
+    return _rule("python_syntax", lambda prompt, answer: float(goes_on(prompt, answer)), 0.5, ["= 1\n", "= =\n"])
 
 
 @registry.register
@@ -284,9 +307,9 @@ def sum(where: str | None, *, parts: list[dict[str, Any]]) -> Reward:
     trained = trained_part({"name": "sum", "parts": parts})["name"]
     made: list[tuple[float, Reward]] = []
     for number, part in enumerate(parts):
-        own = _without_weight(part)
+        own, weight = _weighed(part)
         with _inside(number):
-            made.append((part.get("weight", 1.0), _tested(own, where if own["name"] in ("sum", trained) else None)))
+            made.append((weight, _tested(own, where if own["name"] in ("sum", trained) else None)))
 
     def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
         columns = [[weight * value for value in part(prompts, answers)] for weight, part in made]
@@ -301,24 +324,41 @@ def sum(where: str | None, *, parts: list[dict[str, Any]]) -> Reward:
     return Reward(score, name, neutral, unfit, probes, [part.name for _, part in made])
 
 
+def _weighed(part: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    """A part of a sum without its weight, and the weight."""
+    own = dict(part)
+    weight = own.pop("weight", 1.0)
+    return own, weight
+
+
+@contextmanager
+def _inside(number: int) -> Iterator[None]:
+    """Name the part of a sum in which something is wrong."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"reward.parts[{number}]: {error}") from error
+
+
 def check_choice(choice: Mapping[str, Any]) -> None:
-    """Refuse a choice that no reward can be made of, and of a sum each part, before anything heavy is loaded."""
+    """Refuse a choice from which no reward can be made, before anything heavy is loaded."""
     registry.check(choice)
     name = choice["name"]
     if name == "sum":
         if not choice["parts"]:
             raise UserError("reward.parts is empty; it takes rewards, as in [{name: length, target: 12, weight: 0.5}].")
         for number, part in enumerate(choice["parts"]):
+            own, weight = _weighed(part)
             with _inside(number):
-                if not fits(weight := part.get("weight", 1.0), float) or not math.isfinite(weight):
+                if not fits(weight, float) or not math.isfinite(weight):
                     raise UserError(f"weight is {weight!r}; it takes a number.")
-                check_choice(_without_weight(part))
+                check_choice(own)
     elif name in ("keywords", "length", "regex", "repetition"):
-        registry.build(choice, None)  # a rule is made in no time, and refuses what it cannot use
+        registry.build(choice, None)  # a rule is made at once, and refuses what it cannot use
 
 
 def trained_part(choice: dict[str, Any]) -> dict[str, Any]:
-    """Whose model stage=reward trains: the choice itself; of a sum, the part that needs it most."""
+    """The reward whose model stage=reward trains: the choice itself, or the part of a sum that needs it most."""
     if choice["name"] != "sum":
         return choice
     parts = [trained_part(part) for part in choice["parts"]]
@@ -333,75 +373,19 @@ def load_reward(choice: dict[str, Any], upstream: Path | None) -> tuple[Reward, 
     return reward, reward.name
 
 
-# What helps a reward that gives everything the same, by the fields it has; the first that fits.
-_FIXES = {
-    "probes": "if there are texts that it tells apart, name some: reward.probes=['...', '...']",
-    "parts": "change reward.parts or their weights",
-    "path": "give another reward.path",
-}
-
-
 def _tested(choice: Mapping[str, Any], where: str | None) -> Reward:
-    """Make a reward, and see once that it gives finite numbers, as many as texts, and not always the same."""
+    """Make a reward, and check that its probes get finite numbers, one per text, that are not all the same."""
     reward = registry.build(choice, where)
-    shown = [repr(text if len(text) <= 30 else f"{text[:27]}...") for text in reward.probes[:6]]
-    tried = ", ".join([*shown, f"{len(reward.probes) - 6} more"] if len(reward.probes) > 6 else shown)
+    tried = reprlib.repr(list(reward.probes))
     try:
         scores = reward([_PROMPT] * len(reward.probes), reward.probes)
     except UserError as error:
         raise UserError(f"{error} It was tried on: {tried}.") from error
     if len(set(scores)) == 1:
-        fix = next((fix for field, fix in _FIXES.items() if field in registry.fields(choice["name"])), "")
+        own = "probes" in registry.fields(choice["name"])
+        fix = "name texts that it tells apart: reward.probes=['...', '...']" if own else "choose another"
         raise UserError(
             f"reward={reward.name} gave {scores[0]:g} for all of {len(scores)} texts ({tried}), so nothing can be "
-            f"learnt from it; {fix}."
+            f"learned from it; {fix}."
         )
     return reward
-
-
-def _without_weight(part: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in part.items() if key != "weight"}
-
-
-@contextmanager
-def _inside(number: int) -> Iterator[None]:
-    """Say in which part of a sum something is wrong."""
-    try:
-        yield
-    except UserError as error:
-        raise type(error)(f"reward.parts[{number}]: {error}") from error
-
-
-def _two_or_more(probes: list[str] | None) -> Sequence[str]:
-    if probes is not None and len(set(probes)) < 2:
-        raise UserError(f"reward.probes is {probes}; it takes two texts or more that the reward tells apart.")
-    return PROBES if probes is None else probes
-
-
-def _classifier_reward(
-    where: str, batch_size: int, max_length: int | None, side: Side | None, label: str, scale: Scale, seen: Seen
-) -> Reward:
-    scorer = Scorer.open(where, batch_size, max_length, side or ("right" if seen == "response" else None))
-    index = class_named(scorer.model.config.id2label, label, scorer.where)
-    if scorer.labels == 1 and scale != "logit":
-        raise UserError(f"{scorer.where} has one class, so reward.scale={scale} means nothing; say reward.scale=logit.")
-
-    def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        logits = scorer.logits(list(answers)) if seen == "response" else scorer.pairs(prompts, answers)
-        if scale == "logit":
-            chosen = logits[:, index]
-        elif scale == "probability":
-            chosen = logits.softmax(-1)[:, index]
-        else:
-            log_p = logits.log_softmax(-1)
-            others = [i for i in range(logits.shape[1]) if i != index]
-            chosen = log_p[:, index] - log_p[:, others].logsumexp(-1)
-        values: list[float] = chosen.tolist()
-        return values
-
-    neutral = 0.5 if scale == "probability" else 0.0
-    readout = [float(i == index) for i in range(scorer.labels)] if scale == "logit" else []
-    if scale == "log_odds" and scorer.labels == 2:
-        readout = [1.0 if i == index else -1.0 for i in range(2)]
-    unfit = partial(mismatch, scorer.tokenizer)
-    return Reward(score, scorer.where, neutral, unfit, scorer=scorer, readout=readout)

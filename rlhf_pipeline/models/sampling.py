@@ -1,10 +1,9 @@
 """Sampling from a policy: one distribution, used alike to roll out, to learn and to measure.
 
-A GPU works off a queue, and whoever asks it for a number or a shape waits until the queue is empty. So nothing here
-asks once a token or a micro-batch, where it can be helped.
+A GPU works off a queue, and reading a number or a shape from it waits until the queue is empty. So nothing here reads
+one per token or micro-batch where it can be avoided.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -20,7 +19,7 @@ from rlhf_pipeline.models.networks import cache_argument, head_logits, positions
 
 @dataclass(frozen=True)
 class Sampling:
-    """What turns a policy's logits into the distribution that tokens are drawn from."""
+    """The distribution that tokens are drawn from, given a policy's logits."""
 
     temperature: float = 1.0
     stop_ids: tuple[int, ...] = ()  # a response ends with the first of these
@@ -28,11 +27,11 @@ class Sampling:
     suppressed_ids: tuple[int, ...] = ()  # never sampled
 
     def adjust_(self, logits: Tensor, times: Tensor) -> Tensor:
-        """Make logits those of the sampling distribution, in place; at least fp32.
+        """Turn logits (tokens, vocabulary) into those of the sampling distribution, in place; at least fp32.
 
-        `logits` (tokens, vocabulary), `times` (tokens,): the place of each token in its response, from 0. The same
-        function serves the rollout, the update and the reference, or the ratio would not start at 1 nor the KL at 0.
-        A token that cannot be drawn gets a finite number so low that its probability is 0, and 0 x log 0 is 0.
+        `times` (tokens,) is the place of each token in its response, from 0. Rollout, update and reference all use this
+        function, or the ratio would not start at 1 nor the KL at 0. A token that cannot be drawn gets a finite number
+        so low that its probability is 0: then 0 x log 0 is 0.
         """
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.temperature != 1:
@@ -47,13 +46,13 @@ class Sampling:
         return logits
 
     def ended(self, tokens: Tensor) -> Tensor:
-        """Whether each of the tokens (batch,) ends its response."""
+        """Whether each token (batch,) ends its response."""
         return (tokens[:, None] == ids_on(tokens.device, self.stop_ids)).any(1)
 
 
 @lru_cache(maxsize=16)
 def ids_on(device: torch.device, ids: tuple[int, ...]) -> Tensor:
-    """Token ids as a tensor, carried to a device once."""
+    """Token ids as a tensor, copied to a device once."""
     return torch.tensor(ids, dtype=torch.long, device=device)
 
 
@@ -61,8 +60,8 @@ def ids_on(device: torch.device, ids: tuple[int, ...]) -> Tensor:
 class Batch:
     """Prompts and responses as one rectangle. Masks come from lengths, never from comparing ids with a pad.
 
-    A row is its prompt, its response, then padding: under causal attention the padding is seen by nothing that counts,
-    so no forward pass over a batch needs an attention mask.
+    A row is its prompt, its response, then padding. Under causal attention no token that counts sees the padding, so a
+    forward pass over a batch needs no attention mask.
     """
 
     tokens: Tensor  # (batch, width)
@@ -99,35 +98,29 @@ class Batch:
         return self.tokens.gather(1, (self.prompt_lengths + self.response_lengths - 1)[:, None])[:, 0]
 
     def rows(self, index: Tensor) -> "Batch":
-        """Some of the rows, without the columns that none of them uses."""
+        """Some rows, without the columns that none of them uses."""
         prompts, responses = self.prompt_lengths[index], self.response_lengths[index]
         return Batch(self.tokens[index, : int((prompts + responses).max())], prompts, responses)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same on another device, with what follows from the lengths: there it would have to be asked for."""
+        """The batch on another device, with its mask and places: there they would have to be read from lengths."""
         wait = torch.device(device).type == "cpu"  # or its memory could be read before the copy is there
-
-        def moved(part: Tensor) -> Tensor:
-            return part.to(device, non_blocking=not wait)
-
-        batch = Batch(*(moved(part) for part in (self.tokens, self.prompt_lengths, self.response_lengths)))
-        row, time = self.places
-        vars(batch).update(response_mask=moved(self.response_mask), places=(moved(row), moved(time)))
+        parts = (self.tokens, self.prompt_lengths, self.response_lengths, self.response_mask, *self.places)
+        tokens, prompts, responses, mask, row, time = (part.to(device, non_blocking=not wait) for part in parts)
+        batch = Batch(tokens, prompts, responses)
+        vars(batch).update(response_mask=mask, places=(row, time))
         return batch
 
     def texts(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
-        """Prompts and responses as text, special tokens left out.
+        """Prompts and responses as text, without special tokens.
 
         A response is what it adds to its prompt: decoded by itself, some tokenizers drop the blank it begins with.
         """
         starts = self.prompt_lengths.tolist()
         ends = (self.prompt_lengths + self.response_lengths).tolist()
         rows = list(zip(self.tokens.tolist(), starts, ends, strict=True))
-        prompts: list[str] = tokenizer.batch_decode([ids[:start] for ids, start, _ in rows], skip_special_tokens=True)
-        wholes: list[str] = tokenizer.batch_decode([ids[:end] for ids, _, end in rows], skip_special_tokens=True)
-        alone: list[str] = tokenizer.batch_decode(
-            [ids[start:end] for ids, start, end in rows], skip_special_tokens=True
-        )
+        slices = ([r[:a] for r, a, _ in rows], [r[:b] for r, _, b in rows], [r[a:b] for r, a, b in rows])
+        prompts, wholes, alone = (tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in slices)
         every = zip(prompts, wholes, alone, strict=True)
         return prompts, [whole[len(p) :] if whole.startswith(p) else answer for p, whole, answer in every]
 
@@ -141,7 +134,7 @@ def make_batch(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[in
 
 
 def join(batches: Sequence[Batch]) -> Batch:
-    """Batches one below the other."""
+    """The rows of several batches as one."""
     width = max(batch.tokens.shape[1] for batch in batches)
     tokens = [torch.nn.functional.pad(batch.tokens, (0, width - batch.tokens.shape[1])) for batch in batches]
     lengths = [torch.cat([getattr(b, name) for b in batches]) for name in ("prompt_lengths", "response_lengths")]
@@ -154,8 +147,8 @@ def length_mask(lengths: Tensor, width: int) -> Tensor:
 
 
 def room_for_prompts(model: PreTrainedModel, response_length: int) -> int:
-    """How many tokens of a prompt a model has positions for, where a response is to follow."""
-    places = positions(model) or sys.maxsize
+    """How many tokens of a prompt a model has positions for, before a response."""
+    places = positions(model)
     if places <= response_length:
         raise UserError(
             f"a response takes up to {response_length} tokens, and the policy has {places} positions; lower "
@@ -165,12 +158,11 @@ def room_for_prompts(model: PreTrainedModel, response_length: int) -> int:
 
 
 def check_positions(model: PreTrainedModel, prompts: Sequence[Sequence[int]], response_length: int) -> None:
-    """Refuse prompts that leave no room for a response, and those that hold nothing to go on from."""
-    if any(not len(prompt) for prompt in prompts):
+    """Refuse empty prompts, and those that leave no room for a response."""
+    if not all(map(len, prompts)):
         raise UserError("a prompt is empty; every prompt takes at least one token.")
-    places = positions(model)
     longest = max(map(len, prompts)) + response_length
-    if places is not None and longest > places:
+    if longest > (places := positions(model)):
         raise UserError(
             f"a prompt and its response take up to {longest} tokens, and the policy has {places} positions; "
             "lower response_length or the prompts' length (data.prompt_tokens)."
@@ -178,7 +170,7 @@ def check_positions(model: PreTrainedModel, prompts: Sequence[Sequence[int]], re
 
 
 def uniform_draws(limits: Tensor, generator: torch.Generator) -> Tensor:
-    """The random numbers of a batch, (longest limit, batch): one a token and row, so that a row's draws are its own."""
+    """The random numbers of a batch, (longest limit, batch): one per token and row, so that rows do not interfere."""
     return torch.rand(int(limits.max()), len(limits), generator=generator)
 
 
@@ -189,9 +181,9 @@ def sample(
 ) -> Batch:  # fmt: skip
     """Draw one response to each prompt, of at most `limits` (batch,) tokens, from `uniforms` (time, batch) in [0, 1).
 
-    A loop over the model's own forward with a key-value cache; a token is drawn by inverting the cumulative
-    distribution. Rows that have ended are taken out of the cache once they are a quarter of it. `tell` is given what
-    has been drawn, (batch, time), token by token.
+    Tokens are drawn by inverting the cumulative distribution, with the model's own key-value cache. Rows that have
+    ended leave the cache once they are a quarter of it. `tell` is given all that is drawn so far, (batch, time), after
+    each token.
     """
     device = next(model.parameters()).device
     count, width, longest = len(prompts), max(map(len, prompts)), int(limits.max())
@@ -247,7 +239,7 @@ def next_logits(model: PreTrainedModel, **inputs: object) -> Tensor:
 
 
 def tokens_between_looks(device: torch.device, tell: object) -> int:
-    """How often to look whether rows have ended: it costs a GPU a stop and a CPU nothing. It changes no draw."""
+    """How often to check whether rows have ended: a GPU has to stop for it. It changes no draw."""
     return 8 if device.type == "cuda" and tell is None else 1
 
 
@@ -259,6 +251,6 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     total = cumulative[:, -1:]
     height = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
     found = torch.searchsorted(cumulative, height.to(cumulative.dtype), right=True)
-    # A sum in parallel, as on CUDA, need not rise from term to term: then, too, what cannot be is not drawn.
+    # A parallel sum, as on CUDA, need not rise from term to term; a token of probability 0 is not drawn then, either.
     possible = probabilities.gather(-1, found) > 0
     return torch.where(possible, found, probabilities.argmax(-1, keepdim=True))[:, 0]

@@ -22,9 +22,8 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.launch import ZERO
-from rlhf_pipeline.models.adapters import store_in_bf16
 from rlhf_pipeline.models.networks import language_model, text_config, trunk
-from rlhf_pipeline.models.precision import fuse_gelu
+from rlhf_pipeline.models.precision import fuse_gelu, store_in_bf16
 from rlhf_pipeline.plan.devices import LAUNCHES, NETWORK, NODE, Device
 
 _FP32, _BF16 = 4, 2  # bytes a number
@@ -116,7 +115,7 @@ def count(config: Any, tokens: int, bf16: bool, lora: Any = None, critic: bool =
             lora.task_type, lora.modules_to_save = "SEQ_CLS", ["score"]
     kind = AutoModelForSequenceClassification if critic else AutoModelForCausalLM
     with torch.device("meta"):
-        model = kind.from_config(config, dtype=torch.float32)
+        model = kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
         model = model if lora is None else get_peft_model(model, lora)
     fuse_gelu(model)
     model.eval()  # PPO trains without dropout
@@ -146,7 +145,8 @@ def count(config: Any, tokens: int, bf16: bool, lora: Any = None, critic: bool =
 def count_classifier(config: Any) -> int:
     """The number of parameters of a classifier that serves as the reward."""
     with torch.device("meta"):
-        return _size(AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).parameters())
+        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    return _size(model.parameters())
 
 
 def _size(parameters: Iterable[Tensor]) -> int:

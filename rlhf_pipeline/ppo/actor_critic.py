@@ -12,10 +12,10 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.launch import sharding
-from rlhf_pipeline.models.adapters import freeze_in_bf16, store_in_bf16
+from rlhf_pipeline.models.classifiers import score_offset
 from rlhf_pipeline.models.likelihood import response_states, token_likelihood
 from rlhf_pipeline.models.networks import language_model, looks_ahead, text_config, trunk
-from rlhf_pipeline.models.precision import autocast, fuse_gelu
+from rlhf_pipeline.models.precision import autocast, fuse_gelu, store_in_bf16
 from rlhf_pipeline.models.sampling import Batch, Sampling
 from rlhf_pipeline.ppo.config import PPOConfig
 
@@ -110,7 +110,7 @@ def prepare_networks(
     if args.bf16 and sharding() is None:
         for network in (model, value_model):
             if isinstance(network, PeftModel):
-                freeze_in_bf16(network, keep=network is model and args.should_save)
+                store_in_bf16(network)
     return model, ref_model, value_model
 
 
@@ -120,7 +120,8 @@ def _new_critic(policy: PreTrainedModel) -> PreTrainedModel:
     config = copy.deepcopy(inner.config)
     config.num_labels = 1
     some = next(inner.parameters())
-    critic: PreTrainedModel = AutoModelForSequenceClassification.from_config(config).to(some.device, some.dtype)
+    critic: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+    critic.to(some.device, some.dtype)
     weights = trunk(policy).state_dict().items()  # an adapter's are left out
     trunk(critic).load_state_dict({k.replace(".base_layer.", "."): v for k, v in weights if "lora_" not in k})
     nn.init.zeros_(value_head_of(critic).weight)  # type: ignore[arg-type]
@@ -155,6 +156,11 @@ def _critic_of_reward(reward: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
             for new, old in zip(score.parameters(), head.parameters(), strict=True):
                 new.copy_(readout.to(old) @ old)
         critic.score, critic.num_labels, critic.config.num_labels = score, 1, 1
+    elif offset := score_offset(critic):  # a value has no configuration to keep it
+        last = [module for module in critic.score.modules() if isinstance(module, nn.Linear)][-1]
+        bias = last.weight.new_zeros(1) if last.bias is None else last.bias.detach()
+        last.bias = nn.Parameter(bias - offset)
+        critic.config.score_offset = 0.0
     return critic
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.models.adapters import merged
 from rlhf_pipeline.models.networks import language_model
+from rlhf_pipeline.models.policies import merged
 from rlhf_pipeline.models.sampling import Sampling
 from rlhf_pipeline.ppo.actor_critic import ActorCritic
 from rlhf_pipeline.runs.checkpoints import put_in_place

@@ -17,10 +17,9 @@ from rlhf_pipeline.data.records import Preference, Ranking
 from rlhf_pipeline.data.templates import written
 from rlhf_pipeline.data.tokenization import lesson
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.models.policies import Policy, load_policy, lora_config
+from rlhf_pipeline.models.policies import Policy, load_policy, lora_config, without_adapter
 from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.settings import Settings
-from rlhf_pipeline.stages.sft import without_adapter
 from rlhf_pipeline.training.batching import Ordered
 from rlhf_pipeline.training.preferences import compare, preferences_of
 from rlhf_pipeline.training.setup import building, fit_length, say_taken, take_data, trainer_args, watch
@@ -53,7 +52,7 @@ def run(settings: Settings, out: RunDir) -> None:
     found = trainer.state.log_history[-1]
     if not out.leads:
         return
-    out.save_model(functools.partial(without_adapter(trainer.model, policy, where).save))
+    out.save_model(functools.partial(without_adapter(trainer.model, policy).save))
     names = {"eval_loss": "eval_loss", "accuracy": "eval_rewards/accuracies", "margin": "eval_rewards/margins"}
     results = {name: found[key] for name, key in names.items()} | {"pairs": len(test)}
     out.finish(results, objective=results["accuracy"])

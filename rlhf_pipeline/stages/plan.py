@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.models.classifiers import register
 from rlhf_pipeline.models.policies import lora_config, open_config, policy_config
 from rlhf_pipeline.models.precision import native_bf16
-from rlhf_pipeline.models.reward_model import register
 from rlhf_pipeline.models.rewards import ON_THE_HUB, TRAINABLE
 from rlhf_pipeline.plan.devices import DEVICES, GIB
 from rlhf_pipeline.plan.needs import Job, Work, count, count_classifier, launches, needs

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     ModernBertConfig,
     ModernBertForSequenceClassification,
@@ -24,12 +23,10 @@ from rlhf_pipeline.data.records import Labelled
 from rlhf_pipeline.data.templates import TEMPLATES, visible
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.files import write_json, write_jsonl
-from rlhf_pipeline.hub import explained, model_folder, open_pretrained
-from rlhf_pipeline.models.classifiers import Scorer, settle_padding
-from rlhf_pipeline.models.networks import text_config
+from rlhf_pipeline.hub import model_folder
+from rlhf_pipeline.models.classifiers import Scorer, open_classifier, settle_padding, shift_scores, with_head
 from rlhf_pipeline.models.policies import load_policy, open_config
 from rlhf_pipeline.models.precision import fuse_gelu
-from rlhf_pipeline.models.reward_model import register, shift_scores, with_head
 from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.training.classifier import (
@@ -230,21 +227,14 @@ def _start(settings: Settings, out: RunDir, strings: Sequence[str], labels: int)
 def _opened(path: str, seed: int, names: dict[str, Any]) -> tuple[Any, Any, str]:
     """A model that lies somewhere, with a new head where its own is of another kind."""
     where = model_folder(path)
-    with explained(where, "reward.path"):
-        tokenizer = AutoTokenizer.from_pretrained(where)
-    register()
-    classes = open_config(where, "reward.path").id2label
     torch.manual_seed(seed)  # for the head
-    model = open_pretrained(
-        AutoModelForSequenceClassification, where, "reward.path", ignore_mismatched_sizes=True, **names
-    )
+    model, tokenizer = open_classifier(where, ignore_mismatched_sizes=True, **names)
+    classes = open_config(where, "reward.path").id2label
     if "id2label" in names and _turned(classes):
         head = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
         for weight in head.parameters():
             weight.data = weight.data.flip(0)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    text_config(model).pad_token_id = tokenizer.pad_token_id
+    settle_padding(model, tokenizer, reads_eos=False)
     return model, tokenizer, where
 
 

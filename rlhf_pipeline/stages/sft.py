@@ -5,11 +5,9 @@ python -m rlhf_pipeline stage=sft
 
 import functools
 import math
-import tempfile
-from typing import Any
 
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from trl import SFTConfig
 
 from rlhf_pipeline.data import fingerprint, texts
@@ -17,9 +15,8 @@ from rlhf_pipeline.data.records import Demonstration, Dialogue
 from rlhf_pipeline.data.templates import template_of
 from rlhf_pipeline.data.tokenization import conversational, demonstrations, shortened
 from rlhf_pipeline.files import read_jsonl
-from rlhf_pipeline.models.adapters import freeze_in_bf16, merged
-from rlhf_pipeline.models.policies import Policy, load_policy, lora_config, open_policy
-from rlhf_pipeline.models.precision import fuse_gelu
+from rlhf_pipeline.models.policies import load_policy, lora_config, without_adapter
+from rlhf_pipeline.models.precision import fuse_gelu, store_in_bf16
 from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.training.batching import OrderedSFTTrainer
@@ -67,7 +64,7 @@ def run(settings: Settings, out: RunDir) -> None:
     with building():
         if adapter is not None and args.bf16 and not settings.policy.get("quantize"):
             model, adapter = get_peft_model(model, adapter), None
-            freeze_in_bf16(model, keep=out.leads)
+            store_in_bf16(model)
         trainer = OrderedSFTTrainer(
             model,
             args,
@@ -85,21 +82,6 @@ def run(settings: Settings, out: RunDir) -> None:
     weights = sharded_weights(trainer)
     if not out.leads:
         return
-    out.save_model(functools.partial(without_adapter(trainer.model, policy, where).save, weights=weights))
+    out.save_model(functools.partial(without_adapter(trainer.model, policy).save, weights=weights))
     results = {"eval_loss": loss, "eval_loss_before": before, "eval_perplexity": math.exp(loss)}
     out.finish(results, objective=-loss)
-
-
-def without_adapter(trained: Any, policy: Policy, where: str) -> Policy:
-    """The policy with its adapter merged in: it stands alone, and the next stage may put its own adapter in.
-
-    Into quantized weights nothing can be merged exactly, so the whole ones are opened again for it.
-    """
-    if not isinstance(trained, PeftModel):
-        return policy
-    if not getattr(policy.model, "is_quantized", False):
-        return Policy(merged(trained), policy.tokenizer)
-    with tempfile.TemporaryDirectory() as folder:
-        trained.save_pretrained(folder)
-        base = open_policy(where).model
-        return Policy(PeftModel.from_pretrained(base, folder).merge_and_unload(), policy.tokenizer)

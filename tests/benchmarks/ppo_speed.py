@@ -150,7 +150,7 @@ def switch_off(what: str) -> None:
     if what == "gelu":
         precision.fuse_gelu = lambda model: 0
     if what == "likelihood":
-        likelihood.is_reshaped = lambda model: True  # as if the family did something of its own to its logits
+        likelihood.matrix_head = lambda model: None  # as if the family did something of its own to its logits
 
 
 def make_trainer(work: Work, side: Side, stopwatch: Stopwatch, folder: str) -> Any:

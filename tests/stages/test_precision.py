@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from rlhf_pipeline.files import read_jsonl
 from rlhf_pipeline.models import precision
-from rlhf_pipeline.models.adapters import freeze_in_bf16
+from rlhf_pipeline.models.precision import store_in_bf16
 
 
 def test_every_stage_computes_in_bf16_where_it_is_native(
@@ -44,14 +44,14 @@ def test_an_adapter_on_frozen_weights_in_bf16_learns_as_on_whole_ones(
     ]  # fmt: skip
     stored: list[int] = []
 
-    def freeze(model: Any, keep: bool) -> None:
-        freeze_in_bf16(model, keep)
+    def store(model: Any) -> None:
+        store_in_bf16(model)
         stored.append(sum(p.dtype == torch.bfloat16 for p in model.parameters()))
 
-    monkeypatch.setattr("rlhf_pipeline.stages.sft.freeze_in_bf16", freeze)
+    monkeypatch.setattr("rlhf_pipeline.stages.sft.store_in_bf16", store)
     assert command_line(*asked, "name=half") == 0
     assert stored == [32]  # weights and biases of four matrices in each of four layers
-    monkeypatch.setattr("rlhf_pipeline.stages.sft.freeze_in_bf16", lambda model, keep: None)
+    monkeypatch.setattr("rlhf_pipeline.stages.sft.store_in_bf16", lambda model: None)
     assert command_line(*asked, "name=whole") == 0
     half, whole = (load_file(f"runs/{name}/sft/model/model.safetensors") for name in ("half", "whole"))
     base = load_file(miniature / "pretrain" / "model" / "model.safetensors")

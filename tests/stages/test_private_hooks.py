@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import SaveStrategy
 from two_trainers import KINDS, make
 
-from rlhf_pipeline.models.reward_model import RewardModel
+from rlhf_pipeline.models.classifiers import RewardModel
 from rlhf_pipeline.ppo import PPOTrainer
 from rlhf_pipeline.training import batching
 from rlhf_pipeline.training import classifier as classification

@@ -27,9 +27,8 @@ from transformers import (
 from rlhf_pipeline.data import load_data
 from rlhf_pipeline.data.records import Demonstration, Dialogue, Preference, Ranking, Turn
 from rlhf_pipeline.files import read_jsonl
-from rlhf_pipeline.models.classifiers import Scorer
+from rlhf_pipeline.models.classifiers import Scorer, with_head
 from rlhf_pipeline.models.policies import train_tokenizer
-from rlhf_pipeline.models.reward_model import with_head
 from rlhf_pipeline.models.rewards import load_reward
 from rlhf_pipeline.training.batching import OrderedRewardTrainer
 from rlhf_pipeline.training.preferences import Comparison, ComparisonTrainer, compare, encode, shown, told_apart
@@ -315,7 +314,7 @@ tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 texts = sys.stdin.read().split("|")
 with torch.no_grad():
     ids = [tokenizer(text + tokenizer.eos_token, return_tensors="pt")["input_ids"] for text in texts]
-    print(type(model).__name__, *(model(i).logits.item() for i in ids))
+    print(type(model).__name__, *(model(i).logits.item() - model.config.score_offset for i in ids))
 """
 
 
@@ -343,7 +342,7 @@ def test_a_reward_model_from_rankings_scores_demonstrations_0_on_average(
     assert quality["margin"] > 0.1
     assert quality["demonstration_mean"] != 0
     assert f"score {quality['examples'][0]['score']:.3f}: Film 3? good" in capsys.readouterr().out
-    # As PPO scores them; and, of the plain class, any process that knows nothing of us.
+    # As PPO scores them; and, of the plain class, any process that takes the offset off.
     given = load_data({"name": "instructions", "path": demonstrations}, 0).train
     reward, _ = load_reward({"name": "preference_model", "max_length": 32}, Path("runs/r/reward"))
     found = reward([row.prompt for row in given], [row.completion for row in given])

@@ -41,7 +41,8 @@ def jsonl(path: Path, rows: list[dict[str, object]]) -> str:
 def test_prompt_and_completion(options: tuple[str, ...], workplace: Path, command_line: CommandLine) -> None:
     rows = [{"prompt": f"{i} and {i + 1} are", "completion": f" {i} {i + 1}."} for i in range(160)]
     data = jsonl(workplace / "a.jsonl", rows)  # type: ignore[arg-type]
-    assert command_line(*SMALL, "data=instructions", f"data.path={data}", "name=a", *options) == 0
+    given = [word for word in SMALL if word.split("=")[0] not in {option.split("=")[0] for option in options}]
+    assert command_line(*given, "data=instructions", f"data.path={data}", "name=a", *options) == 0
     found = results(workplace / "runs" / "a")
     assert found["eval_loss"] < found["eval_loss_before"] - 0.3
     model = AutoModelForCausalLM.from_pretrained(workplace / "runs/a/sft/model")

@@ -19,9 +19,8 @@ from transformers import GPT2Config
 
 from rlhf_pipeline.data.records import Turn
 from rlhf_pipeline.data.templates import TEMPLATES, written
-from rlhf_pipeline.models.classifiers import Scorer
+from rlhf_pipeline.models.classifiers import RewardModel, RewardModelConfig, Scorer
 from rlhf_pipeline.models.policies import Policy
-from rlhf_pipeline.models.reward_model import RewardModel, RewardModelConfig
 from rlhf_pipeline.ppo.watch import CollapseWatch
 from rlhf_pipeline.report.cards import card, named, write_cards
 

@@ -115,8 +115,12 @@ def check_unreachable(lines: list[str], home: Path, endpoint: str, why: str, sec
         assert "\n" not in message
 
 
-def test_a_hub_that_refuses_is_given_up_on_at_once(tmp_path: Path) -> None:
-    check_unreachable(run(DOWNLOAD, tmp_path, DEAD), tmp_path, DEAD, "refused", seconds=2)
+@pytest.mark.parametrize(
+    ("endpoint", "why"),
+    [(DEAD, "refused"), ("hf-mirror.com", "missing an 'http://' or 'https://' protocol")],
+)
+def test_a_hub_that_cannot_be_is_given_up_on_at_once(tmp_path: Path, endpoint: str, why: str) -> None:
+    check_unreachable(run(DOWNLOAD, tmp_path, endpoint), tmp_path, endpoint, why, seconds=2)
 
 
 def test_a_hub_that_accepts_and_never_answers_is_given_up_on_in_seconds(tmp_path: Path) -> None:
@@ -135,17 +139,12 @@ def test_a_proxy_of_the_environment_counts(tmp_path: Path) -> None:
     check_unreachable(lines, tmp_path, "http://no-such-host.invalid", "refused", seconds=2)
 
 
-def test_an_endpoint_that_is_no_address_is_said_to_be_none(tmp_path: Path) -> None:
-    lines = run(DOWNLOAD, tmp_path, "hf-mirror.com")
-    check_unreachable(lines, tmp_path, "hf-mirror.com", "missing an 'http://' or 'https://' protocol", seconds=2)
-
-
 @pytest.mark.parametrize(
     ("status", "code", "words"),
     [
-        (404, "RepoNotFound", "has no such repository; correct the name, or set HF_TOKEN if it is a private one."),
-        (403, "GatedRepo", "then set HF_TOKEN or run hf auth login."),
-        (404, "EntryNotFound", "could not be opened ("),
+        (404, "RepoNotFound", "Repository Not Found for url"),
+        (403, "GatedRepo", "if it is private or gated, set HF_TOKEN"),
+        (404, "EntryNotFound", "could not be opened (404"),
     ],
 )
 def test_a_hub_that_answers_is_asked_and_what_it_says_is_passed_on(
@@ -174,9 +173,9 @@ def test_a_hub_or_mirror_that_answers_is_used(filled: tuple[Path, list[str]], hu
     lines = filled[1]
     assert lines[:3] == OPENED
     for line in lines[3:6]:
-        assert f"path=no/such is no folder here, and the hub at {hub['HF_ENDPOINT']} has no such repository" in line
-    assert "policy.path=a b could not be opened (Repo id must use" in lines[6]
-    assert lines[7].startswith("data.path: there is no folder runs/demo/x")
+        assert "path=no/such could not be opened (" in line
+    assert lines[6].startswith("there is no folder a b")
+    assert lines[7].startswith("there is no folder runs/demo/x")
     assert len(lines) == 8
 
 
@@ -190,9 +189,8 @@ def test_a_filled_cache_does_without_a_hub(filled: tuple[Path, list[str]], offli
     assert lines[:3] == OPENED
     for line in lines[3:6]:
         assert f"path=no/such is not in the cache ({home}), and {why}" in line
-    assert "policy.path=a b could not be opened (Repo id must use" in lines[6]
-    assert lines[8].startswith("policy.path=gpt2 could not be opened (")  # of which there is only the tokenizer
-    assert f"from the cache ({home}), and {why}" in lines[8]
+    assert lines[6].startswith("there is no folder a b")
+    assert f"policy.path=gpt2 is not in the cache ({home}), and {why}" in lines[8]  # there is only the tokenizer
     assert "RLHF_ALLOW_PICKLE" not in lines[8]
 
 
@@ -209,13 +207,11 @@ def test_a_path_is_not_asked_of_the_hub(workplace: Path, monkeypatch: pytest.Mon
     }.items():
         with pytest.raises(UserError) as caught, explained(path, "policy.path"):
             pytest.fail("the block must not be entered")
-        assert (
-            str(caught.value) == f"policy.path: there is no folder {path}{near}; give one that is there, or a hub id."
-        )
+        assert str(caught.value) == f"there is no folder {path}{near}; give another, or a hub id."
 
 
 def test_what_a_local_folder_lacks_is_said_without_the_hub(workplace: Path) -> None:
     (workplace / "mine").mkdir()
     with pytest.raises(UserError) as caught, explained("mine", "policy.path"):
         raise OSError("no config\nand a second line")
-    assert str(caught.value).startswith("policy.path=mine could not be opened (no config); give a local path")
+    assert str(caught.value).startswith("policy.path=mine could not be opened (no config and a second line); ")

@@ -10,8 +10,8 @@ PACKAGE = ROOT / "rlhf_pipeline"
 LAYERS = [
     ["errors", "texts", "terminal", "stages.__init__", "stages.STAGES", "stages.FOLDERS", "stages.POLICIES",
      "stages.TRAINED"], ["launch", "files"], ["progress", "registry"],
-    ["hub", "processes", "limits", "models.networks", "models.precision", "models.adapters",
-     "models.reward_model", "evaluation.metrics", "runs.checkpoints", "runs.lineage"],
+    ["hub", "processes", "limits", "models.networks", "models.precision",
+     "evaluation.metrics", "runs.checkpoints", "runs.lineage"],
     ["data", "models.sampling"],
     ["models", "report"], ["plan"], ["settings"], ["report.cards"], ["runs"],
     ["report.tables", "report.publish", "ppo", "runs.models", "runs.together"], ["evaluation", "feedback", "training"],

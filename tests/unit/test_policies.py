@@ -1,5 +1,7 @@
 """Policies of any family: their special tokens settled in one place, opened, sampled from and trained."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,15 @@ from transformers import (
 )
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.models.policies import load_policy, open_policy, train_character_tokenizer, train_tokenizer
+from rlhf_pipeline.models.policies import (
+    load_policy,
+    open_config,
+    open_policy,
+    policy_config,
+    train_character_tokenizer,
+    train_tokenizer,
+)
+from rlhf_pipeline.models.rewards import load_reward
 from rlhf_pipeline.models.sampling import Sampling, sample, uniform_draws
 from rlhf_pipeline.ppo import PPOConfig, PPOTrainer
 
@@ -86,30 +96,24 @@ def test_ids_beyond_the_tokenizers_tokens_are_never_sampled(tmp_path: Path) -> N
     assert int(trainer.last_rollout.batch.tokens.max()) < len(policy.tokenizer) < 500
 
 
-def test_no_pad_becomes_the_end_and_masks_do_not_care(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pad", [None, "<|endoftext|>"])
+def test_the_end_may_pad_and_masks_do_not_care(pad: str | None, tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
-    tokenizer.pad_token = None
+    tokenizer.pad_token = pad
     policy = open_policy(saved(tmp_path, gpt2(eos_token_id=0, bos_token_id=0), tokenizer))
     assert policy.tokenizer.pad_token_id == policy.tokenizer.eos_token_id == 0
     assert policy.model.config.pad_token_id == policy.model.generation_config.pad_token_id == 0
+    policy.save(tmp_path / "saved")
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").pad_token_id == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved").generation_config.eos_token_id == 0
     limits = torch.tensor([5] * 4)
     draws = uniform_draws(limits, torch.Generator().manual_seed(0))
     batch = sample(policy.model, PROMPTS, limits, Sampling(stop_ids=(0,)), draws)
-    alone = [
-        sample(policy.model, [p], limits[:1], Sampling(stop_ids=(0,)), draws[:, i : i + 1])
-        for i, p in enumerate(PROMPTS)
-    ]
-    for row, one in enumerate(alone):
+    for row, prompt in enumerate(PROMPTS):
+        one = sample(policy.model, [prompt], limits[:1], Sampling(stop_ids=(0,)), draws[:, row : row + 1])
         length = int(one.response_lengths[0])
         assert int(batch.response_lengths[row]) == length
         assert batch.responses[row, :length].tolist() == one.responses[0, :length].tolist()
-
-
-def test_a_pad_that_is_the_end_stays_so(tmp_path: Path) -> None:
-    tokenizer = tiny_tokenizer()
-    tokenizer.pad_token = tokenizer.eos_token
-    policy = open_policy(saved(tmp_path, gpt2(eos_token_id=0, bos_token_id=0, pad_token_id=0), tokenizer))
-    assert policy.tokenizer.pad_token_id == policy.tokenizer.eos_token_id == policy.model.config.pad_token_id == 0
 
 
 def test_ids_outside_the_vocabulary_count_as_none(tmp_path: Path) -> None:
@@ -149,15 +153,6 @@ def test_tokens_added_to_the_tokenizer_alone_get_embeddings(tmp_path: Path) -> N
     assert torch.equal(old, model.get_input_embeddings().weight)
 
 
-def test_what_is_saved_keeps_the_settled_tokens(tmp_path: Path) -> None:
-    tokenizer = tiny_tokenizer()
-    tokenizer.pad_token = None
-    policy = open_policy(saved(tmp_path / "a", gpt2(eos_token_id=0, bos_token_id=0), tokenizer))
-    policy.save(tmp_path / "b")
-    assert AutoTokenizer.from_pretrained(tmp_path / "b").pad_token_id == 0
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "b").generation_config.eos_token_id == 0
-
-
 def test_a_scratch_policys_tables_follow_its_size() -> None:
     texts = ["some words to learn from"] * 20
     tiny, where = load_policy({"name": "gpt2_scratch", "size": "tiny"}, None, texts, 0)
@@ -165,10 +160,8 @@ def test_a_scratch_policys_tables_follow_its_size() -> None:
     assert tiny.model.config.n_positions == 256
     given, _ = load_policy({"name": "gpt2_scratch", "positions": 32, "vocabulary": 280}, None, texts, 0)
     assert given.model.config.n_positions == 32
-    from rlhf_pipeline.models import policies
-
-    small: Any = policies.registry.build({"name": "gpt2_scratch", "size": "small"})
-    assert (small.vocabulary, small.positions) == (50_257, 1024)
+    small, _ = policy_config({"name": "gpt2_scratch", "size": "small"}, None)
+    assert (small.vocab_size, small.n_positions) == (50_257, 1024)
 
 
 def test_a_character_tokenizer_writes_chinese_without_blanks(tmp_path: Path) -> None:
@@ -191,3 +184,27 @@ def test_a_template_asked_for_travels_with_the_tokenizer(tmp_path: Path) -> None
         [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], tokenize=False
     )
     assert said == "a<|endoftext|>b<|endoftext|>"
+
+
+def test_code_beside_a_checkpoint_is_refused_without_a_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would ask at the terminal whether to run it."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
+    tokenizer_config = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}}
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    opened: list[Callable[[], Any]] = [
+        lambda: open_policy(str(tmp_path)),
+        lambda: open_config(str(tmp_path), "policy.path"),
+        lambda: load_reward({"name": "classifier", "path": str(tmp_path)}, None),
+    ]
+    for tokenizer in (False, True):  # with a whole tokenizer it is the model's turn
+        if tokenizer:
+            tiny_tokenizer().save_pretrained(tmp_path)
+        for call in opened:
+            with pytest.raises(UserError, match=r"custom code|trust_remote_code"):
+                call()
+    assert not (tmp_path / "ran").exists()

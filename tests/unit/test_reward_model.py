@@ -5,13 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import good_share, tiny_tokenizer, trainer
 from tiny_rewards import distilbert, llama, tiny_model
-from transformers import (
-    AutoModelForSequenceClassification,
-)
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.models.reward_model import RewardModel, register, shift_scores, with_head
+from rlhf_pipeline.models.classifiers import RewardModel, Scorer, shift_scores, with_head
+from rlhf_pipeline.models.rewards import Reward
 
 
 def padded(side: str) -> dict[str, torch.Tensor]:
@@ -44,30 +43,38 @@ def test_the_mean_weighs_the_later_tokens_more() -> None:
     torch.testing.assert_close(model(input_ids=torch.tensor([[5, 6, 7]])).logits[0], expected)
 
 
-def test_the_plain_class_where_it_can_take_up_a_shift() -> None:
-    for make, plain in ((tiny_model, True), (distilbert, True), (llama, False)):
+def test_the_plain_class_where_it_has_that_head() -> None:
+    for make in (tiny_model, distilbert, llama):
         model = make()
-        assert (with_head(model, "linear", "last") is model) == plain
+        assert with_head(model, "linear", "last") is model
     own = with_head(tiny_model(), "mlp", "mean")
     assert with_head(own, "mlp", "mean") is own
     with pytest.raises(UserError, match=r"reward\.head=mlp and reward\.pooling=mean, not linear and last"):
         with_head(own, "linear", "last")
 
 
-@pytest.mark.parametrize(
-    ("make", "head", "pooling"),
-    [(tiny_model, "linear", "last"), (distilbert, "linear", "last"), (llama, "linear", "last"),
-     (tiny_model, "mlp", "mean")],
-)  # fmt: skip
-@torch.no_grad()
-def test_a_shift_moves_all_scores_alike_and_outlives_saving(make: Any, head: Any, pooling: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("make", "head"), [(tiny_model, "linear"), (llama, "linear"), (tiny_model, "mlp")])
+def test_a_shift_moves_all_scores_alike_and_outlives_saving(make: Any, head: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = with_head(make(), head, pooling).eval()
-    before = model(**padded("right")).logits
-    shift_scores(model, -1.7)
+    tokenizer, texts = tiny_tokenizer(), ["the film was good", "bad", "nobody liked it"]
+    model = with_head(make(), head, "last")
+    before = Scorer(model, tokenizer, 8, append_eos=True).logits(texts)
+    shift_scores(model, -1.2)
+    shift_scores(model, -0.5)
     model.save_pretrained(tmp_path)
-    register()
-    reopened = AutoModelForSequenceClassification.from_pretrained(tmp_path)
-    assert type(reopened) is type(model)
-    torch.testing.assert_close(reopened(**padded("right")).logits, before - 1.7, atol=1e-5, rtol=1e-5)
+    tokenizer.save_pretrained(tmp_path)
+    reopened = Scorer.open(str(tmp_path), 8, append_eos=True)
+    assert type(reopened.model) is type(model)
+    torch.testing.assert_close(reopened.logits(texts), before - 1.7)
     assert (tmp_path / "model.safetensors").exists()
+
+
+@torch.no_grad()
+def test_a_critic_starts_at_the_shifted_scores(tmp_path: Path) -> None:
+    ids, tokenizer = torch.tensor([[5, 6, 7]]), tiny_tokenizer()
+    for model in (tiny_model(), with_head(tiny_model(), "mlp", "last")):
+        shift_scores(model, -1.7)
+        judge = Reward(good_share, "r", scorer=Scorer(model, tokenizer, 8, append_eos=True), readout=(1.0,))
+        ppo = trainer(tokenizer, tmp_path, given={"reward_model": judge}, critic="separate", critic_init="reward")
+        values = ppo.value_model.eval()(input_ids=ids).logits
+        torch.testing.assert_close(values, model.eval()(input_ids=ids).logits - 1.7)
