@@ -7,7 +7,7 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -22,7 +22,7 @@ from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.evaluation.lineup import Sampler, open_all
 from rlhf_pipeline.models.policies import Policy, registry
 from rlhf_pipeline.models.rewards import Reward, load_reward, trained_part
-from rlhf_pipeline.models.sampling import room_for_prompts, sample
+from rlhf_pipeline.models.sampling import make_batch, room_for_prompts, sample
 from rlhf_pipeline.registry import suggest
 from rlhf_pipeline.report.tables import number, side_by_side
 from rlhf_pipeline.runs.directory import RunDir
@@ -45,13 +45,21 @@ class Talk:
     generator: torch.Generator
     turns: dict[int, tuple[Turn, ...]] = field(default_factory=dict)  # by the place of the policy
 
-    def ask(self, text: str) -> list[tuple[str, str, float | None]]:
-        """Each policy's name, its answer from the same random numbers, and the answer's reward if there is one."""
+    def ask(self, text: str, tell: Callable[[str], None] | None = None) -> list[tuple[str, str, float | None]]:
+        """Each policy's name, its answer from the same random numbers, and the answer's reward if there is one.
+
+        `tell` is given the answer of a single policy as it grows.
+        """
         asked = [self._ids(place, text) for place in range(len(self.policies))]
         uniforms, limits = torch.rand(self.length, 1, generator=self.generator), torch.tensor([self.length])
         prompts, answers = [], []
         for who, ids in zip(self.policies, asked, strict=True):
-            batch = sample(who.policy.model, [ids], limits, who.sampling, uniforms)
+
+            def grown(drawn: torch.Tensor, who: Sampler = who, ids: list[int] = ids) -> None:
+                if tell:
+                    tell(make_batch([ids], drawn.tolist()).texts(who.policy.tokenizer)[1][0])
+
+            batch = sample(who.policy.model, [ids], limits, who.sampling, uniforms, grown if tell else None)
             (prompt,), (answer,) = batch.texts(who.policy.tokenizer)
             prompts.append(prompt)
             answers.append(answer)
@@ -97,7 +105,8 @@ def run(settings: Settings, out: RunDir) -> None:
             note("/help lists the commands")
         for text in settings.chat.prompt or prompts(talk, terminal):
             try:
-                show(talk.ask(text), terminal)
+                growing = Growing() if terminal and len(talk.policies) == 1 else None
+                show(talk.ask(text, growing.grow if growing else None), terminal, growing)
             except UserError as error:
                 if not terminal:
                     raise
@@ -136,14 +145,35 @@ def typed() -> Iterator[str]:
     print()
 
 
-def show(answers: list[tuple[str, str, float | None]], terminal: bool) -> None:
+class Growing:
+    """An answer at the terminal as it grows. A character of which only the first bytes are drawn waits."""
+
+    def __init__(self) -> None:
+        self.printed = ""
+
+    def grow(self, text: str) -> None:
+        """Print what is new."""
+        whole = shown(text.rstrip("\ufffd"))
+        if whole.startswith(self.printed):
+            print(whole[len(self.printed) :], end="", flush=True)
+            self.printed = whole
+
+    def end(self, answer: str) -> None:
+        """Print the rest; if what was printed no longer begins the answer, all of it."""
+        print(answer[len(self.printed) :] if answer.startswith(self.printed) else f"\n{answer}", flush=True)
+
+
+def show(answers: list[tuple[str, str, float | None]], terminal: bool, growing: Growing | None = None) -> None:
     """Print the answers on stdout: one as it stands, two side by side, or in a script two lines."""
     if terminal and len(answers) > 1:
         side_by_side(answers)
         return
     for name, answer, reward in answers:
         label = f"{shown(name)}: " if len(answers) > 1 else ""
-        print(f"{label}{shown(answer)}", flush=True)  # a model wrote it, so control characters are shown as escapes
+        if growing:
+            growing.end(shown(answer))  # a model wrote it, so control characters are shown as escapes
+        else:
+            print(f"{label}{shown(answer)}", flush=True)
         if reward is not None:
             note(f"{label}reward {number(reward)}")
 

@@ -27,7 +27,7 @@ from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.runs.lineage import content_hash
 from rlhf_pipeline.settings import Chat as Chatting
 from rlhf_pipeline.settings import Settings
-from rlhf_pipeline.stages.chat import open_talk
+from rlhf_pipeline.stages.chat import Growing, open_talk
 
 Chat = Callable[..., tuple[str, str]]
 
@@ -68,6 +68,22 @@ def test_it_is_what_the_policy_says_by_the_runs_own_sampling(chat: Chat, miniatu
     ((_, answer, reward),) = talk.ask("I saw this")
     assert chat("--prompt", "I saw this")[0].endswith(f"/reward/model\n{answer}\n")  # what open_talk said, too
     assert reward == talk.reward(["I saw this"], [answer])[0]  # type: ignore[misc]
+    grown: list[str] = []
+    ((_, answer, _),) = talk.ask("I saw this", grown.append)
+    assert grown[-1] == answer
+    assert len(grown) > 1
+
+
+def test_a_growing_answer_is_printed_once_and_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    growing = Growing()
+    for text in ("A", "A f", "A f\ufffd", "A fé"):
+        growing.grow(text)
+    growing.end("A fé!")
+    assert capsys.readouterr().out == "A fé!\n"
+    growing = Growing()
+    growing.grow("do n")
+    growing.end("don't")
+    assert capsys.readouterr().out == "do n\ndon't\n"
 
 
 def test_the_seed_and_the_settings_of_a_chat_decide(chat: Chat) -> None:
