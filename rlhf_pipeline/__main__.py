@@ -1,8 +1,7 @@
 """`python -m rlhf_pipeline`."""
 
 from rlhf_pipeline.cli import main
-from rlhf_pipeline.launch import processes
-from rlhf_pipeline.runs.together import end_at_once
+from rlhf_pipeline.processes import end_at_once, processes
 
 
 def start() -> None:

@@ -25,9 +25,9 @@ from omegaconf.errors import OmegaConfBaseException
 from rlhf_pipeline import data, files
 from rlhf_pipeline.arguments import CONF, complete
 from rlhf_pipeline.errors import UserError, WaitingError
-from rlhf_pipeline.launch import check_launch, processes, rank
 from rlhf_pipeline.models import policies, rewards
 from rlhf_pipeline.plain_words import plain
+from rlhf_pipeline.processes import agree, check_launch, ending_together, leave, processes, rank, rank_log, silent_ranks
 from rlhf_pipeline.progress import say_loading, screen
 from rlhf_pipeline.registry import Registry, shown
 from rlhf_pipeline.report import compare
@@ -36,7 +36,6 @@ from rlhf_pipeline.report.summary import how_far, say_all_done, say_done, say_do
 from rlhf_pipeline.runs import directory as rundir
 from rlhf_pipeline.runs import lineage
 from rlhf_pipeline.runs import models as made
-from rlhf_pipeline.runs.together import leave, own_log, run_together
 from rlhf_pipeline.settings import SAMPLING, SECTIONS, TRAINED, Hub, Settings, check_sections
 from rlhf_pipeline.sweeps.jobs import is_number, note_error, run_job
 
@@ -53,7 +52,7 @@ _CHOICES: dict[str, Registry[Any]] = {
 
 def main() -> None:
     """Run the command line and leave with its exit status: 0 done, 2 the user can mend it, 130 interrupted."""
-    with own_log():
+    with silent_ranks():
         _be_quiet()
         try:
             with _refusals():
@@ -213,9 +212,14 @@ def run_stage(settings: Settings) -> float | None:
     if settings.hub.push and settings.stage not in TRAINED:
         raise UserError(f"stage={settings.stage} makes no model, so hub.push= goes with one of: {', '.join(TRAINED)}.")
     check_launch(_said(settings))
-    if processes() > 1:
-        return run_together(settings, lambda out, done: _run_held(settings, out, done))
     out = rundir.RunDir.of(settings)
+    if processes() > 1:
+        say_loading()
+        with ending_together(), out.held():
+            done = agree(lambda: out.finished(settings))
+            with rank_log(out.path):
+                _run_held(settings, out, done)
+        return out.objective()
     if settings.compare:  # it shows what has been made, and makes nothing itself
         _compare(settings)
         return None

@@ -8,7 +8,7 @@ from weakref import WeakSet
 
 from tqdm import tqdm
 
-from rlhf_pipeline.launch import rank
+from rlhf_pipeline.processes import rank
 
 S = TypeVar("S", bound=Sequence[Any])
 

@@ -15,13 +15,12 @@ from rlhf_pipeline.data.templates import written
 from rlhf_pipeline.data.tokenization import Question, documents, lesson
 from rlhf_pipeline.evaluation import metrics
 from rlhf_pipeline.evaluation.lineup import Contestant, asked_of, same_vocabulary
-from rlhf_pipeline.launch import rank
 from rlhf_pipeline.models.likelihood import log_probs
 from rlhf_pipeline.models.networks import positions
 from rlhf_pipeline.models.policies import Policy
 from rlhf_pipeline.models.rewards import Reward
 from rlhf_pipeline.models.sampling import Batch, Sampling, join, make_batch, sample, uniform_draws
-from rlhf_pipeline.processes import gathered, mine
+from rlhf_pipeline.processes import gathered, mine, rank
 
 _ROWS = 16  # held-out rows tokenized at once: a file of code may be all that is needed
 Gains = dict[str, dict[str, float]]  # by pair of policies, "ppo - sft"

@@ -10,9 +10,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_pipeline.launch import ZERO
 from rlhf_pipeline.plan.devices import LAUNCHES, NETWORK, NODE, Device
 from rlhf_pipeline.plan.networks import Network
+from rlhf_pipeline.processes import ZERO
 
 Parts = dict[str, float]
 _FP32, _BF16, _ADAM = 4, 2, 8  # bytes a number; Adam's two moments are fp32

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.launch import check_gpus, sharding
 from rlhf_pipeline.models.adapters import freeze_in_bf16
 from rlhf_pipeline.models.networks import language_model
 from rlhf_pipeline.models.precision import autocast, fuse_gelu
@@ -53,6 +52,7 @@ from rlhf_pipeline.ppo.prompts import Prompts, derive_seed, prompts_of_update, r
 from rlhf_pipeline.ppo.rollout import Rollout, TextReward, make_judge, merge, observe, roll_out
 from rlhf_pipeline.ppo.trl_parent import ParentTrainer
 from rlhf_pipeline.ppo.watch import CollapseWatch
+from rlhf_pipeline.processes import check_gpus, sharding
 
 P = ParamSpec("P")
 

@@ -16,7 +16,7 @@ from rlhf_pipeline.files import append_jsonl, disk_error
 from rlhf_pipeline.hub import explained
 
 PLACE = Path("runs/demo/sft")
-FULL = "no space left for runs/demo/sft: make room; the same command goes on."
+FULL = "no space left for runs/demo/sft: make room, then run the same command again."
 
 
 class SafetensorError(Exception):
@@ -39,7 +39,7 @@ def caused(error: Exception, cause: Exception) -> Exception:
         (of_number(errno.ENOSPC, "runs/demo/sft/.run.json.77"), FULL),
         (of_number(errno.ENOSPC, "/cache/x.arrow"), FULL.replace("runs/demo/sft", "/cache/x.arrow")),
         (of_number(errno.EDQUOT), "the disk quota leaves no space for runs/demo/sft: make room"),
-        (of_number(errno.EROFS, "runs/demo/.sft.lock"), "runs/demo is on a disk that is read-only"),
+        (of_number(errno.EROFS, "runs/demo/.sft.lock"), "runs/demo/.sft.lock is on a disk that is read-only"),
         (of_number(errno.EACCES, "data.csv"), "no permission for data.csv: correct its permissions"),
         (of_number(errno.EFBIG), "runs/demo/sft may not grow so large"),
         (
@@ -111,7 +111,7 @@ def test_a_run_that_found_no_room_goes_on_by_the_same_command(workplace: Path, c
         if size > 20:
             record = json.loads(Path("runs/x/pretrain/run.json").read_text())
             assert record["status"] == "failed"
-            assert "the same command goes on" in record["error"]
+            assert "run the same command again" in record["error"]
             assert not list(Path("runs/x/pretrain/checkpoints").glob("checkpoint-*")), "half of one is left"
     assert command_line(*WORDS) == 0
     assert json.loads(Path("runs/x/pretrain/run.json").read_text())["status"] == "done"

@@ -8,12 +8,12 @@ from conftest import ROOT
 PACKAGE = ROOT / "rlhf_pipeline"
 # A module imports only from those before it (at module level).
 LAYERS = [
-    ["errors", "texts"], ["launch", "files"], ["progress"],
-    ["registry", "hub", "processes", "limits", "models.networks", "models.precision", "models.adapters",
+    ["errors", "texts"], ["processes", "files"], ["progress"],
+    ["registry", "hub", "limits", "models.networks", "models.precision", "models.adapters",
      "models.reward_model", "evaluation.metrics", "runs.checkpoints", "runs.lineage"],
     ["data", "models.sampling"],
     ["models", "report"], ["plan"], ["settings"], ["report.cards"], ["runs"],
-    ["report.tables", "report.publish", "ppo", "runs.models", "runs.together"], ["evaluation", "feedback", "training"],
+    ["report.tables", "report.publish", "ppo", "runs.models"], ["evaluation", "feedback", "training"],
     ["evaluation.frontier"], ["stages"], ["plain_words", "arguments"], ["report.summary", "sweeps.jobs"],
     ["report.rounds", "sweeps"], ["cli", "plugins"],
 ]  # fmt: skip
