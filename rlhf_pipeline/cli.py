@@ -27,7 +27,7 @@ from rlhf_pipeline.arguments import CONF, complete
 from rlhf_pipeline.errors import UserError, WaitingError
 from rlhf_pipeline.models import policies, rewards
 from rlhf_pipeline.plain_words import plain
-from rlhf_pipeline.processes import agree, check_launch, ending_together, leave, processes, rank, rank_log, silent_ranks
+from rlhf_pipeline.processes import agree, check_launch, ending_together, leave, processes, rank, rank_output
 from rlhf_pipeline.progress import say_loading, screen
 from rlhf_pipeline.registry import Registry, shown
 from rlhf_pipeline.report import compare
@@ -52,7 +52,7 @@ _CHOICES: dict[str, Registry[Any]] = {
 
 def main() -> None:
     """Run the command line and leave with its exit status: 0 done, 2 the user can mend it, 130 interrupted."""
-    with silent_ranks():
+    with rank_output():
         _be_quiet()
         try:
             with _refusals():
@@ -217,7 +217,7 @@ def run_stage(settings: Settings) -> float | None:
         say_loading()
         with ending_together(), out.held():
             done = agree(lambda: out.finished(settings))
-            with rank_log(out.path):
+            with rank_output(out.path):
                 _run_held(settings, out, done)
         return out.objective()
     if settings.compare:  # it shows what has been made, and makes nothing itself

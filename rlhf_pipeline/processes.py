@@ -188,24 +188,16 @@ def by_rank_0(write: Callable[P, None]) -> Callable[P, None]:
 # -- printing and ending
 
 
-def silent_ranks() -> contextlib.AbstractContextManager[None]:
-    """Leave the screen to rank 0."""
-    return contextlib.nullcontext() if rank() == 0 else _output_to(Path(os.devnull))
-
-
-def rank_log(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """Write what ranks other than 0 print to `rank<n>.log` of a stage."""
-    return contextlib.nullcontext() if rank() == 0 else _output_to(folder / f"rank{rank()}.log")
-
-
 @contextlib.contextmanager
-def _output_to(path: Path) -> Iterator[None]:
+def rank_output(folder: Path | None = None) -> Iterator[None]:
+    """Leave the screen to rank 0. The others print to `rank<n>.log` of a stage's folder; without one, nowhere."""
+    if rank() == 0:
+        yield
+        return
+    path = folder / f"rank{rank()}.log" if folder else Path(os.devnull)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        path.open("a", encoding="utf-8", buffering=1) as log,
-        contextlib.redirect_stdout(log),
-        contextlib.redirect_stderr(log),
-    ):
+    log = path.open("a", encoding="utf-8", buffering=1)
+    with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         yield
 
 

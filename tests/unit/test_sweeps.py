@@ -100,7 +100,7 @@ REFUSED = {
     "-m stage=chat seed=1,2": "drop -m",
     "-m stage=sft seed=1,2 hydra/sweeper=basic hydra.sweep.dir=.": "-m goes with hydra/sweeper=grid or optuna",
     "-m stage=sft trainer.learning_rate=interval(0.1,0.2)": "trainer.learning_rate=interval(...) has no end of values",
-    "-m stage=sft seed=1,2 name=/abs/x": "name='/abs/x' is no run name: it is a folder below runs/.",
+    "-m stage=sft seed=1,2 name=/abs/x": "name='/abs/x/seed=1' is no run name: it is a folder below runs/.",
     "-m stage=sft seed=1,2 hydra.sweeper.max_batch_size=-1": "max_batch_size is -1; it takes a whole number from 1.",
     "-m stage=evaluate seed=1,2 compare=[a,b]": "compare= goes with one run",
     "-m stage=collect seed=1,2 labels=pull": "labels= goes with one run",

@@ -31,17 +31,17 @@ _OVER_BUDGET = 1e9
 class Grid(Sweeper):
     """Every combination of the values, each a job of its own; at the end a table, a page and an exit status."""
 
+    searches = False  # by the jobs' objectives
+
     def __init__(self, max_batch_size: int | None, kl_budget: float | None = None) -> None:
         self.max_batch_size, self.kl_budget = max_batch_size, kl_budget
         self.jobs: dict[str, str] = {}  # of this command: name and stage
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Open the launcher."""
-        from rlhf_pipeline.settings import check_name
-
-        name, runs = str(config.name or config.experiment or "default"), str(config.runs)
-        check_name(name, runs)
-        self.cfg, self.loader, self.folder = config, hydra_context.config_loader, Path(runs) / name
+        self.cfg, self.loader = config, hydra_context.config_loader
+        self.name = str(config.name or config.experiment or "default")
+        self.folder = Path(str(config.runs)) / self.name
         with read_write(config), open_dict(config):
             config.hydra.sweep.dir = str(self.folder)  # where submitit keeps its own
         self.jobs_launcher = Plugins.instance().instantiate_launcher(
@@ -93,18 +93,21 @@ class Grid(Sweeper):
     def job(self, fixed: list[str], own: Sequence[str]) -> tuple[Path, list[str], dict[str, Any]]:
         """A job's folder, its command, and what its job.json says before it runs; refused where it could not run."""
         from rlhf_pipeline.cli import check_job
+        from rlhf_pipeline.settings import TRAINED
         from rlhf_pipeline.sweeps.jobs import job_name, settings_of
 
-        folder = self.folder / job_name([as_typed(setting) for setting in own])
-        command = [*fixed, *own, f"name={quoted(str(folder.relative_to(str(self.cfg.runs))))}"]
+        name = job_name([as_typed(setting) for setting in own])
+        command = [*fixed, *own, f"name={quoted(f'{self.name}/{name}')}"]
         cfg = self.loader.load_sweep_config(self.cfg, command)
         OmegaConf.set_struct(cfg, False)
         del cfg["hydra"]
         stage, seed, done = check_job(cfg, command)
         if self.kl_budget is not None and stage != "ppo":
             raise UserError(f"sweep.kl_budget= goes with stage=ppo; the jobs here are known by their stage={stage}.")
+        if self.searches and stage not in TRAINED:  # on evaluate's prompts no choice is made
+            raise UserError(f"stage={stage} has no objective to search by; Optuna takes one of: {', '.join(TRAINED)}.")
         about = {"stage": stage, "settings": settings_of(command), "seed": seed}
-        return folder, command, {**about, "status": "done" if done else "waiting", "exit": 0, "error": None}
+        return self.folder / name, command, {**about, "status": "done" if done else "waiting", "exit": 0, "error": None}
 
 
 class Optuna(Grid):
@@ -112,6 +115,8 @@ class Optuna(Grid):
 
     Each trial is run with every seed that is given, and is worth their mean.
     """
+
+    searches = True
 
     def __init__(self, n_trials: int, n_jobs: int, kl_budget: float | None = None) -> None:
         super().__init__(None, kl_budget)
@@ -164,15 +169,6 @@ class Optuna(Grid):
             if params and params not in done:
                 study.enqueue_trial(params)
         return study, done
-
-    def job(self, fixed: list[str], own: Sequence[str]) -> tuple[Path, list[str], dict[str, Any]]:
-        """A job whose stage has an objective to search by."""
-        from rlhf_pipeline.settings import TRAINED
-
-        job = super().job(fixed, own)
-        if (stage := job[2]["stage"]) not in TRAINED:  # on evaluate's prompts no choice is made
-            raise UserError(f"stage={stage} has no objective to search by; Optuna takes one of: {', '.join(TRAINED)}.")
-        return job
 
 
 def _worth(job: dict[str, Any]) -> float:
