@@ -217,12 +217,10 @@ def ending_together() -> Iterator[None]:
 
 
 def leave(message: str, status: int, shared: bool = True) -> NoReturn:
-    """Print a message, whoever has the screen, and exit. A `shared` one is found by all processes; rank 0 prints it."""
-    if rank() and shared:
-        time.sleep(3)  # the launcher ends this process when rank 0 has left
-        sys.exit(status)
+    """Print a message, whoever has the screen, and exit. A `shared` one is likely found by all: rank 0 is first."""
     if rank():
         message = f"process {rank()}: {message}"
+        time.sleep(3 if shared else 0)  # then rank 0 has left, and the launcher has ended this process
     if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun shows it at the end of its own report
         Path(report).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")
     print(message, file=sys.__stderr__ if rank() else sys.stderr, flush=True)
