@@ -25,11 +25,16 @@ else ifneq ($(LAUNCH),)
 $(error LAUNCH=$(LAUNCH) is none of: $(STARTS))
 endif
 
+# Each has a file in conf/stage/, whose second line says what it does.
+STAGES := $(filter-out plan pipeline,$(basename $(notdir $(wildcard conf/stage/*.yaml))))
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo pretrain sft collect reward ppo evaluate chat plan pipeline report label-studio test test-oldest test-slow test-label-studio bench bench-gpu kills check clean
+.PHONY: help setup demo $(STAGES) plan pipeline report label-studio test test-oldest test-slow test-label-studio bench bench-gpu kills check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
+	@echo '  Stages of a run: make ppo NAME=demo'
+	@for stage in $(STAGES); do printf '  make %-18s %s\n' $$stage "$$(sed -n '2s/^# *//p' conf/stage/$$stage.yaml)"; done
 	@echo '  Variables: NAME=demo (the run), ARGS="trainer.kl_coef=0.1 ..." (more settings), PYTHON=python3.12, VENV=.venv'
 	@echo '  Several processes: LAUNCH=$(subst $() $(),|,$(STARTS)) PROCS=2'
 
@@ -47,14 +52,7 @@ $(VENV)/.ready $(OLDEST_VENV)/.ready: pyproject.toml
 demo: setup  ## all steps on the built-in reviews, offline, in minutes
 	$(RUN) stage=pipeline experiment=demo name=$(QUOTED) $(ARGS)
 
-pretrain:  ## stage: a language model from scratch, on texts
-sft:  ## stage: teach the policy to answer as the demonstrations do
-collect:  ## stage: draw answers to compare, for people or a reward to label
-reward:  ## stage: train the reward model on labels or comparisons
-ppo:  ## stage: train the policy against the reward: make ppo NAME=demo
-evaluate:  ## stage: every policy of the run on the same held-out prompts
-chat:  ## stage: talk to the newest policy of the run
-pretrain sft collect reward ppo evaluate chat: setup
+$(STAGES): setup
 	$(RUN) stage=$@ name=$(QUOTED) $(ARGS)
 
 # Of no run, unless one is named.

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib
 import itertools
 import json
 import logging
@@ -9,45 +10,37 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf_pipeline import data, files
-from rlhf_pipeline.arguments import CONF, complete
+from rlhf_pipeline import files
+from rlhf_pipeline.composition import expand, explained, settings_of, settle
 from rlhf_pipeline.errors import UserError, WaitingError
-from rlhf_pipeline.models import policies, rewards
-from rlhf_pipeline.plain_words import plain
+from rlhf_pipeline.models import rewards
 from rlhf_pipeline.processes import agree, check_launch, ending_together, leave, processes, rank, rank_output
 from rlhf_pipeline.progress import say_loading, screen
-from rlhf_pipeline.registry import Registry, shown
-from rlhf_pipeline.report import compare
+from rlhf_pipeline.report import compare, trackers
 from rlhf_pipeline.report.publish import last_model, publish
 from rlhf_pipeline.report.summary import how_far, say_all_done, say_done, say_done_before, say_next
-from rlhf_pipeline.runs import directory as rundir
 from rlhf_pipeline.runs import lineage
-from rlhf_pipeline.runs import models as made
-from rlhf_pipeline.settings import SAMPLING, SECTIONS, TRAINED, Hub, Settings, check_sections
+from rlhf_pipeline.runs.directory import LABELS, SHEET, RunDir
+from rlhf_pipeline.runs.models import folder_of, recover
+from rlhf_pipeline.settings import Hub, Settings
+from rlhf_pipeline.stages import TRAINED
 from rlhf_pipeline.sweeps.jobs import is_number, note_error, run_job
+from rlhf_pipeline.words import CONF, is_recorded, read
 
 sys.path.append(str(Path(__file__).parent / "plugins"))  # Hydra knows a plugin by its package: hydra_plugins
 NO_STAGES = "stage=pipeline runs an experiment's stages; choose one, as in experiment=demo."
 _MAKES_NOTHING = ("chat", "plan")
-# What is chosen by name.
-_CHOICES: dict[str, Registry[Any]] = {
-    "policy": policies.registry,
-    "reward": rewards.registry,
-    "data": data.registry,
-}
 
 
 def main() -> None:
@@ -56,20 +49,53 @@ def main() -> None:
         _be_quiet()
         try:
             with _refusals():
-                sys.argv[1:] = complete(sys.argv[1:])
-                if "--cfg=job" in sys.argv or {("--cfg", "job"), ("-c", "job")} & {*itertools.pairwise(sys.argv)}:
-                    sys.argv.append("--resolve")  # shown as it will run
-                _hydra_main()
+                words, options = read(sys.argv[1:])
+                recorded = is_recorded(options)
+                composed = words if recorded or "-m" in options else expand(words, _folders(options))
+                if "--cfg=job" in options or {("--cfg", "job"), ("-c", "job")} & {*itertools.pairwise(options)}:
+                    options = [*options, "--resolve"]  # shown as it will run
+                sys.argv[1:] = [*composed, *options]
+                _hydra_main(words, recorded)
         except KeyboardInterrupt:
             print("\ninterrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
             sys.exit(130)
 
 
-@hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
-def _hydra_main(cfg: DictConfig) -> float | None:
-    overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task)  # as typed: interpolations stay such
-    with _refusals():  # here too: Hydra tells of an exception in its own words
-        return _dispatch(cfg, overrides)
+def _folders(options: Sequence[str]) -> list[str]:
+    """Folders of configurations that the user adds."""
+    pairs = itertools.pairwise([*options, ""])
+    said = [name.partition("=")[2] or value for name, value in pairs if name.split("=")[0] in ("--config-dir", "-cd")]
+    return [folder for folder in said if folder]
+
+
+def _hydra_main(words: list[str], recorded: bool) -> None:
+    @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
+    def run(cfg: DictConfig) -> float | None:
+        with _refusals():  # here too: Hydra tells of an exception in its own words
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                return _run_job(cfg)
+            recover(Path(str(cfg.runs)))
+            if cfg.stage == "pipeline":
+                return _pipeline(settle(cfg), words)
+            order = list(cfg.stages) if OmegaConf.is_dict(cfg.stages) else []
+            settings = settle(cfg)
+            objective = run_stage(settings)
+            _look_back(settings, order, None if recorded else words)
+            return objective
+
+    run()
+
+
+def _look_back(settings: Settings, order: Sequence[str], words: Sequence[str] | None) -> None:
+    """After a stage is done: its rounds side by side, and what to run next."""
+    out = RunDir.of(settings)
+    if rank() or out.record.get("status") != "done":
+        return
+    if out.stage == "evaluate" and out.rounds():
+        from rlhf_pipeline.report.rounds import write_rounds
+
+        write_rounds(out.runs, out.name, settings.report.lang)  # which shows the rounds by one judge
+    say_next(settings, order, words)
 
 
 @contextlib.contextmanager
@@ -80,7 +106,7 @@ def _refusals() -> Iterator[None]:
     except UserError as error:
         _leave(error)
     except (HydraException, OmegaConfBaseException) as error:
-        _leave(UserError(plain(error)))
+        _leave(UserError(explained(error)))
     except Exception as error:
         if fault := files.disk_error(error):
             _leave(fault)
@@ -94,117 +120,7 @@ def _leave(error: UserError) -> NoReturn:
     leave(f"{error.kind}{error}", 2, error.shared)
 
 
-def _dispatch(cfg: DictConfig, overrides: list[str]) -> float | None:
-    made.recover(Path(str(cfg.runs)))
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        if not HydraConfig.get().sweeper._target_.startswith("hydra_plugins.rlhf_pipeline"):
-            raise UserError("-m goes with hydra/sweeper=grid or optuna, and with no recorded configuration.")
-        return run_job(Path(cfg.runs), str(cfg.name), _last_stage(cfg), overrides)
-    if cfg.stage == "pipeline":
-        return _pipeline(cfg, overrides)
-    settings = resolve(cfg.copy(), overrides)
-    order = list(cfg.stages)
-    objective = run_stage(settings)
-    out = rundir.RunDir.of(settings)
-    if rank() == 0 and out.record.get("status") == "done":
-        if out.stage == "evaluate" and out.rounds():
-            from rlhf_pipeline.report.rounds import write_rounds
-
-            write_rounds(out.runs, out.name, settings.report.lang)  # which shows the rounds by one judge
-        say_next(settings, order, None if _recorded() else overrides)
-    return objective
-
-
-def _recorded() -> bool:
-    """Whether a recorded configuration is run again: it says all there is to say."""
-    return any(arg.startswith(("--config-name", "-cn")) for arg in sys.argv)
-
-
-def resolve(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
-    """Settle what applies to this stage.
-
-    From weakest to strongest: the stage's and groups' files, the experiment, its section for the stage, what the
-    command line says in general, what it says of this stage (`stages.ppo.trainer.kl_coef=0.1`).
-    """
-    if cfg.stage == "plan":  # in the words of the stage that is planned
-        of_ppo = [o for o in overrides if not o.startswith("stage=")]
-        return dataclasses.replace(resolve(hydra.compose("config", [*of_ppo, "stage=ppo"]), overrides), stage="plan")
-    OmegaConf.set_struct(cfg, False)
-    for key in ("policy", "reward", "data", "trainer", "ptx", "stages", *SECTIONS):
-        if key in cfg and not OmegaConf.is_dict(cfg[key]):
-            raise UserError(f"{key}={shown(cfg[key])} is no section of settings; say {key}.<setting>=...")
-    check_sections(str(name) for name in cfg.stages)
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    said = {o.key_or_group: o for o in parsed if not o.is_delete() and o.package is None}
-    section = f"stages.{cfg.stage}."
-    if cfg.stage == "collect":
-        ppo = (cfg.stages.get("ppo") or {}).get("trainer") or {}
-        cfg.collect = {**{key: value for key, value in ppo.items() if key in SAMPLING}, **cfg.collect}
-    others = _merge_section(cfg, said)
-    if cfg.stage == "chat" or (cfg.stage == "evaluate" and cfg.get("sweep") and not _recorded()):
-        _as_its_run(cfg, said)
-    if cfg.stage == "reward" and cfg.reward.get("name") == "sum":
-        said_parts = said.pop("reward.parts", None)  # of a sum, the part that has no model yet is trained
-        every = {"name": "sum", "parts": said_parts.value() if said_parts else cfg.reward.parts}
-        part = rewards.trained_part(OmegaConf.to_container(OmegaConf.create(every), resolve=True))  # type: ignore[arg-type]
-        cfg.reward = {key: value for key, value in part.items() if key != "weight"}
-    for prefix in ("", section):
-        for key, override in said.items():
-            kind, _, field = key.partition(".")
-            group = key in ("stage", *_CHOICES, "experiment") and isinstance(override.value(), str)
-            elsewhere = kind in others and field not in _CHOICES[kind].common  # said of the general choice alone
-            general = not group and not elsewhere and not key.startswith(("hydra", "stages"))
-            if general if not prefix else key.startswith(prefix):
-                OmegaConf.update(cfg, key.removeprefix(prefix), override.value(), force_add=True)
-    for kind, registry in _CHOICES.items():
-        if kind in said and cfg.get("experiment"):  # what the experiment says of its own choice does not fit another
-            own = {key.split(".")[-1] for key in said if f"{kind}." in key}
-            for key in set(cfg[kind]) - own - {"name"} - registry.fields(cfg[kind].name):
-                del cfg[kind][key]
-    for key in sorted(key for key in OmegaConf.missing_keys(cfg) if not key.startswith("stages.")):
-        where = section if key.partition(".")[0] in others else ""
-        raise UserError(f"{where}{key} is not set; say {where}{key}=...")
-    if cfg.stage != "pipeline":
-        cfg.stages = {}
-    values = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(values, dict)
-    values["name"] = values.get("name") or values.get("experiment") or "default"
-    return Settings.of({str(key): value for key, value in values.items()})
-
-
-def _merge_section(cfg: DictConfig, said: dict[str, Override]) -> set[str]:
-    """Lay an experiment's section for the stage over the rest; give the kinds of which it names another choice.
-
-    Such a choice stands alone, as the fields of the general one are not its own. The user's choice goes over both.
-    """
-    section = OmegaConf.create(cfg.stages.get(cfg.stage) or {})
-    others = set()
-    for kind in set(_CHOICES) & set(section):
-        if section[kind].get("name") in (None, cfg[kind].get("name")):
-            continue
-        if kind in said:
-            del section[kind]
-        else:
-            others.add(kind)
-            cfg[kind] = {}
-    cfg.merge_with(section)
-    return others
-
-
-def _as_its_run(cfg: DictConfig, said: dict[str, Override]) -> None:
-    """Of a chat, or of the policies of a sweep, what is not said is as the run that is opened was made."""
-    if cfg.get("sweep"):
-        said.pop("sweep", None)
-        cfg.name, cfg.sweep, found = made.sweep(Path(cfg.runs), cfg.sweep, cfg.name, cfg.overwrite)
-    else:
-        run = rundir.RunDir(Path(cfg.runs), cfg.name or cfg.experiment or "default", "chat", cfg.experiment)
-        asked = {key.removeprefix("policy."): o.value() for key, o in said.items() if key.startswith("policy.")}
-        found = made.choices(run, asked)
-    for kind, choice in found.items():
-        if (kind not in said and kind != "labeler") or not cfg[kind] or cfg[kind].name == choice["name"]:
-            cfg[kind] = choice
-    if any(key.partition(".")[0] == "reward" for key in said):
-        cfg.chat = {"reward": True, **cfg.chat}
+# -- one stage
 
 
 def run_stage(settings: Settings) -> float | None:
@@ -212,7 +128,7 @@ def run_stage(settings: Settings) -> float | None:
     if settings.hub.push and settings.stage not in TRAINED:
         raise UserError(f"stage={settings.stage} makes no model, so hub.push= goes with one of: {', '.join(TRAINED)}.")
     check_launch(_said(settings))
-    out = rundir.RunDir.of(settings)
+    out = RunDir.of(settings)
     if processes() > 1:
         say_loading()
         with ending_together(), out.held():
@@ -240,6 +156,13 @@ def run_stage(settings: Settings) -> float | None:
         return _run_held(settings, out, done)
 
 
+def work(settings: Settings, out: RunDir) -> None:
+    """Run the stage's module, which loads torch and trl."""
+    trackers.ready(settings.trainer.get("report_to"))
+    with out.trackers:
+        importlib.import_module(f"rlhf_pipeline.stages.{settings.stage}").run(settings, out)
+
+
 def _said(settings: Settings) -> str:
     """What is asked for, as it was said."""
     more = [f"{name}=" for name in ("compare", "labels", "sweep") if getattr(settings, name)]
@@ -250,11 +173,11 @@ def _said(settings: Settings) -> str:
 def _compare(settings: Settings) -> None:
     """One page of several runs, each a name below `runs/` or a folder."""
     runs = Path(settings.runs)
-    folders = [made.folder_of(runs, name) for name in settings.compare]
+    folders = [folder_of(runs, name) for name in settings.compare]
     print(f"{compare(folders, runs / settings.name / 'compare.html', settings.report.lang)} shows the runs", flush=True)
 
 
-def _run_held(settings: Settings, out: rundir.RunDir, done: bool) -> float | None:
+def _run_held(settings: Settings, out: RunDir, done: bool) -> float | None:
     if done:
         if settings.stage == "evaluate" and not (out.path / "evaluation.json").exists():
             raise UserError(f"{out.path} is done, but its evaluation.json is gone; overwrite=true makes it anew.")
@@ -265,14 +188,12 @@ def _run_held(settings: Settings, out: rundir.RunDir, done: bool) -> float | Non
             evaluation_table(json.loads((out.path / "evaluation.json").read_text(encoding="utf-8")))
     else:
         say_loading()
-        from rlhf_pipeline import stages  # loads torch and trl, so only now
-
         if settings.stage in _MAKES_NOTHING:  # and has the screen to itself
-            stages.run(settings, out)
+            work(settings, out)
             return None
         try:
             with screen():
-                stages.run(settings, out)
+                work(settings, out)
         except BaseException as error:
             fault = files.disk_error(error, out.path)
             out.failed(fault or error)
@@ -286,27 +207,31 @@ def _run_held(settings: Settings, out: rundir.RunDir, done: bool) -> float | Non
     return out.objective()
 
 
-def _pipeline(cfg: DictConfig, overrides: list[str]) -> float | None:
-    """Run an experiment's stages in order, in this process: importing torch anew for each would cost a minute."""
-    order = list(resolve(cfg, overrides).stages)
+# -- a pipeline
+
+
+def _pipeline(whole: Settings, words: Sequence[str]) -> float | None:
+    """Run an experiment's stages in order, in this process: importing torch for each would cost a minute."""
+    order = list(whole.stages)
     if not order:
         raise UserError(NO_STAGES)
-    rest = [o for o in overrides if not o.startswith("stage=")]
-    chosen = rewards.trained_part(resolve(cfg, overrides).reward)["name"]
+    chosen = rewards.trained_part(whole.reward)["name"]
     if "reward" in order and chosen not in rewards.TRAINABLE:
         print(f"reward={chosen} needs no training, so stage=reward is left out.", flush=True)
         order.remove("reward")
-    whole = resolve(cfg, overrides)
-    each = {stage: _of_pipeline(rest, stage, whole.hub) for stage in order}  # the same in every round
-    for settings in each.values():  # before the first begins
+    rest = [word for word in words if not word.startswith("stage=")]
+    each = {stage: settings_of([*rest, f"stage={stage}"]) for stage in order}  # the same in every round
+    for stage, settings in each.items():  # before the first begins
         check_launch(_said(settings))
+        if settings.hub == whole.hub:  # pushed once, at the end; a stage may have a repository of its own
+            each[stage] = dataclasses.replace(settings, hub=Hub())
     every = [dataclasses.replace(each[stage], name=name) for stage, name in plan(order, whole.name, whole.rounds)]
     last = last_model(every) if whole.hub.push else None
     started, result = time.monotonic(), None
     for number, settings in enumerate(every, 1):
         within = settings.name.removeprefix(whole.name).lstrip("/")  # round2, where there are rounds
         print(f"\n[{number}/{len(every)}] {f'{within}: ' if within else ''}{settings.stage}", flush=True)
-        out = rundir.RunDir.of(settings)
+        out = RunDir.of(settings)
         before, result = out.record, run_stage(settings)
         if settings.stage == "collect":
             _wait_for_people(out)
@@ -317,10 +242,10 @@ def _pipeline(cfg: DictConfig, overrides: list[str]) -> float | None:
             report_rounds(Path(whole.runs), whole.name, whole.report.lang, news)
     if rank():
         return result
-    folders = [rundir.RunDir.of(settings) for settings in every]
+    folders = [RunDir.of(settings) for settings in every]
     say_all_done(folders, Path(whole.runs) / whole.name, time.monotonic() - started)
     if last:  # at the end, for then the card says how it did
-        publish(rundir.RunDir.of(last), whole.hub)
+        publish(RunDir.of(last), whole.hub)
     say_next(dataclasses.replace(every[-1], name=whole.name), [], rest)
     return result
 
@@ -339,13 +264,7 @@ def plan(order: Sequence[str], name: str, rounds: int | None) -> list[tuple[str,
     return [*((stage, name) for stage in order[:first]), *again]
 
 
-def _of_pipeline(overrides: Sequence[str], stage: str, to: Hub) -> Settings:
-    settings = resolve(hydra.compose("config", [*overrides, f"stage={stage}"]), overrides)
-    # What is said of the pipeline is done at its end; a stage may have a repository of its own.
-    return dataclasses.replace(settings, hub=Hub() if settings.hub == to else settings.hub)
-
-
-def _wait_for_people(collect: rundir.RunDir) -> None:
+def _wait_for_people(collect: RunDir) -> None:
     if collect.record.get("status") == "waiting":
         results = collect.record["results"]
         if results["skipped"] == results["prompts"]:
@@ -353,51 +272,61 @@ def _wait_for_people(collect: rundir.RunDir) -> None:
                 f"people skipped all {results['prompts']} prompts of {collect.path}: nothing can be learnt."
             )
         if _filled_in_since(collect):
-            print(f"note: {collect.path / rundir.SHEET} has been filled in; it counts once labels= brings it in")
+            print(f"note: {collect.path / SHEET} has been filled in; it counts once labels= brings it in")
         so_far = math.floor(1000 * results["labelled"] / results["prompts"]) / 1000
         early = f", or with collect.enough={so_far:g} to go on with these" if so_far else ""
         raise WaitingError(f"{how_far(results)}; run again when done{early}.")
 
 
-def _filled_in_since(collect: rundir.RunDir) -> bool:
+def _filled_in_since(collect: RunDir) -> bool:
     """Whether people filled in the sheet where it lies, and nothing has been brought in since."""
-    sheet, labels = collect.path / rundir.SHEET, collect.path / rundir.LABELS
+    sheet, labels = collect.path / SHEET, collect.path / LABELS
     if not sheet.exists() or lineage.file_hash(sheet) == collect.record.get("sheet_sha256"):
         return False
     return not labels.exists() or labels.stat().st_mtime < sheet.stat().st_mtime
 
 
-def check_job(cfg: DictConfig, overrides: Sequence[str]) -> tuple[str, int, bool]:
+# -- a job of a sweep
+
+
+def _run_job(cfg: DictConfig) -> float | None:
+    if not HydraConfig.get().sweeper._target_.startswith("hydra_plugins.rlhf_pipeline"):
+        raise UserError("-m goes with hydra/sweeper=grid or optuna, and with no recorded configuration.")
+    words = OmegaConf.to_container(HydraConfig.get().overrides.task)  # as typed: interpolations stay such
+    assert isinstance(words, list)
+    return run_job(Path(cfg.runs), str(cfg.name), _last_stage(str(cfg.stage), cfg.stages), words)
+
+
+def check_job(words: Sequence[str]) -> tuple[str, int, bool]:
     """Refuse what cannot be a job of a sweep; give the stage it is known by, its seed, and whether it is done already.
 
     This looks only: what is to be overwritten is deleted by the job's own process.
     """
     if processes() > 1:
         raise UserError("a sweep starts a process a job; start it without torchrun or accelerate launch.")
-    if cfg.stage == "chat":
-        raise UserError("stage=chat holds one conversation; drop -m, and compare two policies by against=.")
-    if cfg.stage == "plan":
-        raise UserError("stage=plan leaves nothing that a sweep could compare; drop -m.")
     for key in ("compare", "labels", "sweep"):
-        if cfg.get(key):
+        if any(word.startswith(f"{key}=") and word != f"{key}=null" for word in words):
             raise UserError(f"{key}= goes with one run, and leaves nothing that a sweep could compare; drop -m.")
-    if (cfg.get("hub") or {}).get("push"):
+    settings = settings_of(words)
+    if settings.stage == "chat":
+        raise UserError("stage=chat holds one conversation; drop -m, and compare two policies by against=.")
+    if settings.stage == "plan":
+        raise UserError("stage=plan leaves nothing that a sweep could compare; drop -m.")
+    if settings.hub.push:
         raise UserError("the jobs of a sweep would push to one place; push the one that you choose when it is done.")
-    last = _last_stage(cfg)
-    settings = resolve(cfg, overrides)
-    out = rundir.RunDir.of(settings)
+    last = _last_stage(settings.stage, settings.stages)
+    out = RunDir.of(settings)
     done = settings.stage != "pipeline" and out.finished(settings, look=True) and is_number(out.objective())
     return last, settings.seed, done
 
 
-def _last_stage(cfg: DictConfig) -> str:
+def _last_stage(stage: str, stages: Iterable[str]) -> str:
     """The stage whose result a run is known by: the last that trains, for on evaluate's prompts no choice is made."""
-    if cfg.stage != "pipeline":
-        return str(cfg.stage)
-    if not cfg.stages:
+    if stage != "pipeline":
+        return stage
+    if not stages:
         raise UserError(NO_STAGES)
-    stages = list(map(str, cfg.stages))
-    return ([stage for stage in stages if stage in TRAINED] or stages)[-1]
+    return ([name for name in stages if name in TRAINED] or list(stages))[-1]
 
 
 def _be_quiet() -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from rlhf_pipeline.errors import LostProcessError, UserError
+from rlhf_pipeline.stages import STAGES
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -26,13 +27,6 @@ P = ParamSpec("P")
 # The fields that, with the number of processes, make the rows of a step. transformers' defaults are 8 and 1.
 CUT = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _ONE_PROCESS_ONLY = ("stage=chat", "stage=plan", "compare=", "labels=", "sweep=")
-# The stages that each kind of sharding is right for. After training, transformers' trainers can only save a sharded
-# model; our PPO gathers ZeRO's shards to sample, but not FSDP's.
-_SHARDED = {
-    "zero2": ("pretrain", "sft", "reward", "ppo"),
-    "zero3": ("pretrain", "sft", "ppo"),
-    "fsdp": ("pretrain", "sft"),
-}
 # DeepSpeed's buffers in parameters, a tenth of its own defaults: with those, a GPT-2 would never be sharded.
 ZERO = {
     "reduce_bucket_size": 50_000_000,
@@ -91,7 +85,8 @@ def check_launch(said: str) -> None:
             raise UserError(f"{local} processes were started and there are {gpus} GPUs; start as many, PROCS={gpus}.")
     if (kind := sharding()) is None:
         return
-    stages = [f"stage={name}" for name in _SHARDED.get(kind, ())]
+    # After training, transformers' trainers can only save a sharded model; our PPO gathers ZeRO's shards to sample.
+    stages = [f"stage={name}" for name, stage in STAGES.items() if kind in stage.sharded]
     if said not in stages and not (said == "stage=ppo policy.lora=" and "stage=ppo" in stages):
         fits = f" ({kind} is for {', '.join(stages)}; an adapter goes with stage=ppo alone.)" if stages else ""
         raise UserError(f"{said} does not run under {kind}; launch it by ddp.{fits}")

@@ -3,14 +3,36 @@
 import difflib
 import inspect
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, Any, Generic, TypeVar
 
 from rlhf_pipeline.errors import UserError
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a setting takes: `Annotated[int, Range(1)]`. A value must be greater than `above`, if given."""
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+
+    def holds(self, value: float) -> bool:
+        """Whether a number is finite and in the range."""
+        low = (self.least is None or value >= self.least) and (self.above is None or value > self.above)
+        return low and (self.most is None or value <= self.most) and math.isfinite(value)
+
+    def __str__(self) -> str:
+        if self.least is not None and self.most is not None:
+            return f"from {self.least:g} to {self.most:g}"
+        low = f"above {self.above:g}" if self.above is not None else f"of at least {self.least:g}"
+        return f"{low}, at most {self.most:g}" if self.most is not None else low
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
@@ -28,6 +50,8 @@ _WORDS: dict[Any, str] = {
 def describe(kind: Any) -> str:
     """A type in the user's words: `a whole number`, `a number or null`, `'k1' or 'k3'`, `a list (text each)`."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return f"{describe(args[0])} {args[1]}"
     if origin is typing.Literal:
         return " or ".join(map(shown, args))
     if origin in (types.UnionType, typing.Union):
@@ -47,6 +71,8 @@ def fits(value: Any, kind: Any) -> bool:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return True
+    if origin is Annotated:
+        return fits(value, args[0]) and args[1].holds(value)
     if origin is typing.Literal:
         return value in args
     if origin in (types.UnionType, typing.Union):
@@ -62,6 +88,20 @@ def fits(value: Any, kind: Any) -> bool:
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, kind)
+
+
+def check(setting: str, value: Any, kind: Any) -> None:
+    """Refuse a setting's value that is not of its kind."""
+    if not fits(value, kind):
+        raise UserError(f"{setting} is {shown(value)}; it takes {describe(kind)}.")
+
+
+def check_known(prefix: str, values: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Refuse settings that are not there, and values of the wrong kind; `known` are the kinds by name."""
+    for key, value in values.items():
+        if key not in known:
+            raise UserError(f"there is no setting '{prefix}{key}'. {suggest(key, known)}Known: {', '.join(known)}.")
+        check(f"{prefix}{key}", value, known[key])
 
 
 class Registry(Generic[T]):
@@ -86,7 +126,7 @@ class Registry(Generic[T]):
 
     def _types(self, name: str) -> dict[str, Any]:
         parameters = inspect.signature(self.entries[name]).parameters.values()
-        hints = typing.get_type_hints(self.entries[name])
+        hints = typing.get_type_hints(self.entries[name], include_extras=True)
         return {
             **self.common,
             **{p.name: hints[p.name] for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY},

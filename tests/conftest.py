@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models here are too small t
 
 ROOT = Path(__file__).parents[1]
 CommandLine = Callable[..., int]
+
+
+def read_words(*typed: str) -> list[str]:
+    """A command line in Hydra's grammar: its settings, then its options."""
+    from rlhf_pipeline.words import read
+
+    settings, options = read(typed)
+    return [*settings, *options]
+
+
+def settings_of(*typed: str) -> Any:
+    """The settings that a command line asks for."""
+    from rlhf_pipeline import composition
+
+    return composition.settings_of(read_words(*typed))
+
 
 # The demo at a size that takes seconds.
 MINIATURE = (

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 from rlhf_pipeline.data import formats, records
 from rlhf_pipeline.data.agreement import Labels, connected, settle
@@ -18,7 +18,8 @@ from rlhf_pipeline.data.python_code import source_files
 from rlhf_pipeline.data.records import Code, Demonstration, Dialogue, Labelled, Preference, Prompt, Ranking, Row, Text
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import explained, is_hub_id
-from rlhf_pipeline.registry import Registry
+from rlhf_pipeline.registry import Range, Registry
+from rlhf_pipeline.stages import STAGES
 
 R = TypeVar("R", bound=Row)
 S = TypeVar("S")
@@ -43,24 +44,16 @@ class Splits(Generic[S]):
 registry: Registry[Splits[Any]] = Registry(
     "data",
     {
-        "limit": int | None,
-        "test_limit": int | None,
+        "limit": Annotated[int, Range(1)] | None,
+        "test_limit": Annotated[int, Range(1)] | None,
         "min_characters": int,
         "prompt_tokens": tuple[int, int],
-        "prompt_turns": int | None,
+        "prompt_turns": Annotated[int, Range(1)] | None,
     },
 )
 
 # The rows that each stage can use.
-_LANGUAGE = (Text, Code, Labelled, Demonstration, Dialogue)
-TAKES: dict[str, tuple[type, ...]] = {
-    "pretrain": _LANGUAGE,
-    "sft": _LANGUAGE,
-    "reward": (Labelled, Preference, Ranking),
-    "collect": (*_LANGUAGE, Preference, Ranking),
-    "ppo": (*_LANGUAGE, Preference, Ranking),
-    "evaluate": (*_LANGUAGE, Preference, Ranking),
-}
+TAKES = {name: tuple(getattr(records, row) for row in stage.rows) for name, stage in STAGES.items() if stage.rows}
 
 
 @registry.register

@@ -10,7 +10,8 @@ from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import why_unreachable
 from rlhf_pipeline.report.cards import CARD, card, named
 from rlhf_pipeline.runs.directory import RunDir
-from rlhf_pipeline.settings import TRAINED, Hub, Settings
+from rlhf_pipeline.settings import Hub, Settings
+from rlhf_pipeline.stages import TRAINED
 
 # By the status of the hub's answer; the token itself is never shown.
 _REFUSED = {

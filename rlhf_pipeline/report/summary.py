@@ -8,12 +8,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline.arguments import as_typed, typed
 from rlhf_pipeline.files import read_jsonl
 from rlhf_pipeline.runs.directory import CANDIDATES, LABELS, SHEET, RunDir
 from rlhf_pipeline.runs.models import newest_policy
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.texts import shown
+from rlhf_pipeline.words import as_typed, typed
 
 _MADE = ("model", CANDIDATES, LABELS, "quality.json", "evaluation.json", "frontier.json", "report.html")
 _RUN = "python -m rlhf_pipeline"

@@ -14,38 +14,14 @@ from typing import Any
 
 from rlhf_pipeline import files
 from rlhf_pipeline.errors import DiskError, UserError
-from rlhf_pipeline.processes import CUT, by_rank_0, checkpoints_of, processes, rank, rows_a_step, same_step
+from rlhf_pipeline.processes import by_rank_0, checkpoints_of, processes, rank, rows_a_step
 from rlhf_pipeline.report import LivePage
-from rlhf_pipeline.report.files import flat
-from rlhf_pipeline.report.trackers import FIELDS, Trackers
+from rlhf_pipeline.report.trackers import Trackers
+from rlhf_pipeline.runs import same_work
 from rlhf_pipeline.runs.checkpoints import drop_half_written, give_way, newest_whole, put_in_place
 from rlhf_pipeline.runs.lineage import file_hash, git, hardware, parent, versions
 from rlhf_pipeline.settings import Settings
 
-# Stages of the same run that a stage takes something from, if they are there.
-_TAKEN_FROM: dict[str, tuple[str, ...]] = {
-    "pretrain": (),
-    "sft": ("pretrain",),
-    "collect": ("sft",),
-    "reward": (),
-    "ppo": ("sft", "reward"),
-    "evaluate": ("pretrain", "sft", "reward", "ppo"),
-    "frontier": (),
-}
-# The settings that make a stage's work; asking for others differently is the same work.
-_WORK = {
-    "pretrain": ("seed", "policy", "data", "trainer"),
-    "sft": ("seed", "policy", "data", "trainer"),
-    "reward": ("seed", "policy", "reward", "data", "trainer"),
-    "collect": ("seed", "policy", "data", "collect", "labeler"),
-    "ppo": ("seed", "policy", "reward", "data", "trainer", "ptx"),
-    "evaluate": ("seed", "policy", "reward", "data", "evaluate", "labeler"),
-    "frontier": ("reward", "data", "evaluate", "labeler"),
-}
-# Of these, what changes nothing of what is made.
-_NOT_WORK = ("collect.enough", "collect.annotators", "collect.batch_size")
-_SHOWS_WORK = tuple(f"trainer.{name}" for name in FIELDS)
-_CUTS_WORK = tuple(f"trainer.{name}" for name in CUT)
 CANDIDATES, CANDIDATES_SO_FAR, LABELS = "candidates.jsonl", "candidates.part.jsonl", "labels.jsonl"
 PROJECT, SHEET = "project.json", "sheet.csv"
 FRONTIER, POINTS = "frontier.json", "points.jsonl"
@@ -89,7 +65,7 @@ class RunDir:
             return False
         done = bool(record["status"] == "done")
         if done or self.resumable:
-            differences = self._differences(settings, record)
+            differences = same_work.differences(self, settings)
             if not differences and not (settings.overwrite and done):
                 return done
             if not settings.overwrite:
@@ -125,42 +101,6 @@ class RunDir:
     def _begun(self) -> bool:
         made = any((self.path / name).exists() for name in (CANDIDATES, CANDIDATES_SO_FAR, POINTS))
         return made or self.last_checkpoint() is not None
-
-    def _differences(self, settings: Settings, record: dict[str, Any]) -> list[str]:
-        before, after = dict(flat(self.config())), dict(flat(_plain_values(settings)))
-        changed = [
-            f"{key} is {before.get(key)!r} there and {after.get(key)!r} here"
-            for key in sorted({*before, *after})
-            if key.split(".")[0] in _WORK[self.stage]
-            and before.get(key) != after.get(key)
-            and key not in (*_NOT_WORK, *_SHOWS_WORK, *_CUTS_WORK)
-        ]
-        if "trainer" in _WORK[self.stage] and self.cut(settings) is None:
-            rows = rows_a_step(self.config()["trainer"], record.get("processes", 1))
-            asked = rows_a_step(settings.trainer, processes())
-            changed.append(f"a step takes {rows} rows there and {asked} here: {' x '.join(_CUTS_WORK)} x processes")
-        parents = record.get("parents", {})
-        for role, before_it in parents.items():
-            if (now := parent(before_it["path"])["sha256"]) and now != before_it["sha256"]:
-                changed.append(f"its {role} {before_it['path']} has changed since")
-        taken = {str(Path(other["path"])) for other in parents.values()}
-        for stage in _TAKEN_FROM[self.stage]:
-            own = RunDir(self.runs, self.name, stage)
-            by_hand = (settings.reward if stage == "reward" else settings.policy).get("path")
-            if self.stage == "evaluate" and stage != "reward":
-                by_hand = by_hand or settings.evaluate.policies
-            for other in (own, *(own.rounds() if self.stage == "evaluate" else [])):
-                newer = other.record.get("status") == "done" and other.record["finished"] > record["started"]
-                if newer and not by_hand and str(other.model) not in taken:
-                    changed.append(f"{other.path} has been made since")
-        return changed
-
-    def cut(self, settings: Settings) -> dict[str, int] | None:
-        """How this launch takes as many rows a step as the run that was begun; as asked, where there is none."""
-        before = self.config().get("trainer") if self.record else None
-        if before is None:
-            return {name: settings.trainer[name] for name in CUT if name in settings.trainer}
-        return same_step(before, self.record.get("processes", 1), settings.trainer)
 
     def objective(self) -> float | None:
         """The one number that a sweep compares."""
@@ -229,6 +169,10 @@ class RunDir:
         """`config.yaml`, empty where there is none."""
         return files.read_yaml(self.path / "config.yaml")
 
+    def beside(self, stage: str) -> "RunDir":
+        """Another stage of the same run."""
+        return RunDir(self.runs, self.name, stage, self.experiment)
+
     # -- one run of the stage
 
     @contextlib.contextmanager
@@ -260,16 +204,8 @@ class RunDir:
         """Write down what is about to happen and from what; `parents` maps a role to a folder or a hub id."""
         before = self.record if self._begun else {}
         found = {role: parent(where) for role, where in parents.items()}
-        if before and (before["parents"] != found or before["data"] != fingerprint):
-            raise UserError(
-                f"{self.path} was begun with other data or from other models, so it cannot go on with these. "
-                "Say overwrite=true to begin anew, or choose another name=."
-            )
-        if before and (then := before.get("sharded")) != (now := checkpoints_of(self.stage)):
-            raise UserError(
-                f"the checkpoints of {self.path} are of {then or 'no sharding'}, and this is {now or 'none'}; "
-                "launch it as then, or say overwrite=true to begin anew."
-            )
+        if before:
+            same_work.check_resumed(self, before, found, fingerprint)
         meant_for = processes()  # the settings; if others go on, they still take as many rows a step
         if before and settings.trainer:
             rows = rows_a_step(self.config()["trainer"], before.get("processes", 1))
@@ -277,7 +213,7 @@ class RunDir:
         hydra = {"run": {"dir": "."}, "output_subdir": None}
         logging = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}, "_self_"]
         once = {"overwrite": False, "hub": {}}  # who repeats the run has not asked for these
-        config = {"defaults": logging, "hydra": hydra, **_plain_values(settings), **once}
+        config = {"defaults": logging, "hydra": hydra, **settings.to_dict(), **once}
         files.write_yaml(self.path / "config.yaml", config)
         # Of a session that was killed, what its log says.
         logged = files.read_jsonl(self.path / "metrics.jsonl")[-1:] if before else []
@@ -307,7 +243,7 @@ class RunDir:
         self._record = self.record
         self._before = self._record.get("seconds", 0.0)
         config = self.config()
-        for section, _, key in (name.partition(".") for name in _NOT_WORK):
+        for section, _, key in (name.partition(".") for name in same_work.MAY_DIFFER):
             if config.get(section, {}).get(key) is not None:
                 config[section][key] = getattr(getattr(settings, section), key)
         if config:
@@ -397,11 +333,6 @@ class RunDir:
     def add(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Add rows to a file of the directory."""
         files.append_jsonl(self.path / name, rows)
-
-
-def _plain_values(settings: Settings) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(json.dumps(settings.to_dict()))
-    return values
 
 
 def _now() -> str:

@@ -11,16 +11,15 @@ from rlhf_pipeline.processes import rank
 from rlhf_pipeline.report.files import stages_below
 from rlhf_pipeline.runs.checkpoints import sealed
 from rlhf_pipeline.runs.directory import RunDir
-from rlhf_pipeline.settings import STAGES
+from rlhf_pipeline.stages import FOLDERS, POLICIES, STAGES
 
 # A policy's settings that say how it was trained, not what it is.
 _TRAINING = ("path", "lora", "quantize")
-_POLICIES = ("pretrain", "sft", "ppo")  # the stages that make one, in order
 
 
 def models(run: RunDir, policy: dict[str, Any] | None = None) -> dict[str, str]:
     """The policies that a run has made, by stage and oldest first; PPO's of a round by the round's name, as round2."""
-    found = {stage: run.upstream(stage, policy=policy) for stage in _POLICIES}
+    found = {stage: run.upstream(stage, policy=policy) for stage in POLICIES}
     for each in reversed(run.rounds()):
         model = each.upstream("ppo", policy=policy)
         if model and model.parents[1] == each.path.parent:  # of this very round
@@ -62,7 +61,7 @@ def recover(runs: Path) -> None:
     """Put back or delete what a killed process had moved aside, unless another process is at work there."""
     every = [old for depth in ("*", "*/*", "*/*/*") for old in runs.glob(f"{depth}/.*.old")]
     for old in every if rank() == 0 else ():
-        if (stage := old.name[1:-4]) in (*STAGES, "frontier"):
+        if (stage := old.name[1:-4]) in FOLDERS:
             with contextlib.suppress(UserError), RunDir(runs, str(old.parent.relative_to(runs)), stage).held():
                 pass
 
@@ -70,7 +69,7 @@ def recover(runs: Path) -> None:
 def locate(path: str) -> str:
     """A model's folder or hub id: a run's folder stands for its newest policy, a stage's for its model."""
     folder = Path(path).expanduser()
-    if any((folder / stage / "run.json").exists() for stage in _POLICIES):
+    if any((folder / stage / "run.json").exists() for stage in POLICIES):
         return newest_policy(RunDir(folder.parent, folder.name, "chat")) or model_folder(path)
     return model_folder(path)
 

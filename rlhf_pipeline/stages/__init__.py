@@ -1,14 +1,99 @@
-"""One file a stage; each has one `run(settings, out)`."""
+"""The stages: `STAGES` is what the rest of the program knows of each; a stage's work is in the module of its name."""
 
-import importlib
+from dataclasses import dataclass
+from typing import Literal
 
-from rlhf_pipeline.report.trackers import ready
-from rlhf_pipeline.runs.directory import RunDir
-from rlhf_pipeline.settings import Settings
+_TRAINED = ("seed", "policy", "data", "trainer")
+_LANGUAGE = ("Text", "Code", "Labelled", "Demonstration", "Dialogue")
+_COMPARED = ("Preference", "Ranking")
 
 
-def run(settings: Settings, out: RunDir) -> None:
-    """Run a stage in its run directory."""
-    ready(settings.trainer.get("report_to"))
-    with out.trackers:
-        importlib.import_module(f"rlhf_pipeline.stages.{settings.stage}").run(settings, out)
+@dataclass(frozen=True)
+class Stage:
+    """What a stage takes and makes."""
+
+    config: str | None = None  # the trainer's configuration class, whose fields are trainer.*
+    makes: Literal["policy", "reward"] | None = None  # in model/
+    takes: tuple[str, ...] = ()  # stages of the same run whose models it starts from, if they are done
+    work: tuple[str, ...] = ()  # the settings that define its work; the others may differ when it is run again
+    rows: tuple[str, ...] = ()  # the kinds of rows it learns from; see data/records.py
+    collected: bool = False  # whether the labels that stage=collect brought will do in place of data=
+    adapter: bool = False  # whether it takes policy.lora
+    sharded: tuple[str, ...] = ()  # the launchers that split a model over processes and are right for it
+    objective: str = ""  # what a sweep compares: more is better, and it is not measured on training data
+    outcome: str = ""  # its results in a line
+
+
+# In the order of a pipeline. A new stage is a row here, rlhf_pipeline/stages/<name>.py and conf/stage/<name>.yaml.
+STAGES = {
+    "pretrain": Stage(
+        "SFTConfig",
+        "policy",
+        work=_TRAINED,
+        rows=_LANGUAGE,
+        sharded=("zero2", "zero3", "fsdp"),
+        objective="minus the loss on held-out texts",
+        outcome="perplexity {eval_perplexity:.1f} a token on held-out texts",
+    ),
+    "sft": Stage(
+        "SFTConfig",
+        "policy",
+        takes=("pretrain",),
+        work=_TRAINED,
+        rows=_LANGUAGE,
+        adapter=True,
+        sharded=("zero2", "zero3", "fsdp"),
+        objective="minus the loss on held-out texts",
+        outcome="held-out loss {eval_loss:.3f}, from {eval_loss_before:.3f}",
+    ),
+    "collect": Stage(
+        takes=("sft",),
+        work=("seed", "policy", "data", "collect", "labeler"),
+        rows=(*_LANGUAGE, *_COMPARED),
+    ),
+    "reward": Stage(
+        "RewardConfig",
+        "reward",
+        work=("seed", "policy", "reward", "data", "trainer"),
+        rows=("Labelled", *_COMPARED),
+        collected=True,
+        sharded=("zero2",),
+        objective="accuracy on held-out rows",
+    ),
+    "dpo": Stage(
+        "DPOConfig",
+        "policy",
+        takes=("sft",),
+        work=_TRAINED,
+        rows=_COMPARED,
+        collected=True,
+        adapter=True,
+        objective="accuracy on held-out pairs",
+        outcome="held-out accuracy {accuracy:.2%} of {pairs} pairs, margin {margin:.3f}",
+    ),
+    "ppo": Stage(
+        "PPOConfig",
+        "policy",
+        takes=("sft", "reward"),
+        work=(*_TRAINED, "reward", "ptx"),
+        rows=(*_LANGUAGE, *_COMPARED),
+        adapter=True,
+        sharded=("zero2", "zero3"),
+        objective="reward - selection_kl_coef x KL, on validation prompts",
+    ),
+    "evaluate": Stage(
+        takes=("pretrain", "sft", "reward", "dpo", "ppo"),
+        work=("seed", "policy", "reward", "data", "evaluate", "labeler"),
+        rows=(*_LANGUAGE, *_COMPARED),
+        adapter=True,
+        objective="mean reward of the last policy's answers to held-out prompts",
+    ),
+    "chat": Stage(adapter=True),
+    "plan": Stage("PPOConfig", rows=(*_LANGUAGE, *_COMPARED), adapter=True),
+    "pipeline": Stage(adapter=True),
+}
+# The folders of a run: evaluate with sweep= has one of its own.
+FOLDERS = {**STAGES, "frontier": Stage(work=("reward", "data", "evaluate", "labeler"))}
+POLICIES = tuple(name for name, stage in STAGES.items() if stage.makes == "policy")
+# The stages that make a model. A run is known by the last of them.
+TRAINED = ("reward", *POLICIES)

@@ -25,7 +25,8 @@ from rlhf_pipeline.models.sampling import room_for_prompts
 from rlhf_pipeline.processes import agree
 from rlhf_pipeline.progress import progress
 from rlhf_pipeline.runs.directory import CANDIDATES, CANDIDATES_SO_FAR, LABELS, PROJECT, RunDir
-from rlhf_pipeline.settings import SAMPLING, STAGES, Settings
+from rlhf_pipeline.settings import SAMPLING, Settings
+from rlhf_pipeline.stages import STAGES
 from rlhf_pipeline.training.setup import quiet, say_taken, take_data
 
 _MAKE_POLICIES = ("pretrain", "sft", "ppo")

@@ -18,9 +18,9 @@ from transformers import (
 )
 from trl import RewardConfig
 
-from rlhf_pipeline.data import Splits, check_kind, fingerprint, kind, load_data, texts
+from rlhf_pipeline.data import Splits, fingerprint, kind, load_data, texts
 from rlhf_pipeline.data.agreement import Labels
-from rlhf_pipeline.data.records import Labelled, Preference, Ranking
+from rlhf_pipeline.data.records import Labelled
 from rlhf_pipeline.data.templates import TEMPLATES, visible
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.files import write_json, write_jsonl
@@ -38,7 +38,7 @@ from rlhf_pipeline.training.classifier import (
     check_language_model,
     tokenized,
 )
-from rlhf_pipeline.training.preferences import Comparison, ComparisonTrainer, compare, shown, told_apart
+from rlhf_pipeline.training.preferences import Comparison, ComparisonTrainer, compare, preferences_of, shown, told_apart
 from rlhf_pipeline.training.quality import (
     example_line,
     example_rows,
@@ -65,7 +65,7 @@ _DEMONSTRATIONS = 1000  # enough for a mean
 def run(settings: Settings, out: RunDir) -> None:
     """Train on what the data holds, then measure on the held-out split."""
     args, choice = trainer_args(RewardConfig, settings, out), settings.reward
-    source = collected(settings, out)
+    source = preferences_of(out, settings.data) if choice["name"] == "preference_model" else settings.data
     labelled = kind(source["name"]) is Labelled
     _check(choice, source["name"], labelled)
     rows = take_data(source, settings.seed)
@@ -119,22 +119,6 @@ def run(settings: Settings, out: RunDir) -> None:
     print(", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in results.items() if v is not None))
     for row in quality["examples"]:
         print(example_line(row))
-
-
-def collected(settings: Settings, out: RunDir) -> dict[str, Any]:
-    """The data to learn from: preferences chosen by hand, else for a preference model what stage=collect brought.
-
-    In rounds, the labels of all rounds so far.
-    """
-    choice = settings.data
-    by_hand = kind(choice["name"]) == Preference | Ranking and choice.get("path")
-    if settings.reward["name"] != "preference_model" or by_hand:
-        return choice
-    if paths := out.labels():
-        said = choice if choice["name"] == "preferences" else {"name": "preferences"}
-        return {**said, "path": [str(path) for path in paths]}
-    check_kind(choice["name"], "reward")
-    return choice
 
 
 def _say_labels(labels: Labels, out: RunDir) -> None:

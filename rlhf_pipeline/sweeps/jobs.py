@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline.arguments import as_typed
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.files import read_json, write_json
 from rlhf_pipeline.runs.directory import RunDir
+from rlhf_pipeline.words import as_typed
 
 JOB = "job.json"
 _ENVIRONMENT = "RLHF_PIPELINE_JOB"  # tells a job's process its folder

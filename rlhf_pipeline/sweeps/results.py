@@ -12,17 +12,10 @@ from rlhf_pipeline.report.summary import command, say
 from rlhf_pipeline.report.tables import sweep_table
 from rlhf_pipeline.runs import models as made
 from rlhf_pipeline.runs.directory import RunDir
+from rlhf_pipeline.stages import STAGES, Stage
 from rlhf_pipeline.sweeps.jobs import JOB, read_job
 
-# The objective of each stage: more is better, and it is measured on what was not trained on.
-OBJECTIVES = {
-    "pretrain": "minus the loss on held-out texts",
-    "sft": "minus the loss on held-out texts",
-    "reward": "accuracy on held-out rows",
-    "ppo": "reward - selection_kl_coef x KL, on validation prompts",
-    "evaluate": "mean reward of the last policy's answers to held-out prompts",
-}
-# And of PPO where no prompts are held back.
+# The objective of PPO where no prompts are held back, and of a sweep with sweep.kl_budget=.
 IN_TRAINING = "reward - selection_kl_coef x KL while training (no validation prompts)"
 AT_BUDGET = "reward within the KL budget, on validation prompts"
 
@@ -70,9 +63,9 @@ def summarise(folder: Path, stage: str, kl_budget: float | None = None) -> dict[
     apart = [key for key in keys if len({dict(group).get(key) for group in groups}) > 1]
     rows = [_row({key: dict(group).get(key, "default") for key in apart}, [*own.values()])
             for group, own in groups.items()]  # fmt: skip
-    objective = OBJECTIVES.get(stage) if kl_budget is None else AT_BUDGET
+    objective = (STAGES.get(stage, Stage()).objective or None) if kl_budget is None else AT_BUDGET
     done = [job["results"] for job in jobs if job["objective"] is not None]
-    if objective == OBJECTIVES["ppo"] and done and not any("validation_reward" in results for results in done):
+    if stage == "ppo" and kl_budget is None and done and not any("validation_reward" in results for results in done):
         objective = IN_TRAINING
     about = {"sweep": folder.name, "stage": stage, "objective": objective, "kl_budget": kl_budget}
     return {**about, "rows": sorted(rows, key=_order), "jobs": jobs}

@@ -78,7 +78,7 @@ def row_lengths(rows: Dataset) -> list[int]:
     return found
 
 
-class _Ordered:
+class Ordered:
     """A trainer that after a resume, in whatever epoch, goes on as if it had never been cut off.
 
     A step's loss is a mean over all rows of the step, or all their tokens, and the held-out loss one over all that is
@@ -200,7 +200,7 @@ class _Ordered:
         self.accelerator.wait_for_everyone()  # each process adds its generators; what follows finds a whole folder
 
 
-class Counted(_Ordered):
+class Counted(Ordered):
     """A trainer whose loss is a sum over rows, divided by all rows of the step."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -239,7 +239,7 @@ class OrderedTrainer(Counted, Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-class OrderedSFTTrainer(_Ordered, SFTTrainer):
+class OrderedSFTTrainer(Ordered, SFTTrainer):
     """TRL's SFTTrainer in such an order, its loss a mean over the tokens that are predicted.
 
     The head is applied to these tokens alone, and their logits are not kept. TRL 1.16 does so on a GPU only.
@@ -294,5 +294,5 @@ def add_losses(model: Any) -> None:
     model.forward = MethodType(forward, model)
 
 
-class OrderedRewardTrainer(_Ordered, RewardTrainer):
+class OrderedRewardTrainer(Ordered, RewardTrainer):
     """TRL's RewardTrainer in such an order; a pair is as long as its longer side."""

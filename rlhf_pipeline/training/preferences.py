@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from trl import RewardConfig
 from trl.trainer.utils import pad
 
-from rlhf_pipeline.data import joined
+from rlhf_pipeline.data import check_kind, joined, kind
 from rlhf_pipeline.data.records import Demonstration, Dialogue, Preference, Prompt, Ranking, Row
 from rlhf_pipeline.data.templates import visible
 from rlhf_pipeline.progress import parts
+from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.training.batching import Counted, OrderedRewardTrainer
 
 _COLUMNS = ("texts", "better", "worse", "margin", "length")
@@ -43,6 +44,20 @@ class Comparison:
         """The prompt as rewards see it, with each answer."""
         prompt = visible(tokenizer, self.prompt)
         return [prompt + answer for answer in self.answers]
+
+
+def preferences_of(out: RunDir, choice: dict[str, Any]) -> dict[str, Any]:
+    """The data to learn preferences from: a file chosen by hand, else the labels that stage=collect brought.
+
+    In rounds of human feedback, the labels of all rounds so far.
+    """
+    if kind(choice["name"]) == Preference | Ranking and choice.get("path"):
+        return choice
+    if paths := out.labels():
+        said = choice if choice["name"] == "preferences" else {"name": "preferences"}
+        return {**said, "path": [str(path) for path in paths]}
+    check_kind(choice["name"], out.stage)
+    return choice
 
 
 def compare(rows: Sequence[Preference | Ranking], margin: float = 0.0) -> list[Comparison]:

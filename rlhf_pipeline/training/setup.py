@@ -23,6 +23,7 @@ from rlhf_pipeline.progress import at_terminal, progress
 from rlhf_pipeline.report import trackers
 from rlhf_pipeline.runs.checkpoints import SEAL, seal
 from rlhf_pipeline.runs.directory import RunDir
+from rlhf_pipeline.runs.same_work import batch_of
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.texts import mismatch
 
@@ -58,7 +59,7 @@ def trainer_args(kind: type[A], settings: Settings, out: RunDir) -> A:
         reset_partial_state=False
     )  # an earlier stage of this process may have chosen otherwise
     values = {"disable_tqdm": True, "logging_first_step": True, **settings.trainer, **trackers.naming(vars(settings))}
-    cut = agree(lambda: out.cut(settings) or {})
+    cut = agree(lambda: batch_of(out, settings) or {})
     if said := [f"trainer.{name}={value}" for name, value in cut.items() if values.get(name, 1) != value]:
         print(f"{', '.join(said)}: as many rows a step as before, on {processes()} process(es)", flush=True)
     values |= cut

@@ -7,16 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import MINIATURE, CommandLine
-from hydra import compose, initialize_config_dir
+from conftest import MINIATURE, CommandLine, read_words, settings_of
 from terminal import at_a_terminal, left_standing
 
-from rlhf_pipeline import arguments, cli
-from rlhf_pipeline.arguments import complete
+from rlhf_pipeline import composition
 from rlhf_pipeline.files import read_jsonl
 from rlhf_pipeline.report.summary import command, lasted, next_command, say_done
 from rlhf_pipeline.runs.directory import RunDir
-from rlhf_pipeline.settings import Settings
 
 STAGES = ("pretrain", "sft", "reward", "ppo", "evaluate")
 
@@ -25,18 +22,6 @@ STAGES = ("pretrain", "sft", "reward", "ppo", "evaluate")
 def run(miniature: Path, workplace: Path) -> Path:
     """A copy of the miniature run in the current folder."""
     return Path(shutil.copytree(miniature, workplace / "runs" / "demo"))
-
-
-@pytest.fixture
-def settings() -> object:
-    """What a command line asks for."""
-
-    def asked(*overrides: str) -> Settings:
-        args = arguments.complete(overrides)
-        with initialize_config_dir(str(cli.CONF), version_base="1.3"):
-            return cli.resolve(compose("config", args), args)
-
-    return asked
 
 
 def test_a_summary_says_what_the_files_hold(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,24 +80,22 @@ NEXT = {
 
 
 @pytest.mark.parametrize("asked", NEXT)
-def test_the_next_command_keeps_what_was_said_of_all_stages(asked: str, workplace: Path, settings: object) -> None:
-    words = arguments.complete(shlex.split(asked))
-    with initialize_config_dir(str(cli.CONF), version_base="1.3"):
-        cfg = compose("config", words)
-        order = list(cfg.stages)
-        found = next_command(cli.resolve(cfg, words), order, words)
+def test_the_next_command_keeps_what_was_said_of_all_stages(asked: str, workplace: Path) -> None:
+    words = read_words(*shlex.split(asked))
+    general = [word for word in words if not word.startswith("stage=")]
+    order = list(composition.settings_of([*general, "stage=pipeline"]).stages)
+    found = next_command(composition.settings_of(words), order, words)
     if NEXT[asked] is None:
         assert found is None
     else:
         assert found == f"python -m rlhf_pipeline stage={NEXT[asked]}"
-        settings(*shlex.split(found)[3:])  # type: ignore[operator]
+        settings_of(*shlex.split(found)[3:])
 
 
 @pytest.mark.parametrize("name", ["demo", "coefs/trainer.kl_coef=0.05", "it's here", "a, b", "back\\slash", "${x}"])
 def test_a_command_takes_a_name_as_it_is(name: str) -> None:
     words = shlex.split(command("chat", "runs", name=name))
-    with initialize_config_dir(str(cli.CONF), version_base="1.3"):
-        assert compose("config", complete(words[3:])).name == name
+    assert settings_of(*words[3:]).name == name
     assert "runs=elsewhere" in command("chat", "elsewhere", name=name)
 
 

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, CommandLine
-from hydra import compose, initialize_config_dir
+from conftest import ROOT, CommandLine, read_words, settings_of
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from rlhf_pipeline import arguments, cli
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.settings import STAGES, Settings, trainer_fields
+from rlhf_pipeline.words import CONF, as_typed
 
 REFUSED = {
     "stage=sfd": ["no stage is called 'sfd'", "Did you mean 'sft'", "pretrain"],
@@ -38,12 +37,12 @@ REFUSED = {
     "stage=sft policy.size=huge": ["policy.size is 'huge'", "'tiny'"],
     "stage=sft data=text": ["data.path is not set"],
     "stage=pretrain data=preferences data.path=x": ["holds rows of Preference", "toy_reviews"],
-    "stage=reward reward=length": ["is nothing to train", "classifier"],
+    "stage=reward reward=length": ["cannot be trained", "classifier"],
     "stage=evaluate evaluate.promts=9": ["no setting 'evaluate.promts'", "'prompts'"],
     "stage=evaluate evaluate.prompts=1": ["evaluate.prompts is 1"],
-    "stage=evaluate evaluate.batch_size=0": ["evaluate.batch_size is 0; it takes at least 1"],
-    "stage=sft data.prompt_turns=-1": ["data.prompt_turns is -1; it takes at least 1"],
-    "stage=sft data.limit=-1": ["data.limit is -1; it takes at least 1"],
+    "stage=evaluate evaluate.batch_size=0": ["evaluate.batch_size is 0; it takes a whole number of at least 1"],
+    "stage=sft data.prompt_turns=-1": ["data.prompt_turns is -1;", "of at least 1"],
+    "stage=sft data.limit=-1": ["data.limit is -1;", "of at least 1"],
     "stage=sft trainer.hub_token=hf_secret": ["trainer.hub_token is not yours to set", "HF_TOKEN"],
     "stage=sft hub.push=nobody": ["hub.push=nobody is no repository of the hub", "user/name"],
     "stage=sft hub.push=a/b/c": ["hub.push=a/b/c is no repository of the hub"],
@@ -131,10 +130,10 @@ def test_the_jobs_of_a_sweep_do_not_push_over_one_another(
 
 def test_a_folder_of_configurations_is_one_below_the_current_folder(workplace: Path) -> None:
     absolute = str(workplace / "runs" / "demo")
-    assert arguments.complete(["--config-path", "runs/demo", "--config-name", "config"])[1] == absolute
-    assert arguments.complete(["-cp", "runs/demo", "-cn", "config"])[1] == absolute
-    assert arguments.complete(["--config-path=runs/demo", "-cn=config"])[0] == f"--config-path={absolute}"
-    assert arguments.complete(["--config-path", "/x/y", "--config-name", "config"])[1] == "/x/y"
+    assert read_words("--config-path", "runs/demo", "--config-name", "config")[1] == absolute
+    assert read_words("-cp", "runs/demo", "-cn", "config")[1] == absolute
+    assert read_words("--config-path=runs/demo", "-cn=config")[0] == f"--config-path={absolute}"
+    assert read_words("--config-path", "/x/y", "--config-name", "config")[1] == "/x/y"
 
 
 @pytest.mark.parametrize(
@@ -160,17 +159,10 @@ def test_refusals_and_help_load_no_torch(asked: str) -> None:
 
 
 def test_an_own_choice_leaves_the_demos_experiment() -> None:
-    assert arguments.complete(["stage=sft", "policy=gpt2"]) == ["stage=sft", "policy=gpt2", "~experiment"]
-    assert arguments.complete(["stage=sft", "policy=gpt2", "--cfg", "job"])[2:] == ["~experiment", "--cfg", "job"]
-    assert arguments.complete(["stage=sft", "policy=gpt2", "experiment=demo"])[-1] == "experiment=demo"
-    assert arguments.complete(["stage=sft", "trainer.max_steps=3"]) == ["stage=sft", "++trainer.max_steps=3"]
-
-
-def settings(*overrides: str) -> Settings:
-    """What the command line would run."""
-    args = arguments.complete(overrides)
-    with initialize_config_dir(str(cli.CONF), version_base="1.3"):
-        return cli.resolve(compose("config", args), args)
+    assert read_words("stage=sft", "policy=gpt2") == ["stage=sft", "policy=gpt2", "~experiment"]
+    assert read_words("stage=sft", "policy=gpt2", "--cfg", "job")[2:] == ["~experiment", "--cfg", "job"]
+    assert read_words("stage=sft", "policy=gpt2", "experiment=demo")[-1] == "experiment=demo"
+    assert read_words("stage=sft", "trainer.max_steps=3") == ["stage=sft", "++trainer.max_steps=3"]
 
 
 TEXTS = (
@@ -188,18 +180,18 @@ SIGNS = (
 def test_a_path_that_is_there_is_what_the_shell_handed_over(workplace: Path) -> None:
     for text in SIGNS:
         Path(text).touch()
-        asked = settings("stage=sft", "data=text", f"data.path={text}", f"policy.path={text}", f"name={text}")
+        asked = settings_of("stage=sft", "data=text", f"data.path={text}", f"policy.path={text}", f"name={text}")
         assert [asked.data["path"], asked.policy["path"], asked.name] == [text] * 3
-        assert settings("stage=collect", f"labels={text}", f"runs={text}").labels == text
-        chat = settings("stage=chat", f"against={text}", f"stages.chat.policy.path={text}")
+        assert settings_of("stage=collect", f"labels={text}", f"runs={text}").labels == text
+        chat = settings_of("stage=chat", f"against={text}", f"stages.chat.policy.path={text}")
         assert [chat.against, chat.policy["path"]] == [text] * 2
-        base = settings(
+        base = settings_of(
             "stage=reward", "reward=classifier", "reward.base=encoder", f"data.path={text}", "data=sentiment"
         )
         assert base.data["path"] == text
         if text not in (" a ", "'x'", "${name}"):  # a list has blanks, quotes and interpolations of its own
-            assert settings("stage=evaluate", f"compare=[{text},b, {text}]").compare == [text, "b", text]
-        word = arguments.complete(["-m", "stage=sft", f"data.path={text}"])[1]
+            assert settings_of("stage=evaluate", f"compare=[{text},b, {text}]").compare == [text, "b", text]
+        word = read_words("-m", "stage=sft", f"data.path={text}")[1]
         assert not OverridesParser.create().parse_override(word).is_sweep_override()
 
 
@@ -219,75 +211,73 @@ def test_a_path_that_is_not_there_keeps_its_signs_too(workplace: Path) -> None:
         " a ",
         "${",
     ):
-        assert settings("stage=sft", f"name={text}").name == text
-    assert settings("stage=sft", "name='x (1)'").name == "x (1)"  # quoted for Hydra, as one had to before
-    assert settings("stage=sft", "name=${experiment}-2", "experiment=demo").name == "demo-2"
-    assert settings("stage=sft", "data=text", "data.path=x", "policy.path=null").policy["path"] is None
+        assert settings_of("stage=sft", f"name={text}").name == text
+    assert settings_of("stage=sft", "name='x (1)'").name == "x (1)"  # quoted for Hydra, as one had to before
+    assert settings_of("stage=sft", "name=${experiment}-2", "experiment=demo").name == "demo-2"
+    assert settings_of("stage=sft", "data=text", "data.path=x", "policy.path=null").policy["path"] is None
 
 
 def test_lists_of_paths_and_sweeps_keep_their_meaning(workplace: Path) -> None:
     for name in ("a.jsonl", "b (1).jsonl", "c,d.jsonl"):
         Path(name).touch()
     given = ("stage=reward", "reward=preference_model", "data=preferences")
-    assert settings(*given, "data.path=[a.jsonl,b (1).jsonl]").data["path"] == ["a.jsonl", "b (1).jsonl"]
-    assert settings(*given, "data.path=[c,d.jsonl, 评论.jsonl]").data["path"] == ["c,d.jsonl", "评论.jsonl"]
-    assert settings("stage=evaluate", "compare=[]").compare == []
-    assert arguments.complete(["-m", "stage=ppo", "name=a,b"])[1] == "name=a,b"
-    assert (
-        arguments.complete(["-m", "stage=ppo", "policy.path=runs/a,runs/情感"])[1] == "++policy.path=runs/a,'runs/情感'"
-    )
-    assert arguments.complete(["-m", "stage=ppo", "policy.path=choice(a,b)"])[1] == "++policy.path=choice(a,b)"
+    assert settings_of(*given, "data.path=[a.jsonl,b (1).jsonl]").data["path"] == ["a.jsonl", "b (1).jsonl"]
+    assert settings_of(*given, "data.path=[c,d.jsonl, 评论.jsonl]").data["path"] == ["c,d.jsonl", "评论.jsonl"]
+    assert settings_of("stage=evaluate", "compare=[]").compare == []
+    assert read_words("-m", "stage=ppo", "name=a,b")[1] == "name=a,b"
+    assert read_words("-m", "stage=ppo", "policy.path=runs/a,runs/情感")[1] == "++policy.path=runs/a,'runs/情感'"
+    assert read_words("-m", "stage=ppo", "policy.path=choice(a,b)")[1] == "++policy.path=choice(a,b)"
     Path("[a.jsonl,b.jsonl]").touch()
-    assert settings(*given, "data.path=[a.jsonl,b.jsonl]").data["path"] == "[a.jsonl,b.jsonl]"
+    assert settings_of(*given, "data.path=[a.jsonl,b.jsonl]").data["path"] == "[a.jsonl,b.jsonl]"
 
 
 def test_keys_and_texts_in_braces_may_be_of_any_language() -> None:
     parts = "[{name: classifier, path: runs/情感 (1)/reward}, {name: keywords, words: [好]}]"
-    assert settings("stage=evaluate", "reward=sum", f"reward.parts={parts}").reward["parts"] == [
+    assert settings_of("stage=evaluate", "reward=sum", f"reward.parts={parts}").reward["parts"] == [
         {"name": "classifier", "path": "runs/情感 (1)/reward"},
         {"name": "keywords", "words": ["好"]},
     ]
-    assert settings("stage=reward", "reward=sum", f"reward.parts={parts}").reward["path"] == "runs/情感 (1)/reward"
+    assert settings_of("stage=reward", "reward=sum", f"reward.parts={parts}").reward["path"] == "runs/情感 (1)/reward"
 
 
 @pytest.mark.parametrize("typed", ["data.labels={正面: 1, 负面: 0}", "data.labels={it's good: 1, so-so (bad): 0}"])
 def test_labels_of_other_letters_are_shown_as_they_were_typed(typed: str) -> None:
-    assert [arguments.as_typed(word) for word in arguments.complete(["stage=reward", typed])][-1] == typed
+    assert [as_typed(word) for word in read_words("stage=reward", typed)][-1] == typed
 
 
 def test_settings_may_stand_behind_options() -> None:
-    assert arguments.complete(["--cfg", "job", "stage=sft", "-m", "seed=1"]) == ["stage=sft", "seed=1", "--cfg", "job"]
+    assert read_words("--cfg", "job", "stage=sft", "-m", "seed=1") == ["stage=sft", "seed=1", "--cfg", "job"]
 
 
 def test_a_prompt_reaches_the_chat_as_it_was_typed() -> None:
     for text in TEXTS:
-        assert settings("stage=chat", "--prompt", text).chat.prompt == [text]
-        assert settings("stage=chat", f"--prompt={text}").chat.prompt == [text]
+        assert settings_of("stage=chat", "--prompt", text).chat.prompt == [text]
+        assert settings_of("stage=chat", f"--prompt={text}").chat.prompt == [text]
     every = [word for text in TEXTS for word in ("--prompt", text)]
-    assert settings("stage=chat", *every).chat.prompt == list(TEXTS)
-    assert arguments.complete(["stage=chat", "--cfg", "job", "--prompt", "x"])[1] == "++chat.prompt=['x']"
+    assert settings_of("stage=chat", *every).chat.prompt == list(TEXTS)
+    assert read_words("stage=chat", "--cfg", "job", "--prompt", "x")[1] == "++chat.prompt=['x']"
 
 
 def test_an_experiments_section_goes_over_the_stage_and_below_the_command_line() -> None:
-    assert settings("stage=sft", "policy=gpt2").trainer["learning_rate"] == 5e-5
-    assert settings("stage=sft").trainer["learning_rate"] == 5e-4
-    assert settings("stage=sft", "trainer.learning_rate=3e-3").trainer["learning_rate"] == 3e-3
-    assert settings("stage=sft").data["limit"] == 10000
-    assert settings("stage=sft", "data.limit=7").data["limit"] == 7
+    assert settings_of("stage=sft", "policy=gpt2").trainer["learning_rate"] == 5e-5
+    assert settings_of("stage=sft").trainer["learning_rate"] == 5e-4
+    assert settings_of("stage=sft", "trainer.learning_rate=3e-3").trainer["learning_rate"] == 3e-3
+    assert settings_of("stage=sft").data["limit"] == 10000
+    assert settings_of("stage=sft", "data.limit=7").data["limit"] == 7
 
 
 def test_what_is_said_of_a_stage_goes_over_what_is_said_in_general() -> None:
     general = ("data.limit=9", "evaluate.prompts=64", "seed=3")
-    assert settings("stage=sft", *general, "stages.sft.data.limit=5").data["limit"] == 5
-    assert settings("stage=reward", *general, "stages.sft.data.limit=5").data["limit"] == 9
-    assert settings("stage=evaluate", *general).evaluate.prompts == 64
-    assert settings("stage=evaluate", *general).seed == 3
+    assert settings_of("stage=sft", *general, "stages.sft.data.limit=5").data["limit"] == 5
+    assert settings_of("stage=reward", *general, "stages.sft.data.limit=5").data["limit"] == 9
+    assert settings_of("stage=evaluate", *general).evaluate.prompts == 64
+    assert settings_of("stage=evaluate", *general).seed == 3
 
 
 def test_an_experiments_words_on_its_own_choice_do_not_fall_on_another() -> None:
-    asked = settings("stage=ppo", "experiment=demo", "reward=length", "reward.target=9")
+    asked = settings_of("stage=ppo", "experiment=demo", "reward=length", "reward.target=9")
     assert asked.reward == {"name": "length", "target": 9}
-    assert settings("stage=ppo", "experiment=demo", "policy=gpt2").policy == {"name": "gpt2"}
+    assert settings_of("stage=ppo", "experiment=demo", "policy=gpt2").policy == {"name": "gpt2"}
 
 
 def test_what_one_process_must_do_is_refused_to_several(
@@ -307,13 +297,13 @@ def test_what_one_process_must_do_is_refused_to_several(
 
 
 def test_the_name_is_the_experiments_unless_given() -> None:
-    assert settings("stage=sft").name == "demo"
-    assert settings("stage=sft", "name=mine").name == "mine"
-    assert settings("stage=sft", "policy=gpt2").name == "default"
+    assert settings_of("stage=sft").name == "demo"
+    assert settings_of("stage=sft", "name=mine").name == "mine"
+    assert settings_of("stage=sft", "policy=gpt2").name == "default"
 
 
 def test_every_experiment_resolves_at_each_of_its_stages() -> None:
-    experiments = sorted(path.stem for path in (cli.CONF / "experiment").glob("*.yaml"))
+    experiments = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
     assert {"demo", "imdb_from_scratch", "imdb_sentiment"} <= set(experiments)
     files = {
         "chinese_dialog": ("data.path=a.jsonl",),
@@ -321,31 +311,31 @@ def test_every_experiment_resolves_at_each_of_its_stages() -> None:
     }
     for experiment in experiments:
         own = files.get(experiment, ())
-        stages = settings("stage=pipeline", f"experiment={experiment}", *own).stages
+        stages = settings_of("stage=pipeline", f"experiment={experiment}", *own).stages
         for stage in stages:
-            assert settings(f"stage={stage}", f"experiment={experiment}", *own).stage == stage
+            assert settings_of(f"stage={stage}", f"experiment={experiment}", *own).stage == stage
 
 
 def test_a_stage_may_have_another_choice_which_stands_alone() -> None:
     asked = ("experiment=chinese_dialog_from_scratch", "data.path=a.jsonl", "data.limit=9")
-    reward = settings("stage=reward", *asked, "stages.reward.data.path=b.csv").data
+    reward = settings_of("stage=reward", *asked, "stages.reward.data.path=b.csv").data
     assert reward == {"name": "sentiment", "path": "b.csv", "limit": 9}
-    assert settings("stage=ppo", *asked).data["path"] == "a.jsonl"
+    assert settings_of("stage=ppo", *asked).data["path"] == "a.jsonl"
     with pytest.raises(UserError, match=r"stages\.reward\.data\.path is not set; say stages\.reward\.data\.path="):
-        settings("stage=reward", *asked)
-    own = settings("stage=reward", *asked, "data=preferences")
+        settings_of("stage=reward", *asked)
+    own = settings_of("stage=reward", *asked, "data=preferences")
     assert own.data == {"name": "preferences", "path": "a.jsonl", "limit": 9}
 
 
 def test_the_classic_imdb_settings_are_the_notebooks() -> None:
-    trainer = settings("stage=ppo", "experiment=imdb_sentiment").trainer
+    trainer = settings_of("stage=ppo", "experiment=imdb_sentiment").trainer
     batch = trainer["per_device_train_batch_size"] * trainer["gradient_accumulation_steps"]
     assert (batch, trainer["num_ppo_epochs"], trainer["learning_rate"]) == (256, 4, 1.41e-5)
     assert (trainer["kl_coef"], trainer["kl_target"], trainer["kl_horizon"]) == (0.2, 6.0, 10_000)
     assert (trainer["min_response_length"], trainer["response_length"]) == (4, 15)
     assert trainer["total_episodes"] == 79 * 256
     assert trainer["stop_token"] == "eos"
-    assert settings("stage=ppo", "experiment=imdb_sentiment").data["min_characters"] == 201  # it keeps what is > 200
+    assert settings_of("stage=ppo", "experiment=imdb_sentiment").data["min_characters"] == 201  # it keeps what is > 200
 
 
 @pytest.mark.parametrize(
@@ -358,14 +348,15 @@ def test_code_gpt_is_trained_as_the_course_does_unless_it_is_small(
 ) -> None:  # fmt: skip
     keys = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length")
     for trainer in (
-        settings("stage=pretrain", "experiment=code_gpt", *size).trainer,
-        settings("stage=pipeline", "experiment=code_gpt", *size).stages["pretrain"]["trainer"],
+        settings_of("stage=pretrain", "experiment=code_gpt", *size).trainer,
+        settings_of("stage=pipeline", "experiment=code_gpt", *size).stages["pretrain"]["trainer"],
     ):
         assert math.prod(trainer[key] for key in keys) == tokens
         assert (trainer["learning_rate"], trainer["warmup_steps"]) == (rate, warmup)
-    assert settings("stage=sft", "experiment=code_gpt", *size).trainer["learning_rate"] == rate
+    assert settings_of("stage=sft", "experiment=code_gpt", *size).trainer["learning_rate"] == rate
     assert (
-        settings("stage=pretrain", "experiment=code_gpt", *size, "trainer.warmup_steps=7").trainer["warmup_steps"] == 7
+        settings_of("stage=pretrain", "experiment=code_gpt", *size, "trainer.warmup_steps=7").trainer["warmup_steps"]
+        == 7
     )
     assert command_line("stage=pipeline", "experiment=code_gpt", *size, "--cfg", "job") == 0
     shown = yaml.safe_load(capsys.readouterr().out)["stages"]["pretrain"]["trainer"]
@@ -377,14 +368,14 @@ def test_every_group_file_names_an_entry_of_its_registry() -> None:
     from rlhf_pipeline.models import policies, rewards
 
     for kind, registry in (("policy", policies.registry), ("reward", rewards.registry), ("data", data.registry)):
-        files = {path.stem for path in (cli.CONF / kind).glob("*.yaml")}
+        files = {path.stem for path in (CONF / kind).glob("*.yaml")}
         assert files == set(registry.entries), kind
 
 
 def test_one_name_in_all_places() -> None:
     files = (ROOT / "rlhf_pipeline" / "stages").glob("[a-z]*.py")
     stages = {path.stem for path in files if "\ndef run(settings: Settings, out: RunDir)" in path.read_text()}
-    assert stages | {"pipeline"} == {path.stem for path in (cli.CONF / "stage").glob("*.yaml")}
+    assert stages | {"pipeline"} == {path.stem for path in (CONF / "stage").glob("*.yaml")}
     makefile = (ROOT / "Makefile").read_text()
     for stage in stages:
         assert re.search(rf"^(?:[\w-]+ )*{stage}(?: [\w-]+)*: setup", makefile, re.MULTILINE), stage

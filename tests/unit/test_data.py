@@ -10,11 +10,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from rlhf_pipeline import data
-from rlhf_pipeline.arguments import CONF
 from rlhf_pipeline.data import begun_by, tokenization
 from rlhf_pipeline.data.records import Labelled, Preference, Ranking
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.models.policies import train_tokenizer
+from rlhf_pipeline.words import CONF
 
 TOY = {"name": "toy_reviews", "limit": 200, "prompt_tokens": [3, 6]}
 

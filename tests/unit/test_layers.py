@@ -8,13 +8,15 @@ from conftest import ROOT
 PACKAGE = ROOT / "rlhf_pipeline"
 # A module imports only from those before it (at module level).
 LAYERS = [
-    ["errors", "texts"], ["processes", "files"], ["progress"],
+    ["errors", "texts", "stages.__init__", "stages.STAGES", "stages.Stage", "stages.FOLDERS", "stages.POLICIES",
+     "stages.TRAINED"],
+    ["processes", "files"], ["progress"],
     ["registry", "hub", "limits", "models.networks", "models.precision", "models.adapters",
      "models.reward_model", "evaluation.metrics", "runs.checkpoints", "runs.lineage"],
     ["data", "models.sampling"],
     ["models", "report"], ["plan"], ["settings"], ["report.cards"], ["runs"],
     ["report.tables", "report.publish", "ppo", "runs.models"], ["evaluation", "feedback", "training"],
-    ["evaluation.frontier"], ["stages"], ["plain_words", "arguments"], ["report.summary", "sweeps.jobs"],
+    ["evaluation.frontier"], ["stages"], ["words"], ["composition"], ["report.summary", "sweeps.jobs"],
     ["report.rounds", "sweeps"], ["cli", "plugins"],
 ]  # fmt: skip
 HEIGHT = {module: level for level, layer in enumerate(LAYERS) for module in layer}
@@ -55,4 +57,4 @@ def test_only_stages_and_ppo_import_trl_and_only_the_command_line_hydra() -> Non
         own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
         roots = {name.split(".")[0] for name in imports(path, everywhere=True)}
         assert "trl" not in roots or own in ("stages", "training", "ppo"), path
-        assert not roots & {"hydra", "omegaconf"} or own in ("cli", "arguments", "plugins"), path
+        assert not roots & {"hydra", "omegaconf"} or own in ("cli", "composition", "words", "plugins"), path

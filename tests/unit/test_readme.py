@@ -7,14 +7,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from hydra import compose, initialize_config_dir
+from conftest import ROOT, read_words
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from tiny import PROMPTS, TEXTS, good_share, tiny_policy
 
-from rlhf_pipeline import arguments, cli
+from rlhf_pipeline import composition
 from rlhf_pipeline.models.policies import train_tokenizer
-from rlhf_pipeline.runs import models as made
 
 READMES = ("README.md", "README.zh-CN.md")
 
@@ -47,7 +45,7 @@ def swept(argument: str) -> bool:
 @pytest.mark.parametrize("readme", READMES)
 def test_every_command_of_the_program_resolves(readme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Of a sweep there is none here.
-    monkeypatch.setattr(made, "sweep", lambda runs, said, name, afresh: (name or said, said, {}))
+    monkeypatch.setattr(composition, "sweep", lambda runs, said, name, afresh: (name or said, said, {}))
     asked = [c for c in commands(readme) if "-m rlhf_pipeline" in c and "<" not in c]  # by a launcher, too
     assert len(asked) >= 12
     for command in asked:
@@ -55,13 +53,11 @@ def test_every_command_of_the_program_resolves(readme: str, monkeypatch: pytest.
         words = [word for word in words if word not in ("-m", "--cfg", "job")]
         plain = [word if "[" in word else re.sub(r"(=[^=,]*),.*", r"\1", word) for word in words]
         # Of a sweep, one job.
-        args = [a for a in arguments.complete(plain) if not a.startswith(("-m", "hydra")) and not swept(a)]
-        with initialize_config_dir(str(cli.CONF), version_base="1.3"):
-            cfg = compose("config", args)
-            order = list(cfg.stages) if cfg.stage == "pipeline" else [cfg.stage]
-            for stage in order:
-                again = [*(a for a in args if not a.startswith("stage=")), f"stage={stage}"]
-                assert cli.resolve(compose("config", again), again).stage == stage, command
+        args = [a for a in read_words(*plain) if not a.startswith(("-m", "hydra")) and not swept(a)]
+        settings = composition.settings_of(args)
+        for stage in settings.stages or [settings.stage]:
+            again = [*(a for a in args if not a.startswith("stage=")), f"stage={stage}"]
+            assert composition.settings_of(again).stage == stage, command
 
 
 @pytest.mark.parametrize("readme", READMES)

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
+from conftest import settings_of
 
-from rlhf_pipeline import arguments, cli
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.models import classifiers as scorer
 from rlhf_pipeline.models import rewards
@@ -291,10 +290,8 @@ def test_a_sum_weighs_its_parts() -> None:
 
 def test_the_command_line_takes_the_parts_of_a_sum() -> None:
     parts = "[{name: keywords, words: [great], weight: 1.0}, {name: length, target: 12, weight: 0.5}]"
-    args = arguments.complete(["stage=ppo", "reward=sum", f"reward.parts={parts}"])
-    with initialize_config_dir(str(cli.CONF), version_base="1.3"):
-        choice = cli.resolve(compose("config", args), args).reward
-        shipped = cli.resolve(compose("config", arguments.complete(["stage=ppo", "reward=sum"])), []).reward
+    choice = settings_of("stage=ppo", "reward=sum", f"reward.parts={parts}").reward
+    shipped = settings_of("stage=ppo", "reward=sum").reward
     rewards.check_choice(choice)
     assert rewards.load_reward(choice, None)[0](["It was"], [" great"]) == [pytest.approx(1 - 0.5 * 11 / 12)]
     rewards.check_choice(shipped)

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CommandLine
+from conftest import CommandLine, read_words
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from rlhf_pipeline import arguments, cli
+from rlhf_pipeline import cli
 from rlhf_pipeline.report import Words, sweep_page
 from rlhf_pipeline.report.__main__ import rebuild
 from rlhf_pipeline.sweeps import jobs
 from rlhf_pipeline.sweeps.results import report_sweep, summarise
+from rlhf_pipeline.words import CONF
 
 Launched = list[tuple[str, str, list[str]]]
 
@@ -87,8 +88,8 @@ def test_of_a_sweep_that_is_shown_a_job_is(command_line: CommandLine, capsys: py
 
 
 def test_every_sweep_that_is_shipped_can_be_read() -> None:
-    for path in (arguments.CONF / "sweeps").glob("*.yaml"):
-        swept = [a for a in arguments.complete(["stage=ppo", f"sweep={path.stem}"]) if a != "-m"]
+    for path in (CONF / "sweeps").glob("*.yaml"):
+        swept = [a for a in read_words("stage=ppo", f"sweep={path.stem}") if a != "-m"]
         assert any(o.is_sweep_override() for o in OverridesParser.create().parse_overrides(swept)), path
 
 

@@ -19,11 +19,11 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, open_dict, read_write
 
-from rlhf_pipeline.arguments import as_typed, quoted
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.files import held
+from rlhf_pipeline.words import as_typed, quoted
 
 _OVER_BUDGET = 1e9
 
@@ -93,15 +93,12 @@ class Grid(Sweeper):
     def job(self, fixed: list[str], own: Sequence[str]) -> tuple[Path, list[str], dict[str, Any]]:
         """A job's folder, its command, and what its job.json says before it runs; refused where it could not run."""
         from rlhf_pipeline.cli import check_job
-        from rlhf_pipeline.settings import TRAINED
+        from rlhf_pipeline.stages import TRAINED
         from rlhf_pipeline.sweeps.jobs import job_name, settings_of
 
         name = job_name([as_typed(setting) for setting in own])
         command = [*fixed, *own, f"name={quoted(f'{self.name}/{name}')}"]
-        cfg = self.loader.load_sweep_config(self.cfg, command)
-        OmegaConf.set_struct(cfg, False)
-        del cfg["hydra"]
-        stage, seed, done = check_job(cfg, command)
+        stage, seed, done = check_job(command)
         if self.kl_budget is not None and stage != "ppo":
             raise UserError(f"sweep.kl_budget= goes with stage=ppo; the jobs here are known by their stage={stage}.")
         if self.searches and stage not in TRAINED:  # on evaluate's prompts no choice is made

@@ -15,7 +15,8 @@ import yaml
 from markupsafe import Markup
 
 from rlhf_pipeline.report import show
-from rlhf_pipeline.report.cards.facts import POLICIES, gather, metadata
+from rlhf_pipeline.report.cards.facts import gather, metadata
+from rlhf_pipeline.stages import POLICIES
 from rlhf_pipeline.texts import shown
 
 CARD = "README.md"

@@ -11,12 +11,13 @@ import yaml
 from rlhf_pipeline.data import hub_set
 from rlhf_pipeline.hub import is_hub_id
 from rlhf_pipeline.report import items, members, number, read
+from rlhf_pipeline.stages import POLICIES
 from rlhf_pipeline.texts import shown
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
-POLICIES = ("pretrain", "sft", "ppo")  # the stages whose models stage=evaluate compares
+
 SIGNS = {
     "distinct": "the share of distinct bigrams fell by more than half",
     "repeated": "most answers were given to more than one prompt",

@@ -1,0 +1,80 @@
+"""Whether a run directory holds the work that is asked for: the one place that decides."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.processes import CUT, checkpoints_of, processes, rows_a_step, same_step
+from rlhf_pipeline.report.files import flat
+from rlhf_pipeline.report.trackers import FIELDS
+from rlhf_pipeline.runs.lineage import parent
+from rlhf_pipeline.settings import Settings
+from rlhf_pipeline.stages import FOLDERS
+
+if TYPE_CHECKING:
+    from rlhf_pipeline.runs.directory import RunDir
+
+# Settings of a stage's work that change nothing of what it makes.
+MAY_DIFFER = ("collect.enough", "collect.annotators", "collect.batch_size")
+_FREE = {*MAY_DIFFER, *(f"trainer.{name}" for name in (*FIELDS, *CUT))}
+
+
+def differences(out: "RunDir", settings: Settings) -> list[str]:
+    """What sets the work that is asked for apart from what the directory holds: settings, parents, earlier stages."""
+    record, stage = out.record, FOLDERS[out.stage]
+    before, after = dict(flat(out.config())), dict(flat(settings.to_dict()))
+    changed = [
+        f"{key} is {before.get(key)!r} there and {after.get(key)!r} here"
+        for key in sorted({*before, *after} - _FREE)
+        if key.split(".")[0] in stage.work and before.get(key) != after.get(key)
+    ]
+    if "trainer" in stage.work and batch_of(out, settings) is None:
+        rows = rows_a_step(out.config()["trainer"], record.get("processes", 1))
+        asked = rows_a_step(settings.trainer, processes())
+        sizes = " x ".join(f"trainer.{name}" for name in CUT)
+        changed.append(f"a step takes {rows} rows there and {asked} here: {sizes} x processes")
+    parents = record.get("parents", {})
+    for role, before_it in parents.items():
+        if (now := parent(before_it["path"])["sha256"]) and now != before_it["sha256"]:
+            changed.append(f"its {role} {before_it['path']} has changed since")
+    return [*changed, *_made_since(out, settings, {str(Path(other["path"])) for other in parents.values()})]
+
+
+def _made_since(out: "RunDir", settings: Settings, taken: set[str]) -> list[str]:
+    """Models of the run that are newer than this work and that it would take now."""
+    found = []
+    for stage in FOLDERS[out.stage].takes:
+        by_hand = (settings.reward if stage == "reward" else settings.policy).get("path")
+        if out.stage == "evaluate" and stage != "reward":
+            by_hand = by_hand or settings.evaluate.policies
+        own = out.beside(stage)
+        for other in (own, *(own.rounds() if out.stage == "evaluate" else [])):
+            newer = other.record.get("status") == "done" and other.record["finished"] > out.record["started"]
+            if newer and not by_hand and str(other.model) not in taken:
+                found.append(f"{other.path} has been made since")
+    return found
+
+
+def batch_of(out: "RunDir", settings: Settings) -> dict[str, int] | None:
+    """How this launch takes as many rows a step as the run that was begun; as asked, where there is none."""
+    record = out.record
+    before = out.config().get("trainer") if record else None
+    if before is None:
+        return {name: settings.trainer[name] for name in CUT if name in settings.trainer}
+    return same_step(before, record.get("processes", 1), settings.trainer)
+
+
+def check_resumed(
+    out: "RunDir", before: dict[str, Any], parents: dict[str, Any], fingerprint: dict[str, Any] | None
+) -> None:
+    """Refuse to go on with work that was begun from other models or data, or whose checkpoints cannot be read."""
+    if before["parents"] != parents or before["data"] != fingerprint:
+        raise UserError(
+            f"{out.path} was begun with other data or from other models, so it cannot go on with these. "
+            "Say overwrite=true to begin anew, or choose another name=."
+        )
+    if (then := before.get("sharded")) != (now := checkpoints_of(out.stage)):
+        raise UserError(
+            f"{out.path} was checkpointed under {then or 'no sharding'} and cannot resume under {now or 'none'}. Use "
+            "the same launcher, or overwrite=true to start over."
+        )

@@ -1,0 +1,87 @@
+"""DPO (Rafailov et al. 2023, arXiv 2305.18290): a policy learns from preferences directly, without a reward model.
+
+python -m rlhf_pipeline stage=dpo data=preferences data.path=pairs.jsonl
+"""
+
+import copy
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer
+
+from rlhf_pipeline.data import fingerprint, texts
+from rlhf_pipeline.data.records import Preference, Ranking
+from rlhf_pipeline.data.templates import written
+from rlhf_pipeline.data.tokenization import lesson
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.models.policies import Policy, load_policy, lora_config
+from rlhf_pipeline.runs.directory import RunDir
+from rlhf_pipeline.settings import Settings
+from rlhf_pipeline.stages.sft import without_adapter
+from rlhf_pipeline.training.batching import Ordered
+from rlhf_pipeline.training.preferences import compare, preferences_of
+from rlhf_pipeline.training.setup import building, fit_length, say_taken, take_data, trainer_args, watch
+
+
+def run(settings: Settings, out: RunDir) -> None:
+    """Raise preferred answers over the others, held near the policy that it starts from, the reference."""
+    args = trainer_args(DPOConfig, settings, out)
+    source = preferences_of(out, settings.data)
+    rows = take_data(source, settings.seed)
+    upstream = out.upstream("sft", "pretrain", policy=settings.policy)
+    policy, where = load_policy(settings.policy, upstream, texts(rows.train), settings.seed)
+    say_taken("policy", where)
+    fit_length(args, policy.model)
+    train, test = (pairs(split, policy) for split in (rows.train, rows.test))
+    out.begin(settings, {"policy": where}, fingerprint(source, rows))
+    adapter = lora_config(settings.policy)
+    with building():
+        trainer = PairTrainer(
+            policy.model,
+            None if adapter else copy.deepcopy(policy.model),  # with an adapter, the base is the reference
+            args,
+            train_dataset=train,
+            eval_dataset=test,
+            processing_class=policy.tokenizer,
+            peft_config=adapter,
+        )
+    trainer.train(resume_from_checkpoint=watch(trainer, out))
+    trainer.evaluate()
+    found = trainer.state.log_history[-1]
+    if not out.leads:
+        return
+    out.save_model(functools.partial(without_adapter(trainer.model, policy, where).save))
+    names = {"eval_loss": "eval_loss", "accuracy": "eval_rewards/accuracies", "margin": "eval_rewards/margins"}
+    results = {name: found[key] for name, key in names.items()} | {"pairs": len(test)}
+    out.finish(results, objective=results["accuracy"])
+
+
+class PairTrainer(Ordered, DPOTrainer):
+    """TRL's DPOTrainer on rows that are token ids already, in an order that a resumed run meets again."""
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
+        return dataset
+
+    def _uncounted(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {**batch, "completion_mask": torch.zeros_like(batch["completion_mask"])}
+
+
+def pairs(rows: Sequence[Preference | Ranking], policy: Policy) -> Dataset:
+    """Token ids of prompts with their better and worse answers; each answer ends with EOS."""
+    columns: dict[str, list[Any]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "length": []}
+    for row in compare(rows):
+        prompt = written(policy.tokenizer, row.prompt)
+        answers = [lesson(policy.tokenizer, [(prompt, False), (answer, True)]) for answer in row.answers]
+        split = [len(ids) - sum(learnt) for ids, learnt in answers]
+        ends = [[*ids[at:], policy.tokenizer.eos_token_id] for (ids, _), at in zip(answers, split, strict=True)]
+        for better, worse, _ in row.pairs:
+            asked = answers[better].ids[: split[better]]
+            length = len(asked) + max(len(ends[better]), len(ends[worse]))
+            for column, value in zip(columns.values(), (asked, ends[better], ends[worse], length), strict=True):
+                column.append(value)
+    if not columns["prompt_ids"]:
+        raise UserError("the data has no two different answers to a prompt on both sides of the split; it needs some.")
+    return Dataset.from_dict(columns)
