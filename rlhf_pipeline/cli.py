@@ -36,6 +36,7 @@ from rlhf_pipeline.runs.models import folder_of, recover
 from rlhf_pipeline.settings import Hub, Settings
 from rlhf_pipeline.stages import TRAINED
 from rlhf_pipeline.sweeps.jobs import is_number, note_error, run_job
+from rlhf_pipeline.terminal import guarded, one_line
 from rlhf_pipeline.words import CONF, is_recorded, read
 
 sys.path.append(str(Path(__file__).parent / "plugins"))  # Hydra knows a plugin by its package: hydra_plugins
@@ -45,7 +46,7 @@ _MAKES_NOTHING = ("chat", "plan")
 
 def main() -> None:
     """Run the command line and leave with its exit status: 0 done, 2 the user can mend it, 130 interrupted."""
-    with rank_output():
+    with guarded(), rank_output():
         _be_quiet()
         try:
             with _refusals():
@@ -108,16 +109,27 @@ def _refusals() -> Iterator[None]:
     except (HydraException, OmegaConfBaseException) as error:
         _leave(UserError(explained(error)))
     except Exception as error:
-        if fault := files.disk_error(error):
-            _leave(fault)
-        if isinstance(error, ImportError) and "install" in str(error):  # what a setting needs beside
-            _leave(UserError(" ".join(str(error).split())))
-        raise
+        if (fault := files.disk_error(error) or _fault_of_the_system(error)) is None:
+            raise
+        _leave(fault)
+
+
+def _fault_of_the_system(error: Exception) -> UserError | None:
+    """What the machine could not do, as far as the user can mend it."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate" in str(error):
+        return UserError("out of memory; lower trainer.per_device_train_batch_size or choose a smaller policy.")
+    if isinstance(error, RecursionError):
+        return UserError("the configuration or a file is nested too deeply.")
+    if isinstance(error, OSError) and error.filename:
+        return UserError(f"{os.fsdecode(error.filename)}: {error.strerror}.")
+    if isinstance(error, ImportError) and "install" in str(error):  # what a setting needs beside
+        return UserError(str(error))
+    return None
 
 
 def _leave(error: UserError) -> NoReturn:
     note_error(str(error))
-    leave(f"{error.kind}{error}", 2, error.shared)
+    leave(one_line(f"{error.kind}{error}"), 2, error.shared)
 
 
 # -- one stage
@@ -219,7 +231,7 @@ def _pipeline(whole: Settings, words: Sequence[str]) -> float | None:
     if "reward" in order and chosen not in rewards.TRAINABLE:
         print(f"reward={chosen} needs no training, so stage=reward is left out.", flush=True)
         order.remove("reward")
-    rest = [word for word in words if not word.startswith("stage=")]
+    rest = [word for word in words if not word.startswith(("stage=", "rounds="))]
     each = {stage: settings_of([*rest, f"stage={stage}"]) for stage in order}  # the same in every round
     for stage, settings in each.items():  # before the first begins
         check_launch(_said(settings))
@@ -338,5 +350,4 @@ def _be_quiet() -> None:
     if processes() > 1:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # each process would say all of it
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("rlhf_pipeline").setLevel(logging.INFO)

@@ -34,12 +34,17 @@ class _Above:
     def write(self, text: str) -> None:
         whole, end, self.begun = (self.begun + text).rpartition("\n")
         if end:
-            with tqdm.external_write_mode(file=sys.stderr):
+            with tqdm.external_write_mode(file=_stderr()):
                 self.file.write(whole + end)
                 self.file.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.file, name)
+
+
+def _stderr() -> Any:
+    """The terminal itself: bars move its cursor, which terminal.Stream would escape."""
+    return getattr(sys.stderr, "raw", sys.stderr)
 
 
 def progress(total: int, title: str, unit: str, initial: int = 0, delay: float = 0.0, leave: bool = True) -> Any:
@@ -48,10 +53,10 @@ def progress(total: int, title: str, unit: str, initial: int = 0, delay: float =
     It is not shown if all is done within `delay` seconds.
     """
     terminal = at_terminal()
-    how = {"dynamic_ncols": True} if terminal else {"bar_format": _LINE, "file": _Lines(sys.stderr)}
     return tqdm(
         total=total, initial=initial, desc=title, unit=unit, delay=delay, leave=leave, smoothing=0.1,
-        mininterval=0.2 if terminal else 10.0, disable=rank() > 0, **how,
+        mininterval=0.2 if terminal else 10.0, disable=rank() > 0, dynamic_ncols=terminal,
+        bar_format=None if terminal else _LINE, file=_stderr() if terminal else _Lines(_stderr()),
     )  # fmt: skip
 
 

@@ -30,9 +30,9 @@ class Range:
 
     def __str__(self) -> str:
         if self.least is not None and self.most is not None:
-            return f"from {self.least:g} to {self.most:g}"
-        low = f"above {self.above:g}" if self.above is not None else f"of at least {self.least:g}"
-        return f"{low}, at most {self.most:g}" if self.most is not None else low
+            return f"from {self.least:.10g} to {self.most:.10g}"
+        low = f"above {self.above:.10g}" if self.above is not None else f"of at least {self.least:.10g}"
+        return f"{low}, at most {self.most:.10g}" if self.most is not None else low
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

@@ -38,6 +38,7 @@ _RESERVED = {
     "world_size": "it is the number of processes launched",
     "hub_token": "set HF_TOKEN in the environment, where no file keeps it",
     "resume_from_checkpoint": "an unfinished run resumes by itself",
+    "push_to_hub": "hub.push=user/name uploads the finished model, privately",
     "sft_model_path": "set policy.path",
     "reward_model_path": "set reward.path",
 }
@@ -140,7 +141,7 @@ class Settings:
     stage: str
     name: str
     experiment: str | None = None
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     runs: str = "runs"
     overwrite: bool = False
     policy: dict[str, Any] = field(default_factory=dict)
@@ -253,10 +254,17 @@ class Settings:
         return asdict(self)
 
 
+_LONGEST = 200  # bytes of a folder's name; file systems take 255
+
+
 def check_name(name: str, runs: str) -> None:
     """Refuse what is no folder below `runs`."""
     if not name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise UserError(f"name='{name}' is no run name: it is a folder below {runs}/.")
+    if any(len(part.encode()) > _LONGEST for part in Path(name).parts):
+        raise UserError(f"name={name[:40]}... is too long for a folder; it takes at most {_LONGEST} bytes.")
+    if (found := next((path for path in (Path(runs), *Path(runs).parents) if path.exists()), None)) and found.is_file():
+        raise UserError(f"runs={runs}: {found} is a file; give a folder.")
 
 
 def check_sections(stages: Iterable[str]) -> None:

@@ -47,6 +47,7 @@ def read(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     shows = bool(_SHOWING & {word.split("=")[0] for word in options})
     settings = [_kl_budget(word, shows or "-m" in options) for word in settings]
     settings = [_readable(word, swept="-m" in options) for word in settings]
+    _check_once(settings)
     if "-m" in options and shows:  # a sweep is shown as one job, without what is swept
         settings = [word for word in settings if not parse(word).is_sweep_override()]
         options.remove("-m")
@@ -67,6 +68,13 @@ def read(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return settings, options
 
 
+def _check_once(settings: Sequence[str]) -> None:
+    keys = [word.lstrip("+").partition("=")[0] for word in settings]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise UserError(f"{key}= is given {keys.count(key)} times; give it once.")
+
+
 def is_recorded(options: Sequence[str]) -> bool:
     """Whether a recorded configuration is run again: it is complete by itself."""
     return any(word.startswith(_RECORDED) for word in options)
@@ -74,7 +82,10 @@ def is_recorded(options: Sequence[str]) -> bool:
 
 def parse(word: str) -> Override:
     """A setting as Hydra reads it."""
-    return OverridesParser.create().parse_override(word)
+    try:
+        return OverridesParser.create().parse_override(word)
+    except RecursionError:
+        raise UserError(f"{word[:40]}... is nested too deeply.") from None
 
 
 def _with_prompts(argv: Sequence[str]) -> list[str]:

@@ -80,8 +80,8 @@ def compare(rows: Sequence[Preference | Ranking], margin: float = 0.0) -> list[C
         key = ("ranking", number) if isinstance(row, Ranking) else ("pairs", heads[number])
         together.setdefault(key, []).extend(found)
     examples: list[Comparison] = []
-    for (kind, number), found in together.items():
-        whole = kind == "ranking" or len({answer for pair in found for answer in pair[:2]}) <= _MOST
+    for (form, number), found in together.items():
+        whole = form == "ranking" or len({answer for pair in found for answer in pair[:2]}) <= _MOST
         examples += [_comparison(rows[number].prompt, part) for part in ([found] if whole else zip(found)) if part]
     return examples
 

@@ -66,7 +66,7 @@ def test_it_learns_what_is_preferred_and_resumes_to_the_bit(run: Path, command_l
 
 
 def test_its_loss_is_the_papers(run: Path, command_line: CommandLine) -> None:
-    """-log sigmoid(beta x ((log p/p_ref)(chosen) - (log p/p_ref)(rejected))), summed over an answer's tokens and EOS."""
+    """-log sigmoid(beta x (log p/p_ref of chosen - that of rejected)), summed over an answer's tokens and EOS."""
     assert command_line(*DPO, "trainer.beta=0.3") == 0
     tokenizer = AutoTokenizer.from_pretrained(run / "dpo" / "model")
     models = [AutoModelForCausalLM.from_pretrained(run / stage / "model").eval() for stage in ("dpo", "sft")]

@@ -52,10 +52,12 @@ REFUSED = {
     "stage=sft nam=x": ["no setting 'nam'", "Did you mean 'name'"],
     "stage=sft +kl.taget=6": ["no setting 'kl'"],
     "stage=ppo reward=keywords reward.words=[好]": ["reward.words=[好]", "put quotes", '["好"]'],
-    "stage=ppo trainer.total_episodes=0": ["trainer.total_episodes is 0; it takes at least 1"],
-    "stage=ppo trainer.kl_coef=-1": ["trainer.kl_coef is -1; it takes 0 or more"],
+    "stage=ppo trainer.total_episodes=0": ["trainer.total_episodes is 0; it takes a number of at least 1"],
+    "stage=ppo trainer.kl_coef=-1": ["trainer.kl_coef is -1; it takes a number of at least 0"],
     "stage=ppo trainer.temperature=0.0": ["trainer.temperature is 0.0; it takes a number above 0"],
-    "stage=sft trainer.per_device_train_batch_size=0": ["trainer.per_device_train_batch_size is 0; it takes at least"],
+    "stage=sft trainer.per_device_train_batch_size=0": [
+        "trainer.per_device_train_batch_size is 0; it takes a number of at least"
+    ],
     "stage=sft seed=one": ["seed is 'one'", "takes a whole number"],
     "stage=sft name=../x": ["is no run name"],
     "stage=sft stages.sfd.trainer.seed=1": ["stages.sfd is no stage"],
@@ -78,6 +80,23 @@ REFUSED = {
     "stage=sft +policy=gpt2": ["+policy= would be a second choice"],
     "stage=sft trainer=5": ["trainer=5 is no section"],
     "stage=sft stages=5": ["stages=5 is no section"],
+    "stage=sft stages.sft=3": ["stages.sft=3 is no section", "stages.sft.<setting>="],
+    "stage=sft seed=-1": ["seed is -1", "from 0 to 4294967295"],
+    "stage=sft seed=1 seed=2": ["seed= is given 2 times"],
+    "stage=sft stage=ppo": ["stage= is given 2 times"],
+    "stage=sft policy=null": ["policy= takes one name"],
+    "stage=ppo rounds=2": ["rounds= goes with stage=pipeline"],
+    f"stage=sft policy.x={'[' * 200}{']' * 200}": ["nested too deeply"],
+    f"stage=sft name={'n' * 300}": ["is too long for a folder", "200 bytes"],
+    "stage=sft runs=/etc/hostname": ["/etc/hostname is a file"],
+    "stage=sft trainer.push_to_hub=true": ["trainer.push_to_hub is not yours to set", "hub.push"],
+    "stage=sft trainer.learning_rate=nan": ["trainer.learning_rate is nan"],
+    "stage=sft trainer.max_length=-5": ["trainer.max_length is -5"],
+    "stage=sft trainer.num_train_epochs=0": ["trainer.num_train_epochs is 0", "above 0"],
+    "stage=sft trainer.max_steps=0": ["trainer.max_steps is 0", "-1 for no limit"],
+    "stage=sft trainer.save_steps=-1": ["trainer.save_steps is -1"],
+    "stage=sft trainer.label_smoothing_factor=2": ["trainer.label_smoothing_factor is 2", "from 0 to 1"],
+    "stage=sft data=\x1b[31mred": [r"no data is called '\x1b[31mred'"],
     "stage=sft trainer.learning_rate=": ["trainer.learning_rate is ''"],
     "stage=sft trainer.learning_rate=1(2": [
         "trainer.learning_rate=1(2 cannot be read",
@@ -86,7 +105,7 @@ REFUSED = {
     "stage=sft seed=1,2": ["seed=1,2 has several values", "-m"],
     "stage=sft policy.path=${nix}": ["${nix}", "no setting 'nix'"],
     "stage=ppo trainer.total_episodes=nan": ["trainer.total_episodes is nan", "takes a whole number or null"],
-    "stage=ppo trainer.learning_rate=inf": ["trainer.learning_rate is inf; it takes 0 or more (a finite number)"],
+    "stage=ppo trainer.learning_rate=inf": ["trainer.learning_rate is inf; it takes a number of at least 0"],
     "stage=ppo trainer.max_grad_norm=nan": ["trainer.max_grad_norm is nan"],
     "stage=sft seed=null": ["seed is null; it takes a whole number"],
     "stage=evaluate compare=a,b": ["compare is 'a,b'; it takes a list (text each)"],
@@ -182,7 +201,7 @@ def test_a_path_that_is_there_is_what_the_shell_handed_over(workplace: Path) -> 
         Path(text).touch()
         asked = settings_of("stage=sft", "data=text", f"data.path={text}", f"policy.path={text}", f"name={text}")
         assert [asked.data["path"], asked.policy["path"], asked.name] == [text] * 3
-        assert settings_of("stage=collect", f"labels={text}", f"runs={text}").labels == text
+        assert settings_of("stage=collect", f"labels={text}").labels == text
         chat = settings_of("stage=chat", f"against={text}", f"stages.chat.policy.path={text}")
         assert [chat.against, chat.policy["path"]] == [text] * 2
         base = settings_of(
@@ -376,9 +395,10 @@ def test_one_name_in_all_places() -> None:
     files = (ROOT / "rlhf_pipeline" / "stages").glob("[a-z]*.py")
     stages = {path.stem for path in files if "\ndef run(settings: Settings, out: RunDir)" in path.read_text()}
     assert stages | {"pipeline"} == {path.stem for path in (CONF / "stage").glob("*.yaml")}
-    makefile = (ROOT / "Makefile").read_text()
-    for stage in stages:
-        assert re.search(rf"^(?:[\w-]+ )*{stage}(?: [\w-]+)*: setup", makefile, re.MULTILINE), stage
+    assert stages | {"pipeline"} == set(STAGES)
+    make = ["make", "--dry-run", "--always-make", *stages, "pipeline"]
+    made = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {stage for stage in STAGES if f"-m rlhf_pipeline stage={stage} " in made} == set(STAGES)
     for readme in ("README.md", "README.zh-CN.md"):
         assert all(f"stage={stage}" in (ROOT / readme).read_text() for stage in stages), readme
 

@@ -8,10 +8,10 @@ from conftest import ROOT
 PACKAGE = ROOT / "rlhf_pipeline"
 # A module imports only from those before it (at module level).
 LAYERS = [
-    ["errors", "texts", "stages.__init__", "stages.STAGES", "stages.Stage", "stages.FOLDERS", "stages.POLICIES",
-     "stages.TRAINED"],
-    ["processes", "files"], ["progress"],
-    ["registry", "hub", "limits", "models.networks", "models.precision", "models.adapters",
+    ["errors", "texts", "terminal", "stages.__init__", "stages.STAGES", "stages.Stage", "stages.FOLDERS",
+     "stages.POLICIES", "stages.TRAINED"],
+    ["processes", "files", "registry"], ["progress"],
+    ["hub", "limits", "models.networks", "models.precision", "models.adapters",
      "models.reward_model", "evaluation.metrics", "runs.checkpoints", "runs.lineage"],
     ["data", "models.sampling"],
     ["models", "report"], ["plan"], ["settings"], ["report.cards"], ["runs"],
