@@ -131,7 +131,8 @@ class Optuna(Grid):
                 "'trainer.kl_coef=interval(0.01,0.5)', or several values."
             )
         at_once, left = _count("n_jobs", self.n_jobs), _count("n_trials", self.n_trials)
-        said = [*fixed, *(swept[key].input_line or "" for key in space), f"kl_budget={self.kl_budget}"]
+        judged = "by score" if self.kl_budget is None else f"kl_budget={self.kl_budget:g}"
+        said = [*fixed, *(swept[key].input_line or "" for key in space), judged]
         with held(self.folder / ".optuna.lock", self.folder):  # two sessions would run each other's trials
             study, done = self.study(" ".join(sorted(said)))
             left -= len(done)
