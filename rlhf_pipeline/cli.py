@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_pipeline import files
-from rlhf_pipeline.composition import expand, explained, settings_of, settle
+from rlhf_pipeline.composition import check_functions, expand, explained, settings_of, settle
 from rlhf_pipeline.errors import UserError, WaitingError
 from rlhf_pipeline.models import rewards
 from rlhf_pipeline.processes import agree, check_launch, ending_together, leave, processes, rank, rank_output
@@ -75,6 +75,8 @@ def _hydra_main(words: list[str], recorded: bool) -> None:
         with _refusals():  # here too: Hydra tells of an exception in its own words
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 return _run_job(cfg)
+            if recorded:
+                check_functions(cfg, words)
             recover(Path(str(cfg.runs)))
             if cfg.stage == "pipeline":
                 return _pipeline(settle(cfg), words)

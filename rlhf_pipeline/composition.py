@@ -41,6 +41,8 @@ OmegaConf.register_new_resolver(
     replace=True,
 )
 
+OmegaConf.register_new_resolver("oc.env", lambda name, *_: _no_environment(name), replace=True)
+
 
 def settings_of(words: Sequence[str]) -> Settings:
     """The settings of the stage that `words` (see `words.read`) ask for."""
@@ -146,14 +148,40 @@ def _as_its_run(
         found, folder, opened = sweep(runs, str(value["sweep"]), str(name) if name else None, overwrite)
         if "reward@labeler" in said:
             opened.pop("labeler", None)
+        check_functions({kind: choice for kind, choice in opened.items() if kind not in said}, list(said))
         return opened, [f"name={quoted(found)}", f"sweep={quoted(folder)}"]
     experiments = experiment.get("experiment")
     run = RunDir(runs, str(name or experiments or "default"), "chat", experiments)
     asked = {key.removeprefix("policy."): x for key, x in value.items() if key.startswith("policy.")}
     opened = dict(choices(run, asked))
+    if (path := own_functions(opened)) and "reward" not in said:
+        print(f"the run's reward is the function {path}, which a chat runs if asked: reward=python reward.path={path}")
+        del opened["reward"]
+        return opened, ["++chat.reward=false"]
     if any(key.partition(".")[0] == "reward" for key in said) and "chat.reward" not in said:
         return opened, ["++chat.reward=true"]
     return opened, []
+
+
+def own_functions(choices: Mapping[str, Any]) -> str | None:
+    """The path of the first Python function among recorded rewards; None where there is none."""
+    every = [choice for kind in ("reward", "labeler") if (choice := choices.get(kind))]
+    for choice in every:  # which grows by the parts of sums
+        if choice.get("name") == "python":
+            return str(choice.get("path"))
+        every += choice.get("parts") or []
+    return None
+
+
+def check_functions(recorded: Mapping[str, Any], words: Sequence[str]) -> None:
+    """Refuse to run a Python function that only a recorded configuration names: it may be a stranger's."""
+    path = own_functions(recorded)
+    if path and not any(_key(word).startswith("reward") for word in words):
+        raise UserError(f"the recorded reward is the function {path}; to run it, add reward=python reward.path={path}.")
+
+
+def _no_environment(name: str, *_: str) -> str:
+    raise UserError(f"${{oc.env:{name}}} would be written to config.yaml; let the shell fill it in: ${name}")
 
 
 def settle(cfg: DictConfig) -> Settings:

@@ -21,6 +21,7 @@ from rlhf_pipeline.runs import same_work
 from rlhf_pipeline.runs.checkpoints import drop_half_written, give_way, newest_whole, put_in_place
 from rlhf_pipeline.runs.lineage import file_hash, git, hardware, parent, versions
 from rlhf_pipeline.settings import Settings
+from rlhf_pipeline.stages import FOLDERS
 
 CANDIDATES, CANDIDATES_SO_FAR, LABELS = "candidates.jsonl", "candidates.part.jsonl", "labels.jsonl"
 PROJECT, SHEET = "project.json", "sheet.csv"
@@ -64,6 +65,8 @@ class RunDir:
         if not record:
             return False
         done = bool(record["status"] == "done")
+        if done and not settings.overwrite:
+            self._check_model()
         if done or self.resumable:
             differences = same_work.differences(self, settings)
             if not differences and not (settings.overwrite and done):
@@ -102,6 +105,14 @@ class RunDir:
         made = any((self.path / name).exists() for name in (CANDIDATES, CANDIDATES_SO_FAR, POINTS))
         return made or self.last_checkpoint() is not None
 
+    def _check_model(self) -> None:
+        """Refuse a stage that is done and whose model has been deleted: an older one would pass for it."""
+        if FOLDERS[self.stage].makes and not self.model.is_dir():
+            raise UserError(
+                f"{self.path} is done, but its model/ is gone. Make it again: stage={self.stage} name={self.name} "
+                "overwrite=true, with the settings it was made with."
+            )
+
     def objective(self) -> float | None:
         """The one number that a sweep compares."""
         value = self.record.get("objective")
@@ -121,8 +132,9 @@ class RunDir:
         for name in names:
             for stage in stages:
                 other = RunDir(self.runs, name, stage)
-                if other.record.get("status") != "done" or not other.model.is_dir():
+                if other.record.get("status") != "done":
                     continue
+                other._check_model()
                 made = other.config()
                 if reward is not None and made["reward"]["name"] != reward["name"]:
                     continue

@@ -1,5 +1,6 @@
 """What the stages share: a trainer's settings, its log and its progress bar."""
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -58,12 +59,19 @@ def trainer_args(kind: type[A], settings: Settings, out: RunDir) -> A:
     AcceleratorState._reset_state(
         reset_partial_state=False
     )  # an earlier stage of this process may have chosen otherwise
-    values = {"disable_tqdm": True, "logging_first_step": True, **settings.trainer, **trackers.naming(vars(settings))}
+    values = {
+        "disable_tqdm": True,
+        "logging_first_step": True,
+        **settings.trainer,
+        **trackers.naming(vars(settings)),
+    }
     cut = agree(lambda: batch_of(out, settings) or {})
     if said := [f"trainer.{name}={value}" for name, value in cut.items() if values.get(name, 1) != value]:
         print(f"{', '.join(said)}: as many rows a step as before, on {processes()} process(es)", flush=True)
     values |= cut
     values["report_to"] = trackers.chosen(values.get("report_to"))
+    if settings.stage != "ppo":  # which looks for itself
+        values["logging_nan_inf_filter"] = False  # it would show a loss of 0 in the place of NaN
     if settings.stage != "ppo" and not values.get("fp16"):
         values["bf16"], chosen = choose_bf16(values.get("bf16", "auto"))
         print(f"computing in {chosen}", flush=True)
@@ -139,6 +147,12 @@ def sharded_weights(trainer: transformers.Trainer) -> dict[str, Any] | None:
     return weights
 
 
+def check_finite(model: Any, when: str) -> None:
+    """Refuse to keep weights that are not finite."""
+    if model is not None and not all(bool(torch.isfinite(weight).all()) for weight in model.parameters()):
+        raise UserError(f"the weights are not finite {when}, and are not saved; lower trainer.learning_rate.")
+
+
 class RunLog(TrainerCallback):
     """Writes `metrics.jsonl`, and marks a checkpoint once it is whole."""
 
@@ -147,13 +161,21 @@ class RunLog(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                logs: dict[str, Any] | None = None, **_: Any) -> None:  # fmt: skip
-        """One row a log."""
+        """One row a log. A loss that is not finite ends the training at the last good checkpoint."""
+        for name in ("loss", "eval_loss"):
+            if not math.isfinite(value := float((logs or {}).get(name, 0.0))):
+                raise UserError(
+                    f"{name} is {value} at step {state.global_step}; the checkpoints before it are kept. Lower "
+                    "trainer.learning_rate, or look for rows that overflow."
+                )
         row = {key: value for key, value in (logs or {}).items() if not key.endswith(_LEFT_OUT) and key != "eps"}
         if row and "train_loss" not in row:
             self.out.log(state.global_step, row)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+                model: Any = None, **_: Any) -> None:  # fmt: skip
         """The checkpoint is whole from now on."""
+        check_finite(model, f"at step {state.global_step}")
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and not (folder / SEAL).exists():
             seal(folder)
