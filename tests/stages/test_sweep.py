@@ -78,8 +78,7 @@ def test_what_has_been_trained_is_kept_where_its_measuring_fails(
 
     with monkeypatch.context() as broken:
         broken.setattr("rlhf_pipeline.ppo.PPOTrainer.measure", measure)
-        with pytest.raises(MemoryError):
-            command_line(*QUICK, "name=demo", "overwrite=true")
+        assert command_line(*QUICK, "name=demo", "overwrite=true") == 2
     assert (runs / "demo" / "ppo" / "model" / "config.json").is_file()
     assert json.loads((runs / "demo" / "ppo" / "run.json").read_text())["status"] == "failed"
     assert command_line(*QUICK, "name=demo") == 0
