@@ -155,7 +155,7 @@ def test_a_sharded_model_learns_the_same(
     record = json.loads((two / "run.json").read_text())
     (two / "run.json").write_text(json.dumps({**record, "status": "running"}))
     assert command_line(*asked) == 2
-    assert f"the checkpoints of runs/two/sft are of {launch}" in capsys.readouterr().err
+    assert f"runs/two/sft was checkpointed under {launch}" in capsys.readouterr().err
     done = run(command)
     assert "resuming from" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]
     assert difference(one, two) < 1e-5
