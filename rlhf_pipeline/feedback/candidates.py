@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from typing import Any
 
@@ -25,10 +25,10 @@ _TRIES = 5  # draws of one answer until it differs from the others
 class Asker:
     """Draws the answers to each prompt from policies and temperatures in turn; near-duplicates are drawn again."""
 
-    policies: Mapping[str, Policy]  # by where each came from; prompts are in the words of the first
+    policies: Mapping[str, Policy]  # by where each came from; the questions are in the tokens of the first
     sampling: Mapping[str, Sampling]  # of each, at temperature 1
     collect: Collection
-    seed: str  # what tells this collection from others
+    seed: str
 
     def rows(self, questions: Sequence[Question], first: int = 0) -> Iterator[list[dict[str, Any]]]:
         """Rows of `candidates.jsonl` by batches of prompts, from prompt number `first`, shared out to the processes.
@@ -42,15 +42,10 @@ class Asker:
 
     def _batch(self, questions: Sequence[Question], start: int) -> list[dict[str, Any]]:
         asked = dict(enumerate(questions[start : start + self.collect.batch_size], start))
-        return [
-            self._row(number, asked[number].prompt, answers)
-            for number, answers in self._different(asked).items()
-            if len(answers) > 1
-        ]
+        return [self._row(number, asked[number].prompt, a) for number, a in self._answers(asked).items() if len(a) > 1]
 
     def _row(self, number: int, prompt: Any, answers: list[dict[str, Any]]) -> dict[str, Any]:
-        # The place of an answer must not tell where it came from.
-        random.Random(f"order {self.seed} {number}").shuffle(answers)
+        random.Random(f"order {self.seed} {number}").shuffle(answers)  # the place must not tell the source
         texts = [answer["text"] for answer in answers]
         name = hashlib.sha256(repr((self.seed, number, prompt, texts)).encode()).hexdigest()[:10]
         return {
@@ -61,57 +56,51 @@ class Asker:
             "answers": [{"id": f"answer{n}", **answer} for n, answer in enumerate(answers, 1)],
         }
 
-    def _different(self, asked: Mapping[int, Question]) -> dict[int, list[dict[str, Any]]]:
+    def _answers(self, asked: Mapping[int, Question]) -> dict[int, list[dict[str, Any]]]:
         """Up to K answers to each numbered prompt, no two of them more alike than `similarity`.
 
-        Each answer has all that is needed to draw it again: policy, temperature and seed.
+        Each has what it takes to draw it again: policy, temperature and seed.
         """
         sources = list(itertools.product(self.collect.temperatures, self.policies))
         found: dict[int, dict[int, dict[str, Any]]] = {number: {} for number in asked}
-        for attempt, (place, (temperature, policy)) in itertools.product(range(_TRIES), enumerate(sources)):
-            # Another source is first for the next prompt, so that each has its turn if there are more than K.
+        for attempt, (place, (temperature, where)) in itertools.product(range(_TRIES), enumerate(sources)):
+            # The next prompt begins with the next source, so that each has its turn if there are more than K.
             wanted = [
                 (number, slot)
                 for number, got in found.items()
                 for slot in range((place - number) % len(sources), self.collect.answers, len(sources))
                 if slot not in got
             ]
-            seeds = [
-                int.from_bytes(hashlib.sha256(f"{self.seed} {number} {slot} {attempt}".encode()).digest()[:4], "big")
-                for number, slot in wanted
-            ]
-            texts = self._draw(policy, temperature, [asked[number] for number, _ in wanted], seeds)
-            for (number, slot), text, seed in zip(wanted, texts, seeds, strict=True):
-                if not any(alike(text, other["text"], self.collect.similarity) for other in found[number].values()):
-                    found[number][slot] = {"text": text, "policy": policy, "temperature": temperature, "seed": seed}
+            for at in range(0, len(wanted), self.collect.batch_size):
+                part = wanted[at : at + self.collect.batch_size]
+                keys = [f"{self.seed} {number} {slot} {attempt}" for number, slot in part]
+                seeds = [int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") for key in keys]
+                texts = self._draw(where, temperature, [asked[number] for number, _ in part], seeds)
+                for (number, slot), text, seed in zip(part, texts, seeds, strict=True):
+                    if not any(alike(text, other["text"], self.collect.similarity) for other in found[number].values()):
+                        source = {"policy": where, "temperature": temperature, "seed": seed}
+                        found[number][slot] = {"text": text, **source}
         return {number: [got[slot] for slot in sorted(got)] for number, got in found.items()}
 
     def _draw(self, where: str, temperature: float, questions: Sequence[Question], seeds: Sequence[int]) -> list[str]:
         """One answer to each prompt, each from its own seed: the batch it is drawn in does not matter."""
-        policy, length, base = self.policies[where], self.collect.response_length, self.sampling[where]
-        sampling = Sampling(temperature, base.stop_ids, base.min_length, base.suppressed_ids)
-        found: list[str] = []
-        for start in range(0, len(questions), self.collect.batch_size):
-            part = slice(start, start + self.collect.batch_size)
-            ids = [ids_for(policy, next(iter(self.policies.values())), question) for question in questions[part]]
-            check_positions(policy.model, ids, length)
-            draws = [torch.rand(length, generator=torch.Generator().manual_seed(seed)) for seed in seeds[part]]
-            limits = torch.full((len(ids),), length)
-            found += sample(policy.model, ids, limits, sampling, torch.stack(draws, 1)).texts(policy.tokenizer)[1]
-        return found
+        policy, length = self.policies[where], self.collect.response_length
+        ids = ids_for(policy, next(iter(self.policies.values())), questions)
+        check_positions(policy.model, ids, length)
+        draws = [torch.rand(length, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        sampling = replace(self.sampling[where], temperature=temperature)
+        batch = sample(policy.model, ids, torch.full((len(ids),), length), sampling, torch.stack(draws, 1))
+        return batch.texts(policy.tokenizer)[1]
 
 
-def ids_for(policy: Policy, first: Policy, question: Question) -> list[int]:
-    """A question in the tokens of a policy; it was written in those of the first one."""
+def ids_for(policy: Policy, first: Policy, questions: Sequence[Question]) -> list[list[int]]:
+    """Questions in the tokens of a policy; they hold those of the first one."""
     if policy is first:
-        return question.ids
-    return encode(policy.tokenizer, [written(policy.tokenizer, question.prompt)])[0]
+        return [question.ids for question in questions]
+    return encode(policy.tokenizer, [written(policy.tokenizer, question.prompt) for question in questions])
 
 
 def alike(first: str, second: str, similarity: float) -> bool:
     """Whether two texts say nearly the same, word by word. Equal ones always do."""
     one, other = (words_of(text.lower()) for text in (first, second))
-    if one == other:
-        return True
-    matcher = SequenceMatcher(None, one, other, autojunk=False)
-    return matcher.real_quick_ratio() > similarity and matcher.ratio() > similarity
+    return one == other or SequenceMatcher(None, one, other, autojunk=False).ratio() > similarity

@@ -1,10 +1,14 @@
-"""Labels of what stage=collect has asked for: to where people give them, and back again.
+"""Labels of what stage=collect has asked for: to where people give them, back again, and by a reward in their place.
 
-Loads no torch: people wait for it again and again.
+Loads no torch: people run `labels=pull` again and again.
 """
 
 import dataclasses
+import itertools
 import json
+import math
+import random
+import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,102 +17,90 @@ from typing import Any
 from rlhf_pipeline.data.agreement import settle
 from rlhf_pipeline.data.formats import read_judgements
 from rlhf_pipeline.data.formats.tasks import label_studio_tasks, sheet
-from rlhf_pipeline.data.records import Judgement, Prompt, Turn
+from rlhf_pipeline.data.records import Judgement
 from rlhf_pipeline.errors import NotFinishedError, UserError
-from rlhf_pipeline.feedback.label_studio import connect, pull, push, serve
-from rlhf_pipeline.feedback.page import labeling_config
+from rlhf_pipeline.feedback.label_studio import connect, labeling_config, pull, push, serve
 from rlhf_pipeline.files import read_jsonl, write_atomic, write_json, write_jsonl
+from rlhf_pipeline.models.rewards import Reward
+from rlhf_pipeline.progress import parts
 from rlhf_pipeline.runs.directory import CANDIDATES, LABELS, PROJECT, RunDir
 from rlhf_pipeline.settings import Collection, Settings
 
-REJECTED, SKIPPED, EXPORT = "rejected.jsonl", "skipped.jsonl", "export.json"
-
-
-def prompt_of(row: dict[str, Any]) -> Prompt:
-    """The prompt of a row of `candidates.jsonl`."""
-    prompt = row["prompt"]
-    return prompt if isinstance(prompt, str) else tuple(Turn(turn["role"], turn["content"]) for turn in prompt)
+_REJECTED, _SKIPPED, _EXPORT = "rejected.jsonl", "skipped.jsonl", "export.json"
 
 
 def offer(out: RunDir, rows: Sequence[dict[str, Any]], lang: str) -> None:
-    """Write what people label: tasks for Label Studio with their layout and its language, and a sheet."""
-    prompts = [prompt_of(row) for row in rows]
-    write_json(out.path / "tasks.json", label_studio_tasks(rows, prompts))
+    """Write what people label: tasks for Label Studio with their page, and a sheet."""
+    write_json(out.path / "tasks.json", label_studio_tasks(rows))
     most = max(len(row["answers"]) for row in rows)
     write_atomic(out.path / "labeling_config.xml", labeling_config(most, lang))
-    out.offer_sheet(sheet(rows, prompts))
+    out.offer_sheet(sheet(rows))
 
 
 def take(settings: Settings, out: RunDir) -> None:
-    """What `labels=` asks for: bring labels in, or the tasks to where people label them."""
+    """Do what `labels=` asks for: bring labels in, or the tasks to where people label them."""
     if not (out.path / CANDIDATES).exists():
         raise NotFinishedError(f"{out.path} has no {CANDIDATES} yet; run stage=collect without labels= first.")
-    collect = recorded(settings.collect, out)
+    # The collection stays as it was made, but for these two where they are set now.
+    now, default = settings.collect, Collection()
+    new = {key: getattr(now, key) for key in ("annotators", "enough") if getattr(now, key) != getattr(default, key)}
+    collect = Collection(**{**out.config().get("collect", {}), **new})
     if settings.labels == "serve":
         try:
             serve(out.path, out.name, out.runs, collect.annotators)
         except KeyboardInterrupt:  # the way to end it
             print("\nLabel Studio has ended; its labels are kept.", flush=True)
-    elif settings.labels == "push":
+        return
+    if settings.labels == "push":
         print(f"tasks    {push(connect(out.runs), out.path, out.name, collect.annotators)}", flush=True)
         print("labels=pull fetches what is labelled", flush=True)
+        return
+    if settings.labels == "pull":
+        bring_pulled(out)
     else:
-        if settings.labels == "pull":
-            bring_pulled(out)
-        else:
-            path = Path(str(settings.labels)).expanduser()
-            _bring(out, path, str(path.resolve()))
-        out.reopen(dataclasses.replace(settings, collect=collect))
-        note_progress(collect, out)
-
-
-def recorded(now: Collection, out: RunDir) -> Collection:
-    """The collection as it was made, with `annotators` and `enough` as they are now if they are set."""
-    known = out.config().get("collect") or {}
-    new = {
-        key: getattr(now, key) for key in ("annotators", "enough") if getattr(now, key) != getattr(Collection(), key)
-    }
-    return Collection(**{**known, **new})
+        path = Path(str(settings.labels)).expanduser()
+        _bring(out, path, str(path.resolve()))
+    out.reopen(dataclasses.replace(settings, collect=collect))
+    note_progress(collect, out)
 
 
 def bring_pulled(out: RunDir) -> None:
-    """Add what has been labelled in Label Studio so far; what has been taken back there is dropped."""
-    tasks, path = pull(out.path, out.runs), out.path / EXPORT
+    """Replace the labels from Label Studio by what is labelled there now."""
+    tasks = pull(out.path, out.runs)
+    write_json(out.path / _EXPORT, tasks)
     known = json.loads((out.path / PROJECT).read_text(encoding="utf-8"))
-    # Our own server may be at another port the next time, with the same labels.
+    # Our own server may listen on another port the next time, with the same labels.
     source = f"{'label_studio' if known.get('local') else known['url']}/projects/{known['project']}"
-    notes = [(task, note) for task in tasks for note in task.get("annotations") or []]
+    notes = [(task["data"].get("task"), note) for task in tasks for note in task["annotations"]]
     skips = [
-        {"task": (task.get("data") or {}).get("task"), "annotator": str(note.get("completed_by")), "source": source}
+        {"task": task, "annotator": str(note.get("completed_by")), "source": source}
         for task, note in notes
         if note.get("was_cancelled")
     ]
-    write_jsonl(out.path / SKIPPED, [row for row in read_jsonl(out.path / SKIPPED) if row["source"] != source] + skips)
-    write_json(path, tasks)
+    write_jsonl(out.path / _SKIPPED, _others(out, _SKIPPED, "source", source) + skips)
     if len(skips) < len(notes):
-        _bring(out, path, source)
+        _bring(out, out.path / _EXPORT, source)
     else:
-        _replace(out, path, source, [], [])
+        _replace(out, out.path / _EXPORT, source, [], [])
 
 
 def _bring(out: RunDir, path: Path, source: str) -> None:
     """Add a file's labels to `labels.jsonl`; those that are not of this run's candidates are set aside."""
     found = read_judgements(path)
-    tasks = {row["task"]: row for row in read_jsonl(out.path / CANDIDATES)}
-    others = {row["annotator"] for row in read_jsonl(out.path / LABELS) if row.get("source") != source}
+    candidates = {row["task"]: row for row in read_jsonl(out.path / CANDIDATES)}
     # Everybody's sheet is called sheet.csv.
+    others = {row["annotator"] for row in _others(out, LABELS, "source", source)}
     unnamed = path.stem if path.stem not in others else f"{path.resolve().parent.name}/{path.stem}"
     new, rejected = [], list(found.rejected)
     for judgement in found.judgements:
-        annotator = judgement.annotator or unnamed
-        candidate = tasks.get(judgement.task or "")
-        label = label_row(candidate, judgement) if candidate else None
-        if label:
+        annotator, candidate = judgement.annotator or unnamed, candidates.get(judgement.task or "")
+        if candidate and (label := label_row(candidate, judgement)):
             new.append({**label, "annotator": annotator, "source": source})
-        else:
-            why = "its answers are not those of the task" if candidate else "no candidate of this run has that task"
-            place = {"file": str(path), "line": None, "task": judgement.task, "annotator": annotator}
-            rejected.append({**place, "why": why, "row": {"answers": judgement.answers, "ranks": judgement.ranks}})
+            continue
+        why = "its answers are not those of the task" if candidate else "no candidate of this run has that task"
+        row = {"answers": judgement.answers, "ranks": judgement.ranks}
+        place = {"file": str(path), "line": None, "task": judgement.task, "annotator": annotator}
+        rejected.append({**place, "why": why, "row": row})
     if not new:
         whys = "; ".join(sorted({row["why"] for row in rejected})[:3])
         raise UserError(f"{path} labels none of the tasks in {out.path / CANDIDATES} ({whys}).")
@@ -116,59 +108,79 @@ def _bring(out: RunDir, path: Path, source: str) -> None:
 
 
 def _replace(out: RunDir, path: Path, source: str, new: list[dict[str, Any]], rejected: list[dict[str, Any]]) -> None:
-    """Put new labels in the place of those from the same source, and of the same annotator's on the same task."""
-    said = {(row["task"], row["annotator"]) for row in new}
-    labels = [row for row in read_jsonl(out.path / LABELS) if row.get("source") != source]
-    kept = [row for row in labels if (row["task"], row["annotator"]) not in said]
-    set_aside = [row for row in read_jsonl(out.path / REJECTED) if row["file"] != str(path)]
-    for name, rows in ((LABELS, kept + new), (REJECTED, set_aside + rejected)):
+    """Replace the labels from the same source, and those of the same annotator on the same task."""
+    judged = {(row["task"], row["annotator"]) for row in new}
+    labels = [row for row in _others(out, LABELS, "source", source) if (row["task"], row["annotator"]) not in judged]
+    for name, rows in ((LABELS, labels + new), (_REJECTED, _others(out, _REJECTED, "file", str(path)) + rejected)):
         if rows:
             write_jsonl(out.path / name, rows)
         else:
             (out.path / name).unlink(missing_ok=True)
 
 
-def label_row(row: dict[str, Any], judgement: Judgement) -> dict[str, Any] | None:
-    """A judgement as a row of `labels.jsonl`, with the answers as they were sampled.
+def _others(out: RunDir, name: str, key: str, value: str) -> list[dict[str, Any]]:
+    return [row for row in read_jsonl(out.path / name) if row.get(key) != value]
 
-    None if it has an answer that the candidates have not. Spreadsheets change blanks, which do not count, and numbers
-    ("007" to "7"): then all other answers must stand in their places.
+
+def label_row(row: dict[str, Any], judgement: Judgement) -> dict[str, Any] | None:
+    """A judgement as a row of `labels.jsonl`, with the answers as they were sampled; None if it is of other answers.
+
+    A spreadsheet may change blanks, and one answer, as 007 to 7, if all others are in their places.
     """
-    shown = label_studio_tasks([row], [prompt_of(row)])[0]["data"]
-    names = [_blanks(shown[answer["id"]]) for answer in row["answers"]]
-    given = [_blanks(answer) for answer in judgement.answers]
+    data = label_studio_tasks([row])[0]["data"]
+    names = [" ".join(data[answer["id"]].split()) for answer in row["answers"]]
+    given = [" ".join(answer.split()) for answer in judgement.answers]
     if not set(given) <= set(names):
-        same = {one == other for one, other in zip(names, given, strict=False) if one in given or other in names}
-        if len(given) != len(names) or same != {True}:
+        if len(given) != len(names) or sum(a != b for a, b in zip(given, names, strict=True)) > 1:
             return None
         given = names
     ranks = dict(zip(given, judgement.ranks, strict=True))
-    answers = [(a["text"], ranks[name]) for a, name in zip(row["answers"], names, strict=True) if name in ranks]
-    return {
-        "task": row["task"],
-        "prompt": row["prompt"],
-        "responses": [text for text, _ in answers],
-        "ranks": [rank for _, rank in answers],
-    }
-
-
-def _blanks(text: str) -> str:
-    return " ".join(text.split())
+    kept = [(answer["text"], ranks[name]) for answer, name in zip(row["answers"], names, strict=True) if name in ranks]
+    texts, places = zip(*kept, strict=True)
+    return {"task": row["task"], "prompt": row["prompt"], "responses": list(texts), "ranks": list(places)}
 
 
 def note_progress(collect: Collection, out: RunDir) -> None:
     """Finish the stage with how far the candidates are labelled: done if that is enough to go on, else waiting."""
     tasks = {row["task"] for row in read_jsonl(out.path / CANDIDATES)}
     rows = read_jsonl(out.path / LABELS)
-    people: dict[str, set[str]] = defaultdict(set)
-    for row in rows + read_jsonl(out.path / SKIPPED):  # a skip is an answer too
-        people[row["task"]].add(row["annotator"])
-    by_people = any(row.get("source") for row in rows)
-    through = {task for task in tasks if len(people[task]) >= (collect.annotators if by_people or not rows else 1)}
+    annotators: dict[str, set[str]] = defaultdict(set)  # of each task
+    for row in rows + read_jsonl(out.path / _SKIPPED):
+        annotators[row["task"]].add(row["annotator"])
+    by_reward = rows and not any(row.get("source") for row in rows)
+    through = {task for task in tasks if len(annotators[task]) >= (1 if by_reward else collect.annotators)}
     labelled = through & {row["task"] for row in rows}
     results: dict[str, Any] = {"prompts": len(tasks), "labelled": len(labelled), "skipped": len(through - labelled)}
     if rows:
         results |= settle(read_judgements(out.path / LABELS).judgements)[1]
-    results["rejected"] = len(read_jsonl(out.path / REJECTED))
+    results["rejected"] = len(read_jsonl(out.path / _REJECTED))
     enough = labelled and len(through) >= collect.enough * len(tasks)
     out.finish(results, status="done" if enough else "waiting")
+
+
+def rank(rows: Sequence[dict[str, Any]], reward: Reward, noise: float, seed: str) -> tuple[list[dict[str, Any]], float]:
+    """A reward's labels of candidates, and the share of pairs that it ranks as it would without `noise`.
+
+    `noise`, in standard deviations of all scores, is the scale of Gumbel noise on each score, so that a better answer
+    comes first with the probability of Bradley and Terry (1952): close pairs are confused, clear ones hardly ever.
+    """
+    asked = [(row["shown_prompt"], answer["text"]) for row in rows for answer in row["answers"]]
+    scores: list[float] = []
+    for part in parts(asked, 128, "label", "answer"):
+        scores += reward([prompt for prompt, _ in part], [text for _, text in part])
+    scale, draw, left = noise * statistics.pstdev(scores), random.Random(f"labeler {seed}"), iter(scores)
+    found, same = [], []
+    for row in rows:
+        own = list(itertools.islice(left, len(row["answers"])))
+        seen = [score - scale * math.log(-math.log(draw.uniform(1e-12, 1 - 1e-12))) for score in own] if scale else own
+        pairs = itertools.combinations(zip(own, seen, strict=True), 2)
+        same += [(a > b) == (noisy_a > noisy_b) for (a, noisy_a), (b, noisy_b) in pairs if a != b]
+        responses, ranks = [a["text"] for a in row["answers"]], [1 + sum(o > score for o in seen) for score in seen]
+        label = {"task": row["task"], "prompt": row["prompt"], "responses": responses, "ranks": ranks}
+        found.append({**label, "annotator": reward.name, "scores": own})
+    if not same:
+        raise UserError(
+            f"labeler={reward.name} gives all answers to each prompt the same score, so it prefers none; take another "
+            "labeler=, or a policy that has learnt more."
+        )
+    return found, statistics.mean(same)

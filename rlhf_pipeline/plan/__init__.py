@@ -1,5 +1,4 @@
-"""What PPO takes before it is run: parameters, memory by part, FLOPs, seconds; nothing is loaded or trained.
+"""What PPO takes before it is run: parameters, memory, FLOPs, seconds, within some 15 %; no weights are loaded.
 
-`networks` counts a model on tensors without storage, `launches` is arithmetic on these counts and on the data sheets of
-`devices`.
+`needs` counts the networks and does the arithmetic, with the data sheets of `devices`.
 """

@@ -23,9 +23,7 @@ class Device:
     fp32: float  # FLOP/s of fp32 products without TF32, as PyTorch does them unless told otherwise
     bandwidth: float  # bytes/s of its memory
     link: float  # bytes/s to another one of the same machine, one way
-    # Bytes of a process that has trained the smallest network. On a GPU an allowance for a CUDA context and its
-    # libraries, which is not measured; on a CPU as tests/benchmarks/plan.py measures it.
-    base: float = 0.75 * GIB
+    base: float = 0.75 * GIB  # bytes of a process before the networks: on a GPU an allowance for CUDA, not measured
     slack: float = 0.0  # the share that the allocator holds on top of what is in use
 
 
@@ -38,8 +36,7 @@ DEVICES = {
     "rtx4090": Device(24 * GIB, 165e12, 82.6e12, 1.01e12, 32e9),
     "rtx3090": Device(24 * GIB, 71e12, 35.6e12, 0.936e12, 32e9),
     "l4": Device(24 * GIB, 121e12, 30.3e12, 0.3e12, 32e9),
-    # A core of a server, fp32 by AVX2; more of them by plan.flops= and plan.gpu_memory=. glibc's malloc holds 9 to 27 %
-    # on top of what is in use in the shapes of tests/benchmarks/plan.py, as freed blocks below 32 MiB leave holes.
+    # A core of a server, fp32 by AVX2. Base and slack (glibc's malloc) as tests/benchmarks/plan.py measures them.
     "cpu": Device(16 * GIB, 0.06e12, 0.06e12, 10e9, 5e9, base=0.52 * GIB, slack=0.15),
 }
 

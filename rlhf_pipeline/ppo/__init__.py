@@ -1,4 +1,4 @@
-"""Proximal policy optimisation of a language model: TRL's PPOTrainer, with a loop of our own."""
+"""Proximal policy optimisation of a language model, under the names of TRL's PPO."""
 
 from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.ppo.trainer import PPOTrainer

@@ -1,24 +1,23 @@
 """The networks of PPO: a policy with its critic, and the reference that it is kept near."""
 
 import copy
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.models.adapters import store_in_bf16
+from rlhf_pipeline.models.adapters import freeze_in_bf16, store_in_bf16
 from rlhf_pipeline.models.likelihood import response_states, token_likelihood
 from rlhf_pipeline.models.networks import language_model, looks_ahead, text_config, trunk
-from rlhf_pipeline.models.precision import autocast
+from rlhf_pipeline.models.precision import autocast, fuse_gelu
 from rlhf_pipeline.models.sampling import Batch, Sampling
+from rlhf_pipeline.ppo.config import PPOConfig
+from rlhf_pipeline.processes import sharding
 
 
 class Seen(NamedTuple):
@@ -30,7 +29,7 @@ class Seen(NamedTuple):
 
 
 class ActorCritic(nn.Module):
-    """A policy, and a critic that is one linear head on the policy's trunk or a network of its own."""
+    """A policy, and a critic that is one linear head on the policy's trunk or a separate network."""
 
     def __init__(self, policy: PreTrainedModel, value_model: nn.Module | None = None, bf16: bool = False) -> None:
         super().__init__()
@@ -66,13 +65,6 @@ class ActorCritic(nn.Module):
         with autocast(False, states.device):
             return head(states.to(next(head.parameters()).dtype))
 
-    def save_critic(self, folder: Path) -> None:
-        """Write the critic beside a saved policy."""
-        if self.value_model is None:
-            save_file(self.value_head.state_dict(), folder / "value_head.safetensors")
-        else:
-            self.value_model.save_pretrained(folder / "critic")
-
 
 def value_head_of(model: nn.Module) -> nn.Module:
     """The linear layer that makes a classifier's states one number, by the names that families give it."""
@@ -83,20 +75,59 @@ def value_head_of(model: nn.Module) -> nn.Module:
     raise UserError(f"{type(model).__name__} has no `score` head, so it cannot be a critic; leave value_model out.")
 
 
-def separate_critic(
-    init: str, policy: PreTrainedModel, reward: Any, tokenizer: Any, peft_config: PeftConfig | None
-) -> nn.Module:
-    """A critic of its own that starts as the policy or as the reward model, with an adapter if the policy has one."""
-    critic: Any = make_critic(policy) if init == "policy" else critic_of_reward(reward, tokenizer)
-    if peft_config is None:
-        return critic
-    own: Any = copy.deepcopy(peft_config)
-    own.task_type, own.modules_to_save = "SEQ_CLS", ["score"]  # the head is trained whole
-    adapted: nn.Module = get_peft_model(critic, own)
-    return adapted
+def prepare_networks(
+    args: PPOConfig,
+    model: Any,
+    ref_model: Any,
+    reward_model: Any,
+    value_model: Any,
+    peft_config: PeftConfig | None,
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[Any, Any, Any]:
+    """Policy, reference (None: the policy, its adapter off) and separate critic (None: shared), ready to train."""
+    if ref_model is model:
+        raise UserError("model and ref_model are one object; pass a copy, or None and a copy is made.")
+    if value_model is not None and value_model is reward_model:
+        raise UserError("value_model and reward_model are one object, and only one of them is trained; pass a copy.")
+    if peft_config is not None:
+        if isinstance(model, PeftModel):
+            raise UserError("the model has an adapter already; pass it without a peft_config, or merge it first.")
+        model = get_peft_model(model, peft_config)
+    if value_model is None and args.critic == "separate":
+        value_model = _critic_of_reward(reward_model, tokenizer) if args.critic_init == "reward" else _new_critic(model)
+        if peft_config is not None:
+            own: Any = copy.deepcopy(peft_config)
+            own.task_type, own.modules_to_save = "SEQ_CLS", ["score"]  # the head is trained whole
+            value_model = get_peft_model(value_model, own)
+    if ref_model is None and not isinstance(model, PeftModel):
+        ref_model = copy.deepcopy(model).requires_grad_(False)
+    for network in (model, ref_model, value_model, reward_model):
+        if isinstance(network, nn.Module):
+            _without_dropout(network)
+            fuse_gelu(network)
+    if with_master_weights(model, ref_model, value_model):
+        print("weights stored in 16 bits are trained as fp32", flush=True)
+    if args.bf16 and sharding() is None:
+        for network in (model, value_model):
+            if isinstance(network, PeftModel):
+                freeze_in_bf16(network, keep=network is model and args.should_save)
+    return model, ref_model, value_model
 
 
-def critic_of_reward(reward: Any, tokenizer: Any) -> nn.Module:
+def _new_critic(policy: PreTrainedModel) -> PreTrainedModel:
+    """A separate critic that starts as the policy's trunk under a head that expects nothing."""
+    inner = language_model(policy)
+    config = copy.deepcopy(inner.config)
+    config.num_labels = 1
+    some = next(inner.parameters())
+    critic: PreTrainedModel = AutoModelForSequenceClassification.from_config(config).to(some.device, some.dtype)
+    weights = trunk(policy).state_dict().items()  # an adapter's are left out
+    trunk(critic).load_state_dict({k.replace(".base_layer.", "."): v for k, v in weights if "lora_" not in k})
+    nn.init.zeros_(value_head_of(critic).weight)  # type: ignore[arg-type]
+    return critic
+
+
+def _critic_of_reward(reward: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
     """A copy of the reward's network that gives the score after every token (InstructGPT, app. C.4).
 
     `reward` is a model with a `score` head, or a reward of texts that has a `scorer`. A score that is not linear in the
@@ -104,77 +135,50 @@ def critic_of_reward(reward: Any, tokenizer: Any) -> nn.Module:
     """
     scorer = getattr(reward, "scorer", None)
     model: Any = reward if scorer is None else scorer.model
+    fault = None
     if not isinstance(model, nn.Module) or not hasattr(model, "score"):
+        fault = "this one has none"
+    elif scorer is not None and not tokenizer.get_vocab().items() <= scorer.tokenizer.get_vocab().items():
+        fault = f"{scorer.where} has another vocabulary"
+    elif looks_ahead(model):
+        fault = "this one does not read from left to right, so it would see the tokens whose value it predicts"
+    if fault:
         raise UserError(
-            "trainer.critic_init=reward needs a reward model over the policy's own tokens with a `score` head; "
-            "use trainer.critic_init=policy."
-        )
-    if scorer is not None and not tokenizer.get_vocab().items() <= scorer.tokenizer.get_vocab().items():
-        raise UserError(
-            f"trainer.critic_init=reward needs a reward model over the policy's own tokens, and {scorer.where} has "
-            "another vocabulary; use trainer.critic_init=policy."
-        )
-    if looks_ahead(model):
-        raise UserError(
-            "trainer.critic_init=reward needs a reward model that reads from left to right; this one sees the tokens "
-            "whose value it would foresee. Use trainer.critic_init=policy."
+            "trainer.critic_init=reward needs a reward model over the policy's own tokens with a `score` head, and "
+            f"{fault}; use trainer.critic_init=policy."
         )
     critic: Any = copy.deepcopy(model).requires_grad_(True)
-    if critic.num_labels != 1:
-        head, readout = critic.score, torch.tensor(reward.readout or [0.0] * critic.num_labels)
-        critic.score = nn.Linear(head.in_features, 1, bias=head.bias is not None, device=head.weight.device)
+    if model.num_labels != 1:
+        head, readout = model.score, torch.tensor(reward.readout or [0.0] * model.num_labels)
+        score = nn.Linear(head.in_features, 1, bias=head.bias is not None, device=head.weight.device)
         with torch.no_grad():
-            critic.score.weight.copy_(readout.to(head.weight) @ head.weight)
-            if head.bias is not None:
-                critic.score.bias.copy_(readout.to(head.bias) @ head.bias)
-        critic.num_labels = critic.config.num_labels = 1
-    found: nn.Module = critic
-    return found
-
-
-def make_critic(policy: PreTrainedModel) -> PreTrainedModel:
-    """A critic of its own that starts as the policy's trunk under a head that expects nothing."""
-    inner = language_model(policy)
-    config = copy.deepcopy(inner.config)
-    config.num_labels = 1
-    critic: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
-    some = next(inner.parameters())
-    critic.to(some.device, some.dtype)
-    body = {_without_adapter(k): v for k, v in trunk(policy).state_dict().items() if "lora_" not in k}
-    trunk(critic).load_state_dict(body)
-    nn.init.zeros_(value_head_of(critic).weight)  # type: ignore[arg-type]
+            for new, old in zip(score.parameters(), head.parameters(), strict=True):
+                new.copy_(readout.to(old) @ old)
+        critic.score, critic.num_labels, critic.config.num_labels = score, 1, 1
     return critic
 
 
-def _without_adapter(name: str) -> str:
-    """A weight's name in the model that an adapter was put into."""
-    return re.sub(r"\.base_layer\.", ".", name)
-
-
-def without_dropout(*models: nn.Module | None) -> None:
+def _without_dropout(model: nn.Module) -> None:
     """Switch dropout off for good: a ratio of probabilities means something only if both are of one function."""
-    for model in models:
-        for module in model.modules() if model is not None else ():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-            for name in ("attention_dropout", "dropout", "activation_dropout"):
-                if isinstance(getattr(module, name, None), float):
-                    setattr(module, name, 0.0)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "activation_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def with_master_weights(*models: nn.Module | None) -> bool:
-    """Make what is trained fp32 where it was stored in fewer bits; whether anything was."""
-    changed = False
-    for model in models:
-        for parameter in model.parameters() if model is not None else ():
-            if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
-                parameter.data, changed = parameter.data.float(), True
-    if changed:  # what is not trained must be of a kind with it, quantised weights apart
-        for model in models:
-            for tensor in [*model.parameters(), *model.buffers()] if model is not None else ():
-                if tensor.dtype in (torch.float16, torch.bfloat16):
-                    tensor.data = tensor.data.float()
-    return changed
+    """Turn models that are trained in 16 bits into fp32; True if there were any."""
+    there = [model for model in models if model is not None]
+    halves = (torch.float16, torch.bfloat16)
+    if not any(p.requires_grad and p.dtype in halves for model in there for p in model.parameters()):
+        return False
+    for model in there:  # frozen weights too, except for quantised ones
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.dtype in halves:
+                tensor.data = tensor.data.float()
+    return True
 
 
 class Reference:
@@ -182,14 +186,17 @@ class Reference:
 
     def __init__(self, model: PreTrainedModel | None, actor: ActorCritic, adapter: str | None, own: str | None) -> None:
         self.model, self.actor, self.adapter, self.own = model, actor, adapter, own or "default"
-        # Whether both are one function as yet: an adapter that has not been trained adds 0.
-        self.same = model is None and adapter is None and _adds_nothing(actor.policy)
         if model is not None:
             model.eval().requires_grad_(False)
             mine, other = actor.policy.state_dict(), model.state_dict()
-            self.same = mine.keys() == other.keys() and all(torch.equal(mine[k], other[k].to(mine[k])) for k in mine)
+            same = mine.keys() == other.keys() and all(torch.equal(mine[k], other[k].to(mine[k])) for k in mine)
             if actor.bf16:
                 store_in_bf16(model)
+        else:  # an adapter that has not been trained adds 0
+            trained = [(name, p) for name, p in actor.policy.named_parameters() if p.requires_grad]
+            adds_nothing = all("lora_A" in name or ("lora_B" in name and not p.any()) for name, p in trained)
+            same = adapter is None and adds_nothing
+        self.same = same  # whether both are still one function
 
     @torch.no_grad()
     def log_probs(self, batch: Batch, sampling: Sampling) -> Tensor:
@@ -211,9 +218,3 @@ class Reference:
                 yield policy
             finally:
                 policy.set_adapter(self.own)
-
-
-def _adds_nothing(policy: Any) -> bool:
-    """Whether a policy's adapter changes none of its numbers."""
-    trained = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
-    return all("lora_A" in name or ("lora_B" in name and not p.any()) for name, p in trained)

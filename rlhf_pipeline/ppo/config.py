@@ -1,4 +1,4 @@
-"""PPO's settings: TRL's names, types and meanings, and what its loop lacked."""
+"""PPO's settings under TRL's names, and which of them do not go together."""
 
 import dataclasses
 import os
@@ -46,105 +46,83 @@ def _field(default: Any, help: str) -> Any:
 
 @dataclass
 class PPOConfig(ParentConfig):
-    """The fields of TRL 1.12's `PPOConfig` under their names, with more of our own and transformers' arguments."""
+    """The fields of TRL 1.12's `PPOConfig` under their names, more of our own, and transformers' arguments."""
 
     # -- transformers' own, with other defaults
     learning_rate: float = _field(3e-6, "The policy's learning rate at the start; see `lr_scheduler_type`.")
-    bf16: bool | None = _field(
-        None, "Multiply matrices in bf16, with fp32 master weights: true, false, or auto (None): where it is native."
-    )
+    bf16: bool | None = _field(None, "Multiply matrices in bf16, with fp32 master weights. None, auto: where native.")
     gradient_checkpointing: bool = _field(False, "Trade compute for memory in the update.")
     logging_steps: float = _field(1, "Log every this many updates; below 1 a share of them all.")
-    # -- how long, and in what pieces
-    total_episodes: int | None = _field(
-        None, "Responses to learn from in all. None: `num_train_epochs` times the prompts."
-    )
+    # -- length of the training, and batches
+    total_episodes: int | None = _field(None, "Responses to learn from. None: `num_train_epochs` times the prompts.")
     num_ppo_epochs: int = _field(4, "Passes over each batch of responses.")
-    num_mini_batches: int = _field(1, "Optimizer steps a pass: the minibatches that a batch is parted into.")
-    local_rollout_forward_batch_size: int = _field(
-        64, "Rows that a process samples, scores and evaluates at once, without gradients."
-    )
+    num_mini_batches: int = _field(1, "Minibatches of a batch; each is an optimizer step.")
+    local_rollout_forward_batch_size: int = _field(64, "Rows that a process samples and scores at once.")
     # -- sampling
     response_length: int = _field(53, "Longest response, in tokens.")
-    temperature: float = _field(0.7, "Logits are divided by this, in sampling and in learning.")
-    stop_token: Literal["eos"] | None = _field(None, "`eos`: the tokenizer's EOS ends a response. None: nothing does.")
-    stop_token_id: int | None = _field(None, "The id of a token that ends a response, in place of `stop_token`.")
     min_response_length: int | None = _field(
-        None,
-        "Each sample's length limit is drawn uniformly from this to `response_length`, both included. "
-        "None: every limit is `response_length`.",
+        None, "Each length limit is drawn uniformly from this to `response_length`. None: all are `response_length`."
     )
-    min_new_tokens: int = _field(0, "No stop token is sampled before so many tokens.")
+    min_new_tokens: int = _field(0, "No stop token is sampled before this many tokens.")
+    temperature: float = _field(0.7, "Logits are divided by this, in sampling and in learning.")
+    stop_token: Literal["eos"] | None = _field(None, "`eos`: the tokenizer's EOS ends a response.")
+    stop_token_id: int | None = _field(None, "The id of a token that ends a response, in place of `stop_token`.")
     stop_tokens: list[str] = field(
         default_factory=list, metadata={"help": "More tokens, by name, that end a response."}
     )
-    suppress_tokens: list[str] = field(
-        default_factory=list, metadata={"help": "Tokens, by name, that are never sampled."}
-    )
+    suppress_tokens: list[str] = field(default_factory=list, metadata={"help": "Tokens, by name, never sampled."})
     # -- the critic
-    critic: Literal["shared", "separate"] = _field(
-        "shared", "A value head on the policy's trunk, or a backbone of its own. A `value_model` is always separate."
-    )
+    critic: Literal["shared", "separate"] = _field("shared", "A value head on the policy's trunk, or a network.")
     critic_init: Literal["policy", "reward"] = _field("policy", "What a separate critic starts as.")
     critic_learning_rate: float | None = _field(
-        None, "Learning rate of the critic. None: 30 x `learning_rate` for a value head, `learning_rate` for a network."
+        None, "The critic's learning rate. None: `learning_rate`, and 30 times as much for a value head."
     )
     critic_lam: float | None = _field(None, "GAE's lambda for the critic's targets. None: `lam`.")
     # -- the objective
-    kl_coef: float = _field(0.05, "Weight of the KL between policy and reference, taken off the reward of each token.")
-    kl_estimator: Literal["k1", "k3"] = _field(
-        "k1", "How that KL is estimated from a token: log(p/q), or the less scattered q/p - 1 - log(q/p)."
-    )
-    cliprange: float = _field(0.2, "The ratio of new to old probability counts within 1 +- this.")
+    kl_coef: float = _field(0.05, "Weight of the KL between policy and reference in the reward of each token.")
+    kl_estimator: Literal["k1", "k3"] = _field("k1", "Estimate of that KL: log(p/q), or q/p - 1 - log(q/p).")
+    kl_target: float | None = _field(None, "KL of a response, in nats, that an adaptive `kl_coef` steers to.")
+    kl_horizon: int = _field(10_000, "Episodes in which an adaptive `kl_coef` changes by at most about a fifth.")
+    cliprange: float = _field(0.2, "The ratio of new to old probability is clipped to 1 ± this.")
     vf_coef: float = _field(0.1, "Weight of the critic's loss.")
-    cliprange_value: float = _field(0.2, "A value may move this far from what it was in the rollout.")
-    gamma: float = _field(1.0, "Discount of later rewards, a token.")
+    cliprange_value: float = _field(0.2, "A value is clipped to ± this around that of the rollout.")
+    gamma: float = _field(1.0, "Discount of later rewards, per token.")
     lam: float = _field(0.95, "GAE's lambda.")
     whiten_rewards: bool = _field(False, "Scale the tokens' rewards to variance 1 over the batch.")
-    missing_eos_penalty: float | None = _field(
-        None, "Taken off the score of a response that no stop token ended. None: nothing is."
-    )
-    kl_target: float | None = _field(
-        None, "KL a response (in nats) that an adaptive coefficient steers to. None: `kl_coef` is fixed."
-    )
-    kl_horizon: int = _field(
-        10_000, "Episodes in which an adaptive coefficient grows by at most a fifth or so (x 1.22), or falls as far."
-    )
+    missing_eos_penalty: float | None = _field(None, "Subtracted from the score of a response without a stop token.")
     entropy_coef: float = _field(0.0, "Weight of the sampling distribution's entropy, which is maximised.")
     ptx_coef: float = _field(0.0, "InstructGPT's gamma: weight of the log-likelihood of pretraining texts (PPO-ptx).")
-    ptx_batch_size: int | None = _field(None, "Pretraining texts an optimizer step. None: as many as its responses.")
-    ptx_max_length: int = _field(128, "Pretraining texts are cut to so many tokens.")
-    score_clip: float | None = _field(None, "Scores are clipped to +- this. None: not.")
+    ptx_batch_size: int | None = _field(None, "Pretraining texts per optimizer step. None: as many as responses.")
+    ptx_max_length: int = _field(128, "Pretraining texts are cut to this many tokens.")
+    score_clip: float | None = _field(None, "Scores are clipped to ± this. None: not at all.")
     use_score_scaling: bool = _field(False, "Divide scores by their running standard deviation.")
-    use_score_norm: bool = _field(False, "With `use_score_scaling`, take off their running mean as well.")
-    # -- guards
-    max_update_kl: float | None = _field(
-        None, "An update's remaining steps are left out once KL(old || new) a token has passed this. None: never."
-    )
+    use_score_norm: bool = _field(False, "With `use_score_scaling`, subtract their running mean as well.")
+    # -- guards and evaluation
+    max_update_kl: float | None = _field(None, "KL(old || new) per token after which an update takes no more steps.")
     ratio_threshold: float = _field(10.0, "A mean ratio above this in an optimizer step stops the run.")
     watch_window: int = _field(20, "Updates over which the collapse watch compares.")
     eval_samples: int | None = _field(
         256,
-        "Held-out prompts of an evaluation during training. None: all. On the command line they are held back from the "
-        "training prompts, a tenth of them at most.",
+        "Held-out prompts of an evaluation during training. None: all. The command line takes them from the training "
+        "prompts, a tenth of those at most.",
     )
     selection_kl_coef: float = _field(
         0.05,
-        "eval_score = eval_reward - selection_kl_coef x eval_kl; the policy with the highest score is chosen, within a "
-        "run (load_best_model_at_end) and in a sweep. Unlike kl_coef it is the same for all jobs of a sweep.",
+        "eval_score = eval_reward - selection_kl_coef x eval_kl, by which the best policy of a run or a sweep is "
+        "chosen. Unlike kl_coef it is the same for all jobs of a sweep.",
     )
     log_samples: int = _field(4, "How many samples of a logged update are kept.")
-    num_sample_generations: int = _field(10, "How often in a training answers to held-out prompts are printed.")
+    num_sample_generations: int = _field(10, "How often in a training responses to held-out prompts are printed.")
     # -- for adapters
     model_adapter_name: str | None = _field(None, "Of several adapters, the one that is trained.")
     ref_adapter_name: str | None = _field(None, "Of several adapters, the one that is the reference.")
-    # -- taken, so that a script for TRL need not be changed; `check_config` says of which nothing comes
+    # -- so that a script for TRL need not be changed
     dataset_num_proc: int | None = _field(None, "For scripts: processes that prepare their data.")
     exp_name: str | None = _field(None, "For scripts: a name, in TRL 0.12 to 0.16.")
     sft_model_path: str = _field("EleutherAI/pythia-160m", "For scripts: where they find the policy.")
     reward_model_path: str = _field("EleutherAI/pythia-160m", "For scripts: where they find the reward model.")
     ds3_gather_for_generation: bool = _field(True, "Without effect: under ZeRO-3 the weights are always gathered.")
-    # -- never set: TRL's trainer notes these here, and of what they follow from `check_config` tells
+    # -- TRL's trainer wrote these; `check_config` refuses them
     world_size: int | None = _field(None, "Processes.")
     num_total_batches: int | None = _field(None, "Updates of the training.")
     micro_batch_size: int | None = _field(None, "Rows of a forward and backward pass, over all processes.")
@@ -185,51 +163,82 @@ def check_config(args: PPOConfig, script: bool = True) -> int:
         default = each.default if each.default_factory is MISSING else each.default_factory()
         if each.name in unread and not settled.get(each.name) and getattr(args, each.name) not in (default, None, []):
             raise UserError(f"trainer.{each.name} has no effect in PPO; leave it out.")
-    if args.fp16:
-        raise UserError("trainer.fp16 is not carried out: its range is too small for PPO's ratios; use trainer.bf16.")
-    for name in _OUTPUTS:
-        if getattr(args, name) is not None:
-            raise UserError(f"trainer.{name} is not yours to set: it follows from the batch's other settings.")
+        if each.name in _OUTPUTS and getattr(args, each.name) is not None:
+            raise UserError(f"trainer.{each.name} is not yours to set: it follows from the batch's other settings.")
     check_limits(vars(args))
-    for name, choices in (
-        ("critic", ("shared", "separate")),
-        ("critic_init", ("policy", "reward")),
-        ("kl_estimator", ("k1", "k3")),
-        ("stop_token", ("eos", None)),
-    ):
+    for name, choices in {
+        "critic": ("shared", "separate"), "critic_init": ("policy", "reward"), "kl_estimator": ("k1", "k3"),
+        "stop_token": ("eos", None),
+    }.items():  # fmt: skip
         if getattr(args, name) not in choices:
             raise UserError(f"trainer.{name} is {getattr(args, name)!r}; it takes {' or '.join(map(str, choices))}.")
-    if args.stop_token is not None and args.stop_token_id is not None:
-        raise UserError("trainer.stop_token and trainer.stop_token_id exclude each other; say trainer.stop_token=null.")
-    ends = args.stop_token is not None or args.stop_token_id is not None or args.stop_tokens
-    if args.missing_eos_penalty is not None and not ends:
-        raise UserError("trainer.missing_eos_penalty needs a trainer.stop_token to miss.")
-    if args.use_score_norm and not args.use_score_scaling:
-        raise UserError("trainer.use_score_norm goes with trainer.use_score_scaling=true.")
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    if rows % args.num_mini_batches:
-        raise UserError(
-            f"a batch of {rows} rows does not divide into trainer.num_mini_batches={args.num_mini_batches}."
-        )
-    if args.kl_target is not None and (episodes := rows * processes()) >= 5 * args.kl_horizon:
-        raise UserError(
-            f"a batch of {episodes} episodes is 5 times trainer.kl_horizon={args.kl_horizon} or more, so one update "
-            "could bring the adaptive coefficient to 0 or below; raise kl_horizon."
-        )
-    if args.critic == "shared" and args.critic_init == "reward":
-        raise UserError("trainer.critic_init=reward starts a critic of its own; add trainer.critic=separate.")
-    if args.min_new_tokens > args.response_length:
-        raise UserError(
-            f"trainer.min_new_tokens is {args.min_new_tokens}, more than the response_length of {args.response_length}."
-        )
-    if str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)) == "reduce_lr_on_plateau":
-        raise UserError("trainer.lr_scheduler_type=reduce_lr_on_plateau is not carried out: it waits for a loss.")
-    if args.min_response_length is not None and not 1 <= args.min_response_length <= args.response_length:
-        raise UserError(
-            f"trainer.min_response_length is {args.min_response_length}; it takes 1 to {args.response_length}, "
-            "the response_length."
-        )
+    rows, longest = args.per_device_train_batch_size * args.gradient_accumulation_steps, args.response_length
+    episodes = rows * processes()
+    no_stop = args.stop_token is None and args.stop_token_id is None and not args.stop_tokens
+    schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    refused = {
+        "trainer.fp16 is not possible: its range is too small for PPO's ratios; use trainer.bf16": args.fp16,
+        "trainer.stop_token and trainer.stop_token_id exclude each other; say trainer.stop_token=null": (
+            args.stop_token is not None and args.stop_token_id is not None
+        ),
+        "trainer.missing_eos_penalty needs a trainer.stop_token to miss": (
+            args.missing_eos_penalty is not None and no_stop
+        ),
+        "trainer.use_score_norm goes with trainer.use_score_scaling=true": (
+            args.use_score_norm and not args.use_score_scaling
+        ),
+        f"a batch of {rows} rows does not divide into trainer.num_mini_batches={args.num_mini_batches}": (
+            rows % args.num_mini_batches
+        ),
+        f"a batch of {episodes} episodes is 5 times trainer.kl_horizon={args.kl_horizon} or more, so one update could "
+        "bring the adaptive coefficient to 0 or below; raise kl_horizon": (
+            args.kl_target is not None and episodes >= 5 * args.kl_horizon
+        ),
+        "trainer.critic_init=reward starts a separate critic; add trainer.critic=separate": (
+            args.critic == "shared" and args.critic_init == "reward"
+        ),
+        f"trainer.min_new_tokens is {args.min_new_tokens}, more than the response_length of {longest}": (
+            args.min_new_tokens > longest
+        ),
+        f"trainer.min_response_length is {args.min_response_length}, more than the response_length of {longest}": (
+            (args.min_response_length or 0) > longest
+        ),
+        "trainer.lr_scheduler_type=reduce_lr_on_plateau is not possible in PPO: it waits for a loss to fall": (
+            schedule == "reduce_lr_on_plateau"
+        ),
+    }
+    for message, holds in refused.items():
+        if holds:
+            raise UserError(f"{message}.")
     return rows
+
+
+def make_sampling(args: PPOConfig, tokenizer: PreTrainedTokenizerBase, embeddings: int = 0) -> Sampling:
+    """The sampling distribution that a configuration asks for.
+
+    If a policy has more `embeddings` than its tokenizer has tokens, the ids without a token are never sampled.
+    """
+    vocabulary = tokenizer.get_vocab()
+    for name in ("stop_tokens", "suppress_tokens"):
+        for token in getattr(args, name):
+            if token not in vocabulary:
+                raise UserError(f"trainer.{name} has '{token}', which is no token of the policy's vocabulary.")
+    stops = {vocabulary[token] for token in args.stop_tokens}
+    if args.stop_token == "eos":
+        if tokenizer.eos_token_id is None:
+            raise UserError("trainer.stop_token=eos needs a tokenizer with an eos_token; name one in stop_tokens.")
+        stops.add(int(tokenizer.eos_token_id))
+    if args.stop_token_id is not None:
+        if not 0 <= args.stop_token_id < len(tokenizer):
+            raise UserError(
+                f"trainer.stop_token_id is {args.stop_token_id}; the policy's ids go to {len(tokenizer) - 1}."
+            )
+        stops.add(args.stop_token_id)
+    suppressed = {vocabulary[token] for token in args.suppress_tokens} | set(range(len(tokenizer), embeddings))
+    if clash := suppressed & stops:
+        names = ", ".join(sorted(token for token, number in vocabulary.items() if number in clash))
+        raise UserError(f"trainer.suppress_tokens and the stop tokens share {names}; a response could never end so.")
+    return Sampling(args.temperature, tuple(sorted(stops)), args.min_new_tokens, tuple(sorted(suppressed)))
 
 
 def change_sampling(sampling: Sampling, options: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Sampling:
@@ -254,31 +263,3 @@ def change_sampling(sampling: Sampling, options: dict[str, Any], tokenizer: PreT
                 f"to sample; {allowed}."
             )
     return dataclasses.replace(sampling, **changes)
-
-
-def make_sampling(args: PPOConfig, tokenizer: PreTrainedTokenizerBase, embeddings: int = 0) -> Sampling:
-    """The sampling distribution that a configuration asks for.
-
-    Of a policy with more `embeddings` than its tokenizer has tokens, the ids that stand for nothing are never sampled.
-    """
-    vocabulary = tokenizer.get_vocab()
-    for name in ("stop_tokens", "suppress_tokens"):
-        for token in getattr(args, name):
-            if token not in vocabulary:
-                raise UserError(f"trainer.{name} has '{token}', which is no token of the policy's vocabulary.")
-    stops = {vocabulary[token] for token in args.stop_tokens}
-    if args.stop_token == "eos":
-        if tokenizer.eos_token_id is None:
-            raise UserError("trainer.stop_token=eos needs a tokenizer with an eos_token; name one in stop_tokens.")
-        stops.add(int(tokenizer.eos_token_id))
-    if args.stop_token_id is not None:
-        if not 0 <= args.stop_token_id < len(tokenizer):
-            raise UserError(
-                f"trainer.stop_token_id is {args.stop_token_id}; the policy's ids go to {len(tokenizer) - 1}."
-            )
-        stops.add(args.stop_token_id)
-    suppressed = {vocabulary[token] for token in args.suppress_tokens} | set(range(len(tokenizer), embeddings))
-    if clash := suppressed & stops:
-        names = ", ".join(sorted(token for token, number in vocabulary.items() if number in clash))
-        raise UserError(f"trainer.suppress_tokens and the stop tokens share {names}; a response could never end so.")
-    return Sampling(args.temperature, tuple(sorted(stops)), args.min_new_tokens, tuple(sorted(suppressed)))

@@ -1,6 +1,6 @@
-"""What takes an optimizer step: alone, as DDP, or under DeepSpeed, where gradients and Adam's moments are in shards.
+"""Optimizer steps: in one process, under DDP, or under DeepSpeed, where gradients and Adam's moments are in shards.
 
-A checkpoint is the same whatever wrote it, so a run goes on with another number of processes, or launched otherwise.
+A checkpoint is the same whatever wrote it, so a run can resume on another number of processes or under another launch.
 """
 
 import math
@@ -20,13 +20,13 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, as torch calls them
 
 
 def make_learner(accelerator: Accelerator, model: nn.Module, optimizer: Any, max_norm: float | None) -> "Learner":
-    """The learner that the launch asks for. `max_norm` bounds the gradient's norm; None or 0: nothing does."""
+    """The learner that the launch asks for. `max_norm` bounds the gradient's norm; None or 0: no bound."""
     kind = Learner if accelerator.state.deepspeed_plugin is None else ShardedLearner
     return kind(accelerator, model, optimizer, max_norm or 0.0)
 
 
 def check_sharding(accelerator: Accelerator, args: Any) -> None:
-    """Refuse what PPO's settings ask for and DeepSpeed does not give."""
+    """Refuse settings that do not work under DeepSpeed."""
     if args.max_update_kl is not None:
         raise UserError("DeepSpeed takes no step back: drop trainer.max_update_kl, or launch it as DDP.")
     count = accelerator.num_processes
@@ -35,7 +35,7 @@ def check_sharding(accelerator: Accelerator, args: Any) -> None:
 
 
 class Learner:
-    """The networks as they are called to learn, and their optimizer: in one process, or in several as DDP."""
+    """The networks and their optimizer, in one process or in several under DDP."""
 
     every_weight = False  # whether each backward pass of a step has to reach all weights
 
@@ -45,23 +45,23 @@ class Learner:
 
     @contextmanager
     def adding(self, last: bool) -> Iterator[Any]:
-        """The network for one forward and backward pass; processes add up their gradients in a step's last."""
+        """The network for one forward and backward pass; gradients are synchronised in the last of a step."""
         with nullcontext() if last else self.accelerator.no_sync(self.network):
             yield self.network
 
     def backward(self, loss: Tensor) -> None:
-        """Add a loss's gradients; they are averaged over processes."""
+        """Add a loss's gradients, averaged over processes."""
         self.accelerator.backward(loss)
 
     def step(self) -> Tensor:
-        """Move the weights, forget the gradients; their norm before it was bounded, a scalar."""
+        """Update the weights and clear the gradients; returns the gradient's norm before clipping, a scalar."""
         norm = self.accelerator.clip_grad_norm_(self.network.parameters(), self.max_norm or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm.detach()
 
     def drop(self) -> None:
-        """Forget the gradients, and take no step."""
+        """Discard the gradients without a step."""
         self.optimizer.zero_grad()
 
     def fill(self, parameter: Tensor, value: float) -> None:
@@ -71,7 +71,7 @@ class Learner:
 
     @contextmanager
     def whole(self, change: bool = False) -> Iterator[None]:
-        """All weights are in this process, to sample with, to save or to `change`; every process has to enter."""
+        """Gather all weights in this process, to sample, to save or to `change` them; every process has to enter."""
         yield
 
     def state_dict(self) -> dict[str, Any] | None:
@@ -80,7 +80,7 @@ class Learner:
         return state
 
     def load_state_dict(self, path: Path) -> None:
-        """Read what `state_dict` gave, which moves to where the weights are; nothing the file may hold is run."""
+        """Read what `state_dict` gave; no code that the file may hold is run."""
         self.optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
 

@@ -49,7 +49,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """Share of the variance of `returns` (tokens,) that `values` (tokens,) foresee; 0 where there is none."""
+    """Share of the variance of `returns` (tokens,) that `values` (tokens,) predict; 0 where there is none."""
     variance = float(returns.var()) if len(returns) > 1 else 0.0
     return 1 - float((returns - values).var()) / variance if variance > 0 else 0.0
 
@@ -75,18 +75,11 @@ def policy_loss(
     log_ratio = (log_probs - old).masked_fill(~mask, 0.0)
     ratio = log_ratio.exp()
     plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
-
-    def mean(values: Tensor) -> Tensor:
-        return (values * mask).sum() / count
-
-    seen = ratio.detach()
-    return PolicyLoss(
-        mean(torch.max(plain, clipped)),
-        mean(seen),
-        mean(seen**2),
-        mean(0.5 * log_ratio.detach() ** 2),
-        mean((clipped > plain).to(seen.dtype)),
-    )
+    loss = (torch.max(plain, clipped) * mask).sum() / count
+    with torch.no_grad():
+        active = (clipped > plain).to(ratio.dtype)
+        watched = [(figure * mask).sum() / count for figure in (ratio, ratio**2, 0.5 * log_ratio**2, active)]
+    return PolicyLoss(loss, *watched)
 
 
 class ValueLoss(NamedTuple):
@@ -101,8 +94,8 @@ def value_loss(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip:
     change = values - old
     near = old + change.clamp(-clip, clip)
     plain, clipped = (values - returns) ** 2, (near - returns) ** 2
-    share = ((clipped > plain) & (change.abs() > clip) & mask).sum() / count
-    return ValueLoss(0.5 * (torch.max(plain, clipped) * mask).sum() / count, share.detach())
+    active = ((clipped > plain) & (change.abs() > clip) & mask).sum() / count
+    return ValueLoss(0.5 * (torch.max(plain, clipped) * mask).sum() / count, active)
 
 
 def next_kl_coef(coef: float, kl: float, target: float, episodes: int, horizon: int) -> float:
@@ -127,13 +120,8 @@ class Moments(NamedTuple):
 
 def add_moments(moments: Moments, values: Tensor) -> Moments:
     """The moments with `values` (batch,) taken in (Chan et al. 1983, eq. 2.1)."""
-    values = values.cpu().double()  # Apple's GPUs have no numbers of 64 bits
+    values = values.cpu().double()  # Apple's GPUs have no float64
     count, mean = len(values), float(values.mean())
-    squares = float(((values - mean) ** 2).sum())
-    total = moments.number + count
-    delta = mean - moments.mean
-    return Moments(
-        total,
-        moments.mean + delta * count / total,
-        moments.squares + squares + delta**2 * moments.number * count / total,
-    )
+    total, delta = moments.number + count, mean - moments.mean
+    squares = moments.squares + float(((values - mean) ** 2).sum()) + delta**2 * moments.number * count / total
+    return Moments(total, moments.mean + delta * count / total, squares)

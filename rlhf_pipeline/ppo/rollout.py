@@ -1,27 +1,24 @@
-"""One batch of experience: sampled, judged, and seen by policy, reference and critic."""
+"""One batch of experience: sampled, scored, and seen by policy, reference and critic."""
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.models.networks import trunk
-from rlhf_pipeline.models.precision import autocast
-from rlhf_pipeline.models.sampling import Batch, Sampling, join, length_mask, sample
-from rlhf_pipeline.ppo.actor_critic import ActorCritic, Reference
-from rlhf_pipeline.ppo.prompts import Prompts
+from rlhf_pipeline.models.sampling import Batch, join, length_mask
 
 TextReward = Callable[..., Sequence[float]]
 Judge = Callable[[Batch, list[str], list[str], dict[str, list[Any]]], Tensor]
+_PER_TOKEN = ("log_probs", "ref_log_probs", "values", "entropy")
 
 
 class Rollout(NamedTuple):
-    """What the policy did and how it was judged. `time` is the longest response."""
+    """What the policy did and how it was scored. `time` is the longest response."""
 
     batch: Batch
     log_probs: Tensor  # (batch, time), of the policy that sampled
@@ -37,102 +34,25 @@ class Rollout(NamedTuple):
         moved: list[Any] = [part.to(device) if hasattr(part, "to") else part for part in self]
         return Rollout(*moved)
 
-    def first(self, count: int) -> "Rollout":
-        """The first rows alone."""
-        batch = self.batch.rows(torch.arange(count, device=self.scores.device))
+    def rows(self, index: Tensor) -> "Rollout":
+        """Some of the rows, without the columns that none of them uses."""
+        batch = self.batch.rows(index)
         width = int(batch.response_lengths.max())
-        cut: dict[str, Any] = {name: getattr(self, name)[:count] for name in ("scores", "prompts", "responses")}
-        cut |= {n: getattr(self, n)[:count, :width] for n in ("log_probs", "ref_log_probs", "values", "entropy")}
-        return Rollout(batch=batch, **cut)
-
-
-@torch.no_grad()
-def roll_out(
-    actor: ActorCritic,
-    reference: Reference,
-    judge: Judge,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Prompts,
-    limits: Tensor,
-    sampling: Sampling,
-    uniforms: Tensor,
-    rows_at_once: int,
-) -> Rollout:
-    """Sample a response of at most `limits` (batch,) tokens to each prompt, from `uniforms` (time, batch); judge it."""
-    device = next(actor.parameters()).device
-    with autocast(actor.bf16, device):
-        batch = join(
-            [
-                sample(actor.policy, prompts.ids[part], limits[part], sampling, uniforms[:, part])
-                for part in _slices(len(prompts.ids), rows_at_once)
-            ]
-        )
-    texts = batch.texts(tokenizer)
-    scores = judge(batch, *texts, prompts.columns).to(device)
-    return observe(actor, reference, batch, *texts, scores, sampling, rows_at_once)
-
-
-@torch.no_grad()
-def observe(
-    actor: ActorCritic,
-    reference: Reference,
-    batch: Batch,
-    asked: list[str],
-    answers: list[str],
-    scores: Tensor,
-    sampling: Sampling,
-    rows_at_once: int,
-) -> Rollout:
-    """Sampled and scored (batch,) responses, with what policy, reference and critic make of them."""
-    if scores.shape != (len(asked),):
-        raise UserError(f"the reward gave {tuple(scores.shape)} numbers for {len(asked)} responses; it takes one each.")
-    for score, question, answer in zip(scores.tolist(), asked, answers, strict=True):
-        if not math.isfinite(score):
-            raise UserError(f"the reward of {answer[:80]!r} (to {question[:80]!r}) is {score}, which is no number.")
-    mask = batch.response_mask
-    # Rows of like length together: a forward pass is as wide as its longest row.
-    by_length = (batch.prompt_lengths + batch.response_lengths).argsort(stable=True)
-    found: list[Tensor] = []
-    for index in by_length.split(rows_at_once):
-        part = batch.rows(index)
-        seen = actor(part, sampling)
-        kinds = torch.stack([seen.log_probs, reference.log_probs(part, sampling), seen.values, seen.entropy])
-        if not found:
-            found = list(torch.zeros(4, *mask.shape, dtype=kinds.dtype, device=kinds.device))
-        for whole, piece in zip(found, kinds, strict=True):
-            whole[index, : piece.shape[1]] = piece
-    return Rollout(batch, found[0], found[1], found[2], found[3], scores, asked, answers)
-
-
-def _slices(count: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+        parts: dict[str, Any] = {name: getattr(self, name)[index, :width] for name in _PER_TOKEN}
+        parts |= {name: [getattr(self, name)[i] for i in index.tolist()] for name in ("prompts", "responses")}
+        return Rollout(batch=batch, scores=self.scores[index], **parts)
 
 
 def merge(parts: Sequence[Rollout]) -> Rollout:
-    """The rollouts of all processes as one; row i of the whole is row i // n of process i % n."""
-    if len(parts) == 1:
-        return parts[0]
-    count = sum(len(part.scores) for part in parts)
-
-    def rows(tensors: Sequence[Tensor]) -> Tensor:
-        shape = (count, *([max(t.shape[1] for t in tensors)] if tensors[0].dim() > 1 else []))
-        whole = torch.zeros(shape, dtype=tensors[0].dtype)
-        for rank, tensor in enumerate(tensors):
-            place = whole[rank :: len(parts)]
-            (place[:, : tensor.shape[1]] if tensor.dim() > 1 else place).copy_(tensor)
-        return whole
-
-    def texts(lists: Sequence[list[str]]) -> list[str]:
-        whole = [""] * count
-        for rank, each in enumerate(lists):
-            whole[rank :: len(parts)] = each
-        return whole
-
-    batch = Batch(*(rows([getattr(p.batch, name) for p in parts]) for name in Batch.__dataclass_fields__))
-    tensors = ("log_probs", "ref_log_probs", "values", "entropy", "scores")
-    whole: dict[str, Any] = {name: rows([getattr(p, name) for p in parts]) for name in tensors}
-    whole |= {name: texts([getattr(p, name) for p in parts]) for name in ("prompts", "responses")}
-    return Rollout(batch=batch, **whole)
+    """The equally large rollouts of n processes as one; its row i is row i // n of process i % n."""
+    whole: dict[str, Any] = {
+        name: pad_sequence([row for part in parts for row in getattr(part, name)], batch_first=True)
+        for name in _PER_TOKEN
+    }
+    whole |= {name: [text for part in parts for text in getattr(part, name)] for name in ("prompts", "responses")}
+    scores = torch.cat([part.scores for part in parts])
+    stacked = Rollout(batch=join([part.batch for part in parts]), scores=scores, **whole)
+    return stacked.rows(torch.arange(len(scores)).view(len(parts), -1).t().flatten())
 
 
 def make_judge(reward: nn.Module | TextReward, vocabulary: int, rows_at_once: int) -> Judge:
@@ -158,30 +78,29 @@ def _model_judge(model: nn.Module, vocabulary: int, rows_at_once: int) -> Judge:
     if getattr(config, "vocab_size", vocabulary) < vocabulary:
         raise UserError(
             f"the reward model knows {config.vocab_size} tokens and the policy's tokenizer has {vocabulary}; "
-            "pass a function of texts (prompts, completions) as reward_model, and it reads what it likes."
+            "pass a function of texts (prompts, completions) as reward_model, which may use any tokenizer."
         )
     model.eval().requires_grad_(False)
-    score: Any = getattr(model, "score", None)
+    head: Any = getattr(model, "score", None)
 
-    def judge(batch: Batch, prompts: list[str], responses: list[str], columns: dict[str, list[Any]]) -> Tensor:
-        rows = torch.arange(len(prompts), device=batch.tokens.device)
-        return torch.cat([some(batch.rows(part)) for part in rows.split(rows_at_once)])
-
-    @torch.no_grad()
-    def some(batch: Batch) -> Tensor:
+    def score(batch: Batch) -> Tensor:
         lengths = batch.prompt_lengths + batch.response_lengths
-        mask = length_mask(lengths, batch.tokens.shape[1])
-        rows = torch.arange(len(lengths), device=lengths.device)
-        if score is not None:
-            states = trunk(model)(input_ids=batch.tokens, attention_mask=mask.long(), use_cache=False)
-            found: Tensor = score(states.last_hidden_state[rows, lengths - 1])
+        inputs = {"input_ids": batch.tokens, "attention_mask": length_mask(lengths, batch.tokens.shape[1]).long()}
+        if head is None:
+            found: Tensor = model(**inputs).logits
         else:
-            found = model(input_ids=batch.tokens, attention_mask=mask.long()).logits
+            states = trunk(model)(**inputs, use_cache=False).last_hidden_state
+            found = head(states[torch.arange(len(lengths), device=lengths.device), lengths - 1])
         if found.shape[-1] != 1:
             raise UserError(
                 f"the reward model gives {found.shape[-1]} numbers a text and PPO takes one; pass a function of texts "
                 "that picks the class by name."
             )
         return found[:, 0].to(torch.promote_types(found.dtype, torch.float32))
+
+    @torch.no_grad()
+    def judge(batch: Batch, prompts: list[str], responses: list[str], columns: dict[str, list[Any]]) -> Tensor:
+        rows = torch.arange(len(prompts), device=batch.tokens.device)
+        return torch.cat([score(batch.rows(part)) for part in rows.split(rows_at_once)])
 
     return judge

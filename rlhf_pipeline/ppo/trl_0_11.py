@@ -4,6 +4,7 @@ A script runs once its imports are changed to this module. Each step is one upda
 """
 
 import copy
+import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,27 @@ __all__ = [
     "AutoModelForCausalLMWithValueHead", "LengthSampler", "PPOConfig", "PPOTrainer", "create_reference_model",
     "respond_to_batch", "set_seed",
 ]  # fmt: skip
+
+
+# The settings that have kept their names.
+_SAME = (
+    "seed", "learning_rate", "gamma", "lam", "cliprange", "cliprange_value", "vf_coef", "ratio_threshold",
+    "use_score_scaling", "use_score_norm", "score_clip", "whiten_rewards",
+)  # fmt: skip
+# TRL 0.11's names of statistics, by ours.
+_STATISTICS = {
+    "ppo/mean_scores": "objective/scores",
+    "ppo/std_scores": "objective/scores_std",
+    "ppo/mean_non_score_reward": "objective/non_score_reward",
+    "ppo/loss/policy": "loss/policy_avg",
+    "ppo/loss/value": "loss/value_avg",
+    "ppo/policy/entropy": "policy/entropy_avg",
+    "ppo/policy/approxkl": "policy/approxkl_avg",
+    "ppo/policy/clipfrac": "policy/clipfrac_avg",
+    "ppo/val/clipfrac": "val/clipfrac_avg",
+    "ppo/val/var_explained": "val/explained_variance",
+    "tokens/responses_len_mean": "val/response_length",
+}
 
 
 @dataclass
@@ -125,8 +147,7 @@ class PPOTrainer(CurrentTrainer):
         args.stop_token = "eos" if tokenizer.eos_token_id is not None else None
         super().__init__(args, tokenizer, model, ref_model, optimizers=(optimizer, lr_scheduler))
         self.remove_callback(PrinterCallback)  # these scripts print their own statistics
-        self.config, self.tokenizer, self.dataset = config, tokenizer, dataset
-        self.dataloader = None
+        self.config, self.tokenizer, self.dataset, self.dataloader = config, tokenizer, dataset, None
         if dataset is not None:
             self.dataloader = DataLoader(dataset, config.batch_size, True, collate_fn=data_collator, drop_last=True)
 
@@ -158,27 +179,6 @@ class PPOTrainer(CurrentTrainer):
         self.save_model(save_directory)
 
 
-# The settings that have kept their names.
-_SAME = (
-    "seed", "learning_rate", "gamma", "lam", "cliprange", "cliprange_value", "vf_coef", "ratio_threshold",
-    "use_score_scaling", "use_score_norm", "score_clip", "whiten_rewards",
-)  # fmt: skip
-# TRL 0.11's names of statistics, by ours.
-_STATISTICS = {
-    "ppo/mean_scores": "objective/scores",
-    "ppo/std_scores": "objective/scores_std",
-    "ppo/mean_non_score_reward": "objective/non_score_reward",
-    "ppo/loss/policy": "loss/policy_avg",
-    "ppo/loss/value": "loss/value_avg",
-    "ppo/policy/entropy": "policy/entropy_avg",
-    "ppo/policy/approxkl": "policy/approxkl_avg",
-    "ppo/policy/clipfrac": "policy/clipfrac_avg",
-    "ppo/val/clipfrac": "val/clipfrac_avg",
-    "ppo/val/var_explained": "val/explained_variance",
-    "tokens/responses_len_mean": "val/response_length",
-}
-
-
 class AutoModelForCausalLMWithValueHead:
     """Opens a plain language model: the trainer adds the value head."""
 
@@ -195,14 +195,9 @@ def create_reference_model(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
-class LengthSampler:
+def LengthSampler(min_value: int, max_value: int) -> Callable[[], int]:  # noqa: N802
     """Called, it gives a length from `min_value` up to, without, `max_value`."""
-
-    def __init__(self, min_value: int, max_value: int) -> None:
-        self.values = range(min_value, max_value)
-
-    def __call__(self) -> int:
-        return random.choice(self.values)
+    return functools.partial(random.randrange, min_value, max_value)
 
 
 @torch.no_grad()

@@ -9,8 +9,6 @@ from rlhf_pipeline.report.files import stages_below
 from rlhf_pipeline.report.stage import write_report
 from rlhf_pipeline.report.words import LANGUAGES
 
-_ROUND = re.compile("round[1-9][0-9]*")
-
 
 def rebuild(folder: Path, lang: str | None = None) -> list[Path]:
     """Draw every page below a folder: of stages, rounds and sweeps; None keeps the language each was made in."""
@@ -21,15 +19,14 @@ def rebuild(folder: Path, lang: str | None = None) -> list[Path]:
 
     if lang not in (None, *LANGUAGES):
         raise UserError(f"no report language is called '{lang}'; choose one of: {', '.join(LANGUAGES)}.")
+    folder = folder.resolve() if folder == Path() else folder  # the current folder has no name
     stages = stages_below(folder) if folder.is_dir() else []
     sweeps = sorted({path.parent.parent for path in folder.rglob(JOB)})
     if not stages and not sweeps:
         raise UserError(f"{folder} holds no run; name a folder such as runs/demo or runs/demo/ppo.")
     pages = [write_report(stage, lang) for stage in stages]
-    rounds = {stage.parent.parent for stage in stages if _ROUND.fullmatch(stage.parent.name)}
-    inside = sorted(path for path in rounds if path.is_relative_to(folder))
-    named = [path if path.name else path.absolute() for path in inside]  # the current folder has no name
-    pages += [write_rounds(path.parent, path.name, lang) for path in named]
+    runs = {stage.parent.parent for stage in stages if re.fullmatch("round[1-9][0-9]*", stage.parent.name)}
+    pages += [write_rounds(run.parent, run.name, lang) for run in sorted(runs) if run.is_relative_to(folder)]
     return pages + [write_sweep(path, lang) for path in sweeps]
 
 

@@ -1,21 +1,23 @@
-"""Charts as inline SVG: one `plot` for all of them. A line never goes through what is no finite number."""
+"""Charts as inline SVG, all by one `plot`. A line never goes through a value that is not finite."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rlhf_pipeline.report.files import items, members, number
-from rlhf_pipeline.report.page import ENGLISH, Block, note, plain
+from rlhf_pipeline.report.files import as_number, columns, items, members
+from rlhf_pipeline.report.page import ENGLISH, plain
 from rlhf_pipeline.report.words import OTHER, Words, grouped
 from rlhf_pipeline.report.words import table as words_of
 
-CHARTS, BUCKETS = 32, 150  # the most charts that one page shows; stretches a line is thinned to
+CHARTS, BUCKETS = 32, 150  # the most charts that one page shows; stretches that a line is thinned to
 CLOCKS = ("epoch", "seconds", "episode", "num_tokens", "eps")  # they only say how far a run is
-COLOURS, RUNS = 8, 24  # c0 to c7 in page.css; runs that a frontier draws
-BARS, LONGEST = 40, 28  # rows that a sweep draws, and characters of a row's name
-TOP, RIGHT = 8, 16  # margins in a chart's viewBox
+COLOURS, RUNS, ROWS = 8, 24, 40  # c0 to c7 in page.css; runs of a frontier and rows of a sweep that are drawn
+TOP, BELOW, RIGHT = 8, 39, 16  # margins in a chart's viewBox
+SMALL, WIDE, SQUARE = (62, 250, 104), (52, 350, 220), (44, 240, 240)  # left margin, width and height of the plot
 Point = tuple[float, float]
 Tick = tuple[float, str]
+Chart = dict[str, Any]
+Row = Mapping[str, Any]
 
 
 class Line(NamedTuple):
@@ -25,22 +27,17 @@ class Line(NamedTuple):
     kind: str
     points: Sequence[Point]
     dots: Sequence[tuple[float, float, float]] = ()
-    lost: str = ""
+    lost: int = 0  # points that are not finite
 
 
 def plot(
-    title: str, lines: Sequence[Line], x_ticks: Sequence[Tick], y_ticks: Sequence[Tick], about: str,
-    x_label: str = "", y_label: str = "", *, size: tuple[int, int, int] = (52, 350, 220), style: str = "wide",
-    scale: Callable[[float], float] = float, grid: str = "y", key: str = "", note: str = "",
-) -> Block:  # fmt: skip
-    """Lines and dots over two axes, which span all points and ticks.
-
-    `size` is the left margin, width and height of the plot; `scale` is that of x; a small chart (no `style`) has its
-    x label on the row of the ticks.
-    """
+    title: str, lines: Sequence[Line], x_ticks: Sequence[Tick], y_ticks: Sequence[Tick], x_label: str = "",
+    y_label: str = "", *, size: tuple[int, int, int] = WIDE, style: str = "wide",
+    scale: Callable[[float], float] = float, key: str = "", note: str = "",
+) -> Chart:  # fmt: skip
+    """Lines and dots over two axes, which span all points and ticks; `scale` is that of x."""
     left, wide, high = size
-    bottom = TOP + high
-    points = [point for line in lines for point in (*line.points, *(dot[:2] for dot in line.dots))]
+    points = [dot[:2] for line in lines for dot in (*line.points, *line.dots)]
     xs = [scale(x) for x in (*(x for x, _ in points), *(x for x, _ in x_ticks))]
     ys = [*(y for _, y in points), *(y for y, _ in y_ticks)]
 
@@ -52,40 +49,32 @@ def plot(
         return f"{left + wide * fraction(scale(x), xs):.1f}"
 
     def down(y: float) -> str:
-        return f"{bottom - high * fraction(y, ys):.1f}"
+        return f"{TOP + high * (1 - fraction(y, ys)):.1f}"
 
-    ways = [f"M{left} {TOP}v{high}h{wide}"] if style else []
-    ways += [f"M{across(x)} {TOP}v{high}" for x, _ in x_ticks] if grid == "x" else []
-    ways += [f"M{left} {down(y)}h{wide}" for y, _ in y_ticks] if grid == "y" else []
-    anchors = ["middle"] * len(x_ticks) if style else ["start", "end"]
-    ticks = [(across(x), str(bottom + 16), at, text) for (x, text), at in zip(x_ticks, anchors, strict=False)]
-    ticks += [(str(left - 6), f"{float(down(y)) + 3.5:.1f}", "end", text) for y, text in y_ticks if text]
-    low = 33 if style and x_label else 16
-    ticks += [(f"{left + wide / 2:g}", str(bottom + low), "middle", x_label)] if x_label else []
     drawn = [
-        {
-            "label": line.label, "kind": line.kind, "lost": line.lost,
-            "points": " ".join(f"{across(x)},{down(y)}" for x, y in line.points),
-            "dots": [(across(x), down(y), f"{r:.1f}") for x, y, r in line.dots],
-        }
+        {**line._asdict(), "points": " ".join(f"{across(x)},{down(y)}" for x, y in line.points),
+         "dots": [(across(x), down(y), f"{r:.1f}") for x, y, r in line.dots]}
         for line in lines
     ]  # fmt: skip
     return {
-        "kind": "chart", "title": title, "key": key, "note": note, "style": style, "about": about, "grid": ways,
-        "width": left + wide + RIGHT, "height": bottom + low + 6, "middle": TOP + high / 2,
-        "lines": drawn, "ticks": ticks, "y_label": y_label,
+        "title": title, "lines": drawn, "x_label": x_label, "y_label": y_label,
+        "style": style, "key": key, "note": note,
+        "left": left, "wide": wide, "top": TOP, "high": high, "bottom": TOP + high,
+        "width": left + wide + RIGHT, "height": TOP + high + BELOW,
+        "x_ticks": [(across(x), text) for x, text in x_ticks], "y_ticks": [(down(y), text) for y, text in y_ticks],
+        "grid": [f"M{left} {down(y)}h{wide}" for y, _ in y_ticks],
     }  # fmt: skip
 
 
-def gather(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[Point]]]:
+def gather(rows: Iterable[Row]) -> dict[str, dict[str, list[Point]]]:
     """Numeric series by measure, then by train or eval; a row without a step follows on."""
     groups: dict[str, dict[str, list[Point]]] = {}
     same, at = words_of("measures")["same"], -1.0
     for row in rows:
-        step = number(row.get("step"))
+        step = as_number(row.get("step"))
         at = step if step is not None and math.isfinite(step) else at + 1
         for key, value in row.items():
-            if key != "step" and (y := number(value)) is not None:
+            if key != "step" and (y := as_number(value)) is not None:
                 name, kind = (key[5:], "eval") if key.startswith(("eval_", "eval/")) else (same.get(key, key), "train")
                 groups.setdefault(name, {}).setdefault(kind, []).append((at, y))
     return groups
@@ -99,156 +88,106 @@ def thin(points: Sequence[Point]) -> list[Point]:
     return kept[:1] + [p for part in parts for p in sorted({min(part)[::-1], max(part)[::-1]})] + kept[-1:]
 
 
-def chart(name: str, lines: Sequence[Line], words: Words = ENGLISH, key: str = "", unit: str = "step") -> Block:
-    """One measure as a small chart, with the last value of each line, and only the ends of both axes marked."""
+def small(name: str, lines: Sequence[Line], words: Words = ENGLISH, key: str = "", unit: str = "step") -> Chart:
+    """One measure as a small chart, with the last value of each line and the ends of both axes."""
     drawn = []
     for line in lines:
         kept = thin(line.points)
-        n = sum(not math.isfinite(y) for _, y in line.points)
         label = f"{line.label} {plain(kept[-1][1] if kept else None)}"
-        lost = f"{n} {words('not finite')}" if n else ""
+        lost = sum(not math.isfinite(y) for _, y in line.points)
         drawn.append(Line(label, line.kind, kept, [(*point, 2.6) for point in kept[-1:]], lost))
     xs, ys = zip(*(point for line in drawn for point in line.points), strict=True)
-    ends = [sorted({min(values), max(values)}) for values in (xs, ys)]
-    across, up = ([(value, plain(value)) for value in values] for values in ends)
-    about = words("steps {} to {}, from {} to {}", *map(plain, (min(xs), max(xs), min(ys), max(ys))))
+    x_ticks, y_ticks = ([(value, plain(value)) for value in sorted({min(each), max(each)})] for each in (xs, ys))
     own = key if key != name else ""
-    return plot(name, drawn, across, up, f"{name}, {about}", words(unit), size=(62, 250, 104), style="", key=own)
+    return plot(name, drawn, x_ticks, y_ticks, words(unit), size=SMALL, style="", key=own)
 
 
-def charts(measures: Mapping[str, Sequence[Line]], words: Words) -> list[Block]:
-    """Charts of the measures that change, in groups, and the names of those that are not drawn."""
+def curves(runs: Mapping[str, Iterable[Row]], words: Words) -> dict[str, Any]:
+    """Small charts of the measures that change, in groups, and the names of those that are not drawn.
 
-    def moves(lines: Iterable[Line]) -> bool:
-        return any(len({y for _, y in line.points if math.isfinite(y)}) > 1 for line in lines)
-
-    moving = grouped([key for key, lines in measures.items() if key not in CLOCKS and moves(lines)])
-    order = [key for keys in moving.values() for key in keys][:CHARTS]
-    out: list[Block] = []
-    for group, keys in moving.items():
-        drawn = [chart(words.measure(key), measures[key], words, key) for key in keys if key in order]
-        folded = group == OTHER and len(moving) > 1
-        out += [{"kind": "charts", "label": words(group), "folded": folded, "charts": drawn}] if drawn else []
-    rest = ", ".join(key for key in measures if key not in order and key not in CLOCKS)
-    return out + note(f"{words('Not drawn (constant, not finite, or too many)')}: {rest}." if rest else "")
-
-
-def curves(rows: Sequence[Mapping[str, Any]], words: Words) -> list[Block]:
-    """The charts of one stage: what was measured in training against what was measured on held-out data."""
-    kinds = {"train": "train", "eval": "eval dashed"}
-    measures = {
-        name: [Line(words(kind), kinds[kind], points) for kind, points in sorted(lines.items(), reverse=True)]
-        for name, lines in gather(rows).items()
-    }
-    return charts(measures, words)
+    A colour per run, or for training and held-out data if there is one run; held-out data is dashed.
+    """
+    measures: dict[str, list[Line]] = {}
+    for place, (run, rows) in enumerate(runs.items()):
+        for name, found in gather(rows).items():
+            for kind, points in sorted(found.items(), reverse=True):
+                colour = f"{f'c{place}' if len(runs) > 1 else kind}{' dashed' if kind == 'eval' else ''}"
+                measures.setdefault(name, []).append(Line(f"{run} {words(kind)}".strip(), colour, points))
+    drawn = {name: lines for name, lines in measures.items() if name not in CLOCKS}
+    moving = [name for name, lines in drawn.items()
+              if any(len({y for _, y in line.points if math.isfinite(y)}) > 1 for line in lines)]  # fmt: skip
+    order = [key for keys in grouped(moving).values() for key in keys][:CHARTS]
+    groups = {group: [small(words.measure(key), drawn[key], words, key) for key in keys if key in order]
+              for group, keys in grouped(moving).items()}  # fmt: skip
+    rest = [key for key in drawn if key not in order]
+    return {"groups": groups, "folded": [OTHER] if len(groups) > 1 else [], "rest": rest}
 
 
-def calibration(value: object, words: Words) -> list[Block]:
-    """How often a reward is right against how sure it is: a dot per bin, the larger the more it holds."""
-    bins = [[number(row.get(key)) for key in ("predicted", "observed", "count")] for row in items(value)]
-    dots = [(p, o, n or 0.0) for p, o, n in bins if p is not None and o is not None and 0 <= p <= 1 and 0 <= o <= 1]
-    if not dots:
-        return []
-    most = max(n for _, _, n in dots) or 1.0
-    sized = [(p, o, 3 + 7 * math.sqrt(max(n, 0.0) / most)) for p, o, n in dots]
-    lines = [Line("", "soft dashed", [(0, 0), (1, 1)]), Line("", "train", sorted((p, o) for p, o, _ in dots), sized)]
+def calibration(value: object, words: Words) -> Chart | None:
+    """How often a reward is right against how sure it is, a dot per bin."""
+    bins = [(as_number(row.get("predicted")), as_number(row.get("observed"))) for row in items(value)]
+    points = sorted((p, o) for p, o in bins if p is not None and o is not None and 0 <= p <= 1 and 0 <= o <= 1)
+    if not points:
+        return None
+    lines = [Line("", "soft dashed", [(0, 0), (1, 1)]), Line("", "train", points, [(*point, 4.0) for point in points])]
     ends, axes = [(0.0, "0"), (1.0, "1")], (words("how sure it is"), words("how often it is right"))
-    title, about = words("Calibration"), words("Dashed line: perfect calibration. Larger dots: more pairs.")
-    return [plot(title, lines, ends, ends, title, *axes, size=(44, 240, 240), style="square", note=about)]
+    title, note = words("Calibration"), words("Dashed line: perfect calibration.")
+    return plot(title, lines, ends, ends, *axes, size=SQUARE, style="square", note=note)
 
 
-def frontier_charts(found: Mapping[str, Any], words: Words) -> list[Block]:
+def frontier_charts(found: Row, words: Words) -> list[Chart]:
     """Reward against KL of a sweep's policies, one chart per reward: a line per run, and best of n."""
     starts, rows = items(found.get("starts")), items(found.get("points"))
-    others = dict.fromkeys(name for row in rows for name in members(row.get("rewards")))
-    runs = list(dict.fromkeys(str(row.get("run")) for row in rows))[:RUNS]
-    out = []
-    for reward in (None, *others):
-
-        def place(row: Mapping[str, Any], reward: str | None = reward) -> list[Point]:
-            own = row if reward is None else members(members(row.get("rewards")).get(reward))
-            kl, mean = number(row.get("kl")), number(own.get("reward_mean"))
-            return [(max(kl, 0.0), mean)] if kl is not None and mean is not None and math.isfinite(kl + mean) else []
-
-        begun = {str(start.get("key")): place(start) for start in starts}
-        ways = [(words("best of n"), "soft dashed", [p for row in items(start.get("best_of")) for p in place(row)])
-                for start in starts]  # fmt: skip
-        for at, run in enumerate(runs):
-            own = [row for row in rows if str(row.get("run")) == run]
-            way = [p for row in own if row.get("step") is not None for p in place(row)]
-            ways.append((run, f"c{at % COLOURS}", begun.get(str(own[0].get("start")), []) + way))
-        lines = [Line(name, kind, way, [(*p, 2.4) for p in way]) for name, kind, way in ways if way]
-        if not lines:
-            continue
-        ys = [y for line in lines for _, y in line.points]
-        far = max(x for line in lines for x, _ in line.points) or 1.0
-        title = reward or words("Reward")
-        about = words("{}: from {} to {}, at a KL of up to {}", title, *map(plain, (min(ys), max(ys), far)))
-        x_ticks = [(far * share, f"{far * share:.2g}") for share in (0, 1 / 16, 1 / 4, 9 / 16, 1)]
-        out.append(plot(title, lines, x_ticks, round_ticks(min(ys), max(ys)), about, "KL", scale=math.sqrt))
-    return out
+    runs: dict[str, list[Row]] = {}
+    for row in rows:
+        runs.setdefault(str(row.get("run")), []).append(row)
+    ways: list[tuple[str, str, list[Row]]]
+    ways = [(words("best of n"), "soft dashed", [*items(start.get("best_of"))]) for start in starts]
+    for at, (run, own) in enumerate(list(runs.items())[:RUNS]):
+        begun = [start for start in starts if start.get("key") == own[0].get("start")]
+        ways.append((run, f"c{at % COLOURS}", begun + [row for row in own if row.get("step") is not None]))
+    charts = (_against_kl(reward, ways, words) for reward in ("", *columns(row.get("rewards") for row in rows)))
+    return [chart for chart in charts if chart]
 
 
-def sweep_chart(rows: Sequence[Mapping[str, Any]], words: Words) -> list[Block]:
-    """The objective with its standard error and seeds: against the one number that was swept, else by row."""
-    drawn = [row for row in rows if (mean := number(row.get("objective"))) is not None and math.isfinite(mean)]
-    seeds = [[y for value in row["values"] if (y := number(value)) is not None]
-             if isinstance(row.get("values"), list) else [] for row in drawn]  # fmt: skip
-    if sum(map(len, seeds)) < 2:
-        return []
-    settings = [members(row.get("settings")) for row in drawn]
-    keys = {key for own in settings for key in own}
-    at = [_finite(next(iter(own.values()), None)) for own in settings]
-    by_value = len(keys) == 1 and len(drawn) > 1 and None not in at
-    if not by_value:
-        drawn = drawn[:BARS]
-    xs = [x or 0.0 for x in at] if by_value else [-float(place) for place in range(len(drawn))]
-
-    def point(x: float, y: float) -> Point:
-        return (x, y) if by_value else (y, x)  # by row, the objective goes across
-
-    lines, ends = [], []
-    for x, row, values in zip(xs, drawn, seeds, strict=False):
-        mean, error = float(row["objective"]), number(row.get("stderr")) or 0.0
-        ends += [mean - error, mean + error, *values]
-        bar = [point(x, mean - error), point(x, mean + error)] if error else []
-        lines.append(Line("", "soft", [], [(*point(x, y), 1.6) for y in values]))
-        lines.append(Line("", "c0", bar, [(*point(x, mean), 3.0)]))
-    low, high = min(ends), max(ends)
-    title, about = words("objective"), words("objective: from {} to {}", plain(low), plain(high))
-    if not by_value:
-        names = [(x, name if len(name := short(row)) <= LONGEST else f"…{name[1 - LONGEST :]}")
-                 for x, row in zip(xs, drawn, strict=True)]  # fmt: skip
-        names += [(0.5, ""), (0.5 - len(drawn), "")]
-        size = (190, 215, 24 * len(drawn))
-        return [plot(title, lines, round_ticks(low, high, 4), names, about, size=size, grid="x")]
-    means = sorted((x, float(row["objective"])) for x, row in zip(xs, drawn, strict=True))
-    wide = min(xs) > 0 and max(xs) / min(xs) >= 10
-    name = f"{keys.pop()} ({words('logarithmic')})" if wide else keys.pop()
-    x_ticks = [(x, f"{x:g}") for x in sorted(set(xs))]
-    lines = [Line("", "c0", means), *lines]
-    return [plot(title, lines, x_ticks, round_ticks(low, high), about, name, scale=math.log if wide else float)]
+def _against_kl(reward: str, ways: Sequence[tuple[str, str, list[Row]]], words: Words) -> Chart | None:
+    """The chart of one reward; the main one has no name."""
+    lines = []
+    for name, kind, rows in ways:
+        own = [members(members(row.get("rewards")).get(reward)) if reward else row for row in rows]
+        kls, means = ([as_number(row.get(key)) for row in found] for key, found in (("kl", rows), ("reward_mean", own)))
+        points = [(max(x, 0.0), y) for x, y in zip(kls, means, strict=True)
+                  if x is not None and y is not None and math.isfinite(x + y)]  # fmt: skip
+        lines += [Line(name, kind, points, [(*point, 2.4) for point in points])] if points else []
+    if not lines:
+        return None
+    xs, ys = zip(*(point for line in lines for point in line.points), strict=True)
+    far, title = max(xs) or 1.0, reward or words("Reward")
+    x_ticks = [(far * share, f"{far * share:.2g}") for share in (0, 1 / 16, 1 / 4, 9 / 16, 1)]
+    return plot(title, lines, x_ticks, even_ticks(min(ys), max(ys)), "KL", scale=math.sqrt)
 
 
-def short(row: Mapping[str, Any]) -> str:
+def sweep_chart(rows: Sequence[Row], words: Words) -> Chart | None:
+    """The objective of each row of a sweep, the best at the top: its mean, its standard error and its seeds."""
+    means = [as_number(row.get("objective")) for row in rows]
+    known = [row for row, mean in zip(rows, means, strict=True) if mean is not None and math.isfinite(mean)][:ROWS]
+    if len(known) < 2:
+        return None
+    lines, names = list[Line](), [(0.5, ""), (0.5 - len(known), "")]
+    for place, row in enumerate(known):
+        mean, error, y = float(row["objective"]), as_number(row.get("stderr")) or 0.0, -float(place)
+        lines.append(Line("", "soft", [], [(value, y, 1.6) for value in row.get("values") or []]))
+        lines.append(Line("", "c0", [(mean - error, y), (mean + error, y)], [(mean, y, 3.0)]))
+        names.append((y, name if len(name := short(row)) <= 28 else f"…{name[-27:]}"))
+    xs = [point[0] for line in lines for point in (*line.points, *line.dots)]
+    return plot(words("objective"), lines, even_ticks(min(xs), max(xs)), names, size=(190, 215, 24 * len(known)))
+
+
+def short(row: Row) -> str:
     """What sets a row of a sweep apart, by the last word of each setting: kl_coef=0.05."""
     return ", ".join(f"{key.split('.')[-1]}={value}" for key, value in members(row.get("settings")).items()) or "all"
 
 
-def _finite(value: object) -> float | None:
-    try:
-        found = float(str(value))
-    except ValueError:
-        return None
-    return found if math.isfinite(found) else None
-
-
-def round_ticks(low: float, high: float, about: int = 5) -> list[Tick]:
-    """Round numbers between two, about so many."""
-    span = (high - low) / about
-    if not span > 0 or not math.isfinite(span):
-        return [(low, f"{low:g}")]
-    power = 10 ** math.floor(math.log10(span))
-    step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= span)
-    marks = [round(step * place, 12) for place in range(math.ceil(low / step), math.floor(high / step) + 1)]
-    return [(mark, f"{mark:g}") for mark in marks]
+def even_ticks(low: float, high: float) -> list[Tick]:
+    """Five values from one to the other."""
+    return [(value, f"{value:.3g}") for value in (low + (high - low) * part / 4 for part in range(5))]

@@ -3,24 +3,24 @@
 import contextlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
-
-_NO_STAGES = ("checkpoints", "model")  # folders of a run that hold no stages
 
 
 def stages_below(folder: Path) -> list[Path]:
     """Every stage's folder of a run, its rounds and a sweep's jobs included."""
     if (folder / "run.json").is_file():
         return [folder]
-    inside = sorted(path for path in folder.glob("[!.]*") if path.is_dir() and path.name not in _NO_STAGES)
+    inside = sorted(
+        path for path in folder.glob("[!.]*") if path.is_dir() and path.name not in ("checkpoints", "model")
+    )
     return [stage for path in inside for stage in stages_below(path)]
 
 
-def number(value: object) -> float | None:
+def as_number(value: object) -> float | None:
     """The float of a JSON number, infinite where it is too large for one, and None for anything else."""
     try:
         return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
@@ -38,6 +38,13 @@ def items(value: object) -> list[dict[str, Any]]:
     return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
+def columns(rows: Iterable[object]) -> list[str]:
+    """The keys that have a value in any object, in the order in which keys first appear."""
+    known = list(map(members, rows))
+    keys = dict.fromkeys(key for row in known for key in row)
+    return [key for key in keys if any(row.get(key) is not None for row in known)]
+
+
 def read(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     """The JSON objects of a file, one per line in .jsonl; the notes count what cannot be read."""
     text = path.read_bytes().decode("utf-8-sig", "replace") if path.is_file() else ""
@@ -51,9 +58,9 @@ def read(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def only(path: Path, notes: list[str]) -> dict[str, Any]:
+def only(path: Path, notes: list[str] | None = None) -> dict[str, Any]:
     """The one object of a file, empty where there is none."""
-    return (read(path, notes) or [{}])[0]
+    return (read(path, [] if notes is None else notes) or [{}])[0]
 
 
 def config(folder: Path) -> dict[str, Any]:

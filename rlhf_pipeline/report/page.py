@@ -1,34 +1,21 @@
-"""A page from its blocks. A block is plain data; templates/page.html alone makes HTML of it, and escapes everything."""
+"""Pages from the templates: whatever a file holds is shown as text, and a page loads nothing from the network."""
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable
 from functools import cache
-from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rlhf_pipeline.files import write_atomic
-from rlhf_pipeline.report.files import members
+from rlhf_pipeline.report.files import as_number, columns, items, members
 from rlhf_pipeline.report.words import Words
 from rlhf_pipeline.texts import shown
 
 LONGEST = 4000  # characters of one text that are shown
 ENGLISH = Words()
-Block = dict[str, Any]  # "kind" names its macro in the template
 _HERE = Path(__file__).parent
-
-
-class Cell(NamedTuple):
-    """A cell of a table. `said` is for what a model wrote: line breaks kept, after what it was asked."""
-
-    text: str
-    kind: str = ""  # its class in page.css
-    above: str = ""
-    before: str = ""
-    said: bool = False
-    empty: bool = False
-    link: str = ""
 
 
 def plain(value: object, words: Words = ENGLISH) -> str:
@@ -45,98 +32,56 @@ def plain(value: object, words: Words = ENGLISH) -> str:
     return "–" if value is None else str(value)
 
 
-def show(value: object, words: Words = ENGLISH) -> str:
-    """The same, escaped for HTML, and with hidden characters as escapes such as \\u202e."""
-    return escape(shown(plain(value, words)))
+def lasted(seconds: float | None) -> str | None:
+    """A time in the two largest units that it has."""
+    if seconds is None or not math.isfinite(seconds):
+        return None
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.3g} s"
 
 
-def said(value: object, words: Words, above: str = "", before: object = "", kind: str = "") -> Cell:
-    """A cell of what a model wrote, with a line above it and the prompt before it."""
-    whole = value if isinstance(value, str) else plain(value, words)
-    cut = whole[:LONGEST] + (" …" if len(whole) > LONGEST else "")
-    return Cell(cut or words("(empty)"), kind, above, str(before)[-LONGEST:], True, not cut)
-
-
-def table(label: str, head: Sequence[str], rows: Sequence[Sequence[Cell]], kind: str = "tall") -> list[Block]:
-    """A titled table that scrolls by itself; no rows, no table. A cell of kind "row" heads its row."""
-    return [{"kind": "table", "label": label, "head": head, "rows": rows, "style": kind}] if rows else []
-
-
-def by_row(
-    label: str, corner: str, rows: Mapping[str, Mapping[str, Any]], kind: str = "numbers", words: Words = ENGLISH
-) -> list[Block]:
-    """A table with one row per name and one column per key of any row; label, corner and keys are English."""
-    keys = list(dict.fromkeys(key for row in rows.values() for key in row))
-    heads = [words(corner), *map(words.name, keys)]
-    cells = [
-        [Cell(name, "row"), *(Cell(plain(row.get(key), words)) for key in keys)] for name, row in rows.items() if keys
-    ]
-    return table(words(label), heads, cells, kind)
-
-
-def by_name(label: str, values: object, words: Words = ENGLISH) -> list[Block]:
-    """A table of names and values."""
-    rows = {words.name(key): {"Value": value} for key, value in members(values).items()}
-    return by_row(label, "Name", rows, words=words)
-
-
-def tiles(values: Mapping[str, Any], words: Words) -> list[Block]:
-    """Numbers that are meant to be seen first, each with its name."""
-    rows = [(plain(value, words), words.name(key)) for key, value in values.items()]
-    return [{"kind": "tiles", "rows": rows}] if rows else []
-
-
-def facts(values: Mapping[str, str]) -> list[Block]:
-    """A list of names and values."""
-    rows = [(key[:1].upper() + key[1:], value) for key, value in values.items()]
-    return [{"kind": "facts", "rows": rows}] if rows else []
-
-
-def note(text: str) -> list[Block]:
-    """A line in a soft colour."""
-    return [{"kind": "note", "text": text}] if text else []
-
-
-@cache
-def _template() -> Any:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    def visible(value: object) -> object:
-        """Characters that hide or reorder text become escapes; the template's own markup stays."""
-        if hasattr(value, "__html__"):
-            return value
-        text = str(value)
-        return text if text.isascii() and text.isprintable() else shown(text)
-
-    loader = FileSystemLoader(_HERE / "templates")
-    made = Environment(loader=loader, autoescape=True, finalize=visible, undefined=StrictUndefined, trim_blocks=True)
-    return made.get_template("page.html")
-
-
-@cache
-def _part(name: str) -> tuple[str, str]:
-    """A file that every page contains, and how the page's policy names it."""
-    content = (_HERE / name).read_text(encoding="utf-8")
-    return content, "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
-
-
-def assemble(
-    title: str, state: str, parts: Mapping[str, Sequence[Block]], notes: Sequence[str] = (), words: Words = ENGLISH
-) -> str:
-    """A page of named parts, without the empty ones; the parts' names are English.
-
-    The browser is told to load nothing, and to run nothing but the page's own search.
-    """
+def environment(show: Callable[[Any], str]) -> Any:
+    """Jinja2's templates: each value is shown by `show`, then escaped; what is missing counts as None."""
+    from jinja2 import ChainableUndefined, Environment, FileSystemLoader
     from markupsafe import Markup
 
-    (style, style_hash), (script, script_hash) = _part("page.css"), _part("search.js")
-    return str(
-        _template().render(
-            title=title, state=state, notes=notes, _=words, lang="zh-CN" if words.lang == "zh" else "en",
-            parts={name: blocks for name, blocks in parts.items() if blocks},
-            style=Markup(style), style_hash=style_hash, script=Markup(script), script_hash=script_hash,
-        )
+    def finalize(value: object) -> object:
+        return value if isinstance(value, Markup) else show(None if isinstance(value, ChainableUndefined) else value)
+
+    made = Environment(
+        loader=FileSystemLoader(_HERE / "templates"), autoescape=True, finalize=finalize, undefined=ChainableUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
+    made.filters |= {"members": members, "rows": items, "columns": columns, "number": as_number}
+    return made
+
+
+@cache
+def _pages(lang: str) -> Any:
+    from markupsafe import Markup
+
+    words = Words(lang)
+
+    def show(value: object) -> str:
+        text = plain(value, words)
+        text = text[:LONGEST] + (" …" if len(text) > LONGEST else "")
+        return text if text.isprintable() else shown(text)
+
+    made = environment(show)
+    made.globals |= {"_": words, "plain": lambda value: plain(value, words)}
+    for name, file in (("style", "page.css"), ("script", "search.js")):
+        content = (_HERE / file).read_text(encoding="utf-8")
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        made.globals |= {name: Markup(content), f"{name}_hash": f"sha256-{digest}"}
+    return made
+
+
+def render(template: str, words: Words, **values: Any) -> str:
+    """A page by its template's name."""
+    return str(_pages(str(words.lang)).get_template(f"{template}.html").render(**values))
 
 
 def write_page(target: Path, content: str) -> Path:

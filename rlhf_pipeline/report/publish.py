@@ -4,7 +4,6 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import why_unreachable
@@ -22,18 +21,17 @@ _REFUSED = {
 
 def publish(out: RunDir, to: Hub) -> None:
     """Upload the model of a finished stage. Any failure is a `UserError` with the command that tries again."""
-    assert to.push
     if not out.model.is_dir():
         raise UserError(f"{out.path} has no model to push; use hub.push= with a stage that makes one.")
     try:
-        address = _upload(out, to.push, to.private)
+        address = _upload(out, str(to.push), to.private)
     except Exception as error:  # the client raises what its server, its transport and its own checks raise
         status = getattr(getattr(error, "response", None), "status_code", None)
         reason = _REFUSED[status].format(to.push) if status in _REFUSED else _without_token(error)
-        again = (
-            f"{out.record['command']} {shlex.quote(f'hub.push={to.push}')}{'' if to.private else ' hub.private=false'}"
-        )
-        raise UserError(f"hub.push={to.push}: {reason}. {out.model} is kept; to try again: {again}") from error
+        words = [out.record["command"], shlex.quote(f"hub.push={to.push}")] + ["hub.private=false"] * (not to.private)
+        raise UserError(
+            f"hub.push={to.push}: {reason}. {out.model} is kept; to try again: {' '.join(words)}"
+        ) from error
     print(f"{out.model} -> {address}", flush=True)
 
 
@@ -61,16 +59,15 @@ def _upload(out: RunDir, repository: str, private: bool) -> str:
     is_private = bool(hub.model_info(repository).private)
     if private and not is_private:
         raise UserError("it exists already and is public; add hub.private=false, or choose another name")
+    # Not upload_folder: the card differs from the folder's, and a model must not be there without it.
     own = out.model / CARD
     text = named(own.read_text(encoding="utf-8") if own.exists() else card(out.path), repository)
-    files: dict[str, Path | bytes] = {
-        path.relative_to(out.model).as_posix(): path for path in sorted(out.model.rglob("*")) if path.is_file()
-    }
-    files[CARD] = text.encode()
-    # Not upload_folder: the card differs from the folder's, and a model must not be there without it.
-    operations = [CommitOperationAdd(name, file) for name, file in files.items()]
-    hub.create_commit(repository, operations, commit_message=f"{out.stage} of {out.name}")
-    return f"{constants.ENDPOINT}/{repository} ({'private' if is_private else 'public'}, {len(operations)} files)"
+    files = [path for path in sorted(out.model.rglob("*")) if path.is_file() and path != own]
+    operations = [CommitOperationAdd(path.relative_to(out.model).as_posix(), path) for path in files]
+    hub.create_commit(
+        repository, [*operations, CommitOperationAdd(CARD, text.encode())], commit_message=f"{out.stage} of {out.name}"
+    )
+    return f"{constants.ENDPOINT}/{repository} ({'private' if is_private else 'public'}, {len(files) + 1} files)"
 
 
 def _without_token(error: Exception) -> str:

@@ -1,17 +1,19 @@
-"""How a stage ended, in a few lines: what came of it, in what time, where it lies, what to run next."""
+"""How a stage ended, in a few lines: its result, its time, where its files are, what to run next."""
 
 import itertools
-import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.files import read_jsonl
+from rlhf_pipeline.report.files import only
+from rlhf_pipeline.report.page import lasted
 from rlhf_pipeline.runs.directory import CANDIDATES, LABELS, SHEET, RunDir
 from rlhf_pipeline.runs.models import newest_policy
 from rlhf_pipeline.settings import Settings
+from rlhf_pipeline.stages import FOLDERS, STAGES
 from rlhf_pipeline.texts import shown
 from rlhf_pipeline.words import as_typed, typed
 
@@ -26,12 +28,11 @@ def say(label: str, text: str) -> None:
 
 def say_done(out: RunDir) -> None:
     """A stage's result, time and place, all from its files; where it waits for people, how they label."""
-    record = out.record
     say(out.stage, outcome(out))
-    say("time", ", ".join([_time(record), *_rates(out)]))
+    say("time", ", ".join([_time(out.record), *_rates(out)]))
     made = [f"{name}/" if (out.path / name).is_dir() else name for name in _MADE if (out.path / name).exists()]
     say("made", f"{out.path}: {', '.join(made)}")
-    if record.get("status") == "waiting":
+    if out.record.get("status") == "waiting":
         again = f"{command('collect', str(out.runs), name=out.name)} labels="
         sheet = shlex.quote(str(out.path / SHEET))
         say("next", f"in the browser: make label-studio NAME={shlex.quote(out.name)}, then: {again}pull")
@@ -69,7 +70,7 @@ def next_command(settings: Settings, order: Sequence[str], overrides: Sequence[s
     """
     stage = settings.stage
     if overrides is not None:
-        after = dict(itertools.pairwise(order)).get(stage) or {"reward": "ppo", "ppo": "evaluate"}.get(stage)
+        after = dict(itertools.pairwise(order)).get(stage) or STAGES[stage].then
         if after:
             return shlex.join([*_RUN.split(), f"stage={after}", *_for_others(settings, overrides)])
     run = RunDir(Path(settings.runs), settings.name, "chat", settings.experiment)
@@ -101,26 +102,11 @@ def outcome(out: RunDir) -> str:
     """A stage's result in a few words, from its files."""
     results = out.record.get("results", {})
     try:
-        match out.stage:
-            case "pretrain":
-                return f"perplexity {results['eval_perplexity']:.1f} a token on held-out texts"
-            case "sft":
-                return f"held-out loss {results['eval_loss']:.3f}, from {results['eval_loss_before']:.3f}"
-            case "reward":
-                return f"held-out accuracy {results['accuracy']:.2%} of {results.get('pairs', results['rows'])}"
-            case "collect":
-                return _collected(out, results)
-            case "ppo":
-                rows = [row for row in read_jsonl(out.path / "metrics.jsonl") if "objective/scores" in row]
-                first = f", from {rows[0]['objective/scores']:.3f}" if rows else ""
-                last = f" (last {min(10, len(rows))} logged updates)"
-                return f"reward {results['scores']:.3f} at KL {results['kl']:.2f}{first}{last}"
-            case "evaluate":
-                return _evaluated(out, results)
-            case "frontier":
-                best = f"reward {results['reward_mean']:.3f} at KL {results['kl']:.2f}"
-                return f"{results['policies']} policies, the best has {best}"
-    except (KeyError, TypeError, ValueError):  # of another version, or by another hand
+        if out.stage in _OUTCOMES:
+            return _OUTCOMES[out.stage](out, results)
+        if line := FOLDERS[out.stage].outcome:
+            return line.format_map({"pairs": results.get("rows"), **results})
+    except (KeyError, TypeError, ValueError, IndexError):  # of another version, or by another hand
         pass
     return ", ".join(f"{k} {v:.4g}" for k, v in [*results.items()][:3] if isinstance(v, int | float))
 
@@ -134,8 +120,15 @@ def _collected(out: RunDir, results: dict[str, Any]) -> str:
     return ", ".join(figures)
 
 
+def _improved(out: RunDir, results: dict[str, Any]) -> str:
+    rows = [row for row in read_jsonl(out.path / "metrics.jsonl") if "objective/scores" in row]
+    first = f", from {rows[0]['objective/scores']:.3f}" if rows else ""
+    last = min(10, len(rows))
+    return f"reward {results['scores']:.3f} at KL {results['kl']:.2f}{first} (last {last} logged updates)"
+
+
 def _evaluated(out: RunDir, results: dict[str, Any]) -> str:
-    evaluation = json.loads((out.path / "evaluation.json").read_text(encoding="utf-8"))
+    evaluation = only(out.path / "evaluation.json")
     names = [name for name in evaluation["metrics"] if not name.startswith("best of ")]
     kl = "" if results["kl"] is None else f" at KL {results['kl']:.2f}"
     gain = ""
@@ -144,24 +137,22 @@ def _evaluated(out: RunDir, results: dict[str, Any]) -> str:
     return f"{names[-1]} has reward {results['reward_mean']:.3f}{kl}{gain}; {evaluation['prompts']} held-out prompts"
 
 
+_OUTCOMES: dict[str, Callable[[RunDir, dict[str, Any]], str]] = {
+    "collect": _collected,
+    "ppo": _improved,
+    "evaluate": _evaluated,
+}
+
+
 def how_far(results: dict[str, Any]) -> str:
     """How many tasks people are through with."""
     skipped = f" ({results['skipped']} skipped)" if results["skipped"] else ""
     return f"{results['labelled'] + results['skipped']} of {results['prompts']} labelled{skipped}"
 
 
-def lasted(seconds: float) -> str:
-    """A time in the two largest units that it has."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
 def _time(record: dict[str, Any]) -> str:
     sessions = 1 + len(record.get("resumed", []))
-    return lasted(record.get("seconds", 0.0)) + (f" in {sessions} sessions" if sessions > 1 else "")
+    return f"{lasted(record.get('seconds', 0.0))}{f' in {sessions} sessions' if sessions > 1 else ''}"
 
 
 def _rates(out: RunDir) -> list[str]:

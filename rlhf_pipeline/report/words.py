@@ -1,4 +1,4 @@
-"""The page's language, and what people call the measures of a run: the words are in zh.yaml and measures.yaml."""
+"""The page's language (zh.yaml), and what people call the figures of a run (measures.yaml)."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -20,8 +20,8 @@ def table(name: str) -> Any:
 class Words:
     """Says a phrase in the page's language; a phrase without a translation stays English."""
 
-    def __init__(self, lang: str = "en") -> None:
-        self.lang = lang
+    def __init__(self, lang: object = "en") -> None:
+        self.lang = lang if lang in LANGUAGES else "en"
 
     def __call__(self, phrase: str, *values: object) -> str:
         """The phrase, with values in place of its braces."""
@@ -29,7 +29,7 @@ class Words:
         return said.format(*values) if values else said
 
     def name(self, key: str) -> str:
-        """What people call a number of the files; its key where it has no other name."""
+        """What people call a figure in the files; its key where it has no other name."""
         return self(table("measures")["names"].get(key, key))
 
     def measure(self, key: str) -> str:
@@ -40,8 +40,7 @@ class Words:
 def grouped(keys: Sequence[str]) -> dict[str, list[str]]:
     """Measures by the group they are drawn in, both in the order of measures.yaml; an unknown loss is still a loss."""
     groups = {group: [key for key in named if key in keys] for group, named in table("measures")["drawn"].items()}
-    known = {key for found in groups.values() for key in found}
-    rest = [key for key in keys if key not in known]
+    rest = [key for key in keys if not any(key in found for found in groups.values())]
     groups["Loss"] += [key for key in rest if "loss" in key]
     groups[OTHER] = [key for key in rest if "loss" not in key]
     return {group: found for group, found in groups.items() if found}

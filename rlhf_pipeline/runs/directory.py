@@ -324,6 +324,7 @@ class RunDir:
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Add one row to `metrics.jsonl`, and draw the page where it is due. Only `seconds` depends on the clock."""
         self.add("metrics.jsonl", [{"step": step, **values, "seconds": round(self._seconds, 2)}])
+        self.trackers.logged(step, values)
         if step > 0:
             self._settle()
         self.draw()

@@ -22,6 +22,8 @@ class Stage:
     sharded: tuple[str, ...] = ()  # the launchers that split a model over processes and are right for it
     objective: str = ""  # what a sweep compares: more is better, and it is not measured on training data
     outcome: str = ""  # its results in a line
+    then: str | None = None  # what to run after it, where no experiment says
+    model: str = ""  # what its model is, on the card
 
 
 # In the order of a pipeline. A new stage is a row here, rlhf_pipeline/stages/<name>.py and conf/stage/<name>.yaml.
@@ -34,6 +36,7 @@ STAGES = {
         sharded=("zero2", "zero3", "fsdp"),
         objective="minus the loss on held-out texts",
         outcome="perplexity {eval_perplexity:.1f} a token on held-out texts",
+        model="A language model trained from scratch",
     ),
     "sft": Stage(
         "SFTConfig",
@@ -45,6 +48,7 @@ STAGES = {
         sharded=("zero2", "zero3", "fsdp"),
         objective="minus the loss on held-out texts",
         outcome="held-out loss {eval_loss:.3f}, from {eval_loss_before:.3f}",
+        model="A language model after supervised fine-tuning",
     ),
     "collect": Stage(
         takes=("sft",),
@@ -59,6 +63,8 @@ STAGES = {
         collected=True,
         sharded=("zero2",),
         objective="accuracy on held-out rows",
+        outcome="held-out accuracy {accuracy:.2%} of {pairs}",
+        then="ppo",
     ),
     "dpo": Stage(
         "DPOConfig",
@@ -70,6 +76,8 @@ STAGES = {
         adapter=True,
         objective="accuracy on held-out pairs",
         outcome="held-out accuracy {accuracy:.2%} of {pairs} pairs, margin {margin:.3f}",
+        then="evaluate",
+        model="A language model after DPO, which learned from preferences",
     ),
     "ppo": Stage(
         "PPOConfig",
@@ -80,6 +88,8 @@ STAGES = {
         adapter=True,
         sharded=("zero2", "zero3"),
         objective="reward - selection_kl_coef x KL, on validation prompts",
+        then="evaluate",
+        model="A language model after PPO, which moved it towards what a reward scores highly",
     ),
     "evaluate": Stage(
         takes=("pretrain", "sft", "reward", "dpo", "ppo"),
@@ -93,7 +103,13 @@ STAGES = {
     "pipeline": Stage(adapter=True),
 }
 # The folders of a run: evaluate with sweep= has one of its own.
-FOLDERS = {**STAGES, "frontier": Stage(work=("reward", "data", "evaluate", "labeler"))}
+FOLDERS = {
+    **STAGES,
+    "frontier": Stage(
+        work=("reward", "data", "evaluate", "labeler"),
+        outcome="{policies} policies, the best has reward {reward_mean:.3f} at KL {kl:.2f}",
+    ),
+}
 POLICIES = tuple(name for name, stage in STAGES.items() if stage.makes == "policy")
 # The stages that make a model. A run is known by the last of them.
 TRAINED = ("reward", *POLICIES)

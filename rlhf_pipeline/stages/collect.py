@@ -16,8 +16,7 @@ from rlhf_pipeline.data.tokenization import Question, fitting, questions
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.evaluation.lineup import sampling_as
 from rlhf_pipeline.feedback.candidates import Asker, ids_for
-from rlhf_pipeline.feedback.labeler import rank
-from rlhf_pipeline.feedback.labelling import bring_pulled, note_progress, offer
+from rlhf_pipeline.feedback.labelling import bring_pulled, note_progress, offer, rank
 from rlhf_pipeline.files import read_jsonl, write_jsonl
 from rlhf_pipeline.models.policies import Policy, load_policy
 from rlhf_pipeline.models.rewards import Reward, load_reward, trained_part
@@ -51,7 +50,7 @@ def run(settings: Settings, out: RunDir) -> None:
     elif (out.path / PROJECT).exists():
         try:
             bring_pulled(out)
-        except UserError as error:  # it need not be running
+        except UserError as error:  # the server need not be running
             print(f"note: nothing new from Label Studio: {error}", flush=True)
     note_progress(settings.collect, out)
 
@@ -69,74 +68,44 @@ def _labeler(settings: Settings, out: RunDir) -> tuple[Reward | None, str]:
 
 def _collect(settings: Settings, out: RunDir, judge: dict[str, str]) -> None:
     """Draw the candidates. Batches of prompts that an earlier run finished are kept."""
-    rows = take_data(settings.data, settings.seed)
+    collect, rows = settings.collect, take_data(settings.data, settings.seed)
     policies = _policies(settings, out, texts(rows.train))
     for where in policies:
         say_taken("policy", where)
     parents = {f"policy[{n}]" if n else "policy": where for n, where in enumerate(policies)}
     out.begin(settings, {**parents, **judge}, fingerprint(settings.data, rows))
-    asker = _asker(settings, out, policies)
-    asked = choose(_prompts(settings, policies, rows.train), settings.collect.prompts, out.round or 1)
-    so_far, size = out.path / CANDIDATES_SO_FAR, settings.collect.batch_size
-    kept, begun = agree(lambda: _finished(out, size))
+    as_ppo = {key: getattr(collect, key) for key in SAMPLING}
+    sampling = {where: sampling_as(as_ppo, policy).sampling for where, policy in policies.items()}
+    for policy in policies.values():
+        policy.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    asker = Asker(policies, sampling, collect, f"{settings.seed} {out.round or 1}")
+    asked = choose(_prompts(settings, list(policies.values()), rows.train), collect.prompts, out.round or 1)
+    kept, begun = agree(lambda: _finished(out, collect.batch_size))
     with progress(len(asked), "collect", "prompt", initial=begun) as bar:
         for part in asker.rows(asked, begun):
             out.add(CANDIDATES_SO_FAR, part)
             kept += part
-            bar.update(min(size, len(asked) - bar.n))
+            bar.update(min(collect.batch_size, len(asked) - bar.n))
     if not out.leads:
         return
     if not kept:
-        so_far.unlink()  # or the advice would be refused as other work
+        (out.path / CANDIDATES_SO_FAR).unlink()  # or other settings would be refused as other work
         raise UserError(
             f"none of {len(asked)} prompts brought two answers that differ; raise collect.temperatures, or "
             "collect.similarity."
         )
-    say_what_lacks(kept, len(asked), settings.collect.answers)
+    for count, lack in (
+        (len(asked) - len(kept), "no two"),
+        (sum(len(row["answers"]) < collect.answers for row in kept), f"fewer than {collect.answers}"),
+    ):
+        if count:
+            print(f"{count} of {len(asked)} prompts brought {lack} different answers", flush=True)
     offer(out, kept, settings.report.lang)
-    os.replace(so_far, out.path / CANDIDATES)
-
-
-def say_what_lacks(kept: Sequence[dict[str, Any]], prompts: int, answers: int) -> None:
-    """Count the prompts with fewer different answers than asked for: there the policy repeats itself."""
-    few = sum(len(row["answers"]) < answers for row in kept)
-    if none := prompts - len(kept):
-        print(f"{none} of {prompts} prompts brought no two different answers", flush=True)
-    if few:
-        print(f"{few} of {prompts} prompts brought fewer than {answers} different answers", flush=True)
-
-
-def _asker(settings: Settings, out: RunDir, policies: dict[str, Policy]) -> Asker:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    given = {key: getattr(settings.collect, key) for key in SAMPLING}
-    sampling = {where: sampling_as(given, policy).sampling for where, policy in policies.items()}
-    for policy in policies.values():
-        policy.model.to(device).eval()
-    return Asker(policies, sampling, settings.collect, f"{settings.seed} {out.round or 1}")
-
-
-def _prompts(settings: Settings, policies: dict[str, Policy], rows: Sequence[Row]) -> list[Question]:
-    """The prompts, in the words of the first policy, that leave room for an answer in every policy's positions."""
-    first, length = next(iter(policies.values())), settings.collect.response_length
-    room = min(room_for_prompts(policy.model, length) for policy in policies.values())
-    every = fitting(questions(rows, first.tokenizer, settings.data, settings.seed), room)
-    fit = [q for q in every if all(len(ids_for(policy, first, q)) <= room for policy in policies.values())]
-    if left_out := len(every) - len(fit):
-        print(f"warning: {left_out} of {len(every)} prompts are too long for another policy: left out", flush=True)
-    return fit
-
-
-def _finished(out: RunDir, size: int) -> tuple[list[dict[str, Any]], int]:
-    """The rows of the batches that are whole, and the prompt to go on with; the last batch may have been cut off."""
-    kept = read_jsonl(out.path / CANDIDATES_SO_FAR)
-    begun = max((row["number"] for row in kept), default=0) // size * size
-    kept = [row for row in kept if row["number"] < begun]
-    write_jsonl(out.path / CANDIDATES_SO_FAR, kept)
-    return kept, begun
+    os.replace(out.path / CANDIDATES_SO_FAR, out.path / CANDIDATES)
 
 
 def _policies(settings: Settings, out: RunDir, strings: Sequence[str]) -> dict[str, Policy]:
-    """Who answers, by where each came from: those of `collect.policies`, else the newest that the run has made."""
+    """The policies that answer, by where each came from: `collect.policies`, else the newest that the run has made."""
     found: dict[str, Policy] = {}
     names = [name for name in settings.collect.policies if not (out.round == 1 and name == "ppo")]
     if len(names) < len(settings.collect.policies):
@@ -152,8 +121,9 @@ def _policies(settings: Settings, out: RunDir, strings: Sequence[str]) -> dict[s
                 raise NotFinishedError(f"{before.runs / before.name} has no {name} to be asked; make it first.")
             choice = {**choice, "path": None}  # it was chosen by hand for what came before
         elif name in STAGES:
-            takes = ", ".join(_MAKE_POLICIES)
-            raise UserError(f"collect.policies names {name}, which makes no policy; it takes {takes}, and paths.")
+            raise UserError(
+                f"collect.policies names {name}, which makes no policy; it takes pretrain, sft, ppo, paths."
+            )
         else:
             choice = {**choice, "path": name}
         policy, where = load_policy(choice, upstream, strings, settings.seed)
@@ -161,6 +131,18 @@ def _policies(settings: Settings, out: RunDir, strings: Sequence[str]) -> dict[s
             raise NotFinishedError("there is no policy to answer yet; run stage=sft first, or give policy.path=.")
         found[where] = policy
     return found
+
+
+def _prompts(settings: Settings, policies: Sequence[Policy], rows: Sequence[Row]) -> list[Question]:
+    """The prompts, in the tokens of the first policy, that leave room for an answer in every policy's positions."""
+    first = policies[0]
+    room = min(room_for_prompts(policy.model, settings.collect.response_length) for policy in policies)
+    fit = every = fitting(questions(rows, first.tokenizer, settings.data, settings.seed), room)
+    for policy in policies[1:]:
+        fit = [asked for asked, ids in zip(fit, ids_for(policy, first, fit), strict=True) if len(ids) <= room]
+    if left_out := len(every) - len(fit):
+        print(f"warning: {left_out} of {len(every)} prompts are too long for another policy: left out", flush=True)
+    return fit
 
 
 def choose(every: Sequence[Question], count: int, number: int) -> list[Question]:
@@ -178,3 +160,12 @@ def choose(every: Sequence[Question], count: int, number: int) -> list[Question]
     if len(different) < first + count:
         print(f"the data has {len(different)} different prompts: some are asked again, for other answers", flush=True)
     return [different[place % len(different)] for place in range(first, first + count)]
+
+
+def _finished(out: RunDir, size: int) -> tuple[list[dict[str, Any]], int]:
+    """The rows of the batches that are whole, and the prompt to go on with; the last batch may have been cut off."""
+    kept = read_jsonl(out.path / CANDIDATES_SO_FAR)
+    begun = max((row["number"] for row in kept), default=0) // size * size
+    kept = [row for row in kept if row["number"] < begun]
+    write_jsonl(out.path / CANDIDATES_SO_FAR, kept)
+    return kept, begun

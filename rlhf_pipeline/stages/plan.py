@@ -14,9 +14,8 @@ from rlhf_pipeline.models.policies import lora_config, open_config, policy_confi
 from rlhf_pipeline.models.precision import native_bf16
 from rlhf_pipeline.models.reward_model import register
 from rlhf_pipeline.models.rewards import ON_THE_HUB, TRAINABLE
-from rlhf_pipeline.plan.devices import DEVICES, GIB, Device
-from rlhf_pipeline.plan.launches import Job, Work, fewest, launches, needs
-from rlhf_pipeline.plan.networks import count, count_classifier
+from rlhf_pipeline.plan.devices import DEVICES, GIB
+from rlhf_pipeline.plan.needs import Job, Work, count, count_classifier, launches, needs
 from rlhf_pipeline.ppo.config import PPOConfig, check_config
 from rlhf_pipeline.report.tables import plan_table
 from rlhf_pipeline.runs.directory import RunDir
@@ -31,57 +30,51 @@ def run(settings: Settings, out: RunDir) -> None:
     """Count the networks, compute each launch, name the simplest that fits; print it."""
     quiet()
     config, where = policy_config(settings.policy, out.upstream("sft", "pretrain", policy=settings.policy))
-    reward, judge = count_reward(settings.reward, out.upstream("reward"))
-    found = {**plan(settings, config, reward), "policy": where, "reward": judge}
+    reward, judge = _count_reward(settings.reward, out.upstream("reward"))
+    found = {**_plan(settings, config, reward), "policy": where, "reward": judge}
     if settings.plan.json:
         print(json.dumps(found, indent=1))
     else:
         plan_table(found)
 
 
-def plan(settings: Settings, config: Any, reward: int) -> dict[str, Any]:
+def _plan(settings: Settings, config: Any, reward: int) -> dict[str, Any]:
     """All that is computed of PPO with a policy of this configuration, as plain values; bytes, seconds, FLOPs.
 
-    `reward` is the number of the reward's parameters. Raises `UserError` for settings that PPO refuses.
+    `reward` is the number of the reward's parameters.
     """
-    asked, device = settings.plan, device_of(settings)
-    args, job = prepare(settings, config, reward)
+    asked, device = settings.plan, DEVICES[settings.plan.gpu]
+    device = replace(device, memory=asked.gpu_memory * GIB if asked.gpu_memory else device.memory)
+    device = replace(device, bf16=asked.flops, fp32=asked.flops) if asked.flops else device
+    args, job = _prepare(settings, config, reward)
     on = (job, device, asked.mfu)
     rows = [needs(asked.launch, asked.gpus, *on)] if asked.launch else launches(asked.gpus, *on)
+    updates = args.max_steps
+    if updates <= 0:
+        updates = math.ceil((args.total_episodes or 0) / (job.work.rows * asked.gpus))
     for row in rows:  # of the whole run, if its length is known
-        episodes = job.work.rows * asked.gpus
-        row["updates"] = (
-            args.max_steps if args.max_steps > 0 else math.ceil((args.total_episodes or 0) / episodes) or None
-        )
-        row["run_seconds"] = row["update_seconds"] * row["updates"] if row["updates"] else None
+        row |= {"updates": updates or None, "run_seconds": row["update_seconds"] * updates or None}
     chosen = next((row["launch"] for row in rows if row["fits"]), None)
-    least = fewest(asked.gpus, *on) if chosen else None
+    fewer = (row for number in range(1, asked.gpus + 1) for row in launches(number, *on) if row["fits"])
+    least = next(fewer, None) if chosen else None
     helps = {}
-    for name, other in [] if chosen else smaller(settings):
-        every = launches(asked.gpus, prepare(other, config, reward)[1], device, asked.mfu)
+    for name, other in [] if chosen else _smaller(settings):
+        every = launches(asked.gpus, _prepare(other, config, reward)[1], device, asked.mfu)
         best = min(every, key=lambda row: float(row["bytes"]))
         helps[name] = {key: best[key] for key in ("launch", "bytes", "fits")}
+    policy, critic = job.policy.parameters, job.critic.parameters if job.critic else 0
     return {
-        "computed": True,
-        "gpus": asked.gpus,
-        "gpu": asked.gpu,
-        "memory": device.memory,
-        "mfu": asked.mfu,
+        "computed": True, "gpus": asked.gpus, "gpu": asked.gpu, "memory": device.memory, "mfu": asked.mfu,
         "parameters": {
-            "policy": job.policy.parameters, "value_head": job.value_head,
-            "critic": job.critic.parameters if job.critic else 0, "reference": job.reference,
-            "reward": reward, "trained": job.trained,
+            "policy": policy, "value_head": job.value_head, "critic": critic,
+            "reference": 0 if job.adapter else policy, "reward": reward, "trained": job.trained,
         },
-        "reference_bytes": job.reference_bytes,
-        "work": asdict(job.work),
-        "launches": rows,
-        "chosen": chosen,
-        "fewest": {"launch": least["launch"], "gpus": least["processes"]} if least else None,
-        "helps": helps,
+        "reference_bytes": job.reference_bytes, "work": asdict(job.work), "launches": rows, "chosen": chosen,
+        "fewest": {"launch": least["launch"], "gpus": least["processes"]} if least else None, "helps": helps,
     }  # fmt: skip
 
 
-def prepare(settings: Settings, config: Any, reward: int) -> tuple[PPOConfig, Job]:
+def _prepare(settings: Settings, config: Any, reward: int) -> tuple[PPOConfig, Job]:
     """PPO's settings, its networks and what a process does in an update."""
     values = {key: value for key, value in settings.trainer.items() if key not in ("bf16", "report_to")}
     try:
@@ -92,20 +85,20 @@ def prepare(settings: Settings, config: Any, reward: int) -> tuple[PPOConfig, Jo
     bf16 = settings.trainer.get("bf16", "auto")
     if bf16 in ("auto", None):
         bf16 = native_bf16() if settings.plan.gpu == "cpu" else True
-    prompt, mean = prompt_lengths(settings, config, args.response_length)
+    prompt, mean = _prompt_lengths(settings, config, args.response_length)
     work = Work(
-        rows, min(args.per_device_train_batch_size, rows // args.num_mini_batches), args.num_mini_batches,
-        args.num_ppo_epochs, args.local_rollout_forward_batch_size, prompt, args.response_length, mean,
-        ((args.min_response_length or args.response_length) + args.response_length) / 2,
-        bool(bf16), args.gradient_checkpointing,
+        rows=rows, micro=min(args.per_device_train_batch_size, rows // args.num_mini_batches),
+        minibatches=args.num_mini_batches, epochs=args.num_ppo_epochs, at_once=args.local_rollout_forward_batch_size,
+        prompt=prompt, response=args.response_length,
+        length=mean + ((args.min_response_length or args.response_length) + args.response_length) / 2,
+        bf16=bool(bf16), checkpointing=args.gradient_checkpointing,
     )  # fmt: skip
-    lora = lora_config(settings.policy)
-    policy = count(config, work.width, work.bf16, lora)
-    critic = count(config, work.width, work.bf16, lora, critic=True) if args.critic == "separate" else None
-    return args, Job(policy, critic, 0 if lora else policy.parameters, reward, work)
+    how = (config, prompt + args.response_length - 1, work.bf16, lora_config(settings.policy))
+    critic = count(*how, critic=True) if args.critic == "separate" else None
+    return args, Job(count(*how), critic, bool(settings.policy.get("lora")), reward, work)
 
 
-def prompt_lengths(settings: Settings, config: Any, response: int) -> tuple[int, float]:
+def _prompt_lengths(settings: Settings, config: Any, response: int) -> tuple[int, float]:
     """The longest prompt and the mean, in tokens: as asked, as the data draws them, or 256 if there is room."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
     asked = settings.plan.prompt_tokens
@@ -119,17 +112,10 @@ def prompt_lengths(settings: Settings, config: Any, response: int) -> tuple[int,
     return last, (min(first, last) + last) / 2
 
 
-def device_of(settings: Settings) -> Device:
-    """The accelerator that is named, with the user's own figures over its data sheet's."""
-    asked, device = settings.plan, DEVICES[settings.plan.gpu]
-    flops = {"bf16": asked.flops, "fp32": asked.flops} if asked.flops else {}
-    return replace(device, memory=asked.gpu_memory * GIB if asked.gpu_memory else device.memory, **flops)
-
-
-def count_reward(choice: dict[str, Any], upstream: Path | None) -> tuple[int, str]:
+def _count_reward(choice: dict[str, Any], upstream: Path | None) -> tuple[int, str]:
     """How many parameters the reward has, and which model was counted; a rule has none."""
     if choice["name"] == "sum":
-        counts, names = zip(*(count_reward(part, upstream) for part in choice["parts"]), strict=True)
+        counts, names = zip(*(_count_reward(part, upstream) for part in choice["parts"]), strict=True)
         return sum(counts), " + ".join(names)
     if choice["name"] not in TRAINABLE:
         return 0, f"{choice['name']}, without parameters of its own"
@@ -140,28 +126,30 @@ def count_reward(choice: dict[str, Any], upstream: Path | None) -> tuple[int, st
     return count_classifier(open_config(str(path), "reward.path")), str(path)
 
 
-def smaller(settings: Settings) -> list[tuple[str, Settings]]:
+def _smaller(settings: Settings) -> list[tuple[str, Settings]]:
     """The same job with less to hold, named by the settings to add: one by one, then all together.
 
     An adapter changes what is learnt, so it is last.
     """
-    trainer = settings.trainer
-    rows, parts = trainer.get("per_device_train_batch_size", 8), trainer.get("gradient_accumulation_steps", 1)
-    candidates: list[tuple[bool, dict[str, Any]]] = [
+    trainer = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, **settings.trainer}
+    rows = trainer["per_device_train_batch_size"]
+    steps = rows * trainer["gradient_accumulation_steps"]
+    wishes: list[tuple[bool, dict[str, Any]]] = [
         (trainer.get("bf16") is False, {"bf16": True}),
         (trainer.get("critic") == "separate", {"critic": "shared"}),
         (not trainer.get("gradient_checkpointing"), {"gradient_checkpointing": True}),
         (trainer.get("local_rollout_forward_batch_size", 64) > _FEW, {"local_rollout_forward_batch_size": _FEW}),
-        (rows > 1, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": rows * parts}),
+        (rows > 1, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": steps}),
+        (not settings.policy.get("lora"), {"lora": {"r": 8}}),
     ]
-    found, together = list[tuple[str, Settings]](), settings
-    for applies, change in candidates:
-        if applies:
-            name = " ".join(f"trainer.{key}={str(value).lower()}" for key, value in change.items())
-            found.append((name, replace(settings, trainer={**trainer, **change})))
-            together = replace(together, trainer={**together.trainer, **change})
-    if not settings.policy.get("lora"):
-        adapter = {**settings.policy, "lora": {"r": 8}}
-        found.append(("policy.lora.r=8", replace(settings, policy=adapter)))
-        together = replace(together, policy=adapter)
-    return [*found, (" ".join(name for name, _ in found), together)] if len(found) > 1 else found
+    changes = [change for applies, change in wishes if applies]
+    if len(changes) > 1:
+        changes.append({key: value for change in changes for key, value in change.items()})
+    found = []
+    for change in changes:
+        words: dict[str, Any] = {f"trainer.{key}": str(value).lower() for key, value in change.items() if key != "lora"}
+        words |= {"policy.lora.r": 8} if "lora" in change else {}
+        policy = {**settings.policy, "lora": change.pop("lora", settings.policy.get("lora"))}
+        other = replace(settings, trainer={**settings.trainer, **change}, policy=policy)
+        found.append((" ".join(f"{key}={value}" for key, value in words.items()), other))
+    return found

@@ -21,7 +21,6 @@ from rlhf_pipeline.models.precision import choose_bf16
 from rlhf_pipeline.models.rewards import Reward
 from rlhf_pipeline.processes import agree, check_gpus, processes, sharding
 from rlhf_pipeline.progress import at_terminal, progress
-from rlhf_pipeline.report import trackers
 from rlhf_pipeline.runs.checkpoints import SEAL, seal
 from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.runs.same_work import batch_of
@@ -59,17 +58,12 @@ def trainer_args(kind: type[A], settings: Settings, out: RunDir) -> A:
     AcceleratorState._reset_state(
         reset_partial_state=False
     )  # an earlier stage of this process may have chosen otherwise
-    values = {
-        "disable_tqdm": True,
-        "logging_first_step": True,
-        **settings.trainer,
-        **trackers.naming(vars(settings)),
-    }
+    values = {"disable_tqdm": True, "logging_first_step": True, **settings.trainer}
     cut = agree(lambda: batch_of(out, settings) or {})
     if said := [f"trainer.{name}={value}" for name, value in cut.items() if values.get(name, 1) != value]:
         print(f"{', '.join(said)}: as many rows a step as before, on {processes()} process(es)", flush=True)
     values |= cut
-    values["report_to"] = trackers.chosen(values.get("report_to"))
+    values["report_to"] = []  # trackers follow the run directory's log
     if settings.stage != "ppo":  # which looks for itself
         values["logging_nan_inf_filter"] = False  # it would show a loss of 0 in the place of NaN
     if settings.stage != "ppo" and not values.get("fp16"):
@@ -123,7 +117,7 @@ def watch(trainer: transformers.Trainer, out: RunDir) -> str | None:
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     out.rewind(step)
     if trainer.is_world_process_zero():
-        out.trackers.start(out.config(), step, trainer.callback_handler.callbacks)
+        out.trackers.start(out.config(), step)
     if checkpoint:
         print(f"resuming from {checkpoint}", flush=True)
     return str(checkpoint) if checkpoint else None

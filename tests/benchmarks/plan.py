@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.plan.devices import DEVICES
-from rlhf_pipeline.plan.launches import Job, Work, needs
-from rlhf_pipeline.plan.networks import count
+from rlhf_pipeline.plan.needs import Job, Work, count, needs
 
 MIB = 2**20
 
@@ -80,12 +79,12 @@ def computed(shape: Shape, slack: float) -> tuple[str, dict[str, float]]:
     micro = shape.batch // max(shape.micro_batches, shape.minibatches)
     work = Work(
         rows=shape.batch, micro=micro, minibatches=shape.minibatches, epochs=shape.epochs, at_once=64,
-        prompt=shape.prompt, response=shape.response, mean_prompt=shape.prompt, mean_response=shape.response,
+        prompt=shape.prompt, response=shape.response, length=shape.prompt + shape.response,
         bf16=False, checkpointing=shape.checkpointing,
     )  # fmt: skip
-    how = (config_of(shape), work.width, False, lora_of(shape))
+    how = (config_of(shape), shape.prompt + shape.response - 1, False, lora_of(shape))
     policy, critic = count(*how), count(*how, critic=True) if shape.critic == "separate" else None
-    job = Job(policy, critic, 0 if shape.lora else policy.parameters, 0, work)
+    job = Job(policy, critic, bool(shape.lora), 0, work)
     found = needs("single", 1, job, replace(DEVICES["cpu"], base=0, slack=slack), mfu=0.5)
     return found["moment"], found["parts"]
 

@@ -20,8 +20,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from rlhf_pipeline.data.formats import read_judgements
-from rlhf_pipeline.feedback.label_studio import connect, pull, push
-from rlhf_pipeline.feedback.page import labeling_config
+from rlhf_pipeline.feedback.label_studio import connect, labeling_config, pull, push
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="there is no playwright; make test-label-studio has it")
 

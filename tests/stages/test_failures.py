@@ -48,7 +48,10 @@ def test_a_stage_whose_model_was_deleted_is_not_passed_over(
 @pytest.fixture
 def strangers(run: Path) -> Path:
     """The run with a reward of its own, whose code leaves a mark."""
-    Path("evil.py").write_text("from pathlib import Path; Path('executed').touch()\ndef score(prompts, completions): return [0.0] * len(prompts)\n")
+    code = "from pathlib import Path; Path('executed').touch()"
+    Path("evil.py").write_text(
+        f"{code}\ndef score(prompts, completions): return [float(len(x)) for x in completions]\n"
+    )
     for stage in ("ppo", "reward"):
         config = yaml.safe_load((run / stage / "config.yaml").read_text())
         config["reward"] = {"name": "python", "path": "evil.py:score"}

@@ -58,6 +58,26 @@ def with_people(two_rounds: Path, workplace: Path) -> Path:
     return run
 
 
+@pytest.fixture(scope="module")
+def collection(two_rounds: Path, tmp_path_factory: pytest.TempPathFactory, command_line: CommandLine) -> Path:
+    """A run that waits for people to label its candidates. Tests take it as `asked`."""
+    folder, before = tmp_path_factory.mktemp("collection"), Path.cwd()
+    for stage in ("pretrain", "sft"):
+        shutil.copytree(two_rounds / stage, folder / "runs" / "human_feedback" / stage)
+    os.chdir(folder)
+    try:
+        assert command_line("stage=collect", *SMALL) == 0
+    finally:
+        os.chdir(before)
+    return folder / "runs" / "human_feedback"
+
+
+@pytest.fixture
+def asked(collection: Path, workplace: Path) -> Path:
+    """The folder of a collection, in the current folder."""
+    return Path(shutil.copytree(collection, workplace / "runs" / "human_feedback")) / "collect"
+
+
 def record(folder: Path) -> dict:
     return json.loads((folder / "run.json").read_text())
 
@@ -242,7 +262,7 @@ def test_a_pipeline_waits_for_people_and_goes_on_from_there(
     assert "has been filled in" not in said.out
 
     fill_in(collect / "sheet.csv", ["2", "1", "3", "3"], end=10)
-    assert command_line("stage=collect", "name=human_feedback", f"labels={collect / 'sheet.csv'}") == 0
+    assert label(command_line, collect / "sheet.csv") == 0
     assert command_line("stage=pipeline", *SMALL, "collect.enough=0.75") == 0
     assert (collect / "candidates.jsonl").read_bytes() == candidates
     learnt = json.loads((with_people / "round1" / "reward" / "labels.json").read_text())
@@ -250,65 +270,64 @@ def test_a_pipeline_waits_for_people_and_goes_on_from_there(
     assert record(with_people / "round1" / "evaluate")["status"] == "done"
 
 
-def test_a_label_means_the_answer_that_was_sampled(with_people: Path, command_line: CommandLine) -> None:
-    assert command_line("stage=collect", *SMALL) == 0
-    collect = with_people / "collect"
-    fill_in(collect / "sheet.csv", ["4", "1", "2", "3"])
-    assert command_line("stage=collect", "name=human_feedback", f"labels={collect / 'sheet.csv'}") == 0
-    candidates = {row["task"]: row for row in read_jsonl(collect / "candidates.jsonl")}
-    labels = read_jsonl(collect / "labels.jsonl")
+def label(command_line: CommandLine, file: Path | str, *more: str) -> int:
+    """Bring a file of labels in."""
+    return command_line("stage=collect", "name=human_feedback", f"labels={file}", *more)
+
+
+def label_some(collect: Path, sheet: Path, ranks: str, first: int = 1, end: int | None = None) -> Path:
+    """A person's copy of the sheet with some of its rows filled in."""
+    sheet.parent.mkdir(exist_ok=True)
+    return fill_in(Path(shutil.copy(collect / "sheet.csv", sheet)), [*ranks], first, end)
+
+
+def test_a_label_means_the_answer_that_was_sampled_and_is_never_overwritten(
+    asked: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert label(command_line, fill_in(asked / "sheet.csv", ["4", "1", "2", "3"])) == 0
+    candidates = {row["task"]: row for row in read_jsonl(asked / "candidates.jsonl")}
+    labels = read_jsonl(asked / "labels.jsonl")
     assert len(labels) == 12
     for row in labels:
-        answers = candidates[row["task"]]["answers"]
-        assert row["responses"] == [answer["text"] for answer in answers]
+        assert row["responses"] == [answer["text"] for answer in candidates[row["task"]]["answers"]]
         assert row["ranks"] == [4, 1, 2, 3]
         assert row["annotator"] == "sheet"
-    tasks = json.loads((collect / "tasks.json").read_text())
+    tasks = json.loads((asked / "tasks.json").read_text())
     assert "policy" not in json.dumps(tasks[0])  # who labels does not see who said what
     assert tasks[0]["data"]["items"][1]["body"] == candidates[tasks[0]["data"]["task"]]["answers"][1]["text"]
+    assert command_line("stage=collect", *SMALL, "collect.answers=3", "overwrite=true") == 2
+    assert "holds labels by people" in capsys.readouterr().err
+    assert read_jsonl(asked / "labels.jsonl") == labels
 
 
 def test_two_sheets_are_two_annotators_and_one_sheet_twice_is_one(
-    with_people: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+    asked: Path, workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command_line("stage=collect", *SMALL) == 0
-    collect = with_people / "collect"
-    for name, ranks in (("anna", ["1", "2", "3", "4"]), ("bo", ["1", "2", "4", "3"]), ("anna", ["1", "2", "3", "4"])):
-        sheet = with_people.parent.parent / f"{name}.csv"
-        shutil.copy(collect / "sheet.csv", sheet)
-        fill_in(sheet, ranks)
+    for name, ranks in (("anna", "1234"), ("bo", "1243"), ("anna", "1234")):
         capsys.readouterr()
-        assert command_line("stage=collect", "name=human_feedback", f"labels={sheet}") == 0
-    assert len(read_jsonl(collect / "labels.jsonl")) == 24
+        assert label(command_line, label_some(asked, workplace / f"{name}.csv", ranks)) == 0
+    assert len(read_jsonl(asked / "labels.jsonl")) == 24
     assert "2 annotators agree on 83.3% of pairs" in capsys.readouterr().out  # all but one pair of six
-    assert record(collect)["results"]["contradictions"] == 12
+    assert record(asked)["results"]["contradictions"] == 12
 
 
-def label_some(collect: Path, sheet: Path, ranks: list[str], first: int, end: int) -> Path:
-    """A person's copy of the sheet with some of its rows filled in."""
-    sheet.parent.mkdir(exist_ok=True)
-    return fill_in(Path(shutil.copy(collect / "sheet.csv", sheet)), ranks, first, end)
-
-
-def test_sheets_of_one_name_do_not_take_each_others_place(with_people: Path, command_line: CommandLine) -> None:
-    assert command_line("stage=collect", *SMALL) == 0
-    collect, home = with_people / "collect", with_people.parent.parent
+def test_sheets_of_one_name_do_not_take_each_others_place(
+    asked: Path, workplace: Path, command_line: CommandLine
+) -> None:
     for who, first, end in (("anna", 1, 8), ("bo", 5, 13), ("anna", 1, 7)):  # she takes one back
-        sheet = label_some(collect, home / who / "sheet.csv", ["1", "2", "3", "4"], first, end)
-        assert command_line("stage=collect", "name=human_feedback", f"labels={sheet}") == 0
-    people = [(row["annotator"], Path(row["source"]).parent.name) for row in read_jsonl(collect / "labels.jsonl")]
+        assert label(command_line, label_some(asked, workplace / who / "sheet.csv", "1234", first, end)) == 0
+    people = [(row["annotator"], Path(row["source"]).parent.name) for row in read_jsonl(asked / "labels.jsonl")]
     assert people.count(("sheet", "anna")) == 6
     assert people.count(("bo/sheet", "bo")) == 8
-    assert record(collect)["results"]["labelled"] == 12
+    assert record(asked)["results"]["labelled"] == 12
 
 
 def test_a_labeler_leaves_peoples_labels_alone(with_people: Path, command_line: CommandLine) -> None:
     assert command_line("stage=collect", *SMALL, *LABELER) == 0
     collect, home = with_people / "collect", with_people.parent.parent
-    sheet = label_some(collect, home / "mine.csv", ["1", "2", "3", "4"], 1, 13)
-    assert command_line("stage=collect", "name=human_feedback", f"labels={sheet}") == 0
+    assert label(command_line, label_some(collect, home / "mine.csv", "1234")) == 0
     before = (collect / "labels.jsonl").read_bytes()
-    assert command_line("stage=collect", "name=human_feedback", "labels=typo.csv") == 2
+    assert label(command_line, "typo.csv") == 2
     assert record(collect)["status"] == "done"  # a wrong file spoils nothing
     (collect / "run.json").write_text(json.dumps({**record(collect), "status": "waiting"}))
     assert command_line("stage=collect", *SMALL, *LABELER) == 0
@@ -317,11 +336,10 @@ def test_a_labeler_leaves_peoples_labels_alone(with_people: Path, command_line: 
 
 
 def test_a_sheet_that_was_begun_is_not_overwritten(
-    with_people: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+    asked: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command_line("stage=collect", *SMALL) == 0
     assert command_line("stage=collect", *SMALL, "collect.answers=3", "overwrite=true") == 0  # nobody has begun
-    fill_in(with_people / "collect" / "sheet.csv", ["1", "2", "3"], end=2)
+    fill_in(asked / "sheet.csv", ["1", "2", "3"], end=2)
     assert command_line("stage=collect", *SMALL, "overwrite=true") == 2
     assert "sheet.csv has been filled in" in capsys.readouterr().err
 
@@ -329,12 +347,10 @@ def test_a_sheet_that_was_begun_is_not_overwritten(
 def test_overwriting_a_pipeline_keeps_what_people_labelled(with_people: Path, command_line: CommandLine) -> None:
     assert command_line("stage=collect", *SMALL, "name=human_feedback/round1") == 0
     collect = with_people / "round1" / "collect"
-    fill_in(collect / "sheet.csv", ["1", "2", "3", "4"])
-    assert command_line("stage=collect", "name=human_feedback", f"labels={collect / 'sheet.csv'}") == 0
+    assert label(command_line, fill_in(collect / "sheet.csv", ["1", "2", "3", "4"])) == 0
     before = content_hash(collect)
     assert command_line("stage=reward", *SMALL, "name=human_feedback/round1") == 0
-    sheet = label_some(collect, with_people / "second.csv", ["1", "2", "3", "4"], 1, 3)
-    assert command_line("stage=collect", "name=human_feedback", f"labels={sheet}") == 0
+    assert label(command_line, label_some(collect, with_people / "second.csv", "1234", 1, 3)) == 0
     assert content_hash(collect) != before
     assert command_line("stage=reward", *SMALL, "name=human_feedback/round1") == 2  # its labels have changed
     after = content_hash(collect)
@@ -373,82 +389,67 @@ def test_another_runs_policy_is_never_taken_for_a_rounds(
     assert "round1 has no ppo to be asked" in capsys.readouterr().err
 
 
-def test_a_task_is_through_when_all_annotators_have_said_their_word(
-    with_people: Path, command_line: CommandLine
+def test_a_task_is_through_when_all_annotators_have_labelled_or_skipped_it(
+    asked: Path, workplace: Path, command_line: CommandLine
 ) -> None:
-    assert command_line("stage=collect", *SMALL, "collect.annotators=2") == 0
-    collect, home = with_people / "collect", with_people.parent.parent
-    first = label_some(collect, home / "anna.csv", ["1", "2", "3", "4"], 1, 13)
-    assert command_line("stage=collect", "name=human_feedback", f"labels={first}") == 0
-    assert record(collect)["results"]["labelled"] == 0
-    tasks = [row["task"] for row in read_jsonl(collect / "candidates.jsonl")]
+    assert label(command_line, label_some(asked, workplace / "anna.csv", "1234"), "collect.annotators=2") == 0
+    assert record(asked)["results"]["labelled"] == 0
+    tasks = [row["task"] for row in read_jsonl(asked / "candidates.jsonl")]
     skips = [{"task": task, "annotator": "bo", "source": "there"} for task in tasks[:2]]
-    (collect / "skipped.jsonl").write_text("".join(json.dumps(row) + "\n" for row in skips))
-    second = label_some(collect, home / "bo.csv", ["2", "1", "3", "4"], 3, 6)
-    assert command_line("stage=collect", "name=human_feedback", f"labels={second}") == 0
-    results = record(collect)["results"]
-    assert (results["labelled"], results["skipped"], record(collect)["status"]) == (5, 0, "waiting")
+    (asked / "skipped.jsonl").write_text("".join(json.dumps(row) + "\n" for row in skips))
+    assert label(command_line, label_some(asked, workplace / "bo.csv", "2134", 3, 6)) == 0
+    results = record(asked)["results"]
+    assert (results["labelled"], results["skipped"], record(asked)["status"]) == (5, 0, "waiting")
 
 
-def test_prompts_that_leave_no_room_are_said(
-    with_people: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("data.prompt_tokens=[60,62]", "no prompt leaves room for an answer"),
+        ("collect.temperatures=[0.0001]", "none of 12 prompts brought two answers that differ"),
+    ],
+)
+def test_a_collection_of_nothing_is_refused(
+    with_people: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str], setting: str, message: str
 ) -> None:
-    assert command_line("stage=collect", *SMALL, "data.prompt_tokens=[60,62]") == 2
-    assert "no prompt leaves room for an answer" in capsys.readouterr().err
+    assert command_line("stage=collect", *SMALL, setting) == 2
+    assert message in capsys.readouterr().err
+    assert not (with_people / "collect" / "candidates.part.jsonl").exists()
 
 
 def test_labels_of_other_candidates_are_set_aside(
-    with_people: Path, workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+    asked: Path, workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command_line("stage=collect", *SMALL) == 0
-    collect = with_people / "collect"
     rows = [{"task": row["task"], "prompt": row["prompt"], "responses": [a["text"] for a in row["answers"]],
-             "ranks": [1, 2, 3, 4]} for row in read_jsonl(collect / "candidates.jsonl")]  # fmt: skip
+             "ranks": [1, 2, 3, 4]} for row in read_jsonl(asked / "candidates.jsonl")]  # fmt: skip
     rows[3]["task"] = "t0"
     rows[4]["responses"] = ["another", "task's", "answers", "these"]
     (workplace / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert command_line("stage=collect", "name=human_feedback", "labels=mine.jsonl") == 0
+    assert label(command_line, "mine.jsonl") == 0
     assert "10 of 12 labelled" in capsys.readouterr().out
-    whys = {row["task"]: row["why"] for row in read_jsonl(collect / "rejected.jsonl")}
+    whys = {row["task"]: row["why"] for row in read_jsonl(asked / "rejected.jsonl")}
     assert whys == {
         "t0": "no candidate of this run has that task",
         rows[4]["task"]: "its answers are not those of the task",
     }
     (workplace / "none.jsonl").write_text(json.dumps({**rows[0], "task": "t1"}) + "\n")
-    assert command_line("stage=collect", "name=human_feedback", "labels=none.jsonl") == 2
+    assert label(command_line, "none.jsonl") == 2
     assert "labels none of the tasks" in capsys.readouterr().err
-    assert len(read_jsonl(collect / "labels.jsonl")) == 10
-
-
-def test_peoples_labels_are_never_overwritten(
-    with_people: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert command_line("stage=collect", *SMALL) == 0
-    collect = with_people / "collect"
-    fill_in(collect / "sheet.csv", ["1", "2", "3", "4"])
-    assert command_line("stage=collect", "name=human_feedback", f"labels={collect / 'sheet.csv'}") == 0
-    labels = (collect / "labels.jsonl").read_bytes()
-    assert command_line("stage=collect", *SMALL, "collect.answers=3", "overwrite=true") == 2
-    assert "holds labels by people" in capsys.readouterr().err
-    assert (collect / "labels.jsonl").read_bytes() == labels
+    assert len(read_jsonl(asked / "labels.jsonl")) == 10
 
 
 def test_a_collection_that_was_cut_off_goes_on_to_the_same_candidates(
-    with_people: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
+    collection: Path, with_people: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from rlhf_pipeline.feedback import candidates
 
-    assert command_line("stage=collect", *SMALL) == 0
     collect = with_people / "collect"
-    whole = (collect / "candidates.jsonl").read_bytes()
-    shutil.rmtree(collect)
-    draw, calls = candidates.Asker._draw, []
+    draw = candidates.Asker._draw
 
     def die_later(*args: object) -> list[str]:
-        calls.append(0)
-        if len(calls) > 12:
+        if read_jsonl(collect / "candidates.part.jsonl"):  # the first batch is done
             raise KeyboardInterrupt
-        return draw(*args)
+        return draw(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(candidates.Asker, "_draw", die_later)
     assert command_line("stage=collect", *SMALL) == 130
@@ -456,7 +457,7 @@ def test_a_collection_that_was_cut_off_goes_on_to_the_same_candidates(
     monkeypatch.undo()
     os.chdir(with_people.parent.parent)
     assert command_line("stage=collect", *SMALL) == 0
-    assert (collect / "candidates.jsonl").read_bytes() == whole
+    assert (collect / "candidates.jsonl").read_bytes() == (collection / "collect" / "candidates.jsonl").read_bytes()
     assert not (collect / "candidates.part.jsonl").exists()
 
 

@@ -53,10 +53,10 @@ def test_every_model_has_a_card_with_its_figures(miniature: Path) -> None:
             assert f"| {parent['path']} | {parent['sha256']} |" in text
         if stage in roles:
             row = evaluation["metrics"][roles[stage]]
-            assert figures["mean_reward", "mean reward"] == pytest.approx(row["reward_mean"], rel=1e-5)
+            assert figures["mean_reward", "reward"] == pytest.approx(row["reward_mean"], rel=1e-5)
             assert f"This model is {roles[stage]}." in text
         else:
-            assert figures["accuracy", "held-out accuracy"] == pytest.approx(record["results"]["accuracy"], rel=1e-5)
+            assert figures["accuracy", "accuracy"] == pytest.approx(record["results"]["accuracy"], rel=1e-5)
             assert "## Evaluation" not in text
 
 

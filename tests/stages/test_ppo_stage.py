@@ -18,9 +18,11 @@ from rlhf_pipeline.stages.ppo import hold_back
 
 def ppo(command_line: CommandLine, miniature: Path, name: str, *more: str) -> Path:
     """A PPO run of its own, from the miniature's policy and reward."""
+    small = [m for m in MINIATURE if "ppo" in m or "data" in m]
+    asked = {word.partition("=")[0]: word for word in (*small, *more)}  # the later one, where a setting is there twice
     status = command_line(
         "stage=ppo", "experiment=demo", f"name={name}", f"policy.path={miniature / 'sft'}",
-        f"reward.path={miniature / 'reward'}", *(m for m in MINIATURE if "ppo" in m or "data" in m), *more,
+        f"reward.path={miniature / 'reward'}", *asked.values(),
     )  # fmt: skip
     assert status == 0
     return Path("runs") / name / "ppo"
@@ -142,7 +144,7 @@ def test_without_validation_prompts_the_run_says_what_it_is_judged_by(
     assert "a batch of 16 takes all 16 prompts, so none are held back as validation prompts" in capsys.readouterr().out
     record = json.loads((folder / "run.json").read_text())
     assert record["objective"] == pytest.approx(record["results"]["scores"] - 0.05 * record["results"]["kl"])
-    given = [f"policy.path={miniature / 'sft'}", f"reward.path={miniature / 'reward'}", *MINIATURE]
+    given = [f"policy.path={miniature / 'sft'}", f"reward.path={miniature / 'reward'}", *MINIATURE[1:]]
     assert command_line("stage=ppo", "experiment=demo", "name=none", *given, *asked, "trainer.eval_steps=1") == 2
     assert "trainer.eval_strategy needs some: a batch of 16 takes all 16 prompts" in capsys.readouterr().err
 

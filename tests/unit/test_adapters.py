@@ -63,7 +63,7 @@ def test_ppo_learns_the_same_number_by_number(
     # Of two layers c_attn, c_proj and both of the MLP, weights and biases, in each network.
     assert len(in_bf16(half.model)) == 16 * (2 if "critic" in options else 1)
     assert not any("lora_" in name or "wte" in name or "ln_" in name for name in in_bf16(half.model))
-    monkeypatch.setattr("rlhf_pipeline.ppo.trainer.freeze_in_bf16", lambda model, keep: None)
+    monkeypatch.setattr("rlhf_pipeline.ppo.actor_critic.freeze_in_bf16", lambda model, keep: None)
     whole = trained("whole")
     assert not in_bf16(whole.model)
     for mine, other in zip(half.model.parameters(), whole.model.parameters(), strict=True):

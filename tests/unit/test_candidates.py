@@ -1,8 +1,9 @@
-"""Candidates: several different answers to each prompt, each of which can be drawn again from its seed."""
+"""Candidates, each of which can be drawn again from its seed; their labels, by people and by a reward."""
 
 import csv
 import io
 import itertools
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +15,14 @@ from rlhf_pipeline.data.formats import read_judgements
 from rlhf_pipeline.data.formats.tasks import FORMULA, sheet
 from rlhf_pipeline.data.records import Judgement
 from rlhf_pipeline.data.tokenization import Question, encode
+from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.feedback.candidates import Asker, alike
-from rlhf_pipeline.feedback.labelling import label_row
+from rlhf_pipeline.feedback.labelling import label_row, rank
 from rlhf_pipeline.models.policies import Policy
+from rlhf_pipeline.models.rewards import Reward
 from rlhf_pipeline.models.sampling import Sampling, sample
 from rlhf_pipeline.settings import Collection
-from rlhf_pipeline.stages.collect import choose, say_what_lacks
+from rlhf_pipeline.stages.collect import choose
 
 COLLECT = Collection(prompts=6, answers=4, response_length=8, batch_size=4, temperatures=[0.7, 1.5])
 PROMPTS = ["the film", "the plot was", "nobody", "the cast was fine", "and", "it was good and"]
@@ -51,11 +54,8 @@ def test_every_prompt_has_answers_that_differ_from_policies_and_temperatures_in_
         for first, second in itertools.combinations([answer["text"] for answer in row["answers"]], 2):
             assert not alike(first, second, COLLECT.similarity)
     assert len({row["task"] for row in found}) == len(found)
-
-
-def test_the_place_of_an_answer_tells_nothing_of_its_source(asker: Asker) -> None:
-    first = {(row["answers"][0]["policy"], row["answers"][0]["temperature"]) for row in rows(asker)}
-    assert len(first) > 1
+    shown_first = {(row["answers"][0]["policy"], row["answers"][0]["temperature"]) for row in found}
+    assert len(shown_first) > 1  # the place of an answer does not tell its source
 
 
 def test_an_answer_can_be_drawn_again_from_what_is_written_of_it(asker: Asker) -> None:
@@ -84,17 +84,6 @@ def test_another_seed_brings_others(asker: Asker) -> None:
 def test_a_policy_that_says_one_thing_only_gives_no_row(asker: Asker) -> None:
     sure = replace(asker, collect=replace(COLLECT, temperatures=[1e-4]), policies={"one": asker.policies["one"]})
     assert rows(sure) == []
-
-
-def test_what_a_policy_that_repeats_itself_did_not_bring_is_said(
-    asker: Asker, capsys: pytest.CaptureFixture[str]
-) -> None:
-    say_what_lacks([row("a", "b", "c"), row("a", "b"), row("a", "b", "c")], 5, 3)
-    none, few = capsys.readouterr().out.splitlines()
-    assert none.startswith("2 of 5 prompts")
-    assert few.startswith("1 of 5 prompts brought fewer than 3")
-    say_what_lacks(rows(asker), len(PROMPTS), COLLECT.answers)
-    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
@@ -141,7 +130,7 @@ def row(*texts: str) -> dict:
         (("c", "d"), (1, 2), [1, 2]),  # one was left out
         (("a b", "007", "d"), (3, 1, 2), [3, 1, 2]),  # a spreadsheet changed one
         (("d", "007", "a b"), (3, 1, 2), None),  # and the others stand elsewhere
-        (("x", "y", "z"), (3, 1, 2), None),
+        (("a b", "x", "y"), (3, 1, 2), None),
         (("a b", "y"), (1, 2), None),
     ],
 )
@@ -153,10 +142,39 @@ def test_a_label_is_of_the_answers_that_were_asked_about(answers: tuple, ranks: 
 def test_a_sheet_gives_back_what_a_spreadsheet_would_run(tmp_path: Path) -> None:
     texts = ("=1+1", "'-quoted'", "＝全角", '"a", b\nc')
     path = tmp_path / "sheet.csv"
-    table = list(csv.reader(io.StringIO(sheet([row(*texts)], ["+p"]).removeprefix("\ufeff"))))
+    table = list(csv.reader(io.StringIO(sheet([{**row(*texts), "prompt": "+p"}]).removeprefix("\ufeff"))))
     assert all(not cell.startswith(FORMULA[:-1]) for cell in table[1])
     table[1][-4:] = ["4", "3", "2", "1"]
     with path.open("w", newline="") as file:
         csv.writer(file).writerows(table)
     (judgement,) = read_judgements(path).judgements
     assert (judgement.prompt, judgement.answers, judgement.task) == ("+p", texts, "t1")
+
+
+LENGTH = Reward(lambda prompts, answers: [float(len(answer)) for answer in answers], "length")
+
+
+def test_a_reward_ranks_by_its_scores_and_equal_scores_tie() -> None:
+    (label,), as_without = rank([{**row("aa", "a", "aaaa", "bb"), "shown_prompt": "p"}], LENGTH, 0.0, "0")
+    assert label["ranks"] == [2, 4, 1, 2]
+    assert label["scores"] == [2, 1, 4, 2]
+    assert as_without == 1
+    assert (label["task"], label["annotator"], label["responses"]) == ("t1", "length", ["aa", "a", "aaaa", "bb"])
+    with pytest.raises(UserError, match="labeler=length gives all answers to each prompt the same score"):
+        rank([{**row("a", "b"), "shown_prompt": "p"}], LENGTH, 0.0, "0")
+
+
+def test_noise_confuses_close_answers_as_bradley_and_terry_say() -> None:
+    """Scores 1, 2 and 6 have a standard deviation of 2.16: with half of that as noise, 2 beats 1 by sigmoid(1/1.08)."""
+    asked = [{**row("a", "aa", "aaaaaa"), "shown_prompt": "p"}] * 4000
+    found, as_without = rank(asked, LENGTH, 0.5, "0")
+    scale = 0.5 * math.sqrt(14 / 3)
+    rates = {}
+    for better, worse in itertools.combinations((2, 1, 0), 2):
+        rates[better, worse] = sum(label["ranks"][better] < label["ranks"][worse] for label in found) / len(found)
+        gap = found[0]["scores"][better] - found[0]["scores"][worse]
+        assert rates[better, worse] == pytest.approx(1 / (1 + math.exp(-gap / scale)), abs=0.025)  # over 3 s.e.
+    assert as_without == pytest.approx(sum(rates.values()) / 3)
+    assert (
+        rank(asked[:20], LENGTH, 1.0, "0") == rank(asked[:20], LENGTH, 1.0, "0") != rank(asked[:20], LENGTH, 1.0, "1")
+    )

@@ -24,7 +24,6 @@ from rlhf_pipeline.models.policies import Policy
 from rlhf_pipeline.models.reward_model import RewardModel, RewardModelConfig
 from rlhf_pipeline.ppo.watch import CollapseWatch
 from rlhf_pipeline.report.cards import card, named, write_cards
-from rlhf_pipeline.report.cards.facts import SIGNS
 
 SHA = "ab" * 32
 DATA = {"name": "imdb", "path": None, "train": 25_000, "test": 100, "sha256": SHA}
@@ -104,10 +103,10 @@ def test_the_fields_of_a_policys_card(workplace: Path) -> None:
                         "dataset": {"name": "imdb", "type": "stanfordnlp/imdb", "split": "test",
                                     "args": {"sha256": SHA}},
                         "metrics": [
-                            {"type": "mean_reward", "value": 0.25, "name": "mean reward"},
-                            {"type": "kl", "value": 1.5, "name": "KL to the reference policy"},
-                            {"type": "perplexity", "value": 20.0, "name": "perplexity under the base model"},
-                            {"type": "distinct_2", "value": 0.75, "name": "share of distinct bigrams"},
+                            {"type": "mean_reward", "value": 0.25, "name": "reward"},
+                            {"type": "kl", "value": 1.5, "name": "KL"},
+                            {"type": "perplexity", "value": 20.0, "name": "perplexity"},
+                            {"type": "distinct_2", "value": 0.75, "name": "distinct-2"},
                         ],
                     }
                 ],
@@ -116,15 +115,19 @@ def test_the_fields_of_a_policys_card(workplace: Path) -> None:
     }  # fmt: skip
     for line in (
         "# demo, ppo",
-        "| Architecture | GPT2LMHeadModel, layers 2, width 8, heads 1, positions 64 |",
+        "| Architecture | GPT2LMHeadModel |",
+        "| Layers | 2 |",
+        "| Width | 8 |",
+        "| Heads | 1 |",
+        "| Positions | 64 |",
         "| Parameters | 10 |",  # the value head beside it is none of the policy's
         f"| imdb | stanfordnlp/imdb | 25000 | 100 | {SHA} |",
-        "| Settings | learning_rate=1e-05 |",
         "| Updates | 12 |",
-        "| Time | 150 s (2.5 min) |",
+        "| Time | 2 min 30 s |",
         "| Seed | 7 |",
         "| Hardware | A CPU, 2 cores |",
-        "| Versions | trl 1.12.0 · commit c0ffee |",
+        "| Versions | trl 1.12.0 |",
+        "| Commit | c0ffee |",
         f"| policy | runs/demo/sft/model | {'cd' * 32} |",
         "| ppo | 0.25 | 0.01 | 0.2 | 0.5 | 1.5 | 20 | 0.75 | 9 |",
         "| base | 0.125 | 0.01 | 0.2 | 0.5 | 1.5 | 20 | 0.75 | 9 |",
@@ -159,7 +162,7 @@ def test_the_fields_of_a_rewards_card(workplace: Path) -> None:
     assert [(r.metric_type, r.metric_value, r.dataset_type) for r in head.eval_results] == [
         ("accuracy", 0.75, "sentiment"), ("calibration_error", 0.125, "sentiment"), ("pearsonr", -0.5, "sentiment"),
     ]  # fmt: skip
-    assert "| 0.6 | 0.5 | 40 |" in text
+    assert "| 1 | 0.6 | 0.5 | 40 |" in text
     assert "- It is wrong on 25.0 % of the held-out rows." in text
     assert "- Shorter texts score higher (the correlation of score and length is -0.50)." in text
     assert "## Evaluation" not in text  # that is of the policies that it judged
@@ -197,12 +200,13 @@ def test_an_evaluation_rewrites_the_cards_of_its_own_policies_alone(workplace: P
     assert not list(runs.rglob(".card*"))
 
 
-def test_every_sign_of_a_collapse_has_its_words() -> None:
+def test_every_sign_of_a_collapse_has_its_words(workplace: Path) -> None:
     watch = CollapseWatch(4)
     for update in range(8):
         said = ["one two three four", "five six seven eight"] if update < 2 else ["no no no no no", "no no no no no"]
         watch.update(said, 20.0 if update < 2 else 1.0, 20.0 * update)
-    assert watch.warned == set(SIGNS)
+    folder = made(Path("runs"), results={"collapse_watch": sorted(watch.warned)})
+    assert card(folder).count("- During training, ") == len(watch.warned) == 4
 
 
 def shape(text: str) -> list[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """Scripts written for each generation of TRL's PPO run once their import is changed, as the README's table says."""
 
 import copy
+import functools
 import re
 import subprocess
 import sys
@@ -8,14 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from conftest import ROOT
 from huggingface_hub import ModelCard
-from tiny import PROMPTS, tiny_policy, tiny_tokenizer, trainer, weights
-from transformers import AutoModelForCausalLM, GPT2ForSequenceClassification, PreTrainedTokenizerBase
+from tiny import PROMPTS, tiny_policy, tiny_tokenizer, weights
+from transformers import AutoModelForCausalLM, GPT2ForSequenceClassification
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.ppo import PPOConfig, PPOTrainer, trl_0_11
+
+TOKENIZER = tiny_tokenizer()
+trainer = functools.partial(tiny.trainer, TOKENIZER)
 
 # The loop of TRL's sentiment notebook, as many articles have it.
 SENTIMENT = """
@@ -156,22 +161,17 @@ def with_import_changed(script: str, new: str) -> str:
     return re.sub(r"^from trl.* import .*\n", "", changed, flags=re.M)
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerBase:
-    return tiny_tokenizer()
-
-
 @pytest.fixture
-def models(tokenizer: PreTrainedTokenizerBase, workplace: Path) -> Path:
+def models(workplace: Path) -> Path:
     """A current folder with a policy and a reward model."""
-    policy = tiny_policy(tokenizer)
+    policy = tiny_policy(TOKENIZER)
     policy.save_pretrained("model")
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
     torch.manual_seed(1)
     GPT2ForSequenceClassification(config).save_pretrained("scorer")
     for folder in ("model", "scorer"):
-        tokenizer.save_pretrained(folder)
+        TOKENIZER.save_pretrained(folder)
     return workplace
 
 
@@ -185,21 +185,17 @@ def test_a_script_of_each_generation_runs_with_its_import_changed(generation: st
     exec(with_import_changed(SCRIPTS[generation], readmes_imports()[generation]), names)
     saved, start = (AutoModelForCausalLM.from_pretrained(folder) for folder in ("trained", "model"))
     assert not torch.equal(saved.transformer.wte.weight, start.transformer.wte.weight)
-    if generation != "TRL 0.7 to 0.11":
+    if generation == "TRL 0.7 to 0.11":  # it learns
+        history = names["history"]
+        assert sum(history[-4:]) / 4 > sum(history[:4]) / 4 + 0.05
+        assert names["stats"]["objective/kl"] > 0
+    else:
         assert names["trainer"].state.episode == 16
     if "create_model_card" in SCRIPTS[generation]:
         card = ModelCard.load("trained/README.md")
-        assert card.data.datasets == "stanfordnlp/imdb"
+        assert card.data.datasets == ["stanfordnlp/imdb"]
         assert {"ppo", "trl", "rlhf_pipeline"} <= set(card.data.tags)
-        assert "| num_ppo_epochs | 1 |" in card.text
-
-
-def test_the_loop_of_the_articles_learns(models: Path) -> None:
-    names: dict[str, Any] = {}
-    exec(with_import_changed(SENTIMENT, readmes_imports()["TRL 0.7 to 0.11"]), names)
-    history, stats = names["history"], names["stats"]
-    assert sum(history[-4:]) / 4 > sum(history[:4]) / 4 + 0.05
-    assert stats["objective/kl"] > 0
+        assert "learning_rate: 0.001" in card.text
 
 
 def test_the_chinese_dialogue_loop_by_its_hub_ids(hub: dict[str, str], workplace: Path) -> None:
@@ -213,15 +209,13 @@ def test_the_chinese_dialogue_loop_by_its_hub_ids(hub: dict[str, str], workplace
     assert Path("dialogue/model.safetensors").exists()
 
 
-def test_steps_on_what_train_sampled_are_those_of_train(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_steps_on_what_train_sampled_are_those_of_train(tmp_path: Path) -> None:
     """`step` computes what `train` does, from token ids and scores alone."""
-    whole = trainer(tokenizer, tmp_path / "whole", total_episodes=32)
+    whole = trainer(tmp_path / "whole", total_episodes=32)
     rollouts, own = [], whole._roll_out
     whole._roll_out = lambda update: rollouts.append(own(update)) or rollouts[-1]
     whole.train()
-    stepped = trainer(
-        tokenizer, tmp_path / "stepped", total_episodes=32, given={"reward_model": None, "train_dataset": None}
-    )
+    stepped = trainer(tmp_path / "stepped", total_episodes=32, given={"reward_model": None, "train_dataset": None})
     for rollout in rollouts:
         batch = rollout.batch
         rows = zip(batch.tokens, batch.prompt_lengths.tolist(), batch.response_lengths.tolist(), strict=True)
@@ -233,9 +227,9 @@ def test_steps_on_what_train_sampled_are_those_of_train(tokenizer: PreTrainedTok
     assert stats["objective/kl"] == last["objective/kl"]
 
 
-def test_what_generate_draws_is_what_step_takes_it_for(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_what_generate_draws_is_what_step_takes_it_for(tmp_path: Path) -> None:
     """Probabilities are those of the distribution that was sampled from: temperature, ends, suppressed tokens."""
-    ppo = trainer(tokenizer, tmp_path, stop_token=None, given={"reward_model": None, "train_dataset": None})
+    ppo = trainer(tmp_path, stop_token=None, given={"reward_model": None, "train_dataset": None})
     torch.manual_seed(0)
     ids = [torch.tensor(row) for row in PROMPTS * 2]
     found = ppo.generate(
@@ -263,17 +257,15 @@ def test_what_generate_draws_is_what_step_takes_it_for(tokenizer: PreTrainedToke
         ({"temperature": 0.0}, "temperature is 0.0"),
     ],
 )
-def test_other_ways_to_sample_are_refused(
-    options: dict[str, Any], said: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
-    ppo = trainer(tokenizer, tmp_path, given={"reward_model": None, "train_dataset": None})
+def test_other_ways_to_sample_are_refused(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    ppo = trainer(tmp_path, given={"reward_model": None, "train_dataset": None})
     with pytest.raises(UserError, match=said):
         ppo.generate(torch.tensor([5, 6]), **options)
 
 
-def test_what_step_cannot_learn_from_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_what_step_cannot_learn_from_is_refused(tmp_path: Path) -> None:
     none = {"reward_model": None, "train_dataset": None}
-    ppo = trainer(tokenizer, tmp_path, given=none)
+    ppo = trainer(tmp_path, given=none)
     rows, scores = [[5, 6]] * 8, [0.0] * 8
     with pytest.raises(UserError, match="7 queries, 8 responses and 8 scores; it takes 8"):
         ppo.step(rows[1:], rows, scores)
@@ -286,8 +278,8 @@ def test_what_step_cannot_learn_from_is_refused(tokenizer: PreTrainedTokenizerBa
     with pytest.raises(UserError, match=r"train\(\) needs a reward_model and a train_dataset"):
         ppo.train()
     endless = PPOTrainer(
-        PPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=8, report_to="none"), tokenizer,
-        tiny_policy(tokenizer), None,
+        PPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=8, report_to="none"), TOKENIZER,
+        tiny_policy(TOKENIZER), None,
     )  # fmt: skip
     with pytest.raises(UserError, match="total_episodes= or max_steps="):
         endless.step(rows, rows, scores)
@@ -305,8 +297,8 @@ def test_old_settings_become_todays() -> None:
         trl_0_11.PPOConfig(kl_penalty="full").current()
 
 
-def test_the_small_helpers(tokenizer: PreTrainedTokenizerBase) -> None:
-    policy = tiny_policy(tokenizer)
+def test_the_small_helpers() -> None:
+    policy = tiny_policy(TOKENIZER)
     copied = trl_0_11.create_reference_model(policy)
     assert copied is not policy
     assert not any(p.requires_grad for p in copied.parameters())

@@ -1,13 +1,14 @@
 """The sampling distribution, batches of unequal length, and the PPO trainer."""
 
 import copy
+import functools
 import json
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
-from tiny import PROMPTS, answers, stats_of_first_update, tiny_policy, tiny_tokenizer, trainer, weights
-from transformers import PreTrainedTokenizerBase
+from tiny import PROMPTS, answers, stats_of_first_update, tiny_policy, tiny_tokenizer, weights
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.models.likelihood import log_probs
@@ -16,14 +17,12 @@ from rlhf_pipeline.ppo import PPOConfig, PPOTrainer
 from rlhf_pipeline.ppo.config import make_sampling
 from rlhf_pipeline.ppo.prompts import prompts_of_update
 
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerBase:
-    return tiny_tokenizer()
+TOKENIZER = tiny_tokenizer()
+trainer = functools.partial(tiny.trainer, TOKENIZER)
 
 
-def test_sampled_tokens_obey_the_distribution(tokenizer: PreTrainedTokenizerBase) -> None:
-    policy = tiny_policy(tokenizer)
+def test_sampled_tokens_obey_the_distribution() -> None:
+    policy = tiny_policy(TOKENIZER)
     banned = tuple(range(100, 290))
     sampling = Sampling(0.7, stop_ids=(0, 3), min_length=4, suppressed_ids=banned)
     batch = answers(policy, PROMPTS * 50, [9] * 200, sampling)
@@ -36,19 +35,19 @@ def test_sampled_tokens_obey_the_distribution(tokenizer: PreTrainedTokenizerBase
     assert ((batch.response_lengths == 9) | stops.any(1)).all(), "a response ends before limit and stop"
 
 
-def test_frequencies_of_drawn_tokens_are_the_models_probabilities(tokenizer: PreTrainedTokenizerBase) -> None:
-    policy = tiny_policy(tokenizer)
+def test_frequencies_of_drawn_tokens_are_the_models_probabilities() -> None:
+    policy = tiny_policy(TOKENIZER)
     sampling = Sampling(1.0)
     batch = answers(policy, [PROMPTS[0]] * 4000, [1] * 4000, sampling)
-    counts = torch.bincount(batch.responses[:, 0], minlength=len(tokenizer)) / 4000
+    counts = torch.bincount(batch.responses[:, 0], minlength=len(TOKENIZER)) / 4000
     with torch.no_grad():
         expected = policy(torch.tensor([PROMPTS[0]])).logits[0, -1].softmax(-1)
     assert (counts - expected).abs().max() < 0.015
     assert expected.max() > 0.03
 
 
-def test_a_padded_batch_equals_its_rows_alone(tokenizer: PreTrainedTokenizerBase) -> None:
-    policy, sampling = tiny_policy(tokenizer), Sampling(0.8, stop_ids=(0,), min_length=2)
+def test_a_padded_batch_equals_its_rows_alone() -> None:
+    policy, sampling = tiny_policy(TOKENIZER), Sampling(0.8, stop_ids=(0,), min_length=2)
     batch = answers(policy, PROMPTS, [8, 3, 5, 1], sampling, seed=1)
     together = log_probs(policy, batch, sampling)
     for row in range(4):
@@ -58,8 +57,8 @@ def test_a_padded_batch_equals_its_rows_alone(tokenizer: PreTrainedTokenizerBase
         torch.testing.assert_close(log_probs(policy, alone, sampling)[0], together[row, :length], rtol=1e-4, atol=1e-5)
 
 
-def test_log_probs_are_of_the_distribution_that_is_sampled(tokenizer: PreTrainedTokenizerBase) -> None:
-    policy, sampling = tiny_policy(tokenizer), Sampling(0.5, stop_ids=(0,), min_length=3, suppressed_ids=(4, 5, 6))
+def test_log_probs_are_of_the_distribution_that_is_sampled() -> None:
+    policy, sampling = tiny_policy(TOKENIZER), Sampling(0.5, stop_ids=(0,), min_length=3, suppressed_ids=(4, 5, 6))
     batch = answers(policy, [PROMPTS[0]], [5], sampling, seed=2)
     ids, expected = PROMPTS[0].copy(), []
     for step, token in enumerate(batch.responses[0].tolist()):
@@ -73,41 +72,17 @@ def test_log_probs_are_of_the_distribution_that_is_sampled(tokenizer: PreTrained
     torch.testing.assert_close(log_probs(policy, batch, sampling)[0], torch.tensor(expected), rtol=1e-4, atol=1e-5)
 
 
-def test_ratio_is_one_and_kl_zero_at_first_whatever_the_sampling(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
-    word = tokenizer.convert_ids_to_tokens(40)
-    ppo = trainer(tokenizer, tmp_path, learning_rate=0.0, suppress_tokens=[word], min_new_tokens=3, temperature=0.6)
+def test_ratio_is_one_and_kl_zero_at_first_whatever_the_sampling(tmp_path: Path) -> None:
+    word = TOKENIZER.convert_ids_to_tokens(40)
+    ppo = trainer(tmp_path, learning_rate=0.0, suppress_tokens=[word], min_new_tokens=3, temperature=0.6)
     stats = stats_of_first_update(ppo)
     assert stats["val/ratio"] == pytest.approx(1, abs=1e-6)
     assert stats["objective/kl"] == 0
     assert stats["policy/approxkl_avg"] == pytest.approx(0, abs=1e-12)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 8])
-def test_accumulation_changes_nothing(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, rows: int) -> None:
-    whole = trainer(tokenizer, tmp_path, max_grad_norm=0)
-    split = trainer(
-        tokenizer, tmp_path, max_grad_norm=0, per_device_train_batch_size=rows, gradient_accumulation_steps=8 // rows
-    )
-    first, second = stats_of_first_update(whole), stats_of_first_update(split)
-    assert first["loss/policy_avg"] == pytest.approx(second["loss/policy_avg"], rel=1e-3, abs=1e-5)
-    moved = (weights(whole) - weights(trainer(tokenizer, tmp_path))).norm()
-    assert (weights(whole) - weights(split)).norm() < 0.02 * moved  # Adam's first steps magnify rounding
-
-
-def test_minibatches_are_optimizer_steps(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    ppo = trainer(tokenizer, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, num_mini_batches=4)
-    ppo.begin(None)
-    steps: list[int] = []
-    step = ppo.optimizer.step
-    ppo.optimizer.step = lambda *a, **k: (steps.append(1), step(*a, **k))[1]
-    ppo._optimise(ppo._estimate(ppo._roll_out(0)), 0)
-    assert len(steps) == 2 * 4
-
-
-def test_the_gradient_norm_is_limited(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    ppo = trainer(tokenizer, tmp_path, max_grad_norm=1e-12, adam_epsilon=1e-3)
+def test_the_gradient_norm_is_limited(tmp_path: Path) -> None:
+    ppo = trainer(tmp_path, max_grad_norm=1e-12, adam_epsilon=1e-3)
     ppo.begin(None)
     experience = ppo._estimate(ppo._roll_out(0))
     start = weights(ppo)
@@ -115,8 +90,8 @@ def test_the_gradient_norm_is_limited(tokenizer: PreTrainedTokenizerBase, tmp_pa
     assert (weights(ppo) - start).norm() < 1e-6
 
 
-def test_the_policy_learns_to_stop_when_pad_is_eos(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    same = copy.deepcopy(tokenizer)
+def test_the_policy_learns_to_stop_when_pad_is_eos(tmp_path: Path) -> None:
+    same = copy.deepcopy(TOKENIZER)
     same.pad_token = same.eos_token
 
     def shortness(prompts: object, responses: list[str]) -> list[float]:
@@ -136,32 +111,30 @@ def test_the_policy_learns_to_stop_when_pad_is_eos(tokenizer: PreTrainedTokenize
     assert after < 2
 
 
-def test_the_reward_rises(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    ppo = trainer(tokenizer, tmp_path, total_episodes=8 * 60, learning_rate=3e-3, kl_coef=0.0)
+def test_the_reward_rises(tmp_path: Path) -> None:
+    ppo = trainer(tmp_path, total_episodes=8 * 60, learning_rate=3e-3, kl_coef=0.0)
     before = float(ppo._roll_out(500).scores.mean() + ppo._roll_out(501).scores.mean())
     ppo.train()
     after = float(ppo._roll_out(500).scores.mean() + ppo._roll_out(501).scores.mean())
     assert after > before + 0.2
 
 
-def test_a_resumed_run_ends_with_the_very_weights_of_an_unbroken_one(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
+def test_a_resumed_run_ends_with_the_very_weights_of_an_unbroken_one(tmp_path: Path) -> None:
     options = {"kl_target": 1.0, "lr_scheduler_type": "linear", "num_mini_batches": 2}
-    whole = trainer(tokenizer, tmp_path / "whole", **options)
+    whole = trainer(tmp_path / "whole", **options)
     whole.train()
-    cut = trainer(tokenizer, tmp_path / "cut", save_steps=3, **options)
+    cut = trainer(tmp_path / "cut", save_steps=3, **options)
     cut.train()
-    again = trainer(tokenizer, tmp_path / "again", **options)
+    again = trainer(tmp_path / "again", **options)
     again.train(str(tmp_path / "cut" / "checkpoint-3"))
     assert again.state.global_step == 8
     assert torch.equal(weights(whole), weights(again))
     assert whole.kl_coef == again.kl_coef
 
 
-def test_a_missing_end_costs_its_penalty(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    plain = stats_of_first_update(trainer(tokenizer, tmp_path, kl_coef=0.0))
-    fined = trainer(tokenizer, tmp_path, kl_coef=0.0, missing_eos_penalty=2.0)
+def test_a_missing_end_costs_its_penalty(tmp_path: Path) -> None:
+    plain = stats_of_first_update(trainer(tmp_path, kl_coef=0.0))
+    fined = trainer(tmp_path, kl_coef=0.0, missing_eos_penalty=2.0)
     stats = stats_of_first_update(fined)
     batch = fined._roll_out(0).batch
     missing = batch.last_tokens != 0
@@ -169,11 +142,9 @@ def test_a_missing_end_costs_its_penalty(tokenizer: PreTrainedTokenizerBase, tmp
     assert plain["objective/rlhf_reward"] - stats["objective/rlhf_reward"] == pytest.approx(2 * missing.float().mean())
 
 
-def test_steps_below_one_are_shares_and_the_last_update_is_logged(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
+def test_steps_below_one_are_shares_and_the_last_update_is_logged(tmp_path: Path) -> None:
     for asked, expected in ((0.25, [2, 4, 6, 8]), (100, [8]), (3, [3, 6, 8])):
-        ppo = trainer(tokenizer, tmp_path, logging_steps=asked)
+        ppo = trainer(tmp_path, logging_steps=asked)
         ppo.train()
         assert [row["step"] for row in ppo.state.log_history] == expected
 
@@ -184,10 +155,10 @@ def test_every_prompt_is_used_once_a_pass() -> None:
     assert used[:10] != used[10:20]
 
 
-def test_the_saved_policy_opens_and_keeps_its_end(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_the_saved_policy_opens_and_keeps_its_end(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    ppo = trainer(tokenizer, tmp_path, stop_token=None)
+    ppo = trainer(tmp_path, stop_token=None)
     ppo.save_model(str(tmp_path / "model"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert torch.equal(model.transformer.wte.weight, ppo.model.policy.transformer.wte.weight)
@@ -198,7 +169,7 @@ def test_the_saved_policy_opens_and_keeps_its_end(tokenizer: PreTrainedTokenizer
 REFUSED = {
     "min_response_length is 9": {"min_response_length": 9},
     "does not divide into trainer.num_mini_batches=3": {"num_mini_batches": 3},
-    "fp16 is not carried out": {"fp16": True},
+    "fp16 is not possible": {"fp16": True},
     "has '\\[UNK\\]', which is no token": {"suppress_tokens": ["[UNK]"]},
     "prompts do not fill one batch of 800": {"per_device_train_batch_size": 800},
     "temperature is 0": {"temperature": 0.0},
@@ -211,27 +182,22 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", list(REFUSED))
-def test_settings_that_do_not_go_together_are_refused(
-    message: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
+def test_settings_that_do_not_go_together_are_refused(message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
-        trainer(tokenizer, tmp_path, **REFUSED[message])
+        trainer(tmp_path, **REFUSED[message])
 
 
-def test_prompts_too_long_for_the_policy_are_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_prompts_too_long_for_the_policy_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="up to 205 tokens, and the policy has 64 positions"):
-        trainer(tokenizer, tmp_path, response_length=200)
+        trainer(tmp_path, response_length=200)
 
 
-def test_nothing_is_suppressed_unasked(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_stop_tokens_add_up_and_none_may_be_suppressed(tmp_path: Path) -> None:
+    words = TOKENIZER.convert_ids_to_tokens([40, 41])
     args = PPOConfig(output_dir=str(tmp_path), report_to="none", stop_token="eos")
-    assert make_sampling(args, tokenizer) == Sampling(0.7, stop_ids=(0,))
-
-
-def test_stop_tokens_add_up_and_none_may_be_suppressed(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    words = tokenizer.convert_ids_to_tokens([40, 41])
-    args = PPOConfig(output_dir=str(tmp_path), report_to="none", stop_token="eos", stop_tokens=words)
-    assert make_sampling(args, tokenizer).stop_ids == (0, 40, 41)
+    assert make_sampling(args, TOKENIZER) == Sampling(0.7, stop_ids=(0,)), "nothing is suppressed unasked"
+    args.stop_tokens, args.suppress_tokens = words, []
+    assert make_sampling(args, TOKENIZER).stop_ids == (0, 40, 41)
     args.suppress_tokens = words[:1]
     with pytest.raises(UserError, match="could never end so"):
-        make_sampling(args, tokenizer)
+        make_sampling(args, TOKENIZER)

@@ -1,5 +1,6 @@
 """What must change nothing: how a batch is cut into micro-batches, padded, or shared out over processes."""
 
+import functools
 import json
 import os
 import subprocess
@@ -8,28 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from conftest import ROOT
-from tiny import stats_of_first_update, tiny_tokenizer, trainer
+from tiny import stats_of_first_update, tiny_tokenizer
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+
+TOKENIZER = tiny_tokenizer()
+trainer = functools.partial(tiny.trainer, TOKENIZER)
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerBase:
-    return tiny_tokenizer()
-
-
-def gradients(
-    tokenizer: PreTrainedTokenizerBase, folder: Path, **options: Any
-) -> tuple[list[Tensor], dict[str, float]]:
+def gradients(folder: Path, **options: Any) -> tuple[list[Tensor], dict[str, float]]:
     """The gradient of each optimizer step of one update in float64, and its statistics.
 
     Responses are of unequal lengths, and all terms of the loss are on.
     """
     given = {"ptx_dataset": [[i, i + 1, i + 2, i + 3][: 2 + i % 3] for i in range(2, 40)]}
     same = {"min_response_length": 2, "ptx_coef": 0.3, "entropy_coef": 0.1, "max_grad_norm": 0, "kl_coef": 0.2}
-    ppo = trainer(tokenizer, folder, torch.float64, given, **{**same, **options})
+    ppo = trainer(folder, torch.float64, given, **{**same, **options})
     ppo.create_optimizer_and_scheduler(num_training_steps=8)
     found: list[Tensor] = []
 
@@ -49,12 +46,10 @@ CUTS = [
 
 @pytest.mark.parametrize("minibatches", [1, 2])
 @pytest.mark.parametrize("cut", CUTS)
-def test_how_a_batch_is_cut_changes_nothing(
-    cut: dict[str, int], minibatches: int, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
+def test_how_a_batch_is_cut_changes_nothing(cut: dict[str, int], minibatches: int, tmp_path: Path) -> None:
     """Batch 1 x accumulation 8 is batch 8, also where the rows' lengths differ and there are several minibatches."""
-    whole, stats = gradients(tokenizer, tmp_path, num_mini_batches=minibatches)
-    parts, others = gradients(tokenizer, tmp_path, num_mini_batches=minibatches, **cut)
+    whole, stats = gradients(tmp_path, num_mini_batches=minibatches)
+    parts, others = gradients(tmp_path, num_mini_batches=minibatches, **cut)
     assert len(whole) == len(parts) == 2 * minibatches
     for a, b in zip(whole, parts, strict=True):
         assert float((a - b).norm() / a.norm()) < 1e-9

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import inspect
 import json
 import shutil
@@ -10,20 +11,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import transformers.trainer_optimizer
 from conftest import ROOT
 from datasets import Dataset
 from peft import LoraConfig
-from tiny import PROMPTS, good_share, stats_of_first_update, tiny_policy, tiny_tokenizer, trainer, weights
+from tiny import PROMPTS, good_share, stats_of_first_update, tiny_policy, tiny_tokenizer, weights
 from transformers import (
     AutoModelForCausalLM,
     EarlyStoppingCallback,
     GPT2ForSequenceClassification,
     HfArgumentParser,
-    PreTrainedTokenizerBase,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
 from transformers.trainer_callback import DefaultFlowCallback
@@ -35,10 +35,8 @@ from rlhf_pipeline.ppo import PPOConfig, PPOTrainer, config
 from rlhf_pipeline.ppo.watch import CollapseWatch
 from rlhf_pipeline.runs.checkpoints import newest_whole
 
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerBase:
-    return tiny_tokenizer()
+TOKENIZER = tiny_tokenizer()
+trainer = functools.partial(tiny.trainer, TOKENIZER)
 
 
 def lora(**options: Any) -> LoraConfig:
@@ -55,8 +53,8 @@ def parameters(model: torch.nn.Module) -> int:
 # -- the critic
 
 
-def test_a_separate_critic_starts_as_the_policys_trunk(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    ppo = trainer(tokenizer, tmp_path, critic="separate")
+def test_a_separate_critic_starts_as_the_policys_trunk(tmp_path: Path) -> None:
+    ppo = trainer(tmp_path, critic="separate")
     critic = ppo.value_model
     assert isinstance(critic, GPT2ForSequenceClassification)
     assert torch.equal(critic.transformer.wte.weight, ppo.policy_model.transformer.wte.weight)
@@ -69,25 +67,25 @@ def test_a_separate_critic_starts_as_the_policys_trunk(tokenizer: PreTrainedToke
     assert torch.equal(saved.score.weight, critic.score.weight)
 
 
-def test_a_separate_critic_may_start_as_the_reward_model(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    config = copy.deepcopy(tiny_policy(tokenizer).config)
+def test_a_separate_critic_may_start_as_the_reward_model(tmp_path: Path) -> None:
+    config = copy.deepcopy(tiny_policy(TOKENIZER).config)
     config.num_labels = 1
     reward = GPT2ForSequenceClassification(config)
-    ppo = trainer(tokenizer, tmp_path, given={"reward_model": reward}, critic="separate", critic_init="reward")
+    ppo = trainer(tmp_path, given={"reward_model": reward}, critic="separate", critic_init="reward")
     assert torch.equal(ppo.value_model.score.weight, reward.score.weight)
     before = reward.score.weight.clone()
     ppo.train()
     assert torch.equal(reward.score.weight, before), "the reward itself is not trained"
     assert not torch.equal(ppo.value_model.score.weight, before)
     with pytest.raises(UserError, match="critic_init=reward needs a reward model"):
-        trainer(tokenizer, tmp_path, critic="separate", critic_init="reward")
+        trainer(tmp_path, critic="separate", critic_init="reward")
 
 
-def test_the_critic_learns_to_foresee(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_the_critic_learns_to_foresee(tmp_path: Path) -> None:
     given = {"reward_model": lambda prompts, responses: [float(len(prompt) > 4) for prompt in prompts]}
     for critic in ("shared", "separate"):
         ppo = trainer(
-            tokenizer, tmp_path / critic, given=given, critic=critic, total_episodes=8 * 40, learning_rate=1e-3,
+            tmp_path / critic, given=given, critic=critic, total_episodes=8 * 40, learning_rate=1e-3,
             vf_coef=1.0, cliprange_value=10.0, kl_coef=0.0, cliprange=1e-9,
         )  # fmt: skip
         ppo.train()
@@ -95,10 +93,10 @@ def test_the_critic_learns_to_foresee(tokenizer: PreTrainedTokenizerBase, tmp_pa
         assert sum(loss[-5:]) < 0.5 * sum(loss[:5]), critic
 
 
-def test_a_value_head_starts_at_the_mean_score(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_a_value_head_starts_at_the_mean_score(tmp_path: Path) -> None:
     """And the first advantages are taken from there."""
     given = {"reward_model": lambda prompts, responses: [5.0 + good for good in good_share(prompts, responses)]}
-    ppo = trainer(tokenizer, tmp_path, given=given, missing_eos_penalty=2.0)
+    ppo = trainer(tmp_path, given=given, missing_eos_penalty=2.0)
     ppo.begin(None)
     experience = ppo._estimate(ppo._roll_out(0))
     mask = experience.rollout.batch.response_mask
@@ -119,13 +117,14 @@ def test_a_value_head_starts_at_the_mean_score(tokenizer: PreTrainedTokenizerBas
 
 
 @pytest.mark.parametrize(
-    ("critic", "rate", "expected"), [("shared", None, 30e-3), ("shared", 5e-2, 5e-2), ("separate", 5e-2, 5e-2)]
+    ("critic", "rate", "expected"),
+    [("shared", None, 30e-3), ("shared", 5e-2, 5e-2), ("separate", None, 1e-3), ("separate", 5e-2, 5e-2)],
 )
 def test_the_critic_has_a_learning_rate_of_its_own(
-    critic: str, rate: float | None, expected: float, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    critic: str, rate: float | None, expected: float, tmp_path: Path
 ) -> None:
     ppo = trainer(
-        tokenizer, tmp_path, critic=critic, critic_learning_rate=rate, learning_rate=1e-3, weight_decay=0.1,
+        tmp_path, critic=critic, critic_learning_rate=rate, learning_rate=1e-3, weight_decay=0.1,
         lr_scheduler_type="linear",
     )  # fmt: skip
     ppo.begin(None)
@@ -142,19 +141,11 @@ def test_the_critic_has_a_learning_rate_of_its_own(
     assert ppo.lr_scheduler.get_last_lr()[0] == pytest.approx(1e-3)
 
 
-def test_a_separate_critic_learns_as_fast_as_the_policy_unless_told(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
-    ppo = trainer(tokenizer, tmp_path, critic="separate")
-    ppo.begin(None)
-    assert {group["lr"] for group in ppo.optimizer.param_groups} == {1e-3}
-
-
-def test_the_critic_may_have_a_lambda_of_its_own(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_the_critic_may_have_a_lambda_of_its_own(tmp_path: Path) -> None:
     """With 1 it learns the reward-to-go; the advantages keep `lam`."""
 
     def experience(**options: Any) -> Any:
-        ppo = trainer(tokenizer, tmp_path, lam=0.5, **options)
+        ppo = trainer(tmp_path, lam=0.5, **options)
         ppo.begin(None)
         with torch.no_grad():
             ppo.model.value_head.weight.normal_(generator=torch.Generator().manual_seed(0))
@@ -180,10 +171,15 @@ NO_EFFECT: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NO_EFFECT)
-def test_a_field_that_nothing_reads_is_refused(name: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"trainer.{name} has no effect in PPO"):
-        trainer(tokenizer, tmp_path, **{name: NO_EFFECT[name]})
+def test_a_field_that_nothing_reads_is_refused(tmp_path: Path) -> None:
+    for name, value in NO_EFFECT.items():
+        args = PPOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, **{name: value})
+        with pytest.raises(UserError, match=f"trainer.{name} has no effect in PPO"):
+            config.check_config(args)
+    args = PPOConfig(output_dir=str(tmp_path), dataset_num_proc=4, bf16=False)
+    config.check_config(args)  # a script may read it itself
+    with pytest.raises(UserError, match="dataset_num_proc has no effect"):
+        config.check_config(args, script=False)
 
 
 def test_every_field_has_an_effect_or_is_refused() -> None:
@@ -210,50 +206,33 @@ def test_every_field_has_an_effect_or_is_refused() -> None:
     assert sorted(names - read - listed) == [], "these are read by nothing: refuse them, or carry them out"
 
 
-def test_settings_of_a_script_are_refused_on_the_command_line_alone(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
-    args = PPOConfig(output_dir=str(tmp_path), dataset_num_proc=4, bf16=False)
-    config.check_config(args)
-    with pytest.raises(UserError, match="dataset_num_proc has no effect"):
-        config.check_config(args, script=False)
-
-
-def test_there_is_no_data_loader(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    ppo = trainer(tokenizer, tmp_path)
-    with pytest.raises(UserError, match=r"trainer\.prompts\.ids"):
-        ppo.get_train_dataloader()
-    with pytest.raises(UserError, match=r"evaluate\(\)"):
-        ppo.get_eval_dataloader()
-
-
-def test_a_batch_that_could_end_the_kl_penalty_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_a_batch_that_could_end_the_kl_penalty_is_refused(tmp_path: Path) -> None:
     """The controller's factor is 1 - 0.2 x episodes / horizon at the least."""
-    trainer(tokenizer, tmp_path, kl_target=1.0, kl_horizon=2)  # 8 rows: a factor of 0.2
+    trainer(tmp_path, kl_target=1.0, kl_horizon=2)  # 8 rows: a factor of 0.2
     with pytest.raises(UserError, match="raise kl_horizon"):
-        trainer(tokenizer, tmp_path, kl_target=1.0, kl_horizon=1)
-    trainer(tokenizer, tmp_path, kl_horizon=1)  # nothing adapts
+        trainer(tmp_path, kl_target=1.0, kl_horizon=1)
+    trainer(tmp_path, kl_horizon=1)  # nothing adapts
 
 
 # -- the objective
 
 
-def entropy_after(tokenizer: PreTrainedTokenizerBase, folder: Path, coefficient: float) -> float:
-    ppo = trainer(tokenizer, folder, entropy_coef=coefficient, total_episodes=8 * 20, learning_rate=3e-3)
+def entropy_after(folder: Path, coefficient: float) -> float:
+    ppo = trainer(folder, entropy_coef=coefficient, total_episodes=8 * 20, learning_rate=3e-3)
     ppo.train()
     return float(ppo.state.log_history[-1]["policy/entropy_avg"])
 
 
-def test_an_entropy_bonus_keeps_the_policy_open(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    assert entropy_after(tokenizer, tmp_path, 0.5) > entropy_after(tokenizer, tmp_path, 0.0) + 0.3
+def test_an_entropy_bonus_keeps_the_policy_open(tmp_path: Path) -> None:
+    assert entropy_after(tmp_path, 0.5) > entropy_after(tmp_path, 0.0) + 0.3
 
 
-def test_ptx_holds_on_to_the_pretraining_texts(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_ptx_holds_on_to_the_pretraining_texts(tmp_path: Path) -> None:
     texts = [[10, 11, 12, 13, 14, 15]] * 8
 
     def likelihood(coefficient: float) -> float:
         ppo = trainer(
-            tokenizer, tmp_path, given={"ptx_dataset": texts}, ptx_coef=coefficient, total_episodes=8 * 15,
+            tmp_path, given={"ptx_dataset": texts}, ptx_coef=coefficient, total_episodes=8 * 15,
             learning_rate=3e-3,
         )  # fmt: skip
         ppo.train()
@@ -263,14 +242,14 @@ def test_ptx_holds_on_to_the_pretraining_texts(tokenizer: PreTrainedTokenizerBas
 
     assert likelihood(1.0) > likelihood(0.0) + 5
     with pytest.raises(UserError, match="ptx_coef needs pretraining texts"):
-        trainer(tokenizer, tmp_path, ptx_coef=0.5)
+        trainer(tmp_path, ptx_coef=0.5)
 
 
-def test_ptx_adds_its_gradient_and_no_more(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_ptx_adds_its_gradient_and_no_more(tmp_path: Path) -> None:
     """-ptx_coef x mean log p a token, by autograd on the written-out loss."""
     texts = [[10, 11, 12], [20, 21, 22, 23, 24]]
     ppo = trainer(
-        tokenizer, tmp_path, torch.float64, {"ptx_dataset": texts}, ptx_coef=0.7, ptx_batch_size=2,
+        tmp_path, torch.float64, {"ptx_dataset": texts}, ptx_coef=0.7, ptx_batch_size=2,
         per_device_train_batch_size=1, gradient_accumulation_steps=8,
     )  # fmt: skip
     ppo.begin(None)
@@ -286,7 +265,7 @@ def test_ptx_adds_its_gradient_and_no_more(tokenizer: PreTrainedTokenizerBase, t
     torch.testing.assert_close(found, ppo.policy_model.transformer.wte.weight.grad, rtol=1e-9, atol=1e-12)
 
 
-def test_scores_are_scaled_by_all_that_has_been_seen(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_scores_are_scaled_by_all_that_has_been_seen(tmp_path: Path) -> None:
     seen: list[float] = []
 
     def reward(prompts: object, responses: list[str]) -> list[float]:
@@ -294,7 +273,7 @@ def test_scores_are_scaled_by_all_that_has_been_seen(tokenizer: PreTrainedTokeni
         seen.extend(found)
         return found
 
-    ppo = trainer(tokenizer, tmp_path, given={"reward_model": reward}, use_score_scaling=True, use_score_norm=True)
+    ppo = trainer(tmp_path, given={"reward_model": reward}, use_score_scaling=True, use_score_norm=True)
     scaled: list[torch.Tensor] = []
     estimate = ppo._estimate
 
@@ -312,10 +291,10 @@ def test_scores_are_scaled_by_all_that_has_been_seen(tokenizer: PreTrainedTokeni
     torch.testing.assert_close(scaled[-1].double(), last, rtol=1e-4, atol=1e-4)
 
 
-def test_an_update_stops_at_its_kl(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_an_update_stops_at_its_kl(tmp_path: Path) -> None:
     wild = {"learning_rate": 3e-2, "num_ppo_epochs": 8, "total_episodes": 8, "ratio_threshold": 1e9}
-    free = stats_of_first_update(trainer(tokenizer, tmp_path, **wild))
-    held = stats_of_first_update(trainer(tokenizer, tmp_path, max_update_kl=0.01, **wild))
+    free = stats_of_first_update(trainer(tmp_path, **wild))
+    held = stats_of_first_update(trainer(tmp_path, max_update_kl=0.01, **wild))
     assert free["policy/optimizer_steps"] == 8
     assert held["policy/optimizer_steps"] < 8
     assert held["policy/approxkl_avg"] <= 0.01 < free["policy/approxkl_avg"]
@@ -325,10 +304,8 @@ def test_an_update_stops_at_its_kl(tokenizer: PreTrainedTokenizerBase, tmp_path:
 
 
 @pytest.mark.parametrize("asked", ["auto", True, False])
-def test_bf16_is_chosen_and_starts_at_ratio_one(
-    asked: bool | str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
-    ppo = trainer(tokenizer, tmp_path, bf16=asked, learning_rate=0.0)
+def test_bf16_is_chosen_and_starts_at_ratio_one(asked: bool | str, tmp_path: Path) -> None:
+    ppo = trainer(tmp_path, bf16=asked, learning_rate=0.0)
     assert ppo.args.bf16 == (precision.native_bf16() if asked == "auto" else asked)
     assert ("bf16 with fp32" in ppo.args.precision_choice) == ppo.args.bf16
     stats = stats_of_first_update(ppo)
@@ -338,19 +315,17 @@ def test_bf16_is_chosen_and_starts_at_ratio_one(
     assert {p.grad.dtype for p in ppo.model.parameters() if p.grad is not None} <= {torch.float32}
 
 
-def test_bf16_learns(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    ppo = trainer(tokenizer, tmp_path, bf16=True, total_episodes=8 * 40, learning_rate=3e-3, kl_coef=0.0)
+def test_bf16_learns(tmp_path: Path) -> None:
+    ppo = trainer(tmp_path, bf16=True, total_episodes=8 * 40, learning_rate=3e-3, kl_coef=0.0)
     ppo.train()
     scores = [row["objective/scores"] for row in ppo.state.log_history]
     assert sum(scores[-5:]) > sum(scores[:5]) + 0.5
 
 
-def test_weights_stored_in_bf16_are_trained_as_fp32(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_weights_stored_in_bf16_are_trained_as_fp32(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = PPOConfig(output_dir=str(tmp_path), report_to="none", per_device_train_batch_size=8, total_episodes=8)
-    half = tiny_policy(tokenizer).bfloat16()
-    ppo = PPOTrainer(args, tokenizer, half, copy.deepcopy(half), good_share, PROMPTS * 8)
+    half = tiny_policy(TOKENIZER).bfloat16()
+    ppo = PPOTrainer(args, TOKENIZER, half, copy.deepcopy(half), good_share, PROMPTS * 8)
     assert "trained as fp32" in capsys.readouterr().out
     assert {p.dtype for p in ppo.model.parameters()} == {torch.float32}
     assert stats_of_first_update(ppo)["objective/kl"] == 0
@@ -359,10 +334,8 @@ def test_weights_stored_in_bf16_are_trained_as_fp32(
 # -- LoRA
 
 
-def test_lora_needs_no_second_copy_and_changes_nothing_at_first(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
-    ppo = trainer(tokenizer, tmp_path, given={"peft_config": lora()}, save_steps=2)
+def test_lora_needs_no_second_copy_and_changes_nothing_at_first(tmp_path: Path) -> None:
+    ppo = trainer(tmp_path, given={"peft_config": lora()}, save_steps=2)
     assert ppo.ref_model is None
     trained = {name for name, p in ppo.model.named_parameters() if p.requires_grad}
     assert all("lora_" in name or "value_head" in name for name in trained)
@@ -380,24 +353,25 @@ def test_lora_needs_no_second_copy_and_changes_nothing_at_first(
 
 @pytest.mark.parametrize("initialisation", ["pissa", False])
 def test_an_adapter_that_moves_the_start_away_from_the_reference_is_refused(
-    initialisation: str | bool, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    initialisation: str | bool, tmp_path: Path
 ) -> None:
+    ppo = trainer(tmp_path, given={"peft_config": lora(init_lora_weights=initialisation)})
     with pytest.raises(UserError, match="init_lora_weights"):
-        trainer(tokenizer, tmp_path, given={"peft_config": lora(init_lora_weights=initialisation)})
+        ppo.train()
 
 
 @pytest.mark.parametrize("options", [{"init_lora_weights": "gaussian"}, {"use_dora": True}, {"use_rslora": True}])
 def test_a_fresh_adapter_that_adds_nothing_is_checked_against_the_reference(
-    options: dict[str, Any], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    options: dict[str, Any], tmp_path: Path
 ) -> None:
-    ppo = trainer(tokenizer, tmp_path, given={"peft_config": lora(**options)})
+    ppo = trainer(tmp_path, given={"peft_config": lora(**options)})
     assert ppo.reference.same
     assert stats_of_first_update(ppo)["objective/kl"] == pytest.approx(0, abs=1e-4)
 
 
-def test_lora_resumes_and_saves_a_model_that_stands_alone(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_lora_resumes_and_saves_a_model_that_stands_alone(tmp_path: Path) -> None:
     def build(folder: str, **options: Any) -> PPOTrainer:
-        return trainer(tokenizer, tmp_path / folder, given={"peft_config": lora()}, learning_rate=3e-3, **options)
+        return trainer(tmp_path / folder, given={"peft_config": lora()}, learning_rate=3e-3, **options)
 
     whole, cut, again = build("whole"), build("cut", save_steps=3), build("again")
     whole.train()
@@ -411,12 +385,12 @@ def test_lora_resumes_and_saves_a_model_that_stands_alone(tokenizer: PreTrainedT
     ids = torch.tensor([[5, 9, 11, 30]])
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, again.policy_model(ids).logits, rtol=1e-4, atol=1e-4)
-        off = tiny_policy(tokenizer)(ids).logits
+        off = tiny_policy(TOKENIZER)(ids).logits
     assert (merged(ids).logits - off).abs().max() > 1e-2
 
 
-def test_lora_gives_a_separate_critic_an_adapter_too(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    ppo = trainer(tokenizer, tmp_path, given={"peft_config": lora()}, critic="separate", total_episodes=16)
+def test_lora_gives_a_separate_critic_an_adapter_too(tmp_path: Path) -> None:
+    ppo = trainer(tmp_path, given={"peft_config": lora()}, critic="separate", total_episodes=16)
     ppo.train()
     trained = [name for name, p in ppo.model.named_parameters() if p.requires_grad and "value_model" in name]
     assert any("lora_" in name for name in trained)
@@ -430,10 +404,8 @@ def test_lora_gives_a_separate_critic_an_adapter_too(tokenizer: PreTrainedTokeni
 EVALUATED = {"eval_steps": 2, "total_episodes": 64, "save_steps": 2}
 
 
-def test_held_out_prompts_are_answered_with_the_same_numbers_each_time(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
-    ppo = trainer(tokenizer, tmp_path, given={"eval_dataset": PROMPTS}, learning_rate=0.0, **EVALUATED)
+def test_held_out_prompts_are_answered_with_the_same_numbers_each_time(tmp_path: Path) -> None:
+    ppo = trainer(tmp_path, given={"eval_dataset": PROMPTS}, learning_rate=0.0, **EVALUATED)
     ppo.train()
     rows = [row for row in ppo.state.log_history if "eval_reward" in row]
     assert [row["step"] for row in rows] == [2, 4, 6, 8]
@@ -441,11 +413,11 @@ def test_held_out_prompts_are_answered_with_the_same_numbers_each_time(
     assert {row["eval_kl"] for row in rows} == {0.0}
 
 
-def test_the_best_model_is_kept_and_can_be_the_result(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_the_best_model_is_kept_and_can_be_the_result(tmp_path: Path) -> None:
     for name, given in (("whole", {}), ("lora", {"peft_config": lora()})):
         folder = tmp_path / name
         ppo = trainer(
-            tokenizer, folder, given={"eval_dataset": PROMPTS * 4, **given}, learning_rate=3e-2,
+            folder, given={"eval_dataset": PROMPTS * 4, **given}, learning_rate=3e-2,
             load_best_model_at_end=True, ratio_threshold=1e9, **EVALUATED,
         )  # fmt: skip
         seen: dict[int, torch.Tensor] = {}
@@ -459,12 +431,12 @@ def test_the_best_model_is_kept_and_can_be_the_result(tokenizer: PreTrainedToken
         assert (folder / "best" / "value_head.safetensors").exists()
 
 
-def test_a_hacked_policy_is_not_the_best_model(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_a_hacked_policy_is_not_the_best_model(tmp_path: Path) -> None:
     """Where the reward rises with the KL, the best by reward is the last; by reward - c x KL it is an earlier one."""
     measured = {2: (0.6, 1.0), 4: (0.9, 2.0), 6: (0.95, 9.0), 8: (0.96, 12.0)}
     for metric, step in ((None, 4), ("eval_reward", 8)):
         ppo = trainer(
-            tokenizer, tmp_path / str(metric), given={"eval_dataset": PROMPTS}, load_best_model_at_end=True,
+            tmp_path / str(metric), given={"eval_dataset": PROMPTS}, load_best_model_at_end=True,
             metric_for_best_model=metric, **EVALUATED,
         )  # fmt: skip
         answers = ppo._answers
@@ -485,11 +457,11 @@ def test_a_hacked_policy_is_not_the_best_model(tokenizer: PreTrainedTokenizerBas
     assert scores == [pytest.approx(reward - 0.05 * kl) for reward, kl in measured.values()]
 
 
-def test_callbacks_stop_training_and_keep_their_patience(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_callbacks_stop_training_and_keep_their_patience(tmp_path: Path) -> None:
     def build() -> PPOTrainer:
         patient = EarlyStoppingCallback(early_stopping_patience=2)
         given = {"eval_dataset": PROMPTS, "callbacks": [patient]}
-        return trainer(tokenizer, tmp_path, given=given, learning_rate=0.0, load_best_model_at_end=True, **EVALUATED)
+        return trainer(tmp_path, given=given, learning_rate=0.0, load_best_model_at_end=True, **EVALUATED)
 
     ppo = build()
     ppo.train()
@@ -499,39 +471,25 @@ def test_callbacks_stop_training_and_keep_their_patience(tokenizer: PreTrainedTo
     assert again.state.global_step == 6, "the patience was kept in the checkpoint"
 
 
-def test_trackers_get_every_row(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    class Tracker(TrainerCallback):
-        def __init__(self) -> None:
-            self.rows: list[dict[str, Any]] = []
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            self.rows.append(logs)
-
-    tracker = Tracker()
-    trainer(tokenizer, tmp_path, given={"callbacks": [tracker]}, total_episodes=16).train()
-    assert [row["episode"] for row in tracker.rows] == [8, 16]
-    assert tracker.rows[0]["objective/kl"] == 0
-
-
 # -- guards
 
 
-def test_a_reward_that_is_no_number_stops_the_run(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_a_reward_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
     calls: list[int] = []
 
     def reward(prompts: list[str], responses: list[str]) -> list[float]:
         calls.append(1)
         return [float("nan") if len(calls) == 4 else 1.0] + [0.0] * (len(responses) - 1)
 
-    ppo = trainer(tokenizer, tmp_path, given={"reward_model": reward}, save_steps=1)
+    ppo = trainer(tmp_path, given={"reward_model": reward}, save_steps=1)
     with pytest.raises(UserError, match=r"the reward of '.*' \(to '.*'\) is nan"):
         ppo.train()
     assert newest_whole(tmp_path) == tmp_path / "checkpoint-3"
     assert all(p.isfinite().all() for p in ppo.model.parameters())
 
 
-def test_numbers_that_are_none_stop_the_run(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    ppo = trainer(tokenizer, tmp_path, save_steps=1)
+def test_numbers_that_are_none_stop_the_run(tmp_path: Path) -> None:
+    ppo = trainer(tmp_path, save_steps=1)
     backward = ppo._backward
 
     def spoiled(*given: Any) -> dict[str, torch.Tensor]:
@@ -544,13 +502,13 @@ def test_numbers_that_are_none_stop_the_run(tokenizer: PreTrainedTokenizerBase, 
         ppo.train()
 
 
-def test_a_ratio_that_runs_away_stops_the_run(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    ppo = trainer(tokenizer, tmp_path, learning_rate=1.0, num_ppo_epochs=4, ratio_threshold=2.0)
+def test_a_ratio_that_runs_away_stops_the_run(tmp_path: Path) -> None:
+    ppo = trainer(tmp_path, learning_rate=1.0, num_ppo_epochs=4, ratio_threshold=2.0)
     with pytest.raises(UserError, match=r"diverged in update \d+: .*There is no checkpoint yet"):
         ppo.train()
 
 
-def test_a_policy_that_disagrees_with_itself_is_named(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_a_policy_that_disagrees_with_itself_is_named(tmp_path: Path) -> None:
     """The check of the first ratio, and what it says, for three ways in which it can be off."""
 
     class Noise(torch.nn.Module):
@@ -562,7 +520,7 @@ def test_a_policy_that_disagrees_with_itself_is_named(tokenizer: PreTrainedToken
             return x + 0.5 * torch.randn_like(x) if self.always or self.training else x
 
     for always, expected in ((True, "draws at random in eval mode"), (False, "training mode than in eval mode")):
-        ppo = trainer(tokenizer, tmp_path)
+        ppo = trainer(tmp_path)
         block = ppo.policy_model.transformer.h[0]
         block.mlp = torch.nn.Sequential(block.mlp, Noise(always))
         with pytest.raises(UserError, match=expected):
@@ -572,13 +530,13 @@ def test_a_policy_that_disagrees_with_itself_is_named(tokenizer: PreTrainedToken
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + x.mean(0, keepdim=True)
 
-    ppo = trainer(tokenizer, tmp_path, num_mini_batches=2)
+    ppo = trainer(tmp_path, num_mini_batches=2)
     ppo.policy_model.transformer.h[0].mlp = torch.nn.Sequential(ppo.policy_model.transformer.h[0].mlp, Neighbours())
     with pytest.raises(UserError, match="depend on the other rows"):
         ppo.train()
 
 
-def test_the_collapse_watch_warns_once() -> None:
+def test_the_collapse_watch_warns_once_of_a_collapse_and_never_of_a_healthy_run() -> None:
     watch = CollapseWatch(window=8)
     found: list[str] = []
     for update in range(24):
@@ -587,30 +545,25 @@ def test_the_collapse_watch_warns_once() -> None:
         figures, warnings = watch.update(answers, length, 3.0 * update)
         found += warnings
     assert len(found) == 4
-    for told in ("distinct bigrams fell", "given to more than one prompt", "answers shrank", "KL went from"):
+    for told in ("distinct bigrams fell", "given to more than one prompt", "responses shrank", "KL went from"):
         assert sum(told in warning for warning in found) == 1
     assert figures["watch/repeated"] == 1
     assert figures["watch/kl_slope"] == 3
-    again = CollapseWatch(window=8)
-    again.load_state_dict(json.loads(json.dumps(watch.state_dict())))
+    again = CollapseWatch(**json.loads(json.dumps(vars(watch))))
     assert again.update(["a b"], 1.0, 30.0) == watch.update(["a b"], 1.0, 30.0)
+    healthy = CollapseWatch(window=8)
+    for update in range(30):  # KL rises from 0 to 6 nats, as it does where a policy learns
+        varied = [f"word{i} and word{i + update} go on" for i in range(10)]
+        assert healthy.update(varied, 9.0, 6.0 * (1 - 0.8**update))[1] == []
 
 
 def test_who_asks_is_told_of_each_warning_with_its_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CollapseWatch, "_warnings", lambda self, rolling: [f"seen {self.seen}"])
-    ppo = trainer(tiny_tokenizer(), tmp_path, total_episodes=24, watch_window=4, logging_steps=3)
+    monkeypatch.setattr(CollapseWatch, "_warnings", lambda self, mean: [f"seen {self.seen}"])
+    ppo = trainer(tmp_path, total_episodes=24, watch_window=4, logging_steps=3)
     told: list[tuple[int, str]] = []
     ppo.on_warning = lambda update, warning: told.append((update, warning))
     ppo.train()
     assert told == [(2, "update 2: seen 2"), (3, "update 3: seen 3")]
-
-
-def test_a_healthy_run_is_not_warned_of() -> None:
-    watch = CollapseWatch(window=8)
-    for update in range(30):  # KL rises from 0 to 6 nats, as it does where a policy learns
-        kl = 6.0 * (1 - 0.8**update)
-        _, warnings = watch.update([f"word{i} and word{i + update} go on" for i in range(10)], 9.0, kl)
-        assert warnings == []
 
 
 # -- checkpoints
@@ -632,49 +585,47 @@ def damaged(folder: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["truncated", "missing", "unsealed", "seal"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
-    how: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = trainer(tokenizer, tmp_path, save_steps=2)
+    whole = trainer(tmp_path, save_steps=2)
     whole.train()
     damaged(tmp_path / "checkpoint-8", how)
     assert newest_whole(tmp_path) == tmp_path / "checkpoint-6"
     told = capsys.readouterr().out
     assert how == "unsealed" or "checkpoint-8 is damaged" in told
-    again = trainer(tokenizer, tmp_path, save_steps=2)
+    again = trainer(tmp_path, save_steps=2)
     again.train(resume_from_checkpoint=True)
     assert torch.equal(weights(whole), weights(again))
 
 
-def test_a_checkpoint_of_another_set_up_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    trainer(tokenizer, tmp_path, save_steps=4).train()
+def test_a_checkpoint_of_another_set_up_is_refused(tmp_path: Path) -> None:
+    trainer(tmp_path, save_steps=4).train()
     with pytest.raises(UserError, match="another set-up"):
-        trainer(tokenizer, tmp_path, critic="separate").train(True)
+        trainer(tmp_path, critic="separate").train(True)
     shutil.rmtree(tmp_path)
     with pytest.raises(UserError, match="no checkpoint to resume from"):
-        trainer(tokenizer, tmp_path).train(True)
+        trainer(tmp_path).train(True)
 
 
 # -- a script for TRL
 
 
-def test_a_script_for_trl_runs_with_its_import_changed(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_script_for_trl_runs_with_its_import_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """TRL's own example in miniature: keyword arguments, a reward and a value model, completions, a saved model."""
-    config = copy.deepcopy(tiny_policy(tokenizer).config)
+    config = copy.deepcopy(tiny_policy(TOKENIZER).config)
     config.num_labels = 1
     reward_model, value_model = (GPT2ForSequenceClassification(config) for _ in range(2))
     texts = ["the film was", "the plot", "nobody liked it"] * 8
-    rows = Dataset.from_dict({"input_ids": tokenizer(texts)["input_ids"]})
+    rows = Dataset.from_dict({"input_ids": TOKENIZER(texts)["input_ids"]})
     training_args = PPOConfig(
         output_dir=str(tmp_path), learning_rate=1e-4, per_device_train_batch_size=4, gradient_accumulation_steps=2,
         total_episodes=32, num_ppo_epochs=1, num_mini_batches=1, response_length=5, stop_token="eos",
         missing_eos_penalty=1.0, report_to="none", num_sample_generations=2, per_device_eval_batch_size=4,
         save_strategy="no",
     )  # fmt: skip
-    policy = tiny_policy(tokenizer)
+    policy = tiny_policy(TOKENIZER)
     trainer = PPOTrainer(
-        args=training_args, processing_class=tokenizer, model=policy, ref_model=tiny_policy(tokenizer),
+        args=training_args, processing_class=TOKENIZER, model=policy, ref_model=tiny_policy(TOKENIZER),
         reward_model=reward_model, value_model=value_model, train_dataset=rows, eval_dataset=rows, peft_config=None,
     )  # fmt: skip
     trainer.train()
@@ -695,10 +646,10 @@ def test_a_script_for_trl_runs_with_its_import_changed(
     assert torch.equal(model.transformer.wte.weight, policy.transformer.wte.weight)
 
 
-def test_the_saved_policy_generates_as_it_was_trained(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_the_saved_policy_generates_as_it_was_trained(tmp_path: Path) -> None:
     """`generate` on the saved folder draws from the trained distribution: temperature, ends, suppressed tokens."""
-    word = tokenizer.convert_ids_to_tokens([40])[0]
-    ppo = trainer(tokenizer, tmp_path, temperature=0.5, min_new_tokens=2, suppress_tokens=[word], total_episodes=16)
+    word = TOKENIZER.convert_ids_to_tokens([40])[0]
+    ppo = trainer(tmp_path, temperature=0.5, min_new_tokens=2, suppress_tokens=[word], total_episodes=16)
     ppo.train()
     ppo.save_model(str(tmp_path / "model"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
@@ -727,22 +678,22 @@ def test_the_configuration_is_read_from_a_scripts_arguments(tmp_path: Path) -> N
     assert not config.bf16
 
 
-def test_a_trained_adapter_is_kept_near_its_base(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_a_trained_adapter_is_kept_near_its_base(tmp_path: Path) -> None:
     """A policy that comes with an adapter that is not 0 differs from its reference from the start, and may."""
     from peft import get_peft_model
 
-    policy = get_peft_model(tiny_policy(tokenizer), lora())
+    policy = get_peft_model(tiny_policy(TOKENIZER), lora())
     with torch.no_grad():
         for name, p in policy.named_parameters():
             if "lora_B" in name:
                 p.fill_(0.01)
     args = PPOConfig(output_dir=str(tmp_path), report_to="none", per_device_train_batch_size=8, total_episodes=8)
-    ppo = PPOTrainer(args, tokenizer, policy, None, good_share, PROMPTS * 8)
+    ppo = PPOTrainer(args, TOKENIZER, policy, None, good_share, PROMPTS * 8)
     assert stats_of_first_update(ppo)["objective/kl"] != 0
 
 
-def test_training_again_begins_anew(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    ppo = trainer(tokenizer, tmp_path, kl_target=1.0, total_episodes=16)
+def test_training_again_begins_anew(tmp_path: Path) -> None:
+    ppo = trainer(tmp_path, kl_target=1.0, total_episodes=16)
     ppo.train()
     ppo.train()
     assert [row["step"] for row in ppo.state.log_history] == [1, 2]
@@ -750,33 +701,33 @@ def test_training_again_begins_anew(tokenizer: PreTrainedTokenizerBase, tmp_path
     assert ppo.state.log_history[0]["objective/kl_coef"] == 0.05
 
 
-def test_what_would_silently_do_something_else_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    config = copy.deepcopy(tiny_policy(tokenizer).config)
+def test_what_would_silently_do_something_else_is_refused(tmp_path: Path) -> None:
+    config = copy.deepcopy(tiny_policy(TOKENIZER).config)
     config.num_labels = 1
     both = GPT2ForSequenceClassification(config)
     with pytest.raises(UserError, match="value_model and reward_model are one object"):
-        trainer(tokenizer, tmp_path, given={"reward_model": both, "value_model": both})
+        trainer(tmp_path, given={"reward_model": both, "value_model": both})
     other = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
     with pytest.raises(UserError, match=r"does not hold policy\.transformer"):
-        trainer(tokenizer, tmp_path, given={"optimizers": (other, None)})
+        trainer(tmp_path, given={"optimizers": (other, None)})
     with pytest.raises(UserError, match="min_new_tokens is 9"):
-        trainer(tokenizer, tmp_path, min_new_tokens=9)
+        trainer(tmp_path, min_new_tokens=9)
     with pytest.raises(UserError, match="token id 9999"):
-        trainer(tokenizer, tmp_path, given={"ptx_dataset": [[1, 9999]]}, ptx_coef=1.0)
+        trainer(tmp_path, given={"ptx_dataset": [[1, 9999]]}, ptx_coef=1.0)
     with pytest.raises(UserError, match=r"gave \(3,\) numbers for 8 responses"):
-        trainer(tokenizer, tmp_path, given={"reward_model": lambda prompts, responses: [0.0] * 3}).train()
+        trainer(tmp_path, given={"reward_model": lambda prompts, responses: [0.0] * 3}).train()
 
 
-def test_a_pass_that_is_not_full_ends_too(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    trainer(tokenizer, tmp_path, total_episodes=24, save_strategy="epoch").train()
+def test_a_pass_that_is_not_full_ends_too(tmp_path: Path) -> None:
+    trainer(tmp_path, total_episodes=24, save_strategy="epoch").train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
 
 
-def test_how_an_evaluation_is_cut_changes_no_number(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_how_an_evaluation_is_cut_changes_no_number(tmp_path: Path) -> None:
     found = []
     for size in (1, 3, 8):
         ppo = trainer(
-            tokenizer, tmp_path, given={"eval_dataset": PROMPTS * 2}, per_device_eval_batch_size=size,
+            tmp_path, given={"eval_dataset": PROMPTS * 2}, per_device_eval_batch_size=size,
             local_rollout_forward_batch_size=size,
         )  # fmt: skip
         ppo.begin(None)
@@ -785,8 +736,8 @@ def test_how_an_evaluation_is_cut_changes_no_number(tokenizer: PreTrainedTokeniz
         assert other == pytest.approx(found[0], rel=1e-5, abs=1e-6)
 
 
-def test_the_values_are_not_rounded_to_bf16(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    ppo = trainer(tokenizer, tmp_path, bf16=True)
+def test_the_values_are_not_rounded_to_bf16(tmp_path: Path) -> None:
+    ppo = trainer(tmp_path, bf16=True)
     with torch.no_grad():
         ppo.model.value_head.bias.fill_(5.003)
         values = ppo.model(make_batch([[5, 9]], [[7]]), Sampling()).values

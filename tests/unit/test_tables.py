@@ -49,11 +49,6 @@ def test_names_and_answers_are_shown_as_they_are(capsys: pytest.CaptureFixture[s
     assert "\x1b" not in said
 
 
-def test_the_table_says_so_where_no_prompt_begins_a_training_text(capsys: pytest.CaptureFixture[str]) -> None:
-    evaluation_table({**evaluation(["base", "sft"]), "prompts_in_training": 0})
-    assert "(0 of 8 also begin training texts)" in " ".join(capsys.readouterr().out.split())
-
-
 def test_an_evaluation_from_before_there_were_more_rewards_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     found = evaluation(["base", "sft"])
     del found["prompts_in_training"]

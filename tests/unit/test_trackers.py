@@ -17,7 +17,7 @@ from rlhf_pipeline.report.trackers import Trackers
 
 REFUSED = {
     "stage=sft trainer.report_to=tensorbord": ["report_to=tensorbord", "Did you mean 'tensorboard'", "none, tens"],
-    "stage=pipeline trainer.report_to=all": ["report_to=all would mean whatever is installed", "none, tensorboard"],
+    "stage=pipeline trainer.report_to=all": ["report_to=all is not a supported tracker", "none, tensorboard"],
     "stage=ppo trainer.report_to=[none,mlflow]": ["report_to=mlflow is not a supported tracker", "none, tensorboard"],
     "stage=evaluate trainer.report_to=[wandbb]": ["Did you mean 'wandb'"],
     "stage=evaluate trainer.report_to=[3]": ["report_to=3 is not a supported tracker"],
@@ -114,7 +114,7 @@ class Fake:
     """A tracker that remembers, and breaks where it is told to."""
 
     def __init__(self, breaks: str = "") -> None:
-        self.breaks, self.log = breaks, list[Any]()
+        self.breaks, self.did = breaks, list[Any]()
 
     def __call__(self, config: dict[str, Any], folder: Path, step: int) -> "Fake":
         self.config = config
@@ -123,71 +123,51 @@ class Fake:
     def _did(self, what: str, *values: Any) -> "Fake":
         if what == self.breaks:
             raise OSError("no\nroute")
-        self.log.append((what, *values))
+        self.did.append((what, *values))
         return self
 
-    def adopt(self, callback: Any) -> None:
-        self._did("adopt")
+    def log(self, values: dict[str, float], step: int) -> None:
+        self._did("figures", step, values)
 
-    def figures(self, values: dict[str, float]) -> None:
-        self._did("figures", values)
-
-    def table(self, name: str, columns: list[str], rows: list[list[Any]], step: int) -> None:
-        self._did("table", step, rows)
+    def table(self, name: str, heads: list[str], cells: list[list[Any]], step: int) -> None:
+        self._did("table", step, cells)
 
     def close(self, failed: bool) -> None:
         self._did("close", failed)
 
 
-class WandbCallback:
-    """Named as transformers' is."""
-
-    def __init__(self, fake: Fake) -> None:
-        self.fake = fake
-
-    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.fake._did("log", state.global_step)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.fake._did("end")
-
-
 CONFIG = {"name": "demo", "stage": "ppo", "trainer": {"report_to": "wandb"}, "defaults": [], "hydra": {}}
 
 
-def go(monkeypatch: pytest.MonkeyPatch, folder: Path, fake: Fake, first: int, last: int, dies: bool = False) -> None:
-    """Train from one step to another, then log once more, as stages do."""
+def go(monkeypatch: pytest.MonkeyPatch, folder: Path, fake: Fake, steps: int, dies: bool = False) -> None:
+    """Log as stages do."""
     monkeypatch.setitem(trackers._KINDS, "wandb", fake)
-    opened, callback = Trackers(folder), WandbCallback(fake)
-    with opened:
-        opened.start(CONFIG, first - 1, [callback, object()])
-        for step in range(first, last + 1):
-            callback.on_log(None, SimpleNamespace(global_step=step), None, logs={})
+    with Trackers(folder) as opened:
+        opened.start(CONFIG)
+        for step in range(1, steps + 1):
+            opened.logged(step, {"loss": 2.0, "eval_loss": 3.0, "note": "x"})
             opened.samples(step, [{"prompt": "p", "response": "r", "reward": 1.0, "more": 2}])
         if dies:
             raise KeyboardInterrupt
-        callback.on_train_end(None, SimpleNamespace(global_step=last), None)
-        callback.on_log(None, SimpleNamespace(global_step=last), None, logs={})
 
 
-def test_the_callbacks_end_comes_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    go(monkeypatch, tmp_path, fake := Fake(), 1, 1)
-    row = ("table", 1, [["p", "r", 1.0]])
-    assert fake.log == [("open",), ("adopt",), ("log", 1), row, ("log", 1), ("end",), ("close", False)]
+def test_a_tracker_gets_figures_and_samples_and_is_closed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    go(monkeypatch, tmp_path, fake := Fake(), 1)
+    figures = ("figures", 1, {"train/loss": 2.0, "eval/loss": 3.0})
+    assert fake.did == [("open",), figures, ("table", 1, [["p", "r", 1.0]]), ("close", False)]
     assert fake.config == {key: CONFIG[key] for key in ("name", "stage", "trainer")}
-
-
-def test_a_run_that_ends_by_an_error_is_closed_as_failed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        go(monkeypatch, tmp_path, fake := Fake(), 1, 5, dies=True)
-    assert fake.log[-1] == ("close", True)
+        go(monkeypatch, tmp_path, fake, 5, dies=True)
+    assert fake.did[-1] == ("close", True)
 
 
 def test_a_resumed_stage_continues_its_run_of_wandb_and_a_new_one_does_not(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     opened: list[dict[str, Any]] = []
-    wandb = SimpleNamespace(init=lambda **asked: opened.append(asked), finish=lambda exit_code: None)
+    wandb = SimpleNamespace(
+        init=lambda **asked: opened.append(asked), finish=lambda exit_code: None, define_metric=lambda *_, **__: None
+    )
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     for variable in ("WANDB_PROJECT", "WANDB_DIR", "WANDB_RUN_GROUP"):
         monkeypatch.delenv(variable, raising=False)
@@ -207,11 +187,11 @@ def test_a_resumed_stage_continues_its_run_of_wandb_and_a_new_one_does_not(
     assert opens("2026-01-01T11:00:00+00:00", 0) != first
 
 
-@pytest.mark.parametrize("where", ["open", "adopt", "log", "table", "end", "close"])
+@pytest.mark.parametrize("where", ["open", "figures", "table", "close"])
 def test_a_tracker_that_fails_is_warned_of_once_and_left_out(
     where: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    go(monkeypatch, tmp_path, fake := Fake(where), 1, 3)
+    go(monkeypatch, tmp_path, fake := Fake(where), 3)
     assert capsys.readouterr().out == "warning: wandb failed (OSError: no) and is left out; the run goes on\n"
-    done = ["open", "adopt", "log", "table"]
-    assert [entry[0] for entry in fake.log][:4] == (done[: done.index(where)] if where in done else done)
+    done = ["open", "figures", "table"]
+    assert [entry[0] for entry in fake.did][:3] == (done[: done.index(where)] if where in done else done)

@@ -1,0 +1,210 @@
+"""Model cards: what a stage's files say about its model, as the README.md that the hub reads and shows.
+
+The template is templates/card.md. Every value becomes Markdown that marks up nothing: names, paths and generated text
+can end no table, no block and no metadata.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from markupsafe import Markup, escape
+
+from rlhf_pipeline.data import hub_set
+from rlhf_pipeline.hub import is_hub_id
+from rlhf_pipeline.report import page
+from rlhf_pipeline.report.figures import evaluation_tables
+from rlhf_pipeline.report.files import as_number, columns, items, members, only, read
+from rlhf_pipeline.stages import FOLDERS, POLICIES
+from rlhf_pipeline.texts import shown
+
+CARD = "README.md"
+# Of config.yaml, what determines a stage's work.
+_WORK = ("defaults", "hydra", "stage", "name", "experiment", "seed", "runs", "overwrite", "policy", "reward", "data",
+         "trainer", "ptx", "stages")  # fmt: skip
+# Figures for the hub, by their names in `results` and in evaluation.json, and the hub's metrics.
+_HELD_OUT = {"eval_loss": "loss", "eval_perplexity": "perplexity", "accuracy": "accuracy",
+             "prompt_accuracy": "accuracy", "calibration_error": "calibration_error",
+             "length_correlation": "pearsonr"}  # fmt: skip
+_COMPARED = {"reward_mean": "mean_reward", "kl": "kl", "perplexity": "perplexity", "distinct_2": "distinct_2"}
+# What marks up a line of Markdown; a character reference shows it as itself (CommonMark 0.31, section 2.5).
+_MARKS = {ord(mark): f"&#{ord(mark)};" for mark in "\\`*[]|~$"}
+_UNDERSCORE = re.compile(r"(?<![^\W_])_|_(?![^\W_])")  # inside a word it marks up nothing
+
+
+def card(folder: Path) -> str:
+    """The card of the model in `runs/<name>/<stage>`."""
+    return _rendered(_gather(folder, only(folder / "run.json"), only(folder.parent / "evaluate" / "run.json")))
+
+
+def write_cards(folder: Path, run: dict[str, Any]) -> None:
+    """Write the card of a stage's model; for stage=evaluate, those of the same run's models that it judged.
+
+    `run` is what is about to be the stage's run.json.
+    """
+    records = {folder: (run, only(folder.parent / "evaluate" / "run.json"))}
+    if run["stage"] == "evaluate":
+        records |= {other: (only(other / "run.json"), run) for other in (folder.parent / stage for stage in POLICIES)}
+    for place, both in records.items():
+        if (place / "model").is_dir() and ((found := _gather(place, *both))["evaluation"] or place == folder):
+            temporary = place / f".card.{os.getpid()}"  # not in the model's folder, to which a kill must not add a file
+            temporary.write_text(_rendered(found), encoding="utf-8")
+            os.replace(temporary, place / "model" / CARD)
+
+
+def named(card: str, repository: str) -> str:
+    """A card whose code opens the model by its id on the hub."""
+    line = f"model_id = {_literal(repository)}"
+    return re.sub(r'^model_id = ".*"$', lambda _: line, card, count=1, flags=re.MULTILINE)
+
+
+def _gather(folder: Path, run: dict[str, Any], judge: dict[str, Any]) -> dict[str, Any]:
+    """What a card shows of the model in `folder`; nothing is escaped yet. `judge` is the record of the evaluation."""
+    run, judge, model = _without_home(run), _without_home(judge), folder / "model"
+    # A policy by the name under which it was compared. One made after that, in the place of another, was not judged.
+    own = (*Path(str(run.get("name"))).parts, str(run.get("stage")), "model")
+    paths = {role: Path(str(members(made).get("path"))) for role, made in members(judge.get("parents")).items()}
+    row = next((role for role, path in paths.items() if path.parts[-len(own) :] == own), None)
+    earlier = str(run.get("finished")) <= str(judge.get("started"))
+    compared = judge.get("status") == "done" and earlier and run.get("stage") in POLICIES and row
+    evaluation = _without_home(only(folder.parent / "evaluate" / "evaluation.json")) if compared else {}
+    file = folder / "config.yaml"  # as it is, with Hydra's escapes, for the card repeats it
+    settings = members(_without_home(yaml.safe_load(file.read_text(encoding="utf-8")))) if file.exists() else {}
+    config, data = only(model / "config.json"), members(run.get("data"))
+    return {
+        "run": run, "stage": (stage := str(run.get("stage"))), "about": FOLDERS[stage].model if stage in FOLDERS else "",
+        "model": str(model), "settings": settings, "data": data,
+        "results": members(run.get("results")), "source": hub_set(data) or data.get("path"),
+        "config": {**members(config.get("trunk")), **config},  # a reward model's, over that of its trunk
+        "causal": run.get("stage") in POLICIES, "own_class": config.get("model_type") == "rlhf_reward_model",
+        "parameters": _parameters(model), "vocabulary": only(model / "tokenizer.json"),
+        "tokenizer": only(model / "tokenizer_config.json"), "template": (model / "chat_template.jinja").exists(),
+        "steps": max((as_number(row.get("step")) or 0 for row in read(folder / "metrics.jsonl", [])), default=None),
+        "calibration": dict(enumerate(items(only(folder / "quality.json").get("calibration")), 1)),
+        "evaluation": evaluation, "row": row, "judged_on": members(judge.get("data")) if compared else {},
+        "tables": evaluation_tables(evaluation), "policies": list(members(evaluation.get("metrics"))),
+        "work": {key: settings[key] for key in _WORK if key in settings},
+    }  # fmt: skip
+
+
+def _parameters(model: Path) -> int:
+    """Of the weights that from_pretrained opens; tied weights are stored, and counted, once."""
+    from safetensors import safe_open
+
+    opened: list[Any] = [safe_open(path, "np") for path in model.glob("model*.safetensors")]
+    return sum(int(math.prod(weights.get_slice(name).get_shape())) for weights in opened for name in weights.keys())  # noqa: SIM118
+
+
+def _metadata(found: dict[str, Any]) -> Any:
+    """The head of a card. Ids are checked by their form; names are reduced to one plain line."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    task, results, stage = "text-generation" if found["causal"] else "text-classification", [], _label(found["stage"])
+    compared = members(members(found["evaluation"].get("metrics")).get(found["row"]))
+    for data, figures, known in (
+        (found["data"], found["results"], _HELD_OUT),
+        (found["judged_on"], compared, _COMPARED),
+    ):
+        name, sha = _label(data.get("name")), _label(data.get("sha256"))
+        for key, metric in known.items() if data else ():
+            value = as_number(figures.get(key))
+            if value is not None and math.isfinite(value):
+                results.append(EvalResult(
+                    task_type=task, dataset_type=hub_set(data) or name, dataset_name=name, dataset_split="test",
+                    dataset_args={"sha256": sha}, metric_type=metric, metric_name=page.ENGLISH.name(key),
+                    metric_value=float(f"{value:.6g}"),
+                ))  # fmt: skip
+    sets = [hub_set(choice) for choice in (found["data"], members(found["settings"].get("ptx"))) if choice]
+    return ModelCardData(
+        library_name="rlhf_pipeline" if found["own_class"] else "transformers",  # the hub shows how it opens the model
+        pipeline_tag=task,
+        tags=["rlhf_pipeline", "rlhf", "trl", "reward-model" if stage == "reward" else stage],
+        base_model=_base_model(found["run"]),
+        datasets=[name for name in dict.fromkeys(sets) if name] or None,
+        model_name=f"{_label(found['run'].get('name'))} {stage}" if results else None,
+        eval_results=results or None,
+    )
+
+
+def _base_model(run: dict[str, Any], generations: int = 20) -> str | None:
+    """The hub's model that a run's lineage goes back to, if it does."""
+    parents = members(run.get("parents"))
+    start = members(parents.get("policy")) or members(parents.get("start"))
+    where = start.get("path")
+    if not isinstance(where, str) or not generations:
+        return None
+    if start.get("sha256") is None:  # not a folder
+        return where if is_hub_id(where) else None
+    return _base_model(only(Path(where).expanduser().parent / "run.json"), generations - 1)
+
+
+def _label(value: object) -> str:
+    """A value as one short line without characters that hide, for metadata."""
+    return " ".join("".join(c for c in str(value) if c.isspace() or shown(c) == c).split())[:100]
+
+
+def _without_home(value: Any) -> Any:
+    """Paths in the home folder begin with `~`: cards are published, and the user's name is private."""
+    home = os.path.expanduser("~").rstrip("/") + "/"
+    if isinstance(value, str):
+        return "~/" + value.removeprefix(home) if len(home) > 1 and value.startswith(home) else value
+    if isinstance(value, dict):
+        return {key: _without_home(inner) for key, inner in value.items()}
+    return [_without_home(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _plain(value: object) -> Markup:
+    """A value as one line of Markdown that marks up nothing, also in a table. What is Markdown already stays."""
+    if isinstance(value, Markup):
+        return value
+    if isinstance(value, list):
+        value = [_plain(part) for part in value if part or part == 0] or None
+        return Markup(", ").join(value) if value else _plain(None)
+    text = shown(page.plain(value))
+    text = text[:300] + " ..." if len(text) > 300 else text
+    return Markup(_UNDERSCORE.sub("&#95;", " ".join(escape(text).split()).translate(_MARKS)))
+
+
+def _table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> Markup:
+    lines = [head, ["---"] * len(head), *rows]
+    return Markup("\n".join(f"| {' | '.join(map(_plain, line))} |" for line in lines))
+
+
+def _by_row(corner: str, found: object, names: dict[str, str] | None = None) -> Markup:
+    """Rows by name, with the columns that are named, or all."""
+    rows = members(found)
+    heads = names or {key: page.ENGLISH.name(key) for key in columns(rows.values())}
+    cells = [[name, *(members(row).get(key) for key in heads)] for name, row in rows.items()]
+    return _table([corner, *heads.values()], cells)
+
+
+def _yaml(values: dict[str, Any]) -> Markup:
+    """A block of YAML, in a fence longer than any in it; characters that hide are written as escapes."""
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=not _hides(values), width=110)
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return Markup(f"{fence}yaml\n{text}{fence}")
+
+
+def _literal(text: str) -> Markup:
+    """A string as Python writes it, on one line."""
+    return Markup(json.dumps(text, ensure_ascii=_hides(text)))
+
+
+def _hides(value: object) -> bool:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return shown(text) != text
+
+
+def _rendered(found: dict[str, Any]) -> str:
+    from huggingface_hub import ModelCard
+
+    # ModelCard.from_template takes no function that shows values.
+    templates = page.environment(_plain)
+    templates.globals |= {"table": _table, "by_row": _by_row, "yaml": _yaml, "literal": _literal, "lasted": page.lasted}
+    head = Markup(_metadata(found).to_yaml())
+    return str(ModelCard(templates.get_template("card.md").render(metadata=head, **found)))

@@ -1,0 +1,92 @@
+"""The tables of figures that terminal, page, card and trackers show: of an evaluation, a frontier and a sweep."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from rlhf_pipeline.report.files import as_number, columns, items, members
+
+_FIRST = ("reward_mean", "reward_stderr", "reward_median", "positive", "kl", "perplexity", "distinct_2", "length")
+_GAIN = {"mean": "gain", "low": "95 % from", "high": "95 % to"}
+_REWARD = ("reward_mean", "reward_stderr", "kl")
+OVER = "over KL budget by"
+Rows = dict[str, dict[str, Any]]
+Found = Mapping[str, Any]
+
+
+class Table(NamedTuple):
+    """Figures by row name and column key; title, corner and keys are English."""
+
+    title: str
+    corner: str
+    rows: Rows
+
+
+def evaluation_tables(evaluation: Found) -> list[Table]:
+    """What evaluation.json holds of each policy by each reward, and of the pairs that were compared."""
+    others = {name: members(judged) for name, judged in members(evaluation.get("rewards")).items()}
+    moved = {name: members(row) for name, row in members(evaluation.get("moved")).items()}
+    own = next((row for name, row in moved.items() if name not in others), {})
+    policies = {name: members(row) for name, row in members(evaluation.get("metrics")).items()}
+    rest = {name: {key: row[key] for key in row if key not in _FIRST} | {"moved": own.get(name)}
+            for name, row in policies.items()}  # fmt: skip
+    judged = {
+        f"{reward} · {name}": _of(row, _FIRST) | {"moved": moved.get(reward, {}).get(name)}
+        for reward, found in others.items()
+        for name, row in members(found.get("metrics")).items()
+    }
+    gains = {
+        f"{reward} · {pair}" if reward else pair: {_GAIN.get(key, key): value for key, value in members(gain).items()}
+        for reward, found in {"": evaluation, **others}.items()
+        for pair, gain in members(found.get("paired_gain")).items()
+    }
+    found = (
+        Table("Before and after", "Policy", {name: _of(row, _FIRST) for name, row in policies.items()}),
+        Table("The answers' texts, and how far their reward moved", "Policy", rest),
+        Table("By other rewards", "Policy", judged),
+        Table("Paired gain", "Pair", gains),
+    )  # fmt: skip
+    return [table for table in found if columns(table.rows.values())]
+
+
+def frontier_tables(frontier: Found) -> list[Table]:
+    """What frontier.json holds: the policies of a sweep, and the best of n answers of where they started."""
+    starts, points = items(frontier.get("starts")), items(frontier.get("points"))
+    policies = {name_of(row): _point(row) for row in points}
+    best = {}
+    for start in starts if points else []:
+        place = f" · {start.get('path')} · {start.get('seed')}" if len(starts) > 1 else ""
+        for row in items(start.get("best_of")):
+            if (n := as_number(row.get("n"))) and math.log2(max(n, 1)).is_integer():
+                best[f"best of {n:g}{place}"] = _of(row, _REWARD)
+    tables = Table("Policies of the sweep", "Run", policies), Table("Best of n, without training", "", best)
+    return [table for table in tables if table.rows]
+
+
+def name_of(point: Found) -> str:
+    """A policy of a sweep by its run and step; a run's result need not be its last step."""
+    return f"{point.get('run')} · {'result' if point.get('step') is None else point['step']}"
+
+
+def _point(row: Found) -> dict[str, Any]:
+    gain, best = members(row.get("gain")), row.get("best_of")
+    return {
+        **_of(row, _REWARD),
+        **{_GAIN[key]: gain.get(key) for key in _GAIN},
+        "as good as best of": best if best is not None else "more",
+        **{str(name): members(other).get("reward_mean") for name, other in members(row.get("rewards")).items()},
+        **_of(row, ("perplexity", "distinct_2", "length")),
+        "frontier": bool(row.get("frontier")),
+    }
+
+
+def sweep_figures(row: Found) -> dict[str, Any]:
+    """One row of sweep.json: its objective over seeds, how its jobs ended, and the means of their results."""
+    ended = {key: row.get(key) or None for key in ("failed", "left")}
+    over = {OVER: row["over_budget"]} if as_number(row.get("over_budget")) else {}
+    whole = {"objective": row.get("objective"), "± s.e.": row.get("stderr"), "seeds": row.get("seeds")}
+    return {**whole, **ended, **over, "time": row.get("seconds"), **members(row.get("results"))}
+
+
+def _of(row: object, keys: tuple[str, ...]) -> dict[str, Any]:
+    return {key: members(row)[key] for key in keys if key in members(row)}
