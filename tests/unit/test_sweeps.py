@@ -142,7 +142,7 @@ def test_a_cluster_that_is_not_there_is_said_to_be_missing(
 def done(folder: Path, objective: float = 1.0, stage: str = "sft", results: dict[str, float] | None = None) -> Path:
     """The record of a stage that is done."""
     path = folder / stage / "run.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    (path.parent / "model").mkdir(parents=True, exist_ok=True)
     record = {"status": "done", "name": f"{folder.parent.name}/{folder.name}", "objective": objective, "seconds": 2.0}
     path.write_text(json.dumps({**record, "results": results or {}}))
     return path
