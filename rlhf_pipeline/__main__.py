@@ -7,8 +7,7 @@ def start() -> None:
     """The command line, in one process or in one of several."""
     try:
         from rlhf_pipeline.cli import main
-        from rlhf_pipeline.launch import processes
-        from rlhf_pipeline.runs.together import end_at_once
+        from rlhf_pipeline.processes import end_at_once, processes
     except KeyboardInterrupt:
         sys.exit(130)
     if processes() > 1:

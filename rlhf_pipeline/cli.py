@@ -24,8 +24,8 @@ from omegaconf.errors import OmegaConfBaseException
 from rlhf_pipeline import files
 from rlhf_pipeline.composition import check_functions, expand, explained, settings_of, settle
 from rlhf_pipeline.errors import UserError, WaitingError
-from rlhf_pipeline.launch import check_launch, processes, rank
 from rlhf_pipeline.models import rewards
+from rlhf_pipeline.processes import agree, check_launch, ending_together, leave, processes, rank, rank_output
 from rlhf_pipeline.progress import say_loading, screen
 from rlhf_pipeline.report import compare, trackers
 from rlhf_pipeline.report.publish import last_model, publish
@@ -33,7 +33,6 @@ from rlhf_pipeline.report.summary import how_far, say_all_done, say_done, say_do
 from rlhf_pipeline.runs import lineage
 from rlhf_pipeline.runs.directory import LABELS, SHEET, RunDir
 from rlhf_pipeline.runs.models import folder_of, recover
-from rlhf_pipeline.runs.together import leave, own_log, run_together
 from rlhf_pipeline.settings import Hub, Settings
 from rlhf_pipeline.stages import TRAINED
 from rlhf_pipeline.sweeps.jobs import is_number, note_error, run_job
@@ -47,7 +46,7 @@ _MAKES_NOTHING = ("chat", "plan")
 
 def main() -> None:
     """Run the command line and leave with its exit status: 0 done, 2 the user can mend it, 130 interrupted."""
-    with guarded(), own_log():
+    with guarded(), rank_output():
         _be_quiet()
         try:
             with _refusals():
@@ -143,9 +142,14 @@ def run_stage(settings: Settings) -> float | None:
     if settings.hub.push and settings.stage not in TRAINED:
         raise UserError(f"stage={settings.stage} makes no model, so hub.push= goes with one of: {', '.join(TRAINED)}.")
     check_launch(_said(settings))
-    if processes() > 1:
-        return run_together(settings, lambda out, done: _run_held(settings, out, done))
     out = RunDir.of(settings)
+    if processes() > 1:
+        say_loading()
+        with ending_together(), out.held():
+            done = agree(lambda: out.finished(settings))
+            with rank_output(out.path):
+                _run_held(settings, out, done)
+        return out.objective()
     if settings.compare:  # it shows what has been made, and makes nothing itself
         _compare(settings)
         return None

@@ -1,35 +1,28 @@
-"""Progress: a bar with rate and time left at a terminal, a line now and then in a log file. Both go to stderr."""
+"""Progress on stderr: a bar with rate and time left at a terminal, a line now and then in a log file."""
 
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from typing import IO, Any, TypeVar
-from weakref import WeakSet
 
 from tqdm import tqdm
 
-from rlhf_pipeline.launch import rank
+from rlhf_pipeline.processes import rank
 
 S = TypeVar("S", bound=Sequence[Any])
 
 _LINE = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-_open: WeakSet[Any] = WeakSet()  # what `screen` closes
 
 
 class _Lines:
-    """A log file as a bar's screen: each state that it draws is a line of its own."""
+    """A log file in which each state of a bar is a line of its own: without carriage returns and cursor movements."""
 
     def __init__(self, file: IO[str]) -> None:
-        self.file = file
+        self.file, self.flush = file, file.flush
 
     def write(self, text: str) -> None:
-        """Without that by which a bar draws over itself: carriage returns, blanks, cursor movements."""
         if line := text.replace("\x1b[A", "").strip():
             self.file.write(f"{line}\n")
-
-    def flush(self) -> None:
-        """Let others read it."""
-        self.file.flush()
 
 
 class _Above:
@@ -39,10 +32,9 @@ class _Above:
         self.file, self.begun = file, ""
 
     def write(self, text: str) -> None:
-        """Keep a line that has begun until it is whole."""
         whole, end, self.begun = (self.begun + text).rpartition("\n")
         if end:
-            with tqdm.external_write_mode(file=sys.stderr):
+            with tqdm.external_write_mode(file=_stderr()):
                 self.file.write(whole + end)
                 self.file.flush()
 
@@ -50,19 +42,22 @@ class _Above:
         return getattr(self.file, name)
 
 
-def progress(total: int, title: str, unit: str, initial: int = 0, delay: float = 0.0, leave: bool = True) -> Any:
-    """A bar of `total` units, the first `initial` of which were done before: they count for no rate.
+def _stderr() -> Any:
+    """The terminal itself: bars move its cursor, which terminal.Stream would escape."""
+    return getattr(sys.stderr, "raw", sys.stderr)
 
-    With a `delay`, in seconds, what takes less is not shown. Of several processes the first one shows it.
+
+def progress(total: int, title: str, unit: str, initial: int = 0, delay: float = 0.0, leave: bool = True) -> Any:
+    """A bar of `total` units; the first `initial` were done before, and count for no rate. Of several ranks, rank 0's.
+
+    It is not shown if all is done within `delay` seconds.
     """
-    terminal, screen = at_terminal(), getattr(sys.stderr, "raw", sys.stderr)
-    how = {"dynamic_ncols": True, "file": screen} if terminal else {"bar_format": _LINE, "file": _Lines(screen)}
-    bar = tqdm(
+    terminal = at_terminal()
+    return tqdm(
         total=total, initial=initial, desc=title, unit=unit, delay=delay, leave=leave, smoothing=0.1,
-        mininterval=0.2 if terminal else 10.0, disable=rank() > 0, **how,
+        mininterval=0.2 if terminal else 10.0, disable=rank() > 0, dynamic_ncols=terminal,
+        bar_format=None if terminal else _LINE, file=_stderr() if terminal else _Lines(_stderr()),
     )  # fmt: skip
-    _open.add(bar)
-    return bar
 
 
 def parts(rows: S, size: int, title: str, unit: str, delay: float = 1.0) -> Iterator[S]:
@@ -75,7 +70,7 @@ def parts(rows: S, size: int, title: str, unit: str, delay: float = 1.0) -> Iter
 
 
 def at_terminal() -> bool:
-    """Whether bars are looked at as they move."""
+    """Whether somebody sees bars move."""
     return sys.stderr.isatty()
 
 
@@ -87,14 +82,13 @@ def screen() -> Iterator[None]:
         with contextlib.redirect_stdout(out):
             yield
     finally:
-        for bar in list(_open):
+        for bar in list(getattr(tqdm, "_instances", ())):
             bar.close()
-        _open.clear()
         if isinstance(out, _Above) and out.begun:
             out.write("\n")
 
 
 def say_loading() -> None:
-    """A line before torch and TRL are imported, unless they have been: it takes some ten seconds."""
+    """Say so before torch and TRL are imported, which takes some ten seconds, unless they have been."""
     if "torch" not in sys.modules and rank() == 0:
         print("loading PyTorch and TRL", file=sys.stderr, flush=True)

@@ -1,45 +1,39 @@
-"""Which script texts are written in, whether a vocabulary was made for it, and how they are shown."""
+"""Texts in the world's scripts: how they are shown, what a word is, and whether a vocabulary was made for them."""
 
 import re
 import unicodedata
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
-Script = Literal["Chinese", "Latin"]
 
 _IDEOGRAPH = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _IDEOGRAPHS = re.compile(f"[{_IDEOGRAPH}]")
 _LATIN = re.compile("[A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f]")
 _WORDS = re.compile(rf"[{_IDEOGRAPH}]|[^\s{_IDEOGRAPH}]+")
-
-HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode categories whose characters hide or reorder other text
-
+_HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode categories whose characters hide or reorder other text
 # A sample is enough, and takes milliseconds whatever the size of the data.
 _TEXTS, _CHARACTERS, _TOKENS = 200, 1000, 20_000
-# Of the vocabulary, and of the texts' tokens.
-FEW, UNKNOWN = 0.05, 0.05
 
 
 def shown(text: str) -> str:
     """A text for a terminal or a page: characters that hide, steer or reorder become escapes such as \\u202e."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c) not in HIDDEN else f"\\u{ord(c):04x}" for c in text)
+    return "".join(c if c in "\n\t" or unicodedata.category(c) not in _HIDDEN else f"\\u{ord(c):04x}" for c in text)
 
 
 def words_of(text: str) -> list[str]:
-    """What stands between blanks; an ideograph is a word of its own, for Chinese has no blanks."""
+    """The words between blanks; each ideograph is a word, for Chinese has no blanks."""
     return _WORDS.findall(text)
 
 
-def script_of(texts: Sequence[str], least: int = 20) -> Script | None:
-    """The script of most letters in a sample of texts; None where there are fewer than `least`, or it is another."""
+def script_of(texts: Sequence[str], least: int = 20) -> str | None:
+    """Chinese or Latin, by most letters in a sample; None for another script, or fewer than `least` letters."""
     sample = "".join(text[:_CHARACTERS] for text in _spaced(texts, _TEXTS))
     letters = sum(map(str.isalpha, sample))
-    if letters < least:
-        return None
-    if 2 * len(_IDEOGRAPHS.findall(sample)) > letters:
-        return "Chinese"
-    return "Latin" if 2 * len(_LATIN.findall(sample)) > letters else None
+    for script, pattern in (("Chinese", _IDEOGRAPHS), ("Latin", _LATIN)):
+        if letters >= least and 2 * len(pattern.findall(sample)) > letters:
+            return script
+    return None
 
 
 def mismatch(tokenizer: Any, texts: Sequence[str]) -> str | None:
@@ -47,14 +41,15 @@ def mismatch(tokenizer: Any, texts: Sequence[str]) -> str | None:
     script = script_of(texts)
     if script is None:
         return None
-    chinese, unknown = chinese_share(tokenizer), unknown_share(tokenizer, texts)
-    if script == "Chinese" and chinese < FEW:
-        return f"the texts are Chinese, and of its vocabulary only {chinese:.1%} is"
+    chinese = chinese_share(tokenizer)
+    if script == "Chinese" and chinese < 0.05:
+        return f"the texts are Chinese, and only {chinese:.1%} of its vocabulary is"
     if script == "Latin" and chinese > 0.5:
         return f"the texts are in Latin letters, and {chinese:.0%} of its vocabulary is Chinese"
-    if unknown > UNKNOWN:
-        return f"its vocabulary does not know {unknown:.0%} of the texts' tokens"
-    return None
+    sample = [text[:_CHARACTERS] for text in _spaced(texts, _TEXTS)]
+    ids = [token for row in tokenizer(sample, add_special_tokens=False, verbose=False)["input_ids"] for token in row]
+    unknown = ids.count(tokenizer.unk_token_id) / max(len(ids), 1)
+    return f"its vocabulary does not know {unknown:.0%} of the texts' tokens" if unknown > 0.05 else None
 
 
 def chinese_share(tokenizer: Any) -> float:
@@ -62,14 +57,6 @@ def chinese_share(tokenizer: Any) -> float:
     tokens = tokenizer.convert_ids_to_tokens(_spaced(range(len(tokenizer)), _TOKENS))
     found = [token is not None and _IDEOGRAPHS.search(tokenizer.convert_tokens_to_string([token])) for token in tokens]
     return sum(map(bool, found)) / max(len(found), 1)
-
-
-def unknown_share(tokenizer: Any, texts: Sequence[str]) -> float:
-    """The share of a sample's tokens that the tokenizer has no id for."""
-    sample = [text[:_CHARACTERS] for text in _spaced(texts, _TEXTS)]
-    rows = tokenizer(sample, add_special_tokens=False, verbose=False)["input_ids"] if sample else []
-    ids = [token for row in rows for token in row]
-    return ids.count(tokenizer.unk_token_id) / max(len(ids), 1)
 
 
 def _spaced(items: Sequence[T], most: int) -> list[T]:

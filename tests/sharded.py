@@ -10,7 +10,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 
 from rlhf_pipeline import cli
-from rlhf_pipeline.runs.together import end_at_once
+from rlhf_pipeline.processes import end_at_once
 
 
 def main() -> None:

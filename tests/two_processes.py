@@ -10,8 +10,7 @@ import torch
 from peft import LoraConfig
 from tiny import tiny_tokenizer, trainer
 
-from rlhf_pipeline.processes import agree, join
-from rlhf_pipeline.runs.together import end_at_once
+from rlhf_pipeline.processes import agree, end_at_once, join
 
 
 def main() -> None:

@@ -10,10 +10,8 @@ from tiny_rewards import reward_args, tiny_config
 from transformers import DataCollatorWithPadding, GPT2ForSequenceClassification, GPT2LMHeadModel
 from trl import SFTConfig
 
-from rlhf_pipeline.launch import processes, rank
 from rlhf_pipeline.models.policies import train_tokenizer
-from rlhf_pipeline.processes import agree, join
-from rlhf_pipeline.runs.together import end_at_once
+from rlhf_pipeline.processes import agree, end_at_once, join, processes, rank
 from rlhf_pipeline.training.batching import OrderedSFTTrainer
 from rlhf_pipeline.training.classifier import ClassifierTrainer, LanguageClassifierTrainer
 from rlhf_pipeline.training.preferences import Comparison, ComparisonTrainer

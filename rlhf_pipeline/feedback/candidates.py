@@ -12,10 +12,9 @@ import torch
 
 from rlhf_pipeline.data.templates import visible, written
 from rlhf_pipeline.data.tokenization import Question, encode
-from rlhf_pipeline.launch import processes
 from rlhf_pipeline.models.policies import Policy
 from rlhf_pipeline.models.sampling import Sampling, check_positions, sample
-from rlhf_pipeline.processes import gathered, mine
+from rlhf_pipeline.processes import gathered, mine, processes
 from rlhf_pipeline.settings import Collection
 from rlhf_pipeline.texts import words_of
 

@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.launch import ZERO
 from rlhf_pipeline.models.networks import language_model, text_config, trunk
 from rlhf_pipeline.models.precision import fuse_gelu, store_in_bf16
 from rlhf_pipeline.plan.devices import LAUNCHES, NETWORK, NODE, Device
+from rlhf_pipeline.processes import ZERO
 
 _FP32, _BF16 = 4, 2  # bytes a number
 # Seconds to launch a layer's kernels from Python, below which no small model's decoding falls. Published figures of

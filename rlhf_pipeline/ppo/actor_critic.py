@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.launch import sharding
 from rlhf_pipeline.models.classifiers import score_offset
 from rlhf_pipeline.models.likelihood import response_states, token_likelihood
 from rlhf_pipeline.models.networks import language_model, looks_ahead, text_config, trunk
 from rlhf_pipeline.models.precision import autocast, fuse_gelu, store_in_bf16
 from rlhf_pipeline.models.sampling import Batch, Sampling
 from rlhf_pipeline.ppo.config import PPOConfig
+from rlhf_pipeline.processes import sharding
 
 
 class Seen(NamedTuple):

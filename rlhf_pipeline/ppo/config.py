@@ -10,11 +10,11 @@ from transformers import PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.launch import processes
 from rlhf_pipeline.limits import check_limits
 from rlhf_pipeline.models.precision import choose_bf16
 from rlhf_pipeline.models.sampling import Sampling
 from rlhf_pipeline.ppo.trl_parent import ParentConfig
+from rlhf_pipeline.processes import processes
 
 _OUTPUTS = (
     "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size", "local_mini_batch_size",

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.launch import ZERO
+from rlhf_pipeline.processes import ZERO
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, as torch calls them
 

@@ -29,7 +29,6 @@ from transformers.trainer_callback import ExportableState
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.evaluation.metrics import distinct
-from rlhf_pipeline.launch import check_gpus
 from rlhf_pipeline.models.networks import language_model
 from rlhf_pipeline.models.precision import autocast
 from rlhf_pipeline.models.sampling import Batch, Sampling, check_positions, join, sample, uniform_draws
@@ -43,6 +42,7 @@ from rlhf_pipeline.ppo.rollout import Rollout, TextReward, make_judge, merge
 from rlhf_pipeline.ppo.storage import WEIGHTS, load_weights, replacing, save_policy, save_weights
 from rlhf_pipeline.ppo.trl_parent import ParentTrainer
 from rlhf_pipeline.ppo.watch import CollapseWatch
+from rlhf_pipeline.processes import check_gpus
 from rlhf_pipeline.runs.checkpoints import drop_old, fault_of, newest_whole, seal
 from rlhf_pipeline.texts import shown
 

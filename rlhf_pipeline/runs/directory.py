@@ -14,7 +14,7 @@ from typing import Any
 
 from rlhf_pipeline import files
 from rlhf_pipeline.errors import DiskError, UserError
-from rlhf_pipeline.launch import checkpoints_of, processes, rows_a_step
+from rlhf_pipeline.processes import by_rank_0, checkpoints_of, processes, rank, rows_a_step
 from rlhf_pipeline.report import LivePage
 from rlhf_pipeline.report.trackers import Trackers
 from rlhf_pipeline.runs import same_work
@@ -32,10 +32,9 @@ _ROUND = re.compile(r"round([1-9][0-9]*)")
 class RunDir:
     """`runs/<name>/<stage>/`. A name with a slash is a job of a sweep: what it lacks, its parents may have."""
 
-    leads = True  # of several processes, whether this is the one that writes
-
     def __init__(self, runs: Path, name: str, stage: str, experiment: str | None = None) -> None:
         self.runs, self.name, self.stage, self.experiment = runs, name, stage, experiment
+        self.leads = rank() == 0  # of several processes, the one that writes
         self.path = runs / name / stage
         self.checkpoints, self.model = self.path / "checkpoints", self.path / "model"
         self._started, self._before = time.monotonic(), 0.0  # seconds of the sessions before this one
@@ -193,7 +192,11 @@ class RunDir:
         """Keep other processes out of this directory until the block is left, however the process ends.
 
         Work that was moved aside comes back where the new work was refused, or ended before it had anything to show.
+        Of several processes, rank 0 holds it for all.
         """
+        if not self.leads:
+            yield
+            return
         with files.held(self.path.parent / f".{self.stage}.lock", self.path):
             self._settle()
             try:
@@ -208,6 +211,7 @@ class RunDir:
         trained = any(row.get("step", 0) > 0 for row in files.read_jsonl(self.path / "metrics.jsonl"))
         give_way(self._old, self.path, trained or self.resumable or self.record.get("status") == "done")
 
+    @by_rank_0
     def begin(self, settings: Settings, parents: dict[str, str], fingerprint: dict[str, Any] | None) -> None:
         """Write down what is about to happen and from what; `parents` maps a role to a folder or a hub id."""
         before = self.record if self._begun else {}
@@ -263,6 +267,7 @@ class RunDir:
         self._record["sheet_sha256"] = file_hash(self.path / SHEET)
         files.write_json(self.path / "run.json", self._record)
 
+    @by_rank_0
     def finish(self, results: dict[str, Any], objective: float | None = None, status: str = "done") -> None:
         """Mark the stage done, or waiting for people, with its results; write the model's card and draw the report."""
         from rlhf_pipeline.report.cards import write_cards
@@ -273,6 +278,7 @@ class RunDir:
         files.write_json(self.path / "run.json", self._record)
         self.page.draw(whole=True)
 
+    @by_rank_0
     def failed(self, error: BaseException) -> None:
         """Note that the stage was cut off by an error; it can be resumed. What is done stays done."""
         if self._record and self._record["status"] == "running":
@@ -293,6 +299,8 @@ class RunDir:
     def save_model(self, save: Callable[[Path], None]) -> None:
         """Let `save` fill a folder, then put it in the place of `model/` at once."""
         new = self.path / ".model.new"
+        if not self.leads:  # saving takes all processes
+            return save(new)
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
         save(new)
@@ -304,6 +312,7 @@ class RunDir:
         """The newest checkpoint that is whole."""
         return newest_whole(self.checkpoints)
 
+    @by_rank_0
     def rewind(self, step: int) -> None:
         """Drop log rows after `step`: a resumed run takes those steps again."""
         for name in ("metrics.jsonl", "samples.jsonl", "warnings.jsonl"):
@@ -320,6 +329,7 @@ class RunDir:
             self._settle()
         self.draw()
 
+    @by_rank_0
     def draw(self) -> None:
         """Show what there is so far, where the page is due."""
         self.page.draw()
@@ -332,6 +342,7 @@ class RunDir:
         """Add rows (prompt, response, reward) to `samples.jsonl`."""
         self.add("samples.jsonl", [{"step": step, **sample} for sample in samples])
 
+    @by_rank_0
     def add(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Add rows to a file of the directory."""
         files.append_jsonl(self.path / name, rows)

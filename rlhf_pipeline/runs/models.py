@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.hub import model_folder
-from rlhf_pipeline.launch import rank
+from rlhf_pipeline.processes import rank
 from rlhf_pipeline.report.files import stages_below
 from rlhf_pipeline.runs.checkpoints import sealed
 from rlhf_pipeline.runs.directory import RunDir

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.launch import CUT, checkpoints_of, processes, rows_a_step, same_step
+from rlhf_pipeline.processes import CUT, checkpoints_of, processes, rows_a_step, same_step
 from rlhf_pipeline.report.files import flat
 from rlhf_pipeline.report.trackers import FIELDS
 from rlhf_pipeline.runs.lineage import parent

@@ -17,12 +17,12 @@ from rlhf_pipeline.data import fingerprint, load_data, texts
 from rlhf_pipeline.data.tokenization import documents, fitting, questions
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.files import read_jsonl
-from rlhf_pipeline.launch import processes
 from rlhf_pipeline.models.policies import load_policy, lora_config
 from rlhf_pipeline.models.rewards import load_reward, trained_part
 from rlhf_pipeline.models.sampling import room_for_prompts
 from rlhf_pipeline.ppo import PPOConfig, PPOTrainer
 from rlhf_pipeline.ppo.config import check_config
+from rlhf_pipeline.processes import processes
 from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.training.setup import building, check_languages, judges, say_taken, take_data, trainer_args, watch

@@ -16,9 +16,9 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler
 from transformers import Trainer
 from trl import RewardTrainer, SFTConfig, SFTTrainer
 
-from rlhf_pipeline.launch import sharding
 from rlhf_pipeline.models.likelihood import Losses, next_token_losses
 from rlhf_pipeline.models.networks import language_model, trunk
+from rlhf_pipeline.processes import sharding
 
 # Rows are drawn into pools at random and only then sorted, so that an epoch's batches are not the last one's:
 # pools of 50 batches, of fewer where that would make fewer than 4 pools, but of at least 8.

@@ -16,11 +16,10 @@ from transformers.trainer_callback import PrinterCallback
 
 from rlhf_pipeline.data import Splits, load_data
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.launch import check_gpus, processes, sharding
 from rlhf_pipeline.models.networks import positions
 from rlhf_pipeline.models.precision import choose_bf16
 from rlhf_pipeline.models.rewards import Reward
-from rlhf_pipeline.processes import agree
+from rlhf_pipeline.processes import agree, check_gpus, processes, sharding
 from rlhf_pipeline.progress import at_terminal, progress
 from rlhf_pipeline.runs.checkpoints import SEAL, seal
 from rlhf_pipeline.runs.directory import RunDir

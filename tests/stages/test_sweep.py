@@ -78,8 +78,7 @@ def test_what_has_been_trained_is_kept_where_its_measuring_fails(
 
     with monkeypatch.context() as broken:
         broken.setattr("rlhf_pipeline.ppo.PPOTrainer.measure", measure)
-        with pytest.raises(MemoryError):
-            command_line(*QUICK, "name=demo", "overwrite=true")
+        assert command_line(*QUICK, "name=demo", "overwrite=true") == 2
     assert (runs / "demo" / "ppo" / "model" / "config.json").is_file()
     assert json.loads((runs / "demo" / "ppo" / "run.json").read_text())["status"] == "failed"
     assert command_line(*QUICK, "name=demo") == 0
@@ -95,12 +94,10 @@ def test_submitit_runs_each_job_in_a_process_of_its_own(runs: Path) -> None:
     done = sweep(*words, HF_TOKEN="hf_a_token_of_mine")
     assert done.returncode == 2, done.stderr
     assert "failed: trainer.num_mini_batches=3: a batch of 8 rows does not divide" in done.stdout.replace("\n", " ")
-    assert "2 jobs are with submitit; what they print is below runs/cluster/.submitit" in done.stdout
+    assert "2 jobs are with submitit; what they print is below runs/cluster/.submitit." in done.stdout
     folder = runs / "cluster"
     assert found_in(folder)[0] == {"trainer.num_mini_batches=3": "failed", "trainer.num_mini_batches=1": "done"}
-    logs = {json.loads(path.read_text())["log"] for path in folder.glob("*/job.json")}
-    assert len(logs) == 2
-    assert all((folder / ".submitit") in Path(log).parents and Path(log).exists() for log in logs)
+    assert len(list(folder.glob(".submitit/**/*_log.out"))) == 2
     kept = [path for path in runs.parent.rglob("*") if path.is_file()]
     assert any(path.suffix == ".pkl" for path in kept)
     assert not [path for path in kept if b"hf_a_token_of_mine" in path.read_bytes()]

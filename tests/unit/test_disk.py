@@ -3,20 +3,22 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, CommandLine
 from huggingface_hub import constants
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.files import append_jsonl, disk_error
+from rlhf_pipeline.files import append_jsonl, disk_error, held, read_json, read_jsonl, read_yaml, write_json
 from rlhf_pipeline.hub import explained
 
 PLACE = Path("runs/demo/sft")
-FULL = "no space left for runs/demo/sft: make room; the same command goes on."
+FULL = "no space left for runs/demo/sft: make room, then run the same command again."
 
 
 class SafetensorError(Exception):
@@ -39,7 +41,7 @@ def caused(error: Exception, cause: Exception) -> Exception:
         (of_number(errno.ENOSPC, "runs/demo/sft/.run.json.77"), FULL),
         (of_number(errno.ENOSPC, "/cache/x.arrow"), FULL.replace("runs/demo/sft", "/cache/x.arrow")),
         (of_number(errno.EDQUOT), "the disk quota leaves no space for runs/demo/sft: make room"),
-        (of_number(errno.EROFS, "runs/demo/.sft.lock"), "runs/demo is on a disk that is read-only"),
+        (of_number(errno.EROFS, "runs/demo/.sft.lock"), "runs/demo/.sft.lock is on a disk that is read-only"),
         (of_number(errno.EACCES, "data.csv"), "no permission for data.csv: correct its permissions"),
         (of_number(errno.EFBIG), "runs/demo/sft may not grow so large"),
         (
@@ -71,6 +73,42 @@ def test_a_log_says_so_when_a_row_does_not_fit() -> None:
     with pytest.raises(OSError, match="No space left") as caught:
         append_jsonl(Path("/dev/full"), [{"step": 1}])
     assert str(disk_error(caught.value, PLACE)) == FULL
+
+
+@pytest.mark.parametrize(
+    ("read", "content", "said"),
+    [(read_json, '{"a": 1', "is damaged (Expecting"), (read_json, "[1]", "is damaged ([1])"),
+     (read_yaml, "a: [", "is damaged (while parsing"), (read_json, b"\xff", "is damaged ('utf-8' codec"),
+     (read_jsonl, '{"a": 1}\n{"a"\n{"a": 3}\n', "is damaged (Expecting ':' delimiter: line 2")],
+)  # fmt: skip
+def test_a_damaged_file_of_a_run_is_named(read: Any, content: str | bytes, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=re.escape(f"{path} {said}")):
+        read(path)
+
+
+def test_a_log_is_read_as_far_as_it_was_written(tmp_path: Path) -> None:
+    log = tmp_path / "metrics.jsonl"
+    assert read_jsonl(log) == []
+    append_jsonl(log, [{"step": 1}, {"step": 2}])
+    log.write_text(log.read_text() + '{"step": 3, "lo')
+    assert read_jsonl(log) == [{"step": 1}, {"step": 2}]
+
+
+def test_links_are_not_followed_and_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    other, path = tmp_path / "other", tmp_path / "run.json"
+    other.write_text("mine")
+    (tmp_path / f".run.json.{os.getpid()}").symlink_to(other)
+    write_json(path, {"a": 1})
+    assert read_json(path) == {"a": 1}
+    (tmp_path / ".lock").symlink_to(other)
+    with pytest.raises(UserError, match=r"\.lock is a link"), held(tmp_path / ".lock", tmp_path):
+        pass
+    assert other.read_text() == "mine"
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe is no file"):
+        read_json(tmp_path / "pipe")
 
 
 def test_a_full_cache_is_not_a_model_that_cannot_be_opened(tmp_path: Path) -> None:
@@ -111,7 +149,7 @@ def test_a_run_that_found_no_room_goes_on_by_the_same_command(workplace: Path, c
         if size > 20:
             record = json.loads(Path("runs/x/pretrain/run.json").read_text())
             assert record["status"] == "failed"
-            assert "the same command goes on" in record["error"]
+            assert "run the same command again" in record["error"]
             assert not list(Path("runs/x/pretrain/checkpoints").glob("checkpoint-*")), "half of one is left"
     assert command_line(*WORDS) == 0
     assert json.loads(Path("runs/x/pretrain/run.json").read_text())["status"] == "done"

@@ -8,13 +8,14 @@ from conftest import ROOT
 PACKAGE = ROOT / "rlhf_pipeline"
 # A module imports only from those before it (at module level).
 LAYERS = [
-    ["errors", "texts", "terminal", "stages.__init__", "stages.STAGES", "stages.FOLDERS", "stages.POLICIES",
-     "stages.TRAINED"], ["launch", "files"], ["progress", "registry"],
-    ["hub", "processes", "limits", "models.networks", "models.precision",
+    ["errors", "texts", "terminal", "stages.__init__", "stages.STAGES", "stages.Stage", "stages.FOLDERS",
+     "stages.POLICIES", "stages.TRAINED"],
+    ["processes", "files", "registry"], ["progress"],
+    ["hub", "limits", "models.networks", "models.precision",
      "evaluation.metrics", "runs.checkpoints", "runs.lineage"],
     ["data", "models.sampling"],
     ["models", "report"], ["plan"], ["settings"], ["report.cards"], ["runs"],
-    ["report.tables", "report.publish", "ppo", "runs.models", "runs.together"], ["evaluation", "feedback", "training"],
+    ["report.tables", "report.publish", "ppo", "runs.models"], ["evaluation", "feedback", "training"],
     ["evaluation.frontier"], ["stages"], ["words"], ["composition"], ["report.summary", "sweeps.jobs"],
     ["report.rounds", "sweeps"], ["cli", "plugins"],
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -24,15 +25,15 @@ def search(
     launches: list[Jobs] = []
 
     class Session(Optuna):
-        def launch(self, fixed: list[str], varied: Iterable[Sequence[str]], first: int = 0) -> list[float | None]:
+        def launch(self, fixed: list[str], varied: Iterable[Sequence[str]]) -> list[dict[str, Any]]:
             launches.append([dict(setting.split("=", 1) for setting in own) for own in varied])
-            return [judge(job) for job in launches[-1]]
+            return [{"objective": judge(job), "over_budget": 0.0} for job in launches[-1]]
 
     session = Session(trials, beside)
     session.folder, session.cfg = folder, OmegaConf.create({"seed": 0})
     parsed = {o.get_key_element(): o for o in OverridesParser.create().parse_overrides(list(said))}
     try:
-        session.run(["stage=ppo"], {key: o for key, o in parsed.items() if o.is_sweep_override()})
+        session.search(["stage=ppo"], {key: o for key, o in parsed.items() if o.is_sweep_override()})
     except KeyboardInterrupt:
         launches[-1].append({"cut": "off"})
     return launches
@@ -88,8 +89,6 @@ def test_what_failed_is_tried_again(tmp_path: Path) -> None:
     assert len(first) == 2
     again = search(tmp_path, SPACE, worth, 2)
     assert [jobs[0] for jobs in again] == [jobs[0] for jobs in first]
-    nan = search(tmp_path / "nan", SPACE, lambda job: float("nan"), 1)
-    assert search(tmp_path / "nan", SPACE, worth, 1) == nan
 
 
 def test_another_search_in_the_same_place_is_another(tmp_path: Path) -> None:
@@ -104,7 +103,7 @@ def test_a_search_of_nothing_is_refused(tmp_path: Path) -> None:
         search(tmp_path, SPACE, worth, 0)
 
 
-@pytest.mark.parametrize("interval", ["interval(0.5,0.1)", "tag(log,interval(0,0.1))", "int(interval(3,3))"])
+@pytest.mark.parametrize("interval", ["interval(0.5,0.1)", "tag(log,interval(0,0.1))"])
 def test_an_interval_that_holds_nothing_is_refused(tmp_path: Path, interval: str) -> None:
     with pytest.raises(UserError, match=r"trainer\.kl_coef=interval\(.* holds nothing"):
         search(tmp_path, [f"++trainer.kl_coef={interval}"], worth, 2)

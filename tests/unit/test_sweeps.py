@@ -1,4 +1,4 @@
-"""Sweeps: what their names stand for, how jobs are called, grouped over seeds, and shown."""
+"""Sweeps: the jobs of a command, how one ends, what all come to over seeds, and what is refused before any begins."""
 
 import json
 import math
@@ -11,66 +11,85 @@ from conftest import CommandLine, read_words
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from rlhf_pipeline import cli
-from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.report import Words, sweep_page
 from rlhf_pipeline.report.__main__ import rebuild
 from rlhf_pipeline.sweeps import jobs
 from rlhf_pipeline.sweeps.results import report_sweep, summarise
 from rlhf_pipeline.words import CONF
 
-PPO = ["stage=ppo", "name=x"]
+Launched = list[tuple[str, str, list[str]]]
 
 
-def test_a_sweeps_name_is_a_multirun_of_its_settings() -> None:
-    assert read_words(*PPO, "sweep=kl") == [*PPO, "++trainer.kl_coef=0.01,0.02,0.05,0.1,0.2", "-m"]
-    both = read_words(*PPO, "sweep=kl,seeds")
-    assert both == [*PPO, "++trainer.kl_coef=0.01,0.02,0.05,0.1,0.2", "seed=1,2,3,4,5", "-m"]
-    assert read_words("-m", *PPO, "sweep=[kl, seeds]") == both
-    assert read_words("stage=ppo", "-m", "seed=1,2") == ["stage=ppo", "seed=1,2", "-m"]
-    assert read_words("--multirun", "stage=ppo", "policy=gpt2") == [
-        "stage=ppo",
-        "policy=gpt2",
-        "~experiment",
-        "-m",
-    ]
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
+    """The name, stage and command of each job that is launched, and not run."""
+    found: Launched = []
+
+    def run_job(runs: Path, name: str, stage: str, command: list[str]) -> float:
+        found.append((name, stage, command))
+        jobs.note(runs / name, status="done")
+        return 0.0
+
+    monkeypatch.setattr(cli, "run_job", run_job)
+    return found
 
 
-def test_what_is_said_goes_over_a_sweeps_own_settings() -> None:
-    assert read_words(*PPO, "sweep=kl", "trainer.kl_coef=0.03,0.3")[2:] == [
-        "++trainer.kl_coef=0.03,0.3",
-        "-m",
-    ]
-    assert read_words(*PPO, "sweep=seeds", "seed=1,2")[2:] == ["seed=1,2", "-m"]
-    found = read_words(*PPO, "sweep=optuna", "++trainer.kl_coef=0.05")
-    assert "hydra/sweeper=optuna" in found
-    assert [a for a in found if "kl_coef" in a] == ["++trainer.kl_coef=0.05"]
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("stage=ppo sweep=kl", [f"trainer.kl_coef={coef}" for coef in (0.01, 0.02, 0.05, 0.1, 0.2)]),
+        ("stage=ppo sweep=kl,seeds trainer.kl_coef=0.03,0.3 seed=1,2",
+         ["trainer.kl_coef=0.03,seed=1", "trainer.kl_coef=0.03,seed=2", "trainer.kl_coef=0.3,seed=1",
+          "trainer.kl_coef=0.3,seed=2"]),
+        ("-m stage=sft sweep=[seeds]", [f"seed={seed}" for seed in range(1, 6)]),
+        ("-m stage=sft seed=1,1", ["seed=1"]),
+        ("-m stage=sft seed=1", ["job0"]),
+        ("-m stage=ppo reward=length,toy_sentiment labeler=length",
+         ["reward=length", "reward=toy_sentiment"]),
+        ("stage=pipeline sweep=seeds seed=1 stages.ppo.trainer.kl_coef=0.1,0.2",
+         ["stages.ppo.trainer.kl_coef=0.1", "stages.ppo.trainer.kl_coef=0.2"]),
+        ("-m stage=sft data=text data.path=a/b,a_b", ["data.path=a_b-8e9d84af", "data.path=a_b"]),
+    ],
+)  # fmt: skip
+def test_a_job_is_called_by_what_sets_it_apart(
+    said: str, expected: list[str], launched: Launched, command_line: CommandLine, workplace: Path
+) -> None:
+    assert command_line(*said.split(), "name=x") == 0
+    assert [name for name, _, _ in launched] == [f"x/{name}" for name in expected]
+    assert {stage for _, stage, _ in launched} == {"sft" if "sft" in said else "ppo"}  # not evaluate of a pipeline
 
 
-def test_a_sweep_keeps_to_what_a_stage_has() -> None:
-    found = read_words("stage=sft", "sweep=optuna")
-    assert any(a.startswith("++trainer.learning_rate=tag(log") for a in found)
-    assert not any("kl_coef" in a for a in found)
-    with pytest.raises(UserError, match=r"sweep=kl varies trainer\.kl_coef, which stage=sft has not"):
-        read_words("stage=sft", "sweep=kl")
-    with pytest.raises(UserError, match=r"no sweep is called 'k'.*'kl'.*Known: kl, optuna, seeds"):
-        read_words(*PPO, "sweep=k")
+def test_a_name_that_is_too_long_for_a_folder_is_a_hash() -> None:
+    long = [jobs.job_name(["policy.path=" + "文" * 70, f"seed={seed}"]) for seed in (1, 2)]
+    assert re.fullmatch(r"job-[0-9a-f]{8}", long[0])
+    assert long[0] != long[1]
 
 
-def test_of_an_evaluation_a_sweep_is_one_that_has_been() -> None:
-    for said in (["stage=evaluate", "sweep=kl"], ["sweep=kl"], ["--config-name", "config", "stage=ppo", "sweep=kl"]):
-        assert "sweep=kl" in read_words(*said)
+def test_a_job_is_a_command_that_can_be_typed(
+    launched: Launched, command_line: CommandLine, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line("-m", "stage=sft", "policy=gpt2", "name=it is", "seed=1,2", "data.limit=9") == 0
+    name, _, command = launched[0]
+    known = jobs.read_job(workplace / "runs" / name)
+    assert known["settings"] == {"stage": "sft", "policy": "gpt2", "data.limit": "9", "experiment": "null"}
+    assert known["seed"] == 1
+    assert json.loads((workplace / "runs" / "it is" / "sweep.json").read_text())["rows"][0]["settings"] == {}
+    capsys.readouterr()
+    assert command_line(*command, "--cfg", "job") == 0
+    shown = capsys.readouterr().out
+    assert "name: it is/seed=1" in shown
+    assert "limit: 9" in shown
 
 
-def test_no_sweep_is_none_and_of_one_that_is_shown_a_job_is() -> None:
-    assert read_words(*PPO, "sweep=null") == [*PPO, "sweep=null"]
-    show = ["--cfg", "job"]
-    for said in (["sweep=kl"], ["++sweep=kl"], ["-m", "seed=1,2"], ["-m", "trainer.kl_coef=interval(0.1,0.2)"]):
-        assert read_words(*PPO, *said, *show) == [*PPO, *show]
+def test_of_a_sweep_that_is_shown_a_job_is(command_line: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+    for said in ("sweep=kl", "-m seed=1,2", "-m trainer.kl_coef=interval(0.1,0.2)", "sweep=null"):
+        assert command_line("stage=ppo", *said.split(), "--cfg", "job") == 0
+        assert "stage: ppo" in capsys.readouterr().out
 
 
 def test_every_sweep_that_is_shipped_can_be_read() -> None:
     for path in (CONF / "sweeps").glob("*.yaml"):
-        swept = [a for a in read_words(*PPO, f"sweep={path.stem}") if a != "-m"]
+        swept = [a for a in read_words("stage=ppo", f"sweep={path.stem}") if a != "-m"]
         assert any(o.is_sweep_override() for o in OverridesParser.create().parse_overrides(swept)), path
 
 
@@ -82,16 +101,21 @@ REFUSED = {
     "-m stage=chat seed=1,2": "drop -m",
     "-m stage=sft seed=1,2 hydra/sweeper=basic hydra.sweep.dir=.": "-m goes with hydra/sweeper=grid or optuna",
     "-m stage=sft trainer.learning_rate=interval(0.1,0.2)": "trainer.learning_rate=interval(...) has no end of values",
-    "-m stage=sft trainer.learning_rate=1e-3,1e-4 name=[2024]": "name is ['2024']; it takes text.",
-    "-m stage=sft seed=1,2 runs=[5]": "runs is ['5']; it takes text.",
-    "-m stage=sft seed=1,2 name=/abs/x": "name='/abs/x' is no run name: it is a folder below runs/.",
+    "-m stage=sft seed=1,2 name=/abs/x": "name='/abs/x/seed=1' is no run name: it is a folder below runs/.",
     "-m stage=sft seed=1,2 hydra.sweeper.max_batch_size=-1": "max_batch_size is -1; it takes a whole number from 1.",
     "-m stage=evaluate seed=1,2 compare=[a,b]": "compare= goes with one run",
     "-m stage=collect seed=1,2 labels=pull": "labels= goes with one run",
     "-m stage=evaluate seed=1,2 sweep=coefs": "sweep= goes with one run",
     "-m stage=sft seed=1,2 sweep.kl_budget=3": "sweep.kl_budget= goes with stage=ppo",
+    "stage=ppo sweep.kl_budget=3": "sweep.kl_budget=3 goes with a sweep of stage=ppo",
+    "stage=evaluate sweep=coefs sweep.kl_budget=3": "sweep.kl_budget=3 goes with a sweep of stage=ppo",
+    **{f"stage=ppo sweep=kl sweep.kl_budget={budget}": "it takes a number above 0, a KL in nats"
+       for budget in ("much", "0", "nan", "1,2")},
     "-m stage=sft seed=1,2 hydra/launcher=submitit_no": "pip install 'rlhf_pipeline[slurm]'",
-}
+    "stage=sft sweep=kl": "sweep=kl varies trainer.kl_coef, which stage=sft has not",
+    "stage=ppo sweep=k": "no sweep is called 'k'. Did you mean 'kl'?",
+    "stage=evaluate sweep=kl": "kl holds no run of stage=ppo with a checkpoint",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("asked", REFUSED)
@@ -112,37 +136,91 @@ def test_a_cluster_that_is_not_there_is_said_to_be_missing(
     assert "submitit could not submit the jobs: Could not detect" in capsys.readouterr().err
 
 
-def test_a_job_is_called_by_what_sets_it_apart() -> None:
-    assert jobs.job_name(["trainer.kl_coef=0.1", "seed=1"]) == "trainer.kl_coef=0.1,seed=1"
-    assert jobs.job_name([]) == "job0"
-    # What a folder cannot be called is told apart by a hash; what is too long, in bytes, is one.
-    several = [jobs.job_name([f"data.path={path}"]) for path in ("a/b", "a_b", "a b")]
-    assert several[1] == "data.path=a_b"
-    assert len(set(several)) == 3
-    assert re.fullmatch(r"data\.path=a_b-[0-9a-f]{8}", several[0])
-    long = [jobs.job_name(["policy.path=" + "文" * 70, f"seed={seed}"]) for seed in (1, 2)]
-    assert re.fullmatch(r"job-[0-9a-f]{8}", long[0])
-    assert long[0] != long[1]
+# -- how a job ends
+
+
+def done(folder: Path, objective: float = 1.0, stage: str = "sft", results: dict[str, float] | None = None) -> Path:
+    """The record of a stage that is done."""
+    path = folder / stage / "run.json"
+    (path.parent / "model").mkdir(parents=True, exist_ok=True)
+    record = {"status": "done", "name": f"{folder.parent.name}/{folder.name}", "objective": objective, "seconds": 2.0}
+    path.write_text(json.dumps({**record, "results": results or {}}))
+    return path
+
+
+def test_what_is_to_be_overwritten_stands_until_its_own_job_begins(
+    workplace: Path, command_line: CommandLine, launched: Launched, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("-m", "stage=sft", "name=a", "seed=1,2")
+    kept = [done(workplace / "runs" / "a" / f"seed={seed}") for seed in (1, 2)]
+    assert command_line(*asked[:-1], "seed=1,2,xx", "overwrite=true") == 2
+    assert "seed is 'xx'" in capsys.readouterr().err
+    assert command_line(*asked) == 2  # other work: these records tell of none
+    assert "holds other work" in capsys.readouterr().err
+    assert launched == []
+    assert command_line(*asked, "overwrite=true") == 0
+    assert [name for name, _, _ in launched] == ["a/seed=1", "a/seed=2"]
+    assert all(path.exists() for path in kept)  # to be deleted by the jobs, which did not run here
+
+
+@pytest.mark.parametrize(
+    ("code", "objective", "status", "why"),
+    [(0, 0.5, "done", None), (0, math.nan, "failed", "the objective is nan; overwrite=true"),
+     (0, -math.inf, "failed", "the objective is -inf"), (3, 0.5, "failed", "exit status 3"),
+     (-9, 0.5, "failed", "killed by signal 9")],
+)  # fmt: skip
+def test_how_a_job_ended_is_in_its_folder(
+    code: int, objective: float, status: str, why: str | None, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = workplace / "runs" / "a" / "job0"
+    done(folder, objective)
+    end = f"exit {code}" if code >= 0 else f"kill -{-code} $$"
+    start = jobs.subprocess.Popen
+    monkeypatch.setattr(jobs.subprocess, "Popen", lambda words, **options: start(["sh", "-c", end], **options))
+    assert jobs.run_job(workplace / "runs", "a/job0", "sft", []) == (objective if status == "done" else None)
+    known = jobs.read_job(folder)
+    assert known["status"] == status
+    assert (known["error"] or "").startswith(why or "")
+
+
+def test_a_job_that_did_not_say_how_it_ended_was_killed_and_one_that_was_interrupted_is_left(
+    command_line: CommandLine, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ends = iter(("done", "waiting", "interrupted"))
+    monkeypatch.setattr(cli, "run_job", lambda runs, name, *_: jobs.note(runs / name, status=next(ends)))
+    assert command_line("-m", "stage=sft", "seed=1,2,3") == 1
+    assert "failed: seed=2: never began, or was killed from outside" in " ".join(capsys.readouterr().out.split())
+    (row,) = json.loads((workplace / "runs" / "demo" / "sweep.json").read_text())["rows"]
+    assert (row["failed"], row["left"]) == (1, 1)
+
+
+def test_why_a_command_was_refused_is_kept_where_it_is_a_jobs(
+    command_line: CommandLine, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RLHF_PIPELINE_JOB", str(workplace / "job"))
+    assert command_line("stage=sfd") == 2
+    assert "no stage is called 'sfd'" in jobs.read_job(workplace / "job")["error"]
+
+
+def test_jobs_are_of_one_work_whoever_runs_them_and_whatever_their_seed() -> None:
+    work = {"stage": "ppo", "data.limit": "9", "experiment": "null", "labeler": "length"}
+    command = ["stage=ppo", "++data.limit=3", "++data.limit=9", "~experiment", "reward@labeler=length"]
+    more = ["seed=3", "name='a/seed=3'", "overwrite=true", "hydra/launcher=submitit_local", "++report.lang=zh"]
+    assert jobs.settings_of(command) == jobs.settings_of([*command, *more]) == work
+
+
+# -- what a sweep comes to
 
 
 def add(sweep: Path, settings: dict[str, str], objective: float | None, status: str = "done", **more: Any) -> Path:
     """A job of a sweep, as it leaves its files."""
     folder = sweep / ",".join(f"{key}={value}" for key, value in settings.items()).replace("/", "_")
     told = {key: value for key, value in settings.items() if key != "seed"}
-    known = {"stage": "ppo", "settings": told, "seed": int(settings.get("seed", 0)), "status": status,
-             "exit": int(status == "failed"), "error": None}  # fmt: skip
+    known = {"stage": "ppo", "settings": told, "seed": int(settings.get("seed", 0)), "status": status, "error": None}
     jobs.note(folder, **{**known, **more})
     if objective is not None:
-        (folder / "ppo").mkdir()
-        record = {
-            "name": f"{sweep.name}/{folder.name}",
-            "status": "done",
-            "objective": objective,
-            "seconds": 2.0,
-            "results": {"kl": 2 * objective, "validation_reward": objective + 1, "validation_kl": 20.0},
-        }
-        (folder / "ppo" / "run.json").write_text(json.dumps(record))
-        (folder / "ppo" / "report.html").write_text("")
+        results = {"kl": 2 * objective, "validation_reward": objective + 1, "validation_kl": 20.0}
+        done(folder, objective, "ppo", results).with_name("report.html").write_text("")
     return folder
 
 
@@ -172,30 +250,34 @@ def test_jobs_are_grouped_over_seeds_and_the_best_comes_first(sweep: Path) -> No
     assert found["objective"] == "reward - selection_kl_coef x KL, on validation prompts"
 
 
-def test_the_table_is_sorted_and_says_what_failed(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_is_sorted_and_says_what_failed_of_its_own_command(
+    sweep: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     report_sweep(sweep, "ppo", [folder.name for folder in sweep.iterdir() if folder.is_dir()])
     said = capsys.readouterr().out
     assert said.index("kl_coef=0.2") < said.index("kl_coef=0.1") < said.index("kl_coef=0.3")
-    assert "validation prompts" in said.replace("\n", " ")
     assert "failed: trainer.kl_coef=0.2,seed=2: out of <memory>" in said
     assert "1 of 5 jobs failed" in said
     assert json.loads((sweep / "sweep.json").read_text()) == summarise(sweep, "ppo")
-    assert not list(sweep.glob(".sweep.json*"))
+    report_sweep(sweep, "ppo", ["trainer.kl_coef=0.1,seed=1", "trainer.kl_coef=0.1,seed=2"])
+    said = capsys.readouterr().out
+    assert "failed:" not in said
+    assert "jobs failed" not in said
 
 
 def rows_of(folder: Path) -> list[tuple[dict[str, str], list[float]]]:
     """The rows of a sweep's table: what sets each apart, and its seeds' objectives."""
-    return [(row["settings"], row["values"]) for row in summarise(folder, "ppo")["rows"]]
+    return [(row["settings"], sorted(row["values"])) for row in summarise(folder, "ppo")["rows"]]
 
 
 def test_jobs_of_other_commands_are_no_seeds_of_this_one(tmp_path: Path) -> None:
-    """Of what the whole commands say: also of settings that no command of theirs swept."""
-    rate, folder = "trainer.learning_rate", tmp_path / "b"
-    add(folder, {rate: "1e-3"}, 0.1)
-    add(folder, {rate: "1e-3", "trainer.num_train_epochs": "9", "seed": "1"}, 0.8)
-    add(folder, {rate: "1e-3", "trainer.num_train_epochs": "9", "seed": "2"}, 0.6)
-    assert rows_of(folder) == [
-        ({"trainer.num_train_epochs": "9"}, [0.8, 0.6]),
+    """By all settings of the commands, also those that no command swept."""
+    rate = {"trainer.learning_rate": "1e-3"}
+    add(tmp_path, rate, 0.1)
+    add(tmp_path, {**rate, "trainer.num_train_epochs": "9", "seed": "1"}, 0.8)
+    add(tmp_path, {**rate, "trainer.num_train_epochs": "9", "seed": "2"}, 0.6)
+    assert rows_of(tmp_path) == [
+        ({"trainer.num_train_epochs": "9"}, [0.6, 0.8]),
         ({"trainer.num_train_epochs": "default"}, [0.1]),
     ]
 
@@ -211,23 +293,15 @@ def test_a_later_commands_seeds_and_values_join_in_and_a_seed_counts_once(tmp_pa
     ]
 
 
-def test_what_a_table_says_of_failures_is_of_its_own_command(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report_sweep(sweep, "ppo", ["trainer.kl_coef=0.1,seed=1", "trainer.kl_coef=0.1,seed=2"])
-    said = capsys.readouterr().out
-    assert "failed:" not in said
-    assert "jobs failed" not in said
-
-
 def test_a_job_that_failed_is_not_done_whatever_lies_in_its_folder(tmp_path: Path) -> None:
     add(tmp_path, {"seed": "1"}, 0.9, "failed", error="runs/x holds other work")
     (job,) = summarise(tmp_path, "ppo")["jobs"]
     assert (job["status"], job["objective"], job["error"]) == ("failed", None, "runs/x holds other work")
 
 
-def test_a_damaged_note_hides_no_other_job(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_note_hides_no_other_job(sweep: Path) -> None:
     (sweep / "trainer.kl_coef=0.1,seed=1" / "job.json").write_text("")
     (sweep / "trainer.kl_coef=0.1,seed=2" / "job.json").write_text("[1]")
-    report_sweep(sweep, "ppo", ["trainer.kl_coef=0.1,seed=1"])
     assert len(summarise(sweep, "ppo")["jobs"]) == 3
     for path in sweep.glob("*/job.json"):
         path.write_text("{")
@@ -235,27 +309,23 @@ def test_a_damaged_note_hides_no_other_job(sweep: Path, capsys: pytest.CaptureFi
 
 
 def test_a_reward_of_what_was_trained_on_is_called_so(tmp_path: Path) -> None:
-    folder = add(tmp_path, {"seed": "1"}, 0.9)
-    path = folder / "ppo" / "run.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "results": {"scores": 1.0, "kl": 2.0}}))
+    done(add(tmp_path, {"seed": "1"}, 0.9), 0.9, "ppo", {"scores": 1.0, "kl": 2.0})
     assert summarise(tmp_path, "ppo")["objective"] == (
         "reward - selection_kl_coef x KL while training (no validation prompts)"
     )
 
 
 # The reward of a policy that hacks it, of a moderate one and of one that stayed where it began, with their KL.
-HACKED, MODERATE, TIMID = (0.960, 10.0), (0.934, 2.5), (0.821, 0.8)
+POLICIES = {"0.01": (0.960, 10.0), "0.05": (0.934, 2.5), "0.2": (0.821, 0.8)}
 
 
 @pytest.fixture
 def hacked(tmp_path: Path) -> Path:
     """A sweep in which the more the reward is hacked, the higher it is."""
     folder = tmp_path / "runs" / "hacked"
-    for coef, (reward, kl) in {"0.01": HACKED, "0.05": MODERATE, "0.2": TIMID}.items():
-        job = add(folder, {"trainer.kl_coef": coef}, reward - 0.05 * kl)
-        path = job / "ppo" / "run.json"
+    for coef, (reward, kl) in POLICIES.items():
         results = {"scores": reward, "kl": kl, "validation_reward": reward, "validation_kl": kl}
-        path.write_text(json.dumps({**json.loads(path.read_text()), "results": results}))
+        done(add(folder, {"trainer.kl_coef": coef}, 0.0), reward - 0.05 * kl, "ppo", results)
     return folder
 
 
@@ -274,8 +344,6 @@ def test_a_hacked_policy_is_not_chosen(hacked: Path, capsys: pytest.CaptureFixtu
     ]
     page = (hacked / "report.html").read_text()
     assert page.index("kl_coef=0.05") < page.index("kl_coef=0.2") < page.index("kl_coef=0.01")
-    assert "validation reward" in page
-    assert "validation KL" in page
 
 
 @pytest.mark.parametrize(
@@ -294,34 +362,40 @@ def test_at_a_kl_budget_the_best_reward_within_it_is_chosen(
     assert ("over" in said) == (over > 0)
     nearest = f"no settings keep within sweep.kl_budget={budget:g}; nearest: kl_coef=0.2"
     assert (nearest in said) == (over == 3)
-    assert found["rows"][0]["objective"] == {"0.01": 0.960, "0.05": 0.934, "0.2": 0.821}[order[0]]
+    assert found["rows"][0]["objective"] == POLICIES[order[0]][0]
     (page,) = (path for path in rebuild(hacked) if path.parent == hacked)  # at the same budget
     assert ("No settings keep within the KL budget" in page.read_text()) == (over == 3)
     assert f"(KL ≤ {budget:g})" in page.read_text()
 
 
-def test_a_job_that_was_judged_by_reward_alone_is_not_compared(hacked: Path) -> None:
-    path = hacked / "trainer.kl_coef=0.01" / "ppo" / "run.json"
-    path.write_text(
-        json.dumps({**json.loads(path.read_text()), "objective": 0.96, "results": {"held_out_reward": 0.96}})
-    )
-    found = summarise(hacked, "ppo")
-    assert order_of(found) == ["0.05", "0.2", "0.01"]
-    assert found["jobs"][-1]["objective"] is None
-    assert "overwrite=true" in found["jobs"][-1]["error"]
+@pytest.mark.parametrize(("budget", "best"), [([], "0.05"), (["sweep.kl_budget=1"], "0.2")])
+def test_optuna_searches_for_what_the_table_orders_by(
+    budget: list[str], best: str, command_line: CommandLine, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optuna = pytest.importorskip("optuna", reason="the extra optuna is not installed")
+
+    def run_job(runs: Path, name: str, stage: str, command: list[str]) -> None:
+        reward, kl = POLICIES[jobs.settings_of(command)["trainer.kl_coef"]]
+        done(runs / name, reward - 0.05 * kl, stage, {"validation_reward": reward, "validation_kl": kl})
+        jobs.note(runs / name, status="done")
+
+    monkeypatch.setattr(cli, "run_job", run_job)
+    monkeypatch.setattr("rlhf_pipeline.runs.directory.RunDir.finished", lambda *_, **__: False)
+    asked = ["stage=ppo", "sweep=optuna", "name=x", "trainer.learning_rate=1e-4", "trainer.kl_coef=0.01,0.05,0.2"]
+    assert command_line(*asked, *budget, "hydra.sweeper.n_trials=8") == 0
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{workplace}/runs/x/optuna.db")
+    assert {trial.params["++trainer.kl_coef"] for trial in study.trials} == {*POLICIES}
+    assert study.best_params == {"++trainer.kl_coef": best}
+    assert order_of(json.loads((workplace / "runs" / "x" / "sweep.json").read_text()))[0] == best
 
 
-def test_a_kl_budget_is_said_beside_a_sweep() -> None:
-    asked = read_words(*PPO, "sweep=kl", "sweep.kl_budget=3")
-    assert asked == [*PPO, "hydra.sweeper.kl_budget=3.0", "++trainer.kl_coef=0.01,0.02,0.05,0.1,0.2", "-m"]
-    assert "hydra.sweeper.kl_budget=0.5" in read_words(*PPO, "-m", "seed=1,2", "++sweep.kl_budget=0.5")
-    with pytest.raises(UserError, match=r"sweep\.kl_budget=3 goes with a sweep of stage=ppo"):
-        read_words(*PPO, "sweep.kl_budget=3")
-    with pytest.raises(UserError, match=r"sweep\.kl_budget=3 goes with a sweep of stage=ppo"):
-        read_words("stage=evaluate", "sweep=coefs", "sweep.kl_budget=3")
-    for budget in ("much", "0", "-1", "nan", "inf", "", "1,2"):
-        with pytest.raises(UserError, match=r"it takes a number above 0, a KL in nats"):
-            read_words(*PPO, "sweep=kl", f"sweep.kl_budget={budget}")
+def test_what_leaves_no_objective_is_not_searched(
+    command_line: CommandLine, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("optuna", reason="the extra optuna is not installed")
+    asked = ["-m", "stage=collect", "hydra/sweeper=optuna", "collect.prompts=int(interval(2,5))"]
+    assert command_line(*asked) == 2
+    assert "stage=collect has no objective to search by; Optuna takes one of:" in capsys.readouterr().err
 
 
 def test_the_page_links_jobs_and_takes_what_files_hold_as_text(sweep: Path) -> None:
@@ -350,102 +424,3 @@ def test_the_plot_has_the_objective_of_each_row_with_its_error() -> None:
     assert "<svg" not in page({"a.lr": "1"})
     broken = {"rows": [{"objective": "x"}, {"objective": math.inf}, 3], "jobs": None}
     assert "<svg" not in sweep_page(broken, Words())
-
-
-def test_a_job_that_did_not_say_how_it_ended_was_killed(tmp_path: Path) -> None:
-    for status, said in (("running", "killed from outside"), ("waiting", "never began")):
-        jobs.note(tmp_path, status=status)
-        jobs.note_lost(tmp_path)
-        known = jobs.read_job(tmp_path)
-        assert known["status"] == "failed"
-        assert said in known["error"]
-    jobs.note(tmp_path, status="done", error=None)
-    jobs.note_lost(tmp_path)
-    assert jobs.read_job(tmp_path)["status"] == "done"
-
-
-def test_why_a_command_was_refused_is_kept_where_it_is_a_jobs(
-    command_line: CommandLine, workplace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RLHF_PIPELINE_JOB", str(workplace / "job"))
-    assert command_line("stage=sfd") == 2
-    assert "no stage is called 'sfd'" in jobs.read_job(workplace / "job")["error"]
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, list[str]]]:
-    """The name, stage and settings of each job that is launched, and not run."""
-    found: list[tuple[str, str, list[str]]] = []
-
-    def run_job(runs: Path, name: str, stage: str, command: list[str]) -> float:
-        found.append((name, stage, command))
-        jobs.note(runs / name, status="done")
-        return 0.0
-
-    monkeypatch.setattr(cli, "run_job", run_job)
-    return found
-
-
-def test_a_job_is_a_command_that_can_be_typed(
-    launched: list[tuple[str, str, list[str]]], command_line: CommandLine, workplace: Path
-) -> None:
-    assert command_line("-m", "stage=sft", "policy=gpt2", "name=it is", "seed=1,2", "data.limit=9") == 0
-    assert [(name, stage) for name, stage, _ in launched] == [("it is/seed=1", "sft"), ("it is/seed=2", "sft")]
-    name, _, command = launched[0]
-    assert sorted(command) == sorted(
-        ["stage=sft", "policy=gpt2", "++data.limit=9", "~experiment", "seed=1", f"name='{name}'"]
-    )
-    known = jobs.read_job(workplace / "runs" / name)
-    assert known["settings"] == {"stage": "sft", "policy": "gpt2", "data.limit": "9", "experiment": "null"}
-    assert known["seed"] == 1
-    # As the command line takes it.
-    assert command_line(*command, "--cfg", "job") == 0
-    assert set(json.loads((workplace / "runs" / "it is" / "sweep.json").read_text())["rows"][0]["settings"]) == set()
-
-
-def test_a_whole_pipeline_and_a_choice_can_be_swept(
-    launched: list[tuple[str, str, list[str]]], command_line: CommandLine, workplace: Path
-) -> None:
-    assert command_line("stage=pipeline", "sweep=seeds", "seed=1,2", "stages.ppo.trainer.kl_coef=0.1,0.2") == 0
-    assert {stage for _, stage, _ in launched} == {"ppo"}  # on evaluate's prompts no choice is made
-    assert len(launched) == 4
-    assert launched[0][0] == "demo/seed=1,stages.ppo.trainer.kl_coef=0.1"
-    launched.clear()
-    assert command_line("-m", "stage=ppo", "reward=length,toy_sentiment", "name=x", "labeler=length,repetition") == 0
-    assert launched[0][0] == "x/reward=length,labeler=length"
-    assert len(launched) == 4
-
-
-@pytest.mark.parametrize(("budget", "best"), [([], "0.05"), (["sweep.kl_budget=1"], "0.2")])
-def test_optuna_searches_for_what_the_table_orders_by(
-    budget: list[str], best: str, command_line: CommandLine, workplace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    optuna = pytest.importorskip("optuna", reason="the extra optuna is not installed")
-    worth = {"0.01": HACKED, "0.05": MODERATE, "0.2": TIMID}
-
-    def run_job(runs: Path, name: str, stage: str, command: list[str]) -> None:
-        reward, kl = worth[next(word for word in command if word.startswith("++trainer.kl_coef=")).partition("=")[2]]
-        results = {"validation_reward": reward, "validation_kl": kl}
-        (runs / name / stage).mkdir(exist_ok=True)
-        record = {"status": "done", "name": name, "objective": reward - 0.05 * kl, "results": results, "seconds": 1}
-        (runs / name / stage / "run.json").write_text(json.dumps(record))
-        jobs.note(runs / name, status="done")
-
-    monkeypatch.setattr(cli, "run_job", run_job)
-    monkeypatch.setattr("rlhf_pipeline.runs.directory.RunDir.finished", lambda *_, **__: False)
-    asked = ["stage=ppo", "sweep=optuna", "name=x", "trainer.learning_rate=1e-4", "trainer.kl_coef=0.01,0.05,0.2"]
-    assert command_line(*asked, *budget, "hydra.sweeper.n_trials=8") == 0
-    study = optuna.load_study(study_name=None, storage=f"sqlite:///{workplace}/runs/x/optuna.db")
-    assert {trial.params["++trainer.kl_coef"] for trial in study.trials} == {*worth}
-    assert study.best_params == {"++trainer.kl_coef": best}
-    assert order_of(json.loads((workplace / "runs" / "x" / "sweep.json").read_text()))[0] == best
-
-
-def test_a_job_that_was_interrupted_leaves_the_sweep_unfinished(
-    command_line: CommandLine, workplace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ends = iter(("done", "interrupted"))
-    monkeypatch.setattr(cli, "run_job", lambda runs, name, *_: jobs.note(runs / name, status=next(ends)) and None)
-    assert command_line("-m", "stage=sft", "seed=1,2") == 1
-    (row,) = json.loads((workplace / "runs" / "demo" / "sweep.json").read_text())["rows"]
-    assert (row["failed"], row["left"]) == (0, 1)
