@@ -28,10 +28,11 @@ from rlhf_pipeline.models import rewards
 from rlhf_pipeline.processes import agree, check_launch, ending_together, leave, processes, rank, rank_output
 from rlhf_pipeline.progress import say_loading, screen
 from rlhf_pipeline.report import compare, trackers
+from rlhf_pipeline.report.observers import Observers
 from rlhf_pipeline.report.publish import last_model, publish
 from rlhf_pipeline.report.summary import how_far, say_all_done, say_done, say_done_before, say_next
 from rlhf_pipeline.runs import lineage
-from rlhf_pipeline.runs.directory import LABELS, SHEET, RunDir
+from rlhf_pipeline.runs.directory import LABELS, SHEET, Observer, RunDir
 from rlhf_pipeline.runs.models import folder_of, recover
 from rlhf_pipeline.settings import Hub, Settings
 from rlhf_pipeline.stages import TRAINED
@@ -158,6 +159,7 @@ def run_stage(settings: Settings) -> float | None:
     if settings.labels:  # given to what was collected last, however that was set up
         out = out.newest_round()
         alone = out.held() if settings.labels not in ("serve", "push") else contextlib.nullcontext()
+        out.observer = Observers(out.path)
         with alone:
             from rlhf_pipeline.feedback.labelling import take  # without torch: this is waited for again and again
 
@@ -173,7 +175,7 @@ def run_stage(settings: Settings) -> float | None:
 def work(settings: Settings, out: RunDir) -> None:
     """Run the stage's module, which loads torch and trl."""
     trackers.ready(settings.trainer.get("report_to"))
-    with out.trackers:
+    with Observers(out.path) if out.leads else contextlib.nullcontext(Observer()) as out.observer:
         importlib.import_module(f"rlhf_pipeline.stages.{settings.stage}").run(settings, out)
 
 

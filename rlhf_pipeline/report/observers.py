@@ -1,12 +1,13 @@
 """What watches a stage: its page, the card of its model, and trackers. None of them can end the work that it shows."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.report.stage import write_report
 from rlhf_pipeline.report.trackers import Trackers
+from rlhf_pipeline.runs.directory import Observer
 
 SECONDS, SHARE = 5.0, 50.0  # between two drawings: at least so long, and so many times what the last one took
 
@@ -30,8 +31,8 @@ class LivePage:
             self._due = time.monotonic() + max(SECONDS, SHARE * (time.monotonic() - began))
 
 
-class Observers:
-    """The page, the card and the trackers of one stage's folder; the stage runner tells them what happens.
+class Observers(Observer):
+    """The page, the card and the trackers of one stage's folder; its run directory tells them what happens.
 
     `with Observers(folder) as watching` closes the trackers, as failed if the block raises.
     """
@@ -39,18 +40,20 @@ class Observers:
     def __init__(self, folder: Path) -> None:
         self.folder, self.page, self.trackers = folder, LivePage(folder), Trackers(folder)
 
-    def started(self, config: dict[str, Any], step: int = 0) -> None:
+    def started(self, config: dict[str, Any], step: int) -> None:
         self.trackers.start(config, step)
 
-    def logged(self, step: int, values: Mapping[str, Any]) -> None:
+    def logged(self, step: int, values: dict[str, Any]) -> None:
         self.trackers.logged(step, values)
-        self.page.draw()
 
-    def sampled(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+    def sampled(self, step: int, samples: Sequence[dict[str, Any]]) -> None:
         self.trackers.samples(step, samples)
 
-    def evaluated(self, config: dict[str, Any], evaluation: Mapping[str, Any]) -> None:
+    def evaluated(self, config: dict[str, Any], evaluation: dict[str, Any]) -> None:
         self.trackers.evaluation(config, evaluation)
+
+    def added(self) -> None:
+        self.page.draw()
 
     def finishing(self, record: dict[str, Any]) -> None:
         """`record` is about to become run.json: what is done has a card already."""

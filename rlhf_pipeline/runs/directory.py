@@ -7,7 +7,7 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,6 @@ from typing import Any
 from rlhf_pipeline import files
 from rlhf_pipeline.errors import DiskError, UserError
 from rlhf_pipeline.processes import by_rank_0, checkpoints_of, processes, rank, rows_a_step
-from rlhf_pipeline.report import LivePage
-from rlhf_pipeline.report.trackers import Trackers
 from rlhf_pipeline.runs import same_work
 from rlhf_pipeline.runs.checkpoints import drop_half_written, give_way, newest_whole, put_in_place
 from rlhf_pipeline.runs.lineage import file_hash, git, hardware, parent, versions
@@ -29,6 +27,31 @@ FRONTIER, POINTS = "frontier.json", "points.jsonl"
 _ROUND = re.compile(r"round([1-9][0-9]*)")
 
 
+class Observer:
+    """Whoever watches a stage. The run directory says what happens, and does not know what is made of it."""
+
+    def started(self, config: dict[str, Any], step: int) -> None:
+        """Training begins, or goes on after `step`."""
+
+    def logged(self, step: int, values: dict[str, Any]) -> None:
+        """A row of figures was logged."""
+
+    def sampled(self, step: int, samples: Sequence[dict[str, Any]]) -> None:
+        """Answers of the policy were logged."""
+
+    def evaluated(self, config: dict[str, Any], evaluation: dict[str, Any]) -> None:
+        """Policies were compared."""
+
+    def added(self) -> None:
+        """A file of the directory has grown."""
+
+    def finishing(self, record: dict[str, Any]) -> None:
+        """`record` is about to become run.json."""
+
+    def ended(self) -> None:
+        """run.json says how."""
+
+
 class RunDir:
     """`runs/<name>/<stage>/`. A name with a slash is a job of a sweep: what it lacks, its parents may have."""
 
@@ -39,7 +62,7 @@ class RunDir:
         self.checkpoints, self.model = self.path / "checkpoints", self.path / "model"
         self._started, self._before = time.monotonic(), 0.0  # seconds of the sessions before this one
         self._record: dict[str, Any] = {}
-        self.page, self.trackers = LivePage(self.path), Trackers(self.path)
+        self.observer = Observer()
         self._old = runs / name / f".{stage}.old"  # what is being overwritten, until the new work has begun
 
     @classmethod
@@ -269,14 +292,12 @@ class RunDir:
 
     @by_rank_0
     def finish(self, results: dict[str, Any], objective: float | None = None, status: str = "done") -> None:
-        """Mark the stage done, or waiting for people, with its results; write the model's card and draw the report."""
-        from rlhf_pipeline.report.cards import write_cards
-
+        """Mark the stage done, or waiting for people, with its results."""
         self._record |= {"status": status, "finished": _now(), "seconds": round(self._seconds, 1)}
         self._record |= {"results": results, "objective": objective}
-        write_cards(self.path, self._record)  # first: what is done is never without
+        self.observer.finishing(self._record)
         files.write_json(self.path / "run.json", self._record)
-        self.page.draw(whole=True)
+        self.observer.ended()
 
     @by_rank_0
     def failed(self, error: BaseException) -> None:
@@ -289,7 +310,7 @@ class RunDir:
                 drop_half_written(self.path)
             with contextlib.suppress(OSError):  # there may be no room for it, and the error itself is worth more
                 files.write_json(self.path / "run.json", self._record)
-            self.page.draw(whole=True)
+            self.observer.ended()
 
     @property
     def _seconds(self) -> float:
@@ -322,30 +343,26 @@ class RunDir:
                 files.write_jsonl(path, rows)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """Add one row to `metrics.jsonl`, and draw the page where it is due. Only `seconds` depends on the clock."""
+        """Add one row to `metrics.jsonl`. Only `seconds` depends on the clock."""
         self.add("metrics.jsonl", [{"step": step, **values, "seconds": round(self._seconds, 2)}])
-        self.trackers.logged(step, values)
+        self.observer.logged(step, values)
         if step > 0:
             self._settle()
-        self.draw()
-
-    @by_rank_0
-    def draw(self) -> None:
-        """Show what there is so far, where the page is due."""
-        self.page.draw()
 
     def warn(self, step: int, warning: str) -> None:
         """Keep in `warnings.jsonl` what the user was told, for the page to show."""
         self.add("warnings.jsonl", [{"step": step, "warning": warning}])
 
-    def log_samples(self, step: int, samples: Iterable[dict[str, Any]]) -> None:
+    def log_samples(self, step: int, samples: Sequence[dict[str, Any]]) -> None:
         """Add rows (prompt, response, reward) to `samples.jsonl`."""
         self.add("samples.jsonl", [{"step": step, **sample} for sample in samples])
+        self.observer.sampled(step, samples)
 
     @by_rank_0
     def add(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Add rows to a file of the directory."""
         files.append_jsonl(self.path / name, rows)
+        self.observer.added()
 
 
 def _now() -> str:

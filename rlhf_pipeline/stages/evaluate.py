@@ -85,7 +85,7 @@ def run(settings: Settings, out: RunDir) -> None:
     results = {"reward_mean": after["reward_mean"], "kl": after["kl"]}
     if gain := evaluation["paired_gain"].get(f"{last} - {policies[0].name}"):
         results |= {"gain": gain["mean"], "gain_low": gain["low"], "gain_high": gain["high"]}
-    out.trackers.evaluation(out.config(), evaluation)
+    out.observer.evaluated(out.config(), evaluation)
     out.finish({**results, "speed": speed}, objective=after["reward_mean"])
     evaluation_table(evaluation)
 
@@ -115,7 +115,6 @@ def measure_sweep(settings: Settings, out: RunDir, folder: Path) -> None:
         known.append(row)
         out.add(POINTS, [row])
         write_json(place, found())
-        out.draw()
     write_json(place, found())
     rows = found()["points"]
     coef = jobs[0].config()["trainer"].get("selection_kl_coef", PPOConfig.selection_kl_coef)

@@ -140,4 +140,3 @@ class SampleLog(TrainerCallback):
         rows = zip(rollout.prompts, rollout.responses, scores.tolist(), strict=True)
         samples = [{"prompt": p, "response": r, "reward": s} for p, r, s in list(rows)[: args.log_samples]]
         self.out.log_samples(state.global_step, samples)
-        self.out.trackers.samples(state.global_step, samples)

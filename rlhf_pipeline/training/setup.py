@@ -116,8 +116,8 @@ def watch(trainer: transformers.Trainer, out: RunDir) -> str | None:
     checkpoint = out.last_checkpoint()
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     out.rewind(step)
-    if trainer.is_world_process_zero():
-        out.trackers.start(out.config(), step)
+    if out.leads:
+        out.observer.started(out.config(), step)
     if checkpoint:
         print(f"resuming from {checkpoint}", flush=True)
     return str(checkpoint) if checkpoint else None
