@@ -27,7 +27,8 @@ from rlhf_pipeline.errors import UserError, WaitingError
 from rlhf_pipeline.models import rewards
 from rlhf_pipeline.processes import agree, check_launch, ending_together, leave, processes, rank, rank_output
 from rlhf_pipeline.progress import say_loading, screen
-from rlhf_pipeline.report import compare, trackers
+from rlhf_pipeline.report import trackers
+from rlhf_pipeline.report.compare import compare
 from rlhf_pipeline.report.observers import Observers
 from rlhf_pipeline.report.publish import last_model, publish
 from rlhf_pipeline.report.summary import how_far, say_all_done, say_done, say_done_before, say_next

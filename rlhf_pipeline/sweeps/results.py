@@ -7,9 +7,11 @@ from statistics import fmean, stdev
 from typing import Any
 
 from rlhf_pipeline.files import read_json, write_json
-from rlhf_pipeline.report import Words, sweep_page, write_page
+from rlhf_pipeline.report.page import write_page
 from rlhf_pipeline.report.summary import command, say
+from rlhf_pipeline.report.sweep import sweep_page
 from rlhf_pipeline.report.tables import sweep_table
+from rlhf_pipeline.report.words import Words
 from rlhf_pipeline.runs import models as made
 from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.stages import STAGES, Stage

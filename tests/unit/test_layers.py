@@ -15,7 +15,8 @@ LAYERS = [
      "evaluation.metrics", "runs.checkpoints", "runs.lineage"],
     ["data", "models.sampling"],
     ["models", "report"], ["plan"], ["settings"], ["report.cards"], ["runs"],
-    ["report.tables", "report.publish", "ppo", "runs.models"], ["evaluation", "feedback", "training"],
+    ["report.tables", "report.publish", "report.observers", "ppo", "runs.models"],
+    ["evaluation", "feedback", "training"],
     ["evaluation.frontier"], ["stages"], ["words"], ["composition"], ["report.summary", "sweeps.jobs"],
     ["report.rounds", "sweeps"], ["cli", "plugins"],
 ]  # fmt: skip

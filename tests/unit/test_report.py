@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.report import compare, rounds, write_report
+from rlhf_pipeline.report import rounds
 from rlhf_pipeline.report import words as page_words
 from rlhf_pipeline.report.__main__ import main
+from rlhf_pipeline.report.compare import compare
 from rlhf_pipeline.report.observers import Observers
+from rlhf_pipeline.report.stage import write_report
 
 NASTY = (
     "<script>alert(1)</script> \" ' onload=x <img src=https://evil.example/x.png onerror=alert(2)>"
@@ -318,8 +320,9 @@ def test_every_phrase_of_the_page_is_translated() -> None:
 def test_observers_draw_a_stage_while_it_goes_and_at_its_end(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"stage": "ppo", "name": "x", "status": "running"}')
     with Observers(tmp_path) as watching:
-        watching.started({"name": "x", "stage": "ppo", "trainer": {"report_to": "none"}})
+        watching.started({"name": "x", "stage": "ppo", "trainer": {"report_to": "none"}}, 0)
         watching.logged(1, {"loss": 1.0})
+        watching.added()
         watching.sampled(1, [{"prompt": "p", "response": "r", "reward": 1.0}])
         assert ">running</span>" in (tmp_path / "report.html").read_text()
         done = {"stage": "ppo", "name": "x", "status": "done"}

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from test_report import build
 
-from rlhf_pipeline.report import compare, write_report
+from rlhf_pipeline.report.compare import compare
+from rlhf_pipeline.report.stage import write_report
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium; apt-get install chromium brings it")

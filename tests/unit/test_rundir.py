@@ -12,6 +12,7 @@ from conftest import CommandLine
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.files import held, read_jsonl
 from rlhf_pipeline.hub import model_folder
+from rlhf_pipeline.report.observers import Observers
 from rlhf_pipeline.runs.checkpoints import seal
 from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.runs.lineage import content_hash
@@ -103,6 +104,7 @@ def test_a_changed_parent_is_noticed(workplace: Path) -> None:
     parent = finish(settings("pretrain"))
     child, asked = RunDir.of(settings()), settings()
     child.begin(asked, {"policy": str(parent.model)}, None)
+    child.save_model(lambda folder: (folder / "config.json").write_text("{}") and None)
     child.finish({}, 0.0)
     assert child.finished(asked)
     (parent.model / "config.json").write_text('{"other": 1}')
@@ -213,6 +215,7 @@ def test_a_card_written_anew_leaves_what_was_made_from_the_model_as_it_is(workpl
     parent = finish(settings("pretrain"))
     child, asked = RunDir.of(settings()), settings()
     child.begin(asked, {"policy": str(parent.model)}, None)
+    child.save_model(lambda folder: (folder / "config.json").write_text("{}") and None)
     child.finish({}, 0.0)
     (parent.model / "README.md").write_text("words of my own")
     assert child.finished(asked)
@@ -286,6 +289,7 @@ def test_a_recorded_configuration_runs_again_whatever_signs_its_paths_hold(
 
 def test_the_page_shows_a_stage_while_it_goes_and_after_it_failed(workplace: Path) -> None:
     out, asked = RunDir.of(settings()), dataclasses.replace(settings(), report=Report("zh"))
+    out.observer = Observers(out.path)
     out.begin(asked, {}, None)
     out.log(1, {"loss": 3.5})
     page = out.path / "report.html"
@@ -300,6 +304,7 @@ def test_the_page_shows_a_stage_while_it_goes_and_after_it_failed(workplace: Pat
 
 def test_warnings_are_kept_and_those_of_steps_taken_again_are_not(workplace: Path) -> None:
     out = RunDir.of(settings())
+    out.observer = Observers(out.path)
     out.begin(settings(), {}, None)
     for step in (2, 5):
         out.warn(step, f"update {step}: answers shrank")

@@ -11,8 +11,9 @@ from conftest import CommandLine, read_words
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from rlhf_pipeline import cli
-from rlhf_pipeline.report import Words, sweep_page
 from rlhf_pipeline.report.__main__ import rebuild
+from rlhf_pipeline.report.sweep import sweep_page
+from rlhf_pipeline.report.words import Words
 from rlhf_pipeline.sweeps import jobs
 from rlhf_pipeline.sweeps.results import report_sweep, summarise
 from rlhf_pipeline.words import CONF
