@@ -63,7 +63,8 @@ def expand(words: Sequence[str], folders: Sequence[str] = ()) -> list[str]:
     if stage not in STAGES or any(override.is_sweep_override() for override in said.values()):
         return list(words)  # which Hydra refuses
     check_sections(key.split(".")[1] for key in said if key.startswith("stages."))
-    if bare := next((key for key in said if key.startswith("stages.") and key.count(".") == 1), None):
+    sections = [key for key in said if key.startswith("stages.") and not said[key].is_delete()]
+    if bare := next((key for key in sections if key.count(".") == 1), None):
         raise UserError(f"{bare}={shown(said[bare].value())} is no section of settings; say {bare}.<setting>=...")
     if "rounds" in said and stage != "pipeline" and said["rounds"].value() is not None:
         raise UserError(f"rounds= goes with stage=pipeline; stage={stage} takes none.")

@@ -15,6 +15,7 @@ from loopback import answering
 from safetensors.numpy import save_file
 
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.report.observers import Observers
 from rlhf_pipeline.report.publish import last_model
 from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.runs.lineage import content_hash
@@ -42,6 +43,7 @@ def sft(workplace: Path) -> RunDir:
         (folder / "extra" / "notes.txt").write_text("a file further down")
 
     out = RunDir.of(asked)
+    out.observer = Observers(out.path)
     out.begin(asked, {}, {"name": "toy_reviews", "path": None, "train": 3, "test": 2, "sha256": "ab"})
     out.save_model(save)
     out.finish({"eval_loss": 1.5}, -1.5)
