@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import importlib
 import itertools
-import json
 import logging
 import math
 import os
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -122,6 +122,8 @@ def _fault_of_the_system(error: Exception) -> UserError | None:
     """What the machine could not do, as far as the user can mend it."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate" in str(error):
         return UserError("out of memory; lower trainer.per_device_train_batch_size or choose a smaller policy.")
+    if isinstance(error, yaml.YAMLError):
+        return UserError(f"the configuration cannot be read: {error}")
     if isinstance(error, RecursionError):
         return UserError("the configuration or a file is nested too deeply.")
     if isinstance(error, OSError) and error.filename:
@@ -202,7 +204,7 @@ def _run_held(settings: Settings, out: RunDir, done: bool) -> float | None:
         if settings.stage == "evaluate":
             from rlhf_pipeline.report.tables import evaluation_table
 
-            evaluation_table(json.loads((out.path / "evaluation.json").read_text(encoding="utf-8")))
+            evaluation_table(files.read_json(out.path / "evaluation.json"))
     else:
         say_loading()
         if settings.stage in _MAKES_NOTHING:  # and has the screen to itself

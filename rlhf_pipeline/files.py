@@ -105,7 +105,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The rows of a log; none where there is no file. A last line that a kill cut off is left out."""
-    return _read(path, _rows, [])
+    return _read(path, _rows, [], errors="replace")  # or a character that a kill cut off would hide all rows
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log whose rows have a `step`; `seconds`, where a row lacks it, is 0."""
+    rows = read_jsonl(path)
+    for row in rows:
+        if type(row.get("step")) not in (int, float) or type(row.setdefault("seconds", 0.0)) not in (int, float):
+            raise UserError(f"{path} is damaged (a row has no step); restore it, or delete it.")
+    return rows
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -119,17 +128,19 @@ def _rows(text: str) -> list[dict[str, Any]]:
     rows = json.loads("[" + ",\n".join(filter(None, whole)) + "]")  # at once, so that an error has the line's number
     with suppress(ValueError):
         rows.append(json.loads(last))
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("a line holds no JSON object")
     return rows
 
 
-def _read(path: Path, parse: Callable[[str], Any], empty: Any) -> Any:
+def _read(path: Path, parse: Callable[[str], Any], empty: Any, errors: str = "strict") -> Any:
     if not path.exists():
         return empty
     if not path.is_file():  # reading a pipe would never end
         raise UserError(f"{path} is no file; move it away.")
     try:
-        value = parse(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
+        value = parse(path.read_text(encoding="utf-8", errors=errors))
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
         value = str(error).splitlines()[0]
     if not isinstance(value, type(empty)):
         raise UserError(f"{path} is damaged ({value}); restore it, or delete it.")

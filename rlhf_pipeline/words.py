@@ -172,7 +172,8 @@ def _choice(word: str, key: str, name: str, value: str) -> str:
         read = parse(word)
     except HydraException:  # no entry has such a name: Hydra will say which there are
         return f"{key}={quoted(value)}"
-    if not value or read.is_sweep_override() or isinstance(read.value(), str):
+    choices = getattr(read.value(), "list", [read.value()]) if read.is_sweep_override() else [read.value()]
+    if not value or all(isinstance(choice, str | QuotedString) for choice in choices):
         return word
     if read.value() is None and name in ("experiment", "labeler"):
         return word

@@ -18,7 +18,7 @@ from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.evaluation import metrics
 from rlhf_pipeline.evaluation.comparison import Answers, Task, compare, draw, measure
 from rlhf_pipeline.evaluation.lineup import PPO_SAMPLING, Sampler, started_from
-from rlhf_pipeline.files import read_jsonl
+from rlhf_pipeline.files import read_log
 from rlhf_pipeline.models.policies import Policy, load_policy, lora_config
 from rlhf_pipeline.ppo.actor_critic import with_master_weights
 from rlhf_pipeline.ppo.storage import WEIGHTS, load_policy_weights
@@ -58,7 +58,7 @@ def points_of(folder: Path, asked: Mapping[str, Any]) -> list[Point]:
             else:
                 places[step_of(checkpoint)] = checkpoint
         if record["status"] == "done" and job.model.is_dir():
-            last = max((int(row["step"]) for row in read_jsonl(job.path / "metrics.jsonl")), default=0)
+            last = max((int(row["step"]) for row in read_log(job.path / "metrics.jsonl")), default=0)
             places[None if config["trainer"].get("load_best_model_at_end") else last] = job.model
         if not places or started_from(str(job.model)) is None:
             why = "started from an untrained policy" if places else "has left no whole checkpoint"

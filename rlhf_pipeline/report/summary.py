@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline.files import read_jsonl
+from rlhf_pipeline.files import read_jsonl, read_log
 from rlhf_pipeline.report.files import only
 from rlhf_pipeline.report.page import lasted
 from rlhf_pipeline.runs.directory import CANDIDATES, LABELS, SHEET, RunDir
@@ -41,7 +41,9 @@ def say_done(out: RunDir) -> None:
 
 def say_done_before(out: RunDir) -> None:
     """One line of a stage that was done already."""
-    when = datetime.fromisoformat(out.record["finished"]).astimezone().strftime("%Y-%m-%d %H:%M")
+    when = (
+        datetime.fromisoformat(str(out.record.get("finished") or "1970-01-01")).astimezone().strftime("%Y-%m-%d %H:%M")
+    )
     print(f"{out.path} is done already: {shown(outcome(out))} ({when}, in {_time(out.record)})", flush=True)
 
 
@@ -160,6 +162,6 @@ def _rates(out: RunDir) -> list[str]:
     record = out.record
     if speed := record.get("results", {}).get("speed"):
         return ["{tokens_per_second:.0f} tokens/s, {prompts_per_second:.1f} prompts/s".format(**speed)]
-    steps = max((row["step"] for row in read_jsonl(out.path / "metrics.jsonl")), default=0)
+    steps = max((row["step"] for row in read_log(out.path / "metrics.jsonl")), default=0)
     unit = "updates" if out.stage == "ppo" else "steps"
     return [f"{steps} {unit}, {60 * steps / max(record['seconds'], 0.1):.0f}/min"] if steps else []

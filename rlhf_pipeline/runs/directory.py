@@ -1,7 +1,6 @@
 """Run directories, the only state between stages: lineage, atomic files, resuming, metric and sample logs."""
 
 import contextlib
-import json
 import os
 import re
 import shlex
@@ -76,8 +75,13 @@ class RunDir:
     @property
     def record(self) -> dict[str, Any]:
         """`run.json`, empty where there is none."""
-        path = self.path / "run.json"
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+        found = files.read_json(self.path / "run.json")
+        if found and not all(isinstance(found.get(key), str) for key in ("stage", "name", "status", "started")):
+            raise UserError(f"{self.path / 'run.json'} is damaged (no status); restore it, or move {self.path} away.")
+        parents, seconds = found.get("parents", {}), found.get("seconds", 0.0)
+        if not isinstance(parents, dict) or not isinstance(seconds, int | float):
+            raise UserError(f"{self.path / 'run.json'} is damaged; restore it, or move {self.path} away.")
+        return found
 
     def finished(self, settings: Settings, look: bool = False) -> bool:
         """Whether this very work is done. Other work in this place is a `UserError`, unless it may be overwritten.
@@ -159,9 +163,9 @@ class RunDir:
                     continue
                 other._check_model()
                 made = other.config()
-                if reward is not None and made["reward"]["name"] != reward["name"]:
+                if reward is not None and made["reward"].get("name") != reward["name"]:
                     continue
-                if policy is not None and made["policy"]["name"] != policy["name"]:
+                if policy is not None and made["policy"].get("name") != policy["name"]:
                     continue
                 for key in sorted(({*made["policy"], *policy} if policy else set()) - {"path", "lora", "quantize"}):
                     there, here = made["policy"].get(key), (policy or {}).get(key)
@@ -202,7 +206,11 @@ class RunDir:
 
     def config(self) -> dict[str, Any]:
         """`config.yaml`, empty where there is none."""
-        return files.read_yaml(self.path / "config.yaml")
+        found = files.read_yaml(self.path / "config.yaml")
+        for key in ("policy", "reward", "data", "trainer") if found else ():
+            if not isinstance(found.setdefault(key, {}), dict):
+                raise UserError(f"{self.path / 'config.yaml'} is damaged ({key} is no section); restore it.")
+        return found
 
     def beside(self, stage: str) -> "RunDir":
         """Another stage of the same run."""
@@ -231,7 +239,7 @@ class RunDir:
         """Delete the old work once there is new work, else put it back. Either can be gone on with after a kill."""
         if not self.leads or not self._old.exists():
             return
-        trained = any(row.get("step", 0) > 0 for row in files.read_jsonl(self.path / "metrics.jsonl"))
+        trained = any(row.get("step", 0) > 0 for row in files.read_log(self.path / "metrics.jsonl"))
         give_way(self._old, self.path, trained or self.resumable or self.record.get("status") == "done")
 
     @by_rank_0
@@ -251,7 +259,7 @@ class RunDir:
         config = {"defaults": logging, "hydra": hydra, **settings.to_dict(), **once}
         files.write_yaml(self.path / "config.yaml", config)
         # Of a session that was killed, what its log says.
-        logged = files.read_jsonl(self.path / "metrics.jsonl")[-1:] if before else []
+        logged = files.read_log(self.path / "metrics.jsonl")[-1:] if before else []
         self._before = max([before.get("seconds", 0.0), *(row["seconds"] for row in logged)])
         self._record = {
             "stage": self.stage,
@@ -339,7 +347,7 @@ class RunDir:
         for name in ("metrics.jsonl", "samples.jsonl", "warnings.jsonl"):
             path = self.path / name
             if path.exists():
-                rows = [row for row in files.read_jsonl(path) if row["step"] <= step]
+                rows = [row for row in files.read_log(path) if row["step"] <= step]
                 files.write_jsonl(path, rows)
 
     def log(self, step: int, values: dict[str, Any]) -> None:

@@ -90,7 +90,11 @@ def run_of(model: str | Path) -> RunDir | None:
 
 def policies_in(runs: Path) -> list[str]:
     """The names of the runs that have a policy."""
-    return sorted(folder.name for folder in runs.glob("*") if newest_policy(RunDir(runs, folder.name, "chat")))
+    found = []
+    for folder in runs.glob("*"):
+        with contextlib.suppress(UserError):  # a damaged run is no concern of another's
+            found += [folder.name] if newest_policy(RunDir(runs, folder.name, "chat")) else []
+    return sorted(found)
 
 
 def folder_of(runs: Path, name: str) -> Path:

@@ -49,7 +49,7 @@ def _made_since(out: "RunDir", settings: Settings, taken: set[str]) -> list[str]
             by_hand = by_hand or settings.evaluate.policies
         own = out.beside(stage)
         for other in (own, *(own.rounds() if out.stage == "evaluate" else [])):
-            newer = other.record.get("status") == "done" and other.record["finished"] > out.record["started"]
+            newer = other.record.get("status") == "done" and str(other.record.get("finished")) > out.record["started"]
             if newer and not by_hand and str(other.model) not in taken:
                 found.append(f"{other.path} has been made since")
     return found

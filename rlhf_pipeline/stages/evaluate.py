@@ -21,7 +21,7 @@ from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.evaluation import comparison, frontier, lineup
 from rlhf_pipeline.evaluation.comparison import Task
 from rlhf_pipeline.evaluation.lineup import Sampler, asked_of
-from rlhf_pipeline.files import read_jsonl, write_json, write_jsonl
+from rlhf_pipeline.files import read_json, read_jsonl, write_json, write_jsonl
 from rlhf_pipeline.models.rewards import Reward, load_reward, trained_part
 from rlhf_pipeline.models.sampling import check_positions, room_for_prompts
 from rlhf_pipeline.ppo.config import PPOConfig
@@ -106,7 +106,7 @@ def measure_sweep(settings: Settings, out: RunDir, folder: Path) -> None:
         return {"sweep": str(folder), "reward": reward, **frontier.laid_out(known, points)}
 
     whole = place.exists() and all(frontier.is_known(point, known) for point in points)
-    if out.record.get("status") == "done" and whole and json.loads(place.read_text("utf-8")) == found():
+    if out.record.get("status") == "done" and whole and read_json(place) == found():
         frontier_table(found())
         return  # nothing has been made since
     out.begin(settings, judged_by, fingerprint(settings.data, take_data(settings.data, settings.seed)))

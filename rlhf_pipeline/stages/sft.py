@@ -14,7 +14,7 @@ from rlhf_pipeline.data import fingerprint, texts
 from rlhf_pipeline.data.records import Demonstration, Dialogue
 from rlhf_pipeline.data.templates import template_of
 from rlhf_pipeline.data.tokenization import conversational, demonstrations, shortened
-from rlhf_pipeline.files import read_jsonl
+from rlhf_pipeline.files import read_log
 from rlhf_pipeline.models.policies import load_policy, lora_config, without_adapter
 from rlhf_pipeline.models.precision import fuse_gelu, store_in_bf16
 from rlhf_pipeline.runs.directory import RunDir
@@ -74,7 +74,7 @@ def run(settings: Settings, out: RunDir) -> None:
             peft_config=adapter,
         )
     checkpoint = watch(trainer, out)
-    logged = [row for row in read_jsonl(out.path / "metrics.jsonl") if row["step"] == 0]
+    logged = [row for row in read_log(out.path / "metrics.jsonl") if row["step"] == 0]
     args.eval_on_start = not logged  # not evaluate(): accelerate would take the model for one that is prepared to train
     trainer.train(resume_from_checkpoint=checkpoint)
     before = next(row["eval_loss"] for row in logged or trainer.state.log_history if "eval_loss" in row)

@@ -16,6 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from rlhf_pipeline.data import Splits, load_data
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.files import disk_error
 from rlhf_pipeline.models.networks import positions
 from rlhf_pipeline.models.precision import choose_bf16
 from rlhf_pipeline.models.rewards import Reward
@@ -24,7 +25,7 @@ from rlhf_pipeline.progress import at_terminal, progress
 from rlhf_pipeline.runs.checkpoints import SEAL, seal
 from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.runs.same_work import batch_of
-from rlhf_pipeline.settings import Settings
+from rlhf_pipeline.settings import Settings, trainer_fields
 from rlhf_pipeline.texts import mismatch
 
 A = TypeVar("A", bound=TrainingArguments)
@@ -48,7 +49,9 @@ def building() -> Iterator[None]:
     """What transformers and peft find wrong with the settings only when the trainer is built is a `UserError`."""
     try:
         yield
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, TypeError, OSError) as error:
+        if isinstance(error, UserError) or disk_error(error):
+            raise
         raise UserError(f"the trainer cannot be built with these settings: {' '.join(str(error).split())}") from error
 
 
@@ -64,6 +67,8 @@ def trainer_args(kind: type[A], settings: Settings, out: RunDir) -> A:
         print(f"{', '.join(said)}: as many rows a step as before, on {processes()} process(es)", flush=True)
     values |= cut
     values["report_to"] = []  # trackers follow the run directory's log
+    floats = {name for name, kind in trainer_fields(settings.stage).items() if kind is float}
+    values |= {name: float(values[name]) for name in floats & {*values} if values[name] is not None}
     if settings.stage != "ppo":  # which looks for itself
         values["logging_nan_inf_filter"] = False  # it would show a loss of 0 in the place of NaN
     if settings.stage != "ppo" and not values.get("fp16"):
