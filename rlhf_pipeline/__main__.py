@@ -7,10 +7,16 @@ def start() -> None:
     """The command line, in one process or in one of several."""
     try:
         from rlhf_pipeline.cli import main
-        from rlhf_pipeline.processes import end_at_once, processes
+        from rlhf_pipeline.errors import UserError
+        from rlhf_pipeline.processes import end_at_once, processes, rank
     except KeyboardInterrupt:
         sys.exit(130)
-    if processes() > 1:
+    try:
+        several = processes() > 1 or rank() > 0
+    except UserError as error:  # nothing else can be said before it is known who says it
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if several:
         end_at_once(main)
     main()
 

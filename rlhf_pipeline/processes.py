@@ -38,14 +38,22 @@ ZERO = {
 # -- how this process was started
 
 
+def _number(variable: str, default: int) -> int:
+    """What torchrun put into the environment."""
+    text = os.environ.get(variable) or str(default)
+    if not text.isascii() or not text.isdigit():
+        raise UserError(f"{variable}={text} in the environment is no whole number; torchrun sets it, or unset it.")
+    return int(text)
+
+
 def rank() -> int:
     """This process's number among those that were started together."""
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", 0)
 
 
 def processes() -> int:
     """How many were started together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", 1)
 
 
 def sharding() -> str | None:
@@ -78,7 +86,7 @@ def check_launch(said: str) -> None:
     alone = next((word for word in _ONE_PROCESS_ONLY if word in said.split()), None)
     if processes() > 1 and alone:
         raise UserError(f"{said} runs in one process; start it by python -m rlhf_pipeline.")
-    if (local := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > 1:
+    if (local := _number("LOCAL_WORLD_SIZE", 1)) > 1:
         import torch
 
         if 0 < (gpus := torch.cuda.device_count()) < local:

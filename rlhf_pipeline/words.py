@@ -145,7 +145,7 @@ def _readable(word: str, swept: bool) -> str:
         if value in ("", "''", '""'):
             raise UserError(f"{word} leaves nothing to work with; give a value, or {name}=null.")
         return f"{key}={_literal(value, swept)}"
-    if name in _GROUPS:
+    if name in _GROUPS or name.startswith("hydra/"):
         return _choice(word, key, name, value)
     try:
         parse(word)

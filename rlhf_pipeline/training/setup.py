@@ -115,6 +115,9 @@ def quiet() -> None:
 
 def watch(trainer: transformers.Trainer, out: RunDir) -> str | None:
     """Log a trainer's rows to the run directory, show a bar, and give the checkpoint to resume from."""
+    if out.stage != "ppo":  # which has no loader
+        with building():
+            trainer.get_train_dataloader()
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(RunLog(out))
     trainer.add_callback(Bar(out.stage, "update" if out.stage == "ppo" else "step"))

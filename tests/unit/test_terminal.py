@@ -52,3 +52,14 @@ def test_an_ascii_terminal_shows_every_message() -> None:
     assert done.returncode == 2
     assert b"no data is called '\\u597d'" in done.stderr
     assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("variable", ["WORLD_SIZE=x", "RANK=-1"])
+def test_an_environment_that_is_no_launchers_is_named(variable: str) -> None:
+    name, _, value = variable.partition("=")
+    done = subprocess.run([*COMMAND, "stage=sft"], capture_output=True, text=True, check=False,
+                          env={**os.environ, name: value})  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        f"error: {variable} in the environment is no whole number; torchrun sets it, or unset it."
+    ]
