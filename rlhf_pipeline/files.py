@@ -109,10 +109,10 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log whose rows have a `step`; `seconds`, where a row lacks it, is 0."""
+    """The rows of a log whose rows have a `step`."""
     rows = read_jsonl(path)
     for row in rows:
-        if type(row.get("step")) not in (int, float) or type(row.setdefault("seconds", 0.0)) not in (int, float):
+        if type(row.get("step")) not in (int, float) or type(row.get("seconds", 0.0)) not in (int, float):
             raise UserError(f"{path} is damaged (a row has no step); restore it, or delete it.")
     return rows
 

@@ -19,6 +19,7 @@ from rlhf_pipeline.models.policies import Policy
 from rlhf_pipeline.models.rewards import Reward
 from rlhf_pipeline.models.sampling import Sampling, make_batch, sample, uniform_draws
 from rlhf_pipeline.processes import gathered, mine
+from rlhf_pipeline.progress import progress
 
 _TEXTS = 16  # held-out rows tokenized at once: a file of code may be all that is needed
 _WINDOW = 128  # tokens of a held-out text that are read: a policy from scratch may have learnt no later positions
@@ -109,30 +110,37 @@ def measure(who: Sampler, task: Task, n: int = 1) -> Answers:
         kl = (log_p(who.policy, who.sampling, asked, ids, size) - theirs) / len(asked)
     readable = same_vocabulary(who.policy, task.first)
     heads, tails = [text[:1] for text in task.held_out], [text[1:] for text in task.held_out]
+    with progress(len(heads) if readable else 0, "held-out", "text", delay=1.0, leave=False) as bar:
+        held_out = perplexity(who.policy, heads, tails, size, bar.update) if readable else None
     figures: dict[str, float | None] = {
         "kl": kl,
         "perplexity": perplexity(task.first, asked, ids, size) if readable else None,
-        "held_out_perplexity": perplexity(who.policy, heads, tails, size) if readable else None,
+        "held_out_perplexity": held_out,
         **of_texts(answers.responses),
         "length": sum(map(len, ids)) / len(ids),
     }
     return answers._replace(figures=figures)
 
 
-def log_p(policy: Policy, sampling: Sampling, prompts: Ids, responses: Ids, batch_size: int) -> float:
+def log_p(
+    policy: Policy, sampling: Sampling, prompts: Ids, responses: Ids, batch_size: int,
+    tick: Callable[[int], Any] = lambda _: None,
+) -> float:  # fmt: skip
     """log p of all responses together under a policy's sampling distribution, in nats."""
 
     def summed(part: slice) -> float:
         batch = make_batch(prompts[part], responses[part]).to(policy.model.device)
         return float(log_probs(policy.model, batch, sampling).sum())
 
-    return sum(shared_out(len(responses), batch_size, summed))
+    return sum(shared_out(len(responses), batch_size, summed, tick))
 
 
-def perplexity(policy: Policy, prompts: Ids, responses: Ids, batch_size: int) -> float | None:
+def perplexity(
+    policy: Policy, prompts: Ids, responses: Ids, batch_size: int, tick: Callable[[int], Any] = lambda _: None
+) -> float | None:
     """A policy's perplexity per token of the responses; None if there are none."""
     tokens = sum(map(len, responses))
-    return math.exp(-log_p(policy, Sampling(), prompts, responses, batch_size) / tokens) if tokens else None
+    return math.exp(-log_p(policy, Sampling(), prompts, responses, batch_size, tick) / tokens) if tokens else None
 
 
 def of_texts(texts: Sequence[str]) -> dict[str, float | None]:

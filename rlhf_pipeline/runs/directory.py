@@ -1,6 +1,7 @@
 """Run directories, the only state between stages: lineage, atomic files, resuming, metric and sample logs."""
 
 import contextlib
+import errno
 import os
 import re
 import shlex
@@ -228,7 +229,12 @@ class RunDir:
         if not self.leads:
             yield
             return
-        with files.held(self.path.parent / f".{self.stage}.lock", self.path):
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(files.held(self.path.parent / f".{self.stage}.lock", self.path))
+            except OSError as error:  # work that is done can be looked at where nothing can be written
+                if error.errno not in (errno.EACCES, errno.EROFS, errno.EPERM) or self.record.get("status") != "done":
+                    raise
             self._settle()
             try:
                 yield
@@ -260,7 +266,7 @@ class RunDir:
         files.write_yaml(self.path / "config.yaml", config)
         # Of a session that was killed, what its log says.
         logged = files.read_log(self.path / "metrics.jsonl")[-1:] if before else []
-        self._before = max([before.get("seconds", 0.0), *(row["seconds"] for row in logged)])
+        self._before = max([before.get("seconds", 0.0), *(row.get("seconds", 0.0) for row in logged)])
         self._record = {
             "stage": self.stage,
             "name": self.name,
@@ -272,6 +278,7 @@ class RunDir:
             "seconds": round(self._before, 1),
             "resumed": [*self.record.get("resumed", []), _now()] if self.record else [],
             "parents": found,
+            "there": same_work.finished_stages(self),
             "data": fingerprint,
             "versions": versions(),
             "hardware": hardware(),

@@ -49,9 +49,24 @@ def _made_since(out: "RunDir", settings: Settings, taken: set[str]) -> list[str]
             by_hand = by_hand or settings.evaluate.policies
         own = out.beside(stage)
         for other in (own, *(own.rounds() if out.stage == "evaluate" else [])):
-            newer = other.record.get("status") == "done" and str(other.record.get("finished")) > out.record["started"]
-            if newer and not by_hand and str(other.model) not in taken:
+            if by_hand or other.record.get("status") != "done" or str(other.model) in taken:
+                continue
+            finished, there = str(other.record.get("finished")), out.record.get("there")
+            # Older records do not say what was there, only when they were begun.
+            known = there.get(str(other.path)) == finished if there is not None else finished <= out.record["started"]
+            if not known:
                 found.append(f"{other.path} has been made since")
+    return found
+
+
+def finished_stages(out: "RunDir") -> dict[str, str]:
+    """The stages that this one could take a model of, with when they were finished: the clock may be set back."""
+    found = {}
+    for stage in FOLDERS[out.stage].takes:
+        own = out.beside(stage)
+        for other in (own, *(own.rounds() if out.stage == "evaluate" else [])):
+            if other.record.get("status") == "done":
+                found[str(other.path)] = str(other.record.get("finished"))
     return found
 
 

@@ -1,6 +1,7 @@
 """Run directories: other work is not overwritten, upstreams are found, logs survive a kill."""
 
 import dataclasses
+import errno
 import importlib.metadata
 import json
 import shlex
@@ -16,7 +17,7 @@ from rlhf_pipeline.report.observers import Observers
 from rlhf_pipeline.runs.checkpoints import seal
 from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.runs.lineage import content_hash
-from rlhf_pipeline.runs.models import recover
+from rlhf_pipeline.runs.models import policies_in, recover
 from rlhf_pipeline.settings import Report, Settings
 
 
@@ -327,3 +328,44 @@ def test_a_page_that_cannot_be_written_leaves_the_stage_done(workplace: Path) ->
     out.log(1, {"loss": 1.0})
     out.finish({"loss": 1.0})
     assert out.record["status"] == "done"
+
+
+def test_a_clock_that_was_set_back_makes_nothing_look_newer(workplace: Path) -> None:
+    upstream = finish(settings("pretrain"))
+    record = json.loads((upstream.path / "run.json").read_text())
+    (upstream.path / "run.json").write_text(json.dumps({**record, "finished": "2999-01-01T00:00:00+00:00"}))
+    out = finish(settings())
+    assert out.finished(settings())
+    (upstream.path / "run.json").write_text(json.dumps({**record, "finished": "2000-01-01T00:00:00+00:00"}))
+    with pytest.raises(UserError, match="runs/demo/pretrain has been made since"):
+        out.finished(settings())
+
+
+def test_finished_work_can_be_looked_at_where_nothing_can_be_written(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(lock: Path, work: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(lock))
+
+    out = finish(settings())
+    monkeypatch.setattr("rlhf_pipeline.files.held", refused)
+    with out.held():
+        assert out.finished(settings())
+    with pytest.raises(PermissionError), RunDir.of(settings(name="new")).held():
+        pass
+
+
+@pytest.mark.parametrize("damage", ["[]", "{", '{"status": 3}', '{"stage": "sft"}', "\ud83d", "9" * 5000])
+def test_a_damaged_record_is_named_and_is_no_concern_of_other_runs(workplace: Path, damage: str) -> None:
+    out = finish(settings())
+    (out.path / "run.json").write_text(damage, encoding="utf-8", errors="surrogatepass")
+    with pytest.raises(UserError, match=r"runs/demo/sft/run\.json is damaged"):
+        out.finished(settings())
+    finish(settings(name="other"))
+    assert policies_in(Path("runs")) == ["other"]
+
+
+def test_a_log_that_a_kill_cut_within_a_character_is_read(workplace: Path) -> None:
+    log = workplace / "metrics.jsonl"
+    log.write_bytes('{"step": 1, "text": "好"}\n{"step": 2, "text": "好"}'.encode()[:-3])
+    assert [row["step"] for row in read_jsonl(log)] == [1]
