@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -128,9 +129,21 @@ def _fault_of_the_system(error: Exception) -> UserError | None:
         return UserError("the configuration or a file is nested too deeply.")
     if isinstance(error, OSError) and error.filename:
         return UserError(f"{os.fsdecode(error.filename)}: {error.strerror}.")
+    if isinstance(error, UnicodeDecodeError):
+        return UserError(f"a file is no text in UTF-8: {error}")
     if isinstance(error, ImportError) and "install" in str(error):  # what a setting needs beside
         return UserError(str(error))
+    if isinstance(error, ValueError | NotImplementedError) and (library := _raised_in(error)):
+        where = "RLHF_PIPELINE_TRACEBACK=1 in the environment shows where."
+        return None if os.environ.get("RLHF_PIPELINE_TRACEBACK") else UserError(f"{library}: {error} ({where})")
     return None
+
+
+def _raised_in(error: BaseException) -> str | None:
+    """The library of trainers and models that refused something, if one did."""
+    frames = traceback.extract_tb(error.__traceback__)
+    parts = Path(frames[-1].filename).parts if frames else ()
+    return next((name for name in ("transformers", "trl", "peft", "accelerate", "datasets") if name in parts), None)
 
 
 def _leave(error: UserError) -> NoReturn:

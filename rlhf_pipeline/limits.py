@@ -12,7 +12,7 @@ LIMITS = {
         ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_length",
          "total_episodes", "eval_samples", "num_mini_batches", "num_ppo_epochs", "response_length",
          "min_response_length", "local_rollout_forward_batch_size", "kl_horizon", "watch_window", "ptx_batch_size",
-         "ptx_max_length", "save_total_limit"),
+         "ptx_max_length", "save_total_limit", "eval_accumulation_steps"),
         Range(1),
     ),
     **dict.fromkeys(
@@ -37,6 +37,8 @@ def check_limits(trainer: Mapping[str, Any]) -> None:
             continue
         if name in LIMITS and not LIMITS[name].holds(value):
             raise UserError(f"trainer.{name} is {value}; it takes a number {LIMITS[name]}.")
+        if isinstance(value, int) and abs(value) >= 2**31:
+            raise UserError(f"trainer.{name} is {value}; it takes a number below {2**31}.")
         if math.isnan(value):
             raise UserError(f"trainer.{name} is nan; it takes a number.")
         if name == "max_steps" and value < 1 and value != -1:

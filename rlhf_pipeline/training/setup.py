@@ -49,7 +49,7 @@ def building() -> Iterator[None]:
     """What transformers and peft find wrong with the settings only when the trainer is built is a `UserError`."""
     try:
         yield
-    except (ImportError, ValueError, TypeError, OSError) as error:
+    except (ImportError, ValueError, TypeError, AttributeError, KeyError, OSError) as error:
         if isinstance(error, UserError) or disk_error(error):
             raise
         raise UserError(f"the trainer cannot be built with these settings: {' '.join(str(error).split())}") from error
@@ -89,7 +89,7 @@ def trainer_args(kind: type[A], settings: Settings, out: RunDir) -> A:
         )
     try:
         args = kind(output_dir=str(out.checkpoints), seed=settings.seed, **values)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"{kind.__name__} refuses these trainer settings: {error}") from error
     check_gpus(args.n_gpu, f"make {settings.stage} LAUNCH=ddp PROCS={args.n_gpu}")
     set_seed(settings.seed)
