@@ -13,7 +13,7 @@ RUN := $(BIN)/python -m rlhf_pipeline
 # What meets TRL and transformers directly.
 OLDEST_TESTS := $(wildcard tests/unit/test_ppo*.py) $(addprefix tests/unit/test_,adapters.py classification.py \
 	likelihood.py objective.py policies.py reward_model.py rewards.py sampling.py tokenization.py old_scripts.py) \
-	$(addprefix tests/stages/test_,batching.py pipeline.py ppo_stage.py private_hooks.py reward_stage.py sft.py)
+	$(addprefix tests/stages/test_,batching.py dpo.py pipeline.py ppo_stage.py private_hooks.py reward_stage.py sft.py)
 # Several processes: make ppo LAUNCH=ddp PROCS=4. Of those on a CPU accelerate would start one.
 PROCS ?= 2
 STARTS := $(basename $(notdir $(wildcard conf/accelerate/*.yaml)))
