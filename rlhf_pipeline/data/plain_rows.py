@@ -8,7 +8,6 @@ import io
 import json
 import logging
 import re
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,10 +17,14 @@ from rlhf_pipeline.errors import UserError
 
 _LOG = logging.getLogger("rlhf_pipeline")
 _JSON = "allowed are one object a line, or one list of them"
+_NOT_BLANK = re.compile(r"\S")
 # Most bytes are valid GB18030. A text that looks more like another of these encodings is refused.
 _ENCODINGS = ["gb18030", "big5", "euc_kr", "shift_jis", "cp1251", "latin_1"]
 
-BROKEN = (EOFError, zlib.error, OSError, ValueError)  # what a damaged file makes the readers raise
+# What a damaged file makes the readers raise.
+BROKEN = (EOFError, zlib.error, OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError)
+LARGEST_FILE = 1 << 30  # bytes, unpacked: a few kilobytes may unpack to more than any memory holds
+LARGEST_ROW = 1 << 23  # characters, as several novels have; a tokenizer needs 300 bytes for each
 
 Fields = dict[str, Any]
 
@@ -59,7 +62,11 @@ def read_rows(path: Path, blocks: bool = False) -> Iterator[tuple[str, Fields | 
             empty = False
             if not isinstance(row, dict | RowError):
                 row = RowError(f'{kind_of(row)} where an object is needed, such as {{"text": ...}}', {"value": row})
+            elif isinstance(row, dict) and (why := fault_of(row)):
+                row = RowError(why, row)
             yield where, row
+    except UserError:
+        raise
     except BROKEN as error:
         raise broken(path, error) from error
     if empty:
@@ -71,7 +78,46 @@ def kind_of(value: Any) -> str:
     return "nothing" if value is None else kinds.get(type(value), "neither text nor a number")
 
 
+class _Twice(Fields):
+    """An object of JSON in which a key occurs twice."""
+
+
+def from_json(text: str) -> Any:
+    """A JSON value. `fault_of` says whether it can be used."""
+    return _JSON_DECODER.decode(text)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Fields:
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else _Twice(found)
+
+
+_JSON_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def fault_of(value: Any) -> str | None:
+    """Why a value cannot be used, however deep the reason lies in it."""
+    size, left = 0, [value]
+    while left:
+        part = left.pop()
+        if isinstance(part, _Twice):
+            return f"a key occurs twice in an object of {', '.join(part)[:200]}"
+        if isinstance(part, str):
+            size += len(part)
+            try:
+                part.encode()
+            except UnicodeEncodeError:
+                return "half a character (a lone surrogate) in a text"
+        if isinstance(part, dict):
+            left += [*part, *part.values()]
+        elif isinstance(part, list | tuple):
+            left += part
+    return f"it holds {size:,} characters; a row takes {LARGEST_ROW:,} at most" if size > LARGEST_ROW else None
+
+
 def missing(path: Path, kind: str) -> UserError:
+    if path.exists() and not path.is_dir():
+        return UserError(f"{path} is a pipe, a socket or a device; give a {kind}.")
     names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
     near = [] if path.exists() else difflib.get_close_matches(path.name, names)
     return UserError(f"no {kind} at {path}" + (f"; near it: {', '.join(near)}." if near else "."))
@@ -81,18 +127,30 @@ def broken(path: Path, error: Exception) -> UserError:
     return UserError(f"{path} cannot be read to its end ({error}): cut short, damaged or misnamed; fetch it again.")
 
 
+def too_large(path: Path, at_most: int) -> UserError:
+    return UserError(f"{path} holds more than {at_most >> 20:,} MiB, unpacked; divide it, or take fewer rows.")
+
+
 def suffix(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def open_file(path: Path) -> io.BufferedIOBase:
-    return gzip.open(path) if path.name.lower().endswith((".gz", ".tgz")) else path.open("rb")
+def content(path: Path, at_most: int = LARGEST_FILE) -> bytes:
+    """All bytes of a file, unpacked."""
+    if not path.is_file():  # opening a pipe would never end
+        raise missing(path, "file")
+    found = bytearray()
+    with gzip.open(path) if path.name.lower().endswith((".gz", ".tgz")) else path.open("rb") as file:
+        while part := file.read(1 << 20):
+            found += part
+            if len(found) > at_most:
+                raise too_large(path, at_most)
+    return bytes(found)
 
 
 def _text(path: Path) -> str:
     """A text in UTF-8, in UTF-16 with its mark (Excel's Unicode text), or in GB18030 (GBK), common in China."""
-    with open_file(path) as file:
-        data = file.read()
+    data = content(path)
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
         text = data.decode(encoding)
@@ -114,8 +172,17 @@ def _text(path: Path) -> str:
 
 def _txt_rows(path: Path) -> _Rows:
     # Lines end at "\n" alone, here and below: U+2028 and the like stay inside a text.
-    lines = enumerate(_text(path).split("\n"), start=1)
-    return ((f"line {number}", {"text": line.rstrip("\r")}) for number, line in lines if line.strip())
+    return ((f"line {number}", {"text": line.rstrip("\r")}) for number, line in _lines(_text(path)))
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """The lines that are not blank, with their numbers."""
+    number, last = 1, 0  # `last` is where the line before ended
+    while found := _NOT_BLANK.search(text, last):
+        at = found.start()
+        number += text.count("\n", last, at)
+        start, last = text.rfind("\n", last, at) + 1, (text.find("\n", at) + 1 or len(text) + 1) - 1
+        yield number, text[start:last]
 
 
 def _txt_blocks(path: Path) -> _Rows:
@@ -129,18 +196,44 @@ def _json_rows(path: Path) -> _Rows:
     """Objects one a line, or a list of them: the first character tells, since suffixes are used for either."""
     text = _text(path)
     if text.lstrip().startswith("["):
-        try:
-            yield from ((f"row {number}", row) for number, row in enumerate(json.loads(text), start=1))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {getattr(error, 'lineno', 1)}: not JSON ({error}); {_JSON}.") from None
+        yield from ((f"row {number}", row) for number, row in enumerate(_json_list(path, text), start=1))
         return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                row = RowError(f"not JSON ({error}); {_JSON}", {"text": line})
-            yield f"line {number}", row
+    for number, line in _lines(text):
+        try:
+            row = from_json(line)
+        except (ValueError, RecursionError) as error:
+            row = RowError(f"not JSON ({_said(error)}); {_JSON}", {"text": line})
+        yield f"line {number}", row
+
+
+def _json_list(path: Path, text: str) -> Iterator[Any]:
+    """One item after the other, so that an error has a line, and a file of many rows needs no list of them all."""
+    at = _gap(text, text.index("[") + 1)
+    try:
+        more = not text.startswith("]", at)
+        while more:
+            row, at = _JSON_DECODER.raw_decode(text, at)
+            yield row
+            at = _gap(text, at)
+            if more := text.startswith(",", at):
+                at = _gap(text, at + 1)
+        if not text.startswith("]", at):
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+        if (at := _gap(text, at + 1)) < len(text):
+            raise json.JSONDecodeError("Extra data", text, at)
+    except (ValueError, RecursionError) as error:
+        line = text.count("\n", 0, getattr(error, "pos", at)) + 1
+        raise UserError(f"{path}, line {line}: not JSON ({_said(error)}); {_JSON}.") from None
+
+
+def _gap(text: str, at: int) -> int:
+    """Where the white space that begins at a place ends."""
+    found = _NOT_BLANK.search(text, at)
+    return found.start() if found else len(text)
+
+
+def _said(error: Exception) -> str:
+    return "lists in lists, too deep to be read" if isinstance(error, RecursionError) else str(error)
 
 
 def _csv_rows(path: Path) -> _Rows:
@@ -148,8 +241,9 @@ def _csv_rows(path: Path) -> _Rows:
     # A spreadsheet writes ; where the comma stands in decimal numbers, and tabs as what it calls text.
     first = text.partition("\n")[0]
     delimiter = "\t" if suffix(path) == ".tsv" else next((mark for mark in ",;\t" if mark in first), ",")
-    csv.field_size_limit(sys.maxsize)  # answers may be longer than the 131,072 characters it allows otherwise
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    csv.field_size_limit(LARGEST_ROW)  # answers may be longer than the 131,072 characters it allows otherwise
+    lines = (line[0] for line in re.finditer(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+", text))
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     start = 1
     try:
         header = next(filter(None, reader), [])
@@ -173,7 +267,13 @@ def _csv_rows(path: Path) -> _Rows:
 def _parquet_rows(path: Path) -> _Rows:
     import pyarrow.parquet as parquet  # slow to import, and few files are Parquet
 
-    with open_file(path) as raw:
-        batches = parquet.ParquetFile(raw).iter_batches()
-        rows = (row for batch in batches for row in batch.to_pylist())
-        yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+    file = parquet.ParquetFile(io.BytesIO(content(path)) if path.name.lower().endswith(".gz") else path)
+    names = file.schema_arrow.names
+    if len(set(names)) < len(names):
+        raise UserError(f"{path}: a column name occurs twice in {names}; each needs its own.")
+    size = rows = 0
+    for batch in file.iter_batches(batch_size=256):  # a batch may unpack to much more than its bytes in the file
+        if (size := size + batch.nbytes) > LARGEST_FILE:
+            raise too_large(path, LARGEST_FILE)
+        yield from ((f"row {number}", row) for number, row in enumerate(batch.to_pylist(), start=rows + 1))
+        rows += batch.num_rows
