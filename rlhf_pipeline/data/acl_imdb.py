@@ -38,7 +38,7 @@ def read_acl_imdb(path: Path) -> dict[str, list[Labelled]]:
             left_out += 1
             continue
         if (room := room - len(data)) < 0:
-            raise too_large(path, LARGEST_FILE)
+            raise too_large(path, f"{LARGEST_FILE >> 20} MiB")
         known = _NAME[folder].fullmatch(file)
         try:
             text = " ".join(_BREAK.sub(" ", data.decode()).split())

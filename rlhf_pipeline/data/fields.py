@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf_pipeline.data.plain_rows import Fields, RowError, SkippedRowError, fault_of, from_json, kind_of
+from rlhf_pipeline.data.plain_rows import Fields, RowError, SkippedRowError, checked, from_json, kind_of
 from rlhf_pipeline.data.records import Prompt, Role, Turn
 
 CHATS = ("conversation", "messages", "conversations")
@@ -54,9 +54,9 @@ def decoded(cell: Any) -> Any:
     except ValueError:
         try:
             value = _from_python(cell.strip())
-        except (ValueError, TypeError, SyntaxError, MemoryError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             return cell
-    return cell if fault_of(value) else value
+    return cell if checked(value)[1] else value
 
 
 def _from_python(text: str) -> Any:
@@ -72,7 +72,9 @@ def renamed(row: Fields, columns: Mapping[str, str]) -> Fields:
     """A row with the reader's names of columns in place of the file's (columns: {ours: theirs})."""
     for ours, theirs in columns.items():
         if theirs not in row:
-            raise RowError(f"data.columns.{ours}={theirs} names no column here; there are {', '.join(row) or 'none'}")
+            raise RowError(
+                f"data.columns.{ours}={theirs} names no column here; there are {', '.join(row)[:200] or 'none'}"
+            )
     names = {theirs: ours for ours, theirs in columns.items()}
     # A column that already has one of our names is dropped.
     return {names.get(key, key): cell for key, cell in row.items() if key in names or key not in columns}

@@ -17,6 +17,7 @@ from rlhf_pipeline.errors import UserError
 
 _LOG = logging.getLogger("rlhf_pipeline")
 _JSON = "allowed are one object a line, or one list of them"
+_HALF = re.compile("[\ud800-\udfff]")
 _NOT_BLANK = re.compile(r"\S")
 # Most bytes are valid GB18030. A text that looks more like another of these encodings is refused.
 _ENCODINGS = ["gb18030", "big5", "euc_kr", "shift_jis", "cp1251", "latin_1"]
@@ -25,6 +26,7 @@ _ENCODINGS = ["gb18030", "big5", "euc_kr", "shift_jis", "cp1251", "latin_1"]
 BROKEN = (EOFError, zlib.error, OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError)
 LARGEST_FILE = 1 << 30  # bytes, unpacked: a few kilobytes may unpack to more than any memory holds
 LARGEST_ROW = 1 << 23  # characters, as several novels have; a tokenizer needs 300 bytes for each
+_LARGEST_JSON = 1 << 26  # values: one of two bytes in a file takes 70 in memory
 
 Fields = dict[str, Any]
 
@@ -56,17 +58,18 @@ def read_rows(path: Path, blocks: bool = False) -> Iterator[tuple[str, Fields | 
             f"{path}: unknown suffix; allowed are {', '.join(readers)}, each also with .gz. Save a spreadsheet as CSV "
             "UTF-8; unpack an archive and give one of its files."
         )
-    empty = True
+    empty, room = True, LARGEST_FILE
     try:
         for where, row in readers[suffix(path)](path):
             empty = False
-            if not isinstance(row, dict | RowError):
+            if isinstance(row, dict):
+                size, why = checked(row)
+                if (room := room - size) < 0:  # Parquet holds a text once, however often it occurs
+                    raise too_large(path, f"{LARGEST_FILE:,} characters")
+                row = RowError(why, row) if why else row
+            elif not isinstance(row, RowError):
                 row = RowError(f'{kind_of(row)} where an object is needed, such as {{"text": ...}}', {"value": row})
-            elif isinstance(row, dict) and (why := fault_of(row)):
-                row = RowError(why, row)
             yield where, row
-    except UserError:
-        raise
     except BROKEN as error:
         raise broken(path, error) from error
     if empty:
@@ -83,7 +86,7 @@ class _Twice(Fields):
 
 
 def from_json(text: str) -> Any:
-    """A JSON value. `fault_of` says whether it can be used."""
+    """A JSON value. `checked` says whether it can be used."""
     return _JSON_DECODER.decode(text)
 
 
@@ -95,24 +98,26 @@ def _object(pairs: list[tuple[str, Any]]) -> Fields:
 _JSON_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
-def fault_of(value: Any) -> str | None:
-    """Why a value cannot be used, however deep the reason lies in it."""
-    size, left = 0, [value]
+def checked(value: Any) -> tuple[int, str | None]:
+    """How many characters a value has, and why it cannot be used, however deep the reason lies in it."""
+    size, why, left = 0, None, [value]
     while left:
         part = left.pop()
         if isinstance(part, _Twice):
-            return f"a key occurs twice in an object of {', '.join(part)[:200]}"
+            why = f"a key occurs twice in an object of {', '.join(part)[:200]}"
         if isinstance(part, str):
             size += len(part)
-            try:
-                part.encode()
-            except UnicodeEncodeError:
-                return "half a character (a lone surrogate) in a text"
+            if not part.isascii() and _HALF.search(part):
+                why = "half a character (a lone surrogate) in a text"
         if isinstance(part, dict):
             left += [*part, *part.values()]
         elif isinstance(part, list | tuple):
             left += part
-    return f"it holds {size:,} characters; a row takes {LARGEST_ROW:,} at most" if size > LARGEST_ROW else None
+    return size, _too_long(size) if size > LARGEST_ROW else why
+
+
+def _too_long(size: int) -> str:
+    return f"it has {size:,} characters; a row takes {LARGEST_ROW:,} at most"
 
 
 def missing(path: Path, kind: str) -> UserError:
@@ -124,11 +129,13 @@ def missing(path: Path, kind: str) -> UserError:
 
 
 def broken(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} cannot be read to its end ({error}): cut short, damaged or misnamed; fetch it again.")
+    return UserError(
+        f"{path} cannot be read to its end ({_said(error)}): cut short, damaged or misnamed; fetch it again."
+    )
 
 
-def too_large(path: Path, at_most: int) -> UserError:
-    return UserError(f"{path} holds more than {at_most >> 20:,} MiB, unpacked; divide it, or take fewer rows.")
+def too_large(path: Path, at_most: str) -> UserError:
+    return UserError(f"{path} holds more than {at_most}; divide it, or take fewer rows.")
 
 
 def suffix(path: Path) -> str:
@@ -144,7 +151,7 @@ def content(path: Path, at_most: int = LARGEST_FILE) -> bytes:
         while part := file.read(1 << 20):
             found += part
             if len(found) > at_most:
-                raise too_large(path, at_most)
+                raise too_large(path, f"{at_most >> 20} MiB")
     return bytes(found)
 
 
@@ -195,6 +202,8 @@ def _txt_blocks(path: Path) -> _Rows:
 def _json_rows(path: Path) -> _Rows:
     """Objects one a line, or a list of them: the first character tells, since suffixes are used for either."""
     text = _text(path)
+    if sum(map(text.count, "[{,")) > _LARGEST_JSON:
+        raise too_large(path, f"{_LARGEST_JSON:,} values")
     if text.lstrip().startswith("["):
         yield from ((f"row {number}", row) for number, row in enumerate(_json_list(path, text), start=1))
         return
@@ -233,7 +242,7 @@ def _gap(text: str, at: int) -> int:
 
 
 def _said(error: Exception) -> str:
-    return "lists in lists, too deep to be read" if isinstance(error, RecursionError) else str(error)
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
 
 
 def _csv_rows(path: Path) -> _Rows:
@@ -242,8 +251,7 @@ def _csv_rows(path: Path) -> _Rows:
     first = text.partition("\n")[0]
     delimiter = "\t" if suffix(path) == ".tsv" else next((mark for mark in ",;\t" if mark in first), ",")
     csv.field_size_limit(LARGEST_ROW)  # answers may be longer than the 131,072 characters it allows otherwise
-    lines = (line[0] for line in re.finditer(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+", text))
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    reader = csv.reader(_csv_lines(path, text), delimiter=delimiter, strict=True)
     start = 1
     try:
         header = next(filter(None, reader), [])
@@ -255,13 +263,20 @@ def _csv_rows(path: Path) -> _Rows:
             if len(cells) == len(header):
                 yield f"line {start}", dict(zip(header, cells, strict=True))
             elif cells:
-                why = f"{len(cells)} fields; the header has {len(header)} ({', '.join(header)})"
+                why = f"{len(cells)} fields; the header has {len(header)} ({', '.join(header)[:200]})"
                 yield f"line {start}", RowError(why, {"fields": cells})
             start = reader.line_num + 1  # a quoted cell may hold line breaks: a row is known by its first line
     except csv.Error as error:
         raise UserError(
             f"{path}, line {start}: not CSV ({error}); quotes in a field are doubled and the field is quoted."
         ) from None
+
+
+def _csv_lines(path: Path, text: str) -> Iterator[str]:
+    for number, line in enumerate(re.finditer(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+", text), start=1):
+        if line.end() - line.start() > LARGEST_ROW:
+            raise UserError(f"{path}, line {number}: {_too_long(line.end() - line.start())}.")
+        yield line[0]
 
 
 def _parquet_rows(path: Path) -> _Rows:
@@ -271,9 +286,9 @@ def _parquet_rows(path: Path) -> _Rows:
     names = file.schema_arrow.names
     if len(set(names)) < len(names):
         raise UserError(f"{path}: a column name occurs twice in {names}; each needs its own.")
-    size = rows = 0
-    for batch in file.iter_batches(batch_size=256):  # a batch may unpack to much more than its bytes in the file
-        if (size := size + batch.nbytes) > LARGEST_FILE:
-            raise too_large(path, LARGEST_FILE)
-        yield from ((f"row {number}", row) for number, row in enumerate(batch.to_pylist(), start=rows + 1))
-        rows += batch.num_rows
+    rows = (
+        {name: column[place].as_py() for name, column in zip(names, batch.columns, strict=True)}
+        for batch in file.iter_batches(batch_size=256)
+        for place in range(batch.num_rows)
+    )
+    yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))

@@ -14,7 +14,7 @@ import warnings
 from fnmatch import fnmatch
 from pathlib import Path
 
-from rlhf_pipeline.data.plain_rows import LARGEST_ROW, content, fault_of
+from rlhf_pipeline.data.plain_rows import LARGEST_ROW, checked, content
 from rlhf_pipeline.errors import UserError
 
 _LOG = logging.getLogger(__name__)
@@ -39,12 +39,10 @@ def source_files(folder: Path | None) -> list[tuple[str, str]]:
     unreadable = []
     for name in _names(root, _NEVER if folder else (*_NEVER, *_NOT_OF_LIBRARY)):
         path = root / name
-        if not path.resolve().is_relative_to(root.resolve()):
-            continue
         try:
-            text = _source(path)
-        except (OSError, SyntaxError, LookupError, ValueError, UserError):  # no such encoding, not in it, no file
-            unreadable.append(name)
+            text = _source(path) if path.resolve().is_relative_to(root.resolve()) else ""
+        except (OSError, RuntimeError, SyntaxError, LookupError, ValueError, UserError):
+            unreadable.append(name)  # no file, a link to itself, no such encoding, or not in that encoding
             continue
         if text.strip():
             found.setdefault(text, name)
@@ -64,8 +62,8 @@ def _source(path: Path) -> str:
     encoding, _ = tokenize.detect_encoding(file.readline)
     file.seek(0)
     text = io.TextIOWrapper(file, encoding).read()
-    if fault := fault_of(text):
-        raise ValueError(fault)
+    if why := checked(text)[1]:
+        raise ValueError(why)
     return text
 
 
