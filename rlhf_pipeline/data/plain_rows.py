@@ -188,7 +188,8 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
     while found := _NOT_BLANK.search(text, last):
         at = found.start()
         number += text.count("\n", last, at)
-        start, last = text.rfind("\n", last, at) + 1, (text.find("\n", at) + 1 or len(text) + 1) - 1
+        start, end = text.rfind("\n", last, at) + 1, text.find("\n", at)
+        last = len(text) if end < 0 else end
         yield number, text[start:last]
 
 
@@ -282,13 +283,14 @@ def _csv_lines(path: Path, text: str) -> Iterator[str]:
 def _parquet_rows(path: Path) -> _Rows:
     import pyarrow.parquet as parquet  # slow to import, and few files are Parquet
 
-    file = parquet.ParquetFile(io.BytesIO(content(path)) if path.name.lower().endswith(".gz") else path)
-    names = file.schema_arrow.names
-    if len(set(names)) < len(names):
-        raise UserError(f"{path}: a column name occurs twice in {names}; each needs its own.")
-    rows = (
-        {name: column[place].as_py() for name, column in zip(names, batch.columns, strict=True)}
-        for batch in file.iter_batches(batch_size=256)
-        for place in range(batch.num_rows)
-    )
-    yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+    with io.BytesIO(content(path)) if path.name.lower().endswith(".gz") else path.open("rb") as raw:
+        file = parquet.ParquetFile(raw)
+        names = file.schema_arrow.names
+        if len(set(names)) < len(names):
+            raise UserError(f"{path}: a column name occurs twice in {names}; each needs its own.")
+        rows = (  # one by one: a batch may unpack to much more than its bytes in the file
+            {name: column[place].as_py() for name, column in zip(names, batch.columns, strict=True)}
+            for batch in file.iter_batches(batch_size=256)
+            for place in range(batch.num_rows)
+        )
+        yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
