@@ -1,32 +1,44 @@
 """The Large Movie Review Dataset in its original layout, as a folder or an archive."""
 
+import io
+import logging
 import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from rlhf_pipeline.data.plain_rows import BROKEN, broken, missing, open_file
+from rlhf_pipeline.data.plain_rows import BROKEN, LARGEST_FILE, LARGEST_ROW, broken, content, missing, too_large
 from rlhf_pipeline.data.records import Labelled
 from rlhf_pipeline.errors import UserError
 
+_LOG = logging.getLogger("rlhf_pipeline")
 _ARCHIVES = (".tar.gz", ".tgz", ".tar")
 _LAYOUT = "aclImdb/{train,test}/{pos,neg}/<id>_<rating>.txt"
 _REVIEW = re.compile(r"(?:aclImdb/)?((train|test)/(pos|neg)/(.+))", re.DOTALL)
-_NAME = {"neg": re.compile(r"([0-9]+)_([1-4])\.txt"), "pos": re.compile(r"([0-9]+)_([7-9]|10)\.txt")}
+_NAME = {"neg": re.compile(r"([0-9]{1,18})_([1-4])\.txt"), "pos": re.compile(r"([0-9]{1,18})_([7-9]|10)\.txt")}
 _BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
 
 
 def read_acl_imdb(path: Path) -> dict[str, list[Labelled]]:
-    """The reviews of "train" and "test" in the original aclImdb layout, a folder or a tar archive of it."""
-    if not path.exists():
+    """The reviews of "train" and "test" in the original aclImdb layout, a folder or a tar archive of it.
+
+    Links that lead out of the folder, links of an archive and what is no file are left out, and counted.
+    """
+    if not path.is_dir() and not path.is_file():
         raise missing(path, "file or folder")
     if path.is_file() and not path.name.lower().endswith(_ARCHIVES):
         raise UserError(
             f"{path} is not an aclImdb; allowed are a folder and {', '.join(_ARCHIVES)}, laid out {_LAYOUT}."
         )
     found: dict[tuple[str, str], dict[tuple[int, int], str]] = {(s, f): {} for s in ("train", "test") for f in _NAME}
+    left_out, room = 0, LARGEST_FILE
     for review, data in _folder_files(path) if path.is_dir() else _archive_files(path):
         short, split, folder, file = review.groups()
+        if data is None:
+            left_out += 1
+            continue
+        if (room := room - len(data)) < 0:
+            raise too_large(path, f"{LARGEST_FILE >> 20} MiB")
         known = _NAME[folder].fullmatch(file)
         try:
             text = " ".join(_BREAK.sub(" ", data.decode()).split())
@@ -37,7 +49,12 @@ def read_acl_imdb(path: Path) -> dict[str, list[Labelled]]:
                 f"{path}: {short} does not fit: <id>_<rating>.txt with rating 1..4 in neg and 7..10 in pos, and a text "
                 "in UTF-8."
             )
-        found[split, folder][int(known[1]), int(known[2])] = text
+        key = int(known[1]), int(known[2])
+        if key in found[split, folder]:
+            raise UserError(f"{path}: {short} occurs twice; each review needs its own id.")
+        found[split, folder][key] = text
+    if left_out:
+        _LOG.warning("%s: %d links and other entries that are no files are left out", path, left_out)
     for (split, folder), reviews in found.items():
         if not reviews:
             raise UserError(f"{path}: no reviews in {split}/{folder}; the layout must be {_LAYOUT}.")
@@ -47,23 +64,30 @@ def read_acl_imdb(path: Path) -> dict[str, list[Labelled]]:
     }
 
 
-def _folder_files(path: Path) -> Iterator[tuple[re.Match[str], bytes]]:
+def _folder_files(path: Path) -> Iterator[tuple[re.Match[str], bytes | None]]:
     root = path / "aclImdb" if (path / "aclImdb").is_dir() else path
+    inside = path.resolve()
     for file in root.glob("t*/*/*"):
         review = _REVIEW.fullmatch(file.relative_to(root).as_posix())
-        if review and file.is_file():
-            yield review, file.read_bytes()
+        if review and not file.is_dir():
+            own = file.is_file() and file.resolve().is_relative_to(inside)
+            yield review, content(file, LARGEST_ROW) if own else None
 
 
-def _archive_files(path: Path) -> Iterator[tuple[re.Match[str], bytes]]:
+def _archive_files(path: Path) -> Iterator[tuple[re.Match[str], bytes | None]]:
     """Reviews straight from the archive: nothing is written to disk, so no member can land outside a folder."""
     try:
-        with open_file(path) as raw, tarfile.open(fileobj=raw, mode="r:") as archive:
+        raw = io.BytesIO(content(path))
+        with tarfile.open(fileobj=raw, mode="r:") as archive:
             for member in archive:
+                if member.size < 0:  # from which tarfile would go back, and never end
+                    raise tarfile.ReadError(f"{member.name} has less than no bytes")
+                if member.issparse():
+                    raise UserError(f"{path}: {member.name} is a sparse file; pack the archive without --sparse.")
                 review = _REVIEW.fullmatch(str(PurePosixPath(member.name)))
-                content = archive.extractfile(member) if review and member.isfile() else None
-                if review and content:
-                    yield review, content.read()
+                if review and not member.isdir():
+                    file = archive.extractfile(member) if member.isfile() else None
+                    yield review, file.read() if file else None
             # tarfile takes a damaged header for the end. The true end is zeros; reading it also checks gzip's CRC.
             end = raw.read()
             if not end or end.strip(b"\0"):

@@ -1,14 +1,13 @@
 """Fields of a row: texts, numbers and messages, with errors that name the field."""
 
 import ast
-import json
 import math
 import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf_pipeline.data.plain_rows import Fields, RowError, SkippedRowError, kind_of
+from rlhf_pipeline.data.plain_rows import Fields, RowError, SkippedRowError, checked, from_json, kind_of
 from rlhf_pipeline.data.records import Prompt, Role, Turn
 
 CHATS = ("conversation", "messages", "conversations")
@@ -44,25 +43,38 @@ def name(value: Any) -> str | None:
 
 
 def decoded(cell: Any) -> Any:
-    """A cell of a CSV; lists and objects in it are written as JSON, or as Python writes them."""
+    """A cell of a CSV; lists and objects in it are written as JSON, or as Python writes them.
+
+    A cell stays text if what it holds cannot be used, as where a key occurs twice.
+    """
     if not isinstance(cell, str) or not cell.lstrip().startswith(("[", "{")):
         return cell
     try:
-        return json.loads(cell)
+        value = from_json(cell)
     except ValueError:
-        pass
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of backslashes in what is no Python
-            return ast.literal_eval(cell.strip())
-    except (ValueError, SyntaxError, MemoryError):
-        return cell
+        try:
+            value = _from_python(cell.strip())
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            return cell
+    return cell if checked(value)[1] else value
+
+
+def _from_python(text: str) -> Any:
+    with warnings.catch_warnings(action="ignore"):  # of backslashes in what is no Python
+        tree = ast.parse(text, mode="eval")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Dict) and len(set(map(ast.dump, filter(None, node.keys)))) < len(node.keys):
+            raise ValueError("a key occurs twice")
+    return ast.literal_eval(tree)
 
 
 def renamed(row: Fields, columns: Mapping[str, str]) -> Fields:
     """A row with the reader's names of columns in place of the file's (columns: {ours: theirs})."""
     for ours, theirs in columns.items():
         if theirs not in row:
-            raise RowError(f"data.columns.{ours}={theirs} names no column here; there are {', '.join(row) or 'none'}")
+            raise RowError(
+                f"data.columns.{ours}={theirs} names no column here; there are {', '.join(row)[:200] or 'none'}"
+            )
     names = {theirs: ours for ours, theirs in columns.items()}
     # A column that already has one of our names is dropped.
     return {names.get(key, key): cell for key, cell in row.items() if key in names or key not in columns}

@@ -89,6 +89,8 @@ def _label(row: Fields, data: Fields, note: Fields, reading: Reading) -> Label:
         value = _chosen(note, reading.label)
         lists = _lists(value.held, sides, reading.buckets)
         ranks = {item: place for place, tied in enumerate(lists, start=1) for item in tied}
+        if len(ranks) < sum(map(len, lists)):
+            raise RowError("an answer is ranked twice")
         listed = {side: data[side] for side in sides} if "selected" in value.held else items
         shown = [item for item in listed if item in ranks] + [item for item in ranks if item not in listed]
         answers = [_answer(listed.get(item, data.get(item)), item) for item in shown]
@@ -141,6 +143,8 @@ def _lists(held: Fields, sides: Sequence[str], buckets: Sequence[str] | None) ->
         raise RowError("nothing selected: all is left unsorted")
     order = [bucket.lower() for bucket in buckets or _BUCKETS]
     named = {bucket.strip().lower(): items for bucket, items in ranker.items()}
+    if len(named) < len(ranker):
+        raise RowError("a bucket occurs twice")
     if not set(named) <= {*order, _UNSORTED}:
         names = ", ".join(bucket[:40] for bucket in ranker)
         raise RowError(f"no order is known of the buckets {names}; say data.buckets=[..], best first")
@@ -153,7 +157,10 @@ def _items(data: Fields) -> Fields:
     for key in sorted(data, key=lambda key: key != "items"):
         cell = None if key in _PROMPTS or key in _ABOUT else fields.decoded(data[key])
         if isinstance(cell, list) and cell and all(isinstance(item, dict) and "id" in item for item in cell):
-            return {str(item["id"]): item for item in cell}
+            found = {str(item["id"]): item for item in cell}
+            if len(found) < len(cell):
+                raise RowError(f"an id occurs twice in '{key}'")
+            return found
     return {}
 
 

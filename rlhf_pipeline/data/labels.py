@@ -8,11 +8,11 @@ from typing import Literal
 
 from rlhf_pipeline.data import fields
 from rlhf_pipeline.data.plain_rows import Fields, RowError
-from rlhf_pipeline.data.records import Judgement, Prompt, Turn, plain
+from rlhf_pipeline.data.records import Judgement, Prompt, Turn
 from rlhf_pipeline.data.sheets import unmarked
 
 _ASSISTANT = "\n\nAssistant:"
-_RANK = re.compile(r"rank([0-9]+)")
+_RANK = re.compile(r"rank(0|[1-9][0-9]{0,8})")
 _PAIR = {"chosen", "selected", "rejected", "rejected_response", "winner"}
 _ALLOWED = (
     "allowed are prompt, chosen, rejected; prompt, responses; a sheet's prompt, answer1, rank1, ..; exports of Label "
@@ -55,10 +55,6 @@ def judged(
     kept = [(answer, rank) for answer, rank in zip(answers, ranks, strict=True) if rank is not None]
     if len(kept) < 2:
         raise RowError(f"{len(kept)} of {len(answers)} answers ranked; it takes two or more")
-    try:
-        "".join((plain(prompt), *answers)).encode()
-    except UnicodeEncodeError:
-        raise RowError("half a character (a lone surrogate) in a text") from None
     return Judgement(prompt, tuple(a for a, _ in kept), tuple(rank for _, rank in kept), task, annotator, margin)
 
 

@@ -8,7 +8,6 @@ import io
 import json
 import logging
 import re
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,10 +17,16 @@ from rlhf_pipeline.errors import UserError
 
 _LOG = logging.getLogger("rlhf_pipeline")
 _JSON = "allowed are one object a line, or one list of them"
+_HALF = re.compile("[\ud800-\udfff]")
+_NOT_BLANK = re.compile(r"\S")
 # Most bytes are valid GB18030. A text that looks more like another of these encodings is refused.
 _ENCODINGS = ["gb18030", "big5", "euc_kr", "shift_jis", "cp1251", "latin_1"]
 
-BROKEN = (EOFError, zlib.error, OSError, ValueError)  # what a damaged file makes the readers raise
+# What a damaged file makes the readers raise.
+BROKEN = (EOFError, zlib.error, OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError)
+LARGEST_FILE = 1 << 30  # bytes, unpacked: a few kilobytes may unpack to more than any memory holds
+LARGEST_ROW = 1 << 23  # characters, as several novels have; a tokenizer needs 300 bytes for each
+_LARGEST_JSON = 1 << 26  # values: one of two bytes in a file takes 70 in memory
 
 Fields = dict[str, Any]
 
@@ -53,11 +58,16 @@ def read_rows(path: Path, blocks: bool = False) -> Iterator[tuple[str, Fields | 
             f"{path}: unknown suffix; allowed are {', '.join(readers)}, each also with .gz. Save a spreadsheet as CSV "
             "UTF-8; unpack an archive and give one of its files."
         )
-    empty = True
+    empty, room = True, LARGEST_FILE
     try:
         for where, row in readers[suffix(path)](path):
             empty = False
-            if not isinstance(row, dict | RowError):
+            if isinstance(row, dict):
+                size, why = checked(row)
+                if (room := room - size) < 0:  # Parquet holds a text once, however often it occurs
+                    raise too_large(path, f"{LARGEST_FILE:,} characters")
+                row = RowError(why, row) if why else row
+            elif not isinstance(row, RowError):
                 row = RowError(f'{kind_of(row)} where an object is needed, such as {{"text": ...}}', {"value": row})
             yield where, row
     except BROKEN as error:
@@ -71,28 +81,83 @@ def kind_of(value: Any) -> str:
     return "nothing" if value is None else kinds.get(type(value), "neither text nor a number")
 
 
+class _Twice(Fields):
+    """An object of JSON in which a key occurs twice."""
+
+
+def from_json(text: str) -> Any:
+    """A JSON value. `checked` says whether it can be used."""
+    return _JSON_DECODER.decode(text)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Fields:
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else _Twice(found)
+
+
+_JSON_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def checked(value: Any) -> tuple[int, str | None]:
+    """How many characters a value has, and why it cannot be used, however deep the reason lies in it."""
+    size, why, left = 0, None, [value]
+    while left:
+        part = left.pop()
+        if isinstance(part, _Twice):
+            why = f"a key occurs twice in an object of {', '.join(part)[:200]}"
+        if isinstance(part, str):
+            size += len(part)
+            if not part.isascii() and _HALF.search(part):
+                why = "half a character (a lone surrogate) in a text"
+        if isinstance(part, dict):
+            left += [*part, *part.values()]
+        elif isinstance(part, list | tuple):
+            left += part
+    return size, _too_long(size) if size > LARGEST_ROW else why
+
+
+def _too_long(size: int) -> str:
+    return f"it has {size:,} characters; a row takes {LARGEST_ROW:,} at most"
+
+
 def missing(path: Path, kind: str) -> UserError:
+    if path.exists() and not path.is_dir():
+        return UserError(f"{path} is a pipe, a socket or a device; give a {kind}.")
     names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
     near = [] if path.exists() else difflib.get_close_matches(path.name, names)
     return UserError(f"no {kind} at {path}" + (f"; near it: {', '.join(near)}." if near else "."))
 
 
 def broken(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} cannot be read to its end ({error}): cut short, damaged or misnamed; fetch it again.")
+    return UserError(
+        f"{path} cannot be read to its end ({_said(error)}): cut short, damaged or misnamed; fetch it again."
+    )
+
+
+def too_large(path: Path, at_most: str) -> UserError:
+    return UserError(f"{path} holds more than {at_most}; divide it, or take fewer rows.")
 
 
 def suffix(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def open_file(path: Path) -> io.BufferedIOBase:
-    return gzip.open(path) if path.name.lower().endswith((".gz", ".tgz")) else path.open("rb")
+def content(path: Path, at_most: int = LARGEST_FILE) -> bytes:
+    """All bytes of a file, unpacked."""
+    if not path.is_file():  # opening a pipe would never end
+        raise missing(path, "file")
+    found = bytearray()
+    with gzip.open(path) if path.name.lower().endswith((".gz", ".tgz")) else path.open("rb") as file:
+        while part := file.read(1 << 20):
+            found += part
+            if len(found) > at_most:
+                raise too_large(path, f"{at_most >> 20} MiB")
+    return bytes(found)
 
 
 def _text(path: Path) -> str:
     """A text in UTF-8, in UTF-16 with its mark (Excel's Unicode text), or in GB18030 (GBK), common in China."""
-    with open_file(path) as file:
-        data = file.read()
+    data = content(path)
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
         text = data.decode(encoding)
@@ -114,8 +179,18 @@ def _text(path: Path) -> str:
 
 def _txt_rows(path: Path) -> _Rows:
     # Lines end at "\n" alone, here and below: U+2028 and the like stay inside a text.
-    lines = enumerate(_text(path).split("\n"), start=1)
-    return ((f"line {number}", {"text": line.rstrip("\r")}) for number, line in lines if line.strip())
+    return ((f"line {number}", {"text": line.rstrip("\r")}) for number, line in _lines(_text(path)))
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """The lines that are not blank, with their numbers."""
+    number, last = 1, 0  # `last` is where the line before ended
+    while found := _NOT_BLANK.search(text, last):
+        at = found.start()
+        number += text.count("\n", last, at)
+        start, end = text.rfind("\n", last, at) + 1, text.find("\n", at)
+        last = len(text) if end < 0 else end
+        yield number, text[start:last]
 
 
 def _txt_blocks(path: Path) -> _Rows:
@@ -128,19 +203,47 @@ def _txt_blocks(path: Path) -> _Rows:
 def _json_rows(path: Path) -> _Rows:
     """Objects one a line, or a list of them: the first character tells, since suffixes are used for either."""
     text = _text(path)
+    if sum(map(text.count, "[{,")) > _LARGEST_JSON:
+        raise too_large(path, f"{_LARGEST_JSON:,} values")
     if text.lstrip().startswith("["):
-        try:
-            yield from ((f"row {number}", row) for number, row in enumerate(json.loads(text), start=1))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {getattr(error, 'lineno', 1)}: not JSON ({error}); {_JSON}.") from None
+        yield from ((f"row {number}", row) for number, row in enumerate(_json_list(path, text), start=1))
         return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                row = RowError(f"not JSON ({error}); {_JSON}", {"text": line})
-            yield f"line {number}", row
+    for number, line in _lines(text):
+        try:
+            row = from_json(line)
+        except (ValueError, RecursionError) as error:
+            row = RowError(f"not JSON ({_said(error)}); {_JSON}", {"text": line})
+        yield f"line {number}", row
+
+
+def _json_list(path: Path, text: str) -> Iterator[Any]:
+    """One item after the other, so that an error has a line, and a file of many rows needs no list of them all."""
+    at = _gap(text, text.index("[") + 1)
+    try:
+        more = not text.startswith("]", at)
+        while more:
+            row, at = _JSON_DECODER.raw_decode(text, at)
+            yield row
+            at = _gap(text, at)
+            if more := text.startswith(",", at):
+                at = _gap(text, at + 1)
+        if not text.startswith("]", at):
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+        if (at := _gap(text, at + 1)) < len(text):
+            raise json.JSONDecodeError("Extra data", text, at)
+    except (ValueError, RecursionError) as error:
+        line = text.count("\n", 0, getattr(error, "pos", at)) + 1
+        raise UserError(f"{path}, line {line}: not JSON ({_said(error)}); {_JSON}.") from None
+
+
+def _gap(text: str, at: int) -> int:
+    """Where the white space that begins at a place ends."""
+    found = _NOT_BLANK.search(text, at)
+    return found.start() if found else len(text)
+
+
+def _said(error: Exception) -> str:
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
 
 
 def _csv_rows(path: Path) -> _Rows:
@@ -148,8 +251,8 @@ def _csv_rows(path: Path) -> _Rows:
     # A spreadsheet writes ; where the comma stands in decimal numbers, and tabs as what it calls text.
     first = text.partition("\n")[0]
     delimiter = "\t" if suffix(path) == ".tsv" else next((mark for mark in ",;\t" if mark in first), ",")
-    csv.field_size_limit(sys.maxsize)  # answers may be longer than the 131,072 characters it allows otherwise
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    csv.field_size_limit(LARGEST_ROW)  # answers may be longer than the 131,072 characters it allows otherwise
+    reader = csv.reader(_csv_lines(path, text), delimiter=delimiter, strict=True)
     start = 1
     try:
         header = next(filter(None, reader), [])
@@ -161,7 +264,7 @@ def _csv_rows(path: Path) -> _Rows:
             if len(cells) == len(header):
                 yield f"line {start}", dict(zip(header, cells, strict=True))
             elif cells:
-                why = f"{len(cells)} fields; the header has {len(header)} ({', '.join(header)})"
+                why = f"{len(cells)} fields; the header has {len(header)} ({', '.join(header)[:200]})"
                 yield f"line {start}", RowError(why, {"fields": cells})
             start = reader.line_num + 1  # a quoted cell may hold line breaks: a row is known by its first line
     except csv.Error as error:
@@ -170,10 +273,24 @@ def _csv_rows(path: Path) -> _Rows:
         ) from None
 
 
+def _csv_lines(path: Path, text: str) -> Iterator[str]:
+    for number, line in enumerate(re.finditer(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+", text), start=1):
+        if line.end() - line.start() > LARGEST_ROW:
+            raise UserError(f"{path}, line {number}: {_too_long(line.end() - line.start())}.")
+        yield line[0]
+
+
 def _parquet_rows(path: Path) -> _Rows:
     import pyarrow.parquet as parquet  # slow to import, and few files are Parquet
 
-    with open_file(path) as raw:
-        batches = parquet.ParquetFile(raw).iter_batches()
-        rows = (row for batch in batches for row in batch.to_pylist())
+    with io.BytesIO(content(path)) if path.name.lower().endswith(".gz") else path.open("rb") as raw:
+        file = parquet.ParquetFile(raw)
+        names = file.schema_arrow.names
+        if len(set(names)) < len(names):
+            raise UserError(f"{path}: a column name occurs twice in {names}; each needs its own.")
+        rows = (  # one by one: a batch may unpack to much more than its bytes in the file
+            {name: column[place].as_py() for name, column in zip(names, batch.columns, strict=True)}
+            for batch in file.iter_batches(batch_size=256)
+            for place in range(batch.num_rows)
+        )
         yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))

@@ -4,6 +4,7 @@ Nothing here runs the code it reads.
 """
 
 import ast
+import io
 import logging
 import os
 import re
@@ -13,6 +14,7 @@ import warnings
 from fnmatch import fnmatch
 from pathlib import Path
 
+from rlhf_pipeline.data.plain_rows import LARGEST_ROW, checked, content
 from rlhf_pipeline.errors import UserError
 
 _LOG = logging.getLogger(__name__)
@@ -38,12 +40,11 @@ def source_files(folder: Path | None) -> list[tuple[str, str]]:
     for name in _names(root, _NEVER if folder else (*_NEVER, *_NOT_OF_LIBRARY)):
         path = root / name
         try:
-            with tokenize.open(path) as file:  # by the file's own coding cookie
-                text = file.read()
-        except (OSError, SyntaxError, LookupError, ValueError):  # no such encoding, or not in that encoding
-            unreadable.append(name)
+            text = _source(path) if path.resolve().is_relative_to(root.resolve()) else ""
+        except (OSError, RuntimeError, SyntaxError, LookupError, ValueError, UserError):
+            unreadable.append(name)  # no file, a link to itself, no such encoding, or not in that encoding
             continue
-        if text.strip() and path.resolve().is_relative_to(root.resolve()):
+        if text.strip():
             found.setdefault(text, name)
     if unreadable:
         _LOG.warning("%s: %d files cannot be read and are left out, as %s.", root, len(unreadable), unreadable[0])
@@ -53,6 +54,17 @@ def source_files(folder: Path | None) -> list[tuple[str, str]]:
             "standard library."
         )
     return [(name, text) for text, name in found.items()]
+
+
+def _source(path: Path) -> str:
+    """A file's text, by its own coding cookie."""
+    file = io.BytesIO(content(path, LARGEST_ROW))
+    encoding, _ = tokenize.detect_encoding(file.readline)
+    file.seek(0)
+    text = io.TextIOWrapper(file, encoding).read()
+    if why := checked(text)[1]:
+        raise ValueError(why)
+    return text
 
 
 def _names(root: Path, unwanted: tuple[str, ...]) -> list[str]:

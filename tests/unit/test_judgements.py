@@ -222,6 +222,9 @@ def test_items_are_looked_up_by_id_then_body_then_title_then_in_the_data(tmp_pat
          "no prompt among poem; data.columns"),
         (task(annotation(LEFT), data=["answer1"]), "'data' is a list, not an object"),
         (task(annotation(LEFT), data={**DATA, "prompt": "\ud800"}), "half a character"),
+        (task(annotation(ranker(["answer1", "answer2", "answer1"]))), "an answer is ranked twice"),
+        (task(annotation(ranker({"Best": ["answer1"], "best": ["answer2"]}))), "a bucket occurs twice"),
+        (task(annotation(ranker(["x", "y"])), data={"list": [{"id": "x"}, {"id": "x"}]}), "an id occurs twice in 'li"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_believed_is_set_aside_with_a_plain_reason(tmp_path: Path, row: Any, reason: str) -> None:

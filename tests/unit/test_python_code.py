@@ -178,8 +178,12 @@ def test_what_cannot_be_read_is_counted(tmp_path: Path, caplog: pytest.LogCaptur
     (tmp_path / "c.py").write_text("# coding: rot13\n")
     (tmp_path / "d.py").write_text("d = 1\n")
     os.symlink(tmp_path / "gone.py", tmp_path / "e.py")
+    os.symlink(tmp_path / "f.py", tmp_path / "f.py")
+    os.mkfifo(tmp_path / "g.py")
+    (tmp_path / "h.py").write_text("# coding: unicode_escape\nh = '\\ud83d'\n")
+    (tmp_path / "i.py").write_bytes(b"i = 1\n" * 2_000_000)
     assert [name for name, _ in source_files(tmp_path)] == ["d.py"]
-    assert "4 files cannot be read and are left out, as a.py" in caplog.text
+    assert "8 files cannot be read and are left out, as a.py" in caplog.text
     (tmp_path / "d.py").unlink()
     with pytest.raises(UserError, match="no Python source that can be read"):
         list(source_files(tmp_path))

@@ -4,6 +4,8 @@ import csv
 import gzip
 import io
 import json
+import os
+import socket
 import tarfile
 from collections import Counter
 from collections.abc import Callable
@@ -107,7 +109,7 @@ def test_acl_imdb_names_an_unreadable_review(tmp_path: Path, text: bytes) -> Non
         read_acl_imdb(root)
 
 
-def test_acl_imdb_takes_nothing_from_hostile_members(tmp_path: Path) -> None:
+def test_acl_imdb_takes_nothing_from_hostile_members(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     hostile = [tarfile.TarInfo(name) for name in ("../1_9.txt", "/train/pos/1_9.txt")]
     for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
         link = tarfile.TarInfo("aclImdb/train/pos/7_7.txt")
@@ -116,6 +118,42 @@ def test_acl_imdb_takes_nothing_from_hostile_members(tmp_path: Path) -> None:
     read = read_acl_imdb(write_folder(tmp_path / "a", REVIEWS))
     assert read_acl_imdb(write_archive(tmp_path / "a.tar.gz", REVIEWS, *hostile)) == read
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.tar.gz"]
+    assert "a.tar.gz: 4 links and other entries that are no files are left out" in caplog.text
+
+
+def test_acl_imdb_follows_no_link_out_of_its_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = write_folder(tmp_path / "a", REVIEWS)
+    read = read_acl_imdb(root)
+    (tmp_path / "secret.txt").write_text("A secret.")
+    for number, target in enumerate([tmp_path / "secret.txt", Path("/dev/zero"), Path("nowhere")], start=70):
+        (root / f"train/pos/{number}_9.txt").symlink_to(target)
+    os.mkfifo(root / "train/pos/80_9.txt")
+    assert read_acl_imdb(root) == read
+    assert "a: 4 links and other entries that are no files are left out" in caplog.text
+    (root / "train/pos").rename(tmp_path / "elsewhere")
+    (root / "train/pos").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="no reviews in train/pos"):
+        read_acl_imdb(root)
+
+
+@pytest.mark.parametrize(
+    ("headers", "message"),
+    [
+        ({"GNU.sparse.map": "0,0", "GNU.sparse.size": str(10**11)}, r"train/pos/7_7\.txt is a sparse file; pack"),
+        ({"size": "-512"}, "has less than no bytes"),
+        ({"size": str(2**80)}, "cannot be read to its end"),
+    ],
+)
+def test_acl_imdb_believes_no_size(tmp_path: Path, headers: dict[str, str], message: str) -> None:
+    member = tarfile.TarInfo("aclImdb/train/pos/7_7.txt")
+    member.pax_headers = headers
+    with pytest.raises(UserError, match=message):
+        read_acl_imdb(write_archive(tmp_path / "a.tar.gz", REVIEWS, member))
+
+
+def test_acl_imdb_has_each_review_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train/pos/0*2_7\.txt occurs twice"):
+        read_acl_imdb(write_folder(tmp_path, REVIEWS | {"train/pos/002_7.txt": "Another."}))
 
 
 def many() -> dict[str, str]:
@@ -260,6 +298,13 @@ def test_rows_gzip_and_parquet(tmp_path: Path) -> None:
         ("a.jsonl.gz", b"plain", "cannot be read to its end"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9], "cut short"),
         ("a.parquet", b"PAR1PAR1PAR1", "damaged or misnamed"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": ' + b"[" * 200_000, r"line 2: not JSON \(nested too deeply\)"),
+        ("a.json", b'[{"text": "a"},\n{"text": ' + b"[" * 200_000, r"line 2: not JSON \(nested too deeply\)"),
+        ("a.json", b'[{"text": "a"},\n]', "line 2: not JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b", "text": "c"}', "line 2: a key occurs twice in an object of text"),
+        ("a.json", b'[{"text": "a"}, {"text": "b", "more": [{"x": 1, "x": 2}]}]', "row 2: a key occurs twice"),
+        ("a.jsonl", rb'{"text": "\ud83d\ude00"}' + b"\n" + rb'{"text": "b \ud83d"}', "line 2: half a character"),
+        ("a.json", rb'[{"text": "a", "more": {"\ude00": 1}}]', "row 1: half a character"),
     ],
 )
 def test_faults_name_file_and_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -267,6 +312,54 @@ def test_faults_name_file_and_line(tmp_path: Path, name: str, content: bytes, me
     with pytest.raises(UserError, match=message) as caught:
         read_texts(tmp_path / name)
     assert str(caught.value).startswith(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("name", "begin", "part", "times", "message"),
+    [
+        ("a.txt", b"a\n", b"b", 9_000_000, "line 2: it has 9,000,004 characters; a row takes 8,388,608 at most"),
+        ("a.csv", b"text\n", b"b", 9_000_000, "line 2: it has 9,000,000 characters"),
+        ("a.csv", b"text", b",", 9_000_000, "line 1: it has 9,000,004 characters"),
+        ("a.json", b"[", b"{},", 40_000_000, "holds more than 67,108,864 values"),
+        ("a.txt.gz", b"", gzip.compress(bytes(1 << 26), 1), 17, "holds more than 1024 MiB; divide it"),
+    ],
+    ids=["line", "cell", "columns", "list", "gzip"],
+)
+def test_a_file_that_would_fill_the_memory(
+    tmp_path: Path, name: str, begin: bytes, part: bytes, times: int, message: str
+) -> None:
+    (tmp_path / name).write_bytes(begin + part * times)
+    with pytest.raises(UserError, match=message):
+        read_texts(tmp_path / name)
+
+
+def test_parquet_with_a_column_twice_and_one_text_very_often(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: a column name occurs twice"):
+        read_texts(tmp_path / "a.parquet")
+    often = pa.DictionaryArray.from_arrays(pa.array([0] * 200, pa.int8()), pa.array(["x" * 8_000_000]))
+    pq.write_table(pa.table({"text": often}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"b\.parquet holds more than 1,073,741,824 characters"):
+        read_texts(tmp_path / "b.parquet")
+
+
+def test_pipes_sockets_and_devices_are_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as opened:
+        opened.bind(str(tmp_path / "socket"))
+    for target in (tmp_path / "pipe", tmp_path / "socket", Path("/dev/zero")):
+        for read, suffix in ((read_texts, "jsonl"), (read_judgements, "csv.gz"), (read_acl_imdb, "tar")):
+            (path := tmp_path / f"{target.name}.{suffix}").symlink_to(target)
+            with pytest.raises(UserError, match="is a pipe, a socket or a device; give a file"):
+                read(path)
+
+
+def test_what_looks_like_a_path_or_a_formula_stays_text(tmp_path: Path) -> None:
+    texts = ["../../etc/passwd", "file:///etc/passwd", '=HYPERLINK("http://x")', "${oc.env:HOME}", "{{ 7 * 7 }}", "'=1"]
+    rows = [{"text": text} for text in texts]
+    for path in (jsonl(tmp_path / "a.jsonl", *rows), sheet(tmp_path / "a.csv", *rows)):
+        assert read_texts(path) == [Text(text) for text in texts]
 
 
 def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
@@ -383,6 +476,26 @@ def test_a_cell_of_messages_that_was_cut_off_is_no_text(tmp_path: Path, caplog: 
     path = sheet(tmp_path / "a.csv", {"prompt": "p", "completion": deep})
     with pytest.raises(UserError, match="lists in lists, too deep"):
         read_demonstrations(path)
+
+
+def test_of_a_key_that_occurs_twice_neither_value_is_taken(tmp_path: Path) -> None:
+    rows = ['{"prompt": "p", "chosen": "a", "rejected": "b", "chosen": "c"}', r'{"chosen": "\ud83d", "rejected": "b"}']
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join([*rows, '{"prompt": "p", "chosen": "a", "rejected": "b"}']))
+    found = read_judgements(path)
+    assert [(row["where"], row["why"][:16]) for row in found.rejected] == [
+        ("line 1", "a key occurs twi"), ("line 2", "half a character"),
+    ]  # fmt: skip
+    assert len(found.judgements) == 1
+    for cell in (
+        '[{"role": "user", "content": "a", "content": "b"}]',
+        "[{'role': 'user', 'content': 'a', 'role': 'x'}]",
+    ):
+        path = sheet(tmp_path / "a.csv", {"messages": cell})
+        with pytest.raises(UserError, match="begins like a list of messages, and cannot be read as one"):
+            read_demonstrations(path)
+    path = sheet(tmp_path / "a.csv", {"prompt": '{"a": 1, "a": 2}', "completion": r'["\ud83d"]'})
+    assert read_demonstrations(path) == [Demonstration('{"a": 1, "a": 2}', r'["\ud83d"]')]
 
 
 def test_messages_of_files_that_were_merged_leave_their_other_columns_null(tmp_path: Path) -> None:
