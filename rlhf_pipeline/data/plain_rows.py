@@ -58,14 +58,14 @@ def read_rows(path: Path, blocks: bool = False) -> Iterator[tuple[str, Fields | 
             f"{path}: unknown suffix; allowed are {', '.join(readers)}, each also with .gz. Save a spreadsheet as CSV "
             "UTF-8; unpack an archive and give one of its files."
         )
-    empty, room = True, LARGEST_FILE
+    empty, room = True, room_for(path)
     try:
         for where, row in readers[suffix(path)](path):
             empty = False
             if isinstance(row, dict):
                 size, why = checked(row)
                 if (room := room - size) < 0:  # Parquet holds a text once, however often it occurs
-                    raise too_large(path, f"{LARGEST_FILE:,} characters")
+                    raise too_large(path, f"{room_for(path):,} characters")
                 row = RowError(why, row) if why else row
             elif not isinstance(row, RowError):
                 row = RowError(f'{kind_of(row)} where an object is needed, such as {{"text": ...}}', {"value": row})
@@ -142,11 +142,17 @@ def suffix(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
+def room_for(path: Path) -> int:
+    """Bytes or characters that a file may unpack to. Texts are packed to a third or a tenth, bombs to a thousandth."""
+    return max(LARGEST_FILE, 100 * path.stat().st_size)
+
+
 def content(path: Path, at_most: int = LARGEST_FILE) -> bytes:
-    """All bytes of a file, unpacked."""
+    """All bytes of a file, unpacked, of at most so many."""
     if not path.is_file():  # opening a pipe would never end
         raise missing(path, "file")
     found = bytearray()
+    at_most = room_for(path) if at_most == LARGEST_FILE else at_most
     with gzip.open(path) if path.name.lower().endswith((".gz", ".tgz")) else path.open("rb") as file:
         while part := file.read(1 << 20):
             found += part
