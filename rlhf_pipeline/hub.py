@@ -3,6 +3,7 @@
 import difflib
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -10,7 +11,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.files import disk_error
 
 PATIENCE = 5.0  # seconds in which a hub has to answer
+_MOST = 10_000  # layers, labels, heads or experts of a model
 _FIX = (
     "check the name, or give a local path; if it is private or gated, set HF_TOKEN; behind a firewall set HF_ENDPOINT "
     "to a mirror; with no network run the offline demo: make demo"
@@ -44,14 +46,31 @@ def explained(what: str, setting: str) -> Iterator[None]:
 
         if fault := disk_error(error, Path(constants.HF_HOME)):
             raise fault from error
-        reason = reason_of(error, 250)
+        reason = reason_of(_hub_failure(error) or error, 250)
         failure = f"is not in the cache ({constants.HF_HOME}), and {silence}" if silence else "could not be opened"
-        raise UserError(f"{setting}={what} {failure} ({reason}); {_FIX}.") from error
+        fix = (
+            "if a file in it is damaged, restore it, or give another"
+            if os.path.exists(os.path.expanduser(what))
+            else _FIX
+        )
+        raise UserError(f"{setting}={what} {failure} ({reason}); {fix}.") from error
 
 
 def reason_of(error: BaseException, length: int) -> str:
     """What an exception says, in one line of at most `length` characters and without secrets."""
     return textwrap.shorten(public(str(error)), length) or type(error).__name__
+
+
+def _hub_failure(error: BaseException | None) -> BaseException | None:
+    """The answer of a failing hub behind an exception: transformers would call it a lost connection."""
+    while error and not _fails(getattr(getattr(error, "response", None), "status_code", 0)):
+        error = error.__cause__
+    return error
+
+
+def _fails(status: int) -> bool:
+    """Whether an answer of the hub with this status is worth another try."""
+    return status in (408, 429) or status >= 500
 
 
 def endpoint() -> str:
@@ -65,11 +84,11 @@ def public(text: str) -> str:
     """Text without secrets: logins in addresses, and what a server or a client quotes of tokens and passwords."""
     from huggingface_hub import get_token
 
+    text = re.sub(r"://[^/?#\s]*@", "://", text)
     password = _login().rstrip("@").rpartition(":")[2]
     for secret in (_login(), get_token(), password, unquote(password)):
         if secret and len(secret) > 3:
             text = text.replace(secret, "***")
-    text = re.sub(r"://[^/?#\s]*@", "://", text)
     return re.sub(r"(?i)\b(bearer|basic) \S+", r"\1 ***", text)
 
 
@@ -114,7 +133,7 @@ def _bound_retries() -> None:
         nonlocal failing_since
         if response.is_redirect:
             return
-        if response.status_code not in (408, 429) and response.status_code < 500:
+        if not _fails(response.status_code):
             failing_since = None
             return
         failing_since = failing_since or time.monotonic()
@@ -205,10 +224,14 @@ def open_pretrained(kind: Any, where: str, setting: str, **options: Any) -> Any:
     if hasattr(kind, "from_config"):  # a model
         options |= {"dtype": "float32", "use_safetensors": safe or None}
     with explained(where, setting):
-        _check_index(where, setting)
+        _check_files(where, setting)
+        _check_numbers(where)
         try:
             # Without the False transformers would ask at the terminal.
-            return kind.from_pretrained(where, trust_remote_code=False, **options)
+            opened = kind.from_pretrained(where, trust_remote_code=False, **options)
+            if hasattr(opened, "encode"):
+                opened("a")  # some fields of its files are not looked at before
+            return opened
         except OSError as error:
             if safe and "safetensors" in str(error) and (_is_here(where) or not hub_silence()):
                 raise UserError(
@@ -217,9 +240,29 @@ def open_pretrained(kind: Any, where: str, setting: str, **options: Any) -> Any:
             raise
 
 
-def _check_index(where: str, setting: str) -> None:
-    """Refuse an index of weights that names files outside the model's folder; the hub's client does so itself."""
+def _check_files(where: str, setting: str) -> None:
+    """Refuse a pipe, and an index of weights that names files outside its folder (the hub's client does so itself)."""
+    for path in Path(where).glob("*.*"):
+        if not path.is_file() and not path.is_dir() and path.exists():
+            raise UserError(f"{setting}={where}: {path.name} is no file; delete it, or give another folder.")
     for index in Path(where).glob("*.index.json"):
         for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values():
             if Path(name).name != name:
-                raise UserError(f"{setting}={where}: {index.name} names {name}; it may name files of its folder alone.")
+                raise UserError(
+                    f"{setting}={where}: {index.name} names {name}; it may name files in its own folder alone. "
+                    "Correct it, or give another folder."
+                )
+
+
+def _check_numbers(where: str) -> None:
+    """Refuse a configuration that is not noticed when a model is made: of parts without end, or with a NaN."""
+    from transformers import PreTrainedConfig
+
+    with suppress(OSError):  # an adapter's folder has none
+        config, _ = PreTrainedConfig.get_config_dict(where)
+        for each in (config, *(inner for inner in config.values() if isinstance(inner, dict))):
+            for name, value in each.items():
+                if isinstance(value, float) and math.isnan(value):
+                    raise ValueError(f"its config.json has NaN for {name}")
+                if re.search("layer|label|head|expert", name) and isinstance(value, int) and value > _MOST:
+                    raise ValueError(f"its config.json has more than {_MOST} for {name}")
