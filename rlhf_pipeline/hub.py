@@ -64,7 +64,7 @@ def reason_of(error: BaseException, length: int) -> str:
 def _hub_failure(error: BaseException | None) -> BaseException | None:
     """The answer of a failing hub behind an exception: transformers would call it a lost connection."""
     while error and not _fails(getattr(getattr(error, "response", None), "status_code", 0)):
-        error = error.__cause__
+        error = error.__cause__ or error.__context__
     return error
 
 
@@ -241,7 +241,7 @@ def open_pretrained(kind: Any, where: str, setting: str, **options: Any) -> Any:
 
 
 def _check_files(where: str, setting: str) -> None:
-    """Refuse a pipe, and an index of weights that names files outside its folder (the hub's client does so itself)."""
+    """Refuse a pipe, and an index of weights that leads out of its folder. The hub's client keeps to its cache."""
     for path in Path(where).glob("*.*"):
         if not path.is_file() and not path.is_dir() and path.exists():
             raise UserError(f"{setting}={where}: {path.name} is no file; delete it, or give another folder.")
