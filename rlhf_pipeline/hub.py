@@ -1,20 +1,27 @@
 """Opening what lies in a folder or on the Hugging Face hub, with failures that say what to do."""
 
 import difflib
+import json
+import logging
+import math
 import os
+import re
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.files import disk_error
 
 PATIENCE = 5.0  # seconds in which a hub has to answer
+_MOST = 10_000  # layers, labels, heads or experts of a model
 _FIX = (
     "check the name, or give a local path; if it is private or gated, set HF_TOKEN; behind a firewall set HF_ENDPOINT "
     "to a mirror; with no network run the offline demo: make demo"
@@ -30,16 +37,67 @@ def explained(what: str, setting: str) -> Iterator[None]:
     silence = None if _is_here(what) else hub_silence()
     try:
         yield
-    except Exception as error:
+    except UserError:
+        raise
+    except BaseException as error:  # a reader may raise anything on a file of an odd shape
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # that of tokenizers, in Rust
+            raise
         from huggingface_hub import constants
 
         if fault := disk_error(error, Path(constants.HF_HOME)):
             raise fault from error
-        if not isinstance(error, OSError | ValueError | RuntimeError) and type(error).__name__ != "SafetensorError":
-            raise
-        reason = textwrap.shorten(str(error) or type(error).__name__, 250)
+        reason = reason_of(_hub_failure(error) or error, 250)
         failure = f"is not in the cache ({constants.HF_HOME}), and {silence}" if silence else "could not be opened"
-        raise UserError(f"{setting}={what} {failure} ({reason}); {_FIX}.") from error
+        fix = (
+            "if a file in it is damaged, restore it, or give another"
+            if os.path.exists(os.path.expanduser(what))
+            else _FIX
+        )
+        raise UserError(f"{setting}={what} {failure} ({reason}); {fix}.") from error
+
+
+def reason_of(error: BaseException, length: int) -> str:
+    """What an exception says, in one line of at most `length` characters and without secrets."""
+    return textwrap.shorten(public(str(error)), length) or type(error).__name__
+
+
+def _hub_failure(error: BaseException | None) -> BaseException | None:
+    """The answer of a failing hub behind an exception: transformers would call it a lost connection."""
+    while error and not _fails(getattr(getattr(error, "response", None), "status_code", 0)):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _fails(status: int) -> bool:
+    """Whether an answer of the hub with this status is worth another try."""
+    return status in (408, 429) or status >= 500
+
+
+def endpoint() -> str:
+    """The hub's address, without the user and password that HF_ENDPOINT may hold."""
+    from huggingface_hub import constants
+
+    return constants.ENDPOINT.replace(_login(), "")
+
+
+def public(text: str) -> str:
+    """Text without secrets: logins in addresses, and what a server or a client quotes of tokens and passwords."""
+    from huggingface_hub import get_token
+
+    text = re.sub(r"://[^/?#\s]*@", "://", text)
+    password = _login().rstrip("@").rpartition(":")[2]
+    for secret in (_login(), get_token(), password, unquote(password)):
+        if secret and len(secret) > 3:
+            text = text.replace(secret, "***")
+    return re.sub(r"(?i)\b(bearer|basic) \S+", r"\1 ***", text)
+
+
+def _login() -> str:
+    """`user:password@`, where HF_ENDPOINT begins so."""
+    from huggingface_hub import constants
+
+    found = re.match(r"(?:\w+://)?([^/?#]*@)", constants.ENDPOINT)
+    return found[1] if found else ""
 
 
 @cache
@@ -61,6 +119,35 @@ def hub_silence() -> str | None:
     return silence
 
 
+def _bound_retries() -> None:
+    """Let the client give up on a hub that has answered with nothing but failures for longer than `PATIENCE`.
+
+    It would ask five times a file, and wait for as long as a `Retry-After` says.
+    """
+    from huggingface_hub import get_session
+    from huggingface_hub.errors import HfHubHTTPError
+
+    failing_since: float | None = None
+
+    def look_at(response: Any) -> None:
+        nonlocal failing_since
+        if response.is_redirect:
+            return
+        if not _fails(response.status_code):
+            failing_since = None
+            return
+        failing_since = failing_since or time.monotonic()
+        for name in ("retry-after", "ratelimit"):
+            response.headers.pop(name, None)
+        if time.monotonic() - failing_since > PATIENCE:
+            refusal = f"the hub at {endpoint()} answers {response.status_code} {response.reason_phrase}"
+            raise HfHubHTTPError(refusal, response=response)
+
+    client = get_session()
+    client.event_hooks = {**client.event_hooks, "response": [*client.event_hooks["response"], look_at]}
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # it tells of each try, with its address
+
+
 @cache
 def why_unreachable() -> str | None:
     """Why the hub cannot be asked, or None if it gives any HTTP answer within `PATIENCE`.
@@ -77,14 +164,17 @@ def why_unreachable() -> str | None:
         try:
             get_session().head(constants.ENDPOINT, timeout=2 * PATIENCE, follow_redirects=False)
         except Exception as error:  # of httpx, httpx2, ssl or socket, by the client's version
-            faults.append(textwrap.shorten(str(error) or type(error).__name__, 100))
+            faults.append(reason_of(error, 100))
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(PATIENCE)
     if thread.is_alive():
         faults.append(f"no answer in {PATIENCE:g} s")
-    return f"the hub at {constants.ENDPOINT} cannot be reached ({faults[0]})" if faults else None
+    if faults:
+        return f"the hub at {endpoint()} cannot be reached ({faults[0]})"
+    _bound_retries()
+    return None
 
 
 def is_hub_id(text: str) -> bool:
@@ -134,12 +224,45 @@ def open_pretrained(kind: Any, where: str, setting: str, **options: Any) -> Any:
     if hasattr(kind, "from_config"):  # a model
         options |= {"dtype": "float32", "use_safetensors": safe or None}
     with explained(where, setting):
+        _check_files(where, setting)
+        _check_numbers(where)
         try:
             # Without the False transformers would ask at the terminal.
-            return kind.from_pretrained(where, trust_remote_code=False, **options)
+            opened = kind.from_pretrained(where, trust_remote_code=False, **options)
+            if hasattr(opened, "encode"):
+                opened("a")  # some fields of its files are not looked at before
+            return opened
         except OSError as error:
             if safe and "safetensors" in str(error) and (_is_here(where) or not hub_silence()):
                 raise UserError(
                     f"{setting}={where} has no safetensors weights; if you trust it, set RLHF_ALLOW_PICKLE=1."
                 ) from error
             raise
+
+
+def _check_files(where: str, setting: str) -> None:
+    """Refuse a pipe, and an index of weights that leads out of its folder. The hub's client keeps to its cache."""
+    for path in Path(where).glob("*.*"):
+        if not path.is_file() and not path.is_dir() and path.exists():
+            raise UserError(f"{setting}={where}: {path.name} is no file; delete it, or give another folder.")
+    for index in Path(where).glob("*.index.json"):
+        for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values():
+            if Path(name).name != name:
+                raise UserError(
+                    f"{setting}={where}: {index.name} names {name}; it may name files in its own folder alone. "
+                    "Correct it, or give another folder."
+                )
+
+
+def _check_numbers(where: str) -> None:
+    """Refuse a configuration that is not noticed when a model is made: of parts without end, or with a NaN."""
+    from transformers import PreTrainedConfig
+
+    with suppress(OSError):  # an adapter's folder has none
+        config, _ = PreTrainedConfig.get_config_dict(where)
+        for each in (config, *(inner for inner in config.values() if isinstance(inner, dict))):
+            for name, value in each.items():
+                if isinstance(value, float) and math.isnan(value):
+                    raise ValueError(f"its config.json has NaN for {name}")
+                if re.search("layer|label|head|expert", name) and isinstance(value, int) and value > _MOST:
+                    raise ValueError(f"its config.json has more than {_MOST} for {name}")

@@ -1,7 +1,11 @@
 """Conversations as a policy reads them: turns to text with its special tokens, by the tokenizer's chat template."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_pipeline.data.records import Demonstration, Dialogue, Prompt, Turn
@@ -9,6 +13,10 @@ from rlhf_pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+SECONDS = 10.0  # that a template may take for a conversation
+MEMORY = 2 << 30  # bytes that it may take
+LENGTH = 10_000_000  # bytes that it may write
 
 # For tokenizers that bring none. The template travels with the tokenizer from stage to stage.
 TEMPLATES = {
@@ -40,20 +48,48 @@ def template_of(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 def render(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn], reply_follows: bool) -> str:
     """The text of a conversation, special tokens written out; `reply_follows`: up to where a reply begins."""
-    from jinja2 import TemplateError
-
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]
     try:
-        text = tokenizer.apply_chat_template(
-            messages, chat_template=template_of(tokenizer), tokenize=False, add_generation_prompt=reply_follows
-        )
-    except TemplateError as error:
-        roles = ", ".join(turn.role for turn in turns)
+        with _limits():
+            text = tokenizer.apply_chat_template(
+                messages, chat_template=template_of(tokenizer), tokenize=False, add_generation_prompt=reply_follows
+            )
+        if (length := len(str(text).encode())) > LENGTH:
+            raise ValueError(f"it writes {length} bytes")
+    except Exception as error:  # a template raises what it likes
+        roles = ", ".join(turn.role for turn in turns[:8])
+        own = Path(tokenizer.name_or_path, "chat_template.jinja")
         raise UserError(
-            f"the chat template of {tokenizer.name_or_path} refuses a conversation of {roles} ({error}); change the "
-            "data, or say policy.template=dialogue or instruction."
+            f"the chat template of {own if own.exists() else tokenizer.name_or_path} cannot write a conversation of "
+            f"{roles} ({str(error)[:200] or 'it takes too much memory'}); change the data, or say "
+            "policy.template=dialogue or instruction."
         ) from error
     return str(text)
+
+
+@contextlib.contextmanager
+def _limits() -> Iterator[None]:
+    """Stop a template that takes too long or too much memory, where the system and the thread allow it."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+    import resource
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"it takes more than {SECONDS:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    bounds = resource.getrlimit(resource.RLIMIT_AS)
+    with contextlib.suppress(OSError, ValueError):  # where the system does not say, or the bound is lower already
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, bounds[1]))
+    signal.setitimer(signal.ITIMER_REAL, SECONDS, 1)  # again each second: jinja swallows what its compiler meets
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, bounds)
 
 
 def written(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> str:

@@ -4,6 +4,7 @@ A GPU works off a queue, and reading a number or a shape from it waits until the
 one per token or micro-batch where it can be avoided.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -202,10 +203,12 @@ def sample(
     running = torch.ones_like(rows, dtype=torch.bool)
     cache = DynamicCache(config=model.config)
     cached = {cache_argument(trunk(model)): cache}
+    mass = torch.zeros((), device=device)  # of all that is drawn from; one number that is not finite makes it so, too
     for time in range(longest):
         logits = next_logits(model, input_ids=inputs, attention_mask=mask, position_ids=positions, **cached)
         logits = sampling.adjust_(logits, torch.full_like(rows, time))
-        tokens = draw(logits, uniforms[time, rows])
+        tokens, totals = draw(logits, uniforms[time, rows])
+        mass = mass + totals.sum()
         drawn[rows, time] = tokens
         if tell is not None:
             tell(drawn[:, : time + 1])
@@ -217,6 +220,7 @@ def sample(
             positions = positions[:, -1:] + 1
         if (time + 1) % pause == 0:
             left = int(running.sum())
+            check_mass(model, mass)
             if not left:
                 break
             if left <= 0.75 * len(rows):
@@ -226,8 +230,18 @@ def sample(
                     mask, positions = mask[running], positions[running]
                 running = running[running]
         inputs = tokens[:, None]
+    check_mass(model, mass)
     answers = [row[:length] for row, length in zip(drawn.tolist(), lengths.tolist(), strict=True)]
     return make_batch(prompts, answers).to(device)
+
+
+def check_mass(model: PreTrainedModel, mass: Tensor) -> None:
+    """Refuse to sample from what is no distribution; `mass` is a sum of probabilities."""
+    if not math.isfinite(float(mass)):
+        raise UserError(
+            f"the probabilities of {model.name_or_path or 'the policy'} are not finite numbers, so nothing can be "
+            "sampled; its weights may be damaged: train it again, or choose another."
+        )
 
 
 def next_logits(model: PreTrainedModel, **inputs: object) -> Tensor:
@@ -243,14 +257,18 @@ def tokens_between_looks(device: torch.device, tell: object) -> int:
     return 8 if device.type == "cuda" and tell is None else 1
 
 
-def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """One token a row from logits (batch, vocabulary), by the inverse of the cumulative distribution: (batch,)."""
+def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """One token a row from logits (batch, vocabulary), by the inverse of the cumulative distribution: (batch,).
+
+    With it come the totals of the probabilities, (batch, 1): 1 but for rounding, or not finite where a logit is not.
+    """
     probabilities = logits.softmax(-1)
     cumulative = probabilities.cumsum(-1)
-    # The total is 1 but for rounding; staying below it keeps a token of probability 0 from being drawn.
     total = cumulative[:, -1:]
+    # Staying below the total keeps a token of probability 0 from being drawn.
     height = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
     found = torch.searchsorted(cumulative, height.to(cumulative.dtype), right=True)
+    found.clamp_(max=logits.shape[1] - 1)  # beyond it where the total is not finite
     # A parallel sum, as on CUDA, need not rise from term to term; a token of probability 0 is not drawn then, either.
     possible = probabilities.gather(-1, found) > 0
-    return torch.where(possible, found, probabilities.argmax(-1, keepdim=True))[:, 0]
+    return torch.where(possible, found, probabilities.argmax(-1, keepdim=True))[:, 0], total

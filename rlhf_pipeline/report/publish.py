@@ -1,12 +1,11 @@
 """Uploading a finished model to the hub, with its card."""
 
-import re
 import shlex
 import sys
 from collections.abc import Sequence
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.hub import why_unreachable
+from rlhf_pipeline.hub import endpoint, reason_of, why_unreachable
 from rlhf_pipeline.report.cards import CARD, card, named
 from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.settings import Hub, Settings
@@ -27,7 +26,7 @@ def publish(out: RunDir, to: Hub) -> None:
         address = _upload(out, str(to.push), to.private)
     except Exception as error:  # the client raises what its server, its transport and its own checks raise
         status = getattr(getattr(error, "response", None), "status_code", None)
-        reason = _REFUSED[status].format(to.push) if status in _REFUSED else _without_token(error)
+        reason = _REFUSED[status].format(to.push) if status in _REFUSED else reason_of(error, 300).rstrip(".")
         words = [out.record["command"], shlex.quote(f"hub.push={to.push}")] + ["hub.private=false"] * (not to.private)
         raise UserError(
             f"hub.push={to.push}: {reason}. {out.model} is kept; to try again: {' '.join(words)}"
@@ -48,10 +47,14 @@ def _upload(out: RunDir, repository: str, private: bool) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
+    own = out.model / CARD
+    for path in [out.model, *sorted(out.model.rglob("*"))]:
+        if path.is_symlink():
+            raise UserError(f"{path} is a link, and what it points to is not uploaded; replace it with the file itself")
     if silence := why_unreachable():
         raise UserError(silence)
     if not (token := get_token()):
-        raise UserError(f"the hub at {constants.ENDPOINT} needs a token; set HF_TOKEN, or run hf auth login")
+        raise UserError(f"the hub at {endpoint()} needs a token; set HF_TOKEN, or run hf auth login")
     if not sys.stderr.isatty():
         disable_progress_bars()
     hub = HfApi(endpoint=constants.ENDPOINT, token=token)
@@ -60,17 +63,10 @@ def _upload(out: RunDir, repository: str, private: bool) -> str:
     if private and not is_private:
         raise UserError("it exists already and is public; add hub.private=false, or choose another name")
     # Not upload_folder: the card differs from the folder's, and a model must not be there without it.
-    own = out.model / CARD
-    text = named(own.read_text(encoding="utf-8") if own.exists() else card(out.path), repository)
+    text = named(own.read_text(encoding="utf-8") if own.is_file() else card(out.path), repository)
     files = [path for path in sorted(out.model.rglob("*")) if path.is_file() and path != own]
     operations = [CommitOperationAdd(path.relative_to(out.model).as_posix(), path) for path in files]
     hub.create_commit(
         repository, [*operations, CommitOperationAdd(CARD, text.encode())], commit_message=f"{out.stage} of {out.name}"
     )
-    return f"{constants.ENDPOINT}/{repository} ({'private' if is_private else 'public'}, {len(files) + 1} files)"
-
-
-def _without_token(error: Exception) -> str:
-    """In one line: a transport's complaint may quote the header that holds the token."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return re.sub(r"(?i)(bearer )\S+", r"\1***", text).rstrip(".")[:300]
+    return f"{endpoint()}/{repository} ({'private' if is_private else 'public'}, {len(files) + 1} files)"

@@ -159,6 +159,18 @@ def test_a_hub_that_answers_is_asked_and_what_it_says_is_passed_on(
     assert all(words in message and "\n" not in message for message in said)
 
 
+@pytest.mark.parametrize("status", [500, 503, 429])
+def test_a_hub_that_only_fails_is_given_up_on_in_seconds(tmp_path: Path, status: int) -> None:
+    with server(status, Retry_After="100000") as endpoint:
+        lines = run(DOWNLOAD, tmp_path, endpoint.replace("://", "://me:s3cret@"))
+    (said, took, silence, _) = json.loads(lines[-1])
+    assert silence is None
+    assert took < 10
+    for message in said:
+        assert f"could not be opened (the hub at {endpoint} answers {status} " in message
+    assert "s3cret" not in "".join(lines)
+
+
 @pytest.fixture(scope="module")
 def filled(hub: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """The cache that a process with a hub has left, and what it printed."""

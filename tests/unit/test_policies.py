@@ -1,6 +1,7 @@
 """Policies of any family: their special tokens settled in one place, opened, sampled from and trained."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from rlhf_pipeline.data import templates
+from rlhf_pipeline.data.records import Turn
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.models.policies import (
     load_policy,
@@ -208,3 +211,88 @@ def test_code_beside_a_checkpoint_is_refused_without_a_question(
             with pytest.raises(UserError, match=r"custom code|trust_remote_code"):
                 call()
     assert not (tmp_path / "ran").exists()
+
+
+ODD_FILES = {
+    "config.json": ["null", "[]", "{", '{"n_layer": null}', '{"n_layer": 1e30}', '{"model_type": []}'],
+    "tokenizer.json": ["null", "[]", '{"model": 3}', '{"added_tokens": {}}', "9" * 400],
+    "tokenizer_config.json": ["[]", "7", '{"model_max_length": []}', '{"eos_token": 3}', '{"tokenizer_class": {}}'],
+    "generation_config.json": ["[]"],
+}
+
+
+@pytest.mark.parametrize(("name", "content"), [(name, each) for name in ODD_FILES for each in ODD_FILES[name]])
+def test_files_of_odd_shapes_are_one_line_that_names_the_folder(name: str, content: str, tmp_path: Path) -> None:
+    folder = Path(saved(tmp_path, gpt2(), train_tokenizer(TEXTS, 300, 64)))
+    (folder / name).write_text(content)
+    with pytest.raises(UserError, match=f"policy.path={folder} could not be opened .*; if a file in it is damaged"):
+        open_policy(str(folder))
+
+
+@pytest.mark.parametrize("part", ["n_layer", "num_labels", "n_head"])
+def test_a_configuration_that_would_take_for_ever_is_refused(part: str, tmp_path: Path) -> None:
+    folder = Path(saved(tmp_path, gpt2(), train_tokenizer(TEXTS, 300, 64)))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, part: 10**30}))
+    with pytest.raises(UserError, match=f"its config.json has more than 10000 for {part}"):
+        open_policy(str(folder))
+
+
+@pytest.mark.parametrize("place", ["../x.safetensors", "{}/x.safetensors", "a/../../x.safetensors"])
+def test_an_index_of_weights_may_not_lead_out_of_its_folder(place: str, tmp_path: Path) -> None:
+    folder = Path(saved(tmp_path / "model", gpt2(), train_tokenizer(TEXTS, 300, 64)))
+    (folder / "model.safetensors").rename(tmp_path / "x.safetensors")
+    index = {"metadata": {}, "weight_map": {"transformer.wte.weight": place.format(tmp_path)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="it may name files in its own folder alone"):
+        open_policy(str(folder))
+
+
+def test_a_pipe_beside_a_model_is_not_waited_for(tmp_path: Path) -> None:
+    folder = Path(saved(tmp_path, gpt2(), train_tokenizer(TEXTS, 300, 64)))
+    (folder / "generation_config.json").unlink()
+    os.mkfifo(folder / "generation_config.json")
+    with pytest.raises(UserError, match=r"generation_config.json is no file"):
+        open_policy(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{% for i in range(10**9) %}x{% endfor %}", "Range too big"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "it takes more than 3 s"),
+        ("{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}", "much memory"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{{ 'x' * 2 * 10**7 }}", "it writes 20000000 bytes"),
+        ("{{ raise_exception('no') }}", "no"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ messages[9].content }}", "no element 9"),
+        ("{% include 'x' %}", "no loader"),
+        ("{{ messages", "unexpected end of template"),
+        ("{{ '\\ud83d' }}", "surrogates not allowed"),
+    ],
+)
+def test_a_template_that_fails_or_does_not_end_is_one_line(
+    template: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(templates, "SECONDS", 3.0)
+    monkeypatch.setattr(templates, "MEMORY", 1 << 28)
+    tokenizer = train_tokenizer(TEXTS, 300, 64)
+    tokenizer.chat_template = template
+    folder = saved(tmp_path, gpt2(), tokenizer)
+    with pytest.raises(UserError, match=f"chat template of {folder}/chat_template.jinja cannot .*{why}"):
+        templates.render(open_policy(folder).tokenizer, [Turn("user", "hello")], reply_follows=True)
+
+
+def test_damaged_weights_are_not_sampled_from(tmp_path: Path) -> None:
+    model, tokenizer = gpt2(), train_tokenizer(TEXTS, 300, 64)
+    for damage in (float("nan"), float("inf")):
+        model.transformer.ln_f.weight.data[0] = damage
+        with pytest.raises(UserError, match=r"probabilities of .* are not finite numbers"):
+            sample(
+                model,
+                [[1, 2], [3]],
+                torch.tensor([5, 2]),
+                Sampling(stop_ids=(tokenizer.eos_token_id,)),
+                torch.rand(5, 2),
+            )

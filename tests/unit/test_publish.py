@@ -153,6 +153,37 @@ def test_a_token_that_no_header_takes_is_not_quoted(sft: RunDir, hub: FakeHub) -
     check_plain(done, sft, "")
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "README.md", "extra/more", "."])
+def test_what_a_link_points_to_is_not_uploaded(sft: RunDir, hub: FakeHub, workplace: Path, name: str) -> None:
+    secret, link = workplace / "secret", sft.model / name
+    if name == ".":
+        sft.model.rename(secret)
+        link = sft.model
+    else:
+        secret.mkdir() if name == "extra/more" else secret.write_text("mine alone")
+        link.unlink(missing_ok=True)
+    link.symlink_to(secret)
+    check_plain(
+        run(f"{REPEAT} hub.push=me/tiny", hub.url),
+        sft,
+        f"{link.relative_to(workplace) if link.is_absolute() else link} is a link",
+    )
+    assert hub.private == {}
+
+
+def test_secrets_are_not_quoted(sft: RunDir, hub: FakeHub, workplace: Path) -> None:
+    mirror = hub.url.replace("://", "://me:s3cret%40@")
+    done = run(f"{REPEAT} hub.push=me/tiny", mirror)  # whose login stands where the token would
+    check_plain(done, sft, "the hub does not know the token")
+    hub.metadata_fault = f"Bearer {TOKEN} of {TOKEN}, and s3cret@"
+    check_plain(run(f"{REPEAT} hub.push=me/tiny", hub.url), sft, "Invalid metadata in README.md. - Bearer *** of ***")
+    dead = run(f"{REPEAT} hub.push=me/tiny", "http://me:s3cret%40@127.0.0.1:9")
+    check_plain(dead, sft, "the hub at http://127.0.0.1:9 cannot be reached (")
+    written = [path.read_bytes() for path in workplace.rglob("*") if path.is_file()]
+    said = [*written, *(text.encode() for one in (done, dead) for text in (one.stdout, one.stderr))]
+    assert not any(b"s3cret" in each or TOKEN.encode() in each for each in said)
+
+
 def test_a_pipeline_is_known_by_the_policy_that_it_trains_last() -> None:
     def last(*stages: str) -> str:
         every = [Settings(stage, name) for stage, name in (each.split("@") for each in stages)]
