@@ -70,7 +70,7 @@ def _hub_failure(error: BaseException | None) -> BaseException | None:
 
 def _fails(status: int) -> bool:
     """Whether an answer of the hub with this status is worth another try."""
-    return status in (408, 429) or status >= 500
+    return status == 408 or status >= 500  # of 429 the client waits as long as it is told
 
 
 def endpoint() -> str:

@@ -12,6 +12,8 @@ MESSAGE = 600  # characters of an error or a log line
 # Control and bidirectional characters, and halves of characters. A line break and a tab are harmless.
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
+_LOGIN = re.compile(r"://[^/?#\s]*@")
+
 
 def escaped(text: str, keep: str = "") -> str:
     """Text without what a terminal would act on; of that, `keep` stays."""
@@ -19,8 +21,8 @@ def escaped(text: str, keep: str = "") -> str:
 
 
 def one_line(text: str) -> str:
-    """A message in one line of at most `MESSAGE` characters, safe for a terminal."""
-    line = escaped(" ".join(text.split()))
+    """A message in one line of at most `MESSAGE` characters, safe for a terminal; no address shows its login."""
+    line = _LOGIN.sub("://", escaped(" ".join(text.split())))
     return line if len(line) <= MESSAGE else f"{line[: MESSAGE - 4]} ..."
 
 

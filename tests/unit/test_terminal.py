@@ -28,6 +28,7 @@ def test_what_a_terminal_obeys_is_shown(text: str, shown: str) -> None:
 def test_a_message_is_one_short_line() -> None:
     assert one_line("two\nlines  of\ttext") == "two lines of text"
     assert len(one_line("long " * 10_000)) == MESSAGE
+    assert one_line("no answer from https://me:secret@mirror.cn/a@b") == "no answer from https://mirror.cn/a@b"
 
 
 @pytest.mark.parametrize("redirect", ["2>&-", ">&-", "2>/dev/full", "| head -c 1"])
