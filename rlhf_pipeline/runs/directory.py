@@ -24,6 +24,7 @@ from rlhf_pipeline.stages import FOLDERS
 CANDIDATES, CANDIDATES_SO_FAR, LABELS = "candidates.jsonl", "candidates.part.jsonl", "labels.jsonl"
 PROJECT, SHEET = "project.json", "sheet.csv"
 FRONTIER, POINTS = "frontier.json", "points.jsonl"
+_RECORD = {"stage": str, "name": str, "status": str, "started": str, "parents": dict, "results": dict, "resumed": list}
 _ROUND = re.compile(r"round([1-9][0-9]*)")
 
 
@@ -77,11 +78,9 @@ class RunDir:
     def record(self) -> dict[str, Any]:
         """`run.json`, empty where there is none."""
         found = files.read_json(self.path / "run.json")
-        if found and not all(isinstance(found.get(key), str) for key in ("stage", "name", "status", "started")):
-            raise UserError(f"{self.path / 'run.json'} is damaged (no status); restore it, or move {self.path} away.")
-        parents, seconds = found.get("parents", {}), found.get("seconds", 0.0)
-        if not isinstance(parents, dict) or not isinstance(seconds, int | float):
-            raise UserError(f"{self.path / 'run.json'} is damaged; restore it, or move {self.path} away.")
+        for key, kind in _RECORD.items():
+            if not isinstance(found.get(key, kind()), kind):
+                raise UserError(f"{self.path / 'run.json'} is damaged ({key}); restore it, or move {self.path} away.")
         return found
 
     def finished(self, settings: Settings, look: bool = False) -> bool:
@@ -92,7 +91,7 @@ class RunDir:
         record = self.record
         if not record:
             return False
-        done = bool(record["status"] == "done")
+        done = record.get("status") == "done"
         if done and not settings.overwrite:
             self._check_model()
         if done or self.resumable:

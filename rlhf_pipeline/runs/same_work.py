@@ -53,7 +53,11 @@ def _made_since(out: "RunDir", settings: Settings, taken: set[str]) -> list[str]
                 continue
             finished, there = str(other.record.get("finished")), out.record.get("there")
             # Older records do not say what was there, only when they were begun.
-            known = there.get(str(other.path)) == finished if there is not None else finished <= out.record["started"]
+            known = (
+                there.get(str(other.path)) == finished
+                if there is not None
+                else finished <= out.record.get("started", "")
+            )
             if not known:
                 found.append(f"{other.path} has been made since")
     return found
