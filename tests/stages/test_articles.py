@@ -148,12 +148,13 @@ def test_what_does_not_fit_together_is_said_in_one_line(
     assert "a response takes up to 64 tokens, and the policy has 64 positions" in capsys.readouterr().err
     rows = [{"conversation": [{"utterance": f"你好啊{i}"}, {"utterance": "再见"}]} for i in range(90)]
     (workplace / "short.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert command_line(*asked, *small, "data.path=short.jsonl") == 0
+    short = ("stage=ppo", "data=dialogue", "data.path=short.jsonl", "data.limit=40", *own, *small)
+    assert command_line(*short, "name=odd") == 0
     said = [line for line in capsys.readouterr().out.split("\n") if line.startswith("warning: ")]
     assert len(said) == 2
     assert said[0].startswith("warning: policy: the texts are Chinese")
     assert said[1].startswith("warning: reward: the texts are Chinese")
-    assert command_line(*asked, *small, "name=odder", 'trainer.suppress_tokens=["[UNK]"]') == 2
+    assert command_line(*short, "name=odder", 'trainer.suppress_tokens=["[UNK]"]') == 2
     assert (
         "trainer.suppress_tokens has '[UNK]', which is no token of the policy's vocabulary" in capsys.readouterr().err
     )

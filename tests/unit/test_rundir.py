@@ -355,7 +355,9 @@ def test_finished_work_can_be_looked_at_where_nothing_can_be_written(
         pass
 
 
-@pytest.mark.parametrize("damage", ["[]", "{", '{"status": 3}', '{"status": "done", "parents": []}', "\ud83d", "9" * 5000])
+@pytest.mark.parametrize(
+    "damage", ["[]", "{", '{"status": 3}', '{"status": "done", "parents": []}', "\ud83d", "9" * 5000]
+)
 def test_a_damaged_record_is_named_and_is_no_concern_of_other_runs(workplace: Path, damage: str) -> None:
     out = finish(settings())
     (out.path / "run.json").write_text(damage, encoding="utf-8", errors="surrogatepass")
