@@ -6,7 +6,7 @@ what the user says in general, what the user says of this stage (stages.ppo.trai
 
 import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,13 @@ OmegaConf.register_new_resolver(
     replace=True,
 )
 
-OmegaConf.register_new_resolver("oc.env", lambda name, *_: _no_environment(name), replace=True)
+
+def _no_environment(name: str, *_: str) -> str:
+    raise UserError(f"${{oc.env:{name}}} would be written to config.yaml; let the shell fill it in: ${name}")
+
+
+# A recorded configuration, perhaps a stranger's, could otherwise copy secrets into the files of a run.
+OmegaConf.register_new_resolver("oc.env", _no_environment, replace=True)
 
 
 def settings_of(words: Sequence[str]) -> Settings:
@@ -149,40 +155,44 @@ def _as_its_run(
         found, folder, opened = sweep(runs, str(value["sweep"]), str(name) if name else None, overwrite)
         if "reward@labeler" in said:
             opened.pop("labeler", None)
-        check_functions({kind: choice for kind, choice in opened.items() if kind not in said}, list(said))
+        check_functions(opened, map(str, value.values()))
         return opened, [f"name={quoted(found)}", f"sweep={quoted(folder)}"]
     experiments = experiment.get("experiment")
     run = RunDir(runs, str(name or experiments or "default"), "chat", experiments)
     asked = {key.removeprefix("policy."): x for key, x in value.items() if key.startswith("policy.")}
     opened = dict(choices(run, asked))
-    if (path := own_functions(opened)) and "reward" not in said:
-        print(f"the run's reward is the function {path}, which a chat runs if asked: reward=python reward.path={path}")
+    if (path := own_function(opened)) and not _named(path, map(str, value.values())):
         del opened["reward"]
-        return opened, ["++chat.reward=false"]
+        if "reward" not in said:
+            print(f"the run's reward is the function {path}; to see it, add reward=python reward.path={path}")
+            return opened, ["++chat.reward=false"]
     if any(key.partition(".")[0] == "reward" for key in said) and "chat.reward" not in said:
         return opened, ["++chat.reward=true"]
     return opened, []
 
 
-def own_functions(choices: Mapping[str, Any]) -> str | None:
-    """The path of the first Python function among recorded rewards; None where there is none."""
-    every = [choice for kind in ("reward", "labeler") if (choice := choices.get(kind))]
-    for choice in every:  # which grows by the parts of sums
+def own_function(recorded: Mapping[str, Any]) -> str | None:
+    """The path of the first Python function among recorded rewards; None if there is none."""
+    every = [choice for kind in ("reward", "labeler") if (choice := recorded.get(kind))]
+    while every:
+        choice = every.pop(0)
         if choice.get("name") == "python":
             return str(choice.get("path"))
-        every += choice.get("parts") or []
+        every += choice.get("parts") or []  # of a sum
     return None
 
 
-def check_functions(recorded: Mapping[str, Any], words: Sequence[str]) -> None:
-    """Refuse to run a Python function that only a recorded configuration names: it may be a stranger's."""
-    path = own_functions(recorded)
-    if path and not any(_key(word).startswith("reward") for word in words):
-        raise UserError(f"the recorded reward is the function {path}; to run it, add reward=python reward.path={path}.")
+def _named(path: str, values: Iterable[str]) -> bool:
+    return any(path in value for value in values)
 
 
-def _no_environment(name: str, *_: str) -> str:
-    raise UserError(f"${{oc.env:{name}}} would be written to config.yaml; let the shell fill it in: ${name}")
+def check_functions(recorded: Mapping[str, Any], values: Iterable[str]) -> None:
+    """Refuse to run a Python function that only a recorded configuration names: it may be a stranger's.
+
+    `values` are what the command line says.
+    """
+    if (path := own_function(recorded)) and not _named(path, values):
+        raise UserError(f"the recorded reward is the function {path}; to run it, name it: reward.path={path}.")
 
 
 def settle(cfg: DictConfig) -> Settings:

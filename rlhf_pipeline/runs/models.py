@@ -28,9 +28,9 @@ def models(run: RunDir, policy: dict[str, Any] | None = None) -> dict[str, str]:
 
 
 def newest_policy(run: RunDir, policy: dict[str, Any] | None = None) -> str | None:
-    """PPO's model, of the newest round that has one; else that of sft, else of pretrain."""
+    """PPO's model, of the newest round that has one; else that of the last other stage that made a policy."""
     trained = (each.upstream("ppo", policy=policy) for each in (*run.rounds(), run))
-    newest = next(filter(None, trained), None) or run.upstream("sft", "pretrain", policy=policy)
+    newest = next(filter(None, trained), None) or run.upstream(*reversed(POLICIES), policy=policy)
     return str(newest) if newest else None
 
 

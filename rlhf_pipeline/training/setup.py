@@ -1,6 +1,7 @@
 """What the stages share: a trainer's settings, its log and its progress bar."""
 
 import math
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -98,8 +99,8 @@ def trainer_args(kind: type[A], settings: Settings, out: RunDir) -> A:
 
 def fit_length(args: Any, model: Any) -> int:
     """Cut `max_length` to the model's positions, in tokens: beyond them there is nothing to look up."""
-    places = positions(model) or args.max_length or 512
-    args.max_length = min(args.max_length or places, places)
+    places = positions(model)
+    args.max_length = min(args.max_length or (512 if places == sys.maxsize else places), places)
     return int(args.max_length)
 
 

@@ -69,7 +69,9 @@ def test_a_recorded_function_runs_only_if_the_command_names_it(
         ["--config-path", "runs/demo/ppo", "--config-name", "config", "name=other"],
     ):
         assert command_line(*asked) == 2
-        assert "add reward=python reward.path=evil.py:score" in capsys.readouterr().err
+        assert "name it: reward.path=evil.py:score" in capsys.readouterr().err
+    assert command_line("--config-path", "runs/demo/ppo", "--config-name", "config", "name=x", "++reward.scale=1") == 2
+    assert command_line("stage=chat", "name=demo", "--prompt", "It was", "reward=python") == 2
     assert not Path("executed").exists()
     assert (
         command_line("stage=chat", "name=demo", "--prompt", "It was", "reward=python", "reward.path=evil.py:score") == 0
