@@ -19,6 +19,7 @@ from urllib.parse import unquote
 
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.files import disk_error
+from rlhf_pipeline.terminal import LOGIN
 
 PATIENCE = 5.0  # seconds in which a hub has to answer
 _MOST = 10_000  # layers, labels, heads or experts of a model
@@ -84,7 +85,7 @@ def public(text: str) -> str:
     """Text without secrets: logins in addresses, and what a server or a client quotes of tokens and passwords."""
     from huggingface_hub import get_token
 
-    text = re.sub(r"://[^/?#\s]*@", "://", text)
+    text = LOGIN.sub("://", text)
     password = _login().rstrip("@").rpartition(":")[2]
     for secret in (_login(), get_token(), password, unquote(password)):
         if secret and len(secret) > 3:

@@ -254,15 +254,15 @@ class Settings:
         return asdict(self)
 
 
-_LONGEST = 200  # bytes of a folder's name; file systems take 255
+LONGEST_NAME = 200  # bytes of a folder's name; file systems take 255
 
 
 def check_name(name: str, runs: str) -> None:
     """Refuse what is no folder below `runs`."""
     if not name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise UserError(f"name='{name}' is no run name: it is a folder below {runs}/.")
-    if any(len(part.encode()) > _LONGEST for part in Path(name).parts):
-        raise UserError(f"name={name[:40]}... is too long for a folder; it takes at most {_LONGEST} bytes.")
+    if any(len(part.encode()) > LONGEST_NAME for part in Path(name).parts):
+        raise UserError(f"name={name[:40]}... is too long for a folder; it takes at most {LONGEST_NAME} bytes.")
     if (found := next((path for path in (Path(runs), *Path(runs).parents) if path.exists()), None)) and found.is_file():
         raise UserError(f"runs={runs}: {found} is a file; give a folder.")
 

@@ -11,8 +11,7 @@ from typing import Any
 MESSAGE = 600  # characters of an error or a log line
 # Control and bidirectional characters, and halves of characters. A line break and a tab are harmless.
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-_LOGIN = re.compile(r"://[^/?#\s]*@")
+LOGIN = re.compile(r"://[^/?#\s]*@")  # user and password of an address
 
 
 def escaped(text: str, keep: str = "") -> str:
@@ -22,7 +21,7 @@ def escaped(text: str, keep: str = "") -> str:
 
 def one_line(text: str) -> str:
     """A message in one line of at most `MESSAGE` characters, safe for a terminal; no address shows its login."""
-    line = _LOGIN.sub("://", escaped(" ".join(text.split())))
+    line = LOGIN.sub("://", escaped(" ".join(text.split())))
     return line if len(line) <= MESSAGE else f"{line[: MESSAGE - 4]} ..."
 
 

@@ -5,6 +5,7 @@ python -m rlhf_pipeline stage=dpo data=preferences data.path=pairs.jsonl
 
 import copy
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from rlhf_pipeline.data.templates import written
 from rlhf_pipeline.data.tokenization import lesson
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.models.policies import Policy, load_policy, lora_config, without_adapter
+from rlhf_pipeline.progress import parts
 from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.training.batching import Ordered
@@ -71,7 +73,7 @@ class PairTrainer(Ordered, DPOTrainer):
 def pairs(rows: Sequence[Preference | Ranking], policy: Policy) -> Dataset:
     """Token ids of prompts with their better and worse answers; each answer ends with EOS."""
     columns: dict[str, list[Any]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "length": []}
-    for row in compare(rows):
+    for row in itertools.chain.from_iterable(parts(compare(rows), 100, "tokenize", "prompt")):
         prompt = written(policy.tokenizer, row.prompt)
         answers = [lesson(policy.tokenizer, [(prompt, False), (answer, True)]) for answer in row.answers]
         split = [len(ids) - sum(learnt) for ids, learnt in answers]

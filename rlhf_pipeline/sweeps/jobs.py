@@ -17,11 +17,11 @@ from typing import Any
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.files import read_json, write_json
 from rlhf_pipeline.runs.directory import RunDir
+from rlhf_pipeline.settings import LONGEST_NAME
 from rlhf_pipeline.words import as_typed
 
 JOB = "job.json"
 _ENVIRONMENT = "RLHF_PIPELINE_JOB"  # tells a job's process its folder
-_LONGEST = 200  # bytes of a folder's name; file systems take 255
 # The settings of a command that do not change its result, and the seed, over which results are averaged.
 _NOT_WORK = re.compile(r"name|runs|seed|overwrite|hydra[./].*|report[.].*")
 
@@ -33,7 +33,7 @@ def job_name(swept: Sequence[str]) -> str:
     mark = hashlib.sha256(typed.encode()).hexdigest()[:8]
     if typed and label != typed:
         label += f"-{mark}"
-    return label if len(label.encode()) <= _LONGEST else f"job-{mark}"
+    return label if len(label.encode()) <= LONGEST_NAME else f"job-{mark}"
 
 
 def settings_of(command: Sequence[str]) -> dict[str, str]:
