@@ -98,13 +98,10 @@ class _SumOfLosses(torch.autograd.Function):
             logits = project(states[some], weight, bias)
             rows = _rows_of_a_piece(logits)
             for z, target in zip(logits.split(rows), targets[some].split(rows), strict=True):
-                z.sub_(z.amax(-1, keepdim=True))
+                p, log_total = _probabilities_(z)
                 chosen = z.gather(-1, target[:, None])
-                p = z.exp()
-                total = p.sum(-1, keepdim=True)
-                p.div_(total)
-                log_p = chosen - total.log()
-                sums += torch.stack([-log_p.sum(), total.log().sum() - z.mul_(p).sum(), (chosen == 0).sum()])
+                log_p = chosen - log_total
+                sums += torch.stack([-log_p.sum(), log_total.sum() - z.mul_(p).sum(), (chosen == 0).sum()])
                 z.copy_(p).scatter_(-1, target[:, None], log_p.expm1())  # the gradient by the logits
             slope = logits.to(narrow)
             if by_states is not None:
@@ -127,6 +124,18 @@ def _rows_of_a_piece(logits: Tensor) -> int:
     return max((_PIECE_ON_GPU if logits.is_cuda else _PIECE) // logits.shape[1], 1)
 
 
+def _probabilities_(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities (tokens, vocabulary), and the log of what exp(logits) sums to, (tokens, 1), of logits that are
+    shifted in place so that their largest is 0.
+
+    The probability of that one is 1 over the sum. `exp` itself would take ten times as long for what underflows, as
+    for suppressed tokens, and once more in each pass; softmax does not.
+    """
+    logits.sub_(logits.amax(-1, keepdim=True))
+    p = logits.softmax(-1)
+    return p, -p.amax(-1, keepdim=True).log()
+
+
 def _likelihood(
     states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, times: Tensor, sampling: Sampling, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,13 +153,9 @@ def _likelihood(
         pieces = [logits.split(rows), targets[some].split(rows), times[some].split(rows)]
         for number, (part, target, time) in enumerate(zip(*pieces, strict=True)):
             z = sampling.adjust_(part, time)
-            z.sub_(z.amax(-1, keepdim=True))
-            chosen = z.gather(-1, target[:, None])[:, 0]
-            p = z.exp()
-            total = p.sum(-1)
-            p.div_(total[:, None])
-            log_p.append(chosen - total.log())
-            entropy.append(total.log() - z.mul_(p).sum(-1))
+            p, log_total = _probabilities_(z)
+            log_p.append((z.gather(-1, target[:, None]) - log_total)[:, 0])
+            entropy.append(log_total[:, 0] - z.mul_(p).sum(-1))
             if keep:
                 kept[start + number * rows :][: len(p)] = p
     return torch.cat(log_p), torch.cat(entropy), kept

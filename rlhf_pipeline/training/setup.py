@@ -59,6 +59,7 @@ def building() -> Iterator[None]:
 def trainer_args(kind: type[A], settings: Settings, out: RunDir) -> A:
     """The stage's TRL config. What TRL refuses is a `UserError` before any model is loaded."""
     quiet()
+    use_threads(out)
     AcceleratorState._reset_state(
         reset_partial_state=False
     )  # an earlier stage of this process may have chosen otherwise
@@ -95,6 +96,15 @@ def trainer_args(kind: type[A], settings: Settings, out: RunDir) -> A:
     check_gpus(args.n_gpu, f"make {settings.stage} LAUNCH=ddp PROCS={args.n_gpu}")
     set_seed(settings.seed)
     return args
+
+
+def use_threads(out: RunDir) -> None:
+    """A resumed stage computes on as many threads as it began with: how a sum is cut decides how it rounds."""
+    before = out.record if out.resumable else {}
+    threads = (before.get("hardware") or {}).get("threads")
+    if threads and threads != torch.get_num_threads() and before.get("processes", 1) == processes():
+        torch.set_num_threads(int(threads))
+        print(f"computing on {threads} threads, as before", flush=True)
 
 
 def fit_length(args: Any, model: Any) -> int:

@@ -142,11 +142,14 @@ def test_the_same_command_gives_the_same_metrics_and_a_cut_off_run_resumes_to_th
     (checkpoints[-1] / "complete").unlink()
     unfinished = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps({**unfinished, "status": "running"}))
+    threads = unfinished["hardware"]["threads"]
+    torch.set_num_threads(threads + 1)  # with which sums would round otherwise
     assert command_line(f"stage={stage}", *(o for o in MINIATURE if stage in o or "stages" not in o)) == 0
     found = [{k: v for k, v in row.items() if k != "seconds"} for row in read_jsonl(folder / "metrics.jsonl")]
     assert found == expected
     assert content_hash(folder / "model") == weights
     assert record(run, stage)["resumed"]
+    assert torch.get_num_threads() == threads
 
     # And from nothing.
     assert command_line(f"stage={stage}", "name=fresh", *source(stage), *MINIATURE) == 0
