@@ -12,7 +12,7 @@ LIMITS = {
         ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_length",
          "total_episodes", "eval_samples", "num_mini_batches", "num_ppo_epochs", "response_length",
          "min_response_length", "local_rollout_forward_batch_size", "kl_horizon", "watch_window", "ptx_batch_size",
-         "ptx_max_length", "save_total_limit", "eval_accumulation_steps"),
+         "ptx_max_length", "save_total_limit", "eval_accumulation_steps", "samples_per_prompt"),
         Range(1),
     ),
     **dict.fromkeys(

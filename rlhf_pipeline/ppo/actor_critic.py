@@ -29,15 +29,18 @@ class Seen(NamedTuple):
 
 
 class ActorCritic(nn.Module):
-    """A policy, and a critic that is one linear head on the policy's trunk or a separate network."""
+    """A policy, and a critic that is one linear head on the policy's trunk, a separate network, or not there."""
 
-    def __init__(self, policy: PreTrainedModel, value_model: nn.Module | None = None, bf16: bool = False) -> None:
+    def __init__(
+        self, policy: PreTrainedModel, value_model: nn.Module | None = None, bf16: bool = False, critic: bool = True
+    ) -> None:  # fmt: skip
         super().__init__()
         self.policy: Any = policy
         self.bf16 = bf16
         self.config = policy.config
         self.value_model: Any = value_model
-        if value_model is None:
+        self.value_head: Any = None
+        if critic and value_model is None:
             some = next(p for p in policy.parameters() if p.is_floating_point())
             self.value_head = nn.Linear(text_config(policy).hidden_size, 1, device=some.device)
             # The critic starts by expecting nothing, whatever the trunk says.
@@ -46,13 +49,18 @@ class ActorCritic(nn.Module):
             if some.dtype == torch.float64:
                 self.value_head.double()
 
+    @property
+    def has_critic(self) -> bool:
+        """Whether values are estimated; else they are 0."""
+        return self.value_head is not None or self.value_model is not None
+
     def forward(self, batch: Batch, sampling: Sampling, values: bool = True) -> Seen:
-        """See a batch's responses with the policy and, unless `values` is off, with the critic."""
+        """See a batch's responses with the policy and, unless `values` is off or there is none, with the critic."""
         with autocast(self.bf16, batch.tokens.device):
             states = response_states(trunk(self.policy), batch)
             log_probs, entropy = token_likelihood(self.policy, states, batch, sampling)
             found = torch.zeros_like(log_probs)
-            if values:
+            if values and self.has_critic:
                 flat = self._values(states, batch).squeeze(-1)
                 found = found.index_put(batch.places, flat.to(found.dtype))
         return Seen(log_probs, entropy, found)

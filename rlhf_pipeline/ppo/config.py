@@ -39,6 +39,12 @@ _OF_SCRIPTS = (
     "dataset_num_proc", "do_eval", "do_predict", "do_train", "exp_name", "reward_model_path", "sft_model_path"
 )  # fmt: skip
 
+# What only a critic's advantages have a use for.
+_OF_THE_CRITIC = (
+    "critic", "critic_init", "critic_learning_rate", "critic_lam", "vf_coef", "cliprange_value", "gamma", "lam",
+    "whiten_rewards",
+)  # fmt: skip
+
 
 def _field(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
@@ -71,6 +77,14 @@ class PPOConfig(ParentConfig):
         default_factory=list, metadata={"help": "More tokens, by name, that end a response."}
     )
     suppress_tokens: list[str] = field(default_factory=list, metadata={"help": "Tokens, by name, never sampled."})
+    # -- the advantage: by a critic, or over other responses to the same prompt
+    advantage: Literal["gae", "rloo", "grpo", "dr_grpo"] = _field(
+        "gae", "How good a response is: by a critic (gae: PPO), or beside others to its prompt (rloo, grpo, dr_grpo)."
+    )
+    samples_per_prompt: int | None = _field(None, "Responses to each prompt of a batch. None: 1 with gae, else 4.")
+    kl_in: Literal["reward", "loss"] | None = _field(
+        None, "Where the KL penalty stands; in the loss it is k3. None: in the reward with gae and rloo, else the loss."
+    )
     # -- the critic
     critic: Literal["shared", "separate"] = _field("shared", "A value head on the policy's trunk, or a network.")
     critic_init: Literal["policy", "reward"] = _field("policy", "What a separate critic starts as.")
@@ -131,6 +145,16 @@ class PPOConfig(ParentConfig):
     local_mini_batch_size: int | None = _field(None, "Rows of an optimizer step, in one process.")
     mini_batch_size: int | None = _field(None, "Rows of an optimizer step, over all processes.")
 
+    @property
+    def group_size(self) -> int:
+        """How many responses each prompt of a batch gets."""
+        return self.samples_per_prompt or (1 if self.advantage == "gae" else 4)
+
+    @property
+    def kl_in_loss(self) -> bool:
+        """Whether the KL penalty is a part of the loss, as in GRPO's paper, and not of the reward."""
+        return (self.kl_in or ("loss" if "grpo" in self.advantage else "reward")) == "loss"
+
     def __post_init__(self) -> None:
         """Settle precision and evaluation, then let transformers do the rest."""
         if self.bf16 not in (True, False, None, "auto"):
@@ -168,10 +192,15 @@ def check_config(args: PPOConfig, script: bool = True) -> int:
     check_limits(vars(args))
     for name, choices in {
         "critic": ("shared", "separate"), "critic_init": ("policy", "reward"), "kl_estimator": ("k1", "k3"),
-        "stop_token": ("eos", None),
+        "stop_token": ("eos", None), "advantage": ("gae", "rloo", "grpo", "dr_grpo"), "kl_in": ("reward", "loss", None),
     }.items():  # fmt: skip
         if getattr(args, name) not in choices:
             raise UserError(f"trainer.{name} is {getattr(args, name)!r}; it takes {' or '.join(map(str, choices))}.")
+    for each in fields(args) if args.advantage != "gae" else ():
+        if each.name in _OF_THE_CRITIC and getattr(args, each.name) != each.default:
+            raise UserError(
+                f"trainer.advantage={args.advantage} has no critic, so trainer.{each.name} has no effect; leave it out."
+            )
     rows, longest = args.per_device_train_batch_size * args.gradient_accumulation_steps, args.response_length
     episodes = rows * processes()
     no_stop = args.stop_token is None and args.stop_token_id is None and not args.stop_tokens
@@ -190,6 +219,11 @@ def check_config(args: PPOConfig, script: bool = True) -> int:
         f"a batch of {rows} rows does not divide into trainer.num_mini_batches={args.num_mini_batches}": (
             rows % args.num_mini_batches
         ),
+        f"a batch of {episodes} responses does not divide by trainer.samples_per_prompt={args.group_size}": (
+            episodes % args.group_size
+        ),
+        f"trainer.advantage={args.advantage} compares responses to one prompt; trainer.samples_per_prompt takes 2 or "
+        "more": args.advantage != "gae" and args.group_size < 2,
         f"a batch of {episodes} episodes is 5 times trainer.kl_horizon={args.kl_horizon} or more, so one update could "
         "bring the adaptive coefficient to 0 or below; raise kl_horizon": (
             args.kl_target is not None and episodes >= 5 * args.kl_horizon

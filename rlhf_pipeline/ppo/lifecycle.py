@@ -99,10 +99,12 @@ class Lifecycle(ParentTrainer):
         self.local_rows = check_config(args)
         if args.eval_strategy != "no" and eval_dataset is None:
             raise UserError("trainer.eval_steps and eval_strategy need held-out prompts: pass an eval_dataset.")
+        if value_model is not None and args.advantage != "gae":
+            raise UserError(f"trainer.advantage={args.advantage} has no critic; leave value_model out.")
         model, ref_model, value_model = prepare_networks(
             args, model, ref_model, reward_model, value_model, peft_config, processing_class
         )
-        actor = ActorCritic(model, value_model, bool(args.bf16))
+        actor = ActorCritic(model, value_model, bool(args.bf16), critic=args.advantage == "gae")
         # Trainer's own constructor: TRL's builds a second backbone for the critic and an optimizer over it.
         Trainer.__init__(
             self, actor, args, eval_dataset=eval_dataset, processing_class=processing_class, callbacks=callbacks,
@@ -110,6 +112,7 @@ class Lifecycle(ParentTrainer):
         )  # fmt: skip
         self._check_launch(optimizers[0])
         self.batch_rows = self.local_rows * self.accelerator.num_processes
+        self.batch_prompts = self.batch_rows // args.group_size
         self.policy_model, self.value_model = model, value_model
         self.reward_model, self.ref_model, self.train_dataset = reward_model, ref_model, train_dataset
         self.prompts = read_prompts([] if train_dataset is None else train_dataset, processing_class, data_collator)
@@ -154,9 +157,9 @@ class Lifecycle(ParentTrainer):
     def _check_prompts(self) -> None:
         """Refuse too few prompts, and texts that the policy has no positions or no embeddings for."""
         args, policy = self.args, language_model(self.policy_model)
-        if self.train_dataset is not None and len(self.prompts.ids) < self.batch_rows:
+        if self.train_dataset is not None and len(self.prompts.ids) < self.batch_prompts:
             raise UserError(
-                f"{len(self.prompts.ids)} prompts do not fill one batch of {self.batch_rows}; "
+                f"{len(self.prompts.ids)} prompts do not fill one batch of {self.batch_prompts}; "
                 "lower trainer.per_device_train_batch_size."
             )
         if args.ptx_coef and not self.ptx:
@@ -178,8 +181,8 @@ class Lifecycle(ParentTrainer):
     def begin(self, resume_from_checkpoint: str | bool | None) -> None:
         """Make optimizer, schedule and state; load them from a checkpoint where one is given, True for the newest."""
         args = self.args
-        prompts = len(self.prompts.ids)
-        episodes = args.total_episodes or int(args.num_train_epochs * prompts)
+        a_pass = len(self.prompts.ids) * args.group_size  # over the prompts, in responses
+        episodes = args.total_episodes or int(args.num_train_epochs * a_pass)
         if not episodes and args.max_steps <= 0:
             raise UserError("without a train_dataset, total_episodes= or max_steps= says how long the training is.")
         updates = args.max_steps if args.max_steps > 0 else math.ceil(episodes / self.batch_rows)
@@ -196,7 +199,7 @@ class Lifecycle(ParentTrainer):
             self.optimizer, self.model_wrapped = self.learner.optimizer, self.learner.network
         if folder:
             self._load_state(folder)
-        self.state.init_training_references(self, updates, math.ceil(episodes / (prompts or self.batch_rows)), None)
+        self.state.init_training_references(self, updates, math.ceil(episodes / (a_pass or self.batch_rows)), None)
         self.state.compute_steps(args, updates)
         handler = self.callback_handler
         handler.model, handler.optimizer, handler.lr_scheduler = self.model, self.optimizer, self.lr_scheduler
@@ -211,7 +214,7 @@ class Lifecycle(ParentTrainer):
 
         One layer on a trunk's states may take larger steps than a network.
         """
-        made, shared = self.optimizer is None, self.value_model is None
+        made, shared = self.optimizer is None and self.model.has_critic, self.value_model is None
         optimizer, rate = super().create_optimizer(model), self.args.critic_learning_rate
         if rate is None:
             rate = (30 if shared else 1) * self.args.learning_rate
@@ -233,7 +236,7 @@ class Lifecycle(ParentTrainer):
         self.last_rollout = rollout
         state.global_step += 1
         state.episode = state.global_step * self.batch_rows
-        state.epoch = state.episode / (len(self.prompts.ids) or self.batch_rows)
+        state.epoch = state.episode / (len(self.prompts.ids) * args.group_size or self.batch_rows)
         self.control = handler.on_step_end(args, state, self.control)
         ended = state.global_step >= state.max_steps
         if int(state.epoch) > epoch or ended:

@@ -1,6 +1,7 @@
-"""PPO's arithmetic as pure functions of tensors. `time` runs over response tokens.
+"""The arithmetic of PPO, RLOO and GRPO as pure functions of tensors. `time` runs over response tokens.
 
-Sources: PPO (arXiv 1707.06347), GAE (arXiv 1506.02438), Ziegler et al. 2019 (arXiv 1909.08593).
+Sources: PPO (arXiv 1707.06347), GAE (arXiv 1506.02438), Ziegler et al. 2019 (arXiv 1909.08593), RLOO (arXiv
+2402.14740), GRPO (arXiv 2402.03300), Dr. GRPO (arXiv 2503.20783).
 """
 
 import math
@@ -48,6 +49,32 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     return advantages * mask
 
 
+def group_advantages(returns: Tensor, size: int, kind: str) -> Tensor:
+    """Advantages (batch,) of responses over others to the same prompt: `size` rows on end answer one prompt.
+
+    `returns` (batch,) are a response's score and whatever else is maximised, as one number. rloo compares with the mean
+    of the others, dr_grpo with the mean of all, and grpo divides that by their standard deviation.
+    """
+    groups = returns.view(-1, size)
+    advantages = groups - groups.mean(1, keepdim=True)
+    if kind == "rloo":
+        advantages = advantages * size / (size - 1)
+    if kind == "grpo":
+        advantages = advantages / (groups.std(1, keepdim=True) + 1e-4)  # equal rewards teach nothing
+    return advantages.flatten()
+
+
+def loss_shares(kind: str, mask: Tensor, lengths: Tensor, count: Tensor, rows: int, longest: int) -> Tensor:
+    """The weight of each token in a minibatch's loss, (batch, time), for the `mask` (1 or 0) of a micro-batch.
+
+    The minibatch has `count` tokens in `rows` responses. In PPO (gae) all tokens weigh the same; in RLOO and GRPO all
+    responses; Dr. GRPO divides by `longest`, the most tokens that a response may have, whatever its length.
+    """
+    if kind == "gae":
+        return mask / count
+    return mask / (rows * (longest if kind == "dr_grpo" else lengths[:, None]))
+
+
 def explained_variance(values: Tensor, returns: Tensor) -> float:
     """Share of the variance of `returns` (tokens,) that `values` (tokens,) predict; 0 where there is none."""
     variance = float(returns.var()) if len(returns) > 1 else 0.0
@@ -55,7 +82,7 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
 
 
 class PolicyLoss(NamedTuple):
-    """The clipped surrogate and what to watch of it; scalars, each divided by the same `count`."""
+    """The clipped surrogate, and what to watch of it as means over tokens; scalars."""
 
     loss: Tensor
     ratio: Tensor  # new / old probability
@@ -65,17 +92,20 @@ class PolicyLoss(NamedTuple):
 
 
 def policy_loss(
-    log_probs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip: float, count: Tensor
-) -> PolicyLoss:
+    log_probs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip: float, count: Tensor, shares: Tensor,
+    whole: bool = False,
+) -> PolicyLoss:  # fmt: skip
     """PPO's clipped surrogate, eq. 7. Tensors are (batch, time).
 
-    Sums are divided by `count`, the tokens of the whole minibatch, so that how it is split into
-    micro-batches and over processes changes nothing.
+    `shares` are those of `loss_shares`, and means are over `count`, the tokens of the whole minibatch, so that how it
+    is split into micro-batches and over processes changes nothing. With `whole` the ratio is that of whole responses,
+    which in RLOO are the actions.
     """
     log_ratio = (log_probs - old).masked_fill(~mask, 0.0)
     ratio = log_ratio.exp()
-    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
-    loss = (torch.max(plain, clipped) * mask).sum() / count
+    clipping = log_ratio.sum(1, keepdim=True).exp() if whole else ratio
+    plain, clipped = -advantages * clipping, -advantages * clipping.clamp(1 - clip, 1 + clip)
+    loss = (torch.max(plain, clipped) * shares).sum()
     with torch.no_grad():
         active = (clipped > plain).to(ratio.dtype)
         watched = [(figure * mask).sum() / count for figure in (ratio, ratio**2, 0.5 * log_ratio**2, active)]

@@ -79,9 +79,9 @@ def save_policy(
         inner.generation_config = before
     generation.save_pretrained(folder)  # with an adapter peft does not
     tokenizer.save_pretrained(folder)
-    if actor.value_model is None:
+    if actor.value_head is not None:
         save_file(actor.value_head.state_dict(), folder / "value_head.safetensors")
-    else:
+    if actor.value_model is not None:
         actor.value_model.save_pretrained(folder / "critic")
 
 

@@ -20,7 +20,9 @@ from rlhf_pipeline.ppo.objective import (
     add_moments,
     explained_variance,
     gae,
+    group_advantages,
     kl_estimate,
+    loss_shares,
     masked_mean,
     next_kl_coef,
     policy_loss,
@@ -38,7 +40,7 @@ class Experience(NamedTuple):
     rollout: Rollout
     kl: Tensor  # (batch, time), of policy and reference
     scores: Tensor  # (batch,): the reward as it is maximised: scaled, clipped, less the penalty of a missing EOS
-    advantages: Tensor  # (batch, time), whitened
+    advantages: Tensor  # (batch, time), whitened where a critic made them
     returns: Tensor  # (batch, time), what the critic learns
     rewards_to_go: Tensor  # (batch, time), what came after each token, whatever the critic thought
 
@@ -84,8 +86,9 @@ class PPOTrainer(Lifecycle):
         """One PPO update on responses that you sampled and scored, as in TRL 0.7 to 0.11; returns its statistics.
 
         `queries` and `responses` are rows of token ids without padding, tensors or lists; `scores` is one number a
-        row. A process passes its own rows: per_device_train_batch_size x gradient_accumulation_steps of them. The
-        schedule of the learning rate is that of `train`, over `total_episodes` or `max_steps`.
+        row. A process passes its own rows: per_device_train_batch_size x gradient_accumulation_steps of them; of
+        those, `samples_per_prompt` on end answer one prompt. The schedule of the learning rate is that of `train`, over
+        `total_episodes` or `max_steps`.
         """
         start = time.monotonic()
         if not len(queries) == len(responses) == len(scores) == self.local_rows:
@@ -93,6 +96,8 @@ class PPOTrainer(Lifecycle):
                 f"step() got {len(queries)} queries, {len(responses)} responses and {len(scores)} scores; it takes "
                 f"{self.local_rows} of each, per_device_train_batch_size x gradient_accumulation_steps."
             )
+        if self.args.group_size > 1 and self.accelerator.num_processes > 1:
+            raise UserError("step() takes trainer.samples_per_prompt in one process only; call train().")
         asked, answers = _token_rows(queries), _token_rows(responses)
         for number, (query, answer) in enumerate(zip(asked, answers, strict=True)):
             if not query or not answer:
@@ -138,7 +143,8 @@ class PPOTrainer(Lifecycle):
     def _roll_out(self, update: int) -> Rollout:
         """The whole batch of an update, sampled and scored, in every process."""
         seed = self.args.seed
-        chosen = prompts_of_update(len(self.prompts.ids), self.batch_rows, update, seed)
+        chosen = prompts_of_update(len(self.prompts.ids), self.batch_prompts, update, seed)
+        chosen = [prompt for prompt in chosen for _ in range(self.args.group_size)]
         # For a reward that draws at random.
         set_seed(derive_seed(seed, f"reward of process {self.accelerator.process_index}", update) % 2**32)
         limits, uniforms = self.draws(self.batch_rows, "rollout", update)
@@ -155,7 +161,7 @@ class PPOTrainer(Lifecycle):
         self.reference.same = False  # from the first step on
         scores = self._maximised(rollout)
         values = rollout.values
-        if first and self.value_model is None and not values.any():
+        if first and self.model.value_head is not None and not values.any():
             # A value head starts at the mean score. It could not get there by itself: Adam moves a bias by about one
             # learning rate a step, and the weights would take up what it lacks.
             expected = float(scores.mean())
@@ -163,7 +169,10 @@ class PPOTrainer(Lifecycle):
             values = (values + expected) * mask
             rollout = rollout._replace(values=values)
         kl = kl_estimate(rollout.log_probs, rollout.ref_log_probs, args.kl_estimator) * mask
-        rewards = token_rewards(scores, kl, batch.response_lengths, self.kl_coef)
+        rewards = token_rewards(scores, kl, batch.response_lengths, 0.0 if args.kl_in_loss else self.kl_coef)
+        if args.advantage != "gae":
+            advantages = group_advantages(rewards.sum(1), args.group_size, args.advantage)[:, None] * mask
+            return Experience(rollout, kl, scores, advantages, values, values)
         if args.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False)
         advantages = gae(rewards, values, mask, args.gamma, args.lam)
@@ -225,9 +234,8 @@ class PPOTrainer(Lifecycle):
         """
         args, rollout, device = self.args, experience.rollout, self.accelerator.device
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        count = batch.response_lengths[minibatch].sum()
-        total = torch.zeros((), device=device, dtype=rollout.log_probs.dtype)
-        seen = dict[str, Tensor]()
+        count, rows = batch.response_lengths[minibatch].sum(), len(minibatch)
+        seen, figures = dict[str, Tensor](), list[Tensor]()
         if args.ptx_coef:
             self._backward_ptx(update, step, world * len(minibatch[rank::world]))
         # Rows of like length together: a micro-batch is as wide as its longest row.
@@ -240,11 +248,21 @@ class PPOTrainer(Lifecycle):
             width = mask.shape[1]
             old, old_values = rollout.log_probs[index, :width], rollout.values[index, :width]
             advantages, returns = experience.advantages[index, :width], experience.returns[index, :width]
+            shares = loss_shares(
+                args.advantage, mask.to(old.dtype), part.response_lengths, count, rows, args.response_length
+            )
             with self.learner.adding(last=number == len(parts) - 1) as network:
                 new = network(part, self.sampling)
-                policy = policy_loss(new.log_probs, old, advantages, mask, args.cliprange, count)
-                value = value_loss(new.values, old_values, returns, mask, args.cliprange_value, count)
-                loss = policy.loss + args.vf_coef * value.loss
+                policy = policy_loss(
+                    new.log_probs, old, advantages, mask, args.cliprange, count, shares, args.advantage == "rloo"
+                )
+                loss = policy.loss
+                if self.model.has_critic:
+                    value = value_loss(new.values, old_values, returns, mask, args.cliprange_value, count)
+                    loss = loss + args.vf_coef * value.loss
+                if args.kl_in_loss:
+                    kl = kl_estimate(new.log_probs, rollout.ref_log_probs[index, :width], "k3")
+                    loss = loss + self.kl_coef * (kl * shares).sum()
                 if args.entropy_coef:
                     loss = loss - args.entropy_coef * new.entropy.sum() / count
                 self.learner.backward(loss * world)  # processes are averaged, and this is a sum
@@ -254,11 +272,12 @@ class PPOTrainer(Lifecycle):
                 "squared_ratio": policy.squared_ratio,
                 "policy/approxkl_avg": policy.approx_kl,
                 "policy/clipfrac_avg": policy.clipped,
-                "loss/value_avg": value.loss,
-                "val/clipfrac_avg": value.clipped,
                 "policy/update_entropy": new.entropy.sum() / count,
             }
-            total = total + torch.stack([figure.detach().to(total.dtype) for figure in seen.values()])
+            if self.model.has_critic:
+                seen |= {"loss/value_avg": value.loss, "val/clipfrac_avg": value.clipped}
+            figures.append(torch.stack([figure.detach().to(old.dtype) for figure in seen.values()]))
+        total = torch.stack(figures).sum(0)
         if world > 1:
             total = self.accelerator.reduce(total, "sum")
         return dict(zip(seen, total.unbind(), strict=True))
@@ -295,8 +314,13 @@ class PPOTrainer(Lifecycle):
             "policy/entropy_avg": float(masked_mean(rollout.entropy, mask)),
             "val/response_length": float(rollout.batch.response_lengths.float().mean()),
             "val/num_eos_tokens": 0.0 if eos is None else float((rollout.batch.last_tokens == eos).sum()),
-            "val/explained_variance": explained_variance(rollout.values[mask], experience.rewards_to_go[mask]),
         }
+        if self.model.has_critic:
+            judged, came = rollout.values[mask], experience.rewards_to_go[mask]
+            stats["val/explained_variance"] = explained_variance(judged, came)
+        if self.args.group_size > 1:  # prompts that teach nothing, under TRL's name
+            groups = experience.scores.view(-1, self.args.group_size)
+            stats["frac_reward_zero_std"] = float((groups == groups[:, :1]).all(1).float().mean())
         figures, warnings = self.watch.update(rollout.responses, stats["val/response_length"], kl)
         for warning in warnings:
             self.warn(f"update {self.state.global_step + 1}: {warning}")

@@ -31,7 +31,7 @@ from rlhf_pipeline.training.setup import building, check_languages, judges, say_
 def run(settings: Settings, out: RunDir) -> None:
     """Start from the SFT policy, keep it as the reference, and learn from the reward."""
     args = trainer_args(PPOConfig, settings, out)
-    batch = check_config(args, script=False) * processes()
+    batch = check_config(args, script=False) * processes() // args.group_size
     adapter = lora_config(settings.policy)
     if adapter is not None and str(start := adapter.init_lora_weights).startswith(("pissa", "olora", "loftq", "corda")):
         raise UserError(

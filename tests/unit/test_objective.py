@@ -70,7 +70,7 @@ def test_the_policy_losss_gradient_is_that_of_the_written_out_loss() -> None:
     old, advantages, mask, _ = example()
     new = (old + 0.3 * torch.randn(4, 6)).requires_grad_()
     count = mask.sum()
-    policy_loss(new, old, advantages, mask, 0.2, count).loss.backward()
+    policy_loss(new, old, advantages, mask, 0.2, count, mask / count).loss.backward()
     again = new.detach().clone().requires_grad_()
     ratio = (again - old).exp()
     surrogate = torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
@@ -82,9 +82,10 @@ def test_the_policy_losss_gradient_is_that_of_the_written_out_loss() -> None:
 def test_micro_batches_add_up_to_the_whole() -> None:
     old, advantages, mask, _ = example()
     new, count = old + 0.1, mask.sum()
-    whole = policy_loss(new, old, advantages, mask, 0.2, count).loss
+    whole = policy_loss(new, old, advantages, mask, 0.2, count, mask / count).loss
     parts = sum(
-        policy_loss(new[i], old[i], advantages[i], mask[i], 0.2, count).loss for i in (slice(0, 1), slice(1, 4))
+        policy_loss(new[i], old[i], advantages[i], mask[i], 0.2, count, mask[i] / count).loss
+        for i in (slice(0, 1), slice(1, 4))
     )
     torch.testing.assert_close(whole, parts)
 

@@ -44,12 +44,16 @@ CUTS = [
 ]
 
 
-@pytest.mark.parametrize("minibatches", [1, 2])
+@pytest.mark.parametrize(
+    ("minibatches", "advantage"), [(1, "gae"), (2, "gae"), (2, "rloo"), (2, "grpo"), (1, "dr_grpo")]
+)
 @pytest.mark.parametrize("cut", CUTS)
-def test_how_a_batch_is_cut_changes_nothing(cut: dict[str, int], minibatches: int, tmp_path: Path) -> None:
+def test_how_a_batch_is_cut_changes_nothing(
+    cut: dict[str, int], minibatches: int, advantage: str, tmp_path: Path
+) -> None:  # fmt: skip
     """Batch 1 x accumulation 8 is batch 8, also where the rows' lengths differ and there are several minibatches."""
-    whole, stats = gradients(tmp_path, num_mini_batches=minibatches)
-    parts, others = gradients(tmp_path, num_mini_batches=minibatches, **cut)
+    whole, stats = gradients(tmp_path, num_mini_batches=minibatches, advantage=advantage)
+    parts, others = gradients(tmp_path, num_mini_batches=minibatches, advantage=advantage, **cut)
     assert len(whole) == len(parts) == 2 * minibatches
     for a, b in zip(whole, parts, strict=True):
         assert float((a - b).norm() / a.norm()) < 1e-9
@@ -73,10 +77,11 @@ def launch(
     return torch.load(folder / "weights.pt"), json.loads((folder / "log.json").read_text())
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_two_processes_are_as_good_as_one(lora: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("lora", "advantage"), [(False, "gae"), (True, "gae"), (False, "rloo"), (True, "grpo")])
+def test_two_processes_are_as_good_as_one(lora: bool, advantage: str, tmp_path: Path) -> None:
     """The same global batch; ptx, minibatches, held-out prompts that do not divide by two; saved and resumed."""
-    options = {
+    options: dict[str, Any] = {
+        "advantage": advantage,
         "total_episodes": 24, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "num_mini_batches": 2,
         "min_response_length": 2, "ptx_coef": 0.2, "kl_target": 1.0, "eval_steps": 1, "save_steps": 2,
         "use_score_scaling": True, "max_grad_norm": 0.5,
@@ -93,7 +98,7 @@ def test_two_processes_are_as_good_as_one(lora: bool, tmp_path: Path) -> None:
         for name in a.keys() - {"eps"}:
             assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-7), name
     checkpoint = tmp_path / "two" / "checkpoint-2"
-    assert (tmp_path / "two" / "model" / "value_head.safetensors").exists()
+    assert (tmp_path / "two" / "model" / "value_head.safetensors").exists() == (advantage == "gae")
     for processes, options_again in ((2, shared), (1, options)) if not lora else ((2, shared),):
         again, _ = launch(
             tmp_path / f"again{processes}", processes, options=options_again, resume=str(checkpoint), **asked

@@ -101,6 +101,8 @@ def test_nothing_is_mixed_over_two_devices(tokenizer: PreTrainedTokenizerBase, m
     seen = actor(batch, ODD)
     nothing = torch.zeros_like(seen.log_probs)
     count = torch.tensor(17)  # on the CPU, as the trainer has it: a single number may be
-    loss = policy_loss(seen.log_probs, nothing, nothing, batch.response_mask, 0.2, count).loss
+    loss = policy_loss(
+        seen.log_probs, nothing, nothing, batch.response_mask, 0.2, count, batch.response_mask / count
+    ).loss
     (loss + value_loss(seen.values, nothing, nothing, batch.response_mask, 0.2, count).loss).backward()
     assert all(p.grad is not None for p in actor.parameters())
