@@ -141,7 +141,7 @@ def _read(
         except SkippedRowError as fault:
             skipped[str(fault)] += 1
         except (RowError, RecursionError) as fault:
-            why = "lists in lists, too deep to be read" if isinstance(fault, RecursionError) else fault.args[0]
+            why = fields.TOO_DEEP if isinstance(fault, RecursionError) else fault.args[0]
             raise UserError(f"{path}, {where}: {why}; {needs}.") from None
     total = len(kept) + skipped.total()
     if not kept:

@@ -299,7 +299,7 @@ def test_rows_gzip_and_parquet(tmp_path: Path) -> None:
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9], "cut short"),
         ("a.parquet", b"PAR1PAR1PAR1", "damaged or misnamed"),
         ("a.jsonl", b'{"text": "a"}\n{"text": ' + b"[" * 200_000, r"line 2: not JSON \(nested too deeply\)"),
-        ("a.json", b'[{"text": "a"},\n{"text": ' + b"[" * 200_000, r"line 2: not JSON \(nested too deeply\)"),
+        ("a.json", b'[{"text": "a"},\n{"text": ' + b"[" * 200_000, r"a.json: not JSON \(nested too deeply\)"),
         ("a.json", b'[{"text": "a"},\n]', "line 2: not JSON"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "b", "text": "c"}', "line 2: a key occurs twice in an object of text"),
         ("a.json", b'[{"text": "a"}, {"text": "b", "more": [{"x": 1, "x": 2}]}]', "row 2: a key occurs twice"),
