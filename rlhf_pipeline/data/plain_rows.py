@@ -84,14 +84,12 @@ class _Twice(Fields):
     """An object of JSON in which a key occurs twice."""
 
 
-def from_json(text: str) -> Any:
-    """A JSON value. `checked` says whether it can be used."""
-    return json.loads(text, object_pairs_hook=_object)
-
-
 def _object(pairs: list[tuple[str, Any]]) -> Fields:
     found = dict(pairs)
     return found if len(found) == len(pairs) else _Twice(found)
+
+
+from_json = json.JSONDecoder(object_pairs_hook=_object).decode  # `checked` says whether a value can be used
 
 
 def checked(value: Any) -> tuple[int, str | None]:

@@ -54,9 +54,6 @@ registry: Registry[Splits[Any]] = Registry(
     },
 )
 
-# The kinds of rows that each stage can use.
-_TAKES = {name: {getattr(records, row) for row in stage.rows} for name, stage in STAGES.items() if stage.rows}
-
 
 @registry.register
 def toy_reviews(seed: int, *, train: int = 20_000, test: int = 2_000) -> Splits[Labelled]:
@@ -185,7 +182,7 @@ def python_code(
     """
     if path is None or Path(path).expanduser().is_dir() or path.startswith((".", "/", "~")):
         files = source_files(Path(path).expanduser() if path else None)
-        return Splits([Code(source) for _, source in files], [], share=test_share)
+        return Splits([Code(text) for _, text in files], [], share=test_share)
     with explained(path, "data.path"):
         import datasets
 
@@ -207,7 +204,8 @@ def kind(name: str) -> Any:
 def check_kind(name: str, stage: str) -> None:
     """Refuse data that a stage cannot use."""
     kinds = {entry: typing.get_args(kind(entry)) or (kind(entry),) for entry in registry.entries}
-    fitting = [entry for entry, held in kinds.items() if set(held) & _TAKES.get(stage, set(held))]
+    takes = STAGES[stage].rows if stage in STAGES else ()
+    fitting = [entry for entry, held in kinds.items() if not takes or {row.__name__ for row in held} & {*takes}]
     if name not in fitting:
         holds = " or ".join(held.__name__ for held in kinds[name])
         raise UserError(f"data={name} holds rows of {holds}; stage={stage} takes: {', '.join(fitting)}.")
