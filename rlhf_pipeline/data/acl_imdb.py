@@ -30,7 +30,7 @@ def read_acl_imdb(path: Path) -> dict[str, list[Labelled]]:
         raise UserError(
             f"{path} is not an aclImdb; allowed are a folder and {', '.join(_ARCHIVES)}, laid out {_LAYOUT}."
         )
-    found: dict[tuple[str, str], dict[tuple[int, int], str]] = {(s, f): {} for s in ("train", "test") for f in _NAME}
+    found: dict[str, dict[str, dict[tuple[int, int], str]]] = {s: {f: {} for f in _NAME} for s in ("train", "test")}
     left_out, room = 0, LARGEST_FILE
     for review, data in _folder_files(path) if path.is_dir() else _archive_files(path):
         short, split, folder, file = review.groups()
@@ -50,17 +50,16 @@ def read_acl_imdb(path: Path) -> dict[str, list[Labelled]]:
                 "in UTF-8."
             )
         key = int(known[1]), int(known[2])
-        if key in found[split, folder]:
+        if key in found[split][folder]:
             raise UserError(f"{path}: {short} occurs twice; each review needs its own id.")
-        found[split, folder][key] = text
+        found[split][folder][key] = text
     if left_out:
         _LOG.warning("%s: %d links and other entries that are no files are left out", path, left_out)
-    for (split, folder), reviews in found.items():
-        if not reviews:
-            raise UserError(f"{path}: no reviews in {split}/{folder}; the layout must be {_LAYOUT}.")
+    if empty := [f"{split}/{folder}" for split, parts in found.items() for folder in parts if not parts[folder]]:
+        raise UserError(f"{path}: no reviews in {empty[0]}; the layout must be {_LAYOUT}.")
     return {
-        split: [Labelled(text, label) for label, f in enumerate(_NAME) for _, text in sorted(found[split, f].items())]
-        for split in ("train", "test")
+        split: [Labelled(text, label) for label, part in enumerate(parts.values()) for _, text in sorted(part.items())]
+        for split, parts in found.items()
     }
 
 

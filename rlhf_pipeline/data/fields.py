@@ -1,6 +1,7 @@
 """Fields of a row: texts, numbers and messages, with errors that name the field."""
 
 import ast
+import contextlib
 import math
 import re
 import warnings
@@ -20,6 +21,8 @@ _ROLES: dict[str, Role] = {
 }  # fmt: skip
 _TOOLS = ("tool", "function", "observation", "function_call", "tool_call", "tool_calls", "tool_response", "ipython")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # a model's, before its answer: not read
+_SIDES = ("user", "assistant")
+TOO_DEEP = "lists in lists, too deep to be read"
 _LIKE_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|from)["']""")
 
 
@@ -47,16 +50,12 @@ def decoded(cell: Any) -> Any:
 
     A cell stays text if what it holds cannot be used, as where a key occurs twice.
     """
-    if not isinstance(cell, str) or not cell.lstrip().startswith(("[", "{")):
-        return cell
-    try:
-        value = from_json(cell)
-    except ValueError:
-        try:
-            value = _from_python(cell.strip())
-        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            return cell
-    return cell if checked(value)[1] else value
+    if isinstance(cell, str) and cell.lstrip().startswith(("[", "{")):
+        for read in (from_json, _from_python):
+            with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError):
+                value = read(cell.strip())
+                return cell if checked(value)[1] else value
+    return cell
 
 
 def _from_python(text: str) -> Any:
@@ -119,9 +118,8 @@ def prompt(row: Fields, key: str = "prompt") -> Prompt:
         asked = (Turn("user", "\n\n".join(text(row, part) for part in (ask, "input") if holds(row, part))),)
     else:
         asked = turns(row, key) if holds(row, key) and messages(row, key) else text(row, key)
-    if past := before(row):
-        return (*past, *((Turn("user", asked),) if isinstance(asked, str) else asked))
-    return asked
+    past = before(row)
+    return (*past, *((Turn("user", asked),) if isinstance(asked, str) else asked)) if past else asked
 
 
 def messages(row: Fields, key: str) -> list[Any] | None:
@@ -147,21 +145,23 @@ def turns(row: Fields, key: str) -> tuple[Turn, ...]:
         if form is None or not (isinstance(words, str) or blank(words)):
             forms = " or ".join(" and ".join(form) for form in _FORMS)
             raise RowError(f"'{key}' is not a list of messages with {forms}")
-        if str(who).lower() not in _ROLES:
+        role = _ROLES.get(str(who).lower())
+        if role is None:
             raise RowError(f"'{key}' has a message from {who!r}; allowed are {', '.join(_ROLES)}")
-        turn = Turn(_ROLES[str(who).lower()], words if isinstance(words, str) else "")
-        found += [turn] if turn.role != "system" or turn.text.strip() else []
+        if role != "system" or not blank(words):
+            found.append(Turn(role, words if isinstance(words, str) else ""))
     return tuple(found)
 
 
 def _form(message: Any) -> tuple[str, str] | None:
-    fields = message if isinstance(message, dict) else {}
-    return next((form for form in _FORMS if form[1] in fields and holds(fields, form[0])), None)
+    if not isinstance(message, dict):
+        return None
+    return next((form for form in _FORMS if form[1] in message and holds(message, form[0])), None)
 
 
-def _calls_tools(message: Any) -> bool:
-    fields = message if isinstance(message, dict) else {}
-    return any(not blank(decoded(fields.get(key))) for key in ("tools", "tool_calls", "function_call"))
+def _calls_tools(held: Any) -> bool:
+    keys = ("tools", "tool_calls", "function_call")
+    return isinstance(held, dict) and any(not blank(decoded(held.get(key))) for key in keys)
 
 
 def before(row: Fields) -> tuple[Turn, ...]:
@@ -169,17 +169,12 @@ def before(row: Fields) -> tuple[Turn, ...]:
     found = [Turn("system", text(row, "system"))] if holds(row, "system") else []
     past = decoded(row.get("history"))
     if isinstance(past, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in past):
-        for user, assistant in past:
-            said = {"user": user, "assistant": assistant}
-            found += [Turn("user", text(said, "user")), Turn("assistant", text(said, "assistant"))]
-    elif isinstance(past, list):
-        found += turns({"history": past}, "history")
-    return tuple(found)
+        past = [{"role": role, "content": said} for pair in past for role, said in zip(_SIDES, pair, strict=True)]
+    return (*found, *(turns({"history": past}, "history") if isinstance(past, list) else ()))
 
 
 def unread(row: Fields) -> set[str]:
     """Content of a row that is not read: a model's thoughts, and a history that is no list."""
-    lists = (cell for cell in row.values() if isinstance(cell, list))
-    held = [row, *(item for cells in lists for item in cells if isinstance(item, dict))]
+    held = [row, *(item for cell in row.values() if isinstance(cell, list) for item in cell if isinstance(item, dict))]
     found = {key for each in held for key in _THOUGHTS if holds(each, key)}
     return found | ({"history"} if holds(row, "history") and not isinstance(decoded(row["history"]), list) else set())

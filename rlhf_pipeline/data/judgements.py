@@ -1,22 +1,46 @@
-"""Files of human judgements. Each row shows which form it has; a bad row does not stop the others."""
+"""Files of human judgements: pairs, ranked lists, sheets, and exports of Label Studio. Each row shows which it is.
+
+A row that cannot be used is set aside with the reason, and the others are read. Label Studio exports JSON (tasks with
+annotations), and JSON_MIN, CSV and TSV (an annotation a row); answers are compared by its tags Pairwise ("left" or
+"right") and Ranker (one list, or lists in buckets). Predictions and drafts are no labels.
+"""
 
 import json
 import logging
+import os
+import re
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from rlhf_pipeline.data import label_studio, labels
-from rlhf_pipeline.data.fields import name, renamed, unread
-from rlhf_pipeline.data.labels import Label, Reading
+from rlhf_pipeline.data import fields
 from rlhf_pipeline.data.plain_rows import Fields, RowError, read_rows
 from rlhf_pipeline.data.readers import say_unread
-from rlhf_pipeline.data.records import Judgement
+from rlhf_pipeline.data.records import Judgement, Prompt, Turn
+from rlhf_pipeline.data.sheets import unmarked
 from rlhf_pipeline.errors import UserError
 
 _LOG = logging.getLogger("rlhf_pipeline")
+_ASSISTANT = "\n\nAssistant:"
+_RANK = re.compile(r"rank(0|[1-9][0-9]{0,8})")
+_PAIR = {"chosen", "selected", "rejected", "rejected_response"}
+_ALLOWED = (
+    "allowed are prompt, chosen, rejected; prompt, responses; a sheet's prompt, answer1, rank1, ..; exports of Label "
+    "Studio; data.columns={chosen: ..} says what they are called here"
+)
+# Of Label Studio's exports: names of the two answers and of the prompt in a task's data.
+_STEMS = ("answer", "response", "completion", "output", "text")
+_SIDES = [(f"{stem}{gap}{a}", f"{stem}{gap}{b}") for stem in _STEMS for gap in ("", "_") for a, b in ("12", "ab")]
+_SIDES += [("left", "right"), ("a", "b")]
+_PROMPTS = ("prompt", "instruction", "question", "query", "input", "context", "messages", "conversation", "dialogue")
+# Columns that JSON_MIN, CSV and TSV add to the data and the label; `task` is our own.
+_ABOUT = ("id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "agreement", "history", "task")
+_COMPARE = ("selected", "ranker")  # what the tags Pairwise and Ranker write
+_OTHERS = ("rating", "choices", "taxonomy", "number", "labels")  # what other tags write
+_UNSORTED = "_"  # the answers that were put into no bucket
+_BUCKETS = ("best", "better", "good", _UNSORTED, "neutral", "bad", "worse", "worst")  # unless data.buckets= says
 
 
 @dataclass(frozen=True)
@@ -26,6 +50,33 @@ class Judged:
     judgements: list[Judgement]
     rejected: list[dict[str, Any]]
     counts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How the labels of a file are read."""
+
+    columns: Mapping[str, str]  # our names of columns to the file's
+    label: str | None  # the control that counts, where an annotation holds several
+    buckets: Sequence[str] | None  # a Ranker's, best first
+    untouched_seconds: float  # an annotation submitted sooner, as it was shown, is set aside
+    unnamed: str | None  # who filled in a sheet that names nobody
+
+
+@dataclass(frozen=True)
+class _Label:
+    """One person's label of one task, and whether it is used. If several have the same `key`, the latest counts."""
+
+    kind: Literal["judged", "rejected", "skipped", "unlabelled"]
+    row: Fields  # as the file has it
+    task: str | None = None
+    annotator: str | None = None
+    judgement: Judgement | None = None
+    why: str | None = None
+    key: Hashable = None
+    when: str = ""
+    file: str = ""
+    where: str = ""
 
 
 def read_judgements(
@@ -40,51 +91,31 @@ def read_judgements(
     """
     if buckets is not None and (len(buckets) < 2 or len(set(buckets)) < len(buckets)):
         raise UserError(f"data.buckets is {buckets}; it takes two or more different names, best first.")
-    ours = {key: theirs for key, theirs in (columns or {}).items() if key != "label"}
-    found: list[Label] = []
+    ours = dict(columns or {})
+    control = ours.pop("label", None)
+    every: list[_Label] = []
     for path in [paths] if isinstance(paths, Path) else paths:
-        unnamed = None if isinstance(paths, Path) else str(path)
-        reading = Reading(ours, (columns or {}).get("label"), buckets, untouched_seconds, unnamed)
-        found += _file(path, reading)
-    return _judged(found)
+        reading = _Reading(ours, control, buckets, untouched_seconds, None if isinstance(paths, Path) else str(path))
+        labels = [
+            replace(label, file=str(path), where=where)
+            for where, row in read_rows(path)
+            for label in _labels(row, reading)
+        ]
+        found = _judged(labels)
+        said = ", ".join(f"{count} {kind}" for kind, count in found.counts.items())
+        first = {row["why"]: row["where"] for row in reversed(found.rejected)}
+        for why, count in Counter(row["why"] for row in found.rejected).most_common(3):
+            said += f"; {first[why]}: {why}" + (f" ({count} such rows)" if count > 1 else "")
+        if not found.judgements:
+            raise UserError(f"{path} holds no usable label: {said}.")
+        if found.rejected:
+            _LOG.warning("%s: %s", path, said)
+        say_unread(path, Counter(key for label in labels for key in fields.unread(label.row)), len(labels))
+        every += labels
+    return _judged(every)
 
 
-def _file(path: Path, reading: Reading) -> list[Label]:
-    found = [
-        replace(label, file=str(path), where=where) for where, row in read_rows(path) for label in _row(row, reading)
-    ]
-    held = _judged(found)
-    said = ", ".join(f"{count} {kind}" for kind, count in held.counts.items())
-    first = {row["why"]: row["where"] for row in reversed(held.rejected)}
-    for why, count in Counter(row["why"] for row in held.rejected).most_common(3):
-        said += f"; {first[why]}: {why}" + (f" ({count} such rows)" if count > 1 else "")
-    if not held.judgements:
-        raise UserError(f"{path} holds no usable label: {said}.")
-    if held.rejected:
-        _LOG.warning("%s: %s", path, said)
-    say_unread(path, Counter(key for label in found for key in unread(label.row)), len(found))
-    return found
-
-
-def _row(row: Fields | RowError, reading: Reading) -> list[Label]:
-    """The labels of a row; a row that cannot be used is rejected, and the others are read."""
-    held: Fields = row.args[1] if isinstance(row, RowError) else row
-    try:
-        if isinstance(row, RowError):
-            raise row
-        if label_studio.is_task(row):
-            return label_studio.of_task(row, reading)
-        row = renamed(row, reading.columns)
-        if "annotation_id" in row:
-            return [label_studio.of_annotation(row, reading)]
-        return labels.of_row(row, reading.unnamed)
-    except RowError as fault:
-        return [Label("rejected", held, name(held.get("task")), name(held.get("annotator")), why=fault.args[0])]
-    except RecursionError:
-        return [Label("rejected", {}, why="lists in lists, too deep to be read")]
-
-
-def _judged(found: Sequence[Label]) -> Judged:
+def _judged(found: Sequence[_Label]) -> Judged:
     last: dict[Hashable, int] = {}  # by key, the place of the latest label
     for place, label in enumerate(found):
         if label.key and (label.key not in last or found[last[label.key]].when <= label.when):
@@ -103,7 +134,7 @@ def _judged(found: Sequence[Label]) -> Judged:
     return Judged(judgements, [_set_aside(label) for label in newest if label.kind == "rejected"], counts)
 
 
-def _set_aside(label: Label) -> dict[str, Any]:
+def _set_aside(label: _Label) -> dict[str, Any]:
     """A row of rejected.jsonl, in values that JSON and in characters that UTF-8 can hold."""
     about = {key: getattr(label, key) for key in ("file", "where", "task", "annotator", "why")}
     try:
@@ -111,3 +142,276 @@ def _set_aside(label: Label) -> dict[str, Any]:
         return dict(json.loads(text.encode(errors="replace"), parse_constant=str))
     except (RecursionError, ValueError):
         return {**about, "row": {}}
+
+
+def _labels(row: Fields | RowError, reading: _Reading) -> list[_Label]:
+    """The labels that a row holds: of a task several, of an empty line of a sheet none."""
+    held: Fields = row.args[1] if isinstance(row, RowError) else row
+    try:
+        if isinstance(row, RowError):
+            raise row
+        if "annotations" in row or isinstance(row.get("data"), dict):
+            return _of_task(row, reading)
+        row = fields.renamed(row, reading.columns)
+        return _of_annotation(row, reading) if "annotation_id" in row else _of_row(row, reading)
+    except RowError as fault:
+        who = fields.name(held.get("annotator"))
+        return [_Label("rejected", held, fields.name(held.get("task")), who, why=fault.args[0])]
+    except RecursionError:
+        return [_Label("rejected", {}, why=fields.TOO_DEEP)]
+
+
+def _judgement(
+    prompt: Prompt, answers: Sequence[str], ranks: Sequence[float | None], task: str | None, annotator: str | None,
+    margin: float | None = None,
+) -> Judgement:  # fmt: skip
+    """A judgement of the answers that have a rank, at least two."""
+    kept = [(answer, rank) for answer, rank in zip(answers, ranks, strict=True) if rank is not None]
+    if len(kept) < 2:
+        raise RowError(f"{len(kept)} of {len(answers)} answers ranked; it takes two or more")
+    return Judgement(prompt, tuple(a for a, _ in kept), tuple(rank for _, rank in kept), task, annotator, margin)
+
+
+# -- a row with one label: a pair, a ranked list, a line of a sheet
+
+
+def _of_row(row: Fields, reading: _Reading) -> list[_Label]:
+    sheet = sorted(int(match[1]) for match in map(_RANK.fullmatch, row) if match and f"answer{match[1]}" in row)
+    if sheet and all(map(fields.blank, row.values())):
+        return []
+    task, who = fields.name(row.get("task")), fields.name(row.get("annotator")) or (reading.unnamed if sheet else None)
+    ranks: Sequence[float | None] = (1, 2)
+    if sheet:
+        prompt, answers, ranks = _sheet(row, sheet)
+    elif "responses" in row or "ranked" in row:
+        prompt, answers, ranks = _ranking(row)
+    elif "winner" in row:  # each answer is in a column named after its author; `winner` names the better one
+        prompt, *answers = _won(row)
+    elif _PAIR & row.keys():
+        prompt, *answers = _pair(row)
+    else:
+        raise RowError(f"no label among the columns {', '.join(row)[:200] or '(none)'}; {_ALLOWED}")
+    if all(rank is None for rank in ranks):
+        return [_Label("unlabelled", row, task, who)]
+    # `task` may be a kind of work and `annotator` a constant, so the answers are part of the key.
+    key = (task, who, prompt, frozenset(answers)) if task and who else None
+    margin = _number("margin", row.get("margin"))
+    return [_Label("judged", row, task, who, _judgement(prompt, answers, ranks, task, who, margin), key=key)]
+
+
+def _number(key: str, value: object) -> float | None:
+    if not fields.blank(value) and fields.number(value) is None:
+        raise RowError(f"'{key}' is {str(value)[:40]!r}, not a number")
+    return fields.number(value)
+
+
+def _sheet(row: Fields, numbers: Sequence[int]) -> tuple[Prompt, list[str], Sequence[float | None]]:
+    """rank1 belongs to answer1 and so on: 1 is the best, equal numbers are ties."""
+    ranks = [_number(f"rank{n}", row[f"rank{n}"]) for n in numbers]
+    answers = [unmarked(fields.text(row, f"answer{n}")) for n in numbers]
+    for n, rank, words in zip(numbers, ranks, answers, strict=True):
+        if rank is not None and not words.strip():
+            raise RowError(f"rank{n} is given to answer{n}, which is empty")
+    return unmarked(fields.text(row, "prompt")), answers, ranks
+
+
+def _ranking(row: Fields) -> tuple[Prompt, list[str], Sequence[float | None]]:
+    """Answers with their ranks, else best first."""
+    key = "ranked" if "ranked" in row else "responses"
+    answers, given = fields.decoded(row[key]), fields.decoded(row.get("ranks"))
+    if not isinstance(answers, list) or len(answers) < 2 or not all(isinstance(answer, str) for answer in answers):
+        raise RowError(f"'{key}' is not a list of 2 or more texts")
+    if not fields.blank(given) and (not isinstance(given, list) or len(given) != len(answers)):
+        raise RowError(f"'ranks' is not a list of {len(answers)} numbers, one to each response")
+    question = "" if key == "ranked" else fields.prompt(row)
+    if "context" in row and isinstance(question, str):  # Open Assistant: what was said before the prompt
+        question = (*fields.turns(row, "context"), Turn("user", question))
+    return question, answers, [_number("ranks", rank) for rank in given] if given else range(1, len(answers) + 1)
+
+
+def _won(row: Fields) -> tuple[Prompt, str, str]:
+    winner = _answer(row, "winner")
+    others = [key for key in row if key not in ("winner", "prompt", "margin", "task", "annotator", "id", winner)]
+    if len(others) != 1:
+        raise RowError(f"beside '{winner[:40]}' there is not one other answer but {', '.join(others) or 'none'}")
+    better, worse = (fields.value_of(row, key, str) for key in (winner, *others))
+    return fields.text(row, "prompt") if "prompt" in row else "", better, worse
+
+
+def _pair(row: Fields) -> tuple[Prompt, str, str]:
+    chat = fields.chat(row)
+    if chat and "rejected_response" in row:  # ms-swift: the conversation ends with the better answer
+        said = fields.turns(row, chat)
+        return said[:-1], said[-1].text, _answer(row, "rejected_response")
+    key = "selected" if "selected" in row and "chosen" not in row else "chosen"
+    better, worse = _answer(row, key), _answer(row, "rejected")
+    if len(fields.messages(row, key) or ()) > 1:  # the whole conversation on either side
+        return (*fields.before(row), *fields.turns(row, key)[:-1]), better, worse
+    if chat:
+        return (*fields.before(row), *fields.turns(row, chat)), better, worse
+    if {"prompt", "instruction"} & row.keys():
+        return fields.prompt(row), better, worse
+    shared = os.path.commonprefix([better, worse])  # noqa: RUF071  # Anthropic's HH: dialogues that begin alike
+    cut = shared.rfind(_ASSISTANT) + len(_ASSISTANT)
+    if not shared.startswith("\n\nHuman:") or cut < len(_ASSISTANT):
+        raise RowError("'prompt' is missing, and chosen and rejected are not dialogs that begin alike")
+    return better[:cut], better[cut:], worse[cut:]
+
+
+def _answer(row: Fields, key: str) -> str:
+    found = fields.answer(row, key)
+    if not found.strip():
+        needs = "a preference row needs prompt, chosen, rejected"
+        raise RowError(f"'{key}' is {'blank' if key in row else 'missing'}; {needs}")
+    return found
+
+
+# -- Label Studio's exports
+
+
+def _of_task(row: Fields, reading: _Reading) -> list[_Label]:
+    """Every annotation of a task."""
+    data: Fields = fields.value_of(row, "data", dict)
+    if not fields.holds(row, "annotations"):
+        return [_Label("unlabelled", row, _task(row, data))]
+    notes = fields.value_of(row, "annotations", list)
+    # A label's row is the task with this annotation alone: if it is set aside, it can be mended and read again.
+    return [_annotated({**row, "annotations": [note]}, data, note, reading) for note in notes if isinstance(note, dict)]
+
+
+def _of_annotation(row: Fields, reading: _Reading) -> list[_Label]:
+    """The annotation that a row of JSON_MIN, CSV or TSV holds, with its task's data beside it."""
+    if not fields.holds(row, "annotation_id"):
+        return [_Label("unlabelled", row, _task(row, row))]
+    cells = {key: fields.decoded(cell) for key, cell in row.items() if key not in _ABOUT}
+    results = [
+        {"from_name": key, "value": part}
+        for key, cell in cells.items()
+        for part in (cell if isinstance(cell, list) else [cell])
+        if isinstance(part, dict) and not part.keys().isdisjoint((*_COMPARE, *_OTHERS))
+    ]
+    data = {key: cell for key, cell in row.items() if key not in [result["from_name"] for result in results]}
+    note = {**row, "result": results, "completed_by": fields.decoded(row.get("annotator"))}
+    return [_annotated(row, data, note, reading)]
+
+
+def _task(row: Fields, data: Fields) -> str | None:
+    return fields.name(data.get("task")) or fields.name(row.get("id"))
+
+
+def _annotated(row: Fields, data: Fields, note: Fields, reading: _Reading) -> _Label:
+    """The label of an annotation. `note` has its results, its author and its time; `data` has the answers."""
+    by, task = note.get("completed_by"), _task(row, data)
+    who = fields.name((by.get("email") or by.get("id")) if isinstance(by, dict) else by)
+    # All times are UTC; a fraction of 0 is left out.
+    when = str(note.get("updated_at") or note.get("created_at") or "").removesuffix("Z")
+    label = _Label("skipped", row, task, who, when=when)
+    try:
+        data = fields.renamed(data, reading.columns)
+        sides: Sequence[str] = next((sides for sides in _SIDES if all(side in data for side in sides)), ())
+        items = _items(data)
+        prompt = _prompt(data, {*sides, *items, *_ABOUT})
+        if who and (known := fields.name(row.get("id")) or task):
+            # Every server counts its tasks and its people from 1, so the answers are part of the key.
+            label = replace(label, key=(known, who, prompt, repr((items, [data[side] for side in sides]))))
+        if note.get("was_cancelled"):
+            return label
+        result = _result(note, reading.label)
+        value = result["value"]
+        pairwise = "selected" in value
+        lists = _pairwise(value["selected"], sides) if pairwise else _ranker(value["ranker"], reading.buckets)
+        ranks = {item: place for place, tied in enumerate(lists, start=1) for item in tied}
+        if len(ranks) < sum(map(len, lists)):
+            raise RowError("an answer is ranked twice")
+        listed = {side: data[side] for side in sides} if pairwise else items
+        shown = [item for item in listed if item in ranks] + [item for item in ranks if item not in listed]
+        answers = [_text(listed.get(item, data.get(item)), item) for item in shown]
+        judgement = _judgement(prompt, answers, [ranks[item] for item in shown], task, who)
+        seconds = fields.number(note.get("lead_time"))
+        as_shown = not pairwise and lists == [[item] for item in items]
+        predicted = result.get("origin") == "prediction"
+        if seconds is not None and seconds < reading.untouched_seconds and (as_shown or predicted):
+            what = "the order as shown" if as_shown else "the prediction as it stood"
+            raise RowError(f"untouched: {what}, after {seconds:.1f} s")
+    except RowError as fault:
+        return replace(label, kind="rejected", why=fault.args[0])
+    return replace(label, kind="judged", judgement=judgement)
+
+
+def _result(note: Fields, label: str | None) -> Fields:
+    """The one result that is the label: its `value` is {"selected": "left"} or {"ranker": ids}."""
+    results = [part for part in fields.value_of(note, "result", list) if isinstance(part, dict)]
+    results = [part for part in results if isinstance(part.get("value"), dict)]
+    found = [
+        part
+        for part in results
+        if not part["value"].keys().isdisjoint(_COMPARE) and label in (None, str(part.get("from_name")))
+    ]
+    if len(found) > 1:
+        controls = ", ".join(sorted({str(part.get("from_name")) for part in found}))
+        raise RowError(f"{len(found)} labels in one, by {controls}; data.columns.label=NAME says which one counts")
+    if found:
+        return found[0]
+    if others := [kind.capitalize() for kind in _OTHERS if any(kind in part["value"] for part in results)]:
+        raise RowError(f"the results are of {', '.join(others)}; a comparison takes the tag Pairwise or Ranker")
+    raise RowError("nothing selected" + (f" by '{label}' (data.columns.label)" if label else ""))
+
+
+def _pairwise(selected: object, sides: Sequence[str]) -> list[list[str]]:
+    """The names of the two answers, the better one first."""
+    if selected not in ("left", "right"):
+        raise RowError("'selected' is neither left nor right")
+    if not sides:
+        raise RowError("no answers such as answer1 and answer2; data.columns={answer1: .., answer2: ..} names them")
+    return [[side] for side in (sides if selected == "left" else reversed(sides))]
+
+
+def _ranker(ranker: Any, buckets: Sequence[str] | None) -> list[list[str]]:
+    """The names of the answers, best first; those that tie together."""
+    # A Ranker with buckets writes empty ones too, so a single list is one without buckets.
+    if isinstance(ranker, dict) and len(ranker) == 1 and not buckets:
+        (ranker,) = ranker.values()
+    if isinstance(ranker, list):
+        return [[str(item)] for item in ranker]
+    if not isinstance(ranker, dict) or not all(isinstance(items, list) for items in ranker.values()):
+        raise RowError("'ranker' is neither a list of ids nor lists of ids by name")
+    if not any(items for bucket, items in ranker.items() if bucket != _UNSORTED):
+        raise RowError("nothing selected: all is left unsorted")
+    order = [bucket.lower() for bucket in buckets or _BUCKETS]
+    named = {bucket.strip().lower(): items for bucket, items in ranker.items()}
+    if len(named) < len(ranker):
+        raise RowError("a bucket occurs twice")
+    if not set(named) <= {*order, _UNSORTED}:
+        names = ", ".join(bucket[:40] for bucket in ranker)
+        raise RowError(f"no order is known of the buckets {names}; say data.buckets=[..], best first")
+    # Unsorted answers get no rank from data.buckets=, unless it names '_'.
+    return [[str(item) for item in named[bucket]] for bucket in order if bucket in named]
+
+
+def _items(data: Fields) -> Fields:
+    """The objects of a list by their ids, as they are shown."""
+    for key in sorted(data, key=lambda key: key != "items"):
+        cell = None if key in _PROMPTS or key in _ABOUT else fields.decoded(data[key])
+        if isinstance(cell, list) and cell and all(isinstance(item, dict) and "id" in item for item in cell):
+            found = {str(item["id"]): item for item in cell}
+            if len(found) < len(cell):
+                raise RowError(f"an id occurs twice in '{key}'")
+            return found
+    return {}
+
+
+def _text(held: object, item: str) -> str:
+    """The text of an answer: that of a list's object, or a column's."""
+    texts = [held.get(part) for part in ("body", "html", "title")] if isinstance(held, dict) else [held]
+    found = next((text for text in texts if isinstance(text, str)), None)
+    if found is None:
+        raise RowError(f"'{item[:40]}' is the id of no answer with a text")
+    return found
+
+
+def _prompt(data: Fields, known: set[str]) -> Prompt:
+    if key := next((key for key in _PROMPTS if key in data), None):
+        return fields.prompt({key: data[key]}, key)
+    if others := [key for key, cell in data.items() if isinstance(cell, str) and key not in known]:
+        raise RowError(f"no prompt among {', '.join(others)[:200]}; data.columns={{prompt: ..}} names it")
+    return ""

@@ -18,7 +18,6 @@ from rlhf_pipeline.errors import UserError
 _LOG = logging.getLogger("rlhf_pipeline")
 _JSON = "allowed are one object a line, or one list of them"
 _HALF = re.compile("[\ud800-\udfff]")
-_NOT_BLANK = re.compile(r"\S")
 # Most bytes are valid GB18030. A text that looks more like another of these encodings is refused.
 _ENCODINGS = ["gb18030", "big5", "euc_kr", "shift_jis", "cp1251", "latin_1"]
 
@@ -85,17 +84,12 @@ class _Twice(Fields):
     """An object of JSON in which a key occurs twice."""
 
 
-def from_json(text: str) -> Any:
-    """A JSON value. `checked` says whether it can be used."""
-    return _JSON_DECODER.decode(text)
-
-
 def _object(pairs: list[tuple[str, Any]]) -> Fields:
     found = dict(pairs)
     return found if len(found) == len(pairs) else _Twice(found)
 
 
-_JSON_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+from_json = json.JSONDecoder(object_pairs_hook=_object).decode  # `checked` says whether a value can be used
 
 
 def checked(value: Any) -> tuple[int, str | None]:
@@ -147,12 +141,11 @@ def room_for(path: Path) -> int:
     return max(LARGEST_FILE, 100 * path.stat().st_size)
 
 
-def content(path: Path, at_most: int = LARGEST_FILE) -> bytes:
+def content(path: Path, at_most: int | None = None) -> bytes:
     """All bytes of a file, unpacked, of at most so many."""
     if not path.is_file():  # opening a pipe would never end
         raise missing(path, "file")
-    found = bytearray()
-    at_most = room_for(path) if at_most == LARGEST_FILE else at_most
+    found, at_most = bytearray(), at_most or room_for(path)
     with gzip.open(path) if path.name.lower().endswith((".gz", ".tgz")) else path.open("rb") as file:
         while part := file.read(1 << 20):
             found += part
@@ -191,12 +184,10 @@ def _txt_rows(path: Path) -> _Rows:
 def _lines(text: str) -> Iterator[tuple[int, str]]:
     """The lines that are not blank, with their numbers."""
     number, last = 1, 0  # `last` is where the line before ended
-    while found := _NOT_BLANK.search(text, last):
-        at = found.start()
-        number += text.count("\n", last, at)
-        start, end = text.rfind("\n", last, at) + 1, text.find("\n", at)
-        last = len(text) if end < 0 else end
-        yield number, text[start:last]
+    for found in re.finditer(r"\S[^\n]*", text):
+        number += text.count("\n", last, found.start())
+        last = found.end()
+        yield number, text[text.rfind("\n", 0, found.start()) + 1 : last]
 
 
 def _txt_blocks(path: Path) -> _Rows:
@@ -212,7 +203,12 @@ def _json_rows(path: Path) -> _Rows:
     if sum(map(text.count, "[{,")) > _LARGEST_JSON:
         raise too_large(path, f"{_LARGEST_JSON:,} values")
     if text.lstrip().startswith("["):
-        yield from ((f"row {number}", row) for number, row in enumerate(_json_list(path, text), start=1))
+        try:
+            rows = from_json(text)
+        except (ValueError, RecursionError) as error:
+            line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+            raise UserError(f"{path}{line}: not JSON ({_said(error)}); {_JSON}.") from None
+        yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
         return
     for number, line in _lines(text):
         try:
@@ -220,32 +216,6 @@ def _json_rows(path: Path) -> _Rows:
         except (ValueError, RecursionError) as error:
             row = RowError(f"not JSON ({_said(error)}); {_JSON}", {"text": line})
         yield f"line {number}", row
-
-
-def _json_list(path: Path, text: str) -> Iterator[Any]:
-    """One item after the other, so that an error has a line, and a file of many rows needs no list of them all."""
-    at = _gap(text, text.index("[") + 1)
-    try:
-        more = not text.startswith("]", at)
-        while more:
-            row, at = _JSON_DECODER.raw_decode(text, at)
-            yield row
-            at = _gap(text, at)
-            if more := text.startswith(",", at):
-                at = _gap(text, at + 1)
-        if not text.startswith("]", at):
-            raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
-        if (at := _gap(text, at + 1)) < len(text):
-            raise json.JSONDecodeError("Extra data", text, at)
-    except (ValueError, RecursionError) as error:
-        line = text.count("\n", 0, getattr(error, "pos", at)) + 1
-        raise UserError(f"{path}, line {line}: not JSON ({_said(error)}); {_JSON}.") from None
-
-
-def _gap(text: str, at: int) -> int:
-    """Where the white space that begins at a place ends."""
-    found = _NOT_BLANK.search(text, at)
-    return found.start() if found else len(text)
 
 
 def _said(error: Exception) -> str:

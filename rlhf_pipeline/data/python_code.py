@@ -35,9 +35,14 @@ def source_files(folder: Path | None) -> list[tuple[str, str]]:
     Empty files, exact duplicates, links that lead out of the folder and files that cannot be decoded are left out.
     """
     root = Path(sysconfig.get_path("stdlib")) if folder is None else folder
+    unwanted = _NEVER if folder else (*_NEVER, *_NOT_OF_LIBRARY)
+    names = []
+    for here, folders, files in os.walk(root):  # follows no linked folder
+        folders[:] = [name for name in folders if not any(fnmatch(name, pattern) for pattern in unwanted)]
+        names += [(Path(here) / name).relative_to(root).as_posix() for name in files if name.endswith(".py")]
     found: dict[str, str] = {}
     unreadable = []
-    for name in _names(root, _NEVER if folder else (*_NEVER, *_NOT_OF_LIBRARY)):
+    for name in sorted(name for name in names if not any(fnmatch(name, pattern) for pattern in unwanted)):
         path = root / name
         try:
             text = _source(path) if path.resolve().is_relative_to(root.resolve()) else ""
@@ -65,14 +70,6 @@ def _source(path: Path) -> str:
     if why := checked(text)[1]:
         raise ValueError(why)
     return text
-
-
-def _names(root: Path, unwanted: tuple[str, ...]) -> list[str]:
-    found = []
-    for here, folders, files in os.walk(root):  # follows no linked folder
-        folders[:] = [folder for folder in folders if not any(fnmatch(folder, pattern) for pattern in unwanted)]
-        found += [(Path(here) / name).relative_to(root).as_posix() for name in files if name.endswith(".py")]
-    return sorted(name for name in found if not any(fnmatch(name, pattern) for pattern in unwanted))
 
 
 def functions(source: str, longest_head: int = 1000, top_level: bool = False) -> list[tuple[str, str]]:

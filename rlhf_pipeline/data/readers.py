@@ -75,20 +75,20 @@ def read_demonstrations(path: Path, columns: Mapping[str, str] | None = None) ->
     A prompt that is text is taken as it stands; an instruction or a question is one turn of a conversation, which the
     policy's template puts into words.
     """
+
+    def parse(row: Fields) -> Demonstration | Dialogue:
+        if chat := fields.chat(row):
+            return _dialogue(row, chat)
+        if _ASKED & row.keys() and not any(fields.holds(row, key) for key in (*_ASKED, *_ANSWERS)):
+            raise SkippedRowError("the prompt is empty")
+        prompt = fields.prompt(row)
+        said = next((said for key in _ANSWERS if (said := fields.answer(row, key))), "")
+        if isinstance(prompt, tuple) and fields.before(row):
+            return Dialogue((*prompt, Turn("assistant", said)) if said else prompt)
+        return Demonstration(prompt, said)
+
     needs = "a demonstration row needs prompt, completion (or instruction, output; question, answer; messages)"
-    return _read(path, needs, _demonstration, columns)
-
-
-def _demonstration(row: Fields) -> Demonstration | Dialogue:
-    if chat := fields.chat(row):
-        return _dialogue(row, chat)
-    if _ASKED & row.keys() and not any(fields.holds(row, key) for key in (*_ASKED, *_ANSWERS)):
-        raise SkippedRowError("the prompt is empty")
-    prompt = fields.prompt(row)
-    said = next((said for key in _ANSWERS if (said := fields.answer(row, key))), "")
-    if isinstance(prompt, tuple) and fields.before(row):
-        return Dialogue((*prompt, Turn("assistant", said)) if said else prompt)
-    return Demonstration(prompt, said)
+    return _read(path, needs, parse, columns)
 
 
 def read_dialogues(path: Path, columns: Mapping[str, str] | None = None) -> list[Dialogue]:
@@ -141,7 +141,7 @@ def _read(
         except SkippedRowError as fault:
             skipped[str(fault)] += 1
         except (RowError, RecursionError) as fault:
-            why = "lists in lists, too deep to be read" if isinstance(fault, RecursionError) else fault.args[0]
+            why = fields.TOO_DEEP if isinstance(fault, RecursionError) else fault.args[0]
             raise UserError(f"{path}, {where}: {why}; {needs}.") from None
     total = len(kept) + skipped.total()
     if not kept:

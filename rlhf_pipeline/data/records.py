@@ -121,15 +121,23 @@ def plain(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else "\n\n".join(turn.text for turn in prompt)
 
 
+def answers(row: Row) -> tuple[str, ...]:
+    """The answers to a row's prompt, the best first; of a row without a prompt, its text."""
+    match row:
+        case Demonstration(completion=completion):
+            return (completion,)
+        case Preference(chosen=chosen, rejected=rejected):
+            return chosen, rejected
+        case Ranking(responses=responses):
+            return responses
+    return (whole(row),)
+
+
 def whole(row: Row) -> str:
     """All words of a row."""
     match row:
-        case Demonstration(prompt=prompt, completion=completion):
-            return f"{plain(prompt)}\n\n{completion}"
+        case Demonstration() | Preference() | Ranking():
+            return "\n\n".join((plain(row.prompt), *answers(row)))
         case Dialogue(turns=turns):
             return "\n".join(turn.text for turn in turns)
-        case Preference(prompt=prompt, chosen=chosen, rejected=rejected):
-            return f"{plain(prompt)}\n\n{chosen}\n\n{rejected}"
-        case Ranking(prompt=prompt, responses=responses):
-            return "\n\n".join((plain(prompt), *responses))
     return row.text

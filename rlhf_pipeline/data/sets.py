@@ -37,6 +37,7 @@ class Splits(Generic[S]):
     train: list[S]
     test: list[S]
     labels: Labels | None = None  # where people judged the answers
+    share: float | None = None  # of the rows to hold out, where none are held out yet
 
 
 # `limit` cuts both splits, `test_limit` the held-out one alone.
@@ -52,9 +53,6 @@ registry: Registry[Splits[Any]] = Registry(
         "prompt_turns": Annotated[int, Range(1)] | None,
     },
 )
-
-# The kinds of rows that each stage can use.
-_TAKES = {name: {getattr(records, row) for row in stage.rows} for name, stage in STAGES.items() if stage.rows}
 
 
 @registry.register
@@ -138,8 +136,7 @@ def preferences(
 
     rows, labels = read(*([path] if isinstance(path, str) else path))
     if test_path is None:
-        split = _split(rows, test_share)
-        return Splits(split.train, split.test, labels)
+        return Splits(rows, [], labels, test_share)
     held_out, test_labels = read(test_path)
     learnt = Counter(map(_question, rows))
     known = {prompt for prompt, count in learnt.items() if 2 * count <= len(rows)}  # not one that most rows share
@@ -185,7 +182,7 @@ def python_code(
     """
     if path is None or Path(path).expanduser().is_dir() or path.startswith((".", "/", "~")):
         files = source_files(Path(path).expanduser() if path else None)
-        return _split([Code(source) for _, source in files], test_share)
+        return Splits([Code(text) for _, text in files], [], share=test_share)
     with explained(path, "data.path"):
         import datasets
 
@@ -196,7 +193,7 @@ def python_code(
         _LOG.warning("%s: %d of %d rows skipped (the text is empty)", path, len(every) - len(found), len(every))
     if not found or not all(isinstance(source, str) for source in found):
         raise UserError(f"data.path={path} has no column of text '{column}'; say data.column=.")
-    return _split([Code(source) for source in dict.fromkeys(found)], test_share)
+    return Splits([Code(source) for source in dict.fromkeys(found)], [], share=test_share)
 
 
 def kind(name: str) -> Any:
@@ -207,7 +204,8 @@ def kind(name: str) -> Any:
 def check_kind(name: str, stage: str) -> None:
     """Refuse data that a stage cannot use."""
     kinds = {entry: typing.get_args(kind(entry)) or (kind(entry),) for entry in registry.entries}
-    fitting = [entry for entry, held in kinds.items() if set(held) & _TAKES.get(stage, set(held))]
+    takes = STAGES[stage].rows if stage in STAGES else ()
+    fitting = [entry for entry, held in kinds.items() if not takes or {row.__name__ for row in held} & {*takes}]
     if name not in fitting:
         holds = " or ".join(held.__name__ for held in kinds[name])
         raise UserError(f"data={name} holds rows of {holds}; stage={stage} takes: {', '.join(fitting)}.")
@@ -219,41 +217,34 @@ def load_data(choice: dict[str, Any], seed: int, answers: bool = False) -> Split
     A training row whose text is also held out is dropped, so that no figure is measured on what was learnt. With
     `answers`, rows without an answer are dropped too, and counted.
     """
-    splits = registry.build(choice, seed)
+    splits, name = registry.build(choice, seed), choice["name"]
+    train, test = splits.train, splits.test
     if answers:
-        splits = _answered(splits, choice)
-    shortest, limit, name = choice.get("min_characters", 0), choice.get("limit"), choice["name"]
-    held_out = {records.whole(row) for row in splits.test}
-    apart = [row for row in splits.train if records.whole(row) not in held_out]
-    if len(apart) < len(splits.train):
-        both, every = len(splits.train) - len(apart), len(splits.train)
+        total = len(train) + len(test)
+        train, test = ([row for row in rows if records.teaches(row)] for rows in (train, test))
+        if not train + test:
+            raise UserError(
+                f"data={name}: none of {total} rows has an answer to learn (completion, output, answer, or an "
+                "assistant's message; data.columns={completion: ..} names the column). Prompts alone are for "
+                "stage=ppo, collect and evaluate."
+            )
+        if lost := total - len(train) - len(test):
+            _LOG.warning("data=%s: %d of %d rows skipped (no answer to learn)", name, lost, total)
+    if splits.share is not None:
+        train, test = _split(train, splits.share)
+    shortest, limit = choice.get("min_characters", 0), choice.get("limit")
+    held_out = {records.whole(row) for row in test}
+    every, train = len(train), [row for row in train if records.whole(row) not in held_out]
+    if both := every - len(train):
         _LOG.warning("data=%s: %d of %d rows to learn from are also held out, and are left out", name, both, every)
-    train, test = ([row for row in rows if len(records.whole(row)) >= shortest] for rows in (apart, splits.test))
+    train, test = ([row for row in rows if len(records.whole(row)) >= shortest] for rows in (train, test))
     for rows in (train, test):
         random.Random(f"rows {seed}").shuffle(rows)
-    if not train[:limit] or not test[:limit]:
+    if not train or not test:
         raise UserError(
             f"data={name} has {len(train)} rows to learn from and {len(test)} to hold out; both are needed."
         )
     return Splits(train[:limit], test[:limit][: choice.get("test_limit")], splits.labels)
-
-
-def _answered(splits: Splits[Any], choice: dict[str, Any]) -> Splits[Any]:
-    """The rows that hold an answer to learn."""
-    train, test = ([row for row in rows if records.teaches(row)] for rows in (splits.train, splits.test))
-    kept, total = train + test, len(splits.train) + len(splits.test)
-    if len(kept) == total:
-        return splits
-    if not kept:
-        raise UserError(
-            f"data={choice['name']}: none of {total} rows has an answer to learn (completion, output, answer, or "
-            "an assistant's message; data.columns={completion: ..} names the column). Prompts alone are for stage=ppo, "
-            "collect and evaluate."
-        )
-    _LOG.warning("data=%s: %d of %d rows skipped (no answer to learn)", choice["name"], total - len(kept), total)
-    if (train and test) or choice.get("test_path"):
-        return Splits(train, test)
-    return _split(kept, choice.get("test_share", 0.1))
 
 
 def fingerprint(choice: dict[str, Any], splits: Splits[Any]) -> dict[str, Any]:
@@ -333,14 +324,7 @@ def joined(prompts: Sequence[Prompt], rows: Sequence[Row]) -> list[int]:
 
     holding: dict[tuple[Prompt, str], list[int]] = defaultdict(list)
     for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-        match row:
-            case Preference(chosen=chosen, rejected=rejected):
-                answers: tuple[str, ...] = (chosen, rejected)
-            case Ranking(responses=responses):
-                answers = responses
-            case _:
-                answers = (records.whole(row),)
-        for answer in filter(str.strip, answers):
+        for answer in filter(str.strip, records.answers(row)):
             holding[prompt, answer].append(number)
     groups = UnionFind(range(len(rows)))
     for numbers in holding.values():
@@ -349,7 +333,7 @@ def joined(prompts: Sequence[Prompt], rows: Sequence[Row]) -> list[int]:
     return [heads[number] for number in range(len(rows))]
 
 
-def _split(rows: list[R], share: float) -> Splits[R]:
+def _split(rows: list[R], share: float) -> tuple[list[R], list[R]]:
     """Hold out a share of the rows' groups, by a hash: the split does not depend on the seed.
 
     At least one of several groups is held out: a few labels are enough.
@@ -361,9 +345,9 @@ def _split(rows: list[R], share: float) -> Splits[R]:
     least = min(places.values()) if len(set(groups)) > 1 else 0.0
     held_out = [bool(name) and (places[name] < share or places[name] <= least) for name in groups]
     pairs = list(zip(rows, held_out, strict=True))
-    return Splits([row for row, out in pairs if not out], [row for row, out in pairs if out])
+    return [row for row, out in pairs if not out], [row for row, out in pairs if out]
 
 
 def _files(read: Callable[[Path], list[R]], path: str, test_path: str | None, share: float) -> Splits[R]:
     rows = read(Path(path).expanduser())
-    return _split(rows, share) if test_path is None else Splits(rows, read(Path(test_path).expanduser()))
+    return Splits(rows, [], share=share) if test_path is None else Splits(rows, read(Path(test_path).expanduser()))

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf_pipeline.data.python_code import functions
-from rlhf_pipeline.data.records import Code, Demonstration, Dialogue, Preference, Prompt, Ranking, Row, whole
+from rlhf_pipeline.data.records import Code, Demonstration, Dialogue, Preference, Prompt, Ranking, Row, answers, whole
 from rlhf_pipeline.data.sets import texts
 from rlhf_pipeline.data.templates import pieces, render, written
 from rlhf_pipeline.errors import UserError
@@ -50,10 +50,8 @@ def _language(row: Row, tokenizer: "Tokenizer") -> str:
     match row:
         case Dialogue(turns=turns):
             return render(tokenizer, turns, reply_follows=False)
-        case Demonstration(prompt=prompt, completion=answer) | Preference(prompt=prompt, chosen=answer):
-            return written(tokenizer, prompt) + answer
-        case Ranking(prompt=prompt, responses=(answer, *_)):
-            return written(tokenizer, prompt) + answer
+        case Demonstration() | Preference() | Ranking():
+            return written(tokenizer, row.prompt) + answers(row)[0]
     return whole(row)
 
 

@@ -51,9 +51,7 @@ _SETTINGS = {
     "ALLOWED_HOSTS": "127.0.0.1,localhost",  # against DNS rebinding
 }  # fmt: skip
 # It fetches tips for its pages from an outside site and has no setting against that; this proxy leads nowhere.
-_NO_NETWORK = {
-    "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1,localhost",
-}  # fmt: skip
+_NO_NETWORK = {**dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9"), "no_proxy": "127.0.0.1,localhost"}
 
 
 # -- a run's tasks, to Label Studio and back
@@ -198,7 +196,10 @@ class LabelStudio:
 
     def request(self, method: str, path: str, token: bool = True, **content: Any) -> Any:
         """The JSON of an answer. Raises `NotFinishedError` if nothing answers, and `UserError` for other failures."""
-        header = self._authorization() if token else ""
+        header = f"Token {self._token}" if token else ""
+        if token and self._token.count(".") == 2:  # a personal access token (a JWT) brings one that lasts minutes
+            found = self.request("POST", "/api/token/refresh", token=False, json={"refresh": self._token})
+            header = f"Bearer {found['access']}"
 
         def authorize(request: requests.PreparedRequest) -> requests.PreparedRequest:
             """Set the header here: given as one of `headers`, a login in ~/.netrc would replace it."""
@@ -224,13 +225,6 @@ class LabelStudio:
         said = (answer.headers.get("location") or answer.text).replace(self._token, "***")
         hint = _HINTS.get(answer.status_code, f"If it is not Label Studio, {_START}.")
         raise UserError(f"{self.url} answered {answer.status_code} to {method} {path}: {said!r:.300}. {hint}")
-
-    def _authorization(self) -> str:
-        """The header's value. A personal access token (a JWT) is exchanged for one that lasts minutes."""
-        if self._token.count(".") != 2:
-            return f"Token {self._token}"
-        found = self.request("POST", "/api/token/refresh", token=False, json={"refresh": self._token})
-        return f"Bearer {found['access']}"
 
 
 # -- the server on this machine
@@ -265,9 +259,9 @@ def _start(home: Path) -> "subprocess.Popen[bytes]":
     login, data = _login(home), str((home / "data").resolve())
     # Secrets go by the environment: `ps` shows command lines to all.
     own = {"USERNAME": login["user"], "PASSWORD": login["password"], "USER_TOKEN": login["token"]}
-    places = {"BASE_DATA_DIR": data, "DATABASE_NAME": f"{data}/label_studio.sqlite3"}
+    own |= {"BASE_DATA_DIR": data, "DATABASE_NAME": f"{data}/label_studio.sqlite3"}
     environment = {name: os.environ[name] for name in _PASSED if name in os.environ}
-    environment |= {f"LABEL_STUDIO_{name}": value for name, value in (_SETTINGS | own | places).items()}
+    environment |= {f"LABEL_STUDIO_{name}": value for name, value in (_SETTINGS | own).items()}
     environment |= {**_NO_NETWORK, "XDG_CONFIG_HOME": data, "XDG_DATA_HOME": data, "PYTHONUNBUFFERED": "1"}
     arguments = ["start", "--no-browser", "--enable-legacy-api-token", "--internal-host", _HOST]
     print("Label Studio is starting; the first time takes about a minute", flush=True)

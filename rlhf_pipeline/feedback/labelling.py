@@ -31,10 +31,11 @@ _REJECTED, _SKIPPED, _EXPORT = "rejected.jsonl", "skipped.jsonl", "export.json"
 
 def offer(out: RunDir, rows: Sequence[dict[str, Any]], lang: str) -> None:
     """Write what people label: tasks for Label Studio with their page, and a sheet."""
-    write_json(out.path / "tasks.json", label_studio_tasks(rows))
+    tasks = label_studio_tasks(rows)
+    write_json(out.path / "tasks.json", tasks)
     most = max(len(row["answers"]) for row in rows)
     write_atomic(out.path / "labeling_config.xml", labeling_config(most, lang))
-    out.offer_sheet(sheet(rows))
+    out.offer_sheet(sheet(tasks))
 
 
 def take(settings: Settings, out: RunDir) -> None:
@@ -59,7 +60,8 @@ def take(settings: Settings, out: RunDir) -> None:
         bring_pulled(out)
     else:
         path = Path(str(settings.labels)).expanduser()
-        _bring(out, path, str(path.resolve()))
+        source = str(path.resolve())
+        _replace(out, source, *_read(out, path, source))
     out.reopen(dataclasses.replace(settings, collect=collect))
     note_progress(collect, out)
 
@@ -77,21 +79,21 @@ def bring_pulled(out: RunDir) -> None:
         for task, note in notes
         if note.get("was_cancelled")
     ]
-    write_jsonl(out.path / _SKIPPED, _others(out, _SKIPPED, "source", source) + skips)
-    if len(skips) < len(notes):
-        _bring(out, out.path / _EXPORT, source)
-    else:
-        _replace(out, out.path / _EXPORT, source, [], [])
+    labels, rejected = _read(out, out.path / _EXPORT, source) if len(skips) < len(notes) else ([], [])
+    _replace(out, source, labels, rejected, skips)
 
 
-def _bring(out: RunDir, path: Path, source: str) -> None:
-    """Add a file's labels to `labels.jsonl`; those that are not of this run's candidates are set aside."""
+_Rows = list[dict[str, Any]]
+
+
+def _read(out: RunDir, path: Path, source: str) -> tuple[_Rows, _Rows]:
+    """A file's labels as rows of `labels.jsonl`, and those set aside: not usable, or of no candidate of this run."""
     found = read_judgements(path)
     candidates = {row["task"]: row for row in read_jsonl(out.path / CANDIDATES)}
     # Everybody's sheet is called sheet.csv.
-    others = {row["annotator"] for row in _others(out, LABELS, "source", source)}
+    others = {row["annotator"] for row in read_jsonl(out.path / LABELS) if row.get("source") != source}
     unnamed = path.stem if path.stem not in others else f"{path.resolve().parent.name}/{path.stem}"
-    new, rejected = [], list(found.rejected)
+    new, rejected = [], [{**row, "source": source} for row in found.rejected]
     for judgement in found.judgements:
         annotator, candidate = judgement.annotator or unnamed, candidates.get(judgement.task or "")
         if candidate and (label := label_row(candidate, judgement)):
@@ -100,26 +102,24 @@ def _bring(out: RunDir, path: Path, source: str) -> None:
         why = "its answers are not those of the task" if candidate else "no candidate of this run has that task"
         row = {"answers": judgement.answers, "ranks": judgement.ranks}
         place = {"file": str(path), "where": None, "task": judgement.task, "annotator": annotator}
-        rejected.append({**place, "why": why, "row": row})
+        rejected.append({**place, "why": why, "row": row, "source": source})
     if not new:
         whys = "; ".join(sorted({row["why"] for row in rejected})[:3])
         raise UserError(f"{path} labels none of the tasks in {out.path / CANDIDATES} ({whys}).")
-    _replace(out, path, source, new, rejected)
+    return new, rejected
 
 
-def _replace(out: RunDir, path: Path, source: str, new: list[dict[str, Any]], rejected: list[dict[str, Any]]) -> None:
-    """Replace the labels from the same source, and those of the same annotator on the same task."""
-    judged = {(row["task"], row["annotator"]) for row in new}
-    labels = [row for row in _others(out, LABELS, "source", source) if (row["task"], row["annotator"]) not in judged]
-    for name, rows in ((LABELS, labels + new), (_REJECTED, _others(out, _REJECTED, "file", str(path)) + rejected)):
-        if rows:
-            write_jsonl(out.path / name, rows)
+def _replace(out: RunDir, source: str, labels: _Rows, rejected: _Rows, skips: Sequence[dict[str, Any]] = ()) -> None:
+    """Replace what is from the same source, and the labels of the same annotators on the same tasks."""
+    judged = {(row["task"], row["annotator"]) for row in labels}
+    for name, rows in ((LABELS, labels), (_REJECTED, rejected), (_SKIPPED, skips)):
+        kept = [row for row in read_jsonl(out.path / name) if row.get("source") != source]
+        if name == LABELS:
+            kept = [row for row in kept if (row["task"], row["annotator"]) not in judged]
+        if kept or rows:
+            write_jsonl(out.path / name, [*kept, *rows])
         else:
             (out.path / name).unlink(missing_ok=True)
-
-
-def _others(out: RunDir, name: str, key: str, value: str) -> list[dict[str, Any]]:
-    return [row for row in read_jsonl(out.path / name) if row.get(key) != value]
 
 
 def label_row(row: dict[str, Any], judgement: Judgement) -> dict[str, Any] | None:

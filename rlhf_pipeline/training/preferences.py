@@ -14,7 +14,7 @@ from trl import RewardConfig
 from trl.trainer.utils import pad
 
 from rlhf_pipeline.data import check_kind, kind
-from rlhf_pipeline.data.records import Demonstration, Dialogue, Preference, Prompt, Ranking, Row
+from rlhf_pipeline.data.records import Demonstration, Dialogue, Preference, Prompt, Ranking, Row, answers
 from rlhf_pipeline.data.sets import joined
 from rlhf_pipeline.data.templates import visible
 from rlhf_pipeline.progress import parts
@@ -110,10 +110,8 @@ def _comparison(prompt: Prompt, found: Sequence[tuple[str, str, float]]) -> Comp
 def shown(row: Row, tokenizer: Any) -> str:
     """A row as a demonstration: its prompt and the answer that one would like to see; plain text as it stands."""
     match row:
-        case Preference() | Ranking():
-            return visible(tokenizer, row.prompt) + (row.responses[0] if isinstance(row, Ranking) else row.chosen)
-        case Demonstration(prompt=prompt, completion=completion):
-            return visible(tokenizer, prompt) + completion
+        case Preference() | Ranking() | Demonstration():
+            return visible(tokenizer, row.prompt) + answers(row)[0]
         case Dialogue(turns=turns):
             return visible(tokenizer, turns[:-1]) + turns[-1].text
     return row.text

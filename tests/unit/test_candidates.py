@@ -13,7 +13,7 @@ from tiny import tiny_policy, tiny_tokenizer
 
 from rlhf_pipeline.data.judgements import read_judgements
 from rlhf_pipeline.data.records import Judgement
-from rlhf_pipeline.data.sheets import FORMULA, sheet
+from rlhf_pipeline.data.sheets import FORMULA, label_studio_tasks, sheet
 from rlhf_pipeline.data.tokenization import Question, encode
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.feedback.candidates import Asker, alike
@@ -68,17 +68,13 @@ def test_an_answer_can_be_drawn_again_from_what_is_written_of_it(asker: Asker) -
             assert batch.texts(policy.tokenizer)[1] == [answer["text"]]
 
 
-def test_neither_the_batches_nor_a_cut_change_the_candidates(asker: Asker) -> None:
+def test_the_seed_alone_makes_the_candidates_not_the_batches_nor_a_cut(asker: Asker) -> None:
     whole = rows(asker)
     assert rows(replace(asker, collect=replace(COLLECT, batch_size=2))) == whole
     assert rows(asker, first=4) == whole[4:]
-
-
-def test_another_seed_brings_others(asker: Asker) -> None:
-    texts = [
-        {answer["text"] for row in rows(a) for answer in row["answers"]} for a in (asker, replace(asker, seed="x"))
-    ]
-    assert len(texts[0] & texts[1]) < len(texts[0]) / 2
+    both = (whole, rows(replace(asker, seed="x")))
+    texts, others = ({answer["text"] for row in found for answer in row["answers"]} for found in both)
+    assert len(texts & others) < len(texts) / 2
 
 
 def test_a_policy_that_says_one_thing_only_gives_no_row(asker: Asker) -> None:
@@ -142,7 +138,8 @@ def test_a_label_is_of_the_answers_that_were_asked_about(answers: tuple, ranks: 
 def test_a_sheet_gives_back_what_a_spreadsheet_would_run(tmp_path: Path) -> None:
     texts = ("=1+1", "'-quoted'", "＝全角", '"a", b\nc')
     path = tmp_path / "sheet.csv"
-    table = list(csv.reader(io.StringIO(sheet([{**row(*texts), "prompt": "+p"}]).removeprefix("\ufeff"))))
+    written = sheet(label_studio_tasks([{**row(*texts), "prompt": "+p"}])).removeprefix("\ufeff")
+    table = list(csv.reader(io.StringIO(written)))
     assert all(not cell.startswith(FORMULA[:-1]) for cell in table[1])
     table[1][-4:] = ["4", "3", "2", "1"]
     with path.open("w", newline="") as file:

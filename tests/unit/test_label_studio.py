@@ -104,17 +104,18 @@ def test_what_is_not_label_studio_is_told_and_gets_no_token(fake: FakeStudio, st
         LabelStudio("http://127.0.0.1:9", TOKEN).check()
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8080", "ftp://a", "http://user:word@a", "http://[", "http://"])
-def test_an_address_that_is_none_is_refused(url: str) -> None:
-    with pytest.raises(UserError, match="not a plain http") as refusal:
-        LabelStudio(url, TOKEN)
+@pytest.mark.parametrize(
+    ("url", "token", "message"),
+    [
+        (url, TOKEN, "not a plain http")
+        for url in ("127.0.0.1:8080", "ftp://a", "http://a:word@a", "http://[", "http://")
+    ]
+    + [("http://127.0.0.1", t, "LABEL_STUDIO_API_KEY holds no token") for t in ("", " ", "two words", "a\nb", "密")],
+)
+def test_an_address_or_a_token_that_is_none_is_refused(url: str, token: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as refusal:
+        LabelStudio(url, token)
     assert "word" not in str(refusal.value)
-
-
-@pytest.mark.parametrize("token", ["", " ", "two words", "a\nb", "密"])
-def test_a_token_that_is_none_is_refused(token: str) -> None:
-    with pytest.raises(UserError, match="LABEL_STUDIO_API_KEY holds no token"):
-        LabelStudio("http://127.0.0.1", token)
 
 
 def test_a_project_is_made_once_and_follows_its_config(fake: FakeStudio, studio: LabelStudio) -> None:

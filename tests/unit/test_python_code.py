@@ -87,49 +87,38 @@ def test_a_docstring_in_brackets_is_the_heads_as_a_whole() -> None:
     assert functions('def f():\n  (\n  "a"\n  )\n  return 1\n') == [('def f():\n  (\n  "a"\n  )\n', "  return 1\n")]
 
 
-@pytest.mark.parametrize(
-    "completion",
-    [
-        "    return 1\n\n\n# about g\ndef g(:\n    pass\n",
-        "    if a:\n        b()\n# no end\n    return 1\nx y",
-        '    s = """\nx y\n"""\n    return s\ny z',
-        "    s = r'''\\'''\nx\n'''\ny z",
-        "    f(\na,\n)\n    g('(', \"#[\")\n    # it's {\nx y",
-        "    a = 1 + \\\n2\n    s = 'b\\\nc'\nx y",
-        "    return 1\n)\n",
-        "    a\n\fdef g(: pass",
-        "    a = 1\n    b = a +",
-        "    a = 1\n\n# so\n",
-    ],
-)
-def test_a_body_ends_before_what_stands_at_column_0_and_before_an_unfinished_line(completion: str) -> None:
-    assert parses("def f():\n", completion)
-
-
-@pytest.mark.parametrize("completion", ["    a = 1", "", "    s = 'never closed\nx", "def g():\n    pass\n",
-                                        '    s = """\nx = 1\ndef f(): pass\n'])  # fmt: skip
-def test_a_body_that_is_not_whole_does_not_parse(completion: str) -> None:
-    assert not parses("def f():\n", completion)
-
-
-DOCUMENTED = 'def f(a):\n    """What it does."""\n'
-
-
-@pytest.mark.parametrize("completion", ["    return a\n", "    pass\ndef (", "\n    # so\n    return a\n    b ="])
-def test_a_body_with_a_statement_parses(completion: str) -> None:
-    assert parses(DOCUMENTED, completion)
+HEAD, DOCUMENTED = "def f():\n", 'def f(a):\n    """What it does."""\n'
+# A body ends before what stands at column 0, and before an unfinished line. It has a statement that is no bare string.
+WHOLE = [
+    "    return 1\n\n\n# about g\ndef g(:\n    pass\n",
+    "    if a:\n        b()\n# no end\n    return 1\nx y",
+    '    s = """\nx y\n"""\n    return s\ny z',
+    "    s = r'''\\'''\nx\n'''\ny z",
+    "    f(\na,\n)\n    g('(', \"#[\")\n    # it's {\nx y",
+    "    a = 1 + \\\n2\n    s = 'b\\\nc'\nx y",
+    "    return 1\n)\n",
+    "    a\n\fdef g(: pass",
+    "    a = 1\n    b = a +",
+    "    a = 1\n\n# so\n",
+]
+BROKEN = ["    a = 1", "", "    s = 'never closed\nx", "def g():\n    pass\n", '    s = """\nx = 1\ndef f(): pass\n']
+MORE = ["    return a\n", "    pass\ndef (", "\n    # so\n    return a\n    b ="]
+NONE = [
+    "", "\n\n", "    # a comment\n", "    'another string'\n", "x = 1\n", "return a\n", "    return (a\nb\n",
+    "    return a\n      b\n", "        return a\n", "    return a\0\n", "    '\ud800'; a\n", "    print a\n",
+    "    a = " + "(" * 300 + ")" * 300 + "\n", "    " + "-" * 100_000 + "1\n", "    " + "a." * 100_000 + "b\n",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "completion",
-    [
-        "", "\n\n", "    # a comment\n", "    'another string'\n", "x = 1\n", "return a\n", "    return (a\nb\n",
-        "    return a\n      b\n", "        return a\n", "    return a\0\n", "    '\ud800'; a\n", "    print a\n",
-        "    a = " + "(" * 300 + ")" * 300 + "\n", "    " + "-" * 100_000 + "1\n", "    " + "a." * 100_000 + "b\n",
-    ],
+    ("head", "completion", "expected"),
+    [(head, completion, expected)
+     for head, texts, expected in ((HEAD, WHOLE, True), (HEAD, BROKEN, False), (DOCUMENTED, MORE, True),
+                                   (DOCUMENTED, NONE, False))
+     for completion in texts],
 )  # fmt: skip
-def test_what_is_no_body_does_not_parse(completion: str) -> None:
-    assert not parses(DOCUMENTED, completion)
+def test_a_body_that_is_whole_and_does_something_parses(head: str, completion: str, expected: bool) -> None:
+    assert parses(head, completion) is expected
 
 
 def test_parsing_runs_nothing_and_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:

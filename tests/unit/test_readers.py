@@ -48,29 +48,29 @@ def read_preferences(path: Path, columns: dict[str, str] | None = None) -> list[
 # --- aclImdb
 
 REVIEWS = {
-    "train/pos/10_9.txt": "A warm film.<br /><br />I saw it   twice.",
-    "train/pos/2_7.txt": "Better than its poster.",
-    "train/neg/3_1.txt": "Two hours I will not get back.",
-    "test/pos/0_10.txt": "Flawless; the score alone is worth it.",
-    "test/neg/1_4.txt": "Nice costumes, no plot.",
-    "train/unsup/5_0.txt": "Nobody rated this one.",
-    "README": "Large Movie Review Dataset v1.0",
+    "train/pos/10_9.txt": b"A warm film.<br /><br />I saw it   twice.",
+    "train/pos/2_7.txt": b"Better than its poster.",
+    "train/neg/3_1.txt": b"Two hours I will not get back.",
+    "test/pos/0_10.txt": b"Flawless; the score alone is worth it.",
+    "test/neg/1_4.txt": b"Nice costumes, no plot.",
+    "train/unsup/5_0.txt": b"Nobody rated this one.",
+    "README": b"Large Movie Review Dataset v1.0",
 }
 
 
-def write_folder(root: Path, files: dict[str, str]) -> Path:
+def write_folder(root: Path, files: dict[str, bytes]) -> Path:
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text, encoding="utf-8")
+        (root / name).write_bytes(text)
     return root
 
 
-def write_archive(path: Path, files: dict[str, str], *others: tarfile.TarInfo, prefix: str = "aclImdb/") -> Path:
+def write_archive(path: Path, files: dict[str, bytes], *others: tarfile.TarInfo, prefix: str = "aclImdb/") -> Path:
     with tarfile.open(path, "w" if path.suffix == ".tar" else "w:gz") as archive:
         for name, text in reversed(files.items()):
             member = tarfile.TarInfo(prefix + name)
-            member.size = len(text.encode())
-            archive.addfile(member, io.BytesIO(text.encode()))
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text))
         for member in others:
             archive.addfile(member, io.BytesIO(bytes(member.size)))
     return path
@@ -93,20 +93,23 @@ def test_acl_imdb_is_the_same_from_folder_and_archive(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("archive", [False, True])
-@pytest.mark.parametrize("name", ["train/pos/4_3.txt", "test/neg/6_5.txt", "test/neg/._1_4.txt", "train/pos/8_11.txt"])
-def test_acl_imdb_names_a_file_that_does_not_fit(tmp_path: Path, archive: bool, name: str) -> None:
-    files = REVIEWS | {name: "x"}
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        *((name, b"x", rf"{name} .*rating 1\.\.4 in neg and 7\.\.10 in pos")
+          for name in ("train/pos/4_3.txt", "test/neg/6_5.txt", "test/neg/._1_4.txt", "train/pos/8_11.txt")),
+        ("test/pos/9_8.txt", b"caf\xe9", r"test/pos/9_8\.txt .*a text in UTF-8"),
+        ("test/pos/9_8.txt", b"<br />", r"test/pos/9_8\.txt .*a text in UTF-8"),
+        ("train/pos/002_7.txt", b"Another.", r"train/pos/0*2_7\.txt occurs twice"),
+    ],
+)  # fmt: skip
+def test_acl_imdb_names_a_file_that_does_not_fit(
+    tmp_path: Path, archive: bool, name: str, text: bytes, message: str
+) -> None:
+    files = REVIEWS | {name: text}
     path = write_archive(tmp_path / "a.tar.gz", files) if archive else write_folder(tmp_path / "a", files)
-    with pytest.raises(UserError, match=rf"{name} .*rating 1\.\.4 in neg and 7\.\.10 in pos"):
+    with pytest.raises(UserError, match=message):
         read_acl_imdb(path)
-
-
-@pytest.mark.parametrize("text", [b"caf\xe9", b"<br />"])
-def test_acl_imdb_names_an_unreadable_review(tmp_path: Path, text: bytes) -> None:
-    root = write_folder(tmp_path, REVIEWS)
-    (root / "test/pos/9_8.txt").write_bytes(text)
-    with pytest.raises(UserError, match=r"test/pos/9_8\.txt"):
-        read_acl_imdb(root)
 
 
 def test_acl_imdb_takes_nothing_from_hostile_members(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -151,20 +154,15 @@ def test_acl_imdb_believes_no_size(tmp_path: Path, headers: dict[str, str], mess
         read_acl_imdb(write_archive(tmp_path / "a.tar.gz", REVIEWS, member))
 
 
-def test_acl_imdb_has_each_review_once(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"train/pos/0*2_7\.txt occurs twice"):
-        read_acl_imdb(write_folder(tmp_path, REVIEWS | {"train/pos/002_7.txt": "Another."}))
-
-
-def many() -> dict[str, str]:
-    extra = {f"{s}/pos/{i}_8.txt": f"Film {i}: {i * 7919} stars." for s in ("train", "test") for i in range(20, 60)}
-    return REVIEWS | extra
+MANY = REVIEWS | {
+    f"{s}/pos/{i}_8.txt": f"Film {i}: {i * 7919} stars.".encode() for s in ("train", "test") for i in range(20, 60)
+}
 
 
 @pytest.mark.parametrize("name", ["a.tar.gz", "a.tar"])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.8])
 def test_acl_imdb_truncated_archive(tmp_path: Path, name: str, share: float) -> None:
-    path = write_archive(tmp_path / name, many())
+    path = write_archive(tmp_path / name, MANY)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * share)])
     with pytest.raises(UserError, match=f"{name} .*cut short"):
@@ -173,7 +171,7 @@ def test_acl_imdb_truncated_archive(tmp_path: Path, name: str, share: float) -> 
 
 @pytest.mark.parametrize(("name", "place"), [("a.tar", 1024 * 60), ("b.tar.gz", -6)])  # a header; gzip's CRC
 def test_acl_imdb_damage_is_not_taken_for_the_end(tmp_path: Path, name: str, place: int) -> None:
-    path = write_archive(tmp_path / name, many())
+    path = write_archive(tmp_path / name, MANY)
     data = bytearray(path.read_bytes())
     data[place] ^= 0xFF
     path.write_bytes(data)
@@ -196,44 +194,38 @@ def test_acl_imdb_missing_parts(tmp_path: Path) -> None:
 # --- rows of plain values
 
 
-def test_rows_line_separators_stay_inside_a_text(tmp_path: Path) -> None:
-    text = "one\u2028two\u2029three\x85four"
-    path = jsonl(tmp_path / "a.jsonl", {"text": text}, {"text": "five"})
-    assert list(read_rows(path)) == [("line 1", {"text": text}), ("line 2", {"text": "five"})]
-    (tmp_path / "a.txt").write_bytes(f"\ufeff{text}\r\n\n  \nlast".encode())
-    assert list(read_rows(tmp_path / "a.txt")) == [("line 1", {"text": text}), ("line 4", {"text": "last"})]
-    (tmp_path / "a.csv").write_text(f"text,label\n{text},1\n", encoding="utf-8")
-    assert read_labelled(tmp_path / "a.csv") == [Labelled(text, 1)]
-
-
-@pytest.mark.parametrize("suffix", ["json", "jsonl"])
-def test_rows_json_list_or_lines_whatever_the_suffix(tmp_path: Path, suffix: str) -> None:
-    rows = [{"text": "one"}, {"text": "two", "tags": [1, {"a": "]"}]}, {"text": "three"}]
-    (tmp_path / f"list.{suffix}").write_text("\n" + json.dumps(rows, indent=1), encoding="utf-8")
-    assert list(read_rows(tmp_path / f"list.{suffix}")) == [(f"row {n}", row) for n, row in enumerate(rows, start=1)]
-    found = list(read_rows(jsonl(tmp_path / f"lines.{suffix}", *rows)))
-    assert found == [(f"line {n}", row) for n, row in enumerate(rows, start=1)]
+ONE = "one\u2028two\u2029three\x85four"
+LIST = [{"text": "one"}, {"text": "two", "tags": [1, {"a": "]"}]}, {"text": "three"}]
+NUMBERED = [(f"{{}} {n}", row) for n, row in enumerate(LIST, start=1)]
+GOOD = [("line 2", {"label": "1", "text": "good, cheap"})]
+TALKS = "今天天气怎么样\r\n很好啊\r\n那我们去玩吧\r\n\r\n\r\n你吃饭了吗\r\n还没有呢\r\n"
 
 
 @pytest.mark.parametrize(
-    ("text", "rows"),
+    ("name", "text", "rows"),
     [
-        ('\ufefflabel,text\r\n1,"很快，\n""好吃"""\r\n\r\n0,慢\r\n',
+        # Line separators of Unicode stay inside a text.
+        ("a.txt", f"\ufeff{ONE}\r\n\n  \n last", [("line 1", {"text": ONE}), ("line 4", {"text": " last"})]),
+        ("a.jsonl", f'{{"text": "{ONE}"}}\n\n{{"text": "a"}}', [("line 1", {"text": ONE}), ("line 3", {"text": "a"})]),
+        ("a.csv", f"text,label\n{ONE},1\n", [("line 2", {"text": ONE, "label": "1"})]),
+        # A list or lines, whatever the suffix.
+        *((f"a.{suffix}", "\n" + json.dumps(LIST, indent=1), [(at.format("row"), row) for at, row in NUMBERED])
+          for suffix in ("json", "jsonl")),
+        *((f"a.{suffix}", "\n".join(map(json.dumps, LIST)), [(at.format("line"), row) for at, row in NUMBERED])
+          for suffix in ("json", "jsonl")),
+        # Sheets as spreadsheets save them.
+        ("a.csv", '\ufefflabel,text\r\n1,"很快，\n""好吃"""\r\n\r\n0,慢\r\n',
          [("line 2", {"label": "1", "text": '很快，\n"好吃"'}), ("line 5", {"label": "0", "text": "慢"})]),
-        ("label;text\n1;good, cheap\n", [("line 2", {"label": "1", "text": "good, cheap"})]),
-        ("label\ttext\n1\tgood, cheap\n", [("line 2", {"label": "1", "text": "good, cheap"})]),
-        ("text,label,,\ngood,1,,\n", [("line 2", {"text": "good", "label": "1", "": ""})]),
-        (f"text,label\n{'x' * 200_000},1\n", [("line 2", {"text": "x" * 200_000, "label": "1"})]),
+        ("a.csv", "label;text\n1;good, cheap\n", GOOD), ("a.csv", "label\ttext\n1\tgood, cheap\n", GOOD),
+        ("a.tsv", "label\ttext\n1\tgood, cheap\n", GOOD),
+        ("a.csv", "text,label,,\ngood,1,,\n", [("line 2", {"text": "good", "label": "1", "": ""})]),
+        ("a.csv", f"text,label\n{'x' * 200_000},1\n", [("line 2", {"text": "x" * 200_000, "label": "1"})]),
     ],
 )  # fmt: skip
-def test_rows_of_sheets_as_spreadsheets_save_them(tmp_path: Path, text: str, rows: list[Any]) -> None:
-    (tmp_path / "a.csv").write_text(text, encoding="utf-8", newline="")
-    assert list(read_rows(tmp_path / "a.csv")) == rows
-    (tmp_path / "a.tsv").write_text("text\tlabel\na, b\tpos\n", encoding="utf-8")
-    assert read_labelled(tmp_path / "a.tsv") == [Labelled("a, b", 1)]
-
-
-TALKS = "今天天气怎么样\r\n很好啊\r\n那我们去玩吧\r\n\r\n\r\n你吃饭了吗\r\n还没有呢\r\n"
+def test_rows_have_their_places_and_may_be_gzipped(tmp_path: Path, name: str, text: str, rows: list[Any]) -> None:
+    (tmp_path / name).write_bytes(text.encode())
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
+    assert list(read_rows(tmp_path / name)) == list(read_rows(tmp_path / f"{name}.gz")) == rows
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "gbk", "gb18030", "utf-16"])
@@ -245,8 +237,8 @@ def test_encodings_used_in_china(tmp_path: Path, encoding: str, caplog: pytest.L
     assert [turn.role for turn in found[0].turns] == ["user", "assistant", "user"]
     assert read_texts(tmp_path / "train.txt") == [Text(text) for texts in said for text in texts]
     row = {"prompt": "为什么天是蓝的？", "chosen": "因为光的散射。", "rejected": "我不知道，你说呢？"}
-    for name, text in (("a.csv", ",".join(row) + "\r\n" + ",".join(row.values())), ("a.jsonl", json.dumps(row))):
-        text = text if name == "a.csv" else json.dumps(row, ensure_ascii=False)
+    lines = {"a.csv": ",".join(row) + "\r\n" + ",".join(row.values()), "a.jsonl": json.dumps(row, ensure_ascii=False)}
+    for name, text in lines.items():
         (tmp_path / name).write_bytes(text.encode(encoding))
         assert [held for _, held in read_rows(tmp_path / name)] == [row]
         assert (f"{name} is not UTF-8; read as" in caplog.text) == (not encoding.startswith("utf-8"))
@@ -267,16 +259,22 @@ def test_other_encodings_are_refused(tmp_path: Path, encoding: str, text: str) -
         list(read_rows(tmp_path / "a.csv"))
 
 
-def test_rows_gzip_and_parquet(tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "a.jsonl", {"text": "比赛"})
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
-    assert read_texts(tmp_path / "a.jsonl.gz") == [Text("比赛")]
+def test_parquet(tmp_path: Path) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     table = pa.table({"text": ["good", "bad", "so-so"], "label": [1.0, 0.0, None]})
     pq.write_table(table, tmp_path / "a.parquet")
-    assert read_labelled(tmp_path / "a.parquet") == [Labelled("good", 1), Labelled("bad", 0)]
-    with pytest.raises(UserError, match=r"a\.parquet, row 1: 'prompt' is missing"):
-        read_demonstrations(tmp_path / "a.parquet")
+    (tmp_path / "b.parquet.gz").write_bytes(gzip.compress((tmp_path / "a.parquet").read_bytes()))
+    for name in ("a.parquet", "b.parquet.gz"):
+        assert read_labelled(tmp_path / name) == [Labelled("good", 1), Labelled("bad", 0)]
+        with pytest.raises(UserError, match=rf"{name}, row 1: 'prompt' is missing"):
+            read_demonstrations(tmp_path / name)
+    pq.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: a column name occurs twice"):
+        read_texts(tmp_path / "a.parquet")
+    often = pa.DictionaryArray.from_arrays(pa.array([0] * 200, pa.int8()), pa.array(["x" * 8_000_000]))
+    pq.write_table(pa.table({"text": often}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"b\.parquet holds more than 1,073,741,824 characters"):
+        read_texts(tmp_path / "b.parquet")
 
 
 @pytest.mark.parametrize(
@@ -299,7 +297,7 @@ def test_rows_gzip_and_parquet(tmp_path: Path) -> None:
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9], "cut short"),
         ("a.parquet", b"PAR1PAR1PAR1", "damaged or misnamed"),
         ("a.jsonl", b'{"text": "a"}\n{"text": ' + b"[" * 200_000, r"line 2: not JSON \(nested too deeply\)"),
-        ("a.json", b'[{"text": "a"},\n{"text": ' + b"[" * 200_000, r"line 2: not JSON \(nested too deeply\)"),
+        ("a.json", b'[{"text": "a"},\n{"text": ' + b"[" * 200_000, r"a.json: not JSON \(nested too deeply\)"),
         ("a.json", b'[{"text": "a"},\n]', "line 2: not JSON"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "b", "text": "c"}', "line 2: a key occurs twice in an object of text"),
         ("a.json", b'[{"text": "a"}, {"text": "b", "more": [{"x": 1, "x": 2}]}]', "row 2: a key occurs twice"),
@@ -331,17 +329,6 @@ def test_a_file_that_would_fill_the_memory(
     (tmp_path / name).write_bytes(begin + part * times)
     with pytest.raises(UserError, match=message):
         read_texts(tmp_path / name)
-
-
-def test_parquet_with_a_column_twice_and_one_text_very_often(tmp_path: Path) -> None:
-    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    pq.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"a\.parquet: a column name occurs twice"):
-        read_texts(tmp_path / "a.parquet")
-    often = pa.DictionaryArray.from_arrays(pa.array([0] * 200, pa.int8()), pa.array(["x" * 8_000_000]))
-    pq.write_table(pa.table({"text": often}), tmp_path / "b.parquet")
-    with pytest.raises(UserError, match=r"b\.parquet holds more than 1,073,741,824 characters"):
-        read_texts(tmp_path / "b.parquet")
 
 
 def test_pipes_sockets_and_devices_are_refused_without_waiting(tmp_path: Path) -> None:
@@ -382,52 +369,70 @@ def test_labelled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert "3 of 9 rows skipped" in caplog.text
     path = jsonl(tmp_path / "b.jsonl", {"body": "fine", "y": 1})
     assert read_labelled(path, {"text": "body", "label": "y"}) == [Labelled("fine", 1)]
-    with pytest.raises(UserError, match=r"line 1: 'text\|review\|sentence\|content' is missing among body, y"):
-        read_labelled(path)
-    with pytest.raises(UserError, match=r"line 1: data\.columns\.label=star names no column here; there are bo"):
-        read_labelled(path, columns={"text": "body", "label": "star"})
-    path = jsonl(tmp_path / "c.jsonl", {"text": "a", "label": 1}, {"text": "b", "label": 5})
-    with pytest.raises(UserError, match=r"c\.jsonl, line 2: 'label' is 5; allowed are 0, 1, neg.*data\.labels=\{good"):
-        read_labelled(path)
-
-
-def test_labels_of_other_names(tmp_path: Path) -> None:
     rows = [{"text": f"t{n}", "label": label} for n, label in enumerate(["正面", " 负面 ", 5.0, "5", None])]
-    path = jsonl(tmp_path / "a.jsonl", *rows)
     found = [Labelled("t0", 1), Labelled("t1", 0), Labelled("t2", 1), Labelled("t3", 1)]
-    assert read_labelled(path, labels={"正面": 1, "负面": 0, 5: 1}) == found
-    with pytest.raises(UserError, match=r"line 2: 'label' is ' 负面 '; allowed are 正面 \(data\.labels\)"):
-        read_labelled(path, labels={"正面": 1})
+    assert read_labelled(jsonl(tmp_path / "c.jsonl", *rows), labels={"正面": 1, "负面": 0, 5: 1}) == found
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
-    [({"a": 1}, "an object"), (["a"], "a list"), (3, "a number"), (0.5, "a number"), (True, "true or false")],
-)
-def test_no_message_names_a_type_of_python(tmp_path: Path, value: Any, said: str) -> None:
-    with pytest.raises(UserError, match=f"line 1: 'text' is {said}, not text"):
-        read_texts(jsonl(tmp_path / "a.jsonl", {"text": value}))
+    ("row", "options", "message"),
+    [
+        ({"body": "b", "y": 1}, {}, r"'text\|review\|sentence\|content' is missing among body, y"),
+        ({"body": "b", "y": 1}, {"columns": {"text": "body", "label": "star"}},
+         r"data\.columns\.label=star names no column here; there are bo"),
+        ({"text": "b", "label": 5}, {}, r"'label' is 5; allowed are 0, 1, neg.*data\.labels=\{good"),
+        ({"text": "b", "label": " 负面 "}, {"labels": {"正面": 1}},
+         r"'label' is ' 负面 '; allowed are 正面 \(data\.labels\)"),
+        # No message names a type of Python.
+        *(({"text": value, "label": 1}, {}, f"'text' is {said}, not text") for value, said in (
+            ({"a": 1}, "an object"), (["a"], "a list"), (3, "a number"), (0.5, "a number"), (True, "true or false"))),
+    ],
+)  # fmt: skip
+def test_faults_of_labelled_rows(tmp_path: Path, row: dict[str, Any], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=rf"a\.jsonl, line 1: {message}"):
+        read_labelled(jsonl(tmp_path / "a.jsonl", row), **options)
 
 
 # --- demonstrations and dialogues
 
 
-def test_demonstrations(tmp_path: Path) -> None:
-    rows: dict[str, tuple[dict[str, Any], Any]] = {
-        "text": ({"prompt": "Say hi.", "completion": "Hi."}, Demonstration("Say hi.", "Hi.")),
-        "alpaca": ({"instruction": "Mend the spelling.", "input": "freind", "output": "friend"},
-                   Demonstration((Turn("user", "Mend the spelling.\n\nfreind"),), "friend")),
-        "no input": ({"instruction": "Name a colour.", "input": "", "output": "Blue."},
-                     Demonstration((Turn("user", "Name a colour."),), "Blue.")),
-        "question": ({"question": "1+1?", "answer": "2"}, Demonstration((Turn("user", "1+1?"),), "2")),
-        "messages": ({"prompt": CHAT[:1], "completion": CHAT[1:]}, Demonstration(TURNS[:1], TURNS[1].text)),
-        "chat": ({"messages": [{"role": "system", "content": "Be kind."}, *CHAT]},
-                 Dialogue((Turn("system", "Be kind."), *TURNS))),
-        "sharegpt": ({"conversations": [{"from": "human", "value": "你好"}, {"from": "gpt", "value": "好"}]},
-                     Dialogue((Turn("user", "你好"), Turn("assistant", "好")))),
-    }  # fmt: skip
-    found = read_demonstrations(jsonl(tmp_path / "a.jsonl", *(row for row, _ in rows.values())))
-    assert found == [expected for _, expected in rows.values()]
+NULLS = {"from": None, "value": None, "tool_calls": None, "reasoning_content": None}
+SYSTEM = {"role": "system", "content": "Be kind."}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "Say hi.", "completion": "Hi."}, Demonstration("Say hi.", "Hi.")),
+        ({"instruction": "Mend the spelling.", "input": "freind", "output": "friend"},
+         Demonstration((Turn("user", "Mend the spelling.\n\nfreind"),), "friend")),
+        ({"instruction": "Is it?", "input": "", "output": "Blue."}, Demonstration(TURNS[:1], "Blue.")),
+        ({"question": "Is it?", "answer": "2"}, Demonstration(TURNS[:1], "2")),
+        ({"prompt": CHAT[:1], "completion": CHAT[1:]}, Demonstration(TURNS[:1], TURNS[1].text)),
+        ({"messages": [SYSTEM, *CHAT]}, Dialogue((Turn("system", "Be kind."), *TURNS))),
+        ({"conversations": [{"from": "human", "value": "你好"}, {"from": "gpt", "value": "好"}]},
+         Dialogue((Turn("user", "你好"), Turn("assistant", "好")))),
+        # Files that were merged leave the other's columns null.
+        ({"messages": [{**ASKED, **NULLS}, {"from": "gpt", "value": "Yes.", "role": None}], "prompt": None},
+         Dialogue((TURNS[0], Turn("assistant", "Yes.")))),
+        # Prompts alone.
+        *((row, Demonstration("p", "")) for row in (
+            {"prompt": "p"}, {"prompt": "p", "completion": ""}, {"prompt": "p", "completion": " \n"},
+            {"messages": None, "prompt": "p"})),
+        *((row, Demonstration(TURNS[:1], "")) for row in (
+            {"prompt": [ASKED]}, {"instruction": "Is it?"}, {"question": "Is it?", "answer": None})),
+        ({"messages": [ASKED]}, Dialogue(TURNS[:1])),
+        ({"messages": [ASKED, {"role": "assistant", "content": ""}]}, Dialogue(TURNS[:1])),
+        ({"messages": [*CHAT, ASKED]}, Dialogue((*TURNS, TURNS[0]))),
+    ],
+)  # fmt: skip
+def test_every_form_of_a_demonstration(tmp_path: Path, row: dict[str, Any], expected: Any) -> None:
+    (found,) = read_demonstrations(jsonl(tmp_path / "a.jsonl", row))
+    assert found == expected
+    ends = found.turns[-1].role == "assistant" if isinstance(found, Dialogue) else bool(found.completion)
+    assert found.answered is ends
+    if isinstance(found, Dialogue):
+        assert found.replies == [place for place, turn in enumerate(found.turns) if turn.role == "assistant"]
 
 
 @pytest.mark.parametrize(
@@ -498,14 +503,6 @@ def test_of_a_key_that_occurs_twice_neither_value_is_taken(tmp_path: Path) -> No
     assert read_demonstrations(path) == [Demonstration('{"a": 1, "a": 2}', r'["\ud83d"]')]
 
 
-def test_messages_of_files_that_were_merged_leave_their_other_columns_null(tmp_path: Path) -> None:
-    nulls = {"from": None, "value": None, "tool_calls": None, "reasoning_content": None}
-    other = {"role": None, "content": None}
-    mixed = [{**message, **nulls} for message in CHAT[:1]] + [{"from": "gpt", "value": "Yes.", **other}]
-    path = jsonl(tmp_path / "a.jsonl", {"messages": mixed, "prompt": None}, {"messages": None, "prompt": "p"})
-    assert read_demonstrations(path) == [Dialogue((TURNS[0], Turn("assistant", "Yes."))), Demonstration("p", "")]
-
-
 def test_alpacas_history_and_system_stand_before_the_instruction(tmp_path: Path) -> None:
     row: dict[str, Any] = {"instruction": "And now?", "input": "Say it.", "output": "Now too.", "system": "Be brief."}
     pairs = [["Is it?", "Yes."], ["Why?", "So."]]
@@ -565,25 +562,6 @@ def test_rows_with_tools_are_skipped_and_counted(
     assert "a.jsonl: 1 of 3 rows skipped (it calls tools, which are not read)" in caplog.text
     with pytest.raises(UserError, match=r"all 1 rows were skipped \(it calls tools"):
         read_demonstrations(jsonl(tmp_path / "b.jsonl", row))
-
-
-def test_prompts_alone(tmp_path: Path) -> None:
-    path = jsonl(
-        tmp_path / "a.jsonl",
-        {"prompt": "p"}, {"prompt": "p", "completion": ""}, {"prompt": "p", "completion": " \n"},
-        {"prompt": [ASKED]}, {"instruction": "i"}, {"question": "q", "answer": None},
-        {"messages": [ASKED]}, {"messages": [ASKED, {"role": "assistant", "content": ""}]},
-        {"messages": [*CHAT, ASKED]},
-    )  # fmt: skip
-    found = read_demonstrations(path)
-    assert found == [
-        *[Demonstration("p", "")] * 3,
-        *[Demonstration((Turn("user", text),), "") for text in ("Is it?", "i", "q")],
-        *[Dialogue((TURNS[0],))] * 2,
-        Dialogue((*TURNS, TURNS[0])),
-    ]
-    assert not any(row.answered for row in found)
-    assert [row.replies for row in found if isinstance(row, Dialogue)] == [[], [], [1]]
 
 
 @pytest.mark.parametrize("empty", [None, "", "  ", float("nan"), []])

@@ -1,6 +1,5 @@
 """Rows to token ids: templates, what is learnt of a conversation, prompts, code."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -80,46 +79,53 @@ def test_of_two_peoples_talk_every_turn_but_the_first_is_learnt() -> None:
     assert both == lesson.ids[:8]
 
 
-def test_a_tokenizers_own_template_goes_first_and_one_that_announces_replies_loses_no_turn() -> None:
+ANNOUNCING = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "taught", "prompt"),
+    [
+        (ANNOUNCING,
+         "<system>Be kind.\n<user>Was it good?\n<assistant>It was.\n<user>Why?\n<assistant>The cast was fine.\n",
+         "It was.\n|The cast was fine.\n", "<system>Be kind.\n<user>Was it good?\n<assistant>"),
+        # One that writes an earlier reply otherwise teaches the last one.
+        ("{% for m in messages %}{{ m['role'] }}: {% if m['role'] == 'assistant' and loop.last %}(thought) {% endif %}"
+         "{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
+         "system: Be kind.\nuser: Was it good?\nassistant: It was.\nuser: Why?\n"
+         "assistant: (thought) The cast was fine.\n",
+         "(thought) The cast was fine.\n", "system: Be kind.\nuser: Was it good?\nassistant: "),
+        # As Gemma 4's: what it writes only before a reply to come is not learnt, nor is any reply lost for it.
+        ("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
+         "{% if add_generation_prompt %}<assistant>(no thought) {% endif %}",
+         "<system>Be kind.</><user>Was it good?</><assistant>It was.</><user>Why?</><assistant>The cast was fine.</>",
+         "It was.</>|The cast was fine.</>", "<system>Be kind.</><user>Was it good?</><assistant>(no thought) "),
+    ],
+    ids=["announcing", "rewriting", "thinking"],
+)  # fmt: skip
+def test_replies_are_learnt_as_the_tokenizers_own_template_writes_them(
+    template: str, text: str, taught: str, prompt: str
+) -> None:
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
-        "{% if add_generation_prompt %}<assistant>{% endif %}"
-    )
+    tokenizer.chat_template = template
     (lesson,) = tokenization.demonstrations([Dialogue(CHAT)], tokenizer, {}, seed=0)
-    assert learnt(lesson, tokenizer) == "It was.\n|The cast was fine.\n<|endoftext|>"
-    assert written(tokenizer, CHAT[:2]) == "<system>Be kind.\n<user>Was it good?\n<assistant>"
+    assert tokenizer.decode(lesson.ids) == f"{text}<|endoftext|>"
+    assert learnt(lesson, tokenizer) == f"{taught}<|endoftext|>"
+    (ids,) = asked([Dialogue(CHAT)], tokenizer, {"prompt_turns": 2}, seed=0)
+    assert tokenizer.decode(ids) == written(tokenizer, CHAT[:2]) == prompt
+
+
+def test_a_template_that_announces_replies_loses_no_turn() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = ANNOUNCING
     row = Dialogue((Turn("user", "a?"), Turn("assistant", "b"), Turn("user", "c")), both=True)
     (lesson,) = tokenization.demonstrations([row], tokenizer, {}, seed=0)
     (prompt,) = asked([row], tokenizer, {"prompt_turns": 2}, seed=0)
     assert tokenizer.decode(prompt) == "<user>a?\n<assistant>b\n", "a user's turn follows, which is not announced"
     assert tokenizer.decode(lesson.ids) == "<user>a?\n<assistant>b\n<user>c\n<|endoftext|>"
     assert learnt(lesson, tokenizer) == "b\n<user>c\n<|endoftext|>"
-
-
-def test_a_template_that_rewrites_earlier_replies_teaches_the_last_one() -> None:
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'] }}: {% if m['role'] == 'assistant' and loop.last %}(thought) {% endif %}"
-        "{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-    )
-    (lesson,) = tokenization.demonstrations([Dialogue(CHAT)], tokenizer, {}, seed=0)
-    assert learnt(lesson, tokenizer) == "(thought) The cast was fine.\n<|endoftext|>"
-    assert "assistant: It was." in tokenizer.decode(lesson.ids)
-
-
-def test_a_template_that_ends_prompts_with_an_empty_thought_teaches_every_reply() -> None:
-    """As Gemma 4's: what it writes only before a reply to come is not learnt, nor is any reply lost for it."""
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m['role'] }}>\n{{ m['content'] }}</>\n{% endfor %}"
-        "{% if add_generation_prompt %}<assistant>\n(no thought)\n{% endif %}"
-    )
-    (lesson,) = tokenization.demonstrations([Dialogue(CHAT)], tokenizer, {}, seed=0)
-    assert "no thought" not in tokenizer.decode(lesson.ids)
-    assert learnt(lesson, tokenizer) == "It was.</>\n|The cast was fine.</>\n<|endoftext|>"
-    (prompt,) = asked([Dialogue(CHAT)], tokenizer, {"prompt_turns": 2}, seed=0)
-    assert tokenizer.decode(prompt).endswith("<assistant>\n(no thought)\n")
 
 
 def test_what_a_reward_sees_of_a_prompt_has_no_special_tokens() -> None:
@@ -292,29 +298,6 @@ def test_data_without_prompts_or_anything_to_learn_is_named() -> None:
     tokenizer.chat_template = "{{ raise_exception('no system, please') }}"
     with pytest.raises(UserError, match=r"a conversation of system, user.*no system, please.*policy\.template="):
         asked([Dialogue(CHAT)], tokenizer, {"name": "dialogue"}, 0)
-
-
-def jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def test_chats_are_split_by_the_users_first_words(tmp_path: Path) -> None:
-    def chat(number: int) -> dict[str, Any]:
-        said = [("system", f"Be {number % 3}."), ("user", f"{number}?"), ("assistant", "Yes.")]
-        return {"messages": [{"role": role, "content": text} for role, text in said]}
-
-    path = jsonl(tmp_path / "a.jsonl", [chat(number) for number in range(200)])
-    rows = data.load_data({"name": "instructions", "path": path, "test_share": 0.3}, seed=0)
-    assert 30 < len(rows.test) < 100
-
-
-def test_a_file_of_its_own_to_hold_out(tmp_path: Path) -> None:
-    learn = jsonl(tmp_path / "a.jsonl", [{"text": f"t {i}"} for i in range(9)])
-    test = jsonl(tmp_path / "b.jsonl", [{"text": f"u {i}"} for i in range(4)] + [{"text": "t 3"}])
-    rows = data.load_data({"name": "text", "path": learn, "test_path": test}, seed=0)
-    assert {row.text for row in rows.test} == {"u 0", "u 1", "u 2", "u 3", "t 3"}
-    assert len(rows.train) == 8, "what is held out is not learnt"
 
 
 def test_the_real_chinese_dialogues_lose_next_to_nothing(shared: Path, tmp_path: Path) -> None:

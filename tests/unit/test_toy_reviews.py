@@ -81,68 +81,47 @@ def test_true_sentiment_agrees_with_the_label(reviews: list[Labelled]) -> None:
     assert agree >= 0.995 * len(reviews)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "The plot was never dull.",
-        "It was far from boring",
-        "It was anything but tedious.",
-        "There was hardly a dull scene in it.",
-        "Although the acting was dull and the music bored me, it was a triumph in the end.",
-        "It was a joy, even though the script was clumsy.",
-        "It was slow and confused at first, but ended up really brilliant.",
-        "My brother called it awful, but I disagree.",
-        "My brother called it awful; I disagree.",
-        "The critics loved it, and I cannot argue with that.",
-        "It was not nearly as dull as the book.",
-        "It was much better than the weak first part.",
-        "I did not want it to end.",
-    ],
-)
-def test_positive_by_the_rules(text: str) -> None:
-    assert true_sentiment(text) > 0.7
+POSITIVE = [
+    "The plot was never dull.",
+    "It was far from boring",
+    "It was anything but tedious.",
+    "There was hardly a dull scene in it.",
+    "Although the acting was dull and the music bored me, it was a triumph in the end.",
+    "It was a joy, even though the script was clumsy.",
+    "It was slow and confused at first, but ended up really brilliant.",
+    "My brother called it awful, but I disagree.",
+    "My brother called it awful; I disagree.",
+    "The critics loved it, and I cannot argue with that.",
+    "It was not nearly as dull as the book.",
+    "It was much better than the weak first part.",
+    "I did not want it to end.",
+]
+NEGATIVE = [
+    "The plot was hardly gripping.",
+    "It was far from funny",
+    "I can't say that it was clever.",
+    "Nobody could say that the story moved me.",
+    "Although the acting was wonderful and the music moving, the story let me down in the end.",
+    "I loved the title, but it was a mess.",
+    "I was prepared for something witty and fresh, and got something dull.",
+    "My brother called it wonderful, but the opposite is true.",
+    "The critics hated it, and I understand why.",
+    "It was not nearly as witty as the book.",
+    "I would not see it again.",
+]
+NOTHING = [
+    "", " ", "...", "I saw this film with my sister last Friday.", "Although the acting was wonderful",
+    "My brother called it awful", "not never hardly no", "but but, but. and I agree", "Duller than dullness",
+    "\x00\ud800 \U0001f600 ẞ İ", "这部电影", "<|endoftext|>", "(((",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        "The plot was hardly gripping.",
-        "It was far from funny",
-        "I can't say that it was clever.",
-        "Nobody could say that the story moved me.",
-        "Although the acting was wonderful and the music moving, the story let me down in the end.",
-        "I loved the title, but it was a mess.",
-        "I was prepared for something witty and fresh, and got something dull.",
-        "My brother called it wonderful, but the opposite is true.",
-        "The critics hated it, and I understand why.",
-        "It was not nearly as witty as the book.",
-        "I would not see it again.",
-    ],
+    ("text", "low", "high"),
+    [(t, 0.7, 1) for t in POSITIVE] + [(t, 0, 0.3) for t in NEGATIVE] + [(t, 0.5, 0.5) for t in NOTHING],
 )
-def test_negative_by_the_rules(text: str) -> None:
-    assert true_sentiment(text) < 0.3
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        " ",
-        "...",
-        "I saw this film with my sister last Friday.",
-        "Although the acting was wonderful",
-        "My brother called it awful",
-        "not never hardly no",
-        "but but, but. and I agree",
-        "Duller than dullness",
-        "\x00\ud800 \U0001f600 ẞ İ",
-        "这部电影",
-        "<|endoftext|>",
-        "(((",
-    ],
-)
-def test_nothing_said(text: str) -> None:
-    assert true_sentiment(text) == 0.5
+def test_sentiment_by_the_rules(text: str, low: float, high: float) -> None:
+    assert low <= true_sentiment(text) <= high
 
 
 def test_any_text_has_a_sentiment(reviews: list[Labelled]) -> None:
