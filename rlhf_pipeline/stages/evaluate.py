@@ -14,16 +14,14 @@ from typing import Any
 import torch
 
 from rlhf_pipeline.data import Splits, begun_by, fingerprint, load_data, texts
-from rlhf_pipeline.data.records import Prompt, Row, Turn
-from rlhf_pipeline.data.templates import written
-from rlhf_pipeline.data.tokenization import Question, conversational, encode, questions
+from rlhf_pipeline.data.records import Demonstration, Row, Turn
+from rlhf_pipeline.data.tokenization import conversational, questions
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.evaluation import comparison, frontier, lineup
 from rlhf_pipeline.evaluation.comparison import Task
-from rlhf_pipeline.evaluation.lineup import Sampler, asked_of
+from rlhf_pipeline.evaluation.lineup import Sampler
 from rlhf_pipeline.files import read_json, write_json
 from rlhf_pipeline.models.rewards import Reward, load_reward, trained_part
-from rlhf_pipeline.models.sampling import check_positions
 from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.progress import progress
 from rlhf_pipeline.report.tables import evaluation_table, frontier_table
@@ -54,7 +52,11 @@ def run(settings: Settings, out: RunDir) -> None:
 
     start = next(each for each in policies if each.name == reference)
     task = make_task(settings, policies, start, rows, rewards)
-    own = own_prompts(asked.show, rows.test, policies, task)
+    longest, talks = int(task.limits.max()), conversational(rows.test)
+    typed = [Demonstration((Turn("user", text),) if talks else text, "") for text in asked.show]
+    shows = questions(typed, task.first.tokenizer, settings.data, settings.seed) if typed else []
+    shows = lineup.with_room(shows, [each.policy for each in policies], longest) if typed else []
+    own = dataclasses.replace(task, questions=shows, limits=torch.full((len(shows),), longest))
     n, answers, shown, begun = asked.best_of or 0, {}, {}, time.monotonic()
     drawn = (len(policies) + n) * len(task.questions)
     with progress(drawn, "evaluate", "prompt") as bar:
@@ -198,14 +200,3 @@ def make_task(
     limits = torch.randint(shortest, longest + 1, (len(kept),), generator=torch.Generator().manual_seed(settings.seed))
     held_out = comparison.held_out_texts(rows.test, policies, 0 if settings.sweep else asked.held_out_tokens)
     return Task(kept, limits, rewards, first, reference, asked.batch_size, settings.seed, held_out)
-
-
-def own_prompts(strings: Sequence[str], rows: Sequence[Row], policies: Sequence[Sampler], task: Task) -> Task:
-    """The user's own prompts: as turns of a conversation if the data holds conversations, else as they stand."""
-    talks, tokenizer, longest = conversational(rows), task.first.tokenizer, int(task.limits.max())
-    asked: list[Prompt] = [(Turn("user", string),) if talks else string for string in strings]
-    ids = encode(tokenizer, [written(tokenizer, prompt) for prompt in asked])
-    found = [Question(prompt, row) for prompt, row in zip(asked, ids, strict=True)]
-    for each in policies if found else ():
-        check_positions(each.policy.model, asked_of(each.policy, task.first, found), longest)
-    return dataclasses.replace(task, questions=found, limits=torch.full((len(found),), longest))

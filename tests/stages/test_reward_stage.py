@@ -176,18 +176,6 @@ def test_of_pairs_the_loss_is_trls(center: float | None, tmp_path: Path, tokeniz
         assert ours._metrics["train"][name] == pytest.approx(trls._metrics["train"][name], rel=1e-4), name
 
 
-def test_accumulated_prompts_make_the_same_update(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    ends = []
-    for batch in (4, 1):
-        trainer = comparison_trainer(
-            tmp_path, tokenizer, rows=ROWS * 3, per_device_train_batch_size=batch, optim="sgd",
-            gradient_accumulation_steps=4 // batch, train_sampling_strategy="sequential",
-        )  # fmt: skip
-        trainer.train()
-        ends.append(weights(trainer.model))
-    torch.testing.assert_close(ends[0], ends[1], atol=1e-5, rtol=1e-4)
-
-
 @pytest.mark.parametrize(("head", "pooling"), [("linear", "last"), ("mlp", "mean")])
 def test_a_run_cut_off_ends_as_one_never_cut_off(
     head: Any, pooling: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
