@@ -324,15 +324,16 @@ def read_until_asked(terminal: int, seconds: float = 120) -> str:
 
 
 ROWS = {
-    "complete": {"prompt": "Say it.", "completion": "Yes."},
-    "chat": {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]},
+    "complete": {"prompt": "Say NUMBER.", "completion": "Yes."},
+    "chat": {"messages": [{"role": "user", "content": "Say NUMBER"}, {"role": "assistant", "content": "Yes."}]},
 }
 
 
 @pytest.mark.parametrize("mode", ROWS)
 def test_whether_it_converses_is_told_by_the_runs_rows(mode: str, chinese: Policy) -> None:
     path = Path("runs/zh/ppo/config.yaml")
-    Path("rows.jsonl").write_text(f"{json.dumps(ROWS[mode])}\n" * 20)
+    row = json.dumps(ROWS[mode]) + "\n"
+    Path("rows.jsonl").write_text("".join(row.replace("NUMBER", str(number)) for number in range(20)))
     data = {"name": "instructions", "path": "rows.jsonl", "test_share": 0.5}
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "data": data}))
     asked = [Chatting(), Chatting(mode="complete"), Chatting(mode="chat")]

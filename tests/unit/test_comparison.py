@@ -12,6 +12,7 @@ from tiny import TEXTS, tiny_policy
 
 from rlhf_pipeline.data.records import Preference, Text
 from rlhf_pipeline.data.tokenization import Question
+from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.evaluation.comparison import (
     Answers,
     Task,
@@ -22,7 +23,7 @@ from rlhf_pipeline.evaluation.comparison import (
     perplexity,
     traded,
 )
-from rlhf_pipeline.evaluation.lineup import Sampler, asked_of, open_all, sampler
+from rlhf_pipeline.evaluation.lineup import Sampler, asked_of, open_all, sampler, with_room
 from rlhf_pipeline.models.policies import Policy, make_policy, train_tokenizer
 from rlhf_pipeline.models.rewards import Reward
 from rlhf_pipeline.models.sampling import Sampling
@@ -131,6 +132,15 @@ def test_tokens_of_another_vocabulary_are_those_that_its_own_ppo_names(tmp_path:
     paths = [(name, str(tmp_path / name / "ppo" / "model")) for name in words]
     policies = open_all(paths, RunDir(tmp_path, "a", "evaluate"), {"name": "causal_lm"})
     assert [(each.sampling.stop_ids, each.longest) for each in policies] == [((found[n],), 9) for n in words]
+
+
+def test_prompts_without_room_in_every_policy_are_left_out_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    every = [Question("a", [1] * length) for length in (1, 2, 3)]
+    assert with_room(every, [policy(), policy(seed=1)], 62) == every[:2]  # of 64 positions
+    assert "warning: 1 of 3 prompts are longer than the 2 tokens" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"no prompt leaves room .*: all 1 are longer than the 2 tokens"):
+        with_room(every[2:], [policy()], 62)
+    assert with_room([Question("plot", [5]), Question("", [6])], [policy(), policy(280)], 9) == [Question("plot", [5])]
 
 
 def compared(reference: str = "sft", **rewards: list[float]) -> dict:
