@@ -14,7 +14,7 @@ import torch
 from conftest import CommandLine
 from datasets import Dataset
 from safetensors.torch import load_file
-from tiny_rewards import loss_and_gradient, reward_args, tiny_config, tiny_model, weights
+from tiny_rewards import loss_and_gradient, reward_args, tiny_config, tiny_model, weights, write
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -235,11 +235,6 @@ def policy(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeni
     GPT2LMHeadModel(tiny_config(n_embd=32, tie_word_embeddings=True)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-def write(path: Path, rows: Sequence[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 LABELLED = [{"text": f"film {i} was {('bad', 'good')[i % 2]}, {('a loss', 'a win')[i % 2]} it was", "label": i % 2}
