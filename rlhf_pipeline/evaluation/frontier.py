@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.evaluation import metrics
 from rlhf_pipeline.evaluation.comparison import Answers, Task, compare, draw, measure
-from rlhf_pipeline.evaluation.lineup import PPO_SAMPLING, Sampler, open_policy, started_from
+from rlhf_pipeline.evaluation.lineup import PPO_SAMPLING, Sampler, policy_at, started_from
 from rlhf_pipeline.files import read_log
 from rlhf_pipeline.models.policies import Policy, lora_config
 from rlhf_pipeline.ppo.actor_critic import with_master_weights
@@ -145,7 +145,7 @@ def laid_out(known: Sequence[Row], points: Sequence[Point]) -> dict[str, list[Ro
 def open_point(point: Point) -> Policy:
     """A job's result as it lies there; of a checkpoint the weights that were trained, in the policy it started from."""
     choice, whole = point.job.config()["policy"], point.where == point.job.model
-    policy = open_policy(choice, str(point.where) if whole else json.loads(point.start)["path"])
+    policy = policy_at(choice, str(point.where) if whole else json.loads(point.start)["path"])
     if whole:
         return policy
     model: Any = policy.model

@@ -101,7 +101,7 @@ def lineup(run: RunDir, names: Sequence[str], policy: dict[str, Any]) -> tuple[d
     return paths, next(begun, next(iter(paths)))
 
 
-def open_policy(choice: dict[str, Any], path: str) -> Policy:
+def policy_at(choice: dict[str, Any], path: str) -> Policy:
     """A model that lies somewhere, opened as `choice` says, on the accelerator."""
     policy, _ = load_policy({**choice, "path": path}, None, [], 0)
     policy.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -118,7 +118,7 @@ def open_all(paths: Sequence[tuple[str, str]], run: RunDir, choice: dict[str, An
     trained = next((own for home in homes if (own := ppo_settings(home))), {})
     found: list[Sampler] = []
     for name, path in paths:
-        policy, how = open_policy(choice, path), trained
+        policy, how = policy_at(choice, path), trained
         if found and not same_vocabulary(policy, found[0].policy):
             own = ppo_settings(run_of(path))
             how = {key: value for key, value in trained.items() if key not in TOKENS}

@@ -11,7 +11,7 @@ from typing import Any
 from rlhf_pipeline.data import fingerprint
 from rlhf_pipeline.data.tokenization import Question, questions
 from rlhf_pipeline.errors import NotFinishedError, UserError
-from rlhf_pipeline.evaluation.lineup import open_policy, sampler, with_room
+from rlhf_pipeline.evaluation.lineup import policy_at, sampler, with_room
 from rlhf_pipeline.feedback.candidates import Asker
 from rlhf_pipeline.feedback.labelling import bring_pulled, note_progress, offer, rank
 from rlhf_pipeline.files import read_jsonl, write_jsonl
@@ -67,7 +67,7 @@ def _collect(settings: Settings, out: RunDir, judge: dict[str, str]) -> None:
     places = _policies(settings, out)
     for where in places:
         say_taken("policy", where)
-    policies = {where: open_policy(settings.policy, where) for where in places}
+    policies = {where: policy_at(settings.policy, where) for where in places}
     parents = {f"policy[{n}]" if n else "policy": where for n, where in enumerate(places)}
     out.begin(settings, {**parents, **judge}, fingerprint(settings.data, rows))
     as_ppo = {key: getattr(collect, key) for key in SAMPLING}

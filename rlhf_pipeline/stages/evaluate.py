@@ -134,7 +134,7 @@ def frontier_rows(
     most = settings.evaluate.best_of or _BEST_OF
     for start in dict.fromkeys(point.start for point in left):
         points, about = [point for point in left if point.start == start], json.loads(start)
-        policy = lineup.open_policy(points[0].job.config()["policy"], about["path"])
+        policy = lineup.policy_at(points[0].job.config()["policy"], about["path"])
         who = lineup.sampler("start", policy, about["sampling"])
         of_start = dataclasses.replace(settings, seed=about["seed"])
         task = make_task(of_start, [who], who, load_data(settings.data, about["seed"]), rewards)
