@@ -14,7 +14,6 @@ from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import is_hub_id
 from rlhf_pipeline.limits import check_limits
 from rlhf_pipeline.models import policies, rewards
-from rlhf_pipeline.plan.devices import check_machine
 from rlhf_pipeline.registry import Range, check, check_known, suggest
 from rlhf_pipeline.report import trackers
 from rlhf_pipeline.stages import STAGES
@@ -99,13 +98,14 @@ class Chat:
 class Plan:
     """The machine that `stage=plan` computes for, and what only the data could tell of the work."""
 
-    gpus: int = 1
-    gpu: str = "h100"  # a key of plan.devices.DEVICES; what is set below goes over its data sheet
-    gpu_memory: float | None = None  # GiB
-    flops: float | None = None  # a second, of dense products in the number format that is computed in
-    mfu: float = 0.4  # the share of these that a forward and backward pass reaches
-    launch: str | None = None  # of plan.devices.LAUNCHES; None: all, and the simplest that fits
-    prompt_tokens: int | None = None  # of the longest prompt; None: data.prompt_tokens, else 256
+    gpus: Count = 1
+    # One of plan.DEVICES; what is set below goes over its data sheet.
+    gpu: Literal["h100", "h200", "a100", "a100_40", "l40s", "rtx4090", "rtx3090", "l4", "cpu"] = "h100"
+    gpu_memory: Positive | None = None  # GiB
+    flops: Positive | None = None  # a second, of dense products in the number format that is computed in
+    mfu: Share = 0.4  # the share of these that a forward and backward pass reaches
+    launch: Literal["single", "ddp", "zero2", "zero3"] | None = None  # None: all, and the simplest that fits
+    prompt_tokens: Count | None = None  # of the longest prompt; None: data.prompt_tokens, else 256
     json: bool = False  # print JSON instead of a table
 
 
@@ -198,7 +198,6 @@ class Settings:
             raise UserError("evaluate.policies has an empty name; it takes stages of this run, runs, paths or hub ids.")
         if not self.collect.temperatures:
             raise UserError("collect.temperatures is empty; it takes one or more numbers above 0.")
-        check_machine(vars(self.plan))
         own, usual = asdict(self.evaluate), asdict(Evaluation())
         odd = [f"evaluate.{key}=" for key in _NOT_OF_SWEEPS if own[key] != usual[key]]
         if self.sweep and (odd := [*odd, *(["compare="] if self.compare else [])]):

@@ -1,5 +1,7 @@
 """Sequence classifiers small enough for a test, and how they are trained."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +60,8 @@ def distilbert() -> DistilBertForSequenceClassification:
 
 def weights(model: PreTrainedModel) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)

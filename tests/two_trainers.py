@@ -13,7 +13,7 @@ from trl import SFTConfig
 from rlhf_pipeline.models.policies import train_tokenizer
 from rlhf_pipeline.processes import agree, end_at_once, join, processes, rank
 from rlhf_pipeline.training.batching import OrderedSFTTrainer
-from rlhf_pipeline.training.classifier import ClassifierTrainer, LanguageClassifierTrainer
+from rlhf_pipeline.training.classifier import ClassifierTrainer
 from rlhf_pipeline.training.preferences import Comparison, ComparisonTrainer
 
 KINDS = ("sft", "classifier", "language", "comparisons")
@@ -70,9 +70,7 @@ def make(kind: str, folder: Path, batch: int, accumulated: int, held_out_batch: 
         return ComparisonTrainer(model, args, tokenizer, every, every)
     rows = Dataset.from_dict({"input_ids": ids, "labels": [i % 2 for i in range(ROWS)]})
     built = (model, args, DataCollatorWithPadding(tokenizer), rows, rows)
-    if kind == "classifier":
-        return ClassifierTrainer(*built, processing_class=tokenizer)
-    return LanguageClassifierTrainer(*built, processing_class=tokenizer, lm_coef=0.5)
+    return ClassifierTrainer(*built, processing_class=tokenizer, lm_coef=0.5 if kind == "language" else 0.0)
 
 
 _SHARED = ("gradient_checkpointing", "dataloader_pin_memory", "bf16", "report_to", "disable_tqdm", "save_strategy",

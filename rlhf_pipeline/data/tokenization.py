@@ -145,20 +145,6 @@ def _asked(row: Any, tokenizer: "Tokenizer", turns: int | None) -> tuple[Prompt,
     return row.turns[:count], render(tokenizer, row.turns[:count], reply_follows)
 
 
-def fitting(asked: list[Question], room: int) -> list[Question]:
-    """The prompts of at most `room` tokens; a warning counts those that are longer."""
-    found = [question for question in asked if len(question.ids) <= room]
-    than = f"longer than the {room} tokens that the policy's positions leave for them"
-    if asked and not found:
-        raise UserError(
-            f"no prompt leaves room for an answer: all {len(asked)} are {than}; lower response_length or "
-            "data.prompt_tokens, or shorten the prompts."
-        )
-    if len(found) < len(asked):
-        print(f"warning: {len(asked) - len(found)} of {len(asked)} prompts are {than}, and are left out", flush=True)
-    return found
-
-
 def conversational(rows: Sequence[Row]) -> bool:
     """Whether any row holds turns of a conversation, which a template formats."""
     return any(isinstance(row, Dialogue) or isinstance(getattr(row, "prompt", ""), tuple) for row in rows)

@@ -75,25 +75,17 @@ def draw(who: Sampler, task: Task, number: int = 0) -> Answers:
     generator = torch.Generator().manual_seed(task.seed + number)
     uniforms = [uniform_draws(limits, generator) for limits in task.limits.split(task.batch_size)]
 
-    def sampled(part: slice) -> tuple[list[str], list[list[int]], list[list[float]]]:
+    def sampled(part: slice) -> list[tuple[str, list[int], list[float]]]:
         draws = uniforms[part.start // task.batch_size]
         batch = sample(who.policy.model, asked[part], task.limits[part], who.sampling, draws)
         texts = batch.texts(who.policy.tokenizer)[1]
         ids = [row[:n] for row, n in zip(batch.responses.tolist(), batch.response_lengths.tolist(), strict=True)]
-        return texts, ids, [reward(task.prompts[part], texts) for reward in task.rewards.values()]
+        judged = zip(*(reward(task.prompts[part], texts) for reward in task.rewards.values()), strict=True)
+        return list(zip(texts, ids, map(list, judged), strict=True))
 
-    found = shared_out(len(asked), task.batch_size, sampled, task.tick)
-    texts, ids = [text for batch in found for text in batch[0]], [row for batch in found for row in batch[1]]
-    rewards = {name: [x for batch in found for x in batch[2][at]] for at, name in enumerate(task.rewards)}
-    return Answers(texts, rewards, {}, ids)
-
-
-def best(tries: Sequence[Answers], main: str) -> Answers:
-    """Of several answers to each prompt the one with the highest main reward."""
-    picks = list(enumerate(np.argmax([one.rewards[main] for one in tries], axis=0)))
-    rewards = {name: [tries[which].rewards[name][row] for row, which in picks] for name in tries[0].rewards}
-    texts, ids = [tries[which].responses[row] for row, which in picks], [tries[which].ids[row] for row, which in picks]
-    return Answers(texts, rewards, {}, ids)
+    rows = [row for batch in shared_out(len(asked), task.batch_size, sampled, task.tick) for row in batch]
+    rewards = {name: [row[2][at] for row in rows] for at, name in enumerate(task.rewards)}
+    return Answers([row[0] for row in rows], rewards, {}, [row[1] for row in rows])
 
 
 def measure(who: Sampler, task: Task, n: int = 1) -> Answers:
@@ -101,32 +93,31 @@ def measure(who: Sampler, task: Task, n: int = 1) -> Answers:
 
     The KL of the best of n to the policy itself is at most log n - (n - 1) / n (Stiennon et al. 2020, app. G.3).
     """
-    main, reference, size = next(iter(task.rewards)), task.reference, task.batch_size
-    answers = best([draw(who, task, number) for number in range(1, n + 1)], main) if n > 1 else draw(who, task)
-    asked, ids = asked_of(who.policy, task.first, task.questions), answers.ids
+    reference, size = task.reference, task.batch_size
+    tries = [draw(who, task, number) for number in (range(1, n + 1) if n > 1 else (0,))]
+    best = np.argmax([one.rewards[next(iter(task.rewards))] for one in tries], axis=0)  # of each prompt, which try
+    texts, ids = ([tries[at][part][row] for row, at in enumerate(best)] for part in (0, 3))
+    rewards = {name: [tries[at].rewards[name][row] for row, at in enumerate(best)] for name in task.rewards}
+
+    asked = asked_of(who.policy, task.first, task.questions)
     kl = math.log(n) - (n - 1) / n if n > 1 else None
     if n == 1 and same_vocabulary(who.policy, reference.policy):
         theirs = log_p(reference.policy, reference.sampling, asked, ids, size)
         kl = (log_p(who.policy, who.sampling, asked, ids, size) - theirs) / len(asked)
-    readable = same_vocabulary(who.policy, task.first)
-    heads, tails = [text[:1] for text in task.held_out], [text[1:] for text in task.held_out]
-    with progress(len(heads) if readable else 0, "held-out", "text", delay=1.0, leave=False) as bar:
-        held_out = perplexity(who.policy, heads, tails, size, bar.update) if readable else None
-    figures: dict[str, float | None] = {
-        "kl": kl,
-        "perplexity": perplexity(task.first, asked, ids, size) if readable else None,
-        "held_out_perplexity": held_out,
-        **of_texts(answers.responses),
-        "length": sum(map(len, ids)) / len(ids),
-    }
-    return answers._replace(figures=figures)
+    figures: dict[str, float | None] = {"kl": kl, "perplexity": None, "held_out_perplexity": None}
+    if same_vocabulary(who.policy, task.first):
+        figures["perplexity"] = perplexity(task.first, asked, ids, size)
+        heads, tails = [text[:1] for text in task.held_out], [text[1:] for text in task.held_out]
+        with progress(len(heads), "held-out", "text", delay=1.0, leave=False) as bar:
+            figures["held_out_perplexity"] = perplexity(who.policy, heads, tails, size, bar.update)
+    figures |= {**metrics.variety(texts), "length": sum(map(len, ids)) / len(ids)}
+    return Answers(texts, rewards, figures, ids)
 
 
 def log_p(
-    policy: Policy, sampling: Sampling, prompts: Ids, responses: Ids, batch_size: int,
-    tick: Callable[[int], Any] = lambda _: None,
+    policy: Policy, sampling: Sampling, prompts: Ids, responses: Ids, batch_size: int, tick: Callable[[int], Any] = lambda _: None
 ) -> float:  # fmt: skip
-    """log p of all responses together under a policy's sampling distribution, in nats."""
+    """log p of all responses together under a policy's sampling distribution, in nats; `tick` is told of each part."""
 
     def summed(part: slice) -> float:
         batch = make_batch(prompts[part], responses[part]).to(policy.model.device)
@@ -143,15 +134,9 @@ def perplexity(
     return math.exp(-log_p(policy, Sampling(), prompts, responses, batch_size, tick) / tokens) if tokens else None
 
 
-def of_texts(texts: Sequence[str]) -> dict[str, float | None]:
-    """How varied a policy's answers are: distinct n-grams, repeated answers, how alike they are."""
-    distinct: dict[str, float | None] = {f"distinct_{n}": metrics.distinct(texts, n) for n in (1, 2, 3)}
-    return {**distinct, "repeated": metrics.repeated(texts), "self_bleu": metrics.self_bleu(texts)}
-
-
 def held_out_texts(rows: Sequence[Row], policies: Sequence[Sampler], tokens: int) -> list[list[int]]:
     """The beginnings of held-out texts in the first policy's tokens, about `tokens` in all; of comparisons none."""
-    window = min(_WINDOW, *(positions(each.policy.model) or _WINDOW for each in policies))
+    window = min(_WINDOW, *(positions(each.policy.model) for each in policies))
     found: list[list[int]] = []
     for start in range(0, 0 if isinstance(rows[0], Preference | Ranking) else len(rows), _TEXTS):
         if sum(map(len, found)) >= tokens:
@@ -236,11 +221,13 @@ def compare(
     kind are chosen by how the main reward changed from the first policy to `last`; typical ones changed as the median.
     """
     main, *others = rewards
-    values = {key: {name: own.rewards[key] for name, own in answers.items()} for key in rewards}
-    judged = {key: judge(values[key], reward, reference, bootstrap, seed) for key, reward in rewards.items()}
+    judged = {
+        key: judge({name: own.rewards[key] for name, own in answers.items()}, reward, reference, bootstrap, seed)
+        for key, reward in rewards.items()
+    }
     samples = sample_rows(prompts, answers, main)
-    first, after = next(iter(values[main].values())), np.asarray(values[main][last])
-    change = after - first
+    after = np.asarray(answers[last].rewards[main])
+    change = after - next(iter(answers.values())).rewards[main]
     orders = {
         "typical": np.abs(change - np.median(change)),
         "best": -after,

@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.evaluation import metrics
 from rlhf_pipeline.evaluation.comparison import Answers, Task, compare, draw, measure
-from rlhf_pipeline.evaluation.lineup import PPO_SAMPLING, Sampler, started_from
+from rlhf_pipeline.evaluation.lineup import PPO_SAMPLING, Sampler, policy_at, started_from
 from rlhf_pipeline.files import read_log
-from rlhf_pipeline.models.policies import Policy, load_policy, lora_config
+from rlhf_pipeline.models.policies import Policy, lora_config
 from rlhf_pipeline.ppo.actor_critic import with_master_weights
 from rlhf_pipeline.ppo.storage import WEIGHTS, load_policy_weights
 from rlhf_pipeline.runs.checkpoints import fault_of, sealed, step_of
@@ -78,21 +77,21 @@ def check_jobs(jobs: Sequence[RunDir], reward: dict[str, Any], data: dict[str, A
 
     A reward that no job learnt from may judge all of them.
     """
-    rewards = {
-        f"{job.record['parents'].get('reward', {}).get('path')} {json.dumps(job.config()['reward'])}" for job in jobs
-    }
-    if len(rewards) > 1 and any(job.config()["reward"] == reward for job in jobs):
+    configs = {job.name: job.config() for job in jobs}
+    paths = (str(job.record["parents"].get("reward", {}).get("path")) for job in jobs)
+    rewards = {f"{path} {json.dumps(own['reward'])}" for path, own in zip(paths, configs.values(), strict=True)}
+    if len(rewards) > 1 and any(own["reward"] == reward for own in configs.values()):
         raise UserError(
             f"the jobs of the sweep learnt from different rewards ({'; '.join(sorted(rewards)[:3])}); choose one that "
             "judges all of them: another reward=, or reward.path= with one of these."
         )
-    if other := sorted(job.name for job in jobs if job.config()["data"] != data):
+    if other := sorted(name for name, own in configs.items() if own["data"] != data):
         print(f"warning: {', '.join(other)} learnt from other data settings, and may know the prompts asked here")
 
 
 def is_known(point: Point, known: Sequence[Row]) -> bool:
     """Whether a policy is among the rows of those that have been measured."""
-    return any(point[:4] == tuple(row.get(key) for key in ("run", "step", "began", "start")) for row in known)
+    return any(point[:4] == tuple(row.get(key) for key in Point._fields[:4]) for row in known)
 
 
 def start_row(start: str, own: Answers, task: Task, most: int) -> Row:
@@ -130,23 +129,27 @@ def laid_out(known: Sequence[Row], points: Sequence[Point]) -> dict[str, list[Ro
     A checkpoint that was measured and has been deleted since still counts for its job.
     """
     jobs = list(dict.fromkeys((point.run, point.began, point.start) for point in points))
+
+    def job_of(row: Row) -> tuple[Any, ...]:
+        return row.get("run"), row.get("began"), row.get("start")
+
     starts = [row for row in known if row.get("key") in {start for _, _, start in jobs}]
-
-    def place(row: Row) -> tuple[int, float]:
-        return jobs.index((row["run"], row["began"], row["start"])), row["step"] or math.inf
-
-    rows = [dict(row) for row in known if (row.get("run"), row.get("began"), row.get("start")) in jobs]
+    rows = [dict(row) for row in known if job_of(row) in jobs]
     compare_points(rows, {row["key"]: row["best_of"] for row in starts})
-    return {"starts": starts, "points": sorted(rows, key=place)}
+    return {
+        "starts": starts,
+        "points": sorted(rows, key=lambda row: (jobs.index(job_of(row)), row["step"] or math.inf)),
+    }
 
 
 def open_point(point: Point) -> Policy:
     """A job's result as it lies there; of a checkpoint the weights that were trained, in the policy it started from."""
-    if point.where == point.job.model:
-        return open_policy(point.job, str(point.where))
-    policy = open_policy(point.job, json.loads(point.start)["path"])
+    choice, whole = point.job.config()["policy"], point.where == point.job.model
+    policy = policy_at(choice, str(point.where) if whole else json.loads(point.start)["path"])
+    if whole:
+        return policy
     model: Any = policy.model
-    adapter = lora_config(point.job.config()["policy"])
+    adapter = lora_config(choice)
     if adapter:
         from peft import get_peft_model
 
@@ -154,13 +157,6 @@ def open_point(point: Point) -> Policy:
     with_master_weights(model)
     load_policy_weights(model, point.where / WEIGHTS)
     return Policy((model.merge_and_unload() if adapter else model).eval(), policy.tokenizer)
-
-
-def open_policy(job: RunDir, where: str) -> Policy:
-    """A model of a job, opened with the job's settings, on the accelerator."""
-    policy, _ = load_policy({**job.config()["policy"], "lora": None, "quantize": None, "path": where}, None, [], 0)
-    policy.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return policy
 
 
 def best_of_n(values: Mapping[str, NDArray[Any]], main: str) -> list[Row]:

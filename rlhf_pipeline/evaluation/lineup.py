@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -13,28 +13,18 @@ from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.hub import model_folder
 from rlhf_pipeline.models.networks import positions
 from rlhf_pipeline.models.policies import Policy, load_policy
-from rlhf_pipeline.models.sampling import Sampling
+from rlhf_pipeline.models.sampling import Sampling, room_for_prompts
 from rlhf_pipeline.ppo.config import PPOConfig, make_sampling
-from rlhf_pipeline.registry import suggest
 from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.runs.models import find, models, ppo_settings, run_of
 from rlhf_pipeline.settings import SAMPLING, TOKENS
-from rlhf_pipeline.stages import POLICIES
 
 PPO_SAMPLING = (*SAMPLING, "min_response_length", "temperature")  # PPO's settings that decide how it samples
 
 
-class Drawing(NamedTuple):
-    """How answers are drawn: from which distribution, and the longest and shortest limit in tokens."""
-
-    sampling: Sampling
-    longest: int
-    shortest: int
-
-
 @dataclass(frozen=True)
 class Sampler:
-    """A policy with a name, and how its answers are drawn."""
+    """A policy with a name, how its answers are drawn, and the longest and shortest limit of an answer in tokens."""
 
     name: str
     policy: Policy
@@ -43,23 +33,19 @@ class Sampler:
     shortest: int = 0
 
 
-def sampling_as(
-    trained: dict[str, Any], policy: Policy, tokens_of: dict[str, Any] | None = None, **asked: Any
-) -> Drawing:
-    """How a policy samples: as PPO with the settings `trained` did, except for what is `asked` and not None.
+def sampler(name: str, policy: Policy, trained: dict[str, Any], **asked: Any) -> Sampler:
+    """A policy that samples as PPO with the settings `trained` did, except for what is `asked` and not None.
 
-    If the policy has another vocabulary than that PPO's, `tokens_of` holds the settings that name tokens. Without a
-    response length, an answer takes at most half of the policy's positions.
+    Without a response length, an answer takes at most half of the policy's positions.
     """
-    half = min(PPOConfig.response_length, (positions(policy.model) or 1024) // 2)
+    half = min(PPOConfig.response_length, positions(policy.model) // 2)
     values: dict[str, Any] = {"temperature": 1.0, "stop_token": "eos", "response_length": half}
-    values |= {key: trained[key] for key in PPO_SAMPLING if key in trained and (tokens_of is None or key not in TOKENS)}
-    values |= {key: tokens_of[key] for key in TOKENS if tokens_of and key in tokens_of}
+    values |= {key: trained[key] for key in PPO_SAMPLING if key in trained}
     values |= {key: value for key, value in asked.items() if value is not None}
     args = PPOConfig(output_dir="unused", bf16=False, **values)
     shortest = min(args.min_response_length or args.response_length, args.response_length)
-    embeddings = policy.model.get_input_embeddings().num_embeddings
-    return Drawing(make_sampling(args, policy.tokenizer, embeddings), args.response_length, shortest)
+    sampling = make_sampling(args, policy.tokenizer, policy.model.get_input_embeddings().num_embeddings)
+    return Sampler(name, policy, sampling, args.response_length, shortest)
 
 
 def same_vocabulary(first: Policy, second: Policy) -> bool:
@@ -72,6 +58,25 @@ def asked_of(policy: Policy, first: Policy, questions: Sequence[Question]) -> li
     if same_vocabulary(policy, first):
         return [question.ids for question in questions]
     return encode(policy.tokenizer, [written(policy.tokenizer, question.prompt) for question in questions])
+
+
+def with_room(questions: Sequence[Question], policies: Sequence[Policy], longest: int) -> list[Question]:
+    """The questions, in the tokens of the first policy, that leave every policy room for an answer of `longest` tokens.
+
+    Raises `UserError` if there is none; a warning counts those that are left out.
+    """
+    room = min(room_for_prompts(policy.model, longest) for policy in policies)
+    asked = zip(*(asked_of(policy, policies[0], questions) for policy in policies), strict=True)
+    kept = [each for each, ids in zip(questions, asked, strict=True) if all(1 <= len(own) <= room for own in ids)]
+    why = f"longer than the {room} tokens that the policies have room for, or empty for one of them"
+    if not kept:
+        raise UserError(
+            f"no prompt leaves room for an answer of {longest} tokens: all {len(questions)} are {why}; lower "
+            "response_length or data.prompt_tokens."
+        )
+    if left_out := len(questions) - len(kept):
+        print(f"warning: {left_out} of {len(questions)} prompts are {why}, and are left out", flush=True)
+    return kept
 
 
 def lineup(run: RunDir, names: Sequence[str], policy: dict[str, Any]) -> tuple[dict[str, str], str]:
@@ -96,29 +101,35 @@ def lineup(run: RunDir, names: Sequence[str], policy: dict[str, Any]) -> tuple[d
     return paths, next(begun, next(iter(paths)))
 
 
+def policy_at(choice: dict[str, Any], path: str) -> Policy:
+    """A model that lies somewhere, opened as `choice` says, on the accelerator."""
+    policy, _ = load_policy({**choice, "path": path}, None, [], 0)
+    policy.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return policy
+
+
 def open_all(paths: Sequence[tuple[str, str]], run: RunDir, choice: dict[str, Any], **asked: Any) -> list[Sampler]:
-    """The policies by name and place, opened as `choice` says, on the accelerator.
+    """The policies by name and place, opened as `choice` says.
 
     They sample as the run's newest PPO did, else as that of the first policy that has one, except for what is `asked`.
+    To a policy with another vocabulary than the first, tokens mean nothing: its own PPO's settings name them.
     """
     homes = (run, *(run_of(path) for _, path in paths))
     trained = next((own for home in homes if (own := ppo_settings(home))), {})
     found: list[Sampler] = []
     for name, path in paths:
-        try:
-            policy, _ = load_policy({**choice, "path": path}, None, [], 0)
-        except UserError as error:
-            raise type(error)(f"{name}: {error} {suggest(name, POLICIES)}".rstrip()) from error
-        policy.model.to("cuda" if torch.cuda.is_available() else "cpu")
-        foreign = found and not same_vocabulary(policy, found[0].policy)
-        tokens_of = ppo_settings(run_of(path)) if foreign else None
-        found.append(Sampler(name, policy, *sampling_as(trained, policy, tokens_of, **asked)))
+        policy, how = policy_at(choice, path), trained
+        if found and not same_vocabulary(policy, found[0].policy):
+            own = ppo_settings(run_of(path))
+            how = {key: value for key, value in trained.items() if key not in TOKENS}
+            how |= {key: own[key] for key in TOKENS if key in own}
+        found.append(sampler(name, policy, how, **asked))
     return found
 
 
 def same_place(one: str, other: str) -> bool:
     """Whether two paths, or hub ids, name the same model."""
-    return one == other or Path(one).resolve() == Path(other).resolve()
+    return Path(one).resolve() == Path(other).resolve()
 
 
 def started_from(model: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Measures of texts and scores. The `evaluate` modules among them are defined here, so they need no network."""
+"""Measures of texts and scores. The `evaluate` module among them is defined here, so it needs no network."""
 
 import math
 from collections import Counter
@@ -17,29 +17,21 @@ class Accuracy(evaluate.Metric):
     """Share of predictions equal to their reference. The hub's module of that name is fetched as code; this is not."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return _info("accuracy", "int32")
+        features = datasets.Features({part: datasets.Value("int32") for part in ("predictions", "references")})
+        return evaluate.MetricInfo(description="accuracy", citation="", inputs_description="", features=features)
 
     def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
         return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
 
 
-class Distinct(evaluate.Metric):
-    """Different word n-grams over all of them, of all texts together (Li et al. 2016, arXiv 1510.03055)."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        return _info("distinct-n", "string")
-
-    def _compute(self, predictions: Sequence[str], references: Sequence[str], n: int = 2) -> dict[str, float]:
-        return {f"distinct_{n}": distinct(predictions, n)}
-
-
-def _info(name: str, kind: str) -> evaluate.MetricInfo:
-    features = datasets.Features({part: datasets.Value(kind) for part in ("predictions", "references")})
-    return evaluate.MetricInfo(description=name, citation="", inputs_description="", features=features)
-
-
 def _grams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
     return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+
+
+def variety(texts: Sequence[str]) -> dict[str, float | None]:
+    """How varied a policy's answers are: distinct n-grams, repeated answers, how alike they are."""
+    grams: dict[str, float | None] = {f"distinct_{n}": distinct(texts, n) for n in (1, 2, 3)}
+    return {**grams, "repeated": repeated(texts), "self_bleu": self_bleu(texts)}
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
@@ -80,9 +72,8 @@ def self_bleu(texts: Sequence[str], most: int = 200) -> float | None:
     scores = []
     for found, words in zip(precisions, said, strict=True):
         nearest = min(lengths - Counter([len(words)]), key=lambda length: (abs(length - len(words)), length))
-        scores.append(
-            math.exp(float(np.mean(found)) + min(0.0, 1 - nearest / len(words)))
-        )  # with BLEU's brevity penalty
+        brevity = min(0.0, 1 - nearest / len(words))
+        scores.append(math.exp(float(np.mean(found)) + brevity))
     return float(np.mean(scores))
 
 
@@ -95,13 +86,9 @@ def correlation(first: ArrayLike, second: ArrayLike) -> float | None:
 def calibration(probability: NDArray[Any], truth: NDArray[Any], bins: int = 10) -> tuple[list[dict[str, float]], float]:
     """Predicted against observed share of positives in equal bins, and the expected calibration error."""
     index = np.minimum((probability * bins).astype(int), bins - 1)
-    rows: list[dict[str, float]] = []
-    for number in np.unique(index):
-        inside = index == number
-        predicted, observed = float(probability[inside].mean()), float(truth[inside].mean())
-        rows.append({"predicted": predicted, "observed": observed, "count": int(inside.sum())})
-    error = sum(row["count"] * abs(row["predicted"] - row["observed"]) for row in rows) / max(len(truth), 1)
-    return rows, float(error)
+    every = [(probability[index == number], truth[index == number]) for number in np.unique(index)]
+    rows = [{"predicted": float(p.mean()), "observed": float(t.mean()), "count": len(p)} for p, t in every]
+    return rows, sum(abs(row["predicted"] - row["observed"]) * row["count"] for row in rows) / max(len(truth), 1)
 
 
 def standard_error(values: ArrayLike) -> float:

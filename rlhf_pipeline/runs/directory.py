@@ -23,7 +23,7 @@ from rlhf_pipeline.stages import FOLDERS
 
 CANDIDATES, CANDIDATES_SO_FAR, LABELS = "candidates.jsonl", "candidates.part.jsonl", "labels.jsonl"
 PROJECT, SHEET = "project.json", "sheet.csv"
-FRONTIER, POINTS = "frontier.json", "points.jsonl"
+FRONTIER = "frontier.json"
 _RECORD = {"stage": str, "name": str, "status": str, "started": str, "parents": dict, "results": dict, "resumed": list}
 _ROUND = re.compile(r"round([1-9][0-9]*)")
 
@@ -129,7 +129,7 @@ class RunDir:
 
     @property
     def _begun(self) -> bool:
-        made = any((self.path / name).exists() for name in (CANDIDATES, CANDIDATES_SO_FAR, POINTS))
+        made = any((self.path / name).exists() for name in (CANDIDATES, CANDIDATES_SO_FAR, FRONTIER))
         return made or self.last_checkpoint() is not None
 
     def _check_model(self) -> None:

@@ -7,12 +7,10 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from rich.console import Console
-from rich.text import Text as Line
 
 from rlhf_pipeline import data
 from rlhf_pipeline.data.records import Code, Dialogue, Labelled, Text, Turn
@@ -34,6 +32,23 @@ from rlhf_pipeline.training.setup import quiet, say_taken
 HELP = {"/reset": "begin a new conversation", "/help": "this list", "/quit": "leave; so do Ctrl-D and Ctrl-C"}
 
 
+class Growing:
+    """An answer at the terminal as it grows. A character of which only the first bytes are drawn waits."""
+
+    printed = ""
+
+    def grow(self, text: str) -> None:
+        """Print what is new."""
+        whole = shown(text.rstrip("\ufffd"))
+        if whole.startswith(self.printed):
+            print(whole[len(self.printed) :], end="", flush=True)
+            self.printed = whole
+
+    def end(self, answer: str) -> None:
+        """Print the rest; if what was printed no longer begins the answer, all of it."""
+        print(answer[len(self.printed) :] if answer.startswith(self.printed) else f"\n{answer}", flush=True)
+
+
 @dataclass
 class Talk:
     """The conversations of one or two policies with the same person; or, unless it `converses`, texts continued."""
@@ -45,30 +60,27 @@ class Talk:
     generator: torch.Generator
     turns: dict[int, tuple[Turn, ...]] = field(default_factory=dict)  # by the place of the policy
 
-    def ask(self, text: str, tell: Callable[[str], None] | None = None) -> list[tuple[str, str, float | None]]:
+    def ask(self, text: str, growing: Growing | None = None) -> list[tuple[str, str, float | None]]:
         """Each policy's name, its answer from the same random numbers, and the answer's reward if there is one.
 
-        `tell` is given the answer of a single policy as it grows.
+        `growing` shows the answer of a single policy as it grows.
         """
         asked = [self._ids(place, text) for place in range(len(self.policies))]
         uniforms, limits = torch.rand(self.length, 1, generator=self.generator), torch.tensor([self.length])
-        prompts, answers = [], []
+        said = []
         for who, ids in zip(self.policies, asked, strict=True):
 
             def grown(drawn: torch.Tensor, who: Sampler = who, ids: list[int] = ids) -> None:
-                if tell:
-                    tell(make_batch([ids], drawn.tolist()).texts(who.policy.tokenizer)[1][0])
+                if growing:
+                    growing.grow(make_batch([ids], drawn.tolist()).texts(who.policy.tokenizer)[1][0])
 
-            batch = sample(who.policy.model, [ids], limits, who.sampling, uniforms, grown if tell else None)
-            (prompt,), (answer,) = batch.texts(who.policy.tokenizer)
-            prompts.append(prompt)
-            answers.append(answer)
+            batch = sample(who.policy.model, [ids], limits, who.sampling, uniforms, grown if growing else None)
+            said.append([texts[0] for texts in batch.texts(who.policy.tokenizer)])
+        prompts, answers = map(list, zip(*said, strict=True))
         for place, answer in enumerate(answers):
             self.turns[place] = (*self.turns.get(place, ()), Turn("user", text), Turn("assistant", answer))
-        scores: list[float | None] = [None] * len(answers)
-        if self.reward is not None:
-            with contextlib.redirect_stdout(sys.stderr):  # what a user's own reward prints is no answer
-                scores = [*self.reward(prompts, answers)]
+        with contextlib.redirect_stdout(sys.stderr):  # what a user's own reward prints is no answer
+            scores = self.reward(prompts, answers) if self.reward else [None] * len(answers)
         return list(zip([who.name for who in self.policies], answers, scores, strict=True))
 
     def _ids(self, place: int, text: str) -> list[int]:
@@ -106,7 +118,7 @@ def run(settings: Settings, out: RunDir) -> None:
         for text in settings.chat.prompt or prompts(talk, terminal):
             try:
                 growing = Growing() if terminal and len(talk.policies) == 1 else None
-                show(talk.ask(text, growing.grow if growing else None), terminal, growing)
+                show(talk.ask(text, growing), terminal, growing)
             except UserError as error:
                 if not terminal:
                     raise
@@ -145,42 +157,20 @@ def typed() -> Iterator[str]:
     print()
 
 
-class Growing:
-    """An answer at the terminal as it grows. A character of which only the first bytes are drawn waits."""
-
-    def __init__(self) -> None:
-        self.printed = ""
-
-    def grow(self, text: str) -> None:
-        """Print what is new."""
-        whole = shown(text.rstrip("\ufffd"))
-        if whole.startswith(self.printed):
-            print(whole[len(self.printed) :], end="", flush=True)
-            self.printed = whole
-
-    def end(self, answer: str) -> None:
-        """Print the rest; if what was printed no longer begins the answer, all of it."""
-        print(answer[len(self.printed) :] if answer.startswith(self.printed) else f"\n{answer}", flush=True)
-
-
-def show(answers: list[tuple[str, str, float | None]], terminal: bool, growing: Growing | None = None) -> None:
+def show(answers: list[tuple[str, str, float | None]], terminal: bool, growing: Growing | None) -> None:
     """Print the answers on stdout: one as it stands, two side by side, or in a script two lines."""
     if terminal and len(answers) > 1:
-        side_by_side(answers)
-        return
+        return side_by_side(answers)
     for name, answer, reward in answers:
         label = f"{shown(name)}: " if len(answers) > 1 else ""
-        if growing:
-            growing.end(shown(answer))  # a model wrote it, so control characters are shown as escapes
-        else:
-            print(f"{label}{shown(answer)}", flush=True)
+        (growing or Growing()).end(f"{label}{shown(answer)}")  # a model wrote it: control characters become escapes
         if reward is not None:
             note(f"{label}reward {number(reward)}")
 
 
 def note(text: str) -> None:
     """Print a remark on stderr: stdout is for answers alone."""
-    Console(stderr=True, highlight=False).print(Line(shown(text), style="dim"), soft_wrap=True)
+    print(shown(text), file=sys.stderr, flush=True)
 
 
 def open_talk(settings: Settings, out: RunDir) -> Talk:
@@ -200,12 +190,12 @@ def open_talk(settings: Settings, out: RunDir) -> Talk:
         places.append((settings.against, find(settings.against, home)))
     for _, path in places:
         say_taken("policy", shown(path))
-    asked = {"temperature": settings.chat.temperature, "response_length": settings.chat.response_length}
-    policies = open_all(places, home, settings.policy, **asked)
-    mode = settings.chat.mode
-    converses = mode == "chat" if mode else _converses(made_by, policies[0].policy, settings.seed)
-    length, generator = min(each.longest for each in policies), torch.Generator().manual_seed(settings.seed)
-    return Talk(policies, length, converses, _judge(settings, home), generator)
+    chat, seed = settings.chat, settings.seed
+    how = {"temperature": chat.temperature, "response_length": chat.response_length}
+    policies = open_all(places, home, settings.policy, **how)
+    converses = chat.mode == "chat" if chat.mode else _converses(made_by, policies[0].policy, seed)
+    length = min(each.longest for each in policies)
+    return Talk(policies, length, converses, _judge(settings, home), torch.Generator().manual_seed(seed))
 
 
 def _converses(run: RunDir | None, policy: Policy, seed: int) -> bool:

@@ -8,27 +8,22 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from rlhf_pipeline.data import fingerprint, texts
-from rlhf_pipeline.data.records import Row
-from rlhf_pipeline.data.tokenization import Question, fitting, questions
+from rlhf_pipeline.data import fingerprint
+from rlhf_pipeline.data.tokenization import Question, questions
 from rlhf_pipeline.errors import NotFinishedError, UserError
-from rlhf_pipeline.evaluation.lineup import sampling_as
-from rlhf_pipeline.feedback.candidates import Asker, ids_for
+from rlhf_pipeline.evaluation.lineup import policy_at, sampler, with_room
+from rlhf_pipeline.feedback.candidates import Asker
 from rlhf_pipeline.feedback.labelling import bring_pulled, note_progress, offer, rank
 from rlhf_pipeline.files import read_jsonl, write_jsonl
-from rlhf_pipeline.models.policies import Policy, load_policy
+from rlhf_pipeline.hub import model_folder
+from rlhf_pipeline.models.policies import registry
 from rlhf_pipeline.models.rewards import Reward, load_reward, trained_part
-from rlhf_pipeline.models.sampling import room_for_prompts
 from rlhf_pipeline.processes import agree
 from rlhf_pipeline.progress import progress
 from rlhf_pipeline.runs.directory import CANDIDATES, CANDIDATES_SO_FAR, LABELS, PROJECT, RunDir
+from rlhf_pipeline.runs.models import find
 from rlhf_pipeline.settings import SAMPLING, Settings
-from rlhf_pipeline.stages import STAGES
 from rlhf_pipeline.training.setup import quiet, say_taken, take_data
-
-_MAKE_POLICIES = ("pretrain", "sft", "ppo")
 
 
 def run(settings: Settings, out: RunDir) -> None:
@@ -68,18 +63,19 @@ def _labeler(settings: Settings, out: RunDir) -> tuple[Reward | None, str]:
 
 def _collect(settings: Settings, out: RunDir, judge: dict[str, str]) -> None:
     """Draw the candidates. Batches of prompts that an earlier run finished are kept."""
-    collect, rows = settings.collect, take_data(settings.data, settings.seed)
-    policies = _policies(settings, out, texts(rows.train))
-    for where in policies:
+    collect, number, rows = settings.collect, out.round or 1, take_data(settings.data, settings.seed)
+    places = _policies(settings, out)
+    for where in places:
         say_taken("policy", where)
-    parents = {f"policy[{n}]" if n else "policy": where for n, where in enumerate(policies)}
+    policies = {where: policy_at(settings.policy, where) for where in places}
+    parents = {f"policy[{n}]" if n else "policy": where for n, where in enumerate(places)}
     out.begin(settings, {**parents, **judge}, fingerprint(settings.data, rows))
     as_ppo = {key: getattr(collect, key) for key in SAMPLING}
-    sampling = {where: sampling_as(as_ppo, policy).sampling for where, policy in policies.items()}
-    for policy in policies.values():
-        policy.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    asker = Asker(policies, sampling, collect, f"{settings.seed} {out.round or 1}")
-    asked = choose(_prompts(settings, list(policies.values()), rows.train), collect.prompts, out.round or 1)
+    sampling = {where: sampler(where, policy, as_ppo).sampling for where, policy in policies.items()}
+    asker = Asker(policies, sampling, collect, f"{settings.seed} {number}")
+    opened = list(policies.values())
+    every = questions(rows.train, opened[0].tokenizer, settings.data, settings.seed)
+    asked = choose(with_room(every, opened, collect.response_length), collect.prompts, number)
     kept, begun = agree(lambda: _finished(out, collect.batch_size))
     with progress(len(asked), "collect", "prompt", initial=begun) as bar:
         for part in asker.rows(asked, begun):
@@ -94,55 +90,27 @@ def _collect(settings: Settings, out: RunDir, judge: dict[str, str]) -> None:
             f"none of {len(asked)} prompts brought two answers that differ; raise collect.temperatures, or "
             "collect.similarity."
         )
-    for count, lack in (
-        (len(asked) - len(kept), "no two"),
-        (sum(len(row["answers"]) < collect.answers for row in kept), f"fewer than {collect.answers}"),
-    ):
+    few = sum(len(row["answers"]) < collect.answers for row in kept)
+    for count, lack in ((len(asked) - len(kept), "no two"), (few, f"fewer than {collect.answers}")):
         if count:
             print(f"{count} of {len(asked)} prompts brought {lack} different answers", flush=True)
     offer(out, kept, settings.report.lang)
     os.replace(out.path / CANDIDATES_SO_FAR, out.path / CANDIDATES)
 
 
-def _policies(settings: Settings, out: RunDir, strings: Sequence[str]) -> dict[str, Policy]:
-    """The policies that answer, by where each came from: `collect.policies`, else the newest that the run has made."""
-    found: dict[str, Policy] = {}
-    names = [name for name in settings.collect.policies if not (out.round == 1 and name == "ppo")]
+def _policies(settings: Settings, out: RunDir) -> list[str]:
+    """Where the policies that answer lie: `collect.policies`, else the newest that the run has made."""
+    later = (out.round or 1) > 1
+    names = [name for name in settings.collect.policies if name != "ppo" or out.round != 1]
     if len(names) < len(settings.collect.policies):
         print("note: collect.policies names ppo, which there is from round 2 on", flush=True)
-    for name in names or ["ppo" if (out.round or 1) > 1 else ""]:
-        choice, upstream = settings.policy, None
-        if not name:
-            upstream = out.upstream("sft", "pretrain", policy=choice)
-        elif name in _MAKE_POLICIES:
-            before = out.in_round(out.round - 1) if out.round and name == "ppo" else out
-            upstream = before.upstream(name, policy=choice)
-            if upstream is None:
-                raise NotFinishedError(f"{before.runs / before.name} has no {name} to be asked; make it first.")
-            choice = {**choice, "path": None}  # it was chosen by hand for what came before
-        elif name in STAGES:
-            raise UserError(
-                f"collect.policies names {name}, which makes no policy; it takes pretrain, sft, ppo, paths."
-            )
-        else:
-            choice = {**choice, "path": name}
-        policy, where = load_policy(choice, upstream, strings, settings.seed)
-        if where.endswith(", untrained"):
-            raise NotFinishedError("there is no policy to answer yet; run stage=sft first, or give policy.path=.")
-        found[where] = policy
-    return found
-
-
-def _prompts(settings: Settings, policies: Sequence[Policy], rows: Sequence[Row]) -> list[Question]:
-    """The prompts, in the tokens of the first policy, that leave room for an answer in every policy's positions."""
-    first = policies[0]
-    room = min(room_for_prompts(policy.model, settings.collect.response_length) for policy in policies)
-    fit = every = fitting(questions(rows, first.tokenizer, settings.data, settings.seed), room)
-    for policy in policies[1:]:
-        fit = [asked for asked, ids in zip(fit, ids_for(policy, first, fit), strict=True) if len(ids) <= room]
-    if left_out := len(every) - len(fit):
-        print(f"warning: {left_out} of {len(every)} prompts are too long for another policy: left out", flush=True)
-    return fit
+    if names or later:
+        before = out.in_round(out.round - 1) if out.round and later else out
+        return [find(name, before if name == "ppo" else out) for name in names or ["ppo"]]
+    upstream = None if settings.policy.get("path") else out.upstream("sft", "pretrain", policy=settings.policy)
+    if where := upstream or registry.build(settings.policy).path:
+        return [model_folder(str(where))]
+    raise NotFinishedError("there is no policy to answer yet; run stage=sft first, or give policy.path=.")
 
 
 def choose(every: Sequence[Question], count: int, number: int) -> list[Question]:
@@ -151,11 +119,6 @@ def choose(every: Sequence[Question], count: int, number: int) -> list[Question]
     If there are too few, the first ones are asked again, for other answers.
     """
     different = list({repr(question.prompt): question for question in every}.values())
-    if not different:
-        raise UserError(
-            "no prompt leaves room for an answer in the policy's positions; lower collect.response_length, or "
-            "data.prompt_tokens."
-        )
     first = (number - 1) * count
     if len(different) < first + count:
         print(f"the data has {len(different)} different prompts: some are asked again, for other answers", flush=True)

@@ -14,20 +14,18 @@ from typing import Any
 import torch
 
 from rlhf_pipeline.data import Splits, begun_by, fingerprint, load_data, texts
-from rlhf_pipeline.data.records import Prompt, Row, Turn
-from rlhf_pipeline.data.templates import written
-from rlhf_pipeline.data.tokenization import Question, conversational, encode, questions
+from rlhf_pipeline.data.records import Demonstration, Row, Turn
+from rlhf_pipeline.data.tokenization import conversational, questions
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.evaluation import comparison, frontier, lineup
 from rlhf_pipeline.evaluation.comparison import Task
-from rlhf_pipeline.evaluation.lineup import Sampler, asked_of
-from rlhf_pipeline.files import read_json, read_jsonl, write_json, write_jsonl
+from rlhf_pipeline.evaluation.lineup import Sampler
+from rlhf_pipeline.files import read_json, write_json
 from rlhf_pipeline.models.rewards import Reward, load_reward, trained_part
-from rlhf_pipeline.models.sampling import check_positions, room_for_prompts
 from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.progress import progress
 from rlhf_pipeline.report.tables import evaluation_table, frontier_table
-from rlhf_pipeline.runs.directory import FRONTIER, POINTS, RunDir
+from rlhf_pipeline.runs.directory import FRONTIER, RunDir
 from rlhf_pipeline.runs.models import run_of
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.training.setup import check_languages, judges, quiet, say_taken, take_data
@@ -54,7 +52,11 @@ def run(settings: Settings, out: RunDir) -> None:
 
     start = next(each for each in policies if each.name == reference)
     task = make_task(settings, policies, start, rows, rewards)
-    own = own_prompts(asked.show, rows.test, policies, task)
+    longest, talks = int(task.limits.max()), conversational(rows.test)
+    typed = [Demonstration((Turn("user", text),) if talks else text, "") for text in asked.show]
+    shows = questions(typed, task.first.tokenizer, settings.data, settings.seed) if typed else []
+    shows = lineup.with_room(shows, [each.policy for each in policies], longest) if typed else []
+    own = dataclasses.replace(task, questions=shows, limits=torch.full((len(shows),), longest))
     n, answers, shown, begun = asked.best_of or 0, {}, {}, time.monotonic()
     drawn = (len(policies) + n) * len(task.questions)
     with progress(drawn, "evaluate", "prompt") as bar:
@@ -99,56 +101,52 @@ def measure_sweep(settings: Settings, out: RunDir, folder: Path) -> None:
     frontier.check_jobs(jobs, settings.labelling_reward or settings.reward, settings.data)
     rewards, judged_by = load_rewards(settings, jobs[0])
     say_taken("sweep", f"{folder}: {len(points)} policies of {len(jobs)} runs")
-    known, place = read_jsonl(out.path / POINTS), out.path / FRONTIER
+    place = out.path / FRONTIER
+    before = read_json(place)
+    known = [*before.get("starts", []), *before.get("points", [])]
+    left = [point for point in points if not frontier.is_known(point, known)]
 
     def found() -> dict[str, Any]:
         reward = next(iter(rewards.values())).name
         return {"sweep": str(folder), "reward": reward, **frontier.laid_out(known, points)}
 
-    whole = place.exists() and all(frontier.is_known(point, known) for point in points)
-    if out.record.get("status") == "done" and whole and read_json(place) == found():
-        frontier_table(found())
+    if out.record.get("status") == "done" and not left and before == found():
+        frontier_table(before)
         return  # nothing has been made since
     out.begin(settings, judged_by, fingerprint(settings.data, take_data(settings.data, settings.seed)))
-    write_jsonl(out.path / POINTS, known)  # without a row that was cut off, to be added to
-    for row in frontier_rows(settings, points, known, rewards):
+    for row in frontier_rows(settings, left, known, rewards):
         known.append(row)
-        out.add(POINTS, [row])
         write_json(place, found())
-    write_json(place, found())
-    rows = found()["points"]
+        out.observer.added()
+    whole = found()
+    write_json(place, whole)
     coef = jobs[0].config()["trainer"].get("selection_kl_coef", PPOConfig.selection_kl_coef)
-    top = max(rows, key=lambda row: row["reward_mean"] - coef * row["kl"])
-    results = {"policies": len(rows), "reward_mean": top["reward_mean"], "kl": top["kl"]}
+    top = max(whole["points"], key=lambda row: row["reward_mean"] - coef * row["kl"])
+    results = {"policies": len(whole["points"]), "reward_mean": top["reward_mean"], "kl": top["kl"]}
     out.finish(results, objective=top["reward_mean"])
-    frontier_table(found())
+    frontier_table(whole)
 
 
 def frontier_rows(
-    settings: Settings, points: Sequence[frontier.Point], known: Sequence[frontier.Row], rewards: dict[str, Reward]
+    settings: Settings, left: Sequence[frontier.Point], known: Sequence[frontier.Row], rewards: dict[str, Reward]
 ) -> Iterator[frontier.Row]:
-    """A row for each policy of a sweep that is not among the rows `known`, and for where it started."""
-    asked, measured = settings.evaluate, list(known)
-    most = asked.best_of or _BEST_OF
-    for start in dict.fromkeys(point.start for point in points):
-        left = [point for point in points if point.start == start and not frontier.is_known(point, measured)]
-        new = all(row.get("key") != start for row in measured)
-        if not left and not new:
-            continue
-        about = json.loads(start)
-        job = next(point.job for point in points if point.start == start)
-        policy = frontier.open_policy(job, about["path"])
-        who = Sampler("start", policy, *lineup.sampling_as(about["sampling"], policy))
+    """A row for each policy of a sweep that is `left`, and before them for where they started, if it is not known."""
+    most = settings.evaluate.best_of or _BEST_OF
+    for start in dict.fromkeys(point.start for point in left):
+        points, about = [point for point in left if point.start == start], json.loads(start)
+        policy = lineup.policy_at(points[0].job.config()["policy"], about["path"])
+        who = lineup.sampler("start", policy, about["sampling"])
         of_start = dataclasses.replace(settings, seed=about["seed"])
         task = make_task(of_start, [who], who, load_data(settings.data, about["seed"]), rewards)
-        with progress((1 + len(left) + most * new) * len(task.questions), "frontier", "prompt") as bar:
+        new = all(row.get("key") != start for row in known)
+        with progress((1 + len(points) + most * new) * len(task.questions), "frontier", "prompt") as bar:
             task = dataclasses.replace(task, tick=bar.update)
             own = comparison.measure(who, task)
             if new:
                 yield frontier.start_row(start, own, task, most)
-            for point in left:
+            for point in points:
                 try:
-                    yield frontier.point_row(point, own, task, asked.bootstrap)
+                    yield frontier.point_row(point, own, task, settings.evaluate.bootstrap)
                 except FileNotFoundError:  # a job that goes on keeps only its newest
                     print(f"warning: {point.where} has been deleted by now, and is left out", flush=True)
 
@@ -191,37 +189,14 @@ def make_task(
     settings: Settings, policies: Sequence[Sampler], reference: Sampler, rows: Splits[Row], rewards: dict[str, Reward]
 ) -> Task:
     """The held-out prompts that every policy has room for, in the tokens of the first, and what judges the answers."""
-    first, (main, *others) = policies[0].policy, rewards.items()
+    asked, first, (main, *others) = settings.evaluate, policies[0].policy, rewards.items()
     check_languages(main[1], first.tokenizer, texts(rows.test))
     for name, reward in others:
         if reason := reward.unfit(texts(rows.test)):
             print(f"warning: {name}: {reason}", flush=True)
     longest, shortest = min(each.longest for each in policies), min(each.shortest for each in policies)
-    room = min(room_for_prompts(each.policy.model, longest) for each in policies)
-    asked = questions(rows.test, first.tokenizer, settings.data, settings.seed)
-    every = zip(*(asked_of(each.policy, first, asked) for each in policies), strict=True)
-    kept = [question for question, ids in zip(asked, every, strict=True) if all(1 <= len(own) <= room for own in ids)]
-    if not kept:
-        raise UserError(
-            f"no held-out prompt leaves room for an answer of {longest} tokens in the policies' positions; lower "
-            "evaluate.response_length, or data.prompt_tokens."
-        )
-    if left_out := len(asked) - len(kept):
-        print(f"warning: {left_out} of {len(asked)} prompts are longer than the {room} tokens that the policies have "
-              "room for, or empty for one of them, and are left out", flush=True)  # fmt: skip
-    kept = kept[: settings.evaluate.prompts]
+    every = questions(rows.test, first.tokenizer, settings.data, settings.seed)
+    kept = lineup.with_room(every, [each.policy for each in policies], longest)[: asked.prompts]
     limits = torch.randint(shortest, longest + 1, (len(kept),), generator=torch.Generator().manual_seed(settings.seed))
-    size, tokens = settings.evaluate.batch_size, 0 if settings.sweep else settings.evaluate.held_out_tokens
-    held_out = comparison.held_out_texts(rows.test, policies, tokens)
-    return Task(kept, limits, rewards, first, reference, size, settings.seed, held_out)
-
-
-def own_prompts(strings: Sequence[str], rows: Sequence[Row], policies: Sequence[Sampler], task: Task) -> Task:
-    """The user's own prompts: as turns of a conversation if the data holds conversations, else as they stand."""
-    talks, tokenizer, longest = conversational(rows), task.first.tokenizer, int(task.limits.max())
-    asked: list[Prompt] = [(Turn("user", string),) if talks else string for string in strings]
-    ids = encode(tokenizer, [written(tokenizer, prompt) for prompt in asked])
-    found = [Question(prompt, row) for prompt, row in zip(asked, ids, strict=True)]
-    for each in policies if found else ():
-        check_positions(each.policy.model, asked_of(each.policy, task.first, found), longest)
-    return dataclasses.replace(task, questions=found, limits=torch.full((len(found),), longest))
+    held_out = comparison.held_out_texts(rows.test, policies, 0 if settings.sweep else asked.held_out_tokens)
+    return Task(kept, limits, rewards, first, reference, asked.batch_size, settings.seed, held_out)

@@ -14,68 +14,59 @@ from rlhf_pipeline.models.classifiers import register
 from rlhf_pipeline.models.policies import lora_config, open_config, policy_config
 from rlhf_pipeline.models.precision import native_bf16
 from rlhf_pipeline.models.rewards import ON_THE_HUB, TRAINABLE
-from rlhf_pipeline.plan.devices import DEVICES, GIB
-from rlhf_pipeline.plan.needs import Job, Work, count, count_classifier, launches, needs
+from rlhf_pipeline.plan import DEVICES, GIB, Job, Work, count, count_classifier, launches, needs
 from rlhf_pipeline.ppo.config import PPOConfig, check_config
 from rlhf_pipeline.report.tables import plan_table
 from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.training.setup import quiet
 
-_FEW = 8  # responses that are rolled out at once, where memory is short
 _LONGEST_PROMPT = 256  # tokens, where neither the data nor the user says
 
 
 def run(settings: Settings, out: RunDir) -> None:
     """Count the networks, compute each launch, name the simplest that fits; print it."""
+    asked, gpus, mfu = settings.plan, settings.plan.gpus, settings.plan.mfu
+    if asked.launch and (asked.launch == "single") != (gpus == 1):
+        raise UserError("plan.launch=single goes with plan.gpus=1, and every other launch with more.")
     quiet()
     config, where = policy_config(settings.policy, out.upstream("sft", "pretrain", policy=settings.policy))
     reward, judge = _count_reward(settings.reward, out.upstream("reward"))
-    found = {**_plan(settings, config, reward), "policy": where, "reward": judge}
-    if settings.plan.json:
-        print(json.dumps(found, indent=1))
-    else:
-        plan_table(found)
-
-
-def _plan(settings: Settings, config: Any, reward: int) -> dict[str, Any]:
-    """All that is computed of PPO with a policy of this configuration, as plain values; bytes, seconds, FLOPs.
-
-    `reward` is the number of the reward's parameters.
-    """
-    asked, device = settings.plan, DEVICES[settings.plan.gpu]
-    device = replace(device, memory=asked.gpu_memory * GIB if asked.gpu_memory else device.memory)
-    device = replace(device, bf16=asked.flops, fp32=asked.flops) if asked.flops else device
+    device = DEVICES[asked.gpu]
+    device = device._replace(memory=asked.gpu_memory * GIB if asked.gpu_memory else device.memory)
+    device = device._replace(bf16=asked.flops, fp32=asked.flops) if asked.flops else device
     args, job = _prepare(settings, config, reward)
-    on = (job, device, asked.mfu)
-    rows = [needs(asked.launch, asked.gpus, *on)] if asked.launch else launches(asked.gpus, *on)
-    updates = args.max_steps
-    if updates <= 0:
-        updates = math.ceil((args.total_episodes or 0) / (job.work.rows * asked.gpus))
+    rows = [needs(asked.launch, gpus, job, device, mfu)] if asked.launch else launches(gpus, job, device, mfu)
+    updates = args.max_steps if args.max_steps > 0 else math.ceil((args.total_episodes or 0) / (job.work.rows * gpus))
     for row in rows:  # of the whole run, if its length is known
         row |= {"updates": updates or None, "run_seconds": row["update_seconds"] * updates or None}
     chosen = next((row["launch"] for row in rows if row["fits"]), None)
-    fewer = (row for number in range(1, asked.gpus + 1) for row in launches(number, *on) if row["fits"])
+    fewer = (row for number in range(1, gpus + 1) for row in launches(number, job, device, mfu) if row["fits"])
     least = next(fewer, None) if chosen else None
     helps = {}
     for name, other in [] if chosen else _smaller(settings):
-        every = launches(asked.gpus, _prepare(other, config, reward)[1], device, asked.mfu)
+        every = launches(gpus, _prepare(other, config, reward)[1], device, mfu)
         best = min(every, key=lambda row: float(row["bytes"]))
         helps[name] = {key: best[key] for key in ("launch", "bytes", "fits")}
-    policy, critic = job.policy.parameters, job.critic.parameters if job.critic else 0
-    return {
-        "computed": True, "gpus": asked.gpus, "gpu": asked.gpu, "memory": device.memory, "mfu": asked.mfu,
+    net, separate = job.net, job.net.trunks > 1
+    plan = {
+        "computed": True, "gpus": gpus, "gpu": asked.gpu, "memory": device.memory, "mfu": mfu,
         "parameters": {
-            "policy": policy, "value_head": job.value_head, "critic": critic,
-            "reference": 0 if job.adapter else policy, "reward": reward, "trained": job.trained,
+            "policy": net.policy, "value_head": 0 if separate else net.critic, "critic": net.critic if separate else 0,
+            "reference": 0 if net.adapter else net.policy, "reward": reward, "trained": net.trained,
         },
         "reference_bytes": job.reference_bytes, "work": asdict(job.work), "launches": rows, "chosen": chosen,
         "fewest": {"launch": least["launch"], "gpus": least["processes"]} if least else None, "helps": helps,
+        "policy": where, "reward": judge,
     }  # fmt: skip
+    if asked.json:
+        print(json.dumps(plan, indent=1))
+    else:
+        plan_table(plan)
 
 
 def _prepare(settings: Settings, config: Any, reward: int) -> tuple[PPOConfig, Job]:
-    """PPO's settings, its networks and what a process does in an update."""
+    """PPO's settings, its networks and what a process does in an update; `reward`: the reward's parameters."""
     values = {key: value for key, value in settings.trainer.items() if key not in ("bf16", "report_to")}
     try:
         args = PPOConfig(output_dir="unused", bf16=False, report_to="none", **{"use_cpu": True, **values})
@@ -93,9 +84,8 @@ def _prepare(settings: Settings, config: Any, reward: int) -> tuple[PPOConfig, J
         length=mean + ((args.min_response_length or args.response_length) + args.response_length) / 2,
         bf16=bool(bf16), checkpointing=args.gradient_checkpointing,
     )  # fmt: skip
-    how = (config, prompt + args.response_length - 1, work.bf16, lora_config(settings.policy))
-    critic = count(*how, critic=True) if args.critic == "separate" else None
-    return args, Job(count(*how), critic, bool(settings.policy.get("lora")), reward, work)
+    tokens, lora = prompt + args.response_length - 1, lora_config(settings.policy)
+    return args, Job(count(config, tokens, work.bf16, lora, args.critic == "separate"), reward, work)
 
 
 def _prompt_lengths(settings: Settings, config: Any, response: int) -> tuple[int, float]:
@@ -131,18 +121,18 @@ def _smaller(settings: Settings) -> list[tuple[str, Settings]]:
 
     An adapter changes what is learnt, so it is last.
     """
-    trainer = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, **settings.trainer}
-    rows = trainer["per_device_train_batch_size"]
-    steps = rows * trainer["gradient_accumulation_steps"]
-    wishes: list[tuple[bool, dict[str, Any]]] = [
-        (trainer.get("bf16") is False, {"bf16": True}),
-        (trainer.get("critic") == "separate", {"critic": "shared"}),
-        (not trainer.get("gradient_checkpointing"), {"gradient_checkpointing": True}),
-        (trainer.get("local_rollout_forward_batch_size", 64) > _FEW, {"local_rollout_forward_batch_size": _FEW}),
-        (rows > 1, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": steps}),
-        (not settings.policy.get("lora"), {"lora": {"r": 8}}),
+    now = {"critic": "shared", "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, **settings.trainer}
+    steps = now["per_device_train_batch_size"] * now["gradient_accumulation_steps"]
+    fewer_at_once = {"local_rollout_forward_batch_size": min(now.get("local_rollout_forward_batch_size", 64), 8)}
+    wishes: list[dict[str, Any]] = [
+        {"bf16": True} if now.get("bf16") is False else {},
+        {"critic": "shared"},
+        {"gradient_checkpointing": True},
+        fewer_at_once,
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": steps},
+        {} if settings.policy.get("lora") else {"lora": {"r": 8}},
     ]
-    changes = [change for applies, change in wishes if applies]
+    changes = [wish for wish in wishes if not wish.items() <= now.items()]
     if len(changes) > 1:
         changes.append({key: value for change in changes for key, value in change.items()})
     found = []

@@ -14,12 +14,12 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rlhf_pipeline.data import fingerprint, load_data, texts
-from rlhf_pipeline.data.tokenization import documents, fitting, questions
+from rlhf_pipeline.data.tokenization import documents, questions
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.evaluation.lineup import with_room
 from rlhf_pipeline.files import read_jsonl
 from rlhf_pipeline.models.policies import load_policy, lora_config
 from rlhf_pipeline.models.rewards import load_reward, trained_part
-from rlhf_pipeline.models.sampling import room_for_prompts
 from rlhf_pipeline.ppo import PPOConfig, PPOTrainer
 from rlhf_pipeline.ppo.config import check_config
 from rlhf_pipeline.processes import processes
@@ -52,8 +52,8 @@ def run(settings: Settings, out: RunDir) -> None:
     say_taken("reward", judge)
     check_languages(reward, policy.tokenizer, texts(rows.train))
     print(f"computing in {args.precision_choice}", flush=True)
-    room = room_for_prompts(policy.model, args.response_length)
-    asked = [q.ids for q in fitting(questions(rows.train, policy.tokenizer, settings.data, settings.seed), room)]
+    every = questions(rows.train, policy.tokenizer, settings.data, settings.seed)
+    asked = [question.ids for question in with_room(every, [policy], args.response_length)]
     asked, validation = hold_back(asked, args.eval_samples, len(asked) - batch, settings.seed)
     if not validation:
         why = f"a batch of {batch} takes all {len(asked)} prompts, so none are held back as validation prompts"

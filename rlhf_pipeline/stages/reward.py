@@ -20,29 +20,18 @@ from trl import RewardConfig
 from rlhf_pipeline.data import Splits, fingerprint, kind, load_data, texts
 from rlhf_pipeline.data.agreement import Labels
 from rlhf_pipeline.data.records import Labelled
-from rlhf_pipeline.data.templates import TEMPLATES, visible
+from rlhf_pipeline.data.templates import TEMPLATES
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.files import write_json, write_jsonl
 from rlhf_pipeline.hub import model_folder
+from rlhf_pipeline.models import policies
 from rlhf_pipeline.models.classifiers import Scorer, open_classifier, settle_padding, shift_scores, with_head
-from rlhf_pipeline.models.policies import load_policy, open_config
 from rlhf_pipeline.models.precision import fuse_gelu
 from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.settings import Settings
-from rlhf_pipeline.training.classifier import (
-    ClassifierTrainer,
-    LanguageClassifierTrainer,
-    check_language_model,
-    tokenized,
-)
+from rlhf_pipeline.training.classifier import ClassifierTrainer, check_language_model, tokenized
 from rlhf_pipeline.training.preferences import Comparison, ComparisonTrainer, compare, preferences_of, shown, told_apart
-from rlhf_pipeline.training.quality import (
-    example_line,
-    example_rows,
-    labelled_quality,
-    preference_quality,
-    scores,
-)
+from rlhf_pipeline.training.quality import example_rows, labelled_quality, preference_quality, scores
 from rlhf_pipeline.training.setup import (
     building,
     fit_length,
@@ -66,7 +55,6 @@ def run(settings: Settings, out: RunDir) -> None:
     labelled = kind(source["name"]) is Labelled
     _check(choice, source["name"], labelled)
     rows = take_data(source, settings.seed)
-    compared = None if labelled else _compared(rows, choice.get("margin", 0.0))
     model, tokenizer, where = _start(settings, out, texts(rows.train), 2 if labelled else 1)
     if choice.get("lm_coef"):
         check_language_model(model)
@@ -77,21 +65,23 @@ def run(settings: Settings, out: RunDir) -> None:
     lineage = {f"labels[{number}]" if number else "labels": path for number, path in enumerate(reversed(paths))}
     longest = fit_length(args, model)
     model.config.trained_cut = {"max_length": longest, "truncation_side": choice.get("truncation_side")}
-    known, shows, same = fingerprint(source, rows), Splits[Any]([], []), 0
-    if compared:
-        compared, same = _told_apart(compared, tokenizer, longest)
-        shows = compared
+    known, splits, same, demonstrations = fingerprint(source, rows), rows, 0, list[str]()
+    if not labelled:
+        splits, same = _told_apart(rows, choice.get("margin", 0.0), tokenizer, longest)
+        shows: Splits[Any] = splits
         if chosen := choice.get("demonstrations"):
             shows = load_data(chosen, settings.seed, answers=True)
             known["demonstrations"] = fingerprint(chosen, shows)
             lineage |= {"demonstrations": chosen["path"]} if chosen.get("path") else {}
-    demonstrations = _shown(shows.train, tokenizer, settings.seed)
+        draw = random.Random(f"demonstrations {settings.seed}")
+        some = draw.sample(shows.train, min(len(shows.train), _DEMONSTRATIONS))
+        demonstrations = [shown(row, tokenizer) for row in some]
     out.begin(settings, {"start": where, **lineage}, known)
     if rows.labels and out.leads:
         _say_labels(rows.labels, out)
     fuse_gelu(model)
     with building():
-        trainer = _trainer(model, tokenizer, args, compared or rows, choice)
+        trainer = _trainer(model, tokenizer, args, splits, choice)
     trainer.train(resume_from_checkpoint=watch(trainer, out))
     weights = sharded_weights(trainer)
     if not out.leads:
@@ -100,22 +90,26 @@ def run(settings: Settings, out: RunDir) -> None:
     if weights:
         model.float().load_state_dict(weights, strict=False)
     scorer = Scorer(model, tokenizer, args.per_device_eval_batch_size, longest, tokenizer.truncation_side, not labelled)
-    before = {} if labelled else {"demonstration_mean": _normalise(scorer, demonstrations), "same_once_cut": same}
+    before: dict[str, Any] = {}
+    if not labelled:  # demonstrations score 0 on average (Ouyang et al. 2022, 3.5)
+        mean = float(scores(demonstrations, scorer, "normalise").double().mean())
+        shift_scores(model, -mean)
+        before = {"demonstration_mean": mean, "same_once_cut": same}
 
     def save(folder: Path) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
     out.save_model(save)
-    quality = preference_quality(compared.test, scorer) if compared else labelled_quality(rows.test, scorer)
-    quality |= before
+    quality = (labelled_quality if labelled else preference_quality)(splits.test, scorer) | before
     quality["examples"] = example_rows(choice.get("examples") or [], scorer)
     write_json(out.path / "quality.json", quality)
     results = {key: value for key, value in quality.items() if not isinstance(value, list)}
     out.finish(results, objective=quality["accuracy"])
     print(", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in results.items() if v is not None))
     for row in quality["examples"]:
-        print(example_line(row))
+        values = row.get("probabilities") or {"score": row["score"]}
+        print(", ".join(f"{k} {v:.3f}" for k, v in values.items()) + f": {' '.join(row['text'].split())}")
 
 
 def _say_labels(labels: Labels, out: RunDir) -> None:
@@ -146,22 +140,20 @@ def _check(choice: dict[str, Any], data: str, labelled: bool) -> None:
         )
 
 
-def _compared(rows: Splits[Any], margin: float) -> Splits[Comparison]:
-    """The answers to each prompt, and which is better than which."""
-    found = Splits(compare(rows.train, margin), compare(rows.test, margin))
-    if not found.train or not found.test:
-        raise UserError("the data has no two different answers to a prompt on both sides of the split; it needs some.")
-    return found
+def _told_apart(rows: Splits[Any], margin: float, tokenizer: Any, longest: int) -> tuple[Splits[Comparison], int]:
+    """The answers to each prompt and which is better than which, without the pairs that are the same tokens once cut.
 
-
-def _told_apart(rows: Splits[Comparison], tokenizer: Any, longest: int) -> tuple[Splits[Comparison], int]:
-    """The rows without the pairs that are the same tokens once cut; and how many of those were held out."""
+    With it comes how many of those were held out.
+    """
     kept: list[list[Comparison]] = []
-    same = 0
     for split, what in ((rows.train, "to learn from"), (rows.test, "to hold out")):
-        found, same = told_apart(split, tokenizer, longest)
-        kept.append(found)
-        count = sum(len(row.pairs) for row in split)
+        every = compare(split, margin)
+        if not every:
+            raise UserError(
+                "the data has no two different answers to a prompt on both sides of the split; it needs some."
+            )
+        found, same = told_apart(every, tokenizer, longest)
+        count = sum(len(row.pairs) for row in every)
         cut = f"{same} of {count} pairs {what} are the same tokens once cut to {longest}"
         if not found:
             raise UserError(
@@ -170,6 +162,7 @@ def _told_apart(rows: Splits[Comparison], tokenizer: Any, longest: int) -> tuple
             )
         if same:
             print(f"{cut} (trainer.max_length, reward.truncation_side); they are left out", flush=True)
+        kept.append(found)
     return Splits(kept[0], kept[1]), same
 
 
@@ -177,23 +170,9 @@ def _trainer(model: Any, tokenizer: Any, args: RewardConfig, rows: Splits[Any], 
     if choice["name"] == "preference_model":
         return ComparisonTrainer(model, args, tokenizer, rows.train, rows.test)
     train, test = (tokenized(split, tokenizer, args.max_length) for split in (rows.train, rows.test))
-    given = (model, args, DataCollatorWithPadding(tokenizer, pad_to_multiple_of=args.pad_to_multiple_of), train, test)
-    if not choice.get("lm_coef"):
-        return ClassifierTrainer(*given, processing_class=tokenizer)
-    return LanguageClassifierTrainer(*given, processing_class=tokenizer, lm_coef=choice["lm_coef"])
-
-
-def _shown(rows: Sequence[Any], tokenizer: Any, seed: int) -> list[str]:
-    """Some of the rows as texts that are to score 0 on average: demonstrations, or the best of compared answers."""
-    found = random.Random(f"demonstrations {seed}").sample(rows, min(len(rows), _DEMONSTRATIONS))
-    return [visible(tokenizer, r.prompt) + r.best if isinstance(r, Comparison) else shown(r, tokenizer) for r in found]
-
-
-def _normalise(scorer: Scorer, demonstrations: Sequence[str]) -> float:
-    """Shift all scores so that demonstrations score 0 on average (Ouyang et al. 2022, 3.5); gives what they scored."""
-    mean = float(scores(demonstrations, scorer, "normalise").double().mean())
-    shift_scores(scorer.model, -mean)
-    return mean
+    collator = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=args.pad_to_multiple_of)
+    more = {"processing_class": tokenizer, "lm_coef": choice.get("lm_coef", 0.0)}
+    return ClassifierTrainer(model, args, collator, train, test, **more)
 
 
 def _start(settings: Settings, out: RunDir, strings: Sequence[str], labels: int) -> tuple[Any, Any, str]:
@@ -201,40 +180,35 @@ def _start(settings: Settings, out: RunDir, strings: Sequence[str], labels: int)
     names: dict[str, Any] = {"num_labels": labels}
     if labels == 2:
         names |= {"id2label": LABELS, "label2id": {name: index for index, name in LABELS.items()}}
-    upstream = out.upstream("sft", "pretrain", policy=settings.policy)
-    path = settings.reward.get("path")
-    if path is None and settings.reward.get("base") == "encoder":
-        tokenizer = load_policy(settings.policy, upstream, strings, settings.seed)[0].tokenizer
-        size = settings.reward.get("size", "tiny")
-        torch.manual_seed(settings.seed)  # for all of it
+    choice, policy, seed = settings.reward, settings.policy, settings.seed
+    path, upstream = choice.get("path"), out.upstream("sft", "pretrain", policy=policy)
+    if path is None and choice.get("base") == "encoder":
+        tokenizer = policies.load_policy(policy, upstream, strings, seed)[0].tokenizer
+        size = choice.get("size", "tiny")
+        torch.manual_seed(seed)  # for all of it
         return _encoder(tokenizer, size, names), tokenizer, f"an encoder from scratch ({size})"
-    where = path or settings.policy.get("path") or upstream
-    model, tokenizer, where = (
-        _opened(str(where), settings.seed, names) if where else _from_policy(settings, strings, names)
-    )
-    if settings.policy.get("template") and path is None:
-        tokenizer.chat_template = TEMPLATES[settings.policy["template"]]
+    if found := path or policy.get("path") or upstream or policies.registry.build(policy).path:
+        where = model_folder(str(found))
+        torch.manual_seed(seed)  # for the head
+        model, tokenizer = open_classifier(where, ignore_mismatched_sizes=True, **names)
+        if labels == 2 and _turned(policies.open_config(where, "reward.path").id2label):
+            head = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
+            for weight in head.parameters():
+                weight.data = weight.data.flip(0)
+    else:
+        made, where = policies.load_policy(policy, None, strings, seed)
+        tokenizer, config = made.tokenizer, made.model.config
+        config.update(names)
+        model = AutoModelForSequenceClassification.from_config(config)
+    if policy.get("template") and path is None:
+        tokenizer.chat_template = TEMPLATES[policy["template"]]
     # Of a conversation that is too long its end, the answer, stays.
-    tokenizer.truncation_side = settings.reward.get("truncation_side") or ("left" if labels == 1 else "right")
+    tokenizer.truncation_side = choice.get("truncation_side") or ("left" if labels == 1 else "right")
     tokenizer.padding_side = "right"  # positions are counted from the left, padding and all; so are they in scoring
+    torch.manual_seed(seed)
+    settle_padding(model, tokenizer, reads_eos=labels == 1)
     if labels == 1:
-        torch.manual_seed(settings.seed)
-        settle_padding(model, tokenizer)
-        model = with_head(model, settings.reward.get("head", "linear"), settings.reward.get("pooling", "last"))
-    return model, tokenizer, where
-
-
-def _opened(path: str, seed: int, names: dict[str, Any]) -> tuple[Any, Any, str]:
-    """A model that lies somewhere, with a new head where its own is of another kind."""
-    where = model_folder(path)
-    torch.manual_seed(seed)  # for the head
-    model, tokenizer = open_classifier(where, ignore_mismatched_sizes=True, **names)
-    classes = open_config(where, "reward.path").id2label
-    if "id2label" in names and _turned(classes):
-        head = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
-        for weight in head.parameters():
-            weight.data = weight.data.flip(0)
-    settle_padding(model, tokenizer, reads_eos=False)
+        model = with_head(model, choice.get("head", "linear"), choice.get("pooling", "last"))
     return model, tokenizer, where
 
 
@@ -244,19 +218,10 @@ def _turned(classes: dict[int, str]) -> bool:
     return len(classes) == 2 and first.startswith(("pos", "正", "积极")) and second.startswith(("neg", "负", "消极"))
 
 
-def _from_policy(settings: Settings, strings: Sequence[str], names: dict[str, Any]) -> tuple[Any, Any, str]:
-    """The policy's own entry: a model of the hub, or one from scratch that nothing was taught."""
-    policy, where = load_policy(settings.policy, None, strings, settings.seed)
-    if not where.endswith("untrained"):
-        return _opened(where, settings.seed, names)
-    config = policy.model.config
-    config.update(names)
-    return AutoModelForSequenceClassification.from_config(config), policy.tokenizer, where
-
-
 def _encoder(tokenizer: Any, size: str, names: dict[str, Any]) -> Any:
     """A small ModernBERT (arXiv 2412.13663) that pools the mean: with little data it learns faster so."""
     layers, width, heads = ENCODERS[size]
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "eos", "bos")}
     config = ModernBertConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -267,12 +232,8 @@ def _encoder(tokenizer: Any, size: str, names: dict[str, Any]) -> Any:
         local_attention=64,
         global_attn_every_n_layers=2,
         classifier_pooling="mean",
-        embedding_dropout=0.1,
-        mlp_dropout=0.1,
-        classifier_dropout=0.1,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
+        **dict.fromkeys(("embedding_dropout", "mlp_dropout", "classifier_dropout"), 0.1),
+        **ids,
         cls_token_id=None,
         sep_token_id=None,
         **names,

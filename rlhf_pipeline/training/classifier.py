@@ -25,46 +25,20 @@ def tokenized(rows: Sequence[Labelled], tokenizer: Any, longest: int) -> Dataset
 
 
 class ClassifierTrainer(OrderedTrainer):
-    """A classifier's trainer that logs how often it is right, as TRL's RewardTrainer does."""
+    """A classifier's trainer that logs how often it is right, as TRL's RewardTrainer does.
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    With `lm_coef` λ its trunk goes on learning language (Radford et al. 2018, section 3.2, L3 = L2 + λ L1). L1 is the
+    mean over a step's tokens, each told from those before it, by the input embedding as the head.
+    """
+
+    def __init__(self, *args: Any, lm_coef: float = 0.0, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.lm_coef = lm_coef
         self.parts: dict[str, list[Tensor]] = defaultdict(list)  # by figure, of each batch its sum and count
 
     @property
     def _mode(self) -> str:
         return "" if self.model.training else "eval_"
-
-    def _note(self, name: str, total: Tensor, count: Tensor) -> None:
-        self.parts[self._mode + name].append(torch.stack([total.detach().float(), count.float()]))
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
-    ) -> Any:  # fmt: skip
-        """As OrderedTrainer's."""
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        right = outputs.logits.argmax(-1) == inputs["labels"]
-        self._note("accuracy", right.sum(), self._counts(inputs)[0])
-        return (loss, outputs) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the figures, over the batches of all processes since the last log."""
-        for name in [name for name in self.parts if name.startswith("eval_") == bool(self._mode)]:
-            total, count = self.accelerator.reduce(torch.stack(self.parts.pop(name)).sum(0), "sum").tolist()
-            logs[name] = total / max(count, 1)
-        super().log(logs, start_time)
-
-
-class LanguageClassifierTrainer(ClassifierTrainer):
-    """A classifier's trainer whose trunk goes on learning language (Radford et al. 2018, section 3.2, L3 = L2 + λ L1).
-
-    L1 is the mean over a step's tokens, each told from those before it, by the input embedding as the head.
-    """
-
-    def __init__(self, *args: Any, lm_coef: float, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.lm_coef = lm_coef
 
     def _counts(self, batch: dict[str, Any]) -> Tensor:
         counted = batch["labels"].ne(-100)
@@ -75,20 +49,28 @@ class LanguageClassifierTrainer(ClassifierTrainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Any:  # fmt: skip
         """Both losses from one pass."""
-        asked = {**inputs, "output_hidden_states": True}
+        asked = {**inputs, "output_hidden_states": bool(self.lm_coef)}
         loss, outputs = super().compute_loss(model, asked, True, num_items_in_batch)
-        head = self.accelerator.unwrap_model(model).get_input_embeddings().weight
-        mask = inputs["attention_mask"] * inputs["labels"].ne(-100)[:, None]
-        counted = told(mask)
-        states, targets = outputs.hidden_states[-1][:, :-1][counted], inputs["input_ids"][:, 1:][counted]
-        language = summed_losses(states, head, None, targets).loss
         rows, tokens = self._counts_of(inputs, num_items_in_batch)
-        for name, total, count in zip(
-            ("classification_loss", "lm_loss"), (loss * rows, language), self._counts(inputs), strict=True
-        ):
-            self._note(name, total, count)
-        loss = loss + self.lm_coef * language / tokens
+        own_rows, own_tokens = self._counts(inputs)
+        figures = {"accuracy": ((outputs.logits.argmax(-1) == inputs["labels"]).sum(), own_rows)}
+        if self.lm_coef:
+            head = self.accelerator.unwrap_model(model).get_input_embeddings().weight
+            counted = told(inputs["attention_mask"] * inputs["labels"].ne(-100)[:, None])
+            states, targets = outputs.hidden_states[-1][:, :-1][counted], inputs["input_ids"][:, 1:][counted]
+            language = summed_losses(states, head, None, targets).loss
+            figures |= {"classification_loss": (loss * rows, own_rows), "lm_loss": (language, own_tokens)}
+            loss = loss + self.lm_coef * language / tokens
+        for name, (total, count) in figures.items():
+            self.parts[self._mode + name].append(torch.stack([total.detach().float(), count.float()]))
         return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the figures, over the batches of all processes since the last log."""
+        for name in [name for name in self.parts if name.startswith("eval_") == bool(self._mode)]:
+            total, count = self.accelerator.reduce(torch.stack(self.parts.pop(name)).sum(0), "sum").tolist()
+            logs[name] = total / max(count, 1)
+        super().log(logs, start_time)
 
 
 def told(mask: Tensor) -> Tensor:

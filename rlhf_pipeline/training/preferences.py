@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from trl import RewardConfig
 from trl.trainer.utils import pad
 
 from rlhf_pipeline.data import check_kind, kind
-from rlhf_pipeline.data.records import Demonstration, Dialogue, Preference, Prompt, Ranking, Row, answers
+from rlhf_pipeline.data.records import Demonstration, Dialogue, Preference, Prompt, Ranking, Row, answers, whole
 from rlhf_pipeline.data.sets import joined
 from rlhf_pipeline.data.templates import visible
 from rlhf_pipeline.progress import parts
@@ -82,22 +82,18 @@ def compare(rows: Sequence[Preference | Ranking], margin: float = 0.0) -> list[C
         together.setdefault(key, []).extend(found)
     examples: list[Comparison] = []
     for (form, number), found in together.items():
-        whole = form == "ranking" or len({answer for pair in found for answer in pair[:2]}) <= _MOST
-        examples += [_comparison(rows[number].prompt, part) for part in ([found] if whole else zip(found)) if part]
+        together = form == "ranking" or len({answer for pair in found for answer in pair[:2]}) <= _MOST
+        examples += [_comparison(rows[number].prompt, part) for part in ([found] if together else zip(found)) if part]
     return examples
 
 
 def told_apart(rows: Sequence[Comparison], tokenizer: Any, longest: int) -> tuple[list[Comparison], int]:
     """The rows without the pairs whose answers are the same tokens once cut to `longest`, and how many those were."""
     kept, same = list[Comparison](), 0
-    for part in parts(rows, _PART, "compare", "prompt"):
-        texts = [row.texts(tokenizer) for row in part]
-        ids = iter(encode([text for row in texts for text in row], tokenizer, longest))
-        for row in part:
-            own = list(itertools.islice(ids, len(row.answers)))
-            pairs = [(row.answers[i], row.answers[j], by) for i, j, by in row.pairs if own[i] != own[j]]
-            same += len(row.pairs) - len(pairs)
-            kept += [row] if len(pairs) == len(row.pairs) else [_comparison(row.prompt, pairs)] if pairs else []
+    for row, ids in _with_ids(rows, tokenizer, longest, "compare"):
+        pairs = [(row.answers[i], row.answers[j], by) for i, j, by in row.pairs if ids[i] != ids[j]]
+        same += len(row.pairs) - len(pairs)
+        kept += [row] if len(pairs) == len(row.pairs) else [_comparison(row.prompt, pairs)] if pairs else []
     return kept, same
 
 
@@ -107,14 +103,16 @@ def _comparison(prompt: Prompt, found: Sequence[tuple[str, str, float]]) -> Comp
     return Comparison(prompt, answers, tuple((place[better], place[worse], by) for better, worse, by in found))
 
 
-def shown(row: Row, tokenizer: Any) -> str:
+def shown(row: Row | Comparison, tokenizer: Any) -> str:
     """A row as a demonstration: its prompt and the answer that one would like to see; plain text as it stands."""
     match row:
+        case Comparison():
+            return visible(tokenizer, row.prompt) + row.best
         case Preference() | Ranking() | Demonstration():
             return visible(tokenizer, row.prompt) + answers(row)[0]
         case Dialogue(turns=turns):
             return visible(tokenizer, turns[:-1]) + turns[-1].text
-    return row.text
+    return whole(row)
 
 
 def encode(texts: Sequence[str], tokenizer: Any, longest: int) -> list[list[int]]:
@@ -128,22 +126,24 @@ def encode(texts: Sequence[str], tokenizer: Any, longest: int) -> list[list[int]
     return [row + end for row in ids]
 
 
+def _with_ids(
+    rows: Sequence[Comparison], tokenizer: Any, longest: int, title: str
+) -> Iterator[tuple[Comparison, list[list[int]]]]:
+    """Each row with the token ids of its texts."""
+    for part in parts(rows, _PART, title, "prompt"):
+        ids = iter(encode([text for row in part for text in row.texts(tokenizer)], tokenizer, longest))
+        for row in part:
+            yield row, list(itertools.islice(ids, len(row.answers)))
+
+
 def tokenized(rows: Sequence[Comparison], tokenizer: Any, longest: int) -> Dataset:
     """Rows for `Collator`: a prompt's `texts`, its pairs as places among them, and the length of the longest text."""
-    every = parts(rows, _PART, "tokenize", "prompt")
-    return concatenate_datasets([_tokenized(part, tokenizer, longest) for part in every])
-
-
-def _tokenized(rows: Sequence[Comparison], tokenizer: Any, longest: int) -> Dataset:
-    columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
-    texts = [row.texts(tokenizer) for row in rows]
-    ids = iter(encode([text for row in texts for text in row], tokenizer, longest))
-    for row, row_texts in zip(rows, texts, strict=True):
-        row_ids = list(itertools.islice(ids, len(row_texts)))
-        better, worse, margins = zip(*row.pairs, strict=True)
-        for name, value in zip(_COLUMNS, (row_ids, better, worse, margins, max(map(len, row_ids))), strict=True):
-            columns[name].append(value)
-    return Dataset.from_dict(columns)
+    found = _with_ids(rows, tokenizer, longest, "tokenize")
+    made = []
+    while part := list(itertools.islice(found, _PART)):
+        values = ((ids, *zip(*row.pairs, strict=True), max(map(len, ids))) for row, ids in part)
+        made.append(Dataset.from_list([dict(zip(_COLUMNS, row, strict=True)) for row in values]))
+    return concatenate_datasets(made)
 
 
 @dataclass(frozen=True)

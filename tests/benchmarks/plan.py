@@ -14,12 +14,11 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline.plan.devices import DEVICES
-from rlhf_pipeline.plan.needs import Job, Work, count, needs
+from rlhf_pipeline.plan import DEVICES, Job, Work, count, needs
 
 MIB = 2**20
 
@@ -82,10 +81,9 @@ def computed(shape: Shape, slack: float) -> tuple[str, dict[str, float]]:
         prompt=shape.prompt, response=shape.response, length=shape.prompt + shape.response,
         bf16=False, checkpointing=shape.checkpointing,
     )  # fmt: skip
-    how = (config_of(shape), shape.prompt + shape.response - 1, False, lora_of(shape))
-    policy, critic = count(*how), count(*how, critic=True) if shape.critic == "separate" else None
-    job = Job(policy, critic, bool(shape.lora), 0, work)
-    found = needs("single", 1, job, replace(DEVICES["cpu"], base=0, slack=slack), mfu=0.5)
+    tokens = shape.prompt + shape.response - 1
+    job = Job(count(config_of(shape), tokens, False, lora_of(shape), shape.critic == "separate"), 0, work)
+    found = needs("single", 1, job, DEVICES["cpu"]._replace(base=0, slack=slack), mfu=0.5)
     return found["moment"], found["parts"]
 
 

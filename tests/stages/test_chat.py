@@ -1,6 +1,5 @@
 """Talking to the policies of the miniature run: from a script, through a pipe, at a terminal."""
 
-import dataclasses
 import io
 import json
 import os
@@ -27,7 +26,7 @@ from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.runs.lineage import content_hash
 from rlhf_pipeline.settings import Chat as Chatting
 from rlhf_pipeline.settings import Settings
-from rlhf_pipeline.stages.chat import Growing, open_talk
+from rlhf_pipeline.stages.chat import Growing, Talk, open_talk
 
 Chat = Callable[..., tuple[str, str]]
 
@@ -69,7 +68,9 @@ def test_it_is_what_the_policy_says_by_the_runs_own_sampling(chat: Chat, miniatu
     assert chat("--prompt", "I saw this")[0].endswith(f"/reward/model\n{answer}\n")  # what open_talk said, too
     assert reward == talk.reward(["I saw this"], [answer])[0]  # type: ignore[misc]
     grown: list[str] = []
-    ((_, answer, _),) = talk.ask("I saw this", grown.append)
+    growing = Growing()
+    growing.grow = grown.append  # type: ignore[method-assign]
+    ((_, answer, _),) = talk.ask("I saw this", growing)
     assert grown[-1] == answer
     assert len(grown) > 1
 
@@ -176,6 +177,12 @@ def chinese(workplace: Path) -> Policy:
     return policy
 
 
+def chinese_talk(chat: Chatting | None = None) -> Talk:
+    choices: dict[str, Any] = {"policy": {"name": "causal_lm", "path": "runs/zh"}, "reward": {"name": "length"}}
+    settings = Settings("chat", "zh", **choices, chat=chat or Chatting())
+    return open_talk(settings, RunDir.of(settings))
+
+
 def test_chinese_is_asked_turn_by_turn_between_its_special_tokens(
     chinese: Policy, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,8 +193,7 @@ def test_chinese_is_asked_turn_by_turn_between_its_special_tokens(
         return sample(model, prompts, *more)  # type: ignore[arg-type]
 
     monkeypatch.setattr("rlhf_pipeline.stages.chat.sample", noted)
-    settings = Settings("chat", "zh", policy={"name": "causal_lm", "path": "runs/zh"}, reward={"name": "length"})
-    talk = open_talk(settings, RunDir.of(settings))
+    talk = chinese_talk()
     ((_, text, _),) = talk.ask("你好吗")
     talk.ask("我很好")
     assert asked == ["[CLS]你好吗[SEP]", f"[CLS]你好吗[SEP]{text}[SEP]我很好[SEP]"]
@@ -206,8 +212,7 @@ def test_a_chinese_run_needs_nothing_said_again(
     said = capsys.readouterr()
     assert "[UNK]" not in said.out
     assert "reward  length" in said.err
-    settings = Settings("chat", "zh", policy={"name": "causal_lm", "path": "runs/zh"}, reward={"name": "length"})
-    talk = open_talk(settings, RunDir.of(settings))
+    talk = chinese_talk()
     assert (talk.policies[0].name, talk.converses, talk.length) == ("ppo", True, 6)
     assert chinese.tokenizer.unk_token_id in talk.policies[0].sampling.suppressed_ids
 
@@ -318,22 +323,18 @@ def read_until_asked(terminal: int, seconds: float = 120) -> str:
     return shown.decode()
 
 
-@pytest.mark.parametrize(("prompt", "mode"), [("Say it.", "complete"), ([{"role": "user", "content": "Hi"}], "chat")])
-def test_whether_it_converses_is_told_by_the_runs_rows(prompt: object, mode: str, chinese: Policy) -> None:
+ROWS = {
+    "complete": {"prompt": "Say NUMBER.", "completion": "Yes."},
+    "chat": {"messages": [{"role": "user", "content": "Say NUMBER"}, {"role": "assistant", "content": "Yes."}]},
+}
+
+
+@pytest.mark.parametrize("mode", ROWS)
+def test_whether_it_converses_is_told_by_the_runs_rows(mode: str, chinese: Policy) -> None:
     path = Path("runs/zh/ppo/config.yaml")
-    rows = [{"prompt": prompt, "completion": f"Yes, {number}."} for number in range(20)]
-    if mode == "chat":
-        rows = [{"messages": [*prompt, {"role": "assistant", "content": f"Yes {n}"}]} for n in range(20)]  # type: ignore[misc]
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = yaml.safe_load(path.read_text())
-    path.write_text(
-        yaml.safe_dump({**config, "data": {"name": "instructions", "path": "rows.jsonl", "test_share": 0.5}})
-    )
-    settings = Settings("chat", "zh", policy={"name": "causal_lm", "path": "runs/zh"}, reward={"name": "length"})
-    for asked, expected in (
-        (Chatting(), mode),
-        (Chatting(mode="complete"), "complete"),
-        (Chatting(mode="chat"), "chat"),
-    ):
-        talk = open_talk(dataclasses.replace(settings, chat=asked), RunDir.of(settings))
-        assert talk.converses == (expected == "chat")
+    row = json.dumps(ROWS[mode]) + "\n"
+    Path("rows.jsonl").write_text("".join(row.replace("NUMBER", str(number)) for number in range(20)))
+    data = {"name": "instructions", "path": "rows.jsonl", "test_share": 0.5}
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "data": data}))
+    asked = [Chatting(), Chatting(mode="complete"), Chatting(mode="chat")]
+    assert [chinese_talk(chat).converses for chat in asked] == [mode == "chat", False, True]

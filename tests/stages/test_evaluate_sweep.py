@@ -3,13 +3,14 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from conftest import MINIATURE, CommandLine
 
-from rlhf_pipeline.evaluation.frontier import open_point, points_of
+from rlhf_pipeline.evaluation.frontier import Point, open_point, points_of
 from rlhf_pipeline.stages import evaluate
 
 ARGS = [arg for arg in MINIATURE if "stages.ppo" in arg or "stages" not in arg]
@@ -71,21 +72,29 @@ def test_every_checkpoint_of_every_job_is_measured(
     assert found_in(sweep) == found
 
 
-def test_a_sweep_that_grew_and_a_measuring_that_was_cut_off_go_on(sweep: Path, command_line: CommandLine) -> None:
+def test_a_sweep_that_grew_and_a_measuring_that_was_cut_off_go_on(
+    sweep: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert command_line(*SWEEP) == 0
-    whole, points = found_in(sweep), sweep / "frontier" / "points.jsonl"
-    kept = points.read_text().splitlines(keepends=True)
-    points.write_text("".join(kept[:3]) + kept[3][:20])  # as a kill would leave it
-    record = sweep / "frontier" / "run.json"
-    record.write_text(json.dumps({**json.loads(record.read_text()), "status": "running"}))
+    whole, frontier = found_in(sweep), sweep / "frontier" / "frontier.json"
+    change(frontier, points=whole["points"][:3])  # as a kill would leave it
+    change(sweep / "frontier" / "run.json", status="running")
+    measured: list[tuple[str, int]] = []
+    measure = evaluate.frontier.point_row
+
+    def noted(point: Point, *more: Any) -> dict[str, Any]:
+        measured.append((point.run, point.step))
+        return measure(point, *more)
+
+    monkeypatch.setattr(evaluate.frontier, "point_row", noted)
     assert command_line(*SWEEP) == 0
     assert found_in(sweep) == whole
+    assert measured == [(row["run"], row["step"]) for row in whole["points"][3:]]
 
-    before = points.read_text()
+    measured.clear()
     shutil.copytree(sweep / "low", sweep / "new")
     assert command_line(*SWEEP) == 0
-    assert points.read_text().startswith(before)
-    assert {json.loads(line)["run"] for line in points.read_text()[len(before) :].splitlines()} == {"new"}
+    assert {run for run, _ in measured} == {"new"}
     assert {row["run"] for row in found_in(sweep)["points"]} == {"cut", "lora", "low", "new"}
     assert command_line(*SWEEP, "evaluate.prompts=20") == 2
 

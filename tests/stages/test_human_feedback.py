@@ -386,7 +386,7 @@ def test_another_runs_policy_is_never_taken_for_a_rounds(
     assert command_line("stage=collect", *SMALL, "name=mine/round1") == 2
     assert "no policy to answer yet" in capsys.readouterr().err
     assert command_line("stage=collect", *SMALL, "name=human_feedback/round2") == 2
-    assert "round1 has no ppo to be asked" in capsys.readouterr().err
+    assert "round1 has made no policy ppo" in capsys.readouterr().err
 
 
 def test_a_task_is_through_when_all_annotators_have_labelled_or_skipped_it(
@@ -406,7 +406,7 @@ def test_a_task_is_through_when_all_annotators_have_labelled_or_skipped_it(
     ("setting", "message"),
     [
         ("data.prompt_tokens=[60,62]", "no prompt leaves room for an answer"),
-        ("collect.temperatures=[0.0001]", "none of 12 prompts brought two answers that differ"),
+        ("collect.temperatures=[0.000001]", "none of 12 prompts brought two answers that differ"),
     ],
 )
 def test_a_collection_of_nothing_is_refused(
@@ -477,10 +477,10 @@ def test_candidates_come_from_several_policies_and_temperatures(with_people: Pat
         (("stage=collect", "labels=pull"), "run stage=collect without labels= first"),
         (("stage=sft", "labels=pull"), "labels=pull goes with stage=collect"),
         (("stage=collect",), "there is no policy to answer yet"),
-        (("stage=collect", "collect.policies=[reward]"), "which makes no policy"),
+        (("stage=collect", "collect.policies=[reward]"), "has made no policy reward"),
         (("stage=collect", "labeler.noise=1"), "labeler has fields but no name; add labeler=<reward>."),
         (("stage=collect", "labeler=classifier"), "labeler=classifier has no model yet"),
-        (("stage=collect", "collect.policies=[ppo]"), "has no ppo to be asked"),
+        (("stage=collect", "collect.policies=[ppo]"), "has made no policy ppo"),
         (("stage=collect", "collect.answers=1"), "collect.answers is 1; it takes a whole number of at least 2"),
         (("stage=collect", "collect.temperatures=[0]"), "above 0"),
         (("stage=collect", "labeler=toy_sentiment", "labeler.noise=-1"), "labeler.noise is -1"),

@@ -45,7 +45,7 @@ def test_every_hook_of_a_trainer_is_called(kind: str, tmp_path: Path, monkeypatc
     called: dict[str, int] = defaultdict(int)
     trainers = {
         "sft": batching.OrderedSFTTrainer, "classifier": classification.ClassifierTrainer,
-        "language": classification.LanguageClassifierTrainer, "comparisons": comparisons.ComparisonTrainer,
+        "language": classification.ClassifierTrainer, "comparisons": comparisons.ComparisonTrainer,
     }  # fmt: skip
 
     def from_upstream(depth: int = 2) -> bool:

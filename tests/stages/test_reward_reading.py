@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import CommandLine
-from tiny_rewards import tiny_config
+from tiny_rewards import tiny_config, write
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -54,11 +54,6 @@ def save_policy(folder: Path, kind: str) -> Path:
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "padding_side": "left"}))
     assert AutoTokenizer.from_pretrained(folder).padding_side == "left"
     return folder
-
-
-def write(path: Path, rows: Sequence[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 @pytest.fixture

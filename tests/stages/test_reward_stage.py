@@ -14,7 +14,7 @@ import torch
 from conftest import CommandLine
 from datasets import Dataset
 from safetensors.torch import load_file
-from tiny_rewards import loss_and_gradient, reward_args, tiny_config, tiny_model, weights
+from tiny_rewards import loss_and_gradient, reward_args, tiny_config, tiny_model, weights, write
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -176,18 +176,6 @@ def test_of_pairs_the_loss_is_trls(center: float | None, tmp_path: Path, tokeniz
         assert ours._metrics["train"][name] == pytest.approx(trls._metrics["train"][name], rel=1e-4), name
 
 
-def test_accumulated_prompts_make_the_same_update(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    ends = []
-    for batch in (4, 1):
-        trainer = comparison_trainer(
-            tmp_path, tokenizer, rows=ROWS * 3, per_device_train_batch_size=batch, optim="sgd",
-            gradient_accumulation_steps=4 // batch, train_sampling_strategy="sequential",
-        )  # fmt: skip
-        trainer.train()
-        ends.append(weights(trainer.model))
-    torch.testing.assert_close(ends[0], ends[1], atol=1e-5, rtol=1e-4)
-
-
 @pytest.mark.parametrize(("head", "pooling"), [("linear", "last"), ("mlp", "mean")])
 def test_a_run_cut_off_ends_as_one_never_cut_off(
     head: Any, pooling: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
@@ -247,11 +235,6 @@ def policy(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeni
     GPT2LMHeadModel(tiny_config(n_embd=32, tie_word_embeddings=True)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-def write(path: Path, rows: Sequence[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 LABELLED = [{"text": f"film {i} was {('bad', 'good')[i % 2]}, {('a loss', 'a win')[i % 2]} it was", "label": i % 2}

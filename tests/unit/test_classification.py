@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from tiny_rewards import distilbert, llama, reward_args, tiny_model, weights
+from tiny_rewards import distilbert, llama, reward_args, tiny_model
 from transformers import (
     DataCollatorWithPadding,
     GPT2LMHeadModel,
@@ -14,8 +14,7 @@ from transformers import (
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.models.policies import train_tokenizer
-from rlhf_pipeline.training.batching import OrderedTrainer
-from rlhf_pipeline.training.classifier import ClassifierTrainer, LanguageClassifierTrainer, check_language_model
+from rlhf_pipeline.training.classifier import ClassifierTrainer, check_language_model
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +34,7 @@ def test_the_auxiliary_loss_is_that_of_the_language_model_with_tied_head(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     rows = classifier_rows()
-    trainer = LanguageClassifierTrainer(
+    trainer = ClassifierTrainer(
         tiny_model(num_labels=2), reward_args(tmp_path), DataCollatorWithPadding(tokenizer), rows,
         processing_class=tokenizer, lm_coef=0.5,
     )  # fmt: skip
@@ -75,22 +74,6 @@ def test_a_short_last_batch_counts_by_its_rows(tmp_path: Path, tokenizer: PreTra
     right = (logits.argmax(-1) == batch["labels"]).float()
     assert right[:4].mean() != right.mean()
     assert trainer.evaluate()["eval_accuracy"] == pytest.approx(float(right.mean()))
-
-
-def test_accumulated_rows_make_the_same_update(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """transformers alone would add up the means of the accumulated batches: a step four times too long."""
-    ends = []
-    for batch in (8, 2):
-        args = reward_args(
-            tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=8 // batch, optim="sgd",
-            train_sampling_strategy="sequential",
-        )  # fmt: skip
-        model = tiny_model(num_labels=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-        collator = DataCollatorWithPadding(tokenizer)
-        trainer = OrderedTrainer(model, args, collator, classifier_rows(16), processing_class=tokenizer)
-        trainer.train()
-        ends.append(weights(trainer.model))
-    torch.testing.assert_close(ends[0], ends[1], atol=1e-5, rtol=1e-4)
 
 
 def test_lm_coef_is_refused_without_a_language_model_with_tied_head() -> None:

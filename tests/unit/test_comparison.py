@@ -1,8 +1,10 @@
 """Answers of policies with their own or another vocabulary, perplexities against transformers' own loss, and figures
 against those worked out by hand."""
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from tiny import TEXTS, tiny_policy
 
 from rlhf_pipeline.data.records import Preference, Text
 from rlhf_pipeline.data.tokenization import Question
+from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.evaluation.comparison import (
     Answers,
     Task,
@@ -20,10 +23,11 @@ from rlhf_pipeline.evaluation.comparison import (
     perplexity,
     traded,
 )
-from rlhf_pipeline.evaluation.lineup import Sampler, asked_of, sampling_as
+from rlhf_pipeline.evaluation.lineup import Sampler, asked_of, open_all, sampler, with_room
 from rlhf_pipeline.models.policies import Policy, make_policy, train_tokenizer
 from rlhf_pipeline.models.rewards import Reward
 from rlhf_pipeline.models.sampling import Sampling
+from rlhf_pipeline.runs.directory import RunDir
 
 SAMPLING = Sampling(stop_ids=(0,))
 
@@ -107,14 +111,36 @@ def test_all_that_ppo_said_of_sampling_is_taken() -> None:
     chinese = make_policy(choice, ["你好吗", "我很好，谢谢你", "今天天气真好"] * 10, 0)
     trained = {"response_length": 9, "min_response_length": 4, "temperature": 0.5, "min_new_tokens": 2, "kl_coef": 1.0,
                "stop_tokens": ["气"], "suppress_tokens": ["[UNK]"]}  # fmt: skip
-    sampling, longest, shortest = sampling_as(trained, chinese, temperature=0.7, response_length=None)
+    found = sampler("own", chinese, trained, temperature=0.7, response_length=None)
     number = chinese.tokenizer.convert_tokens_to_ids
-    assert sampling == Sampling(0.7, tuple(sorted((number("[SEP]"), number("气")))), 2, (number("[UNK]"),))
-    assert (longest, shortest) == (9, 4)
-    # Of another vocabulary's PPO the numbers are taken, and the tokens of its own.
-    foreign = sampling_as(trained, chinese, {"suppress_tokens": ["[PAD]"], "min_new_tokens": 3}).sampling
-    assert foreign == Sampling(0.5, (number("[SEP]"),), 2, (number("[PAD]"),))
-    assert sampling_as({}, chinese).longest == 16  # half of the positions
+    assert found.sampling == Sampling(0.7, tuple(sorted((number("[SEP]"), number("气")))), 2, (number("[UNK]"),))
+    assert (found.longest, found.shortest) == (9, 4)
+    assert sampler("own", chinese, {}).longest == 16  # half of the positions
+
+
+def test_tokens_of_another_vocabulary_are_those_that_its_own_ppo_names(tmp_path: Path) -> None:
+    words = {"a": "good", "b": "plot"}  # by run, the token that its PPO stops at
+    found = {}
+    for name, own in (("a", policy()), ("b", policy(280))):
+        stage = tmp_path / name / "ppo"
+        own.save(stage / "model")
+        token = own.tokenizer.tokenize(words[name])[0]
+        trained = {"response_length": 9 if name == "a" else 5, "stop_token": None, "stop_tokens": [token]}
+        (stage / "config.yaml").write_text(json.dumps({"policy": {"name": "causal_lm"}, "trainer": trained}))
+        (stage / "run.json").write_text(json.dumps({"status": "done", "stage": "ppo", "name": name}))
+        found[name] = own.tokenizer.convert_tokens_to_ids(token)
+    paths = [(name, str(tmp_path / name / "ppo" / "model")) for name in words]
+    policies = open_all(paths, RunDir(tmp_path, "a", "evaluate"), {"name": "causal_lm"})
+    assert [(each.sampling.stop_ids, each.longest) for each in policies] == [((found[n],), 9) for n in words]
+
+
+def test_prompts_without_room_in_every_policy_are_left_out_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    every = [Question("a", [1] * length) for length in (1, 2, 3)]
+    assert with_room(every, [policy(), policy(seed=1)], 62) == every[:2]  # of 64 positions
+    assert "warning: 1 of 3 prompts are longer than the 2 tokens" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"no prompt leaves room .*: all 1 are longer than the 2 tokens"):
+        with_room(every[2:], [policy()], 62)
+    assert with_room([Question("plot", [5]), Question("", [6])], [policy(), policy(280)], 9) == [Question("plot", [5])]
 
 
 def compared(reference: str = "sft", **rewards: list[float]) -> dict:

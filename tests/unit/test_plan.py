@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,8 +16,21 @@ from transformers.cache_utils import DynamicCache
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.models.networks import cache_argument, trunk
 from rlhf_pipeline.models.precision import fuse_gelu
-from rlhf_pipeline.plan.devices import DEVICES, GIB, Device
-from rlhf_pipeline.plan.needs import Job, Network, Work, count, flops, launches, moments, needs, seconds
+from rlhf_pipeline.plan import (
+    DEVICES,
+    GIB,
+    Device,
+    Job,
+    Networks,
+    Work,
+    count,
+    flops,
+    launches,
+    moments,
+    needs,
+    seconds,
+)
+from rlhf_pipeline.settings import Plan
 
 TINY = GPT2Config(vocab_size=300, n_positions=64, n_layer=2, n_embd=32, n_head=2, bos_token_id=0, eos_token_id=0)
 LLAMA: dict[str, Any] = {
@@ -31,27 +44,25 @@ def size(model: torch.nn.Module, trained: bool = False) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
 
 
+def stored(model: torch.nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("adapter", [None, ADAPTER])
 @pytest.mark.parametrize("critic", ["shared", "separate"])
 def test_networks_are_those_of_the_trainer(critic: str, adapter: Any, bf16: bool, tmp_path: Path) -> None:
     given = {"peft_config": LoraConfig(**adapter)} if adapter else {}
     ppo = trainer(tiny_tokenizer(), tmp_path, critic=critic, given=given, bf16=bf16)
-    how = (ppo.model.config, 8, bf16, LoraConfig(**adapter) if adapter else None)
-    policy, own = count(*how), count(*how, critic=True) if critic == "separate" else None
-    job = Job(policy, own, bool(adapter), 0, replace(WORK, bf16=bf16))
-    assert policy.parameters == size(ppo.model.policy)
-    assert job.trained == size(ppo.model, trained=True)
-    if own:
-        assert own.parameters == size(ppo.model.value_model)
-    assert job.value_head == (0 if own else size(ppo.model.value_head))
-    held = sum(p.numel() * p.element_size() for p in ppo.model.parameters())
-    assert moments("single", 1, job)["rollout"]["weights"] == pytest.approx(held, rel=0.02)
-    if ppo.reference.model:
-        held = sum(p.numel() * p.element_size() for p in ppo.reference.model.parameters())
-        assert job.reference_bytes == pytest.approx(held, rel=0.02)  # biases are not counted
-    else:
-        assert job.reference_bytes == 0
+    found = count(ppo.model.config, 8, bf16, LoraConfig(**adapter) if adapter else None, critic == "separate")
+    own = ppo.model.value_model if critic == "separate" else ppo.model.value_head
+    job = Job(found, 0, replace(WORK, bf16=bf16))
+    assert found.policy == size(ppo.model.policy)
+    assert found.trained == size(ppo.model, trained=True)
+    assert found.critic == size(own) - (found.width if adapter and critic == "separate" else 0)  # peft keeps two heads
+    assert moments("single", 1, job)["rollout"]["weights"] == pytest.approx(stored(ppo.model), rel=0.02)
+    held = stored(ppo.reference.model) if ppo.reference.model else 0
+    assert job.reference_bytes == pytest.approx(held, rel=0.02)  # biases are not counted
 
 
 @pytest.mark.parametrize(
@@ -61,7 +72,7 @@ def test_networks_are_those_of_the_trainer(critic: str, adapter: Any, bf16: bool
 def test_of_any_family_the_counts_are_those_of_a_model_with_weights(model: PreTrainedModel) -> None:
     found = count(model.config, 10, False)
     head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    assert found.parameters == found.trained == size(model)
+    assert found.policy == found.trained - found.critic == size(model)
     assert found.head == head.numel()
     tables = (embeddings, getattr(getattr(trunk(model), "wpe", None), "weight", None))
     rest = [p for p in trunk(model).parameters() if p.dim() == 2 and not any(p is table for table in tables)]
@@ -87,20 +98,20 @@ def test_the_parameters_of_llama_2_are_those_of_its_table() -> None:
     found = count(LlamaConfig(num_hidden_layers=2), 16, True)
     layer = 4 * 4096**2 + 3 * 4096 * 11008
     assert found.matrices == 2 * layer
-    assert found.parameters + 30 * (layer + 2 * 4096) == 6_738_415_616  # with all 32 layers
+    assert found.policy + 30 * (layer + 2 * 4096) == 6_738_415_616  # with all 32 layers
     with pytest.raises(UserError, match="T5Config is not the configuration of a causal language model"):
         count(T5Config(), 8, False)
 
 
 # By hand: 2 layers of width 4, a vocabulary of 10, tied.
-POLICY = Network(
-    parameters=500, trained=500, layers=2, width=4, vocabulary=10, head=40, head_trained=True, matrices=400,
-    frozen=0, attention=8, cache=16, kept=1000,
+NET = Networks(
+    policy=500, critic=5, trunks=1, adapter=False, trained=505, stored=2020, layers=2, width=4, vocabulary=10, head=40,
+    matrices=400, cache=16, kept=1000,
 )  # fmt: skip
 WORK = Work(
     rows=8, micro=4, minibatches=1, epochs=2, at_once=8, prompt=3, response=5, length=8, bf16=False, checkpointing=False
 )
-JOB = Job(POLICY, None, False, 7, WORK)
+JOB = Job(NET, 7, WORK)
 
 
 def test_bytes_by_part() -> None:
@@ -119,20 +130,14 @@ def test_bytes_by_part() -> None:
     checkpointed = parts("update: begin", checkpointing=True)
     assert checkpointed["activations"] == 4 * 8 * 2 * 4 * 4 + 4 * 1000 / 2 + 320  # the layers' inputs, and one layer
     bf16 = parts("update: begin", bf16=True)
-    assert bf16["reference"] == 4 * 100 + 2 * 400
-    assert bf16["bf16 copies"] == 2 * 400 + 4 * 40
-    assert bf16["logits"] == 4 * 5 * 10 * 2
+    assert [bf16[part] for part in ("reference", "bf16 copies", "logits")] == [1200, 2 * 400 + 4 * 40, 4 * 5 * 10 * 2]
     assert parts("rollout", bf16=True)["KV cache"] == 32 * 8 * 8 * 1.5
 
     plain, ddp, two, three = (parts("update: end", name, 4) for name in ("single", "ddp", "zero2", "zero3"))
     assert ddp == {**plain, "buckets": 4 * 505}
-    assert two["Adam"] == plain["Adam"] / 4
-    assert two["master"] == 4 * 505 / 4
-    assert two["weights"] == plain["weights"]
-    assert two["gradients"] == 4 * 505 / 4 + 320
-    assert three["weights"] == plain["weights"] / 4
-    assert three["gathered"] == 4 * 505  # all of it: it is less than DeepSpeed has in hand
-    assert two["buckets"] == three["buckets"] == 4 * 50_000_000
+    share = {"Adam": 2 * 505, "gradients": 505 + 320, "buckets": 4 * 50_000_000}
+    assert two == {**plain, **share, "master": 505}
+    assert three == {**plain, **share, "weights": 505, "gathered": 4 * 505}  # less than DeepSpeed has in hand
     sampling = parts("rollout", "zero3", 4)
     assert sampling["weights"] + sampling["gathered"] == plain["weights"]
 
@@ -140,32 +145,30 @@ def test_bytes_by_part() -> None:
 def test_flops_and_seconds_by_hand() -> None:
     found = flops(JOB)
     body, head = (2 * 400 + 4 * 8 * 8) * 64, 2 * 40 * 40
-    assert found["rollout"] == body + head
-    assert found["scores"] == 2 * (body + head) + 2 * 7 * 64
-    assert found["update"] == 2 * 3 * (body + head)
+    assert found == {
+        "rollout": body + head, "scores": 2 * (body + head) + 2 * 7 * 64, "update": 2 * 3 * (body + head),
+    }  # fmt: skip
     assert flops(JOB._replace(work=replace(WORK, checkpointing=True)))["update"] == 2 * 4 * (body + head)
-    frozen = JOB._replace(policy=replace(POLICY, frozen=400, head_trained=False), adapter=True)
-    assert flops(frozen)["update"] == 2 * (2 * (body + head) + 4 * 8 * 8 * 64)
+    adapted = JOB._replace(net=replace(NET, adapter=True))
+    assert flops(adapted)["update"] == 2 * 2 * (body + head)  # a frozen matrix has no gradient of its own
 
     device = Device(memory=1, bf16=1e6, fp32=1e6, bandwidth=1e3, link=1e4)  # so slow that nothing waits for Python
     taken = seconds("ddp", 4, JOB, device, mfu=0.5)
     assert taken["update"] == found["update"] / 0.5e6
     moved = 4 * 440 + 3 * 64 * 8 * (3 + 2.5)
     assert taken["rollout"] == pytest.approx((2 * 400 + 4 * 8 * 8) * 24 / 0.5e6 + 5 * moved / 1e3)
-    assert taken["between processes"] == 2 * 4 * 505 * 2 * 3 / 4 / 1e4
-    assert seconds("single", 1, JOB, device, mfu=0.5)["between processes"] == 0
-    two, three = (seconds(name, 4, JOB, device, mfu=0.5)["between processes"] for name in ("zero2", "zero3"))
     once = 4 * 505 * 3 / 4 / 1e4  # two epochs of two micro-batches: each reduced, each step's weights gathered
-    assert two == pytest.approx(once * (4 + 2))
-    assert three == pytest.approx(once * (4 + 1 + 2 * 4))
+    for launch, times in {"single": 0, "ddp": 2 * 2, "zero2": 4 + 2, "zero3": 4 + 1 + 2 * 4}.items():
+        between = seconds(launch, 4 if times else 1, JOB, device, mfu=0.5)["between processes"]
+        assert between == pytest.approx(once * times), launch
 
 
 def test_the_simplest_launch_that_fits() -> None:
-    big = JOB._replace(policy=replace(POLICY, parameters=10**9, trained=10**9))
+    big = JOB._replace(net=replace(NET, policy=10**9, trained=10**9, stored=4 * 10**9))
     room = {name: needs(name, 8, big, DEVICES["h100"], 0.4)["bytes"] for name in ("ddp", "zero2", "zero3")}
     assert room["ddp"] > room["zero2"] > room["zero3"]
     for launch, need in room.items():
-        device = replace(DEVICES["h100"], memory=need / 0.92 + GIB / 100)
+        device = DEVICES["h100"]._replace(memory=need / 0.92 + GIB / 100)
         assert next(found["launch"] for found in launches(8, big, device, 0.4) if found["fits"]) == launch
 
 
@@ -226,10 +229,10 @@ def test_the_table_of_the_readme(
 
 
 REFUSED = {
-    "stage=plan plan.gpu=h1000": ["plan.gpu is 'h1000'", "Did you mean 'h100'", "rtx4090"],
-    "stage=plan plan.launch=zero1": ["plan.launch is 'zero1'", "zero2"],
-    "stage=plan plan.gpus=0": ["plan.gpus is 0; it takes a number above 0"],
-    "stage=plan plan.mfu=40": ["plan.mfu is 40; it is a share"],
+    "stage=plan plan.gpu=h1000": ["plan.gpu is 'h1000'", "'rtx4090'"],
+    "stage=plan plan.launch=zero1": ["plan.launch is 'zero1'", "'zero2'"],
+    "stage=plan plan.gpus=0": ["plan.gpus is 0; it takes a whole number of at least 1"],
+    "stage=plan plan.mfu=40": ["plan.mfu is 40; it takes a number above 0, at most 1"],
     "stage=plan plan.gpus=2 plan.launch=single": ["plan.launch=single goes with plan.gpus=1"],
     "stage=plan plan.launch=zero3": ["every other launch with more"],
     "stage=plan plan.gpuz=2": ["no setting 'plan.gpuz'", "Known: gpus, gpu, "],
@@ -251,3 +254,7 @@ def test_what_is_wrong_is_named(
     for part in REFUSED[asked]:
         assert part in said
     assert "Traceback" not in said
+
+
+def test_every_device_can_be_asked_for() -> None:
+    assert get_args(Plan.__annotations__["gpu"]) == (*DEVICES,)

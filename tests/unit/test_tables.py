@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from rlhf_pipeline.evaluation.comparison import Answers, compare, of_texts
+from rlhf_pipeline.evaluation.comparison import Answers, compare
+from rlhf_pipeline.evaluation.metrics import variety
 from rlhf_pipeline.models.rewards import Reward
 from rlhf_pipeline.report.tables import evaluation_table
 
@@ -15,7 +16,7 @@ def evaluation(names: list[str], said: str = "an answer") -> dict:
     """Of policies that gain of the first reward, one after the other, and lose of the second."""
     draw = random.Random(0)
     texts = [f"{said} {number}" for number in range(8)]
-    figures = {"kl": None, "perplexity": 3.0, **of_texts(texts), "length": 4.0}
+    figures = {"kl": None, "perplexity": 3.0, **variety(texts), "length": 4.0}
     answers = {}
     for place, name in enumerate(names):
         rewards = {"classifier": [place + draw.random() for _ in PROMPTS], "length": [-place - draw.random()] * 8}

@@ -279,14 +279,6 @@ def test_texts_that_end_within_their_prompt_are_counted(capsys: pytest.CaptureFi
     assert capsys.readouterr().out == "warning: 1 of 2 rows have no prompt, and are left out\n"
 
 
-def test_prompts_that_are_too_long_are_left_out_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    every = [tokenization.Question("a", [1] * length) for length in (1, 2, 3)]
-    assert tokenization.fitting(every, 2) == every[:2]
-    assert "warning: 1 of 3 prompts are longer than the 2 tokens" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"no prompt leaves room .*: all 3 are longer than the 0 tokens"):
-        tokenization.fitting(every, 0)
-
-
 def test_data_without_prompts_or_anything_to_learn_is_named() -> None:
     tokenizer, choice, rows = tiny_tokenizer(), {"name": "text", "prompt_tokens": (8, 8)}, [Text("a b")]
     with pytest.raises(UserError, match="data=text gives no prompts: none of 1 rows"):

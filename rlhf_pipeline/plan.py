@@ -1,4 +1,4 @@
-"""What a process of PPO needs under each launch: bytes by part, FLOPs and seconds of an update.
+"""What a process of PPO needs under each launch: bytes by part, FLOPs and seconds of an update, within some 15 %.
 
 A network is built from its configuration without storage, so a model of 7 B parameters takes seconds. What is sharded
 follows ZeRO (arXiv 1910.02054). A token's forward pass takes 2 FLOPs a parameter and 4 x layers x width x length for
@@ -23,32 +23,64 @@ from transformers.pytorch_utils import Conv1D
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.models.networks import language_model, text_config, trunk
 from rlhf_pipeline.models.precision import fuse_gelu, store_in_bf16
-from rlhf_pipeline.plan.devices import LAUNCHES, NETWORK, NODE, Device
 from rlhf_pipeline.processes import ZERO
 
+GIB = 2**30
 _FP32, _BF16 = 4, 2  # bytes a number
 # Seconds to launch a layer's kernels from Python, below which no small model's decoding falls. Published figures of
 # GPT-2's 12 layers in transformers are 3.8 ms a token (RTX 5090) to 12 (V100).
 _KERNELS = 0.6e-3
 _USABLE = 0.92  # of a device's memory: the allocator's blocks leave gaps
+_NODE, _NETWORK = 8, 50e9  # GPUs with fast links among them; beyond, a card of 400 Gb/s each, in bytes/s one way
+
+
+class Device(NamedTuple):
+    """One accelerator, by its maker's data sheet, or a core of this machine's processor."""
+
+    memory: float  # bytes
+    bf16: float  # FLOP/s of dense matrix products, summed up in fp32
+    fp32: float  # FLOP/s of fp32 products without TF32, as PyTorch does them unless told otherwise
+    bandwidth: float  # bytes/s of its memory
+    link: float  # bytes/s to another one of the same machine, one way
+    base: float = 0.75 * GIB  # bytes of a process before the networks: on a GPU an allowance for CUDA, not measured
+    slack: float = 0.0  # the share that the allocator holds on top of what is in use
+
+
+DEVICES = {
+    "h100": Device(80 * GIB, 989e12, 67e12, 3.35e12, 450e9),  # SXM
+    "h200": Device(131 * GIB, 989e12, 67e12, 4.8e12, 450e9),
+    "a100": Device(80 * GIB, 312e12, 19.5e12, 2.04e12, 300e9),  # SXM
+    "a100_40": Device(40 * GIB, 312e12, 19.5e12, 1.56e12, 300e9),
+    "l40s": Device(48 * GIB, 362e12, 91.6e12, 0.864e12, 32e9),
+    "rtx4090": Device(24 * GIB, 165e12, 82.6e12, 1.01e12, 32e9),
+    "rtx3090": Device(24 * GIB, 71e12, 35.6e12, 0.936e12, 32e9),
+    "l4": Device(24 * GIB, 121e12, 30.3e12, 0.3e12, 32e9),
+    # fp32 by AVX2. Base and slack (glibc's malloc) as tests/benchmarks/plan.py measures them.
+    "cpu": Device(16 * GIB, 0.06e12, 0.06e12, 10e9, 5e9, base=0.52 * GIB, slack=0.15),
+}
 
 
 @dataclass(frozen=True)
-class Network:
-    """Counts of a network; numbers of parameters, unless they say bytes."""
+class Networks:
+    """Counts of policy and critic; numbers of parameters, unless they say otherwise."""
 
-    parameters: int
-    trained: int
+    policy: int
+    critic: int  # a network of its own, or a value head: a row of weights and a bias
+    trunks: int  # that learn: 2 where the critic has its own
+    adapter: bool  # so that the reference is the policy with its adapter off
+    trained: int  # that the optimizer moves
+    stored: int  # bytes of all parameters; under an adapter in bf16 where that is computed in
     layers: int
-    width: int  # of its hidden states
+    width: int  # of the hidden states
     vocabulary: int
-    head: int  # the output head, which may be the input embeddings; 0 of a critic
-    head_trained: bool
-    matrices: int  # those that each token is multiplied by, without the head
-    frozen: int  # of the matrices, those under an adapter: stored in bf16 where that is computed in
-    attention: int  # layers x heads x width of a head
+    head: int  # the policy's output head, which may be the input embeddings
+    matrices: int  # of a trunk, those that each token is multiplied by
     cache: int  # numbers that the key-value cache holds a token
-    kept: int  # bytes that a row keeps for the backward pass, without the head
+    kept: int  # bytes that a trunk keeps of a row for the backward pass
+
+    def forward(self, length: float) -> float:
+        """FLOPs of a trunk, a token of a text of this length."""
+        return 2 * self.matrices + 4 * self.layers * self.width * length
 
 
 @dataclass(frozen=True)
@@ -70,35 +102,18 @@ class Work:
 class Job(NamedTuple):
     """PPO's networks and its work."""
 
-    policy: Network
-    critic: Network | None  # None: a value head on the policy's trunk
-    adapter: bool  # so that the reference is the policy with its adapter off
+    net: Networks
     reward: int  # parameters
     work: Work
 
     @property
-    def networks(self) -> list[Network]:
-        """The networks that learn."""
-        return [self.policy, self.critic] if self.critic else [self.policy]
-
-    @property
-    def value_head(self) -> int:
-        """Parameters of a shared critic: a row of weights and a bias."""
-        return 0 if self.critic else self.policy.width + 1
-
-    @property
-    def trained(self) -> int:
-        """Parameters that the optimizer moves."""
-        return self.value_head + sum(network.trained for network in self.networks)
-
-    @property
     def reference_bytes(self) -> int:
         """A frozen copy of the policy, its matrices in bf16 under autocast."""
-        return 0 if self.adapter else _FP32 * self.policy.parameters - _BF16 * self.policy.matrices * self.work.bf16
+        return 0 if self.net.adapter else _FP32 * self.net.policy - _BF16 * self.net.matrices * self.work.bf16
 
 
-def count(config: Any, tokens: int, bf16: bool, lora: Any = None, critic: bool = False) -> Network:
-    """Count a policy, or a critic with a network of its own, as PPO makes them of a configuration.
+def count(config: Any, tokens: int, bf16: bool, lora: Any = None, separate: bool = False) -> Networks:
+    """Count a policy and its critic, which may have a `separate` network, as PPO makes them of a configuration.
 
     `tokens`: the width of a forward pass. `lora`: peft's LoraConfig, or None. Raises `UserError` if the configuration
     is not that of a causal language model with attention.
@@ -109,34 +124,33 @@ def count(config: Any, tokens: int, bf16: bool, lora: Any = None, critic: bool =
             "those can be planned; give another policy.path=."
         )
     config, lora = copy.deepcopy((config, lora))
-    if critic:
-        config.num_labels = 1
-        if lora is not None:
-            lora.task_type, lora.modules_to_save = "SEQ_CLS", ["score"]
-    kind = AutoModelForSequenceClassification if critic else AutoModelForCausalLM
-    with torch.device("meta"):
-        model = kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
-        model = model if lora is None else get_peft_model(model, lora)
+    model = _without_weights(AutoModelForCausalLM, config)
+    if lora is not None:
+        with torch.device("meta"):
+            model = get_peft_model(model, lora)
     fuse_gelu(model)
     model.eval()  # PPO trains without dropout
     if bf16 and lora is not None:
         store_in_bf16(model)
-    body, text, head = trunk(model), text_config(model), language_model(model).get_output_embeddings()
+    body, text, head = trunk(model), text_config(model), language_model(model).get_output_embeddings().weight
     matrices = [module.weight for module in body.modules() if isinstance(module, nn.Linear | Conv1D)]
     copies = _BF16 * _size(m for m in matrices if m.dtype == torch.float32) if bf16 else 0  # autocast's
     layers, heads, width = int(text.num_hidden_layers), int(text.num_attention_heads), int(text.hidden_size)
     head_width = getattr(text, "head_dim", None) or width // heads
-    return Network(
-        parameters=_size(model.parameters()),
-        trained=_size(p for p in model.parameters() if p.requires_grad),
+    value = width + (not separate)
+    every = [*model.parameters(), *(body.parameters() if separate else ())]
+    return Networks(
+        policy=_size(model.parameters()),
+        critic=_size(body.parameters()) * separate + value,
+        trunks=1 + separate,
+        adapter=lora is not None,
+        trained=_size(p for p in every if p.requires_grad) + value,
+        stored=sum(p.numel() * p.element_size() for p in every) + _FP32 * value,
         layers=layers,
         width=width,
         vocabulary=language_model(model).get_input_embeddings().weight.shape[0],
-        head=0 if head is None else head.weight.numel(),
-        head_trained=head is not None and head.weight.requires_grad,
+        head=head.numel(),
         matrices=_size(matrices),
-        frozen=_size(m for m in matrices if not m.requires_grad),
-        attention=layers * heads * head_width,
         cache=2 * layers * (getattr(text, "num_key_value_heads", None) or heads) * head_width,
         kept=_kept(body, tokens, bf16) - copies,  # of which there is one, whatever the rows
     )
@@ -144,9 +158,12 @@ def count(config: Any, tokens: int, bf16: bool, lora: Any = None, critic: bool =
 
 def count_classifier(config: Any) -> int:
     """The number of parameters of a classifier that serves as the reward."""
+    return _size(_without_weights(AutoModelForSequenceClassification, config).parameters())
+
+
+def _without_weights(kind: Any, config: Any) -> Any:
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    return _size(model.parameters())
+        return kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
 
 def _size(parameters: Iterable[Tensor]) -> int:
@@ -165,10 +182,8 @@ def _kept(body: nn.Module, tokens: int, bf16: bool) -> int:
         every = [*body.named_parameters(), *body.named_buffers()]
         weights = {name: torch.empty(w.shape, dtype=w.dtype, requires_grad=w.requires_grad) for name, w in every}
         given = {"input_ids": torch.zeros(1, tokens, dtype=torch.long), "use_cache": False}
-        with (
-            torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
-            torch.autocast("cpu", torch.bfloat16, enabled=bf16),
-        ):
+        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             functional_call(body, weights, (), given)
     for weight in weights.values():
         found.pop(weight.untyped_storage()._cdata, None)
@@ -177,7 +192,7 @@ def _kept(body: nn.Module, tokens: int, bf16: bool) -> int:
 
 def launches(processes: int, job: Job, device: Device, mfu: float) -> list[dict[str, Any]]:
     """The needs of every launch on so many devices, the simplest first."""
-    names = LAUNCHES[1:] if processes > 1 else LAUNCHES[:1]
+    names = ("ddp", "zero2", "zero3") if processes > 1 else ("single",)
     return [needs(name, processes, job, device, mfu) for name in names]
 
 
@@ -189,52 +204,50 @@ def needs(launch: str, processes: int, job: Job, device: Device, mfu: float) -> 
     every = moments(launch, processes, job)
     moment = max(every, key=lambda name: sum(every[name].values()))
     parts = {"process": device.base, **every[moment], "allocator": device.slack * sum(every[moment].values())}
-    total, taken, counted = sum(parts.values()), seconds(launch, processes, job, device, mfu), sum(flops(job).values())
+    total, taken = sum(parts.values()), seconds(launch, processes, job, device, mfu)
     return {
         "launch": launch, "processes": processes, "moment": moment, "bytes": total,
         "parts": {part: size for part, size in parts.items() if size}, "fits": total <= _USABLE * device.memory,
         "seconds": {part: value for part, value in taken.items() if value}, "update_seconds": sum(taken.values()),
-        "update_flops": counted,
+        "update_flops": sum(flops(job).values()),
     }  # fmt: skip
 
 
 def moments(launch: str, processes: int, job: Job) -> dict[str, dict[str, float]]:
     """Bytes by part at the moments that can be the fullest, once Adam's states are there."""
-    work, policy, networks = job.work, job.policy, job.networks
-    number, zero2, zero3 = _BF16 if work.bf16 else _FP32, launch == "zero2", launch == "zero3"
-    every = job.value_head + sum(network.parameters for network in networks)
-    halved = sum(network.frozen for network in networks) if work.bf16 and not (zero2 or zero3) else 0
-    learnt = _FP32 * job.trained / (processes if zero2 or zero3 else 1)  # of the gradients, or a copy of the weights
+    net, _, work = job
+    number, zero, zero3 = _BF16 if work.bf16 else _FP32, launch in ("zero2", "zero3"), launch == "zero3"
+    every = net.policy + net.critic
+    learnt = _FP32 * net.trained / (processes if zero else 1)  # of the gradients, or a copy of the weights
+    rows, several = min(work.at_once, work.rows), work.rows // work.minibatches > work.micro
+    copies = 0 if net.adapter else _BF16 * work.bf16 * net.trunks * net.matrices / (net.layers if zero3 else 1)
+    gathered = _FP32 * min(every, ZERO["stage3_max_live_parameters"]) * zero3
+    head = 0 if net.adapter else _FP32 * net.head  # its gradient, beside that of the embeddings that it is tied to
+    width, kept = work.prompt + work.response, float(net.kept)
+    if work.checkpointing:  # it keeps each layer's input, and one layer
+        kept = kept / net.layers + _FP32 * width * net.layers * net.width
     always = {
-        "weights": (_FP32 * every - _BF16 * halved) / (processes if zero3 else 1),
+        "weights": _FP32 * every / (processes if zero3 else 1) if zero else net.stored,
         "reference": job.reference_bytes,
         "reward": _FP32 * job.reward,
         "Adam": 2 * learnt,
-        "master": learnt * zero2,  # it moves a copy of its share, then the weights by it
-        "buckets": _FP32 * (ZERO["reduce_bucket_size"] if zero2 or zero3 else job.trained * (launch == "ddp")),
+        "master": learnt * (launch == "zero2"),  # it moves a copy of its share, then the weights by it
+        "buckets": _FP32 * (ZERO["reduce_bucket_size"] if zero else net.trained * (launch == "ddp")),
     }
-    rows, several = min(work.at_once, work.rows), work.rows // work.minibatches > work.micro
-    copies = work.bf16 * sum(_BF16 * (n.matrices - n.frozen) / (n.layers if zero3 else 1) for n in networks)
-    gathered = _FP32 * min(every, ZERO["stage3_max_live_parameters"]) * zero3
-    head = _FP32 * policy.head * policy.head_trained  # its gradient, beside that of the embeddings that it is tied to
-    kept: float = sum(network.kept + _FP32 * work.response * network.width for network in networks)
-    if work.checkpointing:  # it keeps each layer's input, and one layer
-        kept -= sum(network.kept * (1 - 1 / network.layers) for network in networks)
-        kept += sum(_FP32 * (work.prompt + work.response) * network.layers * network.width for network in networks)
     return {
         "rollout": {  # its last step: the cache and one layer of it again, three tensors of probabilities
             **always,
-            "KV cache": policy.cache * number * rows * (work.prompt + work.response) * (1 + 1 / policy.layers),
-            "logits": rows * policy.vocabulary * (3 * _FP32 + _BF16 * work.bf16),
+            "KV cache": net.cache * number * rows * width * (1 + 1 / net.layers),
+            "logits": rows * net.vocabulary * (3 * _FP32 + _BF16 * work.bf16),
             "bf16 copies": copies,
             "gathered": _FP32 * every * (1 - 1 / processes) * zero3,
         },
         "update: begin": {
             **always,
             "gradients": head + learnt * several,
-            "activations": work.micro * kept,
-            "logits": work.micro * work.response * policy.vocabulary * number,
-            "bf16 copies": copies + 2 * _BF16 * policy.head * work.bf16,
+            "activations": work.micro * net.trunks * (kept + _FP32 * work.response * net.width),
+            "logits": work.micro * work.response * net.vocabulary * number,
+            "bf16 copies": copies + 2 * _BF16 * net.head * work.bf16,
             "gathered": gathered,
         },
         "update: end": {**always, "gradients": learnt + head * (1 + several), "gathered": gathered},
@@ -243,48 +256,40 @@ def moments(launch: str, processes: int, job: Job) -> dict[str, dict[str, float]
 
 def flops(job: Job) -> dict[str, float]:
     """FLOPs of an update in one process, by what they are for. The head sees only what predicts a response."""
-    work, policy = job.work, job.policy
-    tokens, head = work.rows * work.length, 2.0 * policy.head * work.rows * work.response
-    asked = tokens * _forward(policy, work) + head
-    every = tokens * sum(_forward(network, work) for network in job.networks) + head
-    # A frozen matrix has no gradient of its own.
-    backward = 2 * every - tokens * 2 * sum(n.frozen for n in job.networks) - head * (not policy.head_trained)
+    net, _, work = job
+    tokens, head = work.rows * work.length, 2.0 * net.head * work.rows * work.response
+    asked = tokens * net.forward(work.length) + head
+    every = tokens * net.forward(work.length) * net.trunks + head
+    backward = 1 if net.adapter else 2  # a frozen matrix has no gradient of its own
     return {
         "rollout": asked,
         "scores": every + asked + 2.0 * job.reward * tokens,  # log p and values, reference, reward
-        "update": work.epochs * (every * (1 + work.checkpointing) + backward),
+        "update": work.epochs * every * (1 + work.checkpointing + backward),
     }
-
-
-def _forward(network: Network, work: Work) -> float:
-    """FLOPs a token, without the head."""
-    return 2 * network.matrices + 4 * network.attention * work.length
 
 
 def seconds(launch: str, processes: int, job: Job, device: Device, mfu: float) -> dict[str, float]:
     """Seconds of an update by what they are for; nothing of what is sent is hidden behind the compute."""
-    work, policy, counted = job.work, job.policy, flops(job)
+    (net, _, work), counted = job, flops(job)
     number, rate = (_BF16, mfu * device.bf16) if work.bf16 else (_FP32, mfu * device.fp32)
     # A token's step lasts as long as its bytes take, its products, or the launch of its kernels. Attention reads the
     # cache, which is read and written as it grows.
-    rows = min(work.at_once, work.rows)
-    moved = number * (policy.matrices + policy.head + 3 * policy.cache * rows * (work.prompt + work.response / 2))
-    products = rows * (_forward(policy, work) + 2 * policy.head)
-    step = max(moved / device.bandwidth, products / rate, policy.layers * _KERNELS)
-    prompts = _forward(policy, work) * work.rows * work.prompt / rate
-    every = job.value_head + sum(network.parameters for network in job.networks)
+    rows, forward = min(work.at_once, work.rows), net.forward(work.length)
+    moved = number * (net.matrices + net.head + 3 * net.cache * rows * (work.prompt + work.response / 2))
+    step = max(moved / device.bandwidth, rows * (forward + 2 * net.head) / rate, net.layers * _KERNELS)
+    drawn = math.ceil(work.rows / work.at_once) * work.response
     steps = work.epochs * work.minibatches
     passes = steps * math.ceil(work.rows / work.minibatches / work.micro)
     sent = {  # numbers
         "single": 0,
-        "ddp": 2 * job.trained * steps,  # reduced, and gathered
-        "zero2": job.trained * (passes + steps),  # reduced in each pass; the weights that were moved, gathered
+        "ddp": 2 * net.trained * steps,  # reduced, and gathered
+        "zero2": net.trained * (passes + steps),  # reduced in each pass; the weights that were moved, gathered
         # The weights are gathered once to sample, and in each pass that learns.
-        "zero3": job.trained * passes + every * (1 + passes * (2 + work.checkpointing)),
+        "zero3": net.trained * passes + (net.policy + net.critic) * (1 + passes * (2 + work.checkpointing)),
     }[launch]
-    link = device.link if processes <= NODE else min(device.link, NETWORK)
+    link = device.link if processes <= _NODE else min(device.link, _NETWORK)
     return {
-        "rollout": prompts + math.ceil(work.rows / work.at_once) * work.response * step,
+        "rollout": forward * work.rows * work.prompt / rate + drawn * step,
         "log p, reference, reward": counted["scores"] / rate,
         "update": counted["update"] / rate,
         "between processes": _FP32 * sent * (processes - 1) / processes / link,
