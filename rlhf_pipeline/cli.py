@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import importlib
-import itertools
 import logging
 import math
 import os
@@ -40,7 +39,7 @@ from rlhf_pipeline.settings import Hub, Settings
 from rlhf_pipeline.stages import TRAINED
 from rlhf_pipeline.sweeps.jobs import is_number, note_error, run_job
 from rlhf_pipeline.terminal import guarded, one_line
-from rlhf_pipeline.words import CONF, is_recorded, read
+from rlhf_pipeline.words import CONF, as_words, read
 
 sys.path.append(str(Path(__file__).parent / "plugins"))  # Hydra knows a plugin by its package: hydra_plugins
 NO_STAGES = "stage=pipeline runs an experiment's stages; choose one, as in experiment=demo."
@@ -54,22 +53,14 @@ def main() -> None:
         try:
             with _refusals():
                 words, options = read(sys.argv[1:])
-                recorded = is_recorded(options)
-                composed = words if recorded or "-m" in options else expand(words, _folders(options))
-                if "--cfg=job" in options or {("--cfg", "job"), ("-c", "job")} & {*itertools.pairwise(options)}:
-                    options = [*options, "--resolve"]  # shown as it will run
-                sys.argv[1:] = [*composed, *options]
+                recorded = bool(options.config_name)
+                composed = words if recorded or options.multirun else expand(words, options.config_dir)
+                options.resolve |= options.cfg == "job"  # shown as it will run
+                sys.argv[1:] = [*composed, *as_words(options)]
                 _hydra_main(words, recorded)
         except KeyboardInterrupt:
             print("\ninterrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
             sys.exit(130)
-
-
-def _folders(options: Sequence[str]) -> list[str]:
-    """Folders of configurations that the user adds."""
-    pairs = itertools.pairwise([*options, ""])
-    said = [name.partition("=")[2] or value for name, value in pairs if name.split("=")[0] in ("--config-dir", "-cd")]
-    return [folder for folder in said if folder]
 
 
 def _hydra_main(words: list[str], recorded: bool) -> None:

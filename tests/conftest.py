@@ -24,10 +24,10 @@ CommandLine = Callable[..., int]
 
 def read_words(*typed: str) -> list[str]:
     """A command line in Hydra's grammar: its settings, then its options."""
-    from rlhf_pipeline.words import read
+    from rlhf_pipeline.words import as_words, read
 
     settings, options = read(typed)
-    return [*settings, *options]
+    return [*settings, *as_words(options)]
 
 
 def settings_of(*typed: str) -> Any:

@@ -63,7 +63,7 @@ def test_a_recorded_function_runs_only_if_the_command_names_it(
     strangers: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command_line("stage=chat", "--prompt", "It was") == 0
-    assert "reward=python reward.path=evil.py:score" in capsys.readouterr().out
+    assert "name it: reward.path=evil.py:score" in capsys.readouterr().out
     for asked in (
         ["stage=evaluate", "sweep=demo", "name=other"],
         ["--config-path", "runs/demo/ppo", "--config-name", "config", "name=other"],
