@@ -100,6 +100,7 @@ REFUSED = {
     "-m stage=sft seed=1,2 trainer.learning_rate=fast": "trainer.learning_rate is 'fast'",
     "-m stage=sft seed=1,2 trainer.hub_token=hf_secret": "trainer.hub_token is not yours to set",
     "-m stage=chat seed=1,2": "drop -m",
+    "-m stage=sft seed=1,2 hub.push=me/x": "the jobs of a sweep would push to one place",
     "-m stage=sft seed=1,2 hydra/sweeper=basic hydra.sweep.dir=.": "-m goes with hydra/sweeper=grid or optuna",
     "-m stage=sft trainer.learning_rate=interval(0.1,0.2)": "trainer.learning_rate=interval(...) has no end of values",
     "-m stage=sft seed=1,2 name=/abs/x": "name='/abs/x/seed=1' is no run name: it is a folder below runs/.",
