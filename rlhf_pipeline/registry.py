@@ -131,11 +131,10 @@ class Registry(Generic[T]):
         self.entries[function.__name__] = function
         return function
 
-    def fields(self, name: str) -> set[str]:
-        """What a configuration may set of an entry; of one that is not there, nothing."""
-        return set(self._types(name)) if name in self.entries else set()
-
-    def _types(self, name: str) -> dict[str, Any]:
+    def fields(self, name: str) -> dict[str, Any]:
+        """What a configuration may set of an entry, and the types; of an entry that is not there, nothing."""
+        if name not in self.entries:
+            return {}
         parameters = inspect.signature(self.entries[name]).parameters.values()
         hints = typing.get_type_hints(self.entries[name], include_extras=True)
         return self.common | {p.name: hints[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY}
@@ -146,7 +145,7 @@ class Registry(Generic[T]):
         if name not in self.entries:
             raise UserError(f"no {self.kind} is called '{name}'. {near(str(name), sorted(self.entries))}")
         with said_of(f"{self.kind}={name}"):
-            check_known(f"{self.kind}.", {key: x for key, x in choice.items() if key != "name"}, self._types(name))
+            check_known(f"{self.kind}.", {key: x for key, x in choice.items() if key != "name"}, self.fields(name))
             for parameter in inspect.signature(self.entries[name]).parameters.values():
                 needed = parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
                 if needed and parameter.name not in choice:
