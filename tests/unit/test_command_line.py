@@ -75,7 +75,7 @@ REFUSED = {
     "stage=sft trainer.learning_rate=nan": ["trainer.learning_rate is nan"],
     "stage=sft trainer.max_steps=0": ["trainer.max_steps is 0", "-1 for no limit"],
     "stage=sft trainer.label_smoothing_factor=2": ["trainer.label_smoothing_factor is 2", "from 0 to 1"],
-    "stage=sft data=\x1b[31mred": [r"no data is called '\x1b[31mred'"],
+    "stage=sft data=\x1b[31mred": [r"no data is called '\u001b[31mred'"],
     "stage=sft trainer.learning_rate=": ["trainer.learning_rate is ''"],
     "stage=sft trainer.learning_rate=1(2": ["trainer.learning_rate is '1(2'"],
     "stage=sft seed=1,2": ["seed=1,2 has several values", "-m"],
