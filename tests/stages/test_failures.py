@@ -9,12 +9,6 @@ import yaml
 from conftest import MINIATURE, CommandLine
 
 
-@pytest.fixture
-def run(miniature: Path, workplace: Path) -> Path:
-    """A copy of the miniature run in the current folder."""
-    return Path(shutil.copytree(miniature, workplace / "runs" / "demo"))
-
-
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "dpo"])
 def test_a_loss_that_is_not_finite_is_no_finished_stage(
     stage: str, run: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
