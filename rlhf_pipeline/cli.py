@@ -41,6 +41,8 @@ from rlhf_pipeline.terminal import guarded, one_line
 from rlhf_pipeline.words import CONF, as_words, read
 
 sys.path.append(str(Path(__file__).parent / "plugins"))  # Hydra knows a plugin by its package: hydra_plugins
+_LIBRARIES = ("transformers", "trl", "peft", "accelerate", "datasets")  # of trainers and models
+_TRACEBACK = "RLHF_PIPELINE_TRACEBACK"
 NO_STAGES = "stage=pipeline runs an experiment's stages; choose one, as in experiment=demo."
 
 
@@ -110,29 +112,24 @@ def _refusals() -> Iterator[None]:
 
 def _fault_of_the_system(error: Exception) -> UserError | None:
     """What the machine could not do, as far as the user can mend it."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate" in str(error):
+    text = str(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate" in text:
         return UserError("out of memory; lower trainer.per_device_train_batch_size or choose a smaller policy.")
     if isinstance(error, yaml.YAMLError):
-        return UserError(f"the configuration cannot be read: {error}")
+        return UserError(f"the configuration cannot be read: {text}")
     if isinstance(error, RecursionError):
         return UserError("the configuration or a file is nested too deeply.")
     if isinstance(error, OSError) and error.filename:
         return UserError(f"{os.fsdecode(error.filename)}: {error.strerror}.")
     if isinstance(error, UnicodeDecodeError):
-        return UserError(f"a file is no text in UTF-8: {error}")
-    if isinstance(error, ImportError) and "install" in str(error):  # what a setting needs beside
-        return UserError(str(error))
-    if isinstance(error, ValueError | NotImplementedError) and (library := _raised_in(error)):
-        where = "RLHF_PIPELINE_TRACEBACK=1 in the environment shows where."
-        return None if os.environ.get("RLHF_PIPELINE_TRACEBACK") else UserError(f"{library}: {error} ({where})")
+        return UserError(f"a file is no text in UTF-8: {text}")
+    if isinstance(error, ImportError) and "install" in text:  # what a setting needs beside
+        return UserError(text)
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts
+    library = next((name for name in _LIBRARIES if name in raised_in), None)
+    if isinstance(error, ValueError | NotImplementedError) and library and not os.environ.get(_TRACEBACK):
+        return UserError(f"{library}: {text} ({_TRACEBACK}=1 in the environment shows where.)")
     return None
-
-
-def _raised_in(error: BaseException) -> str | None:
-    """The library of trainers and models that refused something, if one did."""
-    frames = traceback.extract_tb(error.__traceback__)
-    parts = Path(frames[-1].filename).parts if frames else ()
-    return next((name for name in ("transformers", "trl", "peft", "accelerate", "datasets") if name in parts), None)
 
 
 def _leave(error: UserError) -> NoReturn:

@@ -100,13 +100,13 @@ class Chat:
 class Plan:
     """The machine that `stage=plan` computes for, and what only the data could tell of the work."""
 
-    gpus: int = 1
+    gpus: Count = 1
     gpu: str = "h100"  # a key of plan.devices.DEVICES; what is set below goes over its data sheet
-    gpu_memory: float | None = None  # GiB
-    flops: float | None = None  # a second, of dense products in the number format that is computed in
-    mfu: float = 0.4  # the share of these that a forward and backward pass reaches
+    gpu_memory: Positive | None = None  # GiB
+    flops: Positive | None = None  # a second, of dense products in the number format that is computed in
+    mfu: Share = 0.4  # the share of these that a forward and backward pass reaches
     launch: str | None = None  # of plan.devices.LAUNCHES; None: all, and the simplest that fits
-    prompt_tokens: int | None = None  # of the longest prompt; None: data.prompt_tokens, else 256
+    prompt_tokens: Count | None = None  # of the longest prompt; None: data.prompt_tokens, else 256
     json: bool = False  # print JSON instead of a table
 
 

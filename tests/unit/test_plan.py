@@ -228,8 +228,8 @@ def test_the_table_of_the_readme(
 REFUSED = {
     "stage=plan plan.gpu=h1000": ["plan.gpu is 'h1000'", "Did you mean 'h100'", "rtx4090"],
     "stage=plan plan.launch=zero1": ["plan.launch is 'zero1'", "zero2"],
-    "stage=plan plan.gpus=0": ["plan.gpus is 0; it takes a number above 0"],
-    "stage=plan plan.mfu=40": ["plan.mfu is 40; it is a share"],
+    "stage=plan plan.gpus=0": ["plan.gpus is 0; it takes a whole number of at least 1"],
+    "stage=plan plan.mfu=40": ["plan.mfu is 40; it takes a number above 0, at most 1"],
     "stage=plan plan.gpus=2 plan.launch=single": ["plan.launch=single goes with plan.gpus=1"],
     "stage=plan plan.launch=zero3": ["every other launch with more"],
     "stage=plan plan.gpuz=2": ["no setting 'plan.gpuz'", "Known: gpus, gpu, "],
