@@ -31,7 +31,6 @@ from rlhf_pipeline.report.compare import compare
 from rlhf_pipeline.report.observers import Observers
 from rlhf_pipeline.report.publish import last_model, publish
 from rlhf_pipeline.report.summary import how_far, say_all_done, say_done, say_done_before, say_next
-from rlhf_pipeline.runs import lineage
 from rlhf_pipeline.runs.directory import LABELS, SHEET, Observer, RunDir
 from rlhf_pipeline.runs.models import folder_of, recover
 from rlhf_pipeline.settings import Hub, Settings
@@ -282,19 +281,12 @@ def _wait_for_people(collect: RunDir) -> None:
             raise UserError(
                 f"people skipped all {results['prompts']} prompts of {collect.path}: nothing can be learnt."
             )
-        if _filled_in_since(collect):
-            print(f"note: {collect.path / SHEET} has been filled in; it counts once labels= brings it in")
+        sheet, labels = collect.path / SHEET, collect.path / LABELS
+        if collect.filled_in and not (labels.exists() and labels.stat().st_mtime >= sheet.stat().st_mtime):
+            print(f"note: {sheet} has been filled in; it counts once labels= brings it in")
         so_far = math.floor(1000 * results["labelled"] / results["prompts"]) / 1000
         early = f", or with collect.enough={so_far:g} to go on with these" if so_far else ""
         raise WaitingError(f"{how_far(results)}; run again when done{early}.")
-
-
-def _filled_in_since(collect: RunDir) -> bool:
-    """Whether people filled in the sheet where it lies, and nothing has been brought in since."""
-    sheet, labels = collect.path / SHEET, collect.path / LABELS
-    if not sheet.exists() or lineage.file_hash(sheet) == collect.record.get("sheet_sha256"):
-        return False
-    return not labels.exists() or labels.stat().st_mtime < sheet.stat().st_mtime
 
 
 # -- a job of a sweep

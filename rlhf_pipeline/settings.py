@@ -28,21 +28,19 @@ Share = Annotated[float, Range(above=0, most=1)]
 # The run directory or TRL sets these itself.
 _RESERVED = {
     "output_dir": "the run directory is chosen by name=",
-    "seed": "set seed= for the whole run",
-    "data_seed": "set seed= for the whole run",
-    "batch_size": "it is per_device_train_batch_size x gradient_accumulation_steps x processes",
-    "mini_batch_size": "it is the batch size / num_mini_batches",
-    "micro_batch_size": "set per_device_train_batch_size",
-    "local_batch_size": "set per_device_train_batch_size and gradient_accumulation_steps",
-    "local_mini_batch_size": "set num_mini_batches",
-    "num_total_batches": "set total_episodes",
-    "world_size": "it is the number of processes launched",
+    **dict.fromkeys(("seed", "data_seed"), "set seed= for the whole run"),
+    **dict.fromkeys(
+        ("batch_size", "mini_batch_size", "micro_batch_size", "local_batch_size", "local_mini_batch_size",
+         "num_total_batches", "world_size"),
+        "it follows from per_device_train_batch_size, gradient_accumulation_steps, num_mini_batches, total_episodes "
+        "and the number of processes",
+    ),
     "hub_token": "set HF_TOKEN in the environment, where no file keeps it",
     "resume_from_checkpoint": "an unfinished run resumes by itself",
     "push_to_hub": "hub.push=user/name uploads the finished model, privately",
     "sft_model_path": "set policy.path",
     "reward_model_path": "set reward.path",
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
