@@ -90,7 +90,7 @@ def test_of_a_sweep_that_is_shown_a_job_is(command_line: CommandLine, capsys: py
 
 def test_every_sweep_that_is_shipped_can_be_read() -> None:
     for path in (CONF / "sweeps").glob("*.yaml"):
-        swept = [a for a in read_words("stage=ppo", f"sweep={path.stem}") if a != "-m"]
+        swept = [a for a in read_words("stage=ppo", f"sweep={path.stem}") if a != "--multirun"]
         assert any(o.is_sweep_override() for o in OverridesParser.create().parse_overrides(swept)), path
 
 
