@@ -33,7 +33,8 @@ def explained(what: str, setting: str) -> Iterator[None]:
 
     What is no local file or folder is asked of the hub if it answers, and looked for in the cache if it does not.
     """
-    silence = None if _is_here(what) else hub_silence()
+    here = _is_here(what)
+    silence = None if here else hub_silence()
     try:
         yield
     except UserError:
@@ -46,7 +47,6 @@ def explained(what: str, setting: str) -> Iterator[None]:
         if fault := disk_error(error, Path(constants.HF_HOME)):
             raise fault from error
         failure = f"is not in the cache ({constants.HF_HOME}), and {silence}" if silence else "could not be opened"
-        here = os.path.exists(os.path.expanduser(what))
         fix = "if a file in it is damaged, restore it, or give another" if here else _FIX
         raise UserError(f"{setting}={what} {failure} ({reason_of(error, 250)}); {fix}.") from error
 
