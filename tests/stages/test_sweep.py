@@ -18,8 +18,10 @@ QUICK = ["stage=ppo", "trainer.total_episodes=16", "trainer.per_device_train_bat
 
 
 def sweep(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A multirun from the command line."""
-    command = [sys.executable, "-m", "rlhf_pipeline", "-m", *QUICK, *words]
+    """A multirun from the command line; a setting is given once, so of QUICK's those that `words` leave."""
+    said = {word.split("=")[0] for word in words}
+    quick = [word for word in QUICK if word.split("=")[0] not in said]
+    command = [sys.executable, "-m", "rlhf_pipeline", "-m", *quick, *words]
     return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
 
 
