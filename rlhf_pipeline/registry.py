@@ -6,7 +6,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic, TypeVar
@@ -42,7 +42,7 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f"Did you mean '{found[0]}'? " if found else ""
 
 
-def near(word: str, known: Iterable[str]) -> str:
+def near(word: str, known: Collection[str]) -> str:
     """What there is in place of `word`: `Did you mean 'x'? Known: x, y.`"""
     return f"{suggest(word, known)}Known: {', '.join(known) or 'none'}."
 
