@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import importlib
-import itertools
 import logging
 import math
 import os
@@ -22,54 +21,45 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf_pipeline import files
+from rlhf_pipeline import files, processes
 from rlhf_pipeline.composition import check_functions, expand, explained, settings_of, settle
 from rlhf_pipeline.errors import UserError, WaitingError
 from rlhf_pipeline.models import rewards
-from rlhf_pipeline.processes import agree, check_launch, ending_together, leave, processes, rank, rank_output
 from rlhf_pipeline.progress import say_loading, screen
 from rlhf_pipeline.report import trackers
 from rlhf_pipeline.report.compare import compare
 from rlhf_pipeline.report.observers import Observers
 from rlhf_pipeline.report.publish import last_model, publish
 from rlhf_pipeline.report.summary import how_far, say_all_done, say_done, say_done_before, say_next
-from rlhf_pipeline.runs import lineage
 from rlhf_pipeline.runs.directory import LABELS, SHEET, Observer, RunDir
 from rlhf_pipeline.runs.models import folder_of, recover
 from rlhf_pipeline.settings import Hub, Settings
 from rlhf_pipeline.stages import TRAINED
 from rlhf_pipeline.sweeps.jobs import is_number, note_error, run_job
 from rlhf_pipeline.terminal import guarded, one_line
-from rlhf_pipeline.words import CONF, is_recorded, read
+from rlhf_pipeline.words import CONF, as_words, read
 
 sys.path.append(str(Path(__file__).parent / "plugins"))  # Hydra knows a plugin by its package: hydra_plugins
+_LIBRARIES = ("transformers", "trl", "peft", "accelerate", "datasets")  # of trainers and models
+_TRACEBACK = "RLHF_PIPELINE_TRACEBACK"
 NO_STAGES = "stage=pipeline runs an experiment's stages; choose one, as in experiment=demo."
-_MAKES_NOTHING = ("chat", "plan")
 
 
 def main() -> None:
     """Run the command line and leave with its exit status: 0 done, 2 the user can mend it, 130 interrupted."""
-    with guarded(), rank_output():
+    with guarded(), processes.rank_output():
         _be_quiet()
         try:
             with _refusals():
                 words, options = read(sys.argv[1:])
-                recorded = is_recorded(options)
-                composed = words if recorded or "-m" in options else expand(words, _folders(options))
-                if "--cfg=job" in options or {("--cfg", "job"), ("-c", "job")} & {*itertools.pairwise(options)}:
-                    options = [*options, "--resolve"]  # shown as it will run
-                sys.argv[1:] = [*composed, *options]
+                recorded = bool(options.config_name)
+                composed = words if recorded or options.multirun else expand(words, options.config_dir)
+                options.resolve |= options.cfg == "job"  # shown as it will run
+                sys.argv[1:] = [*composed, *as_words(options)]
                 _hydra_main(words, recorded)
         except KeyboardInterrupt:
             print("\ninterrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
             sys.exit(130)
-
-
-def _folders(options: Sequence[str]) -> list[str]:
-    """Folders of configurations that the user adds."""
-    pairs = itertools.pairwise([*options, ""])
-    said = [name.partition("=")[2] or value for name, value in pairs if name.split("=")[0] in ("--config-dir", "-cd")]
-    return [folder for folder in said if folder]
 
 
 def _hydra_main(words: list[str], recorded: bool) -> None:
@@ -81,10 +71,10 @@ def _hydra_main(words: list[str], recorded: bool) -> None:
             if recorded:
                 check_functions(cfg, words)
             recover(Path(str(cfg.runs)))
-            if cfg.stage == "pipeline":
-                return _pipeline(settle(cfg), words)
             order = list(cfg.stages) if OmegaConf.is_dict(cfg.stages) else []
             settings = settle(cfg)
+            if settings.stage == "pipeline":
+                return _pipeline(settings, words)
             objective = run_stage(settings)
             _look_back(settings, order, None if recorded else words)
             return objective
@@ -95,7 +85,7 @@ def _hydra_main(words: list[str], recorded: bool) -> None:
 def _look_back(settings: Settings, order: Sequence[str], words: Sequence[str] | None) -> None:
     """After a stage is done: its rounds side by side, and what to run next."""
     out = RunDir.of(settings)
-    if rank() or out.record.get("status") != "done":
+    if processes.rank() or out.record.get("status") != "done":
         return
     if out.stage == "evaluate" and out.rounds():
         from rlhf_pipeline.report.rounds import write_rounds
@@ -121,34 +111,29 @@ def _refusals() -> Iterator[None]:
 
 def _fault_of_the_system(error: Exception) -> UserError | None:
     """What the machine could not do, as far as the user can mend it."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate" in str(error):
+    text = str(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate" in text:
         return UserError("out of memory; lower trainer.per_device_train_batch_size or choose a smaller policy.")
     if isinstance(error, yaml.YAMLError):
-        return UserError(f"the configuration cannot be read: {error}")
+        return UserError(f"the configuration cannot be read: {text}")
     if isinstance(error, RecursionError):
         return UserError("the configuration or a file is nested too deeply.")
     if isinstance(error, OSError) and error.filename:
         return UserError(f"{os.fsdecode(error.filename)}: {error.strerror}.")
     if isinstance(error, UnicodeDecodeError):
-        return UserError(f"a file is no text in UTF-8: {error}")
-    if isinstance(error, ImportError) and "install" in str(error):  # what a setting needs beside
-        return UserError(str(error))
-    if isinstance(error, ValueError | NotImplementedError) and (library := _raised_in(error)):
-        where = "RLHF_PIPELINE_TRACEBACK=1 in the environment shows where."
-        return None if os.environ.get("RLHF_PIPELINE_TRACEBACK") else UserError(f"{library}: {error} ({where})")
+        return UserError(f"a file is no text in UTF-8: {text}")
+    if isinstance(error, ImportError) and "install" in text:  # what a setting needs beside
+        return UserError(text)
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts
+    library = next((name for name in _LIBRARIES if name in raised_in), None)
+    if isinstance(error, ValueError | NotImplementedError) and library and not os.environ.get(_TRACEBACK):
+        return UserError(f"{library}: {text} ({_TRACEBACK}=1 in the environment shows where.)")
     return None
-
-
-def _raised_in(error: BaseException) -> str | None:
-    """The library of trainers and models that refused something, if one did."""
-    frames = traceback.extract_tb(error.__traceback__)
-    parts = Path(frames[-1].filename).parts if frames else ()
-    return next((name for name in ("transformers", "trl", "peft", "accelerate", "datasets") if name in parts), None)
 
 
 def _leave(error: UserError) -> NoReturn:
     note_error(str(error))
-    leave(one_line(f"{error.kind}{error}"), 2, error.shared)
+    processes.leave(one_line(f"{error.kind}{error}"), 2, error.shared)
 
 
 # -- one stage
@@ -158,34 +143,26 @@ def run_stage(settings: Settings) -> float | None:
     """Run one stage in its directory; give its objective, for a sweep. A finished stage is left as it is."""
     if settings.hub.push and settings.stage not in TRAINED:
         raise UserError(f"stage={settings.stage} makes no model, so hub.push= goes with one of: {', '.join(TRAINED)}.")
-    check_launch(_said(settings))
+    processes.check_launch(_said(settings))
     out = RunDir.of(settings)
-    if processes() > 1:
+    if settings.compare:  # it shows what has been made, and makes nothing itself
+        runs = Path(settings.runs)
+        folders = [folder_of(runs, name) for name in settings.compare]
+        print(f"{compare(folders, runs / settings.name / 'compare.html', settings.report.lang)} shows the runs")
+    elif settings.stage in ("chat", "plan"):  # they leave nothing, so they may go on beside whatever does
         say_loading()
-        with ending_together(), out.held():
-            done = agree(lambda: out.finished(settings))
-            with rank_output(out.path):
+        work(settings, out)
+    elif settings.labels:
+        _take_labels(settings, out.newest_round())
+    else:
+        if processes.processes() > 1:
+            say_loading()
+        with processes.ending_together(), out.held():
+            done = processes.agree(lambda: out.finished(settings)) and not settings.sweep  # which may have grown
+            with processes.rank_output(out.path):
                 _run_held(settings, out, done)
         return out.objective()
-    if settings.compare:  # it shows what has been made, and makes nothing itself
-        _compare(settings)
-        return None
-    if settings.stage in _MAKES_NOTHING:  # so it may go on beside whatever does
-        return _run_held(settings, out, done=False)
-    if settings.labels:  # given to what was collected last, however that was set up
-        out = out.newest_round()
-        alone = out.held() if settings.labels not in ("serve", "push") else contextlib.nullcontext()
-        out.observer = Observers(out.path)
-        with alone:
-            from rlhf_pipeline.feedback.labelling import take  # without torch: this is waited for again and again
-
-            take(settings, out)  # what goes wrong here leaves the collection as it was
-        if settings.labels not in ("serve", "push"):
-            say_done(out)
-        return None
-    with out.held():
-        done = out.finished(settings) and not settings.sweep  # of which there may be more by now
-        return _run_held(settings, out, done)
+    return None
 
 
 def work(settings: Settings, out: RunDir) -> None:
@@ -202,14 +179,19 @@ def _said(settings: Settings) -> str:
     return " ".join([f"stage={settings.stage}", *more])
 
 
-def _compare(settings: Settings) -> None:
-    """One page of several runs, each a name below `runs/` or a folder."""
-    runs = Path(settings.runs)
-    folders = [folder_of(runs, name) for name in settings.compare]
-    print(f"{compare(folders, runs / settings.name / 'compare.html', settings.report.lang)} shows the runs", flush=True)
+def _take_labels(settings: Settings, out: RunDir) -> None:
+    """Labels for what was collected last, however that was set up. What goes wrong leaves the collection as it was."""
+    from rlhf_pipeline.feedback.labelling import take  # without torch: this is waited for again and again
+
+    served = settings.labels in ("serve", "push")
+    out.observer = Observers(out.path)
+    with contextlib.nullcontext() if served else out.held():
+        take(settings, out)
+    if not served:
+        say_done(out)
 
 
-def _run_held(settings: Settings, out: RunDir, done: bool) -> float | None:
+def _run_held(settings: Settings, out: RunDir, done: bool) -> None:
     if done:
         if settings.stage == "evaluate" and not (out.path / "evaluation.json").exists():
             raise UserError(f"{out.path} is done, but its evaluation.json is gone; overwrite=true makes it anew.")
@@ -220,9 +202,6 @@ def _run_held(settings: Settings, out: RunDir, done: bool) -> float | None:
             evaluation_table(files.read_json(out.path / "evaluation.json"))
     else:
         say_loading()
-        if settings.stage in _MAKES_NOTHING:  # and has the screen to itself
-            work(settings, out)
-            return None
         try:
             with screen():
                 work(settings, out)
@@ -236,7 +215,6 @@ def _run_held(settings: Settings, out: RunDir, done: bool) -> float | None:
             say_done(out)
     if settings.hub.push and out.leads:
         publish(out, settings.hub)
-    return out.objective()
 
 
 # -- a pipeline
@@ -254,7 +232,7 @@ def _pipeline(whole: Settings, words: Sequence[str]) -> float | None:
     rest = [word for word in words if not word.startswith(("stage=", "rounds="))]
     each = {stage: settings_of([*rest, f"stage={stage}"]) for stage in order}  # the same in every round
     for stage, settings in each.items():  # before the first begins
-        check_launch(_said(settings))
+        processes.check_launch(_said(settings))
         if settings.hub == whole.hub:  # pushed once, at the end; a stage may have a repository of its own
             each[stage] = dataclasses.replace(settings, hub=Hub())
     every = [dataclasses.replace(each[stage], name=name) for stage, name in plan(order, whole.name, whole.rounds)]
@@ -267,12 +245,12 @@ def _pipeline(whole: Settings, words: Sequence[str]) -> float | None:
         before, result = out.record, run_stage(settings)
         if settings.stage == "collect":
             _wait_for_people(out)
-        if settings.stage == order[-1] and within and rank() == 0:
+        if settings.stage == order[-1] and within and processes.rank() == 0:
             from rlhf_pipeline.report.rounds import report_rounds
 
             news = out.record != before or number == len(every)  # the rounds of before have been shown
             report_rounds(Path(whole.runs), whole.name, whole.report.lang, news)
-    if rank():
+    if processes.rank():
         return result
     folders = [RunDir.of(settings) for settings in every]
     say_all_done(folders, Path(whole.runs) / whole.name, time.monotonic() - started)
@@ -303,19 +281,12 @@ def _wait_for_people(collect: RunDir) -> None:
             raise UserError(
                 f"people skipped all {results['prompts']} prompts of {collect.path}: nothing can be learnt."
             )
-        if _filled_in_since(collect):
-            print(f"note: {collect.path / SHEET} has been filled in; it counts once labels= brings it in")
+        sheet, labels = collect.path / SHEET, collect.path / LABELS
+        if collect.filled_in and not (labels.exists() and labels.stat().st_mtime >= sheet.stat().st_mtime):
+            print(f"note: {sheet} has been filled in; it counts once labels= brings it in")
         so_far = math.floor(1000 * results["labelled"] / results["prompts"]) / 1000
         early = f", or with collect.enough={so_far:g} to go on with these" if so_far else ""
         raise WaitingError(f"{how_far(results)}; run again when done{early}.")
-
-
-def _filled_in_since(collect: RunDir) -> bool:
-    """Whether people filled in the sheet where it lies, and nothing has been brought in since."""
-    sheet, labels = collect.path / SHEET, collect.path / LABELS
-    if not sheet.exists() or lineage.file_hash(sheet) == collect.record.get("sheet_sha256"):
-        return False
-    return not labels.exists() or labels.stat().st_mtime < sheet.stat().st_mtime
 
 
 # -- a job of a sweep
@@ -334,16 +305,12 @@ def check_job(words: Sequence[str]) -> tuple[str, int, bool]:
 
     This looks only: what is to be overwritten is deleted by the job's own process.
     """
-    if processes() > 1:
+    if processes.processes() > 1:
         raise UserError("a sweep starts a process a job; start it without torchrun or accelerate launch.")
-    for key in ("compare", "labels", "sweep"):
-        if any(word.startswith(f"{key}=") and word != f"{key}=null" for word in words):
-            raise UserError(f"{key}= goes with one run, and leaves nothing that a sweep could compare; drop -m.")
+    said = {*words, *(word.partition("=")[0] + "=" for word in words if not word.endswith("=null"))}
+    if alone := next((word for word in processes.ONE_PROCESS_ONLY if word in said), None):
+        raise UserError(f"{alone} goes with one run, and leaves nothing that a sweep could compare; drop -m.")
     settings = settings_of(words)
-    if settings.stage == "chat":
-        raise UserError("stage=chat holds one conversation; drop -m, and compare two policies by against=.")
-    if settings.stage == "plan":
-        raise UserError("stage=plan leaves nothing that a sweep could compare; drop -m.")
     if settings.hub.push:
         raise UserError("the jobs of a sweep would push to one place; push the one that you choose when it is done.")
     last = _last_stage(settings.stage, settings.stages)
@@ -367,7 +334,7 @@ def _be_quiet() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if processes() > 1:
+    if processes.processes() > 1:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # each process would say all of it
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     logging.getLogger("rlhf_pipeline").setLevel(logging.INFO)

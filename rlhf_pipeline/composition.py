@@ -21,7 +21,7 @@ from omegaconf._utils import get_yaml_loader
 from rlhf_pipeline import data
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.models import policies, rewards
-from rlhf_pipeline.registry import Registry, shown, suggest
+from rlhf_pipeline.registry import Registry, near, shown
 from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.runs.models import choices, sweep
 from rlhf_pipeline.settings import SAMPLING, SECTIONS, Settings, check_sections
@@ -29,6 +29,7 @@ from rlhf_pipeline.stages import STAGES
 from rlhf_pipeline.words import CONF, parse, quoted
 
 _DEFAULT = "demo"  # the experiment, where none is named; as in conf/config.yaml
+_NO_SECTION = "{0}={1} is no section of settings; say {0}.<setting>=..."
 _CHOICES: dict[str, Registry[Any]] = {
     "policy": policies.registry,
     "reward": rewards.registry,
@@ -58,30 +59,36 @@ def settings_of(words: Sequence[str]) -> Settings:
         return settle(hydra.compose("config", expand(words)))
 
 
-def expand(words: Sequence[str], folders: Sequence[str] = ()) -> list[str]:
+def expand(words: Sequence[str], folder: str | None = None) -> list[str]:
     """Lay an experiment's section for the stage beneath what the user says, in words that Hydra composes.
 
     If the user, or the section, chooses another policy, reward or data than the experiment, the experiment's values
-    for it are left out. `folders` are more places to look for experiments, as --config-dir gives.
+    for it are left out. `folder` is one more place to look for experiments, as --config-dir gives.
     """
     said = {_key(word): parse(word) for word in words}
     stage = said["stage"].value() if "stage" in said else None
     if stage not in STAGES or any(override.is_sweep_override() for override in said.values()):
         return list(words)  # which Hydra refuses
     check_sections(key.split(".")[1] for key in said if key.startswith("stages."))
-    sections = [key for key in said if key.startswith("stages.") and not said[key].is_delete()]
-    if bare := next((key for key in sections if key.count(".") == 1), None):
-        raise UserError(f"{bare}={shown(said[bare].value())} is no section of settings; say {bare}.<setting>=...")
+    for key, override in said.items():
+        if key.startswith("stages.") and key.count(".") == 1 and not override.is_delete():
+            raise UserError(_NO_SECTION.format(key, shown(override.value())))
     if "rounds" in said and stage != "pipeline" and said["rounds"].value() is not None:
         raise UserError(f"rounds= goes with stage=pipeline; stage={stage} takes none.")
     of = "ppo" if stage == "plan" else str(stage)
     general = [word for word in words if of == "pipeline" or not _key(word).startswith("stages.")]
     own = [word.replace(f"stages.{of}.", "", 1) for word in words if _key(word).startswith(f"stages.{of}.")]
-    experiment = _experiment(said, folders)
-    section = dict((experiment.get("stages") or {}).get(of) or {})
+    experiment: dict[str, Any] = {}
+    if "experiment" not in said or not said["experiment"].is_delete():
+        name = str(said["experiment"].value()) if "experiment" in said else _DEFAULT
+        experiment = _file("experiment", name, folder)
+    sections = experiment.get("stages") or {}
+    section = dict(sections.get(of) or {})
     opened: dict[str, Any] = {}
-    if of == "collect":
-        section["collect"] = _sampling_of_ppo(experiment, said) | (section.get("collect") or {})
+    if of == "collect":  # it samples as PPO does
+        ppo = (sections.get("ppo") or {}).get("trainer") or {}
+        ppo |= {key: said[word].value() for key in SAMPLING if (word := f"stages.ppo.trainer.{key}") in said}
+        section["collect"] = {key: ppo[key] for key in SAMPLING if key in ppo} | (section.get("collect") or {})
     elif of == "chat" or (of == "evaluate" and "sweep" in said and said["sweep"].value()):
         opened, more = _as_its_run(of, said, experiment)
         section, general = section | opened, general + more
@@ -100,8 +107,8 @@ def expand(words: Sequence[str], folders: Sequence[str] = ()) -> list[str]:
             added.append(f"{kind}={name}")
             part = _file(kind, name) | part
             if kind not in opened:  # the user's values are for the general choice
-                foreign = [w for w in general if _key(w).startswith(f"{kind}.") and _field(w) not in registry.common]
-                general = [word for word in general if word not in foreign]
+                ours = {f"{kind}.{field}" for field in registry.common}
+                general = [w for w in general if not _key(w).startswith(f"{kind}.") or _key(w) in ours]
         else:
             values = {}
         dropped += [f"~{kind}.{key}" for key in values if key not in part]
@@ -118,30 +125,12 @@ def _key(word: str) -> str:
     return word.lstrip("+~").partition("=")[0]
 
 
-def _field(word: str) -> str:
-    return _key(word).split(".")[1]
-
-
-def _experiment(said: Mapping[str, Override], folders: Sequence[str]) -> dict[str, Any]:
-    """The file of the experiment that is chosen; empty where there is none."""
-    choice = said.get("experiment")
-    if choice is not None and choice.is_delete():
-        return {}
-    return _file("experiment", str(choice.value()) if choice else _DEFAULT, folders)
-
-
-def _file(group: str, name: str, folders: Sequence[str] = ()) -> dict[str, Any]:
-    for folder in (CONF, *map(Path, folders)):
+def _file(group: str, name: str, more: str | None = None) -> dict[str, Any]:
+    """The values of a group's file; empty where there is none."""
+    for folder in (CONF, *([Path(more)] if more else [])):
         if (path := folder / group / f"{name}.yaml").is_file():
             return dict(yaml.load(path.read_text(encoding="utf-8"), get_yaml_loader()) or {})
     return {}
-
-
-def _sampling_of_ppo(experiment: Mapping[str, Any], said: Mapping[str, Override]) -> dict[str, Any]:
-    """How the experiment's PPO samples, and what the user says of it."""
-    trainer = ((experiment.get("stages") or {}).get("ppo") or {}).get("trainer") or {}
-    users = {key: said[f"stages.ppo.trainer.{key}"].value() for key in SAMPLING if f"stages.ppo.trainer.{key}" in said}
-    return {key: value for key, value in trainer.items() if key in SAMPLING} | users
 
 
 def _as_its_run(
@@ -149,41 +138,31 @@ def _as_its_run(
 ) -> tuple[dict[str, Any], list[str]]:
     """What a chat, or the evaluation of a sweep, takes from the run that it opens, and words that go with it."""
     value = {key: override.value() for key, override in said.items()}
-    runs, name = Path(str(value.get("runs", "runs"))), value.get("name")
+    runs, name, more = Path(str(value.get("runs", "runs"))), value.get("name"), list[str]()
     if stage == "evaluate":
-        overwrite = value.get("overwrite") is True
-        found, folder, opened = sweep(runs, str(value["sweep"]), str(name) if name else None, overwrite)
+        afresh = value.get("overwrite") is True
+        found, folder, opened = sweep(runs, str(value["sweep"]), str(name) if name else None, afresh)
+        more = [f"name={quoted(found)}", f"sweep={quoted(folder)}"]
         if "reward@labeler" in said:
             opened.pop("labeler", None)
+    else:
+        experiments = experiment.get("experiment")
+        run = RunDir(runs, str(name or experiments or "default"), "chat", experiments)
+        opened = dict(
+            choices(run, {key.removeprefix("policy."): x for key, x in value.items() if key.startswith("policy.")})
+        )
+        if "chat.reward" not in said and any(key.partition(".")[0] == "reward" for key in said):
+            more = ["++chat.reward=true"]
+    try:
         check_functions(opened, map(str, value.values()))
-        return opened, [f"name={quoted(found)}", f"sweep={quoted(folder)}"]
-    experiments = experiment.get("experiment")
-    run = RunDir(runs, str(name or experiments or "default"), "chat", experiments)
-    asked = {key.removeprefix("policy."): x for key, x in value.items() if key.startswith("policy.")}
-    opened = dict(choices(run, asked))
-    if (path := own_function(opened)) and not _named(path, map(str, value.values())):
+    except UserError as refusal:
+        if stage == "evaluate":
+            raise
         del opened["reward"]
         if "reward" not in said:
-            print(f"the run's reward is the function {path}; to see it, add reward=python reward.path={path}")
-            return opened, ["++chat.reward=false"]
-    if any(key.partition(".")[0] == "reward" for key in said) and "chat.reward" not in said:
-        return opened, ["++chat.reward=true"]
-    return opened, []
-
-
-def own_function(recorded: Mapping[str, Any]) -> str | None:
-    """The path of the first Python function among recorded rewards; None if there is none."""
-    every = [choice for kind in ("reward", "labeler") if (choice := recorded.get(kind))]
-    while every:
-        choice = every.pop(0)
-        if choice.get("name") == "python":
-            return str(choice.get("path"))
-        every += choice.get("parts") or []  # of a sum
-    return None
-
-
-def _named(path: str, values: Iterable[str]) -> bool:
-    return any(path in value for value in values)
+            print(refusal)
+            more = ["++chat.reward=false"]
+    return opened, more
 
 
 def check_functions(recorded: Mapping[str, Any], values: Iterable[str]) -> None:
@@ -191,8 +170,12 @@ def check_functions(recorded: Mapping[str, Any], values: Iterable[str]) -> None:
 
     `values` are what the command line says.
     """
-    if (path := own_function(recorded)) and not _named(path, values):
-        raise UserError(f"the recorded reward is the function {path}; to run it, name it: reward.path={path}.")
+    typed, every = list(values), [choice for kind in ("reward", "labeler") if (choice := recorded.get(kind))]
+    for choice in every:
+        path = str(choice.get("path"))
+        if choice.get("name") == "python" and not any(path in value for value in typed):
+            raise UserError(f"the recorded reward is the function {path}; to run it, name it: reward.path={path}.")
+        every += choice.get("parts") or []  # of a sum
 
 
 def settle(cfg: DictConfig) -> Settings:
@@ -200,7 +183,7 @@ def settle(cfg: DictConfig) -> Settings:
     OmegaConf.set_struct(cfg, False)
     for key in ("policy", "reward", "data", "trainer", "ptx", "stages", *SECTIONS):
         if key in cfg and not OmegaConf.is_dict(cfg[key]):
-            raise UserError(f"{key}={shown(cfg[key])} is no section of settings; say {key}.<setting>=...")
+            raise UserError(_NO_SECTION.format(key, shown(cfg[key])))
     check_sections(map(str, cfg.stages))
     for key in sorted(key for key in OmegaConf.missing_keys(cfg) if not key.startswith("stages.")):
         kind = key.partition(".")[0]
@@ -219,32 +202,31 @@ def settle(cfg: DictConfig) -> Settings:
     return Settings.of({str(key): value for key, value in values.items()})
 
 
+# What Hydra and OmegaConf say, and what the user is told in its place; {0} is the first group.
+_EXPLAINED = {
+    r"hydra/launcher/submitit": "hydra/launcher=submitit_... needs an extra: pip install 'rlhf_pipeline[slurm]'.",
+    r"must specify 'stage'": f"say which stage: stage=<{'|'.join(STAGES)}>, as in 'python -m rlhf_pipeline stage=sft'.",
+    r"^Interpolation key '(.*?)' not found": "a value holds ${{{0}}}, and there is no setting '{0}'.",
+    r"^Ambiguous value for argument '(.*?)=(.*?)' ":
+        "{0}={1} has several values: a list is '{0}=[{1}]', and a sweep takes -m as well.",
+    r"^Error merging override (([\w.]+)=.*)": "{0} is no section of settings; say {1}.<setting>=...",
+    r"^Multiple values for ([\w/]+)": "+{0}= would be a second choice; write {0}=...",
+    r"Check that the config directory '(.*)' exists": "--config-path: there is no folder {0}.",
+    r"^Cannot find primary config '(.*?)'":
+        "--config-name: there is no configuration '{0}' in the folder of --config-path.",
+}  # fmt: skip
+
+
 def explained(error: Exception) -> str:
     """Hydra's and OmegaConf's messages in one line, without what only a user of Hydra would understand."""
     lines = [line.rstrip() for line in str(error).replace("++", "").splitlines() if line.strip()]
     text = " ".join(line for line in lines if not re.match(r"\s*(full_key|object_type|set_struct|To append)", line))
-    if "hydra/launcher/submitit" in text:
-        return "hydra/launcher=submitit_... needs an extra: pip install 'rlhf_pipeline[slurm]'."
+    for pattern, message in _EXPLAINED.items():
+        if found := re.search(pattern, text):
+            return message.format(*found.groups())
     if found := re.search(r"Could not find '([\w/]+)/([^/']*)'", text):
         known = [line.strip() for line in lines[2:] if line[0] == "\t" and "provider=" not in line]
-        near = suggest(found[2], known)
-        return f"no {found[1]} is called '{found[2]}'. {near}Known: {', '.join(known)}."
+        return f"no {found[1]} is called '{found[2]}'. {near(found[2], known)}"
     if found := re.search(r"Could not override '([^']+)'", text):
-        settings = list(Settings.__dataclass_fields__)
-        return f"there is no setting '{found[1]}'. {suggest(found[1], settings)}Known: {', '.join(settings)}."
-    if "must specify 'stage'" in text:
-        return f"say which stage: stage=<{'|'.join(STAGES)}>, as in 'python -m rlhf_pipeline stage=sft'."
-    if found := re.match(r"Interpolation key '(.*?)' not found", text):
-        return f"a value holds ${{{found[1]}}}, and there is no setting '{found[1]}'."
-    if found := re.match(r"Ambiguous value for argument '(.*?)=(.*?)' ", text):
-        key, values = found[1], found[2]
-        return f"{key}={values} has several values: a list is '{key}=[{values}]', and a sweep takes -m as well."
-    if found := re.match(r"Error merging override (([\w.]+)=.*)", text):
-        return f"{found[1]} is no section of settings; say {found[2]}.<setting>=..."
-    if found := re.match(r"Multiple values for ([\w/]+)", text):
-        return f"+{found[1]}= would be a second choice; write {found[1]}=..."
-    if found := re.search(r"Check that the config directory '(.*)' exists", text):
-        return f"--config-path: there is no folder {found[1]}."
-    if found := re.match(r"Cannot find primary config '(.*?)'", text):
-        return f"--config-name: there is no configuration '{found[1]}' in the folder of --config-path."
+        return f"there is no setting '{found[1]}'. {near(found[1], Settings.__dataclass_fields__)}"
     return text

@@ -2,14 +2,12 @@
 
 import difflib
 import json
-import logging
 import math
 import os
 import re
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -35,7 +33,8 @@ def explained(what: str, setting: str) -> Iterator[None]:
 
     What is no local file or folder is asked of the hub if it answers, and looked for in the cache if it does not.
     """
-    silence = None if _is_here(what) else hub_silence()
+    here = _is_here(what)
+    silence = None if here else hub_silence()
     try:
         yield
     except UserError:
@@ -47,31 +46,22 @@ def explained(what: str, setting: str) -> Iterator[None]:
 
         if fault := disk_error(error, Path(constants.HF_HOME)):
             raise fault from error
-        reason = reason_of(_hub_failure(error) or error, 250)
         failure = f"is not in the cache ({constants.HF_HOME}), and {silence}" if silence else "could not be opened"
-        fix = (
-            "if a file in it is damaged, restore it, or give another"
-            if os.path.exists(os.path.expanduser(what))
-            else _FIX
-        )
-        raise UserError(f"{setting}={what} {failure} ({reason}); {fix}.") from error
+        fix = "if a file in it is damaged, restore it, or give another" if here else _FIX
+        raise UserError(f"{setting}={what} {failure} ({reason_of(error, 250)}); {fix}.") from error
 
 
 def reason_of(error: BaseException, length: int) -> str:
-    """What an exception says, in one line of at most `length` characters and without secrets."""
-    return textwrap.shorten(public(str(error)), length) or type(error).__name__
+    """What an exception says, in one line of at most `length` characters, without logins, tokens and passwords."""
+    from huggingface_hub import get_token
 
-
-def _hub_failure(error: BaseException | None) -> BaseException | None:
-    """The answer of a failing hub behind an exception: transformers would call it a lost connection."""
-    while error and not _fails(getattr(getattr(error, "response", None), "status_code", 0)):
-        error = error.__cause__ or error.__context__
-    return error
-
-
-def _fails(status: int) -> bool:
-    """Whether an answer of the hub with this status is worth another try."""
-    return status == 408 or status >= 500  # of 429 the client waits as long as it is told
+    text = LOGIN.sub("://", str(error))
+    password = _login().rstrip("@").rpartition(":")[2]
+    for secret in (_login(), get_token(), password, unquote(password)):
+        if secret and len(secret) > 3:
+            text = text.replace(secret, "***")
+    text = re.sub(r"(?i)\b(bearer|basic) \S+", r"\1 ***", text)
+    return textwrap.shorten(text, length) or type(error).__name__
 
 
 def endpoint() -> str:
@@ -79,18 +69,6 @@ def endpoint() -> str:
     from huggingface_hub import constants
 
     return constants.ENDPOINT.replace(_login(), "")
-
-
-def public(text: str) -> str:
-    """Text without secrets: logins in addresses, and what a server or a client quotes of tokens and passwords."""
-    from huggingface_hub import get_token
-
-    text = LOGIN.sub("://", text)
-    password = _login().rstrip("@").rpartition(":")[2]
-    for secret in (_login(), get_token(), password, unquote(password)):
-        if secret and len(secret) > 3:
-            text = text.replace(secret, "***")
-    return re.sub(r"(?i)\b(bearer|basic) \S+", r"\1 ***", text)
 
 
 def _login() -> str:
@@ -120,38 +98,9 @@ def hub_silence() -> str | None:
     return silence
 
 
-def _bound_retries() -> None:
-    """Let the client give up on a hub that has answered with nothing but failures for longer than `PATIENCE`.
-
-    It would ask five times a file, and wait for as long as a `Retry-After` says.
-    """
-    from huggingface_hub import get_session
-    from huggingface_hub.errors import HfHubHTTPError
-
-    failing_since: float | None = None
-
-    def look_at(response: Any) -> None:
-        nonlocal failing_since
-        if response.is_redirect:
-            return
-        if not _fails(response.status_code):
-            failing_since = None
-            return
-        failing_since = failing_since or time.monotonic()
-        for name in ("retry-after", "ratelimit"):
-            response.headers.pop(name, None)
-        if time.monotonic() - failing_since > PATIENCE:
-            refusal = f"the hub at {endpoint()} answers {response.status_code} {response.reason_phrase}"
-            raise HfHubHTTPError(refusal, response=response)
-
-    client = get_session()
-    client.event_hooks = {**client.event_hooks, "response": [*client.event_hooks["response"], look_at]}
-    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # it tells of each try, with its address
-
-
 @cache
 def why_unreachable() -> str | None:
-    """Why the hub cannot be asked, or None if it gives any HTTP answer within `PATIENCE`.
+    """Why the hub cannot be asked, or None if it gives an HTTP answer below 500 within `PATIENCE`.
 
     It is asked in a thread: the client's timeout is for each of a host's addresses, and looking those up has none.
     """
@@ -159,23 +108,21 @@ def why_unreachable() -> str | None:
 
     if constants.is_offline_mode():
         return "the hub is not asked while HF_HUB_OFFLINE is set"
-    faults: list[str] = []
+    found: list[str] = []
 
     def ask() -> None:
         try:
-            get_session().head(constants.ENDPOINT, timeout=2 * PATIENCE, follow_redirects=False)
+            answer = get_session().head(constants.ENDPOINT, timeout=2 * PATIENCE, follow_redirects=False)
+            failing = answer.status_code >= 500  # the client would ask five times a file
+            found.append(f"it answers {answer.status_code} {answer.reason_phrase}" if failing else "")
         except Exception as error:  # of httpx, httpx2, ssl or socket, by the client's version
-            faults.append(reason_of(error, 100))
+            found.append(reason_of(error, 100))
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(PATIENCE)
-    if thread.is_alive():
-        faults.append(f"no answer in {PATIENCE:g} s")
-    if faults:
-        return f"the hub at {endpoint()} cannot be reached ({faults[0]})"
-    _bound_retries()
-    return None
+    fault = found[0] if found else f"no answer in {PATIENCE:g} s"
+    return f"the hub at {endpoint()} cannot be reached ({fault})" if fault else None
 
 
 def is_hub_id(text: str) -> bool:

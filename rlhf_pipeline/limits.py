@@ -37,9 +37,7 @@ def check_limits(trainer: Mapping[str, Any]) -> None:
             continue
         if name in LIMITS and not LIMITS[name].holds(value):
             raise UserError(f"trainer.{name} is {value}; it takes a number {LIMITS[name]}.")
-        if isinstance(value, int) and abs(value) >= 2**31:
+        if math.isnan(value) or (isinstance(value, int) and abs(value) >= 2**31):
             raise UserError(f"trainer.{name} is {value}; it takes a number below {2**31}.")
-        if math.isnan(value):
-            raise UserError(f"trainer.{name} is nan; it takes a number.")
         if name == "max_steps" and value < 1 and value != -1:
             raise UserError(f"trainer.max_steps is {value}; it takes at least 1, or -1 for no limit.")

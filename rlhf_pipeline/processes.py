@@ -26,7 +26,7 @@ P = ParamSpec("P")
 
 # The fields that, with the number of processes, make the rows of a step. transformers' defaults are 8 and 1.
 CUT = ("per_device_train_batch_size", "gradient_accumulation_steps")
-_ONE_PROCESS_ONLY = ("stage=chat", "stage=plan", "compare=", "labels=", "sweep=")
+ONE_PROCESS_ONLY = ("stage=chat", "stage=plan", "compare=", "labels=", "sweep=")
 # DeepSpeed's buffers in parameters, a tenth of its own defaults: with those, a GPT-2 would never be sharded.
 ZERO = {
     "reduce_bucket_size": 50_000_000,
@@ -83,7 +83,7 @@ def check_gpus(visible: int, start: str) -> None:
 
 def check_launch(said: str) -> None:
     """Refuse what this launch cannot run. `said` is the stage, as on the command line."""
-    alone = next((word for word in _ONE_PROCESS_ONLY if word in said.split()), None)
+    alone = next((word for word in ONE_PROCESS_ONLY if word in said.split()), None)
     if processes() > 1 and alone:
         raise UserError(f"{said} runs in one process; start it by python -m rlhf_pipeline.")
     if (local := _number("LOCAL_WORLD_SIZE", 1)) > 1:

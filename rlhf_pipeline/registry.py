@@ -6,7 +6,8 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -37,8 +38,13 @@ class Range:
 
 def suggest(word: str, known: Iterable[str]) -> str:
     """`Did you mean 'x'? ` where something is near `word`, else nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"Did you mean '{near[0]}'? " if near else ""
+    found = difflib.get_close_matches(word, list(known), n=1)
+    return f"Did you mean '{found[0]}'? " if found else ""
+
+
+def near(word: str, known: Collection[str]) -> str:
+    """What there is in place of `word`: `Did you mean 'x'? Known: x, y.`"""
+    return f"{suggest(word, known)}Known: {', '.join(known) or 'none'}."
 
 
 _WORDS: dict[Any, str] = {
@@ -77,17 +83,13 @@ def fits(value: Any, kind: Any) -> bool:
         return value in args
     if origin in (types.UnionType, typing.Union):
         return any(fits(value, part) for part in args)
-    if origin is not None:
-        if origin is list:
-            return isinstance(value, list) and all(fits(item, args[0]) for item in value)
-        if origin is tuple:
-            return isinstance(value, list | tuple) and len(value) == len(args) and all(map(fits, value, args))
-        return isinstance(value, origin)
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, kind)
+    if origin is list:
+        return isinstance(value, list) and all(fits(item, args[0]) for item in value)
+    if origin is tuple:
+        return isinstance(value, list | tuple) and len(value) == len(args) and all(map(fits, value, args))
+    if kind in (int, float):
+        return isinstance(value, int | kind) and not isinstance(value, bool)
+    return isinstance(value, origin or kind)
 
 
 def check(setting: str, value: Any, kind: Any) -> None:
@@ -100,8 +102,17 @@ def check_known(prefix: str, values: Mapping[str, Any], known: Mapping[str, Any]
     """Refuse settings that are not there, and values of the wrong kind; `known` are the kinds by name."""
     for key, value in values.items():
         if key not in known:
-            raise UserError(f"there is no setting '{prefix}{key}'. {suggest(key, known)}Known: {', '.join(known)}.")
+            raise UserError(f"there is no setting '{prefix}{key}'. {near(key, known)}")
         check(f"{prefix}{key}", value, known[key])
+
+
+@contextmanager
+def said_of(setting: str) -> Iterator[None]:
+    """Name the setting in the refusals of the block."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{setting}: {error}") from error
 
 
 class Registry(Generic[T]):
@@ -120,42 +131,25 @@ class Registry(Generic[T]):
         self.entries[function.__name__] = function
         return function
 
-    def fields(self, name: str) -> set[str]:
-        """What a configuration may set of an entry; of one that is not there, nothing."""
-        return set(self._types(name)) if name in self.entries else set()
-
-    def _types(self, name: str) -> dict[str, Any]:
+    def fields(self, name: str) -> dict[str, Any]:
+        """What a configuration may set of an entry, and the types; of an entry that is not there, nothing."""
+        if name not in self.entries:
+            return {}
         parameters = inspect.signature(self.entries[name]).parameters.values()
         hints = typing.get_type_hints(self.entries[name], include_extras=True)
-        return {
-            **self.common,
-            **{p.name: hints[p.name] for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY},
-        }
+        return self.common | {p.name: hints[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY}
 
     def check(self, choice: Mapping[str, Any]) -> None:
         """Refuse an unknown name, an unknown field, or a value of the wrong type."""
         name = choice.get("name")
         if name not in self.entries:
-            known = ", ".join(sorted(self.entries))
-            near = suggest(str(name), self.entries)
-            raise UserError(f"no {self.kind} is called '{name}'. {near}Known: {known}.")
-        fields = self._types(name)
-        for key, value in choice.items():
-            if key == "name":
-                continue
-            if key not in fields:
-                near = suggest(key, fields)
-                raise UserError(
-                    f"{self.kind}={name} has no field '{key}'. {near}Known: {', '.join(sorted(fields)) or 'none'}."
-                )
-            if not fits(value, fields[key]):
-                raise UserError(
-                    f"{self.kind}.{key} is {shown(value)}; {self.kind}={name} takes {describe(fields[key])}."
-                )
-        for parameter in inspect.signature(self.entries[name]).parameters.values():
-            needed = parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
-            if needed and parameter.name not in choice:
-                raise UserError(f"{self.kind}={name} needs a field '{parameter.name}', which is not set.")
+            raise UserError(f"no {self.kind} is called '{name}'. {near(str(name), sorted(self.entries))}")
+        with said_of(f"{self.kind}={name}"):
+            check_known(f"{self.kind}.", {key: x for key, x in choice.items() if key != "name"}, self.fields(name))
+            for parameter in inspect.signature(self.entries[name]).parameters.values():
+                needed = parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
+                if needed and parameter.name not in choice:
+                    raise UserError(f"it needs {self.kind}.{parameter.name}, which is not set.")
 
     def build(self, choice: Mapping[str, Any], *args: Any) -> T:
         """Call the entry that `choice['name']` names, with `args` before its configured fields."""

@@ -1,9 +1,10 @@
 """What a run was asked to do, and the checks that need no model: Hydra stops here."""
 
 import ast
+import builtins
 import importlib.util
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import typing
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,7 @@ from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import is_hub_id
 from rlhf_pipeline.limits import check_limits
 from rlhf_pipeline.models import policies, rewards
-from rlhf_pipeline.registry import Range, check, check_known, suggest
+from rlhf_pipeline.registry import Range, check, check_known, near, said_of, suggest
 from rlhf_pipeline.report import trackers
 from rlhf_pipeline.stages import STAGES
 
@@ -26,21 +27,19 @@ Share = Annotated[float, Range(above=0, most=1)]
 # The run directory or TRL sets these itself.
 _RESERVED = {
     "output_dir": "the run directory is chosen by name=",
-    "seed": "set seed= for the whole run",
-    "data_seed": "set seed= for the whole run",
-    "batch_size": "it is per_device_train_batch_size x gradient_accumulation_steps x processes",
-    "mini_batch_size": "it is the batch size / num_mini_batches",
-    "micro_batch_size": "set per_device_train_batch_size",
-    "local_batch_size": "set per_device_train_batch_size and gradient_accumulation_steps",
-    "local_mini_batch_size": "set num_mini_batches",
-    "num_total_batches": "set total_episodes",
-    "world_size": "it is the number of processes launched",
+    **dict.fromkeys(("seed", "data_seed"), "set seed= for the whole run"),
+    **dict.fromkeys(
+        ("batch_size", "mini_batch_size", "micro_batch_size", "local_batch_size", "local_mini_batch_size",
+         "num_total_batches", "world_size"),
+        "it follows from per_device_train_batch_size, gradient_accumulation_steps, num_mini_batches, total_episodes "
+        "and the number of processes",
+    ),
     "hub_token": "set HF_TOKEN in the environment, where no file keeps it",
     "resume_from_checkpoint": "an unfinished run resumes by itself",
     "push_to_hub": "hub.push=user/name uploads the finished model, privately",
     "sft_model_path": "set policy.path",
     "reward_model_path": "set reward.path",
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -180,9 +179,7 @@ class Settings:
     def _check(self) -> None:
         """Refuse settings that do not go together."""
         if self.stage not in STAGES:
-            raise UserError(
-                f"no stage is called '{self.stage}'. {suggest(self.stage, STAGES)}Known: {', '.join(STAGES)}."
-            )
+            raise UserError(f"no stage is called '{self.stage}'. {near(self.stage, STAGES)}")
         check_name(self.name, self.runs)
         self._check_choices()
         check_trainer(self.stage, self.trainer)
@@ -225,7 +222,7 @@ class Settings:
                 )
         for what, choice in (("ptx", self.ptx), ("reward.demonstrations", self.reward.get("demonstrations"))):
             if choice:
-                with _said_of(what):
+                with said_of(what):
                     data.registry.check(choice)
         learns = self.stage != "reward" or self.reward["name"] == "preference_model"
         if not (STAGES[self.stage].collected and learns):  # else the labels of this run will do
@@ -234,13 +231,13 @@ class Settings:
             fitting = ", ".join(rewards.TRAINABLE)
             raise UserError(f"reward={self.reward['name']} cannot be trained; choose one of: {fitting}.")
         for number, choice in enumerate(self.evaluate.rewards):
-            with _said_of(f"evaluate.rewards[{number}]"):
+            with said_of(f"evaluate.rewards[{number}]"):
                 rewards.check_choice(choice)
         if self.labeler is not None:
             if "name" not in self.labeler:
                 raise UserError("labeler has fields but no name; add labeler=<reward>.")
             check("labeler.noise", self.labeler.get("noise", 0.0), Annotated[float, Range(0)])
-            with _said_of("labeler"):
+            with said_of("labeler"):
                 rewards.check_choice(self.labelling_reward or {})
 
     @property
@@ -271,15 +268,7 @@ def check_sections(stages: Iterable[str]) -> None:
     known = [name for name in STAGES if name != "pipeline"]
     for section in stages:
         if section not in known:
-            raise UserError(f"stages.{section} is no stage. {suggest(section, known)}Known: {', '.join(known)}.")
-
-
-@contextmanager
-def _said_of(setting: str) -> Iterator[None]:
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{setting}: {error}") from error
+            raise UserError(f"stages.{section} is no stage. {near(section, known)}")
 
 
 # -- the fields of a stage's trainer
@@ -288,20 +277,17 @@ def _said_of(setting: str) -> Iterator[None]:
 # them loads torch, and a typo should be refused in a second.
 _BASE = ("trl/trainer/base_config.py", "transformers/training_args.py")
 _SOURCES = {"PPOConfig": ("rlhf_pipeline/ppo/config.py", "transformers/training_args.py")}
-_LORA = ("LoraConfig", ("peft/tuners/lora/config.py", "peft/config.py"))
+_LORA = ("LoraConfig", "peft/tuners/lora/config.py", "peft/config.py")
 _BASE_CLASSES = ("_BaseConfig", "TrainingArguments", "PeftConfig")
 
 
 def check_trainer(stage: str, values: dict[str, Any]) -> None:
     """Refuse what the stage's trainer would not take."""
-    config = STAGES[stage].config
-    if config is None:
-        for key in values:
-            if key not in trackers.FIELDS or stage == "chat":
-                hint = f"say stages.<stage>.trainer.{key}=" if stage == "pipeline" else "drop it"
-                raise UserError(f"stage={stage} has no trainer, so trainer.{key} means nothing; {hint}.")
-    known = trainer_fields(stage)
+    config, known = STAGES[stage].config, trainer_fields(stage)
     for key, value in values.items():
+        if config is None and (key not in trackers.FIELDS or stage == "chat"):
+            hint = f"say stages.<stage>.trainer.{key}=" if stage == "pipeline" else "drop it"
+            raise UserError(f"stage={stage} has no trainer, so trainer.{key} means nothing; {hint}.")
         if key in _RESERVED:
             raise UserError(f"trainer.{key} is not yours to set: {_RESERVED[key]}.")
         if key not in known:
@@ -319,11 +305,18 @@ def trainer_fields(stage: str) -> dict[str, Any]:
     config = STAGES[stage].config or "SFTConfig"
     own = f"trl/trainer/{config.removesuffix('Config').lower()}_config.py"
     # Every stage settles bf16=auto itself.
-    return {**_declared(config, _SOURCES.get(config, (own, *_BASE))), "bf16": bool | Literal["auto"] | None}
+    return {**_declared(config, *_SOURCES.get(config, (own, *_BASE))), "bf16": bool | Literal["auto"] | None}
+
+
+class _Names(dict[str, Any]):
+    """The names in annotations; a class that only transformers knows (an enum) becomes `str`."""
+
+    def __missing__(self, name: str) -> Any:
+        return getattr(builtins, name, None) or getattr(typing, name, str)
 
 
 @cache
-def _declared(config: str, sources: tuple[str, ...]) -> dict[str, Any]:
+def _declared(config: str, *sources: str) -> dict[str, Any]:
     """The fields that a configuration class of a library declares, and their types, read from its source."""
     found: dict[str, Any] = {}
     for source in sources:
@@ -336,25 +329,6 @@ def _declared(config: str, sources: tuple[str, ...]) -> dict[str, Any]:
             if isinstance(node, ast.ClassDef) and node.name in (config, *_BASE_CLASSES):
                 for item in node.body:
                     if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-                        found.setdefault(item.target.id, _type_of(item.annotation))
+                        kind = ast.unparse(item.annotation)
+                        found.setdefault(item.target.id, eval(kind, {}, _Names()))
     return {name: kind for name, kind in found.items() if not name.startswith("_")}
-
-
-def _type_of(annotation: ast.expr) -> Any:
-    """An annotation as a type; a class that only transformers knows (an enum) becomes `str`."""
-    names = {"bool": bool, "int": int, "float": float, "str": str, "list": list, "dict": dict, "Any": Any}
-    match annotation:
-        case ast.Constant(value=None):
-            return type(None)
-        case ast.Constant(value=str(text)):
-            return _type_of(ast.parse(text, mode="eval").body)
-        case ast.Name(id=name):
-            return names.get(name, str)
-        case ast.BinOp(left=left, right=right):
-            return _type_of(left) | _type_of(right) if Any not in (_type_of(left), _type_of(right)) else Any
-        case ast.Subscript(value=ast.Name(id="Literal"), slice=choices):
-            items = choices.elts if isinstance(choices, ast.Tuple) else [choices]
-            return Literal[tuple(ast.literal_eval(item) for item in items)]
-        case ast.Subscript(value=ast.Name(id=name)):
-            return names.get(name, Any)
-    return Any

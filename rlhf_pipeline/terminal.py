@@ -8,27 +8,22 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from rlhf_pipeline.texts import shown
+
 MESSAGE = 600  # characters of an error or a log line
-# Control and bidirectional characters, and halves of characters. A line break and a tab are harmless.
-_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 LOGIN = re.compile(r"://[^/?#\s]*@")  # user and password of an address
-
-
-def escaped(text: str, keep: str = "") -> str:
-    """Text without what a terminal would act on; of that, `keep` stays."""
-    return _OBEYED.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
 
 
 def one_line(text: str) -> str:
     """A message in one line of at most `MESSAGE` characters, safe for a terminal; no address shows its login."""
-    line = LOGIN.sub("://", escaped(" ".join(text.split())))
+    line = LOGIN.sub("://", shown(" ".join(text.split())))
     return line if len(line) <= MESSAGE else f"{line[: MESSAGE - 4]} ..."
 
 
 class Stream:
     """Standard output or error as the program writes to it. Progress bars, which move the cursor, write to `raw`."""
 
-    def __init__(self, raw: Any, keep: str = "") -> None:
+    def __init__(self, raw: Any, keep: str = "\n\t") -> None:
         self.raw, self.keep = raw, keep
         if hasattr(raw, "reconfigure"):
             raw.reconfigure(errors="backslashreplace")  # of a character that the terminal's encoding lacks
@@ -36,7 +31,7 @@ class Stream:
     def write(self, text: str) -> int:
         """Write it, unless nobody reads any more."""
         with self._while_read():
-            self.raw.write(escaped(text, self.keep))
+            self.raw.write(shown(text, self.keep))
         return len(text)
 
     def flush(self) -> None:
@@ -69,5 +64,5 @@ def guarded() -> Iterator[None]:
     handler = logging.StreamHandler(Stream(error))
     handler.setFormatter(_Formatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    with contextlib.redirect_stdout(Stream(out)), contextlib.redirect_stderr(Stream(error, keep="\r")):
+    with contextlib.redirect_stdout(Stream(out)), contextlib.redirect_stderr(Stream(error, keep="\n\t\r")):
         yield

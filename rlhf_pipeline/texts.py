@@ -16,9 +16,9 @@ _HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode categories whose characters 
 _TEXTS, _CHARACTERS, _TOKENS = 200, 1000, 20_000
 
 
-def shown(text: str) -> str:
+def shown(text: str, keep: str = "\n\t") -> str:
     """A text for a terminal or a page: characters that hide, steer or reorder become escapes such as \\u202e."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c) not in _HIDDEN else f"\\u{ord(c):04x}" for c in text)
+    return "".join(c if c in keep or unicodedata.category(c) not in _HIDDEN else f"\\u{ord(c):04x}" for c in text)
 
 
 def words_of(text: str) -> list[str]:

@@ -1,6 +1,7 @@
 """What the tests share: the command line as a function, a miniature run, and the real data where there is some."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -24,10 +25,10 @@ CommandLine = Callable[..., int]
 
 def read_words(*typed: str) -> list[str]:
     """A command line in Hydra's grammar: its settings, then its options."""
-    from rlhf_pipeline.words import read
+    from rlhf_pipeline.words import as_words, read
 
     settings, options = read(typed)
-    return [*settings, *options]
+    return [*settings, *as_words(options)]
 
 
 def settings_of(*typed: str) -> Any:
@@ -97,6 +98,12 @@ def miniature(tmp_path_factory: pytest.TempPathFactory, command_line: CommandLin
     finally:
         os.chdir(before)
     return folder / "runs" / "demo"
+
+
+@pytest.fixture
+def run(miniature: Path, workplace: Path) -> Path:
+    """A copy of the miniature run in the current folder."""
+    return Path(shutil.copytree(miniature, workplace / "runs" / "demo"))
 
 
 @pytest.fixture(scope="session")

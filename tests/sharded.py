@@ -9,8 +9,7 @@ import pytest
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
-from rlhf_pipeline import cli
-from rlhf_pipeline.processes import end_at_once
+from rlhf_pipeline import cli, processes
 
 
 def main() -> None:
@@ -20,10 +19,10 @@ def main() -> None:
     patch.setattr(PartialState, "__init__", lambda self, cpu=False, **options: start(self, cpu=False, **options))
     patch.setattr(PartialState, "_prepare_backend", lambda *_, **__: ("gloo", DistributedType.MULTI_GPU))
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        patch.setattr(cli, "check_launch", lambda said: None)
+        patch.setattr(processes, "check_launch", lambda said: None)
     os.environ.update(ACCELERATE_TORCH_DEVICE="cpu", DS_ACCELERATOR="cpu")
     cli.main()
 
 
 if __name__ == "__main__":
-    end_at_once(main)
+    processes.end_at_once(main)

@@ -115,7 +115,8 @@ def measure(who: Sampler, task: Task, n: int = 1) -> Answers:
 
 
 def log_p(
-    policy: Policy, sampling: Sampling, prompts: Ids, responses: Ids, batch_size: int, tick: Callable[[int], Any] = lambda _: None
+    policy: Policy, sampling: Sampling, prompts: Ids, responses: Ids, batch_size: int,
+    tick: Callable[[int], Any] = lambda _: None,
 ) -> float:  # fmt: skip
     """log p of all responses together under a policy's sampling distribution, in nats; `tick` is told of each part."""
 

@@ -117,10 +117,13 @@ class RunDir:
             return f"{self.path / LABELS} holds labels by people"
         if (self.path / PROJECT).exists():
             return f"the tasks of {self.path} are in Label Studio"
+        return f"{self.path / SHEET} has been filled in" if self.filled_in else None
+
+    @property
+    def filled_in(self) -> bool:
+        """Whether people filled in the sheet where it lies."""
         sheet, offered = self.path / SHEET, self.record.get("sheet_sha256")
-        if offered and sheet.exists() and file_hash(sheet) != offered:
-            return f"{sheet} has been filled in"
-        return None
+        return bool(offered) and sheet.exists() and file_hash(sheet) != offered
 
     @property
     def resumable(self) -> bool:

@@ -82,8 +82,8 @@ def compare(rows: Sequence[Preference | Ranking], margin: float = 0.0) -> list[C
         together.setdefault(key, []).extend(found)
     examples: list[Comparison] = []
     for (form, number), found in together.items():
-        together = form == "ranking" or len({answer for pair in found for answer in pair[:2]}) <= _MOST
-        examples += [_comparison(rows[number].prompt, part) for part in ([found] if together else zip(found)) if part]
+        one_group = form == "ranking" or len({answer for pair in found for answer in pair[:2]}) <= _MOST
+        examples += [_comparison(rows[number].prompt, part) for part in ([found] if one_group else zip(found)) if part]
     return examples
 
 

@@ -7,6 +7,7 @@ libraries, in a folder of its own beside a small finished run. Counts by kind ar
 """
 
 import argparse
+import atexit
 import contextlib
 import gzip
 import hashlib
@@ -30,9 +31,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import MINIATURE  # which also sets the environment, so it comes before the libraries
 
 from rlhf_pipeline import cli
+from rlhf_pipeline.processes import end_at_once
 from rlhf_pipeline.settings import SECTIONS, STAGES, trainer_fields
 from rlhf_pipeline.stages import evaluate, ppo, reward, sft  # noqa: F401 (loaded for the children)
-from rlhf_pipeline.terminal import MESSAGE, escaped
+from rlhf_pipeline.terminal import MESSAGE
+from rlhf_pipeline.texts import shown
 
 LIMIT = 60  # seconds, after which an input hangs
 MEMORY = 6 << 30  # bytes of address space that an input may add
@@ -88,9 +91,8 @@ def value(draw: random.Random, folder: Path) -> Input:
     field = draw.choice(sorted(trainer_fields(stage)))
     words = [f"stage={stage}", *(word for word in QUICK if f"trainer.{field}=" not in word)]
     if stage == "ppo":
-        words = [word for word in words if "max_" not in word]
-        words += ["trainer.total_episodes=4", "trainer.response_length=4", "reward=length", "evaluate.prompts=4"]
-        words = [word for word in words if f"trainer.{field}=" not in word]
+        own = ("trainer.total_episodes=4", "trainer.response_length=4", "reward=length", "evaluate.prompts=4")
+        words = [word for word in (*words, *own) if "max_" not in word and f"trainer.{field}=" not in word]
     if stage == "dpo":
         rows = [{"prompt": f"a {i}", "chosen": f" b {i}", "rejected": f" c {i}"} for i in range(24)]
         (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -103,30 +105,26 @@ def _mutated(draw: random.Random, content: bytes) -> bytes:
     """Content with a few bytes, lines or values changed."""
     for _ in range(draw.randint(1, 4)):
         at, end = sorted((draw.randrange(len(content) + 1), draw.randrange(len(content) + 1)))
+        before, inside, after = content[:at], content[at:end], content[end:]
         change = draw.randrange(7)
+        values = list(re.finditer(rb'"[^"\n]*"|-?\d+\.?\d*|true|false|null', content))
         if change == 0:
-            content = content[:at]
+            content = before
         elif change == 1:
-            content = content[:at] + draw.randbytes(draw.randint(1, 8)) + content[at:]
+            content = before + draw.randbytes(draw.randint(1, 8)) + inside + after
         elif change == 2:
-            content = content[:at] + content[end:]
+            content = before + after
         elif change == 3:
-            content = content[:end] + content[at:end] + content[end:]
-        elif change == 4:
-            values = list(re.finditer(rb'"[^"\n]*"|-?\d+\.?\d*|true|false|null', content))
-            if values:
-                found = draw.choice(values)
-                content = content[: found.start()] + draw.choice(ODD).encode() + content[found.end() :]
+            content += inside
+        elif change == 4 and values:
+            found = draw.choice(values)
+            content = content[: found.start()] + draw.choice(ODD).encode() + content[found.end() :]
         elif change == 5:
-            content = content.decode("utf-8", "replace").encode(
-                draw.choice(["utf-16", "gb18030", "utf-8-sig", "latin-1"]), "replace"
-            )
+            encoding = draw.choice(["utf-16", "gb18030", "utf-8-sig", "latin-1"])
+            content = content.decode("utf-8", "replace").encode(encoding, "replace")
         else:
-            content = (
-                content[:at]
-                + draw.choice([b"\x00", b"\x1b[31m", "\u202e".encode(), b"\r", b"\xed\xa0\xbd"])
-                + content[at:]
-            )
+            control = draw.choice([b"\x00", b"\x1b[31m", "\u202e".encode(), b"\r", b"\xed\xa0\xbd"])
+            content = before + control + inside + after
     return content
 
 
@@ -170,12 +168,7 @@ def data(draw: random.Random, folder: Path) -> Input:
         path.write_bytes(content)
     else:
         path.write_bytes(content)
-    words = [
-        f"stage={stage}",
-        *QUICK,
-        f"data={entry}",
-        f"data.path={path if path.is_absolute() and 'dev' in path.parts else path.name}",
-    ]
+    words = [f"stage={stage}", *QUICK, f"data={entry}", f"data.path={path}"]
     words += ["reward=classifier"] if stage == "reward" else []
     return Input("data", words, f"{entry}: {path.name} (form {form})")
 
@@ -195,13 +188,8 @@ def model(draw: random.Random, folder: Path) -> Input:
         path.write_bytes(_mutated(draw, path.read_bytes()))
     stage = draw.choice(["chat", "chat", "sft"])
     more = ["--prompt", "hello", "chat.response_length=4"] if stage == "chat" else [*QUICK, "data=toy_reviews"]
-    words = [
-        f"stage={stage}",
-        "policy=causal_lm",
-        "policy.path=strange",
-        *(w for w in more if not w.startswith(("policy", "data="))),
-    ]
-    return Input("model", words, path.name)
+    own = [word for word in more if not word.startswith(("policy", "data="))]
+    return Input("model", [f"stage={stage}", "policy=causal_lm", "policy.path=strange", *own], path.name)
 
 
 def run(draw: random.Random, folder: Path) -> Input:
@@ -256,7 +244,7 @@ def fault_of(asked: Input, folder: Path, log: Path) -> str | None:
         return "no message"
     if code == 2 and len(last) > MESSAGE:
         return f"a message of {len(last)} characters"
-    if escaped(text, keep="\r") != text:
+    if shown(text, keep="\n\t\r") != text:
         return "obeyed characters on the screen"
     if (folder / "executed").exists():
         return "executed"
@@ -275,21 +263,8 @@ def _child(asked: Input, folder: Path, log: Path) -> None:
     sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
     sys.__stderr__ = sys.stderr  # type: ignore[misc]
     sys.argv = ["rlhf_pipeline", *asked.words]
-    code = 1
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as leaving:
-        code = leaving.code if isinstance(leaving.code, int) else int(bool(leaving.code))
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        with contextlib.suppress(OSError, ValueError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
+    atexit._clear()  # what was registered is the parent's: its folders, say
+    end_at_once(cli.main)
 
 
 def content(folder: Path) -> str:
@@ -330,10 +305,8 @@ def fuzz(made: Path, count: int, seed: int, kinds: Sequence[str], keep: Path) ->
                 failures.append(f"{number} {asked.kind}: {fault} <- {asked.what[:200]!r}")
                 keep.mkdir(parents=True, exist_ok=True)
                 shutil.copy(log, keep / f"{number}.log") if log.exists() else None
-                (keep / f"{number}.json").write_text(
-                    json.dumps({"words": asked.words, "fault": fault}, ensure_ascii=True)
-                )
-                print(escaped(failures[-1]), flush=True)
+                (keep / f"{number}.json").write_text(json.dumps({"words": asked.words, "fault": fault}))
+                print(shown(failures[-1]), flush=True)
     return tried, failures
 
 

@@ -9,12 +9,6 @@ import yaml
 from conftest import MINIATURE, CommandLine
 
 
-@pytest.fixture
-def run(miniature: Path, workplace: Path) -> Path:
-    """A copy of the miniature run in the current folder."""
-    return Path(shutil.copytree(miniature, workplace / "runs" / "demo"))
-
-
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "dpo"])
 def test_a_loss_that_is_not_finite_is_no_finished_stage(
     stage: str, run: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
@@ -63,7 +57,7 @@ def test_a_recorded_function_runs_only_if_the_command_names_it(
     strangers: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command_line("stage=chat", "--prompt", "It was") == 0
-    assert "reward=python reward.path=evil.py:score" in capsys.readouterr().out
+    assert "name it: reward.path=evil.py:score" in capsys.readouterr().out
     for asked in (
         ["stage=evaluate", "sweep=demo", "name=other"],
         ["--config-path", "runs/demo/ppo", "--config-name", "config", "name=other"],

@@ -1,14 +1,13 @@
 """Stages in two processes on one run: the result of one, a process that is killed, and going on with two or one."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from conftest import MINIATURE, ROOT, CommandLine
@@ -32,6 +31,14 @@ def difference(one: Path, two: Path) -> float:
     a, b = (load_file(folder / "model" / "model.safetensors") for folder in (one, two))
     assert a.keys() == b.keys()
     return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def interrupt(folder: Path, checkpoint: int) -> None:
+    """As if the run had been killed before this checkpoint."""
+    shutil.rmtree(folder / "model")
+    shutil.rmtree(folder / "checkpoints" / f"checkpoint-{checkpoint}")
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**record, "status": "running"}))
 
 
 def figures(folder: Path) -> dict[str, Any]:
@@ -150,10 +157,7 @@ def test_a_sharded_model_learns_the_same(
     done = run(command)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert difference(one, two) < 1e-5
-    shutil.rmtree(two / "model")  # as if it had been killed before
-    shutil.rmtree(two / "checkpoints" / "checkpoint-7")
-    record = json.loads((two / "run.json").read_text())
-    (two / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    interrupt(two, 7)
     assert command_line(*asked) == 2
     assert f"runs/two/sft was checkpointed under {launch}" in capsys.readouterr().err
     done = run(command)
@@ -186,10 +190,7 @@ def test_ppo_in_shards_learns_the_same_and_goes_on_without(launch: str, miniatur
                 assert b[figure] == pytest.approx(a[figure], rel=1e-3, abs=1e-4), figure
 
     compare()
-    shutil.rmtree(two / "model")  # as if it had been killed after its third update
-    shutil.rmtree(two / "checkpoints" / "checkpoint-6")
-    record = json.loads((two / "run.json").read_text())
-    (two / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    interrupt(two, 6)
     again = on_two(*asked, "trainer.use_cpu=false", "name=shards")
     assert "resuming from" in again.stdout, again.stdout[-2000:] + again.stderr[-3000:]
     compare()
@@ -218,26 +219,14 @@ def kill_one(asked: list[str], folder: Path, which: int) -> tuple[int, str, floa
                 assert it.poll() is None, "it ended before there was a checkpoint"
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
-            os.kill(process(it.pid, which), signal.SIGKILL)
+            ranks = {child.environ().get("RANK"): child for child in psutil.Process(it.pid).children()}
+            ranks[str(which)].kill()
             clock = time.monotonic()
             assert it.stderr is not None
             told = it.stderr.read()
             return it.wait(60), told, time.monotonic() - clock
         finally:
             it.kill()
-
-
-def process(launcher: int, rank: int) -> int:
-    """A rank's number among all processes, by its environment."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (folder / "environ").read_bytes().split(b"\0")
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-        if parent == launcher and f"RANK={rank}".encode() in words:
-            return int(folder.name)
-    raise AssertionError(f"there is no process {rank}")
 
 
 @pytest.fixture(autouse=True)

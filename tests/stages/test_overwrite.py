@@ -1,6 +1,5 @@
 """`overwrite=true` with something mistaken: what was finished is there afterwards, byte for byte."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -39,11 +38,10 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def finished(miniature: Path, workplace: Path) -> Path:
-    shutil.copytree(miniature, workplace / "runs" / "demo")
+def finished(run: Path) -> Path:
     Path("mistaken.csv").write_text("text,label\nfine,1\nnot so,maybe\n")
     Path("rewards.py").write_text(REWARDS)
-    return workplace / "runs" / "demo"
+    return run
 
 
 @pytest.mark.parametrize("stage", MISTAKES)

@@ -98,17 +98,9 @@ def test_ppo_logs_every_update_and_its_samples(miniature: Path) -> None:
     assert {"step", "prompt", "response", "reward"} == set(samples[0])
 
 
-def again(run: Path, workplace: Path) -> Path:
-    """A copy of the run in the current folder."""
-    copied = workplace / "runs" / "demo"
-    shutil.copytree(run, copied)
-    return copied
-
-
 def test_a_second_pipeline_finds_everything_done(
-    miniature: Path, workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+    run: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = again(miniature, workplace)
     before = content_hash(run)
     assert command_line("stage=pipeline", *MINIATURE) == 0
     assert capsys.readouterr().out.count("is done already") == 5
@@ -116,9 +108,8 @@ def test_a_second_pipeline_finds_everything_done(
 
 
 def test_other_settings_do_not_overwrite_a_run(
-    miniature: Path, workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+    run: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = again(miniature, workplace)
     before = content_hash(run)
     assert command_line("stage=sft", "data.limit=100") == 2
     assert "data.limit is 200 there and 100 here" in capsys.readouterr().err
@@ -127,9 +118,8 @@ def test_other_settings_do_not_overwrite_a_run(
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "ppo"])
 def test_the_same_command_gives_the_same_metrics_and_a_cut_off_run_resumes_to_them(
-    stage: str, miniature: Path, workplace: Path, command_line: CommandLine
+    stage: str, run: Path, workplace: Path, command_line: CommandLine
 ) -> None:
-    run = again(miniature, workplace)
     folder = run / stage
     metrics = (folder / "metrics.jsonl").read_text().splitlines()
     expected = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in metrics]
@@ -183,9 +173,8 @@ def test_a_missing_reward_names_the_stage_that_makes_it(
 
 
 def test_an_evaluation_that_does_not_fit_the_positions_is_refused(
-    miniature: Path, workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+    run: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = again(miniature, workplace)
     shutil.rmtree(run / "evaluate")
     args = [o for o in MINIATURE if "stages" not in o and "evaluate" not in o]
     assert command_line("stage=evaluate", "evaluate.response_length=100", *args) == 2

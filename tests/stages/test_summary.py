@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import shutil
 from pathlib import Path
 
 import pytest
@@ -17,12 +16,6 @@ from rlhf_pipeline.report.summary import command, lasted, next_command, say_done
 from rlhf_pipeline.runs.directory import RunDir
 
 STAGES = ("pretrain", "sft", "reward", "ppo", "evaluate")
-
-
-@pytest.fixture
-def run(miniature: Path, workplace: Path) -> Path:
-    """A copy of the miniature run in the current folder."""
-    return Path(shutil.copytree(miniature, workplace / "runs" / "demo"))
 
 
 def test_a_summary_says_what_the_files_hold(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -101,6 +101,15 @@ def server(status: int, **headers: str) -> Iterator[str]:
         http.shutdown()
 
 
+@contextmanager
+def silent() -> Iterator[str]:
+    """An endpoint that accepts and never answers."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
 def check_unreachable(lines: list[str], home: Path, endpoint: str, why: str, seconds: float) -> None:
     announced, result = lines
     said, took, silence, offline = json.loads(result)
@@ -116,19 +125,21 @@ def check_unreachable(lines: list[str], home: Path, endpoint: str, why: str, sec
 
 
 @pytest.mark.parametrize(
-    ("endpoint", "why"),
-    [(DEAD, "refused"), ("hf-mirror.com", "missing an 'http://' or 'https://' protocol")],
+    ("place", "why", "seconds"),
+    [
+        (nullcontext(DEAD), "refused", 2),
+        (nullcontext("hf-mirror.com"), "missing an 'http://' or 'https://' protocol", 2),
+        (silent(), "no answer in 5 s", 7),
+        (server(503, Retry_After="100000"), "it answers 503 Service Unavailable", 7),
+    ],
 )
-def test_a_hub_that_cannot_be_is_given_up_on_at_once(tmp_path: Path, endpoint: str, why: str) -> None:
-    check_unreachable(run(DOWNLOAD, tmp_path, endpoint), tmp_path, endpoint, why, seconds=2)
-
-
-def test_a_hub_that_accepts_and_never_answers_is_given_up_on_in_seconds(tmp_path: Path) -> None:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen()
-        endpoint = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        check_unreachable(run(DOWNLOAD, tmp_path, endpoint), tmp_path, endpoint, "no answer in 5 s", seconds=7)
+def test_a_hub_that_does_not_serve_is_given_up_on_in_seconds(
+    tmp_path: Path, place: AbstractContextManager[str], why: str, seconds: float
+) -> None:
+    with place as endpoint:
+        lines = run(DOWNLOAD, tmp_path, endpoint.replace("://", "://me:s3cret@"))
+    check_unreachable(lines, tmp_path, endpoint, why, seconds)
+    assert "s3cret" not in "".join(lines)
 
 
 def test_a_proxy_of_the_environment_counts(tmp_path: Path) -> None:
@@ -157,18 +168,6 @@ def test_a_hub_that_answers_is_asked_and_what_it_says_is_passed_on(
     assert silence is None
     assert offline is None
     assert all(words in message and "\n" not in message for message in said)
-
-
-@pytest.mark.parametrize("status", [500, 503])
-def test_a_hub_that_only_fails_is_given_up_on_in_seconds(tmp_path: Path, status: int) -> None:
-    with server(status, Retry_After="100000") as endpoint:
-        lines = run(DOWNLOAD, tmp_path, endpoint.replace("://", "://me:s3cret@"))
-    (said, took, silence, _) = json.loads(lines[-1])
-    assert silence is None
-    assert took < 10
-    for message in said:
-        assert f"could not be opened (the hub at {endpoint} answers {status} " in message
-    assert "s3cret" not in "".join(lines)
 
 
 @pytest.fixture(scope="module")

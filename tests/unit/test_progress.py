@@ -11,17 +11,18 @@ from rlhf_pipeline import progress
 from rlhf_pipeline.training.setup import Bar
 
 
-def trained(bar: Bar, first: int, last: int, **logs: float) -> None:
-    """What a trainer tells a bar from one step to another, with one log at the first."""
-    state = SimpleNamespace(global_step=first, max_steps=last)
-    control: Any = SimpleNamespace(should_save=False)
-    bar.on_train_begin(None, state, control)  # type: ignore[arg-type]
+def trained(bar: Any, first: int, last: int, meanwhile: Any = lambda: None, **logs: float) -> None:
+    """What a trainer tells a bar from one step to another, with one log at the first; at the last it saves."""
+    state, control = SimpleNamespace(global_step=first, max_steps=last), SimpleNamespace(should_save=True)
+    bar.on_train_begin(None, state, control)
     for step in range(first + 1, last + 1):
         state.global_step = step
-        bar.on_step_end(None, state, control)  # type: ignore[arg-type]
-        if step == first + 1:
-            bar.on_log(None, state, control, logs)  # type: ignore[arg-type]
-    bar.on_train_end(None, state, control)  # type: ignore[arg-type]
+        bar.on_step_end(None, state, control)
+        if step == first + 1 and logs:
+            bar.on_log(None, state, control, logs)
+    bar.on_save(None, state, control)
+    meanwhile()
+    bar.on_train_end(None, state, control)
 
 
 def test_a_log_file_gets_lines_without_carriage_returns(capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,16 +37,11 @@ def test_a_log_file_gets_lines_without_carriage_returns(capsys: pytest.CaptureFi
 
 
 def test_a_bar_within_a_bar_moves_no_cursor_in_a_log_file(capsys: pytest.CaptureFixture[str]) -> None:
-    bar, state = Bar("sft", "step"), SimpleNamespace(global_step=0, max_steps=2)
-    control: Any = SimpleNamespace(should_save=True)
-    bar.on_train_begin(None, state, control)  # type: ignore[arg-type]
-    state.global_step = 2
-    bar.on_step_end(None, state, control)  # type: ignore[arg-type]
-    bar.on_save(None, state, control)  # type: ignore[arg-type]
-    inner = progress.progress(4, "held-out", "batch", leave=False)
-    inner.update(4)
-    inner.close()
-    bar.on_train_end(None, state, control)  # type: ignore[arg-type]
+    def measure() -> None:
+        with progress.progress(4, "held-out", "batch", leave=False) as inner:
+            inner.update(4)
+
+    trained(Bar("sft", "step"), 0, 2, measure)
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(" [")[0] for line in lines] == ["sft:   0% 0/2", "held-out:   0% 0/4", "sft: 100% 2/2"]
 
@@ -62,12 +58,11 @@ def test_a_bar_of_what_is_measured_is_gone_after_the_last_batch() -> None:
 
 def test_a_resumed_bar_begins_at_its_step_and_counts_no_others(capsys: pytest.CaptureFixture[str]) -> None:
     bar = Bar("sft", "step")
-    state: Any = SimpleNamespace(global_step=40, max_steps=80)
-    bar.on_train_begin(None, state, None)  # type: ignore[arg-type]
+    bar.on_train_begin(None, SimpleNamespace(global_step=40, max_steps=80), None)  # type: ignore[arg-type]
     assert capsys.readouterr().err == "sft:  50% 40/80 [00:00<?, ?step/s]\n"
     shown = bar.bar.format_meter(**{**bar.bar.format_dict, "n": 50, "elapsed": 20.0, "rate": None, "postfix": ""})
     assert shown == "sft:  62% 50/80 [00:20<01:00,  2.00s/step]"  # 10 steps in 20 s, and 30 are left
-    bar.on_train_end(None, state, None)  # type: ignore[arg-type]
+    bar.bar.close()
 
 
 def test_what_is_over_at_once_shows_no_bar(capsys: pytest.CaptureFixture[str]) -> None:

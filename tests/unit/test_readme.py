@@ -53,7 +53,7 @@ def test_every_command_of_the_program_resolves(readme: str, monkeypatch: pytest.
         words = [word for word in words if word not in ("-m", "--cfg", "job")]
         plain = [word if "[" in word else re.sub(r"(=[^=,]*),.*", r"\1", word) for word in words]
         # Of a sweep, one job.
-        args = [a for a in read_words(*plain) if not a.startswith(("-m", "hydra")) and not swept(a)]
+        args = [a for a in read_words(*plain) if not a.startswith(("--multirun", "hydra")) and not swept(a)]
         settings = composition.settings_of(args)
         for stage in settings.stages or [settings.stage]:
             again = [*(a for a in args if not a.startswith(("stage=", "rounds="))), f"stage={stage}"]
