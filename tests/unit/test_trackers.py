@@ -13,7 +13,7 @@ from conftest import CommandLine
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.report import trackers
-from rlhf_pipeline.report.trackers import Trackers
+from rlhf_pipeline.report.observers import Observers
 
 REFUSED = {
     "stage=sft trainer.report_to=tensorbord": ["report_to=tensorbord", "Did you mean 'tensorboard'", "none, tens"],
@@ -141,12 +141,12 @@ CONFIG = {"name": "demo", "stage": "ppo", "trainer": {"report_to": "wandb"}, "de
 
 def go(monkeypatch: pytest.MonkeyPatch, folder: Path, fake: Fake, steps: int, dies: bool = False) -> None:
     """Log as stages do."""
-    monkeypatch.setitem(trackers._KINDS, "wandb", fake)
-    with Trackers(folder) as opened:
-        opened.start(CONFIG)
+    monkeypatch.setitem(trackers.KINDS, "wandb", fake)
+    with Observers(folder) as opened:
+        opened.started(CONFIG, 0)
         for step in range(1, steps + 1):
             opened.logged(step, {"loss": 2.0, "eval_loss": 3.0, "note": "x"})
-            opened.samples(step, [{"prompt": "p", "response": "r", "reward": 1.0, "more": 2}])
+            opened.sampled(step, [{"prompt": "p", "response": "r", "reward": 1.0, "more": 2}])
         if dies:
             raise KeyboardInterrupt
 
@@ -174,8 +174,8 @@ def test_a_resumed_stage_continues_its_run_of_wandb_and_a_new_one_does_not(
 
     def opens(started: str, step: int) -> str:
         (tmp_path / "run.json").write_text(json.dumps({"started": started}))
-        with Trackers(tmp_path) as trackers:
-            trackers.start(CONFIG, step)
+        with Observers(tmp_path) as watching:
+            watching.started(CONFIG, step)
         assert opened[-1] | {"id": ""} == {
             "project": "rlhf_pipeline", "name": "demo/ppo", "id": "", "resume": "allow", "group": "demo",
             "dir": str(tmp_path), "config": {"settings": {key: CONFIG[key] for key in ("name", "stage", "trainer")}},
