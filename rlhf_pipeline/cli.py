@@ -268,10 +268,10 @@ def _pipeline(whole: Settings, words: Sequence[str]) -> float | None:
         if settings.stage == "collect":
             _wait_for_people(out)
         if settings.stage == order[-1] and within and rank() == 0:
-            from rlhf_pipeline.report.rounds import report_rounds
+            from rlhf_pipeline.report.rounds import write_rounds
 
             news = out.record != before or number == len(every)  # the rounds of before have been shown
-            report_rounds(Path(whole.runs), whole.name, whole.report.lang, news)
+            write_rounds(Path(whole.runs), whole.name, whole.report.lang, news)
     if rank():
         return result
     folders = [RunDir.of(settings) for settings in every]

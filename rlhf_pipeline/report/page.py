@@ -79,12 +79,7 @@ def _pages(lang: str) -> Any:
     return made
 
 
-def render(template: str, words: Words, **values: Any) -> str:
-    """A page by its template's name."""
-    return str(_pages(str(words.lang)).get_template(f"{template}.html").render(**values))
-
-
-def write_page(target: Path, content: str) -> Path:
-    """Write a page whole or not at all; give where it is."""
-    write_atomic(target, content)
+def write_page(target: Path, template: str, words: Words, **values: Any) -> Path:
+    """Write a page by its template's name, whole or not at all; give where it is."""
+    write_atomic(target, _pages(str(words.lang)).get_template(f"{template}.html").render(**values))
     return target

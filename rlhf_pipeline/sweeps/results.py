@@ -7,7 +7,6 @@ from statistics import fmean, stdev
 from typing import Any
 
 from rlhf_pipeline.files import read_json, write_json
-from rlhf_pipeline.report.page import write_page
 from rlhf_pipeline.report.summary import command, say
 from rlhf_pipeline.report.sweep import sweep_page
 from rlhf_pipeline.report.tables import sweep_table
@@ -47,7 +46,7 @@ def write_sweep(folder: Path, lang: str | None = None) -> Path:
     found = summarise(folder, stage, before.get("kl_budget"))
     config = RunDir(folder, found["jobs"][0]["job"], stage).config() if found["jobs"] else {}
     lang = lang or (config.get("report") or {}).get("lang")
-    return write_page(folder / "report.html", sweep_page(found, Words(lang)))
+    return sweep_page(folder / "report.html", found, Words(lang))
 
 
 def summarise(folder: Path, stage: str, kl_budget: float | None = None) -> dict[str, Any]:
