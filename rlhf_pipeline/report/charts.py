@@ -131,8 +131,8 @@ def calibration(value: object, words: Words) -> Chart | None:
         return None
     lines = [Line("", "soft dashed", [(0, 0), (1, 1)]), Line("", "train", points, [(*point, 4.0) for point in points])]
     ends, note = [(0.0, "0"), (1.0, "1")], words("Dashed line: perfect calibration.")
-    axes = {"x_label": words("how sure it is"), "y_label": words("how often it is right")}
-    return plot(words("Calibration"), lines, ends, ends, size=SQUARE, style="square", note=note, **axes)
+    return plot(words("Calibration"), lines, ends, ends, size=SQUARE, style="square", note=note,
+                x_label=words("how sure it is"), y_label=words("how often it is right"))  # fmt: skip
 
 
 def frontier_charts(found: Row, words: Words) -> list[Chart]:
