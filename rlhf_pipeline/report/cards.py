@@ -39,19 +39,13 @@ _UNDERSCORE = re.compile(r"(?<![^\W_])_|_(?![^\W_])")  # inside a word it marks 
 
 def card(folder: Path) -> str:
     """The card of the model in `runs/<name>/<stage>`."""
-    return _rendered(_gather(folder, only(folder / "run.json"), only(folder.parent / "evaluate" / "run.json")))
+    return _rendered(_gather(folder))
 
 
-def write_cards(folder: Path, run: dict[str, Any]) -> None:
-    """Write the card of a stage's model; for stage=evaluate, those of the same run's models that it judged.
-
-    `run` is what is about to be the stage's run.json.
-    """
-    records = {folder: (run, only(folder.parent / "evaluate" / "run.json"))}
-    if run["stage"] == "evaluate":
-        records |= {other: (only(other / "run.json"), run) for other in (folder.parent / stage for stage in POLICIES)}
-    for place, both in records.items():
-        if (place / "model").is_dir() and ((found := _gather(place, *both))["evaluation"] or place == folder):
+def write_cards(folder: Path) -> None:
+    """Write the card of a stage's model; of stage=evaluate, those of the same run's models that it judged."""
+    for place in [folder.parent / stage for stage in POLICIES] if folder.name == "evaluate" else [folder]:
+        if (place / "model").is_dir() and ((found := _gather(place))["evaluation"] or place == folder):
             temporary = place / f".card.{os.getpid()}"  # not in the model's folder, to which a kill must not add a file
             temporary.write_text(_rendered(found), encoding="utf-8")
             os.replace(temporary, place / "model" / CARD)
@@ -63,26 +57,26 @@ def named(card: str, repository: str) -> str:
     return re.sub(r'^model_id = ".*"$', lambda _: line, card, count=1, flags=re.MULTILINE)
 
 
-def _gather(folder: Path, run: dict[str, Any], judge: dict[str, Any]) -> dict[str, Any]:
-    """What a card shows of the model in `folder`; nothing is escaped yet. `judge` is the record of the evaluation."""
-    run, judge, model = _without_home(run), _without_home(judge), folder / "model"
+def _gather(folder: Path) -> dict[str, Any]:
+    """What a card shows of the model in `folder`; nothing is escaped yet."""
+    run, judge = (_without_home(only(place / "run.json")) for place in (folder, folder.parent / "evaluate"))
+    model, stage = folder / "model", str(run.get("stage"))
     # A policy by the name under which it was compared. One made after that, in the place of another, was not judged.
-    own = (*Path(str(run.get("name"))).parts, str(run.get("stage")), "model")
+    own = (*Path(str(run.get("name"))).parts, stage, "model")
     paths = {role: Path(str(members(made).get("path"))) for role, made in members(judge.get("parents")).items()}
     row = next((role for role, path in paths.items() if path.parts[-len(own) :] == own), None)
     earlier = str(run.get("finished")) <= str(judge.get("started"))
-    compared = judge.get("status") == "done" and earlier and run.get("stage") in POLICIES and row
+    compared = judge.get("status") == "done" and earlier and stage in POLICIES and row
     evaluation = _without_home(only(folder.parent / "evaluate" / "evaluation.json")) if compared else {}
     file = folder / "config.yaml"  # as it is, with Hydra's escapes, for the card repeats it
     settings = members(_without_home(yaml.safe_load(file.read_text(encoding="utf-8")))) if file.exists() else {}
     config, data = only(model / "config.json"), members(run.get("data"))
     return {
-        "run": run, "stage": (stage := str(run.get("stage"))),
-        "about": FOLDERS[stage].model if stage in FOLDERS else "",
+        "run": run, "stage": stage, "about": FOLDERS[stage].model if stage in FOLDERS else "",
         "model": str(model), "settings": settings, "data": data,
         "results": members(run.get("results")), "source": hub_set(data) or data.get("path"),
         "config": {**members(config.get("trunk")), **config},  # a reward model's, over that of its trunk
-        "causal": run.get("stage") in POLICIES, "own_class": config.get("model_type") == "rlhf_reward_model",
+        "causal": stage in POLICIES, "own_class": config.get("model_type") == "rlhf_reward_model",
         "parameters": _parameters(model), "vocabulary": only(model / "tokenizer.json"),
         "tokenizer": only(model / "tokenizer_config.json"), "template": (model / "chat_template.jinja").exists(),
         "steps": max((as_number(row.get("step")) or 0 for row in read(folder / "metrics.jsonl", [])), default=None),

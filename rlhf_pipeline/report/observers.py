@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.report import trackers
+from rlhf_pipeline.report.cards import write_cards
 from rlhf_pipeline.report.figures import evaluation_tables
-from rlhf_pipeline.report.files import columns, members
+from rlhf_pipeline.report.files import columns, members, only
 from rlhf_pipeline.report.stage import write_report
 
 SECONDS, SHARE = 5.0, 50.0  # between two drawings: at least so long, and so many times what the last one took
@@ -58,16 +59,16 @@ class Observers:
     def added(self) -> None:
         """A file has grown: the page is drawn again if that is due."""
         if time.monotonic() >= self._due:
-            self.ended()
-
-    def finishing(self, record: dict[str, Any]) -> None:
-        """`record` is about to become run.json: what is done has a card already."""
-        from rlhf_pipeline.report.cards import write_cards
-
-        write_cards(self.folder, record)
+            self._draw()
 
     def ended(self) -> None:
         """run.json says how: done, waiting, interrupted or failed."""
+        if only(self.folder / "run.json").get("status") == "done":
+            with self._trying("the card"):
+                write_cards(self.folder)
+        self._draw()
+
+    def _draw(self) -> None:
         began = time.monotonic()
         try:
             write_report(self.folder)

@@ -32,8 +32,7 @@ class Observer:
     """Whoever watches a stage; this one makes nothing of what happens.
 
     started(config, step): training begins, or goes on. logged(step, values), sampled(step, samples): rows were logged.
-    evaluated(config, evaluation): policies were compared. added(): a file has grown. finishing(record): that is about
-    to become run.json. ended(): run.json says how.
+    evaluated(config, evaluation): policies were compared. added(): a file has grown. ended(): run.json says how.
     """
 
     def __getattr__(self, event: str) -> Callable[..., None]:
@@ -285,7 +284,6 @@ class RunDir:
         """Mark the stage done, or waiting for people, with its results."""
         self._record |= {"status": status, "finished": _now(), "seconds": round(self._seconds, 1)}
         self._record |= {"results": results, "objective": objective}
-        self.observer.finishing(self._record)
         files.write_json(self.path / "run.json", self._record)
         self.observer.ended()
 

@@ -189,10 +189,10 @@ def test_an_evaluation_rewrites_the_cards_of_its_own_policies_alone(workplace: P
     runs = Path("runs")
     folders = {stage: made(runs, stage) for stage in ("pretrain", "sft", "ppo", "reward")}
     for folder in folders.values():
-        write_cards(folder, json.loads((folder / "run.json").read_text()))
+        write_cards(folder)
     cards = {stage: (folder / "model" / "README.md").read_text() for stage, folder in folders.items()}
-    record = judge(runs, status="running")
-    write_cards(runs / "demo" / "evaluate", {**record, "status": "done"})
+    judge(runs)
+    write_cards(runs / "demo" / "evaluate")
     after = {stage: (folder / "model" / "README.md").read_text() for stage, folder in folders.items()}
     assert {stage for stage in after if after[stage] != cards[stage]} == {"pretrain", "ppo"}
     assert "This model is base." in after["pretrain"]

@@ -325,10 +325,8 @@ def test_observers_draw_a_stage_while_it_goes_and_at_its_end(tmp_path: Path) -> 
         watching.added()
         watching.sampled(1, [{"prompt": "p", "response": "r", "reward": 1.0}])
         assert ">running</span>" in (tmp_path / "report.html").read_text()
-        done = {"stage": "ppo", "name": "x", "status": "done"}
-        watching.finishing(done)  # there is no model, so there is no card
-        (tmp_path / "run.json").write_text(json.dumps(done))
-        watching.ended()
+        (tmp_path / "run.json").write_text('{"stage": "ppo", "name": "x", "status": "done"}')
+        watching.ended()  # there is no model, so there is no card
     assert ">done</span>" in (tmp_path / "report.html").read_text()
     assert sorted(os.listdir(tmp_path)) == ["report.html", "run.json"]
 
