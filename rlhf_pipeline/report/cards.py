@@ -19,7 +19,7 @@ from rlhf_pipeline.data.sets import hub_set
 from rlhf_pipeline.hub import is_hub_id
 from rlhf_pipeline.report import page
 from rlhf_pipeline.report.figures import evaluation_tables
-from rlhf_pipeline.report.files import as_number, columns, items, members, only, read
+from rlhf_pipeline.report.files import as_number, columns, config, items, members, only, read
 from rlhf_pipeline.stages import FOLDERS, POLICIES
 from rlhf_pipeline.texts import shown
 
@@ -68,15 +68,14 @@ def _gather(folder: Path) -> dict[str, Any]:
     earlier = str(run.get("finished")) <= str(judge.get("started"))
     compared = judge.get("status") == "done" and earlier and stage in POLICIES and row
     evaluation = _without_home(only(folder.parent / "evaluate" / "evaluation.json")) if compared else {}
-    file = folder / "config.yaml"  # as it is, with Hydra's escapes, for the card repeats it
-    settings = members(_without_home(yaml.safe_load(file.read_text(encoding="utf-8")))) if file.exists() else {}
-    config, data = only(model / "config.json"), members(run.get("data"))
+    settings = _without_home(config(folder))  # as they are, with Hydra's escapes, for the card repeats them
+    own_config, data = only(model / "config.json"), members(run.get("data"))
     return {
         "run": run, "stage": stage, "about": FOLDERS[stage].model if stage in FOLDERS else "",
         "model": str(model), "settings": settings, "data": data,
         "results": members(run.get("results")), "source": hub_set(data) or data.get("path"),
-        "config": {**members(config.get("trunk")), **config},  # a reward model's, over that of its trunk
-        "causal": stage in POLICIES, "own_class": config.get("model_type") == "rlhf_reward_model",
+        "config": {**members(own_config.get("trunk")), **own_config},  # a reward model's, over that of its trunk
+        "causal": stage in POLICIES, "own_class": own_config.get("model_type") == "rlhf_reward_model",
         "parameters": _parameters(model), "vocabulary": only(model / "tokenizer.json"),
         "tokenizer": only(model / "tokenizer_config.json"), "template": (model / "chat_template.jinja").exists(),
         "steps": max((as_number(row.get("step")) or 0 for row in read(folder / "metrics.jsonl", [])), default=None),

@@ -61,9 +61,9 @@ def test_a_job_is_called_by_what_sets_it_apart(
 
 
 def test_a_name_that_is_too_long_for_a_folder_is_a_hash() -> None:
-    long = [jobs.job_name(["policy.path=" + "文" * 70, f"seed={seed}"]) for seed in (1, 2)]
-    assert re.fullmatch(r"job-[0-9a-f]{8}", long[0])
-    assert long[0] != long[1]
+    first, second = (jobs.job_name(["policy.path=" + "文" * 70, f"seed={seed}"]) for seed in (1, 2))
+    assert re.fullmatch(r"job-[0-9a-f]{8}", first)
+    assert first != second
 
 
 def test_a_job_is_a_command_that_can_be_typed(
@@ -261,9 +261,7 @@ def test_the_table_is_sorted_and_says_what_failed_of_its_own_command(
     assert "1 of 5 jobs failed" in said
     assert json.loads((sweep / "sweep.json").read_text()) == summarise(sweep, "ppo")
     report_sweep(sweep, "ppo", ["trainer.kl_coef=0.1,seed=1", "trainer.kl_coef=0.1,seed=2"])
-    said = capsys.readouterr().out
-    assert "failed:" not in said
-    assert "jobs failed" not in said
+    assert not re.search("failed:|jobs failed", capsys.readouterr().out)
 
 
 def rows_of(folder: Path) -> list[tuple[dict[str, str], list[float]]]:
@@ -273,25 +271,20 @@ def rows_of(folder: Path) -> list[tuple[dict[str, str], list[float]]]:
 
 def test_jobs_of_other_commands_are_no_seeds_of_this_one(tmp_path: Path) -> None:
     """By all settings of the commands, also those that no command swept."""
-    rate = {"trainer.learning_rate": "1e-3"}
+    rate, epochs = {"trainer.learning_rate": "1e-3"}, "trainer.num_train_epochs"
     add(tmp_path, rate, 0.1)
-    add(tmp_path, {**rate, "trainer.num_train_epochs": "9", "seed": "1"}, 0.8)
-    add(tmp_path, {**rate, "trainer.num_train_epochs": "9", "seed": "2"}, 0.6)
-    assert rows_of(tmp_path) == [
-        ({"trainer.num_train_epochs": "9"}, [0.6, 0.8]),
-        ({"trainer.num_train_epochs": "default"}, [0.1]),
-    ]
+    add(tmp_path, {**rate, epochs: "9", "seed": "1"}, 0.8)
+    add(tmp_path, {**rate, epochs: "9", "seed": "2"}, 0.6)
+    assert rows_of(tmp_path) == [({epochs: "9"}, [0.6, 0.8]), ({epochs: "default"}, [0.1])]
 
 
 def test_a_later_commands_seeds_and_values_join_in_and_a_seed_counts_once(tmp_path: Path) -> None:
-    add(tmp_path, {"trainer.kl_coef": "0.1"}, 0.5)  # of the seed that is the default
+    coef = "trainer.kl_coef"
+    add(tmp_path, {coef: "0.1"}, 0.5)  # of the seed that is the default
     for seed in ("0", "1", "2"):
-        add(tmp_path, {"trainer.kl_coef": "0.1", "seed": seed}, 0.5 + int(seed))
-    add(tmp_path, {"trainer.kl_coef": "0.2", "seed": "1"}, None, "failed")
-    assert rows_of(tmp_path) == [
-        ({"trainer.kl_coef": "0.1"}, [0.5, 1.5, 2.5]),
-        ({"trainer.kl_coef": "0.2"}, []),
-    ]
+        add(tmp_path, {coef: "0.1", "seed": seed}, 0.5 + int(seed))
+    add(tmp_path, {coef: "0.2", "seed": "1"}, None, "failed")
+    assert rows_of(tmp_path) == [({coef: "0.1"}, [0.5, 1.5, 2.5]), ({coef: "0.2"}, [])]
 
 
 def test_a_job_that_failed_is_not_done_whatever_lies_in_its_folder(tmp_path: Path) -> None:
@@ -311,9 +304,8 @@ def test_a_damaged_note_hides_no_other_job(sweep: Path) -> None:
 
 def test_a_reward_of_what_was_trained_on_is_called_so(tmp_path: Path) -> None:
     done(add(tmp_path, {"seed": "1"}, 0.9), 0.9, "ppo", {"scores": 1.0, "kl": 2.0})
-    assert summarise(tmp_path, "ppo")["objective"] == (
-        "reward - selection_kl_coef x KL while training (no validation prompts)"
-    )
+    found = summarise(tmp_path, "ppo")
+    assert found["objective"] == "reward - selection_kl_coef x KL while training (no validation prompts)"
 
 
 # The reward of a policy that hacks it, of a moderate one and of one that stayed where it began, with their KL.
@@ -338,11 +330,9 @@ def test_a_hacked_policy_is_not_chosen(hacked: Path, capsys: pytest.CaptureFixtu
     assert order_of(summarise(hacked, "ppo")) == ["0.05", "0.2", "0.01"]
     report_sweep(hacked, "ppo", [])
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if "kl_coef=" in line]
-    assert [(row[1], row[3], row[5], row[7]) for row in rows] == [
-        ("kl_coef=0.05", "0.809", "0.934", "2.50"),
-        ("kl_coef=0.2", "0.781", "0.821", "0.80"),
-        ("kl_coef=0.01", "0.460", "0.960", "10.00"),
-    ]
+    assert [" ".join(row[1:8:2]) for row in rows] == [
+        "kl_coef=0.05 0.809 0.934 2.50", "kl_coef=0.2 0.781 0.821 0.80", "kl_coef=0.01 0.460 0.960 10.00",
+    ]  # fmt: skip
     page = (hacked / "report.html").read_text()
     assert page.index("kl_coef=0.05") < page.index("kl_coef=0.2") < page.index("kl_coef=0.01")
 
@@ -394,8 +384,7 @@ def test_what_leaves_no_objective_is_not_searched(
     command_line: CommandLine, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("optuna", reason="the extra optuna is not installed")
-    asked = ["-m", "stage=collect", "hydra/sweeper=optuna", "collect.prompts=int(interval(2,5))"]
-    assert command_line(*asked) == 2
+    assert command_line("-m", "stage=collect", "hydra/sweeper=optuna", "collect.prompts=int(interval(2,5))") == 2
     assert "stage=collect has no objective to search by; Optuna takes one of:" in capsys.readouterr().err
 
 
