@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.registry import suggest
 from rlhf_pipeline.report.files import only
+from rlhf_pipeline.report.page import plain
 from rlhf_pipeline.texts import shown
 
 # The fields of `trainer` that say where figures are shown. Every stage but chat takes them; its work is the same.
@@ -153,5 +154,4 @@ KINDS = {"tensorboard": _tensorboard, "trackio": _trackio, "wandb": _wandb}
 
 def literal(value: Any) -> str:
     """A value for a cell of a table in Markdown, marking up nothing: generated text is data."""
-    text = f"{value:.4g}" if isinstance(value, float) else "" if value is None else shown(str(value))
-    return _MARKS.sub(lambda mark: _REFERENCES.get(mark[0]) or f"&#{ord(mark[0])};", text)
+    return _MARKS.sub(lambda mark: _REFERENCES.get(mark[0]) or f"&#{ord(mark[0])};", shown(plain(value)))
