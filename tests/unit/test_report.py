@@ -288,7 +288,7 @@ def test_the_language_is_the_runs_own_or_the_one_asked_for(tmp_path: Path) -> No
 def test_every_phrase_of_the_page_is_translated() -> None:
     measures, chinese = page_words.table("measures"), page_words.table("zh")
     said = {phrase for named in measures["drawn"].values() for phrase in (*named.values(), *measures["drawn"])}
-    said |= {*measures["names"].values(), page_words.OTHER, *rounds._CHARTS.values()}
+    said |= {*measures["names"].values(), *measures["plain"], page_words.OTHER, *rounds._CHARTS.values()}
     package = Path(page_words.__file__).parent
     for path in package.glob("templates/*.html"):
         template = path.read_text(encoding="utf-8")
