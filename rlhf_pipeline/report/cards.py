@@ -94,35 +94,26 @@ def _parameters(model: Path) -> int:
     return sum(int(math.prod(weights.get_slice(name).get_shape())) for weights in opened for name in weights.keys())  # noqa: SIM118
 
 
-def _metadata(found: dict[str, Any]) -> Any:
-    """The head of a card. Ids are checked by their form; names are reduced to one plain line."""
-    from huggingface_hub import EvalResult, ModelCardData
-
+def _metadata(found: dict[str, Any]) -> str:
+    """The head of a card, in YAML. Ids are checked by their form; names are reduced to one plain line."""
     task, results, stage = "text-generation" if found["causal"] else "text-classification", [], _label(found["stage"])
     compared = members(members(found["evaluation"].get("metrics")).get(found["row"]))
-    for data, figures, known in (
-        (found["data"], found["results"], _HELD_OUT),
-        (found["judged_on"], compared, _COMPARED),
-    ):
-        name, sha = _label(data.get("name")), _label(data.get("sha256"))
-        for key, metric in known.items() if data else ():
-            value = as_number(figures.get(key))
-            if value is not None and math.isfinite(value):
-                results.append(EvalResult(
-                    task_type=task, dataset_type=hub_set(data) or name, dataset_name=name, dataset_split="test",
-                    dataset_args={"sha256": sha}, metric_type=metric, metric_name=page.ENGLISH.name(key),
-                    metric_value=float(f"{value:.6g}"),
-                ))  # fmt: skip
+    for data, figures, known in (found["data"], found["results"], _HELD_OUT), (found["judged_on"], compared, _COMPARED):
+        values = {key: value for key in known if (value := as_number(figures.get(key))) is not None}
+        metrics = [{"type": known[key], "value": float(f"{value:.6g}"), "name": page.ENGLISH.name(key)}
+                   for key, value in values.items() if math.isfinite(value)]  # fmt: skip
+        if data and metrics:
+            name, sha256 = _label(data.get("name")), _label(data.get("sha256"))
+            dataset = {"type": hub_set(data) or name, "name": name, "split": "test", "args": {"sha256": sha256}}
+            results.append({"task": {"type": task}, "dataset": dataset, "metrics": metrics})
     sets = [hub_set(choice) for choice in (found["data"], members(found["settings"].get("ptx"))) if choice]
-    return ModelCardData(
-        library_name="rlhf_pipeline" if found["own_class"] else "transformers",  # the hub shows how it opens the model
-        pipeline_tag=task,
-        tags=["rlhf_pipeline", "rlhf", "trl", "reward-model" if stage == "reward" else stage],
-        base_model=_base_model(found["run"]),
-        datasets=[name for name in dict.fromkeys(sets) if name] or None,
-        model_name=f"{_label(found['run'].get('name'))} {stage}" if results else None,
-        eval_results=results or None,
-    )
+    head: dict[str, Any] = {
+        "library_name": "rlhf_pipeline" if found["own_class"] else "transformers",  # with which the model is opened
+        "pipeline_tag": task, "tags": ["rlhf_pipeline", "rlhf", "trl", "reward-model" if stage == "reward" else stage],
+        "base_model": _base_model(found["run"]), "datasets": [name for name in dict.fromkeys(sets) if name],
+        "model-index": results and [{"name": f"{_label(found['run'].get('name'))} {stage}", "results": results}],
+    }  # fmt: skip
+    return yaml.safe_dump({key: value for key, value in head.items() if value}, sort_keys=False, allow_unicode=True)
 
 
 def _base_model(run: dict[str, Any], generations: int = 20) -> str | None:
@@ -195,10 +186,7 @@ def _hides(value: object) -> bool:
 
 
 def _rendered(found: dict[str, Any]) -> str:
-    from huggingface_hub import ModelCard
-
-    # ModelCard.from_template takes no function that shows values.
     templates = page.environment(_plain)
     templates.globals |= {"table": _table, "by_row": _by_row, "yaml": _yaml, "literal": _literal, "lasted": page.lasted}
-    head = Markup(_metadata(found).to_yaml())
-    return str(ModelCard(templates.get_template("card.md").render(metadata=head, **found)))
+    head = Markup(_metadata(found).rstrip())
+    return str(templates.get_template("card.md").render(metadata=head, **found))
