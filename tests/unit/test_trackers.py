@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import CommandLine
+from conftest import Refused
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.report import trackers
@@ -28,27 +28,21 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("asked", REFUSED)
-def test_what_is_no_tracker_is_refused(
-    asked: str, command_line: CommandLine, workplace: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert command_line(*asked.split()) == 2
-    error = capsys.readouterr().err
+def test_what_is_no_tracker_is_refused(asked: str, refused: Refused) -> None:
+    error = refused(asked)
     assert all(part in error for part in REFUSED[asked]), error
 
 
 @pytest.mark.parametrize("stage", ["sft", "evaluate", "pipeline"])
 def test_a_tracker_that_is_not_installed_is_refused_with_the_way_to_it(
-    stage: str, command_line: CommandLine, workplace: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    stage: str, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = SimpleNamespace(origin=None, submodule_search_locations=[])  # what a folder wandb/ looks like
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec if name == "wandb" else real(name))
-    assert command_line(f"stage={stage}", "trainer.report_to=wandb") == 2
-    error = capsys.readouterr().err
-    assert "trainer.report_to=wandb" in error
-    assert "pip install 'rlhf_pipeline[wandb]'" in error
-    assert "none, tensorboard, trackio" in error
+    error = refused(f"stage={stage} trainer.report_to=wandb")
+    for said in ("trainer.report_to=wandb", "pip install 'rlhf_pipeline[wandb]'", "none, tensorboard, trackio"):
+        assert said in error
     assert not Path("runs").exists()
 
 
