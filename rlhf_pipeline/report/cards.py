@@ -19,7 +19,7 @@ from rlhf_pipeline.data.sets import hub_set
 from rlhf_pipeline.hub import is_hub_id
 from rlhf_pipeline.report import page
 from rlhf_pipeline.report.figures import evaluation_tables
-from rlhf_pipeline.report.files import as_number, columns, config, items, members, only, read
+from rlhf_pipeline.report.files import as_number, columns, config, finite, items, members, only, read
 from rlhf_pipeline.stages import FOLDERS, POLICIES
 from rlhf_pipeline.texts import shown
 
@@ -99,9 +99,8 @@ def _metadata(found: dict[str, Any]) -> str:
     task, results, stage = "text-generation" if found["causal"] else "text-classification", [], _label(found["stage"])
     compared = members(members(found["evaluation"].get("metrics")).get(found["row"]))
     for data, figures, known in (found["data"], found["results"], _HELD_OUT), (found["judged_on"], compared, _COMPARED):
-        values = {key: value for key in known if (value := as_number(figures.get(key))) is not None}
-        metrics = [{"type": known[key], "value": float(f"{value:.6g}"), "name": page.ENGLISH.name(key)}
-                   for key, value in values.items() if math.isfinite(value)]  # fmt: skip
+        metrics = [{"type": metric, "value": float(f"{value:.6g}"), "name": page.ENGLISH.name(key)}
+                   for key, metric in known.items() if (value := finite(figures.get(key))) is not None]  # fmt: skip
         if data and metrics:
             name, sha256 = _label(data.get("name")), _label(data.get("sha256"))
             dataset = {"type": hub_set(data) or name, "name": name, "split": "test", "args": {"sha256": sha256}}

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rlhf_pipeline.report.files import as_number, columns, items, members
+from rlhf_pipeline.report.files import as_number, columns, finite, items, members
 from rlhf_pipeline.report.page import ENGLISH, plain
 from rlhf_pipeline.report.words import OTHER, Words, grouped
 from rlhf_pipeline.report.words import table as words_of
@@ -67,8 +67,8 @@ def gather(rows: Iterable[Row]) -> dict[str, dict[str, list[Point]]]:
     groups: dict[str, dict[str, list[Point]]] = {}
     same, at = words_of("measures")["same"], -1.0
     for row in rows:
-        step = as_number(row.get("step"))
-        at = step if step is not None and math.isfinite(step) else at + 1
+        step = finite(row.get("step"))
+        at = at + 1 if step is None else step
         for key, value in row.items():
             if key != "step" and (y := as_number(value)) is not None:
                 name, kind = (key[5:], "eval") if key.startswith(("eval_", "eval/")) else (same.get(key, key), "train")
@@ -116,11 +116,8 @@ def curves(runs: Mapping[str, Iterable[Row]], words: Words) -> dict[str, Any]:
     order = [key for keys in groups.values() for key in keys][:CHARTS]
     charts = {group: [small(words.measure(key), drawn[key], words, key) for key in keys if key in order]
               for group, keys in groups.items()}  # fmt: skip
-    return {
-        "groups": charts,
-        "folded": [OTHER] if len(groups) > 1 else [],
-        "rest": [k for k in drawn if k not in order],
-    }
+    rest = [key for key in drawn if key not in order]
+    return {"groups": charts, "folded": [OTHER] if len(groups) > 1 else [], "rest": rest}
 
 
 def calibration(value: object, words: Words) -> Chart | None:
@@ -154,10 +151,11 @@ def _against_kl(reward: str, ways: Sequence[tuple[str, str, list[Row]]], words: 
     """The chart of one reward; the main one has no name."""
     lines = []
     for name, kind, rows in ways:
-        own = [members(members(row.get("rewards")).get(reward)) if reward else row for row in rows]
-        kls, means = ([as_number(row.get(key)) for row in found] for key, found in (("kl", rows), ("reward_mean", own)))
-        points = [(max(x, 0.0), y) for x, y in zip(kls, means, strict=True)
-                  if x is not None and y is not None and math.isfinite(x + y)]  # fmt: skip
+        points = []
+        for row in rows:
+            own = members(members(row.get("rewards")).get(reward)) if reward else row
+            if (kl := finite(row.get("kl"))) is not None and (mean := finite(own.get("reward_mean"))) is not None:
+                points.append((max(kl, 0.0), mean))
         lines += [Line(name, kind, points, [(*point, 2.4) for point in points])] if points else []
     if not lines:
         return None
@@ -169,8 +167,7 @@ def _against_kl(reward: str, ways: Sequence[tuple[str, str, list[Row]]], words: 
 
 def sweep_chart(rows: Sequence[Row], words: Words) -> Chart | None:
     """The objective of each row of a sweep, the best at the top: its mean, its standard error and its seeds."""
-    means = [as_number(row.get("objective")) for row in rows]
-    known = [row for row, mean in zip(rows, means, strict=True) if mean is not None and math.isfinite(mean)][:ROWS]
+    known = [row for row in rows if finite(row.get("objective")) is not None][:ROWS]
     if len(known) < 2:
         return None
     lines, names = list[Line](), [(0.5, ""), (0.5 - len(known), "")]
