@@ -64,8 +64,9 @@ class Kind:
 
     @property
     def args(self) -> list[str]:
-        """The command's arguments."""
-        return [f"stage={self.stage}", *MINIATURE, *LONGER, *self.more]
+        """The command's arguments, each setting once."""
+        settings = {word.partition("=")[0]: word for word in (*MINIATURE, *LONGER, *self.more)}
+        return [f"stage={self.stage}", *settings.values()]
 
 
 KINDS = {
