@@ -30,7 +30,7 @@ from rlhf_pipeline.report import trackers
 from rlhf_pipeline.report.compare import compare
 from rlhf_pipeline.report.observers import Observers
 from rlhf_pipeline.report.publish import last_model, publish
-from rlhf_pipeline.report.summary import how_far, say_all_done, say_done, say_done_before, say_next
+from rlhf_pipeline.report.summary import how_far, next_command, say, say_all_done, say_done, say_done_before
 from rlhf_pipeline.runs.directory import LABELS, SHEET, Observer, RunDir
 from rlhf_pipeline.runs.models import folder_of, recover
 from rlhf_pipeline.settings import Hub, Settings
@@ -91,7 +91,7 @@ def _look_back(settings: Settings, order: Sequence[str], words: Sequence[str] | 
         from rlhf_pipeline.report.rounds import write_rounds
 
         write_rounds(out.runs, out.name, settings.report.lang)  # which shows the rounds by one judge
-    say_next(settings, order, words)
+    say("next", next_command(settings, order, words))
 
 
 @contextlib.contextmanager
@@ -246,17 +246,17 @@ def _pipeline(whole: Settings, words: Sequence[str]) -> float | None:
         if settings.stage == "collect":
             _wait_for_people(out)
         if settings.stage == order[-1] and within and processes.rank() == 0:
-            from rlhf_pipeline.report.rounds import report_rounds
+            from rlhf_pipeline.report.rounds import write_rounds
 
             news = out.record != before or number == len(every)  # the rounds of before have been shown
-            report_rounds(Path(whole.runs), whole.name, whole.report.lang, news)
+            write_rounds(Path(whole.runs), whole.name, whole.report.lang, news)
     if processes.rank():
         return result
     folders = [RunDir.of(settings) for settings in every]
     say_all_done(folders, Path(whole.runs) / whole.name, time.monotonic() - started)
     if last:  # at the end, for then the card says how it did
         publish(RunDir.of(last), whole.hub)
-    say_next(dataclasses.replace(every[-1], name=whole.name), [], rest)
+    say("next", next_command(dataclasses.replace(every[-1], name=whole.name), [], rest))
     return result
 
 

@@ -12,13 +12,15 @@ _IDEOGRAPHS = re.compile(f"[{_IDEOGRAPH}]")
 _LATIN = re.compile("[A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f]")
 _WORDS = re.compile(rf"[{_IDEOGRAPH}]|[^\s{_IDEOGRAPH}]+")
 _HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode categories whose characters hide or reorder other text
+_JOINERS = "\u200c\u200d"  # of these, what Persian, Hindi and emoji are written with
 # A sample is enough, and takes milliseconds whatever the size of the data.
 _TEXTS, _CHARACTERS, _TOKENS = 200, 1000, 20_000
 
 
 def shown(text: str, keep: str = "\n\t") -> str:
     """A text for a terminal or a page: characters that hide, steer or reorder become escapes such as \\u202e."""
-    return "".join(c if c in keep or unicodedata.category(c) not in _HIDDEN else f"\\u{ord(c):04x}" for c in text)
+    kept = keep + _JOINERS
+    return "".join(c if c in kept or unicodedata.category(c) not in _HIDDEN else f"\\u{ord(c):04x}" for c in text)
 
 
 def words_of(text: str) -> list[str]:

@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models here are too small t
 
 ROOT = Path(__file__).parents[1]
 CommandLine = Callable[..., int]
+Refused = Callable[[str], str]
 
 
 def read_words(*typed: str) -> list[str]:
@@ -86,6 +87,17 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty current folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def refused(command_line: CommandLine, workplace: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """What a command says that is refused, in an empty folder."""
+
+    def call(asked: str) -> str:
+        assert command_line(*asked.split()) == 2
+        return str(capsys.readouterr().err)
+
+    return call
 
 
 @pytest.fixture(scope="session")

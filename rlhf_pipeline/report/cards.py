@@ -19,7 +19,7 @@ from rlhf_pipeline.data.sets import hub_set
 from rlhf_pipeline.hub import is_hub_id
 from rlhf_pipeline.report import page
 from rlhf_pipeline.report.figures import evaluation_tables
-from rlhf_pipeline.report.files import as_number, columns, items, members, only, read
+from rlhf_pipeline.report.files import as_number, columns, config, finite, items, members, only, read
 from rlhf_pipeline.stages import FOLDERS, POLICIES
 from rlhf_pipeline.texts import shown
 
@@ -39,19 +39,13 @@ _UNDERSCORE = re.compile(r"(?<![^\W_])_|_(?![^\W_])")  # inside a word it marks 
 
 def card(folder: Path) -> str:
     """The card of the model in `runs/<name>/<stage>`."""
-    return _rendered(_gather(folder, only(folder / "run.json"), only(folder.parent / "evaluate" / "run.json")))
+    return _rendered(_gather(folder))
 
 
-def write_cards(folder: Path, run: dict[str, Any]) -> None:
-    """Write the card of a stage's model; for stage=evaluate, those of the same run's models that it judged.
-
-    `run` is what is about to be the stage's run.json.
-    """
-    records = {folder: (run, only(folder.parent / "evaluate" / "run.json"))}
-    if run["stage"] == "evaluate":
-        records |= {other: (only(other / "run.json"), run) for other in (folder.parent / stage for stage in POLICIES)}
-    for place, both in records.items():
-        if (place / "model").is_dir() and ((found := _gather(place, *both))["evaluation"] or place == folder):
+def write_cards(folder: Path) -> None:
+    """Write the card of a stage's model; of stage=evaluate, those of the same run's models that it judged."""
+    for place in [folder.parent / stage for stage in POLICIES] if folder.name == "evaluate" else [folder]:
+        if (place / "model").is_dir() and ((found := _gather(place))["evaluation"] or place == folder):
             temporary = place / f".card.{os.getpid()}"  # not in the model's folder, to which a kill must not add a file
             temporary.write_text(_rendered(found), encoding="utf-8")
             os.replace(temporary, place / "model" / CARD)
@@ -63,26 +57,25 @@ def named(card: str, repository: str) -> str:
     return re.sub(r'^model_id = ".*"$', lambda _: line, card, count=1, flags=re.MULTILINE)
 
 
-def _gather(folder: Path, run: dict[str, Any], judge: dict[str, Any]) -> dict[str, Any]:
-    """What a card shows of the model in `folder`; nothing is escaped yet. `judge` is the record of the evaluation."""
-    run, judge, model = _without_home(run), _without_home(judge), folder / "model"
+def _gather(folder: Path) -> dict[str, Any]:
+    """What a card shows of the model in `folder`; nothing is escaped yet."""
+    run, judge = (_without_home(only(place / "run.json")) for place in (folder, folder.parent / "evaluate"))
+    model, stage = folder / "model", str(run.get("stage"))
     # A policy by the name under which it was compared. One made after that, in the place of another, was not judged.
-    own = (*Path(str(run.get("name"))).parts, str(run.get("stage")), "model")
+    own = (*Path(str(run.get("name"))).parts, stage, "model")
     paths = {role: Path(str(members(made).get("path"))) for role, made in members(judge.get("parents")).items()}
     row = next((role for role, path in paths.items() if path.parts[-len(own) :] == own), None)
     earlier = str(run.get("finished")) <= str(judge.get("started"))
-    compared = judge.get("status") == "done" and earlier and run.get("stage") in POLICIES and row
+    compared = judge.get("status") == "done" and earlier and stage in POLICIES and row
     evaluation = _without_home(only(folder.parent / "evaluate" / "evaluation.json")) if compared else {}
-    file = folder / "config.yaml"  # as it is, with Hydra's escapes, for the card repeats it
-    settings = members(_without_home(yaml.safe_load(file.read_text(encoding="utf-8")))) if file.exists() else {}
-    config, data = only(model / "config.json"), members(run.get("data"))
+    settings = _without_home(config(folder))  # as they are, with Hydra's escapes, for the card repeats them
+    own_config, data = only(model / "config.json"), members(run.get("data"))
     return {
-        "run": run, "stage": (stage := str(run.get("stage"))),
-        "about": FOLDERS[stage].model if stage in FOLDERS else "",
+        "run": run, "stage": stage, "about": FOLDERS[stage].model if stage in FOLDERS else "",
         "model": str(model), "settings": settings, "data": data,
         "results": members(run.get("results")), "source": hub_set(data) or data.get("path"),
-        "config": {**members(config.get("trunk")), **config},  # a reward model's, over that of its trunk
-        "causal": run.get("stage") in POLICIES, "own_class": config.get("model_type") == "rlhf_reward_model",
+        "config": {**members(own_config.get("trunk")), **own_config},  # a reward model's, over that of its trunk
+        "causal": stage in POLICIES, "own_class": own_config.get("model_type") == "rlhf_reward_model",
         "parameters": _parameters(model), "vocabulary": only(model / "tokenizer.json"),
         "tokenizer": only(model / "tokenizer_config.json"), "template": (model / "chat_template.jinja").exists(),
         "steps": max((as_number(row.get("step")) or 0 for row in read(folder / "metrics.jsonl", [])), default=None),
@@ -101,35 +94,25 @@ def _parameters(model: Path) -> int:
     return sum(int(math.prod(weights.get_slice(name).get_shape())) for weights in opened for name in weights.keys())  # noqa: SIM118
 
 
-def _metadata(found: dict[str, Any]) -> Any:
-    """The head of a card. Ids are checked by their form; names are reduced to one plain line."""
-    from huggingface_hub import EvalResult, ModelCardData
-
+def _metadata(found: dict[str, Any]) -> str:
+    """The head of a card, in YAML. Ids are checked by their form; names are reduced to one plain line."""
     task, results, stage = "text-generation" if found["causal"] else "text-classification", [], _label(found["stage"])
     compared = members(members(found["evaluation"].get("metrics")).get(found["row"]))
-    for data, figures, known in (
-        (found["data"], found["results"], _HELD_OUT),
-        (found["judged_on"], compared, _COMPARED),
-    ):
-        name, sha = _label(data.get("name")), _label(data.get("sha256"))
-        for key, metric in known.items() if data else ():
-            value = as_number(figures.get(key))
-            if value is not None and math.isfinite(value):
-                results.append(EvalResult(
-                    task_type=task, dataset_type=hub_set(data) or name, dataset_name=name, dataset_split="test",
-                    dataset_args={"sha256": sha}, metric_type=metric, metric_name=page.ENGLISH.name(key),
-                    metric_value=float(f"{value:.6g}"),
-                ))  # fmt: skip
+    for data, figures, known in (found["data"], found["results"], _HELD_OUT), (found["judged_on"], compared, _COMPARED):
+        metrics = [{"type": metric, "value": float(f"{value:.6g}"), "name": page.ENGLISH.name(key)}
+                   for key, metric in known.items() if (value := finite(figures.get(key))) is not None]  # fmt: skip
+        if data and metrics:
+            name, sha256 = _label(data.get("name")), _label(data.get("sha256"))
+            dataset = {"type": hub_set(data) or name, "name": name, "split": "test", "args": {"sha256": sha256}}
+            results.append({"task": {"type": task}, "dataset": dataset, "metrics": metrics})
     sets = [hub_set(choice) for choice in (found["data"], members(found["settings"].get("ptx"))) if choice]
-    return ModelCardData(
-        library_name="rlhf_pipeline" if found["own_class"] else "transformers",  # the hub shows how it opens the model
-        pipeline_tag=task,
-        tags=["rlhf_pipeline", "rlhf", "trl", "reward-model" if stage == "reward" else stage],
-        base_model=_base_model(found["run"]),
-        datasets=[name for name in dict.fromkeys(sets) if name] or None,
-        model_name=f"{_label(found['run'].get('name'))} {stage}" if results else None,
-        eval_results=results or None,
-    )
+    head: dict[str, Any] = {
+        "library_name": "rlhf_pipeline" if found["own_class"] else "transformers",  # with which the model is opened
+        "pipeline_tag": task, "tags": ["rlhf_pipeline", "rlhf", "trl", "reward-model" if stage == "reward" else stage],
+        "base_model": _base_model(found["run"]), "datasets": [name for name in dict.fromkeys(sets) if name],
+        "model-index": results and [{"name": f"{_label(found['run'].get('name'))} {stage}", "results": results}],
+    }  # fmt: skip
+    return yaml.safe_dump({key: value for key, value in head.items() if value}, sort_keys=False, allow_unicode=True)
 
 
 def _base_model(run: dict[str, Any], generations: int = 20) -> str | None:
@@ -202,10 +185,7 @@ def _hides(value: object) -> bool:
 
 
 def _rendered(found: dict[str, Any]) -> str:
-    from huggingface_hub import ModelCard
-
-    # ModelCard.from_template takes no function that shows values.
     templates = page.environment(_plain)
     templates.globals |= {"table": _table, "by_row": _by_row, "yaml": _yaml, "literal": _literal, "lasted": page.lasted}
-    head = Markup(_metadata(found).to_yaml())
-    return str(ModelCard(templates.get_template("card.md").render(metadata=head, **found)))
+    head = Markup(_metadata(found).rstrip())
+    return str(templates.get_template("card.md").render(metadata=head, **found))

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rlhf_pipeline.report.files import as_number, columns, items, members
+from rlhf_pipeline.report.files import as_number, columns, finite, items, members
 from rlhf_pipeline.report.page import ENGLISH, plain
 from rlhf_pipeline.report.words import OTHER, Words, grouped
 from rlhf_pipeline.report.words import table as words_of
@@ -31,11 +31,10 @@ class Line(NamedTuple):
 
 
 def plot(
-    title: str, lines: Sequence[Line], x_ticks: Sequence[Tick], y_ticks: Sequence[Tick], x_label: str = "",
-    y_label: str = "", *, size: tuple[int, int, int] = WIDE, style: str = "wide",
-    scale: Callable[[float], float] = float, key: str = "", note: str = "",
+    title: str, lines: Sequence[Line], x_ticks: Sequence[Tick], y_ticks: Sequence[Tick], *,
+    size: tuple[int, int, int] = WIDE, scale: Callable[[float], float] = float, **labels: str,
 ) -> Chart:  # fmt: skip
-    """Lines and dots over two axes, which span all points and ticks; `scale` is that of x."""
+    """Lines and dots over two axes, which span all points and ticks; `scale` is that of x, macros.html has `labels`."""
     left, wide, high = size
     points = [dot[:2] for line in lines for dot in (*line.points, *line.dots)]
     xs = [scale(x) for x in (*(x for x, _ in points), *(x for x, _ in x_ticks))]
@@ -57,12 +56,9 @@ def plot(
         for line in lines
     ]  # fmt: skip
     return {
-        "title": title, "lines": drawn, "x_label": x_label, "y_label": y_label,
-        "style": style, "key": key, "note": note,
-        "left": left, "wide": wide, "top": TOP, "high": high, "bottom": TOP + high,
-        "width": left + wide + RIGHT, "height": TOP + high + BELOW,
+        "title": title, "lines": drawn, "left": left, "wide": wide, "top": TOP, "high": high, "bottom": TOP + high,
         "x_ticks": [(across(x), text) for x, text in x_ticks], "y_ticks": [(down(y), text) for y, text in y_ticks],
-        "grid": [f"M{left} {down(y)}h{wide}" for y, _ in y_ticks],
+        "width": left + wide + RIGHT, "height": TOP + high + BELOW, "style": "wide", **labels,
     }  # fmt: skip
 
 
@@ -71,8 +67,8 @@ def gather(rows: Iterable[Row]) -> dict[str, dict[str, list[Point]]]:
     groups: dict[str, dict[str, list[Point]]] = {}
     same, at = words_of("measures")["same"], -1.0
     for row in rows:
-        step = as_number(row.get("step"))
-        at = step if step is not None and math.isfinite(step) else at + 1
+        step = finite(row.get("step"))
+        at = at + 1 if step is None else step
         for key, value in row.items():
             if key != "step" and (y := as_number(value)) is not None:
                 name, kind = (key[5:], "eval") if key.startswith(("eval_", "eval/")) else (same.get(key, key), "train")
@@ -99,7 +95,7 @@ def small(name: str, lines: Sequence[Line], words: Words = ENGLISH, key: str = "
     xs, ys = zip(*(point for line in drawn for point in line.points), strict=True)
     x_ticks, y_ticks = ([(value, plain(value)) for value in sorted({min(each), max(each)})] for each in (xs, ys))
     own = key if key != name else ""
-    return plot(name, drawn, x_ticks, y_ticks, words(unit), size=SMALL, style="", key=own)
+    return plot(name, drawn, x_ticks, y_ticks, size=SMALL, style="", key=own, x_label=words(unit))
 
 
 def curves(runs: Mapping[str, Iterable[Row]], words: Words) -> dict[str, Any]:
@@ -116,11 +112,12 @@ def curves(runs: Mapping[str, Iterable[Row]], words: Words) -> dict[str, Any]:
     drawn = {name: lines for name, lines in measures.items() if name not in CLOCKS}
     moving = [name for name, lines in drawn.items()
               if any(len({y for _, y in line.points if math.isfinite(y)}) > 1 for line in lines)]  # fmt: skip
-    order = [key for keys in grouped(moving).values() for key in keys][:CHARTS]
-    groups = {group: [small(words.measure(key), drawn[key], words, key) for key in keys if key in order]
-              for group, keys in grouped(moving).items()}  # fmt: skip
+    groups = grouped(moving)
+    order = [key for keys in groups.values() for key in keys][:CHARTS]
+    charts = {group: [small(words.measure(key), drawn[key], words, key) for key in keys if key in order]
+              for group, keys in groups.items()}  # fmt: skip
     rest = [key for key in drawn if key not in order]
-    return {"groups": groups, "folded": [OTHER] if len(groups) > 1 else [], "rest": rest}
+    return {"groups": charts, "folded": [OTHER] if len(groups) > 1 else [], "rest": rest}
 
 
 def calibration(value: object, words: Words) -> Chart | None:
@@ -130,9 +127,9 @@ def calibration(value: object, words: Words) -> Chart | None:
     if not points:
         return None
     lines = [Line("", "soft dashed", [(0, 0), (1, 1)]), Line("", "train", points, [(*point, 4.0) for point in points])]
-    ends, axes = [(0.0, "0"), (1.0, "1")], (words("how sure it is"), words("how often it is right"))
-    title, note = words("Calibration"), words("Dashed line: perfect calibration.")
-    return plot(title, lines, ends, ends, *axes, size=SQUARE, style="square", note=note)
+    ends, note = [(0.0, "0"), (1.0, "1")], words("Dashed line: perfect calibration.")
+    return plot(words("Calibration"), lines, ends, ends, size=SQUARE, style="square", note=note,
+                x_label=words("how sure it is"), y_label=words("how often it is right"))  # fmt: skip
 
 
 def frontier_charts(found: Row, words: Words) -> list[Chart]:
@@ -154,23 +151,23 @@ def _against_kl(reward: str, ways: Sequence[tuple[str, str, list[Row]]], words: 
     """The chart of one reward; the main one has no name."""
     lines = []
     for name, kind, rows in ways:
-        own = [members(members(row.get("rewards")).get(reward)) if reward else row for row in rows]
-        kls, means = ([as_number(row.get(key)) for row in found] for key, found in (("kl", rows), ("reward_mean", own)))
-        points = [(max(x, 0.0), y) for x, y in zip(kls, means, strict=True)
-                  if x is not None and y is not None and math.isfinite(x + y)]  # fmt: skip
+        points = []
+        for row in rows:
+            own = members(members(row.get("rewards")).get(reward)) if reward else row
+            if (kl := finite(row.get("kl"))) is not None and (mean := finite(own.get("reward_mean"))) is not None:
+                points.append((max(kl, 0.0), mean))
         lines += [Line(name, kind, points, [(*point, 2.4) for point in points])] if points else []
     if not lines:
         return None
     xs, ys = zip(*(point for line in lines for point in line.points), strict=True)
-    far, title = max(xs) or 1.0, reward or words("Reward")
-    x_ticks = [(far * share, f"{far * share:.2g}") for share in (0, 1 / 16, 1 / 4, 9 / 16, 1)]
-    return plot(title, lines, x_ticks, even_ticks(min(ys), max(ys)), "KL", scale=math.sqrt)
+    ticks = [((max(xs) or 1.0) * share) for share in (0, 1 / 16, 1 / 4, 9 / 16, 1)]
+    x_ticks, title = [(value, f"{value:.2g}") for value in ticks], reward or words("Reward")
+    return plot(title, lines, x_ticks, even_ticks(ys), scale=math.sqrt, x_label="KL")
 
 
 def sweep_chart(rows: Sequence[Row], words: Words) -> Chart | None:
     """The objective of each row of a sweep, the best at the top: its mean, its standard error and its seeds."""
-    means = [as_number(row.get("objective")) for row in rows]
-    known = [row for row, mean in zip(rows, means, strict=True) if mean is not None and math.isfinite(mean)][:ROWS]
+    known = [row for row in rows if finite(row.get("objective")) is not None][:ROWS]
     if len(known) < 2:
         return None
     lines, names = list[Line](), [(0.5, ""), (0.5 - len(known), "")]
@@ -180,7 +177,7 @@ def sweep_chart(rows: Sequence[Row], words: Words) -> Chart | None:
         lines.append(Line("", "c0", [(mean - error, y), (mean + error, y)], [(mean, y, 3.0)]))
         names.append((y, name if len(name := short(row)) <= 28 else f"…{name[-27:]}"))
     xs = [point[0] for line in lines for point in (*line.points, *line.dots)]
-    return plot(words("objective"), lines, even_ticks(min(xs), max(xs)), names, size=(190, 215, 24 * len(known)))
+    return plot(words("objective"), lines, even_ticks(xs), names, size=(190, 215, 24 * len(known)))
 
 
 def short(row: Row) -> str:
@@ -188,6 +185,7 @@ def short(row: Row) -> str:
     return ", ".join(f"{key.split('.')[-1]}={value}" for key, value in members(row.get("settings")).items()) or "all"
 
 
-def even_ticks(low: float, high: float) -> list[Tick]:
-    """Five values from one to the other."""
-    return [(value, f"{value:.3g}") for value in (low + (high - low) * part / 4 for part in range(5))]
+def even_ticks(values: Sequence[float]) -> list[Tick]:
+    """Five values from the least to the greatest."""
+    low, span = min(values), max(values) - min(values)
+    return [(low + span * part / 4, f"{low + span * part / 4:.3g}") for part in range(5)]

@@ -28,6 +28,12 @@ def as_number(value: object) -> float | None:
         return math.inf
 
 
+def finite(value: object) -> float | None:
+    """The float of a finite JSON number, and None for anything else."""
+    number = as_number(value)
+    return number if number is not None and math.isfinite(number) else None
+
+
 def members(value: object) -> dict[str, Any]:
     """The object itself, or an empty one where a file holds something else."""
     return value if isinstance(value, dict) else {}

@@ -2,14 +2,13 @@
 
 import base64
 import hashlib
-import math
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.files import write_atomic
-from rlhf_pipeline.report.files import as_number, columns, items, members
+from rlhf_pipeline.report.files import as_number, columns, finite, items, members
 from rlhf_pipeline.report.words import Words
 from rlhf_pipeline.texts import shown
 
@@ -32,15 +31,14 @@ def plain(value: object, words: Words = ENGLISH) -> str:
     return "–" if value is None else str(value)
 
 
-def lasted(seconds: float | None) -> str | None:
-    """A time in the two largest units that it has."""
-    if seconds is None or not math.isfinite(seconds):
+def lasted(seconds: object) -> str | None:
+    """A time in the two largest units that it has; None for what is no finite number."""
+    if (time := finite(seconds)) is None:
         return None
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.3g} s"
+    minutes, rest = divmod(round(time), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{time:.3g} s"
 
 
 def environment(show: Callable[[Any], str]) -> Any:
@@ -79,12 +77,7 @@ def _pages(lang: str) -> Any:
     return made
 
 
-def render(template: str, words: Words, **values: Any) -> str:
-    """A page by its template's name."""
-    return str(_pages(str(words.lang)).get_template(f"{template}.html").render(**values))
-
-
-def write_page(target: Path, content: str) -> Path:
-    """Write a page whole or not at all; give where it is."""
-    write_atomic(target, content)
+def write_page(target: Path, template: str, words: Words, **values: Any) -> Path:
+    """Write a page by its template's name, whole or not at all; give where it is."""
+    write_atomic(target, _pages(str(words.lang)).get_template(f"{template}.html").render(**values))
     return target

@@ -6,7 +6,7 @@ from typing import Any
 from rlhf_pipeline.files import write_json
 from rlhf_pipeline.report.charts import Line, small
 from rlhf_pipeline.report.files import members, only
-from rlhf_pipeline.report.page import render, write_page
+from rlhf_pipeline.report.page import write_page
 from rlhf_pipeline.report.summary import command
 from rlhf_pipeline.report.tables import rounds_table
 from rlhf_pipeline.report.words import Words
@@ -31,14 +31,13 @@ def by_round(runs: Path, name: str) -> list[Row]:
         records = [only(folder / stage / "run.json").get("results") for stage in ("collect", "reward", "ppo")]
         labels, reward, ppo = map(members, records)
         evaluation = only(folder / "evaluate" / "evaluation.json")
-        policies, gains = members(evaluation.get("metrics")), members(evaluation.get("paired_gain"))
-        before = evaluation.get("reference")
+        policies, before = members(evaluation.get("metrics")), evaluation.get("reference")
         if not rows and before in policies:
             judged = one_judge.get(str(of_all.get("reference")))
             rows.append({"round": 0, **_figures({}, {}, {}, policies[before]), "one_judge": judged})
         rows.append({
             "round": number, **_figures(labels, reward, ppo, members(policies.get("ppo"))),
-            "gain": members(gains.get(f"ppo - {before}")).get("mean"),
+            "gain": members(members(evaluation.get("paired_gain")).get(f"ppo - {before}")).get("mean"),
             "one_judge": one_judge.get(f"round{number}"), "judge": evaluation.get("reward"),
         })  # fmt: skip
     return rows
@@ -59,26 +58,15 @@ def _rounds(runs: Path, name: str) -> dict[int, Path]:
     return {number: path for number, path in found.items() if any(path.glob("*/run.json"))}
 
 
-def report_rounds(runs: Path, name: str, lang: str | None = None, show: bool = True) -> None:
-    """Write `runs/<name>/rounds.json` and `report.html`, and print the table where it is to be shown."""
-    rows = by_round(runs, name)
-    write_json(runs / name / "rounds.json", rows)
-    page = write_rounds(runs, name, lang)
-    if show:
-        rounds_table(*_shown(rows))
-        print(f"{page} shows the rounds", flush=True)
+def write_rounds(runs: Path, name: str, lang: str | None = None, show: bool = False) -> Path:
+    """Write `rounds.json` and `report.html` of a run from what its rounds have left; `show` prints the table, too.
 
-
-def _shown(rows: list[Row]) -> tuple[dict[str, Row], list[str]]:
-    """The figures of each round, and the rewards that judged."""
-    table = {str(row["round"]): {key: row[key] for key in row if key not in ("round", "judge")} for row in rows}
-    return table, list(dict.fromkeys(str(row["judge"]) for row in rows if row.get("judge")))
-
-
-def write_rounds(runs: Path, name: str, lang: str | None = None) -> Path:
-    """Write `runs/<name>/report.html` from what the rounds have left; by default in the first one's language."""
+    The page is by default in the first round's language.
+    """
     folder, rows, rounds = runs / name, by_round(runs, name), _rounds(runs, name)
-    table, judges = _shown(rows)
+    write_json(folder / "rounds.json", rows)
+    table = {str(row["round"]): {key: row[key] for key in row if key not in ("round", "judge")} for row in rows}
+    judges = list(dict.fromkeys(str(row["judge"]) for row in rows if row.get("judge")))
     collect = RunDir(runs, f"{name}/round{min(rounds, default=1)}", "collect")
     words, charts = Words(lang or members(collect.config().get("report")).get("lang")), []
     for key, about in _CHARTS.items():
@@ -88,10 +76,13 @@ def write_rounds(runs: Path, name: str, lang: str | None = None) -> Path:
     pages = [path.parent.relative_to(folder) for at in rounds.values() for path in sorted(at.glob("*/report.html"))]
     judged = any(row.get("one_judge") is not None for row in rows)
     experiment = {key: value for key, value in collect.record.items() if key == "experiment" and value}
-    content = render(
-        "rounds", words, title=str(Path(collect.record.get("name") or collect.name).parent),
+    page = write_page(
+        folder / "report.html", "rounds", words, title=str(Path(collect.record.get("name") or collect.name).parent),
         judges=judges, rows=table, charts=charts, links={f"{page}/report.html": str(page) for page in pages},
         one_judge=only(folder / "evaluate" / "evaluation.json").get("reward") if judged else None,
         again=command("evaluate", str(runs), **experiment, name=name),
     )  # fmt: skip
-    return write_page(folder / "report.html", content)
+    if show:
+        rounds_table(table, judges)
+        print(f"{page} shows the rounds", flush=True)
+    return page

@@ -8,7 +8,7 @@ from typing import Any
 from rlhf_pipeline.report.charts import RUNS, calibration, curves, frontier_charts
 from rlhf_pipeline.report.figures import evaluation_tables, frontier_tables
 from rlhf_pipeline.report.files import as_number, config, items, members, only, read
-from rlhf_pipeline.report.page import lasted, plain, render, write_page
+from rlhf_pipeline.report.page import lasted, plain, write_page
 from rlhf_pipeline.report.words import Words
 
 TILES, SAMPLES = 12, 100  # figures that are seen first; samples from the start of a training, and from its end
@@ -28,12 +28,12 @@ def write_report(folder: Path, lang: str | None = None) -> Path:
     tiles = dict([(key, value) for key, value in results.items() if as_number(value) is not None][:TILES])
     judged = evaluation.get("warnings")
     warned = [row.get("warning") for row in warnings] + (judged if isinstance(judged, list) else [])
-    content = render(
-        "stage", words,
+    return write_page(
+        folder / "report.html", "stage", words,
         title=" · ".join(str(run[key]) for key in ("name", "stage") if run.get(key)) or folder.resolve().name,
         status=plain(run.get("status") or ""), notes=notes, run=run, evaluation=evaluation, frontier=frontier,
         warned=list(filter(None, warned)), tree=list(lineage(folder.resolve(), run, {})),
-        time=lasted(as_number(run.get("seconds"))), last_step=metrics[-1].get("step") if metrics else None,
+        time=lasted(run.get("seconds")), last_step=metrics[-1].get("step") if metrics else None,
         data={key: value for key, value in members(run.get("data")).items() if value is not None and key != "sha256"},
         tiles=tiles, others={key: value for key, value in results.items() if key not in tiles},
         evaluation_tables=evaluation_tables(evaluation),
@@ -47,17 +47,13 @@ def write_report(folder: Path, lang: str | None = None) -> Path:
         curved=curves({"": metrics}, words),
         parents={role: members(made) or {"path": made} for role, made in members(run.get("parents")).items()},
     )  # fmt: skip
-    return write_page(folder / "report.html", content)
 
 
 def lineage(folder: Path, run: Mapping[str, Any], known: dict[Path, bool]) -> Iterator[tuple[str, str, str, list[str]]]:
     """Each stage after those it was made from: its stage, its run, its data, and what it took from where."""
     known[folder] = True
     depth = len(Path(str(run.get("name") or "")).parts)
-    starts = [
-        Path(),
-        *(path.parent for path in folder.parents[depth : depth + 1]),
-    ]  # as it was written; beside this run
+    starts = [Path(), *(path.parent for path in folder.parents[depth : depth + 1])]  # as written; beside this run
     taken = []
     for role, made in members(run.get("parents")).items():
         where = members(made).get("path", made)

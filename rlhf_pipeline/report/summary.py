@@ -2,7 +2,7 @@
 
 import itertools
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ _MADE = ("model", CANDIDATES, LABELS, "quality.json", "evaluation.json", "fronti
 _RUN = "python -m rlhf_pipeline"
 
 
-def say(label: str, text: str) -> None:
-    """One line of a summary."""
-    print(f"{label:<9}{shown(text)}", flush=True)
+def say(label: str, text: str | None) -> None:
+    """One line of a summary, if there is something to say."""
+    if text:
+        print(f"{label:<9}{shown(text)}", flush=True)
 
 
 def say_done(out: RunDir) -> None:
@@ -41,10 +42,9 @@ def say_done(out: RunDir) -> None:
 
 def say_done_before(out: RunDir) -> None:
     """One line of a stage that was done already."""
-    when = (
-        datetime.fromisoformat(str(out.record.get("finished") or "1970-01-01")).astimezone().strftime("%Y-%m-%d %H:%M")
-    )
-    print(f"{out.path} is done already: {shown(outcome(out))} ({when}, in {_time(out.record)})", flush=True)
+    finished = datetime.fromisoformat(str(out.record.get("finished") or "1970-01-01")).astimezone()
+    when = f"{finished:%Y-%m-%d %H:%M}, in {_time(out.record)}"
+    print(f"{out.path} is done already: {shown(outcome(out))} ({when})", flush=True)
 
 
 def say_all_done(every: Sequence[RunDir], folder: Path, seconds: float) -> None:
@@ -58,12 +58,6 @@ def say_all_done(every: Sequence[RunDir], folder: Path, seconds: float) -> None:
     say("made", f"{folder}: {', '.join(str(page.relative_to(folder)) for page in pages if page.exists())}")
 
 
-def say_next(settings: Settings, order: Sequence[str], overrides: Sequence[str] | None) -> None:
-    """What to run after a stage, if anything."""
-    if command := next_command(settings, order, overrides):
-        say("next", command)
-
-
 def next_command(settings: Settings, order: Sequence[str], overrides: Sequence[str] | None) -> str | None:
     """The command that goes on after a stage: the next of the experiment's `order`, with what the user said for all.
 
@@ -71,10 +65,9 @@ def next_command(settings: Settings, order: Sequence[str], overrides: Sequence[s
     None where a recorded configuration was run again, which says nothing of the other stages.
     """
     stage = settings.stage
-    if overrides is not None:
-        after = dict(itertools.pairwise(order)).get(stage) or STAGES[stage].then
-        if after:
-            return shlex.join([*_RUN.split(), f"stage={after}", *_for_others(settings, overrides)])
+    after = dict(itertools.pairwise(order)).get(stage) or STAGES[stage].then
+    if after and overrides is not None:
+        return shlex.join([*_RUN.split(), f"stage={after}", *_for_others(settings, overrides)])
     run = RunDir(Path(settings.runs), settings.name, "chat", settings.experiment)
     if stage == "collect" or newest_policy(run) is None:
         return None
@@ -123,9 +116,8 @@ def _collected(out: RunDir, results: dict[str, Any]) -> str:
 
 
 def _improved(out: RunDir, results: dict[str, Any]) -> str:
-    rows = [row for row in read_jsonl(out.path / "metrics.jsonl") if "objective/scores" in row]
-    first = f", from {rows[0]['objective/scores']:.3f}" if rows else ""
-    last = min(10, len(rows))
+    rewards = [row["objective/scores"] for row in read_jsonl(out.path / "metrics.jsonl") if "objective/scores" in row]
+    first, last = f", from {rewards[0]:.3f}" if rewards else "", min(10, len(rewards))
     return f"reward {results['scores']:.3f} at KL {results['kl']:.2f}{first} (last {last} logged updates)"
 
 
@@ -133,17 +125,12 @@ def _evaluated(out: RunDir, results: dict[str, Any]) -> str:
     evaluation = only(out.path / "evaluation.json")
     names = [name for name in evaluation["metrics"] if not name.startswith("best of ")]
     kl = "" if results["kl"] is None else f" at KL {results['kl']:.2f}"
-    gain = ""
-    if "gain" in results:
-        gain = f", {results['gain']:+.3f} [{results['gain_low']:+.3f}, {results['gain_high']:+.3f}] over {names[0]}"
-    return f"{names[-1]} has reward {results['reward_mean']:.3f}{kl}{gain}; {evaluation['prompts']} held-out prompts"
+    gain = ", {gain:+.3f} [{gain_low:+.3f}, {gain_high:+.3f}] over {}" if "gain" in results else ""
+    reward = f"{names[-1]} has reward {results['reward_mean']:.3f}{kl}{gain.format(names[0], **results)}"
+    return f"{reward}; {evaluation['prompts']} held-out prompts"
 
 
-_OUTCOMES: dict[str, Callable[[RunDir, dict[str, Any]], str]] = {
-    "collect": _collected,
-    "ppo": _improved,
-    "evaluate": _evaluated,
-}
+_OUTCOMES = {"collect": _collected, "ppo": _improved, "evaluate": _evaluated}
 
 
 def how_far(results: dict[str, Any]) -> str:

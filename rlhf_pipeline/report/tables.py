@@ -1,7 +1,7 @@
 """Tables on the terminal. What models and people wrote is shown as it is, never as markup."""
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -148,16 +148,19 @@ def plan_table(plan: dict[str, Any]) -> None:
     own = "the policy, its adapter off"
     reference = f"{count['reference']:,}, {plan['reference_bytes'] / 2**30:.2f} GiB" if count["reference"] else own
     bf16 = "bf16 with fp32 master weights" if work["bf16"] else "fp32"
-    _say(f"policy     {count['policy']:,} parameters and {critic}; {count['trained']:,} are trained: {plan['policy']}")
-    _say(f"reference  {reference}; reward: {count['reward']:,} ({plan['reward']})")
-    _say(
+    machine = f"{plan['gpus']} x {plan['gpu']} of {plan['memory'] / 2**30:.0f} GiB, MFU {plan['mfu']:.0%}"
+    for line in (
+        f"policy     {count['policy']:,} parameters and {critic}; {count['trained']:,} are trained: {plan['policy']}",
+        f"reference  {reference}; reward: {count['reward']:,} ({plan['reward']})",
         f"update     {work['rows']} responses a process, up to {work['prompt']} + {work['response']} tokens, "
         f"{work['epochs']} epochs of {work['minibatches']} steps, {work['micro']} rows at a time, "
-        f"{bf16}{', checkpointed' if work['checkpointing'] else ''}"
-    )
-    machine = f"{plan['gpus']} x {plan['gpu']} of {plan['memory'] / 2**30:.0f} GiB, MFU {plan['mfu']:.0%}"
-    _say(f"computed   not measured: what each process takes on {machine}")
-    _launches(plan["launches"])
+        f"{bf16}{', checkpointed' if work['checkpointing'] else ''}",
+        f"computed   not measured: what each process takes on {machine}",
+    ):
+        _say(line)
+    parts = [columns(launch[key] for launch in plan["launches"]) for key in ("parts", "seconds")]
+    launches = {launch["launch"]: _launch(launch, *parts) for launch in plan["launches"]}
+    _figures("", {name: {key: row[name] for key, row in launches.items()} for name in columns(launches.values())})
     if plan["chosen"]:
         least = plan["fewest"]
         less = f"; {least['launch']} on {least['gpus']} of them fits too" if least["gpus"] < plan["gpus"] else ""
@@ -168,27 +171,18 @@ def plan_table(plan: dict[str, Any]) -> None:
         _say(f"           {name}: {found['bytes'] / 2**30:.2f} GiB ({found['launch']}), {verdict}")
 
 
-def _launches(launches: Sequence[Mapping[str, Any]]) -> None:
-    """One column a launch: memory by part, then time by part."""
+def _launch(launch: dict[str, Any], parts: list[str], times: list[str]) -> dict[str, str | None]:
+    """One column: memory by part, then time by part; None where a launch has no such part."""
 
-    def line(name: str, form: str, value: Callable[[Mapping[str, Any]], Any]) -> None:
-        found = {launch["launch"]: value(launch) for launch in launches}
-        if any(one is not None for one in found.values()):
-            rows[name] = {launch: None if one is None else f"{one:{form}}" for launch, one in found.items()}
+    def told(value: float | None, form: str, unit: float = 1) -> str | None:
+        return None if value is None else format(value / unit, form)
 
-    def part_of(key: str, part: str, scale: float) -> Callable[[Mapping[str, Any]], Any]:
-        return lambda launch: launch[key][part] / scale if part in launch[key] else None
-
-    rows: Rows = {}
-    line("GiB", ".2f", lambda launch: launch["bytes"] / 2**30)
-    for part in columns(launch["parts"] for launch in launches):
-        line(f"  {part}", ".2f", part_of("parts", part, 2**30))
-    line("fullest at", "", lambda launch: launch["moment"])
-    line("fits", "", lambda launch: "yes" if launch["fits"] else "no")
-    line("TFLOPs/update", ".3g", lambda launch: launch["update_flops"] / 1e12)
-    line("seconds/update", ".3g", lambda launch: launch["update_seconds"])
-    for part in columns(launch["seconds"] for launch in launches):
-        line(f"  {part}", ".3g", part_of("seconds", part, 1))
-    line("updates", "", lambda launch: launch["updates"])
-    line("minutes, whole run", ",.1f", lambda launch: launch["run_seconds"] and launch["run_seconds"] / 60)
-    _figures("", rows)
+    return {
+        "GiB": told(launch["bytes"], ".2f", 2**30),
+        **{f"  {part}": told(launch["parts"].get(part), ".2f", 2**30) for part in parts},
+        "fullest at": launch["moment"], "fits": "yes" if launch["fits"] else "no",
+        "TFLOPs/update": told(launch["update_flops"], ".3g", 1e12),
+        "seconds/update": told(launch["update_seconds"], ".3g"),
+        **{f"  {part}": told(launch["seconds"].get(part), ".3g") for part in times},
+        "updates": told(launch["updates"], ".0f"), "minutes, whole run": told(launch["run_seconds"], ",.1f", 60),
+    }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Trackers beside metrics.jsonl: TensorBoard, Trackio, Weights & Biases. A tracker that fails costs the run nothing."""
+"""Trackers beside metrics.jsonl: TensorBoard, Trackio, Weights & Biases."""
 
 import contextlib
 import hashlib
@@ -6,14 +6,15 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.registry import suggest
-from rlhf_pipeline.report.figures import evaluation_tables
-from rlhf_pipeline.report.files import columns, members, only
+from rlhf_pipeline.report.files import only
+from rlhf_pipeline.report.page import plain
 from rlhf_pipeline.texts import shown
 
 # The fields of `trainer` that say where figures are shown. Every stage but chat takes them; its work is the same.
@@ -35,14 +36,14 @@ def chosen(report_to: Any) -> list[str]:
 def check(report_to: Any) -> None:
     """Refuse what is no tracker of ours or is not installed."""
     for word in chosen(report_to):
-        if word not in _KINDS:
-            takes = f"It takes none, {', '.join(_KINDS)}, or a list: trainer.report_to=[{','.join(_KINDS)}]."
-            raise UserError(f"trainer.report_to={word} is not a supported tracker. {suggest(word, _KINDS)}{takes}")
+        if word not in KINDS:
+            takes = f"It takes none, {', '.join(KINDS)}, or a list: trainer.report_to=[{','.join(KINDS)}]."
+            raise UserError(f"trainer.report_to={word} is not a supported tracker. {suggest(word, KINDS)}{takes}")
         found = importlib.util.find_spec(word)
         if found is None or found.origin is None:  # a mere folder of that name
             raise UserError(
                 f"trainer.report_to={word} needs {word}, which is not installed: pip install 'rlhf_pipeline[{word}]', "
-                f"or choose one of: {', '.join(['none', *(kind for kind in _KINDS if kind != word)])}."
+                f"or choose one of: {', '.join(['none', *(kind for kind in KINDS if kind != word)])}."
             )
 
 
@@ -86,8 +87,8 @@ def _tensorboard(config: dict[str, Any], folder: Path, step: int) -> Run:
     root = os.environ.get("TENSORBOARD_LOGGING_DIR")
     place = Path(root).expanduser() / naming(config)["run_name"] if root else folder / "tensorboard"
     writer: Any = SummaryWriter(str(place), purge_step=step + 1)
-    lines = json.dumps(config, indent=2, ensure_ascii=True).split("\n")
-    writer.add_text("settings", "\n".join(f"    {line}" for line in lines), step)  # indented: a code block
+    settings = json.dumps(config, indent=2, ensure_ascii=True)
+    writer.add_text("settings", textwrap.indent(settings, "    "), step)  # indented: a code block
 
     def log(values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
@@ -148,73 +149,9 @@ def _in_rows(api: Any, close: Callable[[bool], None], **more: bool) -> Run:
     return Run(lambda values, step: api.log({**values, _STEP: step}), table, close)
 
 
-_KINDS: dict[str, Callable[[dict[str, Any], Path, int], Run]] = {
-    "tensorboard": _tensorboard, "trackio": _trackio, "wandb": _wandb,
-}  # fmt: skip
-
-
-class Trackers:
-    """The trackers of one stage's run, which show what its files hold; one that fails is left out, with a warning.
-
-    A resumed run repeats the steps after its checkpoint. TensorBoard hides the first time; the others show both.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.open: dict[str, Run] = {}
-
-    def start(self, config: dict[str, Any], step: int = 0) -> None:
-        """Open those that the resolved settings name; training goes on from `step`."""
-        config = {key: value for key, value in config.items() if key not in ("defaults", "hydra")}
-        for name in chosen(members(config.get("trainer")).get("report_to")):
-            with self._trying(name):
-                self.open[name] = _KINDS[name](config, self.folder, step)
-
-    def logged(self, step: int, values: Mapping[str, Any]) -> None:
-        """The figures of one row of metrics.jsonl, under the names that transformers gives them."""
-        named = {f"eval/{key[5:]}" if key.startswith("eval_") else f"train/{key}": value
-                 for key, value in values.items() if isinstance(value, int | float)}  # fmt: skip
-        self._each("log", named, step)
-
-    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """The policy's answers with their rewards: the rows that samples.jsonl gets."""
-        heads = ["prompt", "response", "reward"]
-        self._each("table", "samples", heads, [[row[key] for key in heads] for row in rows], step)
-
-    def evaluation(self, config: dict[str, Any], found: Mapping[str, Any]) -> None:
-        """The tables of an evaluation, and their figures."""
-        self.start(config)
-        for title, corner, rows in evaluation_tables(found):
-            keys = columns(rows.values())
-            numbers = {f"evaluate/{name}/{key}": row[key] for name, row in rows.items() for key in keys
-                       if isinstance(row.get(key), int | float)}  # fmt: skip
-            self._each("log", numbers, 0)
-            cells = [[name, *map(row.get, keys)] for name, row in rows.items()]
-            self._each("table", f"evaluate/{title}", [corner, *keys], cells, 0)
-
-    def __enter__(self) -> "Trackers":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._each("close", kind is not None)
-        self.open = {}
-
-    def _each(self, method: str, *args: Any) -> None:
-        for name, run in list(self.open.items()):
-            with self._trying(name):
-                getattr(run, method)(*args)
-
-    @contextlib.contextmanager
-    def _trying(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # a tracker must not end the training
-            self.open.pop(name, None)
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-            print(f"warning: {name} failed ({reason}) and is left out; the run goes on", flush=True)
+KINDS = {"tensorboard": _tensorboard, "trackio": _trackio, "wandb": _wandb}
 
 
 def literal(value: Any) -> str:
     """A value for a cell of a table in Markdown, marking up nothing: generated text is data."""
-    text = f"{value:.4g}" if isinstance(value, float) else "" if value is None else shown(str(value))
-    return _MARKS.sub(lambda mark: _REFERENCES.get(mark[0]) or f"&#{ord(mark[0])};", text)
+    return _MARKS.sub(lambda mark: _REFERENCES.get(mark[0]) or f"&#{ord(mark[0])};", shown(plain(value)))

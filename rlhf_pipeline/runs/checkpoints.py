@@ -6,6 +6,8 @@ import shutil
 from functools import lru_cache
 from pathlib import Path
 
+from rlhf_pipeline.files import write_json
+
 SEAL = "complete"  # the file that says what a whole checkpoint holds
 
 
@@ -16,12 +18,7 @@ def seal(folder: Path) -> None:
         with path.open("r+b") as file:  # Windows syncs no file that is only read
             os.fsync(file.fileno())
         held[str(path.relative_to(folder))] = {"bytes": path.stat().st_size}
-    temporary = folder / f".{SEAL}"
-    with temporary.open("w") as file:
-        file.write(json.dumps(held, indent=1))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / SEAL)
+    write_json(folder / SEAL, held)
 
 
 def put_in_place(temporary: Path, folder: Path) -> None:
@@ -32,16 +29,6 @@ def put_in_place(temporary: Path, folder: Path) -> None:
         os.replace(folder, old)
     os.replace(temporary, folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def give_way(old: Path, new: Path, begun: bool) -> None:
-    """Delete old work that was moved aside where the new has begun; else put it back in its place."""
-    if begun:
-        shutil.rmtree(old)
-    else:
-        shutil.rmtree(new, ignore_errors=True)
-        os.replace(old, new)
-        print(f"{new} is as it was before", flush=True)
 
 
 def step_of(folder: Path) -> int:
@@ -59,8 +46,7 @@ def sealed(parent: Path) -> list[Path]:
 def newest_whole(parent: Path) -> Path | None:
     """The newest checkpoint below `parent` that holds all it was sealed with. One that does not is named and left."""
     for folder in reversed(sealed(parent)):
-        fault = fault_of(folder)
-        if fault is None:
+        if (fault := fault_of(folder)) is None:
             return folder
         _say(folder, fault)
     return None
@@ -72,13 +58,6 @@ def drop_old(parent: Path, keep: int | None) -> None:
         shutil.rmtree(old)
 
 
-def drop_half_written(stage: Path) -> None:
-    """Delete what was being written when the disk was full: nothing uses it, and the record of the run needs room."""
-    for folder in (*stage.glob(".model.new"), *stage.glob("checkpoints/*checkpoint-*")):
-        if not (folder / SEAL).exists():
-            shutil.rmtree(folder, ignore_errors=True)
-
-
 def fault_of(folder: Path) -> str | None:
     """What is wrong with a checkpoint that was sealed; of one that was not, nothing is known."""
     if not (folder / SEAL).exists():
@@ -88,11 +67,9 @@ def fault_of(folder: Path) -> str | None:
     except ValueError:
         return "its seal cannot be read"
     for name, expected in held.items():
-        path = folder / name
-        if not path.exists():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes of {expected['bytes']}"
+        size = (folder / name).stat().st_size if (folder / name).exists() else None
+        if size != expected["bytes"]:
+            return f"{name} is missing" if size is None else f"{name} has {size} bytes of {expected['bytes']}"
     return None
 
 

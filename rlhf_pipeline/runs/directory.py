@@ -7,7 +7,7 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from rlhf_pipeline import files
 from rlhf_pipeline.errors import DiskError, UserError
 from rlhf_pipeline.processes import by_rank_0, checkpoints_of, processes, rank, rows_a_step
 from rlhf_pipeline.runs import same_work
-from rlhf_pipeline.runs.checkpoints import drop_half_written, give_way, newest_whole, put_in_place
+from rlhf_pipeline.runs.checkpoints import SEAL, newest_whole, put_in_place
 from rlhf_pipeline.runs.lineage import file_hash, git, hardware, parent, versions
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.stages import FOLDERS
@@ -29,28 +29,14 @@ _ROUND = re.compile(r"round([1-9][0-9]*)")
 
 
 class Observer:
-    """Whoever watches a stage. The run directory says what happens, and does not know what is made of it."""
+    """Whoever watches a stage; this one makes nothing of what happens.
 
-    def started(self, config: dict[str, Any], step: int) -> None:
-        """Training begins, or goes on after `step`."""
+    started(config, step): training begins, or goes on. logged(step, values), sampled(step, samples): rows were logged.
+    evaluated(config, evaluation): policies were compared. added(): a file has grown. ended(): run.json says how.
+    """
 
-    def logged(self, step: int, values: dict[str, Any]) -> None:
-        """A row of figures was logged."""
-
-    def sampled(self, step: int, samples: Sequence[dict[str, Any]]) -> None:
-        """Answers of the policy were logged."""
-
-    def evaluated(self, config: dict[str, Any], evaluation: dict[str, Any]) -> None:
-        """Policies were compared."""
-
-    def added(self) -> None:
-        """A file of the directory has grown."""
-
-    def finishing(self, record: dict[str, Any]) -> None:
-        """`record` is about to become run.json."""
-
-    def ended(self) -> None:
-        """run.json says how."""
+    def __getattr__(self, event: str) -> Callable[..., None]:
+        return lambda *values: None
 
 
 class RunDir:
@@ -63,7 +49,7 @@ class RunDir:
         self.checkpoints, self.model = self.path / "checkpoints", self.path / "model"
         self._started, self._before = time.monotonic(), 0.0  # seconds of the sessions before this one
         self._record: dict[str, Any] = {}
-        self.observer = Observer()
+        self.observer: Any = Observer()
         self._old = runs / name / f".{stage}.old"  # what is being overwritten, until the new work has begun
 
     @classmethod
@@ -94,7 +80,7 @@ class RunDir:
         done = record.get("status") == "done"
         if done and not settings.overwrite:
             self._check_model()
-        if done or self.resumable:
+        if done or self._begun or self.model.exists():
             differences = same_work.differences(self, settings)
             if not differences and not (settings.overwrite and done):
                 return done
@@ -126,12 +112,8 @@ class RunDir:
         return bool(offered) and sheet.exists() and file_hash(sheet) != offered
 
     @property
-    def resumable(self) -> bool:
-        """Whether there is anything that a run of this stage could go on from."""
-        return self._begun or self.model.exists()
-
-    @property
     def _begun(self) -> bool:
+        """Whether there is anything but a model that a run of this stage could go on from."""
         made = any((self.path / name).exists() for name in (CANDIDATES, CANDIDATES_SO_FAR, FRONTIER))
         return made or self.last_checkpoint() is not None
 
@@ -145,8 +127,7 @@ class RunDir:
 
     def objective(self) -> float | None:
         """The one number that a sweep compares."""
-        value = self.record.get("objective")
-        return None if value is None else float(value)
+        return self.record.get("objective")
 
     def upstream(
         self, *stages: str, policy: dict[str, Any] | None = None, reward: dict[str, Any] | None = None
@@ -166,13 +147,13 @@ class RunDir:
                     continue
                 other._check_model()
                 made = other.config()
-                if reward is not None and made["reward"].get("name") != reward["name"]:
+                meant = [(made[kind], choice) for kind, choice in (("reward", reward), ("policy", policy)) if choice]
+                if any(own.get("name") != choice["name"] for own, choice in meant):
                     continue
-                if policy is not None and made["policy"].get("name") != policy["name"]:
-                    continue
-                for key in sorted(({*made["policy"], *policy} if policy else set()) - {"path", "lora", "quantize"}):
-                    there, here = made["policy"].get(key), (policy or {}).get(key)
-                    if there != here:
+                own, choice = made["policy"], policy or {}
+                for key in sorted({*own, *choice} - {"path", "lora", "quantize"}) if choice else ():
+                    if own.get(key) != choice.get(key):
+                        there, here = own.get(key), choice.get(key)
                         raise UserError(f"{other.path} has policy.{key}={there}, and here it is {here}; make them one.")
                 return other.model
         return None
@@ -192,18 +173,17 @@ class RunDir:
 
     def newest_round(self) -> "RunDir":
         """The same stage where it ran last: in this very run, else in the newest of its rounds."""
-        there = [other for other in self.rounds() if other.record]
-        return self if self.record or not there else there[0]
+        return next((out for out in (self, *self.rounds()) if out.record), self)
 
     def rounds(self) -> list["RunDir"]:
         """The same stage in each round of this run, the newest first."""
-        inside = RunDir(self.runs, f"{self.name}/round1", self.stage, self.experiment)
-        rounds = [int(found[1]) for path in (self.runs / self.name).glob("*") if (found := _ROUND.fullmatch(path.name))]
-        return [inside.in_round(number) for number in sorted(rounds, reverse=True)]
+        names = [path.name for path in (self.runs / self.name).glob("*") if _ROUND.fullmatch(path.name)]
+        newest_first = sorted(names, key=lambda name: int(name.removeprefix("round")), reverse=True)
+        return [RunDir(self.runs, f"{self.name}/{name}", self.stage, self.experiment) for name in newest_first]
 
     def labels(self) -> list[Path]:
         """What stage=collect of this run has brought, of every round up to this one; the newest last."""
-        own = RunDir(self.runs, self.name, "collect")
+        own = self.beside("collect")
         rounds = [own.in_round(number) for number in range(1, self.round + 1)] if self.round else [own]
         return [path for collect in rounds if (path := collect.path / LABELS).exists()]
 
@@ -248,7 +228,12 @@ class RunDir:
         if not self.leads or not self._old.exists():
             return
         trained = any(row.get("step", 0) > 0 for row in files.read_log(self.path / "metrics.jsonl"))
-        give_way(self._old, self.path, trained or self.resumable or self.record.get("status") == "done")
+        if trained or self._begun or self.model.exists() or self.record.get("status") == "done":
+            shutil.rmtree(self._old)
+            return
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.replace(self._old, self.path)
+        print(f"{self.path} is as it was before", flush=True)
 
     @by_rank_0
     def begin(self, settings: Settings, parents: dict[str, str], fingerprint: dict[str, Any] | None) -> None:
@@ -261,33 +246,23 @@ class RunDir:
         if before and settings.trainer:
             rows = rows_a_step(self.config()["trainer"], before.get("processes", 1))
             meant_for = rows // rows_a_step(settings.trainer, 1)
-        hydra = {"run": {"dir": "."}, "output_subdir": None}
         logging = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}, "_self_"]
+        config = {"defaults": logging, "hydra": {"run": {"dir": "."}, "output_subdir": None}, **settings.to_dict()}
         once = {"overwrite": False, "hub": {}}  # who repeats the run has not asked for these
-        config = {"defaults": logging, "hydra": hydra, **settings.to_dict(), **once}
-        files.write_yaml(self.path / "config.yaml", config)
+        files.write_yaml(self.path / "config.yaml", config | once)
         # Of a session that was killed, what its log says.
         logged = files.read_log(self.path / "metrics.jsonl")[-1:] if before else []
         self._before = max([before.get("seconds", 0.0), *(row.get("seconds", 0.0) for row in logged)])
+        again = f"python -m rlhf_pipeline --config-path {shlex.quote(str(self.path))} --config-name config"
+        there = {str(other.path): str(other.record.get("finished")) for other, _ in same_work.could_take(self)}
         self._record = {
-            "stage": self.stage,
-            "name": self.name,
-            "experiment": self.experiment,
-            "status": "running",
-            "seed": settings.seed,
-            "command": f"python -m rlhf_pipeline --config-path {shlex.quote(str(self.path))} --config-name config",
-            "started": self.record.get("started") or _now(),
+            "stage": self.stage, "name": self.name, "experiment": self.experiment, "status": "running",
+            "seed": settings.seed, "command": again, "started": self.record.get("started") or _now(),
             "seconds": round(self._before, 1),
             "resumed": [*self.record.get("resumed", []), _now()] if self.record else [],
-            "parents": found,
-            "there": same_work.finished_stages(self),
-            "data": fingerprint,
-            "versions": versions(),
-            "hardware": hardware(),
-            "processes": meant_for,
-            "sharded": checkpoints_of(self.stage),
-            "git": git(),
-        }
+            "parents": found, "there": there, "data": fingerprint, "versions": versions(), "hardware": hardware(),
+            "processes": meant_for, "sharded": checkpoints_of(self.stage), "git": git(),
+        }  # fmt: skip
         files.write_json(self.path / "run.json", self._record)
 
     def reopen(self, settings: Settings) -> None:
@@ -312,7 +287,6 @@ class RunDir:
         """Mark the stage done, or waiting for people, with its results."""
         self._record |= {"status": status, "finished": _now(), "seconds": round(self._seconds, 1)}
         self._record |= {"results": results, "objective": objective}
-        self.observer.finishing(self._record)
         files.write_json(self.path / "run.json", self._record)
         self.observer.ended()
 
@@ -323,8 +297,10 @@ class RunDir:
             kind = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             self._record |= {"status": kind, "error": f"{type(error).__name__}: {error}"[:500]}
             self._record["seconds"] = round(self._seconds, 1)
-            if isinstance(error, DiskError):
-                drop_half_written(self.path)
+            if isinstance(error, DiskError):  # what was being written is of no use, and the record needs room
+                for folder in (*self.path.glob(".model.new"), *self.path.glob("checkpoints/*checkpoint-*")):
+                    if not (folder / SEAL).exists():
+                        shutil.rmtree(folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # there may be no room for it, and the error itself is worth more
                 files.write_json(self.path / "run.json", self._record)
             self.observer.ended()
@@ -354,10 +330,8 @@ class RunDir:
     def rewind(self, step: int) -> None:
         """Drop log rows after `step`: a resumed run takes those steps again."""
         for name in ("metrics.jsonl", "samples.jsonl", "warnings.jsonl"):
-            path = self.path / name
-            if path.exists():
-                rows = [row for row in files.read_log(path) if row["step"] <= step]
-                files.write_jsonl(path, rows)
+            if (path := self.path / name).exists():
+                files.write_jsonl(path, [row for row in files.read_log(path) if row["step"] <= step])
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Add one row to `metrics.jsonl`. Only `seconds` depends on the clock."""
@@ -370,7 +344,7 @@ class RunDir:
         """Keep in `warnings.jsonl` what the user was told, for the page to show."""
         self.add("warnings.jsonl", [{"step": step, "warning": warning}])
 
-    def log_samples(self, step: int, samples: Sequence[dict[str, Any]]) -> None:
+    def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Add rows (prompt, response, reward) to `samples.jsonl`."""
         self.add("samples.jsonl", [{"step": step, **sample} for sample in samples])
         self.observer.sampled(step, samples)

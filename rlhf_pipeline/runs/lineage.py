@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -22,9 +23,7 @@ def content_hash(folder: Path) -> str:
     digest = hashlib.sha256()
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / "README.md")
     for (path,) in parts(files, 1, "hash", "file"):
-        digest.update(str(path.relative_to(folder)).encode() + b"\0")
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(str(path.relative_to(folder)).encode() + b"\0" + bytes.fromhex(file_hash(path)))
     return digest.hexdigest()
 
 
@@ -57,13 +56,9 @@ def hardware() -> dict[str, Any]:
     """What this process runs on."""
     import torch
 
-    cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.partition(":")[2].strip() for line in info.read_text().split("\n") if line.startswith("model name")
-        ]
-        cpu = next(iter(names), cpu) or cpu
+    named = re.search(r"^model name\s*: *(.+)$", info.read_text() if info.exists() else "", re.MULTILINE)
+    cpu = named[1] if named else platform.processor() or platform.machine()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu, "os": sys.platform}
 

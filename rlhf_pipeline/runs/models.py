@@ -148,6 +148,6 @@ def choices(run: RunDir, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
         found = {"policy": {**own, "path": where}, "data": config["data"], "reward": config["reward"]}
     # PPO's reward, else the one that was trained; in the settings of sft stands a default that nobody chose.
     for stage in ("ppo", "reward"):
-        if config := RunDir((home or run).runs, (home or run).name, stage).config():
+        if config := (home or run).beside(stage).config():
             return {**found, "reward": config["reward"]}
     return found

@@ -1,5 +1,6 @@
 """Whether a run directory holds the work that is asked for: the one place that decides."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,41 +38,26 @@ def differences(out: "RunDir", settings: Settings) -> list[str]:
     for role, before_it in parents.items():
         if (now := parent(before_it["path"])["sha256"]) and now != before_it["sha256"]:
             changed.append(f"its {role} {before_it['path']} has changed since")
-    return [*changed, *_made_since(out, settings, {str(Path(other["path"])) for other in parents.values()})]
+    taken = {str(Path(other["path"])) for other in parents.values()}
+    for other, of in could_take(out):  # newer than this work, which would take them now
+        by_hand = (settings.reward if of == "reward" else settings.policy).get("path")
+        if by_hand or (out.stage == "evaluate" and of != "reward" and settings.evaluate.policies):
+            continue
+        finished, there = str(other.record.get("finished")), record.get("there")
+        # Older records do not say what was there, only when they were begun.
+        old = finished <= record.get("started", "") if there is None else there.get(str(other.path)) == finished
+        if not old and str(other.model) not in taken:
+            changed.append(f"{other.path} has been made since")
+    return changed
 
 
-def _made_since(out: "RunDir", settings: Settings, taken: set[str]) -> list[str]:
-    """Models of the run that are newer than this work and that it would take now."""
-    found = []
-    for stage in FOLDERS[out.stage].takes:
-        by_hand = (settings.reward if stage == "reward" else settings.policy).get("path")
-        if out.stage == "evaluate" and stage != "reward":
-            by_hand = by_hand or settings.evaluate.policies
-        own = out.beside(stage)
-        for other in (own, *(own.rounds() if out.stage == "evaluate" else [])):
-            if by_hand or other.record.get("status") != "done" or str(other.model) in taken:
-                continue
-            finished, there = str(other.record.get("finished")), out.record.get("there")
-            # Older records do not say what was there, only when they were begun.
-            known = (
-                there.get(str(other.path)) == finished
-                if there is not None
-                else finished <= out.record.get("started", "")
-            )
-            if not known:
-                found.append(f"{other.path} has been made since")
-    return found
-
-
-def finished_stages(out: "RunDir") -> dict[str, str]:
-    """The stages that this one could take a model of, with when they were finished: the clock may be set back."""
-    found = {}
+def could_take(out: "RunDir") -> Iterator[tuple["RunDir", str]]:
+    """The finished stages whose model this one could take, and the name of each; an evaluation takes every round's."""
     for stage in FOLDERS[out.stage].takes:
         own = out.beside(stage)
         for other in (own, *(own.rounds() if out.stage == "evaluate" else [])):
             if other.record.get("status") == "done":
-                found[str(other.path)] = str(other.record.get("finished"))
-    return found
+                yield other, stage
 
 
 def batch_of(out: "RunDir", settings: Settings) -> dict[str, int] | None:

@@ -29,11 +29,10 @@ _NOT_WORK = re.compile(r"name|runs|seed|overwrite|hydra[./].*|report[.].*")
 def job_name(swept: Sequence[str]) -> str:
     """The folder of a job: the settings that set it apart, with a hash where a folder cannot be called so."""
     typed = ",".join(swept)
-    label = re.sub(r"[^\w.,=+-]", "_", typed) or "job0"
+    label = re.sub(r"[^\w.,=+-]", "_", typed)
     mark = hashlib.sha256(typed.encode()).hexdigest()[:8]
-    if typed and label != typed:
-        label += f"-{mark}"
-    return label if len(label.encode()) <= LONGEST_NAME else f"job-{mark}"
+    label = label if label == typed else f"{label}-{mark}"
+    return (label or "job0") if len(label.encode()) <= LONGEST_NAME else f"job-{mark}"
 
 
 def settings_of(command: Sequence[str]) -> dict[str, str]:
@@ -50,10 +49,9 @@ def is_number(objective: float | None) -> bool:
 
 def read_job(folder: Path) -> dict[str, Any]:
     """The job.json of a job; empty where there is none, or it is damaged."""
-    try:
+    with contextlib.suppress(UserError):
         return read_json(folder / JOB)
-    except UserError:
-        return {}
+    return {}
 
 
 def note(folder: Path, **values: Any) -> None:
@@ -91,11 +89,8 @@ def run_job(runs: Path, name: str, stage: str, command: Sequence[str]) -> float 
     if code == 0 and is_number(objective):
         note(folder, status="done", exit=0)
         return objective
-    if code == 0:
-        code, error = 1, f"the objective is {objective}; overwrite=true runs the job again"
-    elif code < 0:
-        error = f"killed by signal {-code}"
-    else:
-        error = read_job(folder).get("error") or out.record.get("error") or f"exit status {code}"
-    note(folder, status="failed", exit=code, error=error)
+    error = read_job(folder).get("error") or out.record.get("error") or f"exit status {code}"
+    if code <= 0:
+        error = f"killed by signal {-code}" if code else f"the objective is {objective}; overwrite=true runs it again"
+    note(folder, status="failed", exit=code or 1, error=error)
     return None

@@ -7,13 +7,12 @@ from statistics import fmean, stdev
 from typing import Any
 
 from rlhf_pipeline.files import read_json, write_json
-from rlhf_pipeline.report.page import write_page
 from rlhf_pipeline.report.summary import command, say
 from rlhf_pipeline.report.sweep import sweep_page
 from rlhf_pipeline.report.tables import sweep_table
 from rlhf_pipeline.report.words import Words
-from rlhf_pipeline.runs import models as made
 from rlhf_pipeline.runs.directory import RunDir
+from rlhf_pipeline.runs.models import ppo_jobs
 from rlhf_pipeline.stages import STAGES, Stage
 from rlhf_pipeline.sweeps.jobs import JOB, read_job
 
@@ -32,7 +31,7 @@ def report_sweep(folder: Path, stage: str, jobs: Collection[str], kl_budget: flo
     page = write_sweep(folder)
     sweep_table(found, jobs)
     print(f"{page} shows the sweep", flush=True)
-    if made.ppo_jobs(folder):
+    if ppo_jobs(folder):
         say("next", command("evaluate", str(folder.parent), sweep=folder.name))
 
 
@@ -42,12 +41,12 @@ def write_sweep(folder: Path, lang: str | None = None) -> Path:
     Its language is by default that of a job's own page.
     """
     before = read_json(folder / "sweep.json")
-    jobs = [read_job(path.parent) for path in sorted(folder.glob(f"*/{JOB}"))]
-    stage = before.get("stage") or next((job["stage"] for job in jobs if "stage" in job), "")
+    noted = [read_job(path.parent) for path in sorted(folder.glob(f"*/{JOB}"))]
+    stage = before.get("stage") or next((job["stage"] for job in noted if "stage" in job), "")
     found = summarise(folder, stage, before.get("kl_budget"))
     config = RunDir(folder, found["jobs"][0]["job"], stage).config() if found["jobs"] else {}
-    words = Words(lang or (config.get("report") or {}).get("lang") or "en")
-    return write_page(folder / "report.html", sweep_page(found, words))
+    lang = lang or (config.get("report") or {}).get("lang")
+    return sweep_page(folder / "report.html", found, Words(lang))
 
 
 def summarise(folder: Path, stage: str, kl_budget: float | None = None) -> dict[str, Any]:
@@ -56,14 +55,14 @@ def summarise(folder: Path, stage: str, kl_budget: float | None = None) -> dict[
     A group shares all settings of its jobs' commands, and is shown by those that not all groups share. Where a KL
     budget is exceeded by all, the nearest comes first.
     """
-    known = {path.parent: read_job(path.parent) for path in folder.glob(f"*/{JOB}")}
-    jobs = sorted((job_result(path, kl_budget) for path, job in known.items() if job.get("stage") == stage), key=_order)
+    noted = {path.parent: read_job(path.parent) for path in folder.glob(f"*/{JOB}")}
+    jobs = sorted((job_result(path, kl_budget) for path, job in noted.items() if job.get("stage") == stage), key=_order)
     groups: dict[frozenset[tuple[str, str]], dict[int, dict[str, Any]]] = {}
     for job in jobs:  # a seed counts once, done rather than not
         groups.setdefault(frozenset(job["settings"].items()), {}).setdefault(job["seed"], job)
     keys = dict.fromkeys(key for job in jobs for key in job["settings"])
     apart = [key for key in keys if len({dict(group).get(key) for group in groups}) > 1]
-    rows = [_row({key: dict(group).get(key, "default") for key in apart}, [*own.values()])
+    rows = [{"settings": {key: dict(group).get(key, "default") for key in apart}, **_means([*own.values()])}
             for group, own in groups.items()]  # fmt: skip
     objective = (STAGES.get(stage, Stage()).objective or None) if kl_budget is None else AT_BUDGET
     done = [job["results"] for job in jobs if job["objective"] is not None]
@@ -82,40 +81,33 @@ def job_result(folder: Path, kl_budget: float | None) -> dict[str, Any]:
 
     A job that failed has no result, even where another command has finished the stage in its folder.
     """
-    known = read_job(folder)
-    out = RunDir(folder.parent, folder.name, known["stage"]).newest_round()
+    noted = read_job(folder)
+    out = RunDir(folder.parent, folder.name, noted["stage"]).newest_round()
     record, page = out.record, out.path / "report.html"
-    done = known["status"] == record.get("status") == "done"
+    done = noted["status"] == record.get("status") == "done"
     results = record.get("results", {}) if done else {}
     objective, over_budget = record.get("objective") if done else None, 0.0
     if objective is not None and kl_budget is not None:  # while training, where no prompts are held back
         objective = results.get("validation_reward", results.get("scores"))
         over_budget = max(results.get("validation_kl", results.get("kl", math.inf)) - kl_budget, 0.0)
     return {
-        **{key: known[key] for key in ("settings", "seed", "status", "error")},
-        "job": folder.name,
-        "objective": objective,
-        "over_budget": over_budget,
-        "seconds": record.get("seconds"),
+        **{key: noted[key] for key in ("settings", "seed", "status", "error")}, "job": folder.name,
+        "objective": objective, "over_budget": over_budget, "seconds": record.get("seconds"),
         "results": {key: x for key, x in results.items() if isinstance(x, float) and math.isfinite(x)},
         "report": str(page.relative_to(folder.parent)) if page.exists() else None,
-    }
+    }  # fmt: skip
 
 
-def _row(settings: dict[str, str], jobs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _means(jobs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The means of jobs that differ in their seed alone; of one there is no standard error."""
     done = [job for job in jobs if job["objective"] is not None]
-    values = [job["objective"] for job in done]
+    values, ended = [job["objective"] for job in done], [job["status"] for job in jobs]
     keys = dict.fromkeys(key for job in done for key in job["results"])
     return {
-        "settings": settings,
-        "objective": fmean(values) if done else None,
-        "over_budget": max((job["over_budget"] for job in done), default=0.0),
+        "objective": fmean(values) if done else None, "values": values, "seeds": len(values),
         "stderr": stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None,
-        "seeds": len(values),
-        "failed": sum(job["status"] == "failed" for job in jobs),
-        "left": sum(job["status"] in ("waiting", "interrupted") for job in jobs),
-        "values": values,
+        "over_budget": max((job["over_budget"] for job in done), default=0.0),
+        "failed": ended.count("failed"), "left": ended.count("waiting") + ended.count("interrupted"),
         "results": {key: fmean(job["results"][key] for job in done if key in job["results"]) for key in keys},
         "seconds": fmean(job["seconds"] for job in done) if done else None,
-    }
+    }  # fmt: skip

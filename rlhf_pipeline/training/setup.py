@@ -100,7 +100,7 @@ def trainer_args(kind: type[A], settings: Settings, out: RunDir) -> A:
 
 def use_threads(out: RunDir) -> None:
     """A resumed stage computes on as many threads as it began with: how a sum is cut decides how it rounds."""
-    before = out.record if out.resumable else {}
+    before = out.record if out.last_checkpoint() else {}
     threads = (before.get("hardware") or {}).get("threads")
     if threads and threads != torch.get_num_threads() and before.get("processes", 1) == processes():
         torch.set_num_threads(int(threads))

@@ -12,7 +12,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -23,6 +22,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
+
+import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import MINIATURE  # which also sets the environment, so it comes before the libraries
@@ -63,8 +64,9 @@ class Kind:
 
     @property
     def args(self) -> list[str]:
-        """The command's arguments."""
-        return [f"stage={self.stage}", *MINIATURE, *LONGER, *self.more]
+        """The command's arguments, each setting once."""
+        settings = {word.partition("=")[0]: word for word in (*MINIATURE, *LONGER, *self.more)}
+        return [f"stage={self.stage}", *settings.values()]
 
 
 KINDS = {
@@ -183,10 +185,11 @@ class Attempt:
 
     def kill(self) -> None:
         """SIGKILL to the whole tree, then wait until all of it is gone: it holds the run directory's lock."""
-        tree = [self.pid, *_descendants(self.pid)]
-        for pid in tree:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        own = psutil.Process(self.pid)
+        tree = [own, *own.children(recursive=True)]  # torchrun's workers lead sessions of their own
+        for process in tree:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         os.waitpid(self.pid, 0)
         while any(map(_alive, tree)):
             time.sleep(0.002)
@@ -223,22 +226,11 @@ def _become(kind: Kind, folder: Path, log: Path) -> NoReturn:
         os._exit(status)  # the parent's own clean-up is not the child's to do
 
 
-def _descendants(pid: int) -> list[int]:
-    """All processes below one, by the kernel's account: torchrun's workers lead sessions of their own."""
-    found: list[int] = []
-    for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(OSError):
-            for child in map(int, children.read_text().split()):
-                found += [child, *_descendants(child)]
-    return found
-
-
-def _alive(pid: int) -> bool:
+def _alive(process: psutil.Process) -> bool:
     """Whether a process still runs; one that only waits to be reaped does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
+    with suppress(psutil.NoSuchProcess):
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 # -- runs

@@ -51,8 +51,7 @@ def tracked(miniature: Path, tmp_path_factory: pytest.TempPathFactory, command_l
 def events(stage: Path) -> Any:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    found = EventAccumulator(str(stage / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
-    return found.Reload()
+    return EventAccumulator(str(stage / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0}).Reload()
 
 
 def text(found: Any, tag: str) -> dict[int, str]:
@@ -114,8 +113,8 @@ def test_the_settings_are_shown_and_no_token_is(tracked: Path) -> None:
         settings = json.loads(text(events(tracked / stage), "settings")[0])
         assert settings["stage"] == stage
         assert settings["data"]["name"] == "toy_reviews"
-        for path in (tracked / stage).rglob("*"):
-            assert not path.is_file() or NOT_A_TOKEN.encode() not in path.read_bytes(), path
+        kept = [path.read_bytes() for path in (tracked / stage).rglob("*") if path.is_file()]
+        assert NOT_A_TOKEN.encode() not in b"".join(kept)
 
 
 def test_another_tracker_is_no_other_work(

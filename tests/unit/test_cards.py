@@ -78,6 +78,31 @@ def judge(runs: Path, *, responses: Any = None, **run: Any) -> dict[str, Any]:
     return record
 
 
+# The value head beside a policy is none of its parameters.
+LINES = f"""# demo, ppo
+| Architecture | GPT2LMHeadModel |
+| Layers | 2 |
+| Width | 8 |
+| Heads | 1 |
+| Positions | 64 |
+| Parameters | 10 |
+| imdb | stanfordnlp/imdb | 25000 | 100 | {SHA} |
+| Updates | 12 |
+| Time | 2 min 30 s |
+| Seed | 7 |
+| Hardware | A CPU, 2 cores |
+| Versions | trl 1.12.0 |
+| Commit | c0ffee |
+| policy | runs/demo/sft/model | {"cd" * 32} |
+| ppo | 0.25 | 0.01 | 0.2 | 0.5 | 1.5 | 20 | 0.75 | 9 |
+| base | 0.125 | 0.01 | 0.2 | 0.5 | 1.5 | 20 | 0.75 | 9 |
+| ppo - base | 0.125 | 0.1 | 0.15 | 0.7 |
+| This film | bad | good |
+- During training, the KL to the initial policy ran away.
+- During training, most answers were given to more than one prompt.
+model_id = "runs/demo/ppo/model\""""
+
+
 def test_the_fields_of_a_policys_card(workplace: Path) -> None:
     runs = Path("runs")
     made(runs, "sft", parents={"policy": {"path": "lvwerra/gpt2-imdb", "sha256": None}})
@@ -88,55 +113,21 @@ def test_the_fields_of_a_policys_card(workplace: Path) -> None:
     text = card(folder)
     (folder / "model" / "README.md").write_text(text)
     assert ModelCard.load(folder / "model" / "README.md").data.to_dict() == {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["rlhf_pipeline", "rlhf", "trl", "ppo"],
+        "library_name": "transformers", "pipeline_tag": "text-generation",
+        "tags": ["rlhf_pipeline", "rlhf", "trl", "ppo"], "datasets": ["stanfordnlp/imdb"],
         "base_model": "lvwerra/gpt2-imdb",  # by way of runs/demo/sft
-        "datasets": ["stanfordnlp/imdb"],
-        "model-index": [
-            {
-                "name": "demo ppo",
-                "results": [
-                    {
-                        "task": {"type": "text-generation"},
-                        "dataset": {"name": "imdb", "type": "stanfordnlp/imdb", "split": "test",
-                                    "args": {"sha256": SHA}},
-                        "metrics": [
-                            {"type": "mean_reward", "value": 0.25, "name": "reward"},
-                            {"type": "kl", "value": 1.5, "name": "KL"},
-                            {"type": "perplexity", "value": 20.0, "name": "perplexity"},
-                            {"type": "distinct_2", "value": 0.75, "name": "distinct-2"},
-                        ],
-                    }
-                ],
-            }
-        ],
+        "model-index": [{"name": "demo ppo", "results": [{
+            "task": {"type": "text-generation"},
+            "dataset": {"name": "imdb", "type": "stanfordnlp/imdb", "split": "test", "args": {"sha256": SHA}},
+            "metrics": [
+                {"type": "mean_reward", "value": 0.25, "name": "reward"}, {"type": "kl", "value": 1.5, "name": "KL"},
+                {"type": "perplexity", "value": 20.0, "name": "perplexity"},
+                {"type": "distinct_2", "value": 0.75, "name": "distinct-2"},
+            ],
+        }]}],
     }  # fmt: skip
-    for line in (
-        "# demo, ppo",
-        "| Architecture | GPT2LMHeadModel |",
-        "| Layers | 2 |",
-        "| Width | 8 |",
-        "| Heads | 1 |",
-        "| Positions | 64 |",
-        "| Parameters | 10 |",  # the value head beside it is none of the policy's
-        f"| imdb | stanfordnlp/imdb | 25000 | 100 | {SHA} |",
-        "| Updates | 12 |",
-        "| Time | 2 min 30 s |",
-        "| Seed | 7 |",
-        "| Hardware | A CPU, 2 cores |",
-        "| Versions | trl 1.12.0 |",
-        "| Commit | c0ffee |",
-        f"| policy | runs/demo/sft/model | {'cd' * 32} |",
-        "| ppo | 0.25 | 0.01 | 0.2 | 0.5 | 1.5 | 20 | 0.75 | 9 |",
-        "| base | 0.125 | 0.01 | 0.2 | 0.5 | 1.5 | 20 | 0.75 | 9 |",
-        "| ppo - base | 0.125 | 0.1 | 0.15 | 0.7 |",
-        "| This film | bad | good |",
-        "- During training, the KL to the initial policy ran away.",
-        "- During training, most answers were given to more than one prompt.",
-        'model_id = "runs/demo/ppo/model"',
-    ):
-        assert line in text.split("\n"), line
+    missing = set(LINES.splitlines()) - set(text.splitlines())
+    assert not missing
     assert "AutoModelForCausalLM" in text
     assert "distinct bigrams fell" not in text
     assert "license" not in ModelCard(text).data.to_dict()  # the model's is not known
@@ -147,17 +138,12 @@ def test_the_fields_of_a_rewards_card(workplace: Path) -> None:
     data = {**DATA, "name": "sentiment", "path": "reviews.csv"}
     start = {"start": {"path": "distilbert-base-uncased", "sha256": None}}
     folder = made(Path("runs"), "reward", results=quality, data=data, parents=start)
-    (folder / "quality.json").write_text(
-        json.dumps({"calibration": [{"predicted": 0.6, "observed": 0.5, "count": 40}]})
-    )
+    (folder / "quality.json").write_text('{"calibration": [{"predicted": 0.6, "observed": 0.5, "count": 40}]}')
     judge(Path("runs"), parents={"reward": {"path": "runs/demo/reward/model"}})
     text = card(folder)
     head = ModelCard(text).data
-    assert (head.pipeline_tag, head.base_model, head.datasets) == (
-        "text-classification",
-        "distilbert-base-uncased",
-        None,
-    )
+    assert (head.pipeline_tag, head.base_model) == ("text-classification", "distilbert-base-uncased")
+    assert head.datasets is None
     assert [(r.metric_type, r.metric_value, r.dataset_type) for r in head.eval_results] == [
         ("accuracy", 0.75, "sentiment"), ("calibration_error", 0.125, "sentiment"), ("pearsonr", -0.5, "sentiment"),
     ]  # fmt: skip
@@ -189,10 +175,10 @@ def test_an_evaluation_rewrites_the_cards_of_its_own_policies_alone(workplace: P
     runs = Path("runs")
     folders = {stage: made(runs, stage) for stage in ("pretrain", "sft", "ppo", "reward")}
     for folder in folders.values():
-        write_cards(folder, json.loads((folder / "run.json").read_text()))
+        write_cards(folder)
     cards = {stage: (folder / "model" / "README.md").read_text() for stage, folder in folders.items()}
-    record = judge(runs, status="running")
-    write_cards(runs / "demo" / "evaluate", {**record, "status": "done"})
+    judge(runs)
+    write_cards(runs / "demo" / "evaluate")
     after = {stage: (folder / "model" / "README.md").read_text() for stage, folder in folders.items()}
     assert {stage for stage in after if after[stage] != cards[stage]} == {"pretrain", "ppo"}
     assert "This model is base." in after["pretrain"]
@@ -217,6 +203,13 @@ def shape(text: str) -> list[tuple[str, str]]:
     return blocks + inline
 
 
+def block(language: str, text: str) -> str:
+    """A card's block of code in a language."""
+    found = re.search(rf"^(`{{3,}}){language}\n(.*?)\n\1$", text, re.MULTILINE | re.DOTALL)
+    assert found
+    return found[2]
+
+
 def test_nothing_in_a_file_breaks_out(workplace: Path) -> None:
     """Hostile names, paths and answers leave the same headings, tables and blocks as harmless ones."""
 
@@ -224,13 +217,8 @@ def test_nothing_in_a_file_breaks_out(workplace: Path) -> None:
         config = {"stage": "ppo", "name": word, "reward": {"name": word}, "trainer": {"run_name": word}, word: word}
         data = {**DATA, "name": word, "path": word, "sha256": word}
         parents = {"policy": {"path": word, "sha256": None}, word: {"path": word, "sha256": word}}
-        run = {
-            "experiment": word,
-            "data": data,
-            "parents": parents,
-            "versions": {word: word},
-            "results": {word: 1.0, "eval_loss": 2.0},
-        }
+        run = {"experiment": word, "data": data, "parents": parents, "versions": {word: word},
+               "results": {word: 1.0, "eval_loss": 2.0}}  # fmt: skip
         model = {**MODEL, "architectures": [word], "vocab_size": word}
         folder = made(Path(runs), config=config, model=model, **run, hardware={"cpu": word}, git={"commit": word})
         judge(Path(runs), responses={word: word, "ppo": word})
@@ -247,17 +235,13 @@ def test_nothing_in_a_file_breaks_out(workplace: Path) -> None:
     assert heads[0].keys() == heads[1].keys() == {"library_name", "pipeline_tag", "tags", "model-index"}
     assert "\u202e" not in hostile
     assert "&lt;script&gt;alert(1)&lt;/script&gt;&#124; a &#124; &#96;b&#96;" in hostile  # shown, as what it is
-    yaml_block = re.search(r"^(`{3,})yaml\n(.*?)\n\1$", hostile, re.MULTILINE | re.DOTALL)
-    assert yaml_block
-    assert yaml.safe_load(yaml_block[2])["reward"]["name"] == HOSTILE  # whole, and still in its block
+    assert yaml.safe_load(block("yaml", hostile))["reward"]["name"] == HOSTILE  # whole, and still in its block
 
 
 def test_a_hostile_name_of_the_run_stays_a_string_in_the_code(workplace: Path) -> None:
     folder = made(Path("runs"), name='a"b\n```\n# c')
     text = card(folder)
-    code = re.search(r"^(`{3,})python\n(.*?)\n\1$", text, re.MULTILINE | re.DOTALL)
-    assert code
-    line = next(line for line in code[2].split("\n") if line.startswith("model_id"))
+    line = next(line for line in block("python", text).split("\n") if line.startswith("model_id"))
     scope: dict[str, Any] = {}
     exec(line, scope)
     assert scope["model_id"] == str(folder / "model")
@@ -272,9 +256,8 @@ JUNK = [None, 3, "text", [], ["a", 1], {}, {"a": {"b": []}}, float("inf"), True]
 def test_what_files_should_not_hold_stops_no_run(junk: Any, workplace: Path) -> None:
     run = dict.fromkeys(("experiment", "data", "parents", "versions", "hardware", "git", "results", "seconds"), junk)
     keys = ("architectures", "vocab_size", "n_layer", "trunk")
-    folder = made(
-        Path("runs"), model={**MODEL, **dict.fromkeys(keys, junk)}, config={"trainer": junk, "reward": junk}, **run
-    )
+    model, config = {**MODEL, **dict.fromkeys(keys, junk)}, {"trainer": junk, "reward": junk}
+    folder = made(Path("runs"), model=model, config=config, **run)
     judge(Path("runs"))
     (folder.parent / "evaluate" / "evaluation.json").write_text(json.dumps({"metrics": junk, "examples": junk}))
     assert ModelCard(card(folder)).data.library_name == "transformers"
@@ -296,10 +279,8 @@ def test_a_policys_code_asks_it_as_it_was_taught(template: str | None, workplace
     (folder / "model" / "model.safetensors").unlink()
     tokenizer.chat_template = TEMPLATES[template] if template else None
     Policy(tiny_policy(tokenizer), tokenizer).save(folder / "model")
-    code = re.search(r"^```python\n(.*?)\n```$", card(folder), re.MULTILINE | re.DOTALL)
-    assert code
     names: dict[str, Any] = {}
-    exec(code[1], names)
+    exec(block("python", card(folder)), names)
     assert names["prompt"] == written(tokenizer, (Turn("user", "Hello."),) if template else "I saw this film")
     assert names["answer"].shape[1] > names["ids"].shape[1]
 
@@ -326,9 +307,8 @@ def test_a_reward_models_code_opens_it_and_scores_as_the_stages_do(own_class: bo
     assert ModelCard(text).data.library_name == ("rlhf_pipeline" if own_class else "transformers")
     assert ("`register()`" in text) == own_class
     assert f"| Parameters | {model.num_parameters():,} |" in text
-    code = re.search(r"^```python\n(.*?)\n```$", text, re.MULTILINE | re.DOTALL)
-    assert code
-    done = subprocess.run([sys.executable, "-c", code[1]], capture_output=True, text=True, check=False, timeout=120)
+    command = [sys.executable, "-c", block("python", text)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     scorer = Scorer.open(str(folder / "model"), 1, 64, append_eos=True)
     assert float(done.stdout) == pytest.approx(float(scorer.logits(["I saw this film and liked it."])[0, 0]), abs=1e-5)

@@ -71,25 +71,18 @@ def test_what_is_sent_is_the_model_with_its_card_and_nothing_else(sft: RunDir, h
     sent = hub.files["me/tiny"]
     here = {str(path.relative_to(sft.model)): path.read_bytes() for path in sft.model.rglob("*") if path.is_file()}
     assert set(sent) == {"README.md", "config.json", "model.safetensors", "extra/notes.txt"}
-    assert {name: data for name, data in sent.items() if name != "README.md"} == {
-        name: data for name, data in here.items() if name != "README.md"
-    }
-    named, own = sent["README.md"].decode(), here["README.md"].decode()
-    assert 'model_id = "runs/demo/sft/model"' in own
-    assert named == own.replace('model_id = "runs/demo/sft/model"', 'model_id = "me/tiny"')
-    assert ModelCard(named).data.pipeline_tag == "text-generation"
+    assert b'model_id = "runs/demo/sft/model"' in here["README.md"]
+    here["README.md"] = here["README.md"].replace(b"runs/demo/sft/model", b"me/tiny")
+    assert sent == here
+    assert ModelCard(sent["README.md"].decode()).data.pipeline_tag == "text-generation"
     assert hub.commits == ["sft of demo"]
     assert content_hash(sft.path) == before  # nothing was trained, and nothing written down
     kept = [path.read_bytes() for path in workplace.rglob("*") if path.is_file()]
-    assert all(
-        TOKEN.encode() not in data for data in [*sent.values(), *kept, done.stdout.encode(), done.stderr.encode()]
-    )
+    assert TOKEN.encode() not in b"".join([*sent.values(), *kept, done.stdout.encode(), done.stderr.encode()])
 
 
 def test_who_repeats_a_run_pushes_nothing(sft: RunDir, hub: FakeHub) -> None:
-    assert "me/asked-before" not in "".join(
-        path.read_text() for path in sft.path.rglob("*.*") if path.suffix != ".safetensors"
-    )
+    assert b"me/asked-before" not in b"".join(path.read_bytes() for path in sft.path.rglob("*") if path.is_file())
     assert run(REPEAT, hub.url).returncode == 0
     assert hub.private == {}
 
@@ -143,14 +136,10 @@ def test_failures_are_plain(sft: RunDir, hub: FakeHub) -> None:
     hub.read_only, hub.metadata_fault = False, '"tags" must be an array'
     check_plain(run(push, hub.url), sft, 'Invalid metadata in README.md. - "tags" must be an array')
     assert hub.files == {}
+    check_plain(run(push, hub.url, token=f"{TOKEN}\x0bx"), sft, "")  # which no header takes
     dead = "http://127.0.0.1:9"
     check_plain(run(push, dead), sft, f"the hub at {dead} cannot be reached (")
     check_plain(run(push, dead, HF_HUB_OFFLINE="1"), sft, "the hub is not asked while HF_HUB_OFFLINE is set")
-
-
-def test_a_token_that_no_header_takes_is_not_quoted(sft: RunDir, hub: FakeHub) -> None:
-    done = run(f"{REPEAT} hub.push=me/tiny", hub.url, token=f"{TOKEN}\x0bx")
-    check_plain(done, sft, "")
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "README.md", "extra/more", "."])
@@ -163,11 +152,7 @@ def test_what_a_link_points_to_is_not_uploaded(sft: RunDir, hub: FakeHub, workpl
         secret.mkdir() if name == "extra/more" else secret.write_text("mine alone")
         link.unlink(missing_ok=True)
     link.symlink_to(secret)
-    check_plain(
-        run(f"{REPEAT} hub.push=me/tiny", hub.url),
-        sft,
-        f"{link.relative_to(workplace) if link.is_absolute() else link} is a link",
-    )
+    check_plain(run(f"{REPEAT} hub.push=me/tiny", hub.url), sft, f"{link} is a link")
     assert hub.private == {}
 
 
@@ -193,9 +178,8 @@ def test_a_pipeline_is_known_by_the_policy_that_it_trains_last() -> None:
     assert last("pretrain@x", "sft@x", "reward@x", "ppo@x", "evaluate@x") == "ppo@x"
     assert last("sft@x", "reward@x") == "sft@x"
     assert last("reward@x") == "reward@x"
-    rounds = [
-        f"{stage}@x/round{number}" for number in range(1, 12) for stage in ("collect", "reward", "ppo", "evaluate")
-    ]
+    stages = ("collect", "reward", "ppo", "evaluate")
+    rounds = [f"{stage}@x/round{number}" for number in range(1, 12) for stage in stages]
     assert last("sft@x", *rounds) == "ppo@x/round11"
     with pytest.raises(UserError, match="no stage of this pipeline makes a model"):
         last("evaluate@x")

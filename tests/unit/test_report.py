@@ -17,7 +17,6 @@ from rlhf_pipeline.report import rounds
 from rlhf_pipeline.report import words as page_words
 from rlhf_pipeline.report.__main__ import main
 from rlhf_pipeline.report.compare import compare
-from rlhf_pipeline.report.observers import Observers
 from rlhf_pipeline.report.stage import write_report
 
 NASTY = (
@@ -67,17 +66,16 @@ def build(folder: Path, word: str = "plain") -> Path:
     judged = {"prompt": word, "responses": {"base": "", word: word}, "rewards": {"base": None, word: 0.8125}}
     metrics = {"base": {"reward_mean": 0.1234}, word: {"reward_mean": 0.5678, word: None}}
     evaluation = {"metrics": metrics, "paired_gain": {f"{word} - base": {"mean": 0.4444}}, "samples": [judged] * 25}
-    others = {word: {"reward": word, "metrics": {word: {"reward_mean": 0.2468}}}}
+    gains = {f"{word} - base": {"mean": -0.0625, "low": -0.09, "win_rate": 0.2}}
+    others = {word: {"reward": word, "metrics": {word: {"reward_mean": 0.2468}}, "paired_gain": gains}}
+    worst = {"prompt": word, "responses": {word: f"the worst {word}"}, "rewards": {word: -7.5}}
     evaluation |= {"rewards": others, "moved": {word: {word: 1.432}}, "warnings": [f"{word} fell by 0.7531"]}
+    evaluation |= {"extremes": {"worst": [worst]}}
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     quality = {"accuracy": 0.9612, word: word, "calibration": [{"predicted": 0.25, "observed": 0.3125, "count": 31}]}
     (folder / "quality.json").write_text(json.dumps(quality))
-    spot = {
-        "reward_mean": 0.7771,
-        "kl": 2.125,
-        "rewards": {word: {"reward_mean": 0.3331}},
-        "answers": [{"response": word}],
-    }
+    spot = {"reward_mean": 0.7771, "kl": 2.125, "rewards": {word: {"reward_mean": 0.3331}},
+            "answers": [{"response": word}]}  # fmt: skip
     best = [{"n": 2, "reward_mean": 0.6661, "kl": 0.19}]
     begun = {"key": word, "path": word, "asked": [word], **spot, "best_of": best}
     way = [{"run": word, "step": step, "start": word, **spot, "gain": {"low": 0.1919}} for step in (7, None)]
@@ -87,9 +85,7 @@ def build(folder: Path, word: str = "plain") -> Path:
     (folder / "candidates.jsonl").write_text(lines(*asked))
     ranked = {"task": "t0", "responses": [word, f"{word} b"], "ranks": [17, 1.25]}
     (folder / "labels.jsonl").write_text(lines(ranked, ranked))
-    (folder / "warnings.jsonl").write_text(
-        lines({"step": 3, "warning": f"update 3: {word} fell to 0.07; a higher kl_coef keeps it nearer"})
-    )
+    (folder / "warnings.jsonl").write_text(lines({"step": 3, "warning": f"update 3: {word} fell to 0.07"}))
     return folder
 
 
@@ -103,7 +99,7 @@ def test_numbers_of_the_files_appear(tmp_path: Path) -> None:
     page = Page(made(build(tmp_path)))
     wanted = (
         "fell to 0.07|12.3 s|ab12cd|f00d|1.12.0|0.9137|250000|kl 0.0421|0.1234|0.5678|0.4444|0.9612|0.3125|31|0.8125"
-        "|0.2468|1.432|fell by 0.7531|0.7771|2.125|0.3331|0.6661|0.1919"
+        "|0.2468|1.432|fell by 0.7531|0.7771|2.125|0.3331|0.6661|0.1919|plain · plain|-0.0625|the worst plain|-7.5"
     )
     for number in [*wanted.split("|"), "python -m x plain", "rank 17, 17", "rank 1.25, 1.25"]:
         assert number in page.text, number
@@ -140,6 +136,7 @@ def test_samples_are_the_latest_and_bounded(tmp_path: Path) -> None:
 @pytest.mark.parametrize("word", [NASTY, "\ud800", "</title><h1 onclick='x'>", "-->]]>&lt;&#x202e;"])
 def test_text_stays_text(tmp_path: Path, word: str) -> None:
     source = made(build(tmp_path, word))
+    assert made(tmp_path) == source  # to the byte
     page, plain = Page(source), Page(made(build(tmp_path / "plain")))
     assert page.tags == plain.tags
     assert page.tags.count("script") == 1  # ours
@@ -180,7 +177,7 @@ def test_empty_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "samples.jsonl", "evaluation.json", "quality.json",
                                   "candidates.jsonl", "labels.jsonl", "warnings.jsonl"])  # fmt: skip
-@pytest.mark.parametrize("cut", [0, 9, 60])
+@pytest.mark.parametrize("cut", [0, 9, 50])
 def test_any_file_may_be_cut_short(tmp_path: Path, name: str, cut: int) -> None:
     path = build(tmp_path) / name
     path.write_bytes(path.read_bytes()[:cut])
@@ -188,9 +185,8 @@ def test_any_file_may_be_cut_short(tmp_path: Path, name: str, cut: int) -> None:
 
 
 def test_truncated_last_line_keeps_the_rest(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text(
-        lines({"step": 1, "loss": 3.25}, {"step": 2, "loss": 2.75}) + '{"step": 3, "lo'
-    )
+    rows = lines({"step": 1, "loss": 3.25}, {"step": 2, "loss": 2.75})
+    (tmp_path / "metrics.jsonl").write_text(rows + '{"step": 3, "lo')
     source = made(tmp_path)
     assert "train 2.75" in source
     assert "metrics.jsonl: 1 of 3 JSON objects could not be read." in source
@@ -244,11 +240,6 @@ def test_at_most_so_many_charts(tmp_path: Path) -> None:
     assert "m32, m33, m34, m35." in source
 
 
-def test_two_runs_give_identical_bytes(tmp_path: Path) -> None:
-    first = made(build(tmp_path, NASTY))
-    assert made(tmp_path) == first
-
-
 def test_names_that_training_and_evaluation_give_to_one_thing_share_a_chart(tmp_path: Path) -> None:
     rows = [{"step": i, "objective/scores": i / 8, "eval_reward": i / 4, "objective/kl": i / 2} for i in range(4)]
     (tmp_path / "metrics.jsonl").write_text(lines(*rows))
@@ -276,9 +267,8 @@ def test_the_stages_before_are_a_tree_from_the_first(tmp_path: Path) -> None:
     assert "data-of-sft" in tree[1][1]
     assert "policy b/sft, reward b/reward" in tree[3][1]
     own = json.loads((runs / "a" / "b" / "pretrain" / "run.json").read_text())
-    (runs / "a" / "b" / "pretrain" / "run.json").write_text(
-        json.dumps(own | {"parents": {"x": {"path": "runs/a/b/ppo"}}})
-    )
+    own |= {"parents": {"x": {"path": "runs/a/b/ppo"}}}
+    (runs / "a" / "b" / "pretrain" / "run.json").write_text(json.dumps(own))
     assert made(runs / "a" / "b" / "ppo").count("<li><b>") == 4  # a ring ends
 
 
@@ -298,7 +288,7 @@ def test_the_language_is_the_runs_own_or_the_one_asked_for(tmp_path: Path) -> No
 def test_every_phrase_of_the_page_is_translated() -> None:
     measures, chinese = page_words.table("measures"), page_words.table("zh")
     said = {phrase for named in measures["drawn"].values() for phrase in (*named.values(), *measures["drawn"])}
-    said |= {*measures["names"].values(), page_words.OTHER, *rounds._CHARTS.values()}
+    said |= {*measures["names"].values(), *measures["plain"], page_words.OTHER, *rounds._CHARTS.values()}
     package = Path(page_words.__file__).parent
     for path in package.glob("templates/*.html"):
         template = path.read_text(encoding="utf-8")
@@ -315,22 +305,6 @@ def test_every_phrase_of_the_page_is_translated() -> None:
     assert {phrase for phrase in said if phrase not in chinese} == set()
     for phrase, translation in chinese.items():
         assert phrase.count("{}") == translation.count("{}"), phrase
-
-
-def test_observers_draw_a_stage_while_it_goes_and_at_its_end(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text('{"stage": "ppo", "name": "x", "status": "running"}')
-    with Observers(tmp_path) as watching:
-        watching.started({"name": "x", "stage": "ppo", "trainer": {"report_to": "none"}}, 0)
-        watching.logged(1, {"loss": 1.0})
-        watching.added()
-        watching.sampled(1, [{"prompt": "p", "response": "r", "reward": 1.0}])
-        assert ">running</span>" in (tmp_path / "report.html").read_text()
-        done = {"stage": "ppo", "name": "x", "status": "done"}
-        watching.finishing(done)  # there is no model, so there is no card
-        (tmp_path / "run.json").write_text(json.dumps(done))
-        watching.ended()
-    assert ">done</span>" in (tmp_path / "report.html").read_text()
-    assert sorted(os.listdir(tmp_path)) == ["report.html", "run.json"]
 
 
 def two_runs(folder: Path) -> tuple[Path, Path]:
@@ -397,17 +371,3 @@ def test_the_pages_of_a_run_are_made_anew(
     assert main([str(mild), "fr"]) == 2
     assert main([str(tmp_path / "nothing")]) == 2
     assert "holds no run" in capsys.readouterr().err
-
-
-def test_what_several_rewards_say_is_shown(tmp_path: Path) -> None:
-    build(tmp_path)
-    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
-    gain = {"mean": -0.0625, "low": -0.09, "high": -0.03, "win_rate": 0.2}
-    row = {"prompt": "Go", "responses": {"ppo": "the worst of all"}, "rewards": {"ppo": -7.5}}
-    other = {"metrics": {"ppo": {"reward_mean": 0.28125}}, "paired_gain": {"ppo - base": gain}, "reward": "length"}
-    evaluation |= {"rewards": {"length": other}, "moved": {"length": {"base": 0.0, "ppo": -1.625}}}
-    evaluation |= {"warnings": ["ppo: sentiment rose while <length> fell"], "extremes": {"worst": [row]}}
-    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
-    page = Page(made(tmp_path))
-    for said in ("length · ppo", "0.2812", "-0.0625", "-1.625", "rose while <length> fell", "the worst of all"):
-        assert said in page.text, said

@@ -35,9 +35,8 @@ ATTACKS = (
 def attacked(tmp_path: Path) -> Path:
     """The page of a stage whose every text attacks."""
     folder = build(tmp_path / "run" / "ppo", "".join(ATTACKS))
-    rows = [
-        {"step": n, "prompt": word, "response": f"{word} needle{n}", "reward": n / 8} for n, word in enumerate(ATTACKS)
-    ]
+    rows = [{"step": n, "prompt": word, "response": f"{word} needle{n}", "reward": n / 8}
+            for n, word in enumerate(ATTACKS)]  # fmt: skip
     (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return write_report(folder)
 
@@ -57,14 +56,8 @@ def test_only_our_script_has_run(attacked: Path) -> None:
     assert len(re.findall(r"<script", document)) == 1
     assert not re.search(r"<(img|svg onload|base|a href=.?javascript)", document)
     shown = unescape(document)
-    for text in (
-        "0.9137",
-        "0.5678",
-        "0.8125",
-        "fell to 0.07",
-        "needle4",
-        "\\u202ednammoc\\u2066 \\u001b[2J\\u009b\\u0000",
-    ):
+    hidden = "\\u202ednammoc\\u2066 \\u001b[2J\\u009b\\u0000"
+    for text in ("0.9137", "0.5678", "0.8125", "fell to 0.07", "needle4", hidden):
         assert text in shown, text
 
 

@@ -28,14 +28,28 @@ def settings(stage: str = "sft", name: str = "demo", seed: int = 0, overwrite: b
     )  # fmt: skip
 
 
-def finish(asked: Settings) -> RunDir:
-    """A finished stage with a model of one file."""
+def begin(asked: Settings, parents: dict[str, str] | None = None, checkpoints: tuple[int, ...] = ()) -> RunDir:
+    """A stage that has begun, with whole checkpoints."""
     out = RunDir.of(asked)
     assert not out.finished(asked)
-    out.begin(asked, {}, None)
+    out.begin(asked, parents or {}, None)
+    for step in checkpoints:
+        (out.checkpoints / f"checkpoint-{step}").mkdir(parents=True)
+        seal(out.checkpoints / f"checkpoint-{step}")
+    return out
+
+
+def finish(asked: Settings, parents: dict[str, str] | None = None) -> RunDir:
+    """A finished stage with a model of one file."""
+    out = begin(asked, parents)
     out.save_model(lambda folder: (folder / "config.json").write_text("{}") and None)
     out.finish({"loss": 1.0}, objective=-1.0)
     return out
+
+
+def change(out: RunDir, **values: str) -> None:
+    """Set values of a stage's record."""
+    (out.path / "run.json").write_text(json.dumps({**out.record, **values}))
 
 
 def test_a_finished_stage_is_done_and_other_work_is_refused(workplace: Path) -> None:
@@ -101,12 +115,10 @@ def test_what_a_killed_process_had_moved_aside_is_found_by_the_next_command(
     assert files(killed.path) == before
 
 
-def test_a_changed_parent_is_noticed(workplace: Path) -> None:
-    parent = finish(settings("pretrain"))
-    child, asked = RunDir.of(settings()), settings()
-    child.begin(asked, {"policy": str(parent.model)}, None)
-    child.save_model(lambda folder: (folder / "config.json").write_text("{}") and None)
-    child.finish({}, 0.0)
+def test_a_changed_parent_is_noticed_and_another_card_is_no_change(workplace: Path) -> None:
+    parent, asked = finish(settings("pretrain")), settings()
+    child = finish(asked, {"policy": str(parent.model)})
+    (parent.model / "README.md").write_text("words of my own")
     assert child.finished(asked)
     (parent.model / "config.json").write_text('{"other": 1}')
     with pytest.raises(UserError, match="its policy runs/demo/pretrain/model has changed since"):
@@ -114,19 +126,14 @@ def test_a_changed_parent_is_noticed(workplace: Path) -> None:
 
 
 def test_a_stage_that_came_to_nothing_is_in_nobodys_way(workplace: Path) -> None:
-    out = RunDir.of(settings())
-    out.begin(settings(), {}, None)
+    out = begin(settings())
     out.failed(RuntimeError("no"))
     assert out.record["status"] == "failed"
     assert not RunDir.of(settings(seed=1)).finished(settings(seed=1))
 
 
 def test_the_time_of_sessions_that_were_killed_is_kept(workplace: Path) -> None:
-    out = RunDir.of(settings())
-    out.begin(settings(), {}, None)
-    out.log(1, {"loss": 1.0})
-    (out.checkpoints / "checkpoint-1").mkdir(parents=True)
-    seal(out.checkpoints / "checkpoint-1")
+    out = begin(settings(), checkpoints=(1,))
     out.path.joinpath("metrics.jsonl").write_text('{"step": 1, "loss": 1.0, "seconds": 100.0}\n')
     RunDir.of(settings()).begin(settings(), {}, None)  # killed before it logs anything
     out.path.joinpath("metrics.jsonl").write_text("")
@@ -143,20 +150,13 @@ def test_what_is_done_stays_done_whatever_fails_after_it(workplace: Path) -> Non
 
 
 def test_only_whole_checkpoints_count(workplace: Path) -> None:
-    out = RunDir.of(settings())
-    for step, whole in ((2, True), (10, True), (12, False)):
-        folder = out.checkpoints / f"checkpoint-{step}"
-        folder.mkdir(parents=True)
-        if whole:
-            seal(folder)
-    last = out.last_checkpoint()
-    assert last is not None
-    assert last.name == "checkpoint-10"
+    out = begin(settings(), checkpoints=(2, 10))
+    (out.checkpoints / "checkpoint-12").mkdir()
+    assert out.last_checkpoint() == out.checkpoints / "checkpoint-10"
 
 
 def test_logs_are_rewound_and_a_torn_line_is_dropped(workplace: Path) -> None:
-    out = RunDir.of(settings())
-    out.begin(settings(), {}, None)
+    out = begin(settings())
     for step in (1, 2, 3):
         out.log(step, {"loss": 1 / step})
         out.log_samples(step, [{"prompt": "电影", "response": "好", "reward": 1.0}])
@@ -191,42 +191,21 @@ def test_a_model_folder_may_be_named_by_its_stage(workplace: Path) -> None:
         model_folder("runs/demo/sft/model/config.json")
 
 
-def test_content_hash_sees_names_and_bytes(tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("1")
-    first = content_hash(tmp_path)
-    (tmp_path / "a").rename(tmp_path / "b")
-    second = content_hash(tmp_path)
-    (tmp_path / "b").write_text("2")
-    assert len({first, second, content_hash(tmp_path)}) == 3
-
-
-def test_a_models_card_is_no_part_of_what_it_is(tmp_path: Path) -> None:
+def test_content_hash_sees_names_and_bytes_but_no_card(tmp_path: Path) -> None:
     (tmp_path / "deeper").mkdir()
-    (tmp_path / "config.json").write_text("{}")
-    bare = content_hash(tmp_path)
+    found = []
+    for name, text in (("a", "1"), ("b", "1"), ("b", "2"), ("readme.md", "a file"), ("deeper/README.md", "a card")):
+        (tmp_path / "a").unlink(missing_ok=True)
+        (tmp_path / name).write_text(text)
+        found.append(content_hash(tmp_path))
+    assert len(set(found)) == 5
     (tmp_path / "README.md").write_text("a card")
-    assert content_hash(tmp_path) == bare
-    (tmp_path / "readme.md").write_text("another file")
-    other = content_hash(tmp_path)
-    (tmp_path / "deeper" / "README.md").write_text("deeper")
-    assert len({bare, other, content_hash(tmp_path)}) == 3
-
-
-def test_a_card_written_anew_leaves_what_was_made_from_the_model_as_it_is(workplace: Path) -> None:
-    parent = finish(settings("pretrain"))
-    child, asked = RunDir.of(settings()), settings()
-    child.begin(asked, {"policy": str(parent.model)}, None)
-    child.save_model(lambda folder: (folder / "config.json").write_text("{}") and None)
-    child.finish({}, 0.0)
-    (parent.model / "README.md").write_text("words of my own")
-    assert child.finished(asked)
+    assert content_hash(tmp_path) == found[-1]
 
 
 def test_lineage_is_recorded(workplace: Path) -> None:
     parent = finish(settings("pretrain"))
-    out = RunDir.of(settings())
-    out.begin(settings(), {"policy": str(parent.model), "reward": "some/hub-id"}, {"sha256": "x"})
-    record = json.loads((out.path / "run.json").read_text())
+    record = begin(settings(), {"policy": str(parent.model), "reward": "some/hub-id"}).record
     assert record["parents"]["policy"]["sha256"] == content_hash(parent.model)
     assert record["parents"]["reward"] == {"path": "some/hub-id", "sha256": None}
     assert record["versions"]["trl"] == importlib.metadata.version("trl")
@@ -236,14 +215,11 @@ def test_lineage_is_recorded(workplace: Path) -> None:
 
 def test_a_run_that_was_cut_off_does_not_go_on_from_other_models_or_data(workplace: Path) -> None:
     parent, asked = finish(settings("pretrain")), settings()
-    child = RunDir.of(asked)
-    child.begin(asked, {"policy": str(parent.model)}, {"sha256": "x"})
-    (child.checkpoints / "checkpoint-1").mkdir(parents=True)
-    seal(child.checkpoints / "checkpoint-1")
+    child = begin(asked, {"policy": str(parent.model)}, checkpoints=(1,))
     assert not child.finished(asked)
     with pytest.raises(UserError, match="was begun with other data or from other models"):
         child.begin(asked, {"policy": str(parent.model)}, {"sha256": "y"})
-    child.begin(asked, {"policy": str(parent.model)}, {"sha256": "x"})
+    child.begin(asked, {"policy": str(parent.model)}, None)
     (parent.model / "config.json").write_text("[]")
     with pytest.raises(UserError, match="has changed since"):
         child.finished(asked)
@@ -252,13 +228,9 @@ def test_a_run_that_was_cut_off_does_not_go_on_from_other_models_or_data(workpla
 def test_a_stage_is_stale_once_something_newer_could_be_taken(workplace: Path) -> None:
     finish(settings("pretrain"))
     asked = settings("evaluate")
-    out = RunDir.of(asked)
-    out.begin(asked, {"base": "runs/demo/pretrain/model"}, None)
-    out.finish({}, 0.0)
+    out = finish(asked, {"base": "runs/demo/pretrain/model"})
     assert out.finished(asked)
-    ppo = finish(settings("ppo"))
-    record = json.loads((ppo.path / "run.json").read_text())
-    (ppo.path / "run.json").write_text(json.dumps({**record, "finished": "2999-01-01T00:00:00+00:00"}))
+    change(finish(settings("ppo")), finished="2999-01-01T00:00:00+00:00")
     with pytest.raises(UserError, match="runs/demo/ppo has been made since"):
         out.finished(asked)
 
@@ -304,9 +276,8 @@ def test_the_page_shows_a_stage_while_it_goes_and_after_it_failed(workplace: Pat
 
 
 def test_warnings_are_kept_and_those_of_steps_taken_again_are_not(workplace: Path) -> None:
-    out = RunDir.of(settings())
+    out = begin(settings())
     out.observer = Observers(out.path)
-    out.begin(settings(), {}, None)
     for step in (2, 5):
         out.warn(step, f"update {step}: answers shrank")
     out.rewind(4)
@@ -322,8 +293,8 @@ def test_the_language_of_the_page_is_no_work(workplace: Path) -> None:
 
 
 def test_a_page_that_cannot_be_written_leaves_the_stage_done(workplace: Path) -> None:
-    out = RunDir.of(settings())
-    out.begin(settings(), {}, None)
+    out = begin(settings())
+    out.observer = Observers(out.path)
     (out.path / "report.html").mkdir()
     out.log(1, {"loss": 1.0})
     out.finish({"loss": 1.0})
@@ -332,11 +303,10 @@ def test_a_page_that_cannot_be_written_leaves_the_stage_done(workplace: Path) ->
 
 def test_a_clock_that_was_set_back_makes_nothing_look_newer(workplace: Path) -> None:
     upstream = finish(settings("pretrain"))
-    record = json.loads((upstream.path / "run.json").read_text())
-    (upstream.path / "run.json").write_text(json.dumps({**record, "finished": "2999-01-01T00:00:00+00:00"}))
+    change(upstream, finished="2999-01-01T00:00:00+00:00")
     out = finish(settings())
     assert out.finished(settings())
-    (upstream.path / "run.json").write_text(json.dumps({**record, "finished": "2000-01-01T00:00:00+00:00"}))
+    change(upstream, finished="2000-01-01T00:00:00+00:00")
     with pytest.raises(UserError, match="runs/demo/pretrain has been made since"):
         out.finished(settings())
 

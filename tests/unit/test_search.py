@@ -84,34 +84,23 @@ def test_a_search_that_was_cut_off_goes_on_and_ends_where_one_in_a_piece_would(t
     assert more[0] not in [jobs[0] for jobs in (*first, *second)]
 
 
-def test_what_failed_is_tried_again(tmp_path: Path) -> None:
+def test_what_failed_is_tried_again_and_another_search_in_the_same_place_is_another(tmp_path: Path) -> None:
     first = search(tmp_path, SPACE, lambda job: None, 2)
     assert len(first) == 2
-    again = search(tmp_path, SPACE, worth, 2)
-    assert [jobs[0] for jobs in again] == [jobs[0] for jobs in first]
-
-
-def test_another_search_in_the_same_place_is_another(tmp_path: Path) -> None:
-    search(tmp_path, SPACE, worth, 2)
+    assert search(tmp_path, SPACE, worth, 2) == first
     assert len(search(tmp_path, SPACE[:1], worth, 2)) == 2
 
 
-def test_a_search_of_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has nothing to search"):
-        search(tmp_path, ["seed=1,2"], worth, 2)
-    with pytest.raises(UserError, match="n_trials is 0; it takes a whole number from 1"):
-        search(tmp_path, SPACE, worth, 0)
-
-
-@pytest.mark.parametrize("interval", ["interval(0.5,0.1)", "tag(log,interval(0,0.1))"])
-def test_an_interval_that_holds_nothing_is_refused(tmp_path: Path, interval: str) -> None:
-    with pytest.raises(UserError, match=r"trainer\.kl_coef=interval\(.* holds nothing"):
-        search(tmp_path, [f"++trainer.kl_coef={interval}"], worth, 2)
-
-
-def test_a_number_of_trials_is_a_number(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="n_trials is 'many'"):
-        search(tmp_path, SPACE, worth, "many")  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("said", "trials", "error"),
+    [(["seed=1,2"], 2, "has nothing to search"), (SPACE, 0, "n_trials is 0; it takes a whole number from 1"),
+     (SPACE, "many", "n_trials is 'many'"),
+     (["++trainer.kl_coef=interval(0.5,0.1)"], 2, r"trainer\.kl_coef=interval\(.* holds nothing"),
+     (["++trainer.kl_coef=tag(log,interval(0,0.1))"], 2, r"trainer\.kl_coef=interval\(.* holds nothing")],
+)  # fmt: skip
+def test_what_cannot_be_searched_is_refused(said: list[str], trials: int, error: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=error):
+        search(tmp_path, said, worth, trials)
 
 
 def test_a_search_is_kept_in_its_folder_whatever_that_is_called(tmp_path: Path) -> None:

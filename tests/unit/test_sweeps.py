@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CommandLine, read_words
+from conftest import CommandLine, Refused, read_words
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from rlhf_pipeline import cli
@@ -61,9 +61,9 @@ def test_a_job_is_called_by_what_sets_it_apart(
 
 
 def test_a_name_that_is_too_long_for_a_folder_is_a_hash() -> None:
-    long = [jobs.job_name(["policy.path=" + "文" * 70, f"seed={seed}"]) for seed in (1, 2)]
-    assert re.fullmatch(r"job-[0-9a-f]{8}", long[0])
-    assert long[0] != long[1]
+    first, second = (jobs.job_name(["policy.path=" + "文" * 70, f"seed={seed}"]) for seed in (1, 2))
+    assert re.fullmatch(r"job-[0-9a-f]{8}", first)
+    assert first != second
 
 
 def test_a_job_is_a_command_that_can_be_typed(
@@ -121,21 +121,22 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("asked", REFUSED)
-def test_a_mistake_in_a_sweep_is_told_before_any_job_begins(
-    asked: str, command_line: CommandLine, workplace: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert command_line(*asked.split()) == 2
-    assert REFUSED[asked] in capsys.readouterr().err
-    assert not (workplace / "runs").exists()
+def test_a_mistake_in_a_sweep_is_told_before_any_job_begins(asked: str, refused: Refused) -> None:
+    assert REFUSED[asked] in refused(asked)
+    assert not Path("runs").exists()
 
 
-def test_a_cluster_that_is_not_there_is_said_to_be_missing(
-    command_line: CommandLine, workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cluster_that_is_not_there_is_said_to_be_missing(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="the extra slurm is not installed")
     monkeypatch.setenv("PATH", "")
-    assert command_line("-m", "stage=sft", "seed=1,2", "hydra/launcher=submitit_slurm") == 2
-    assert "submitit could not submit the jobs: Could not detect" in capsys.readouterr().err
+    said = refused("-m stage=sft seed=1,2 hydra/launcher=submitit_slurm")
+    assert "submitit could not submit the jobs: Could not detect" in said
+
+
+def test_what_leaves_no_objective_is_not_searched(refused: Refused) -> None:
+    pytest.importorskip("optuna", reason="the extra optuna is not installed")
+    said = refused("-m stage=collect hydra/sweeper=optuna collect.prompts=int(interval(2,5))")
+    assert "stage=collect has no objective to search by; Optuna takes one of:" in said
 
 
 # -- how a job ends
@@ -262,9 +263,7 @@ def test_the_table_is_sorted_and_says_what_failed_of_its_own_command(
     assert "1 of 5 jobs failed" in said
     assert json.loads((sweep / "sweep.json").read_text()) == summarise(sweep, "ppo")
     report_sweep(sweep, "ppo", ["trainer.kl_coef=0.1,seed=1", "trainer.kl_coef=0.1,seed=2"])
-    said = capsys.readouterr().out
-    assert "failed:" not in said
-    assert "jobs failed" not in said
+    assert not re.search("failed:|jobs failed", capsys.readouterr().out)
 
 
 def rows_of(folder: Path) -> list[tuple[dict[str, str], list[float]]]:
@@ -274,25 +273,20 @@ def rows_of(folder: Path) -> list[tuple[dict[str, str], list[float]]]:
 
 def test_jobs_of_other_commands_are_no_seeds_of_this_one(tmp_path: Path) -> None:
     """By all settings of the commands, also those that no command swept."""
-    rate = {"trainer.learning_rate": "1e-3"}
+    rate, epochs = {"trainer.learning_rate": "1e-3"}, "trainer.num_train_epochs"
     add(tmp_path, rate, 0.1)
-    add(tmp_path, {**rate, "trainer.num_train_epochs": "9", "seed": "1"}, 0.8)
-    add(tmp_path, {**rate, "trainer.num_train_epochs": "9", "seed": "2"}, 0.6)
-    assert rows_of(tmp_path) == [
-        ({"trainer.num_train_epochs": "9"}, [0.6, 0.8]),
-        ({"trainer.num_train_epochs": "default"}, [0.1]),
-    ]
+    add(tmp_path, {**rate, epochs: "9", "seed": "1"}, 0.8)
+    add(tmp_path, {**rate, epochs: "9", "seed": "2"}, 0.6)
+    assert rows_of(tmp_path) == [({epochs: "9"}, [0.6, 0.8]), ({epochs: "default"}, [0.1])]
 
 
 def test_a_later_commands_seeds_and_values_join_in_and_a_seed_counts_once(tmp_path: Path) -> None:
-    add(tmp_path, {"trainer.kl_coef": "0.1"}, 0.5)  # of the seed that is the default
+    coef = "trainer.kl_coef"
+    add(tmp_path, {coef: "0.1"}, 0.5)  # of the seed that is the default
     for seed in ("0", "1", "2"):
-        add(tmp_path, {"trainer.kl_coef": "0.1", "seed": seed}, 0.5 + int(seed))
-    add(tmp_path, {"trainer.kl_coef": "0.2", "seed": "1"}, None, "failed")
-    assert rows_of(tmp_path) == [
-        ({"trainer.kl_coef": "0.1"}, [0.5, 1.5, 2.5]),
-        ({"trainer.kl_coef": "0.2"}, []),
-    ]
+        add(tmp_path, {coef: "0.1", "seed": seed}, 0.5 + int(seed))
+    add(tmp_path, {coef: "0.2", "seed": "1"}, None, "failed")
+    assert rows_of(tmp_path) == [({coef: "0.1"}, [0.5, 1.5, 2.5]), ({coef: "0.2"}, [])]
 
 
 def test_a_job_that_failed_is_not_done_whatever_lies_in_its_folder(tmp_path: Path) -> None:
@@ -312,9 +306,8 @@ def test_a_damaged_note_hides_no_other_job(sweep: Path) -> None:
 
 def test_a_reward_of_what_was_trained_on_is_called_so(tmp_path: Path) -> None:
     done(add(tmp_path, {"seed": "1"}, 0.9), 0.9, "ppo", {"scores": 1.0, "kl": 2.0})
-    assert summarise(tmp_path, "ppo")["objective"] == (
-        "reward - selection_kl_coef x KL while training (no validation prompts)"
-    )
+    found = summarise(tmp_path, "ppo")
+    assert found["objective"] == "reward - selection_kl_coef x KL while training (no validation prompts)"
 
 
 # The reward of a policy that hacks it, of a moderate one and of one that stayed where it began, with their KL.
@@ -339,11 +332,9 @@ def test_a_hacked_policy_is_not_chosen(hacked: Path, capsys: pytest.CaptureFixtu
     assert order_of(summarise(hacked, "ppo")) == ["0.05", "0.2", "0.01"]
     report_sweep(hacked, "ppo", [])
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if "kl_coef=" in line]
-    assert [(row[1], row[3], row[5], row[7]) for row in rows] == [
-        ("kl_coef=0.05", "0.809", "0.934", "2.50"),
-        ("kl_coef=0.2", "0.781", "0.821", "0.80"),
-        ("kl_coef=0.01", "0.460", "0.960", "10.00"),
-    ]
+    assert [" ".join(row[1:8:2]) for row in rows] == [
+        "kl_coef=0.05 0.809 0.934 2.50", "kl_coef=0.2 0.781 0.821 0.80", "kl_coef=0.01 0.460 0.960 10.00",
+    ]  # fmt: skip
     page = (hacked / "report.html").read_text()
     assert page.index("kl_coef=0.05") < page.index("kl_coef=0.2") < page.index("kl_coef=0.01")
 
@@ -391,15 +382,6 @@ def test_optuna_searches_for_what_the_table_orders_by(
     assert order_of(json.loads((workplace / "runs" / "x" / "sweep.json").read_text()))[0] == best
 
 
-def test_what_leaves_no_objective_is_not_searched(
-    command_line: CommandLine, workplace: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("optuna", reason="the extra optuna is not installed")
-    asked = ["-m", "stage=collect", "hydra/sweeper=optuna", "collect.prompts=int(interval(2,5))"]
-    assert command_line(*asked) == 2
-    assert "stage=collect has no objective to search by; Optuna takes one of:" in capsys.readouterr().err
-
-
 def test_the_page_links_jobs_and_takes_what_files_hold_as_text(sweep: Path) -> None:
     add(sweep, {"data.path": "<script>alert(1)</script>", "seed": "1"}, 0.1)
     (page,) = (path for path in rebuild(sweep) if path.parent == sweep)  # as make report draws it
@@ -413,11 +395,12 @@ def test_the_page_links_jobs_and_takes_what_files_hold_as_text(sweep: Path) -> N
     assert "个作业失败" in rebuild(sweep, "zh")[-1].read_text()
 
 
-def test_the_plot_has_the_objective_of_each_row_with_its_error() -> None:
+def test_the_plot_has_the_objective_of_each_row_with_its_error(tmp_path: Path) -> None:
     def page(*settings: dict[str, str]) -> str:
         rows = [{"settings": own, "objective": float(i), "stderr": 0.5, "values": [float(i)]}
                 for i, own in enumerate(settings)]  # fmt: skip
-        return sweep_page({"sweep": "x", "stage": "ppo", "rows": rows, "jobs": []}, Words())
+        found = {"sweep": "x", "stage": "ppo", "rows": rows, "jobs": []}
+        return sweep_page(tmp_path / "report.html", found, Words()).read_text()
 
     several = page({"a.lr": "1", "b": "2"}, {"a.lr": "2", "b": "2"}, {"a.lr": "3", "b": "2"})
     assert ">lr=1, b=2</text>" in several
@@ -425,4 +408,4 @@ def test_the_plot_has_the_objective_of_each_row_with_its_error() -> None:
     assert several.count("<circle") == 6
     assert "<svg" not in page({"a.lr": "1"})
     broken = {"rows": [{"objective": "x"}, {"objective": math.inf}, 3], "jobs": None}
-    assert "<svg" not in sweep_page(broken, Words())
+    assert "<svg" not in sweep_page(tmp_path / "report.html", broken, Words()).read_text()

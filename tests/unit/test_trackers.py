@@ -4,16 +4,17 @@ import html
 import importlib.util
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import CommandLine
+from conftest import Refused
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.report import trackers
-from rlhf_pipeline.report.trackers import Trackers
+from rlhf_pipeline.report.observers import Observers
 
 REFUSED = {
     "stage=sft trainer.report_to=tensorbord": ["report_to=tensorbord", "Did you mean 'tensorboard'", "none, tens"],
@@ -27,27 +28,21 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("asked", REFUSED)
-def test_what_is_no_tracker_is_refused(
-    asked: str, command_line: CommandLine, workplace: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert command_line(*asked.split()) == 2
-    error = capsys.readouterr().err
+def test_what_is_no_tracker_is_refused(asked: str, refused: Refused) -> None:
+    error = refused(asked)
     assert all(part in error for part in REFUSED[asked]), error
 
 
 @pytest.mark.parametrize("stage", ["sft", "evaluate", "pipeline"])
 def test_a_tracker_that_is_not_installed_is_refused_with_the_way_to_it(
-    stage: str, command_line: CommandLine, workplace: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    stage: str, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = SimpleNamespace(origin=None, submodule_search_locations=[])  # what a folder wandb/ looks like
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec if name == "wandb" else real(name))
-    assert command_line(f"stage={stage}", "trainer.report_to=wandb") == 2
-    error = capsys.readouterr().err
-    assert "trainer.report_to=wandb" in error
-    assert "pip install 'rlhf_pipeline[wandb]'" in error
-    assert "none, tensorboard, trackio" in error
+    error = refused(f"stage={stage} trainer.report_to=wandb")
+    for said in ("trainer.report_to=wandb", "pip install 'rlhf_pipeline[wandb]'", "none, tensorboard, trackio"):
+        assert said in error
     assert not Path("runs").exists()
 
 
@@ -58,12 +53,8 @@ def test_none_in_all_its_spellings() -> None:
     assert trackers.chosen(["wandb", "none", "wandb", "trackio"]) == ["wandb", "trackio"]
 
 
-@pytest.mark.parametrize(("mode", "key", "refused"), [
-    ("online", False, True), ("online", True, False), ("offline", False, False), ("disabled", False, False),
-])  # fmt: skip
-def test_wandb_is_asked_for_its_key_before_anything_else(
-    mode: str, key: bool, refused: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("mode", "key"), [("online", False), ("online", True), ("offline", False)])
+def test_wandb_is_asked_for_its_key_before_anything_else(mode: str, key: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def login(prompt: bool, verify: bool) -> bool:
         assert not prompt, "a script would hang"
         return key
@@ -71,7 +62,7 @@ def test_wandb_is_asked_for_its_key_before_anything_else(
     singleton = SimpleNamespace(settings=SimpleNamespace(mode=mode))
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(setup=lambda: singleton, login=login))
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    if not refused:
+    if mode == "offline" or key:
         return trackers.ready("wandb")
     with pytest.raises(UserError, match=r"wandb login.*WANDB_MODE=offline"):
         trackers.ready(["tensorboard", "wandb"])
@@ -116,24 +107,14 @@ class Fake:
     def __init__(self, breaks: str = "") -> None:
         self.breaks, self.did = breaks, list[Any]()
 
-    def __call__(self, config: dict[str, Any], folder: Path, step: int) -> "Fake":
-        self.config = config
-        return self._did("open")
+    def __call__(self, *opened: Any) -> trackers.Run:
+        self._did("open", opened[0])
+        return trackers.Run(*(partial(self._did, what) for what in ("log", "table", "close")))
 
-    def _did(self, what: str, *values: Any) -> "Fake":
+    def _did(self, what: str, *values: Any) -> None:
         if what == self.breaks:
             raise OSError("no\nroute")
         self.did.append((what, *values))
-        return self
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        self._did("figures", step, values)
-
-    def table(self, name: str, heads: list[str], cells: list[list[Any]], step: int) -> None:
-        self._did("table", step, cells)
-
-    def close(self, failed: bool) -> None:
-        self._did("close", failed)
 
 
 CONFIG = {"name": "demo", "stage": "ppo", "trainer": {"report_to": "wandb"}, "defaults": [], "hydra": {}}
@@ -141,21 +122,21 @@ CONFIG = {"name": "demo", "stage": "ppo", "trainer": {"report_to": "wandb"}, "de
 
 def go(monkeypatch: pytest.MonkeyPatch, folder: Path, fake: Fake, steps: int, dies: bool = False) -> None:
     """Log as stages do."""
-    monkeypatch.setitem(trackers._KINDS, "wandb", fake)
-    with Trackers(folder) as opened:
-        opened.start(CONFIG)
+    monkeypatch.setitem(trackers.KINDS, "wandb", fake)
+    with Observers(folder) as opened:
+        opened.started(CONFIG, 0)
         for step in range(1, steps + 1):
             opened.logged(step, {"loss": 2.0, "eval_loss": 3.0, "note": "x"})
-            opened.samples(step, [{"prompt": "p", "response": "r", "reward": 1.0, "more": 2}])
+            opened.sampled(step, [{"prompt": "p", "response": "r", "reward": 1.0, "more": 2}])
         if dies:
             raise KeyboardInterrupt
 
 
 def test_a_tracker_gets_figures_and_samples_and_is_closed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     go(monkeypatch, tmp_path, fake := Fake(), 1)
-    figures = ("figures", 1, {"train/loss": 2.0, "eval/loss": 3.0})
-    assert fake.did == [("open",), figures, ("table", 1, [["p", "r", 1.0]]), ("close", False)]
-    assert fake.config == {key: CONFIG[key] for key in ("name", "stage", "trainer")}
+    table = ("table", "samples", ["prompt", "response", "reward"], [["p", "r", 1.0]], 1)
+    opened = ("open", {key: CONFIG[key] for key in ("name", "stage", "trainer")})
+    assert fake.did == [opened, ("log", {"train/loss": 2.0, "eval/loss": 3.0}, 1), table, ("close", False)]
     with pytest.raises(KeyboardInterrupt):
         go(monkeypatch, tmp_path, fake, 5, dies=True)
     assert fake.did[-1] == ("close", True)
@@ -174,8 +155,8 @@ def test_a_resumed_stage_continues_its_run_of_wandb_and_a_new_one_does_not(
 
     def opens(started: str, step: int) -> str:
         (tmp_path / "run.json").write_text(json.dumps({"started": started}))
-        with Trackers(tmp_path) as trackers:
-            trackers.start(CONFIG, step)
+        with Observers(tmp_path) as watching:
+            watching.started(CONFIG, step)
         assert opened[-1] | {"id": ""} == {
             "project": "rlhf_pipeline", "name": "demo/ppo", "id": "", "resume": "allow", "group": "demo",
             "dir": str(tmp_path), "config": {"settings": {key: CONFIG[key] for key in ("name", "stage", "trainer")}},
@@ -187,11 +168,11 @@ def test_a_resumed_stage_continues_its_run_of_wandb_and_a_new_one_does_not(
     assert opens("2026-01-01T11:00:00+00:00", 0) != first
 
 
-@pytest.mark.parametrize("where", ["open", "figures", "table", "close"])
+@pytest.mark.parametrize("where", ["open", "log", "table", "close"])
 def test_a_tracker_that_fails_is_warned_of_once_and_left_out(
     where: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     go(monkeypatch, tmp_path, fake := Fake(where), 3)
     assert capsys.readouterr().out == "warning: wandb failed (OSError: no) and is left out; the run goes on\n"
-    done = ["open", "figures", "table"]
+    done = ["open", "log", "table"]
     assert [entry[0] for entry in fake.did][:3] == (done[: done.index(where)] if where in done else done)

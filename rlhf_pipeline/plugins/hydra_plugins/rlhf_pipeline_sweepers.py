@@ -23,6 +23,8 @@ from omegaconf import DictConfig, open_dict, read_write
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.files import held
+from rlhf_pipeline.stages import TRAINED
+from rlhf_pipeline.sweeps.jobs import job_name, note, read_job, settings_of
 from rlhf_pipeline.words import as_typed, quoted
 
 _OVER_BUDGET = 1e9
@@ -50,8 +52,7 @@ class Grid(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """Run all jobs, show what came of them, and exit with the status of one that failed."""
-        from rlhf_pipeline.sweeps.jobs import read_job
-        from rlhf_pipeline.sweeps.results import report_sweep
+        from rlhf_pipeline.sweeps.results import report_sweep  # which only a sweep needs
 
         said = {o.get_key_element(): o for o in OverridesParser.create(self.loader).parse_overrides(arguments)}
         swept = {key: o for key, o in said.items() if o.is_sweep_override()}
@@ -72,7 +73,6 @@ class Grid(Sweeper):
 
     def launch(self, fixed: list[str], varied: Iterable[Sequence[str]]) -> list[dict[str, Any]]:
         """Run those jobs that are not done, each with settings of its own; give each as sweep.json has it."""
-        from rlhf_pipeline.sweeps.jobs import note, read_job
         from rlhf_pipeline.sweeps.results import job_result
 
         jobs = [self.job(fixed, own) for own in varied]  # a mistake in any of them is told before one begins
@@ -93,8 +93,6 @@ class Grid(Sweeper):
     def job(self, fixed: list[str], own: Sequence[str]) -> tuple[Path, list[str], dict[str, Any]]:
         """A job's folder, its command, and what its job.json says before it runs; refused where it could not run."""
         from rlhf_pipeline.cli import check_job
-        from rlhf_pipeline.stages import TRAINED
-        from rlhf_pipeline.sweeps.jobs import job_name, settings_of
 
         name = job_name([as_typed(setting) for setting in own])
         command = [*fixed, *own, f"name={quoted(f'{self.name}/{name}')}"]
@@ -144,11 +142,11 @@ class Optuna(Grid):
                 jobs = [_with_seeds(trial.params, seeds) for trial in trials]
                 results = iter(self.launch(fixed, itertools.chain(*jobs)))
                 for trial, own in zip(trials, jobs, strict=True):
-                    values = [
-                        _worth(job) for job in itertools.islice(results, len(own)) if job["objective"] is not None
-                    ]
-                    if len(values) == len(own):  # else it stays undone
-                        study.tell(trial, fmean(values))
+                    ended = list(itertools.islice(results, len(own)))
+                    if all(job["objective"] is not None for job in ended):  # else it stays undone
+                        # Whatever is over the KL budget is behind the rest, the nearest first.
+                        study.tell(trial, fmean(-_OVER_BUDGET - job["over_budget"] if job["over_budget"]
+                                                else job["objective"] for job in ended))  # fmt: skip
 
     def study(self, name: str) -> tuple[Any, list[dict[str, Any]]]:
         """Just this search, and the settings it has results of. It begins with what earlier sessions left undone."""
@@ -167,11 +165,6 @@ class Optuna(Grid):
             if params and params not in done:
                 study.enqueue_trial(params)
         return study, done
-
-
-def _worth(job: dict[str, Any]) -> float:
-    """What a search maximises. Whatever is over the KL budget is behind the rest, the nearest first."""
-    return -_OVER_BUDGET - job["over_budget"] if job["over_budget"] else job["objective"]
 
 
 def _with_seeds(params: Mapping[str, Any], seeds: Sequence[str]) -> list[list[str]]:
@@ -221,10 +214,9 @@ def _waiting_for_all(launcher: str, jobs: int, folder: Path) -> Iterator[None]:
     results = Submitted.results
 
     def patient(job: Any) -> list[Any]:
-        try:
+        with contextlib.suppress(Exception):  # the job's own folder tells of it
             return results(job)
-        except Exception:  # the job's own folder tells of it
-            return [JobReturn(status=JobStatus.COMPLETED)]
+        return [JobReturn(status=JobStatus.COMPLETED)]
 
     note = " Ctrl-C leaves them running: see squeue --me, scancel." if "Slurm" in launcher else ""
     print(f"{jobs} jobs are with submitit; what they print is below {folder / '.submitit'}.{note}", flush=True)
