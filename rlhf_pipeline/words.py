@@ -59,8 +59,6 @@ def read(argv: Sequence[str]) -> tuple[list[str], Namespace]:
     settings = [re.sub(r"^labeler=", _LABELER, word) for word in settings if word != "labeler=null"]
     if {"policy", "reward", "data"} & {*keys} and not any("experiment" in key for key in keys):
         settings.append("~experiment")
-    if options.help and "stage" not in keys:
-        settings.append("stage=pipeline")
     return settings, options
 
 
