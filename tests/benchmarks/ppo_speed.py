@@ -117,6 +117,7 @@ class Stopwatch(TrainerCallback):
 
     def __init__(self, pipe: Any, collect: bool) -> None:
         self.pipe, self.collect, self.start = pipe, collect, 0.0
+        self.parts: dict[str, float] = {}  # seconds of the update so far, by what took them
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Built; the first update waits as well."""
@@ -129,13 +130,47 @@ class Stopwatch(TrainerCallback):
         if DEVICE == "cuda":
             torch.cuda.synchronize()
         reserved = torch.cuda.max_memory_reserved() if DEVICE == "cuda" else 0
-        self._report({"seconds": time.perf_counter() - self.start, "peak": peak_memory(), "reserved": reserved})
+        figures = {"seconds": time.perf_counter() - self.start, "parts": self.parts}
+        self._report({**figures, "peak": peak_memory(), "reserved": reserved})
 
     def _report(self, what: dict[str, Any]) -> None:
         print(json.dumps(what), file=self.pipe, flush=True)
         if not sys.stdin.readline():
             os._exit(0)  # the driver has gone
-        self.start = time.perf_counter()
+        self.start, self.parts = time.perf_counter(), {}
+
+    def clock(self, owner: Any, name: str, part: str) -> None:
+        """Count what a function of `owner` takes as one part of the update."""
+        plain = getattr(owner, name)
+
+        def timed(*args: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return plain(*args, **options)
+            finally:
+                if DEVICE == "cuda":
+                    torch.cuda.synchronize()
+                self.parts[part] = self.parts.get(part, 0.0) + time.perf_counter() - start
+
+        setattr(owner, name, timed)
+
+
+def clock_ours(trainer: Any, stopwatch: Stopwatch) -> None:
+    """Time the parts of an update of our trainer. What is left is the rest of it."""
+    from rlhf_pipeline.ppo import lifecycle
+
+    stopwatch.clock(lifecycle, "sample", "rollout")
+    stopwatch.clock(trainer, "judge", "reward")
+    stopwatch.clock(trainer.reference, "log_probs", "reference")
+    stopwatch.clock(trainer.model, "forward", "forward")  # of the rollout's tokens, and in each epoch
+    begin = trainer.begin
+
+    def begin_and_clock(*args: Any) -> None:
+        begin(*args)
+        stopwatch.clock(trainer.learner, "backward", "backward")
+        stopwatch.clock(trainer.learner, "step", "optimizer")
+
+    trainer.begin = begin_and_clock
 
 
 def peak_memory() -> int:
@@ -201,7 +236,7 @@ def make_trainer(work: Work, side: Side, stopwatch: Stopwatch, folder: str) -> A
     if side.trainer == "ours":
         settings["min_response_length"] = work.response[0]
     args = PPOConfig(output_dir=folder, **settings, **side.settings)
-    return PPOTrainer(
+    trainer = PPOTrainer(
         args,
         tokenizer,
         policy,
@@ -212,6 +247,9 @@ def make_trainer(work: Work, side: Side, stopwatch: Stopwatch, folder: str) -> A
         eval_dataset=prompts(4),
         callbacks=[stopwatch],
     )
+    if side.trainer == "ours":
+        clock_ours(trainer, stopwatch)
+    return trainer
 
 
 def be_worker(work: dict[str, Any], side: dict[str, Any], folder: str) -> None:
@@ -240,6 +278,7 @@ class Worker:
                 env={**clean, **ENVIRONMENT, **side.environment},
             )  # fmt: skip
         self.seconds: list[float] = []
+        self.parts: list[dict[str, float]] = []
         self.peak = self.reserved = 0
 
     def hear(self) -> dict[str, Any]:
@@ -260,6 +299,7 @@ class Worker:
         self.peak, self.reserved = report["peak"], report["reserved"]
         if count:
             self.seconds.append(report["seconds"])
+            self.parts.append(report["parts"])
 
     def __enter__(self) -> "Worker":
         return self
@@ -304,7 +344,9 @@ def measure(name: str, work: Work, sides: dict[str, Side], pairs: int, warm_up: 
                 workers[(turn + place) % len(workers)].update(count=turn >= warm_up)
             say(f"{name}: {max(turn + 1 - warm_up, 0)} of {pairs} rounds")
     return {
-        "sides": {w.name: {"seconds": w.seconds, "peak": w.peak, "reserved": w.reserved} for w in workers},
+        "sides": {
+            w.name: {"seconds": w.seconds, "peak": w.peak, "reserved": w.reserved, "parts": w.parts} for w in workers
+        },
         "gflop": work.gflop(),
         "matmul_gflops": median(rates),
     }
@@ -345,6 +387,19 @@ def print_sides(results: dict[str, dict[str, Any]], sides: Sequence[str]) -> Non
         row += [*(f"{p:.2f}" for p in peaks), *(f"{peaks[0] / p:.2f}" for p in peaks[1:])]
         rows.append([*row, f"{share:.0%} of {result['matmul_gflops']:.0f} GFLOP/s"])
     print_table(header, rows)
+
+
+def print_parts(results: dict[str, dict[str, Any]]) -> None:
+    """What share of our update's time each part takes: medians over the rounds."""
+    parts = ["rollout", "reward", "reference", "forward", "backward", "optimizer"]
+    rows = []
+    for name, result in results.items():
+        ours = result["sides"]["ours"]
+        each = zip(ours["seconds"], ours["parts"], strict=True)
+        shares = [[own.get(part, 0.0) / seconds for part in parts] for seconds, own in each]
+        middle = [median(column) for column in zip(*shares, strict=True)]
+        rows.append([name, *(f"{share:.0%}" for share in [*middle, 1 - sum(middle)])])
+    print_table(["our update's time", *parts, "rest"], rows)
 
 
 def print_levers(name: str, result: dict[str, Any]) -> None:
@@ -395,6 +450,7 @@ def main() -> None:
     print(f"{machine['cpu']}, {machine['cores']} cores, {DEVICE}, torch {torch.__version__}; medians of {pairs} rounds")
     if only:
         print_sides(found["configurations"], list(sides))
+        print_parts(found["configurations"])
     for name, result in found["levers"].items():
         print_levers(name, result)
 
