@@ -178,7 +178,7 @@ def own_function(recorded: Mapping[str, Any]) -> str | None:
         choice = every.pop(0)
         if choice.get("name") == "python":
             return str(choice.get("path"))
-        every += choice.get("parts") or []  # of a sum
+        every += choice.get("parts") or []
     return None
 
 
@@ -212,7 +212,7 @@ def settle(cfg: DictConfig) -> Settings:
     values = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(values, dict)
     values["name"] = values.get("name") or values.get("experiment") or "default"
-    if values["stage"] == "reward" and values["reward"].get("name") == "sum":  # its part that has no model is trained
+    if values["stage"] == "reward" and "parts" in values["reward"]:  # the part that has no model is trained
         rewards.check_choice(values["reward"])
         part = rewards.trained_part(values["reward"])
         values["reward"] = {key: value for key, value in part.items() if key != "weight"}

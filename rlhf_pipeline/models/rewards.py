@@ -8,22 +8,23 @@ import math
 import re
 import reprlib
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from rlhf_pipeline.data.python_code import goes_on
 from rlhf_pipeline.errors import NotFinishedError, UserError
-from rlhf_pipeline.models.user_function import plainly, reward_at
-from rlhf_pipeline.registry import Registry, fits
+from rlhf_pipeline.models.user_function import accepted, plainly, reward_at
+from rlhf_pipeline.registry import Range, Registry, fits
 from rlhf_pipeline.texts import mismatch, script_of, words_of
 
 if TYPE_CHECKING:
     from rlhf_pipeline.models.classifiers import Scorer
 
-Function = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+T = TypeVar("T")
+Count = Annotated[int, Range(1)]
+Function = Callable[..., Sequence[float]]  # of prompts, completions, and the columns that it names
 
 # For rewards without probes of their own: something for every taste.
 PROBES = (
@@ -57,10 +58,15 @@ class Reward:
     parts: Sequence[str] = ()  # of a sum: where each part came from
     scorer: "Scorer | None" = None  # the classifier that judges, where one does
     readout: Sequence[float] = ()  # the weights that make its logits the score; empty where that is not linear
+    needs: Sequence[str] = ()  # columns of the data without which it cannot judge
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-        """One finite number a completion; anything else is a `UserError` that names the reward."""
-        given: Any = self.function(list(prompts), list(completions))
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+        """One finite number a completion; anything else is a `UserError` that names the reward.
+
+        `columns` are those of the data's rows, each as long as `completions`; the function gets those that it names.
+        """
+        self.check_columns(columns)
+        given: Any = self.function(list(prompts), list(completions), **accepted(self.function, columns))
         try:
             scores = [float(score) for score in given]
         except (TypeError, ValueError, RuntimeError) as error:  # the last is torch's, of a matrix
@@ -74,12 +80,19 @@ class Reward:
                 raise UserError(f"reward={self.name} gave {score} for {text!r:.200}; it must be finite.")
         return scores
 
+    def check_columns(self, known: Iterable[str]) -> None:
+        """Refuse data without a column that the reward needs; `known` are the names of those that it has."""
+        if missing := [name for name in self.needs if name not in known]:
+            raise UserError(
+                f"reward={self.name} needs the column {', '.join(missing)} of the data, which has "
+                f"{', '.join(known) or 'none'} besides prompts and completions."
+            )
+
 
 registry: Registry[Reward] = Registry("reward")
 
 # What stage=reward can train; the first two have no other model.
 TRAINABLE = ("classifier", "preference_model", "imdb_sentiment", "dianping_sentiment")
-_NO_MODEL = "reward={} has no model yet; run stage=reward first, or give reward.path=."
 
 Scale = Literal["logit", "probability", "log_odds"]
 Seen = Literal["response", "prompt_response"]
@@ -109,13 +122,8 @@ def classifier(
     trains the language model of this run with a head (as GPT-1; `lm_coef` weighs its language-model loss), or an
     encoder from scratch of this `size`, and scores `examples` at its end.
     """
-    where = path or where
-    if where is None:
-        raise NotFinishedError(_NO_MODEL.format("classifier"))
-    from rlhf_pipeline.models.classifiers import Scorer
-
     side = truncation_side or ("right" if text == "response" else None)
-    scorer = Scorer.open(where, batch_size=batch_size, max_length=max_length, truncation_side=side)
+    scorer = _scorer("classifier", path or where, batch_size, max_length, side)
     index = class_named(scorer.model.config.id2label, label, scorer.where)
     if scorer.labels == 1 and scale != "logit":
         raise UserError(f"{scorer.where} has one class, so reward.scale={scale} means nothing; say reward.scale=logit.")
@@ -130,29 +138,31 @@ def classifier(
             chosen -= logits.logsumexp(-1)
         return chosen.tolist()
 
-    weights = [float(i == index) for i in range(scorer.labels)]
-    if scale == "log_odds":
-        weights = [2 * weight - 1 for weight in weights] if scorer.labels == 2 else []
-    return Reward(
-        score,
-        scorer.where,
-        0.5 if scale == "probability" else 0.0,
-        functools.partial(mismatch, scorer.tokenizer),
-        scorer=scorer,
-        readout=[] if scale == "probability" else weights,
-    )
+    linear = scale == "logit" or (scale == "log_odds" and scorer.labels == 2)
+    others = -1.0 if scale == "log_odds" else 0.0
+    readout = [1.0 if number == index else others for number in range(scorer.labels)] if linear else []
+    unfit = functools.partial(mismatch, scorer.tokenizer)
+    return Reward(score, scorer.where, 0.5 if scale == "probability" else 0.0, unfit, scorer=scorer, readout=readout)
+
+
+def _scorer(name: str, where: str | None, *options: Any, **more: Any) -> "Scorer":
+    if where is None:
+        raise NotFinishedError(f"reward={name} has no model yet; run stage=reward first, or give reward.path=.")
+    from rlhf_pipeline.models.classifiers import Scorer
+
+    return Scorer.open(where, *options, **more)
 
 
 def class_named(labels: dict[int, str], wanted: str, where: str) -> int:
     """The index of the class with this name; case is ignored, and pos and neg are understood."""
-    short = {"pos": "positive", "neg": "negative"}
-    names = {index: short.get(str(name).lower(), str(name).lower()) for index, name in labels.items()}
-    found = [index for index, name in names.items() if name == short.get(wanted.lower(), wanted.lower())]
-    if len(found) != 1:
-        raise UserError(
-            f"{where} has no class named '{wanted}'; reward.label= takes one of: {', '.join(labels.values())}."
-        )
-    return int(found[0])
+
+    def plain(name: str) -> str:
+        return {"pos": "positive", "neg": "negative"}.get(name.lower(), name.lower())
+
+    found = [int(index) for index, name in labels.items() if plain(str(name)) == plain(wanted)]
+    if len(found) == 1:
+        return found[0]
+    raise UserError(f"{where} has no class named '{wanted}'; reward.label= takes one of: {', '.join(labels.values())}.")
 
 
 def _on_the_hub(hub_id: str, seen: Seen) -> Callable[..., Reward]:
@@ -193,23 +203,15 @@ def preference_model(
     position) and `margin` (per rank) say how it is trained. `demonstrations` (name and path, as data) score 0 on
     average; null: the best answers of the training data do.
     """
-    where = path or where
-    if where is None:
-        raise NotFinishedError(_NO_MODEL.format("preference_model"))
-    from rlhf_pipeline.models.classifiers import Scorer
-
-    scorer = Scorer.open(
-        where, batch_size=batch_size, max_length=max_length, truncation_side=truncation_side, append_eos=True
-    )
+    scorer = _scorer("preference_model", path or where, batch_size, max_length, truncation_side, append_eos=True)
     if scorer.labels != 1:
-        raise UserError(f"{where} is a classifier of {scorer.labels} classes; a preference model has one score.")
-    return Reward(
-        lambda prompts, answers: scorer.pairs(prompts, answers)[:, 0].tolist(),
-        scorer.where,
-        unfit=functools.partial(mismatch, scorer.tokenizer),
-        scorer=scorer,
-        readout=(1.0,),
-    )
+        raise UserError(f"{scorer.where} is a classifier of {scorer.labels} classes; a preference model has one score.")
+
+    def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+        return scorer.pairs(prompts, answers)[:, 0].tolist()
+
+    unfit = functools.partial(mismatch, scorer.tokenizer)
+    return Reward(score, scorer.where, unfit=unfit, scorer=scorer, readout=(1.0,))
 
 
 @registry.register
@@ -218,13 +220,13 @@ def python(where: str | None, *, path: str, probes: list[str] | None = None) -> 
 
     `path` is `my_rewards.py:politeness` or `my_package.my_module:politeness`.
     """
-    function = reward_at(path)
+    function, needs = reward_at(path)
 
-    def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+    def score(prompts: Sequence[str], answers: Sequence[str], **columns: Any) -> Any:
         with plainly(f"reward=python reward.path={path}"):
-            return function(prompts, answers)
+            return function(prompts, answers, **columns)
 
-    return Reward(score, path, probes=probes or PROBES)
+    return Reward(score, path, probes=probes or PROBES, needs=needs)
 
 
 def _rule(name: str, score: Callable[[str, str], float], neutral: float, probes: Sequence[str], **more: Any) -> Reward:
@@ -246,10 +248,8 @@ def regex(where: str | None, *, pattern: str, probes: list[str] | None = None) -
 
 
 @registry.register
-def length(where: str | None, *, target: int = 20) -> Reward:
+def length(where: str | None, *, target: Count = 20) -> Reward:
     """Closeness of a response's length to `target` words: 0 at the target, -1 where it is missed by all of it."""
-    if target < 1:
-        raise UserError(f"reward.target is {target}; it takes at least 1.")
     return _rule("length", lambda _, a: -abs(len(words_of(a)) - target) / target, -0.5, ["", "word " * target])
 
 
@@ -273,10 +273,8 @@ def keywords(where: str | None, *, words: list[str]) -> Reward:
 
 
 @registry.register
-def repetition(where: str | None, *, n: int = 3) -> Reward:
+def repetition(where: str | None, *, n: Count = 3) -> Reward:
     """Minus the share of a response's word n-grams that occur in it before."""
-    if n < 1:
-        raise UserError(f"reward.n is {n}; it takes at least 1.")
 
     def repeated(_: str, answer: str) -> float:
         said = words_of(answer)
@@ -304,62 +302,60 @@ def python_syntax(where: str | None) -> Reward:
 @registry.register
 def sum(where: str | None, *, parts: list[dict[str, Any]]) -> Reward:
     """Several rewards at once: each of `parts` is a name with its fields, and a `weight` (1 where none is given)."""
-    trained = trained_part({"name": "sum", "parts": parts})["name"]
-    made: list[tuple[float, Reward]] = []
-    for number, part in enumerate(parts):
-        own, weight = _weighed(part)
-        with _inside(number):
-            made.append((weight, _tested(own, where if own["name"] in ("sum", trained) else None)))
+    trained = trained_part({"parts": parts})
 
-    def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        columns = [[weight * value for value in part(prompts, answers)] for weight, part in made]
-        return [math.fsum(row) for row in zip(*columns, strict=True)]
+    def made(part: dict[str, Any], weight: float) -> tuple[float, Reward]:
+        return weight, _tested(part, where if "parts" in part or part["name"] == trained["name"] else None)
+
+    every = _each_part(parts, made)
+
+    def score(prompts: Sequence[str], answers: Sequence[str], **columns: Any) -> list[float]:
+        scores = [[weight * value for value in part(prompts, answers, **columns)] for weight, part in every]
+        return [math.fsum(row) for row in zip(*scores, strict=True)]
 
     def unfit(texts: Sequence[str]) -> str | None:
-        return "; ".join(f"{part.name}: {why}" for _, part in made if (why := part.unfit(texts))) or None
+        return "; ".join(f"{part.name}: {why}" for _, part in every if (why := part.unfit(texts))) or None
 
-    name = textwrap.shorten(" + ".join(f"{weight:g} x {part.name}" for weight, part in made), 200)
-    neutral = math.fsum(weight * part.neutral for weight, part in made)
-    probes = [text for _, part in made for text in part.probes]
-    return Reward(score, name, neutral, unfit, probes, [part.name for _, part in made])
-
-
-def _weighed(part: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
-    """A part of a sum without its weight, and the weight."""
-    own = dict(part)
-    weight = own.pop("weight", 1.0)
-    return own, weight
+    name = textwrap.shorten(" + ".join(f"{weight:g} x {part.name}" for weight, part in every), 200)
+    neutral = math.fsum(weight * part.neutral for weight, part in every)
+    probes = [text for _, part in every for text in part.probes]
+    needs = [column for _, part in every for column in part.needs]
+    return Reward(score, name, neutral, unfit, probes, [part.name for _, part in every], needs=needs)
 
 
-@contextmanager
-def _inside(number: int) -> Iterator[None]:
-    """Name the part of a sum in which something is wrong."""
-    try:
-        yield
-    except UserError as error:
-        raise type(error)(f"reward.parts[{number}]: {error}") from error
+def _each_part(parts: Sequence[Mapping[str, Any]], work: Callable[[dict[str, Any], Any], T]) -> list[T]:
+    """What `work` makes of each part, without its weight, and of the weight. An error names the part."""
+    found = []
+    for number, part in enumerate(parts):
+        own = dict(part)
+        weight = own.pop("weight", 1.0)
+        try:
+            found.append(work(own, weight))
+        except UserError as error:
+            raise type(error)(f"reward.parts[{number}]: {error}") from error
+    return found
 
 
 def check_choice(choice: Mapping[str, Any]) -> None:
     """Refuse a choice from which no reward can be made, before anything heavy is loaded."""
     registry.check(choice)
-    name = choice["name"]
-    if name == "sum":
+
+    def check_part(part: dict[str, Any], weight: Any) -> None:
+        if not fits(weight, float) or not math.isfinite(weight):
+            raise UserError(f"weight is {weight!r}; it takes a number.")
+        check_choice(part)
+
+    if "parts" in choice:
         if not choice["parts"]:
             raise UserError("reward.parts is empty; it takes rewards, as in [{name: length, target: 12, weight: 0.5}].")
-        for number, part in enumerate(choice["parts"]):
-            own, weight = _weighed(part)
-            with _inside(number):
-                if not fits(weight, float) or not math.isfinite(weight):
-                    raise UserError(f"weight is {weight!r}; it takes a number.")
-                check_choice(own)
-    elif name in ("keywords", "length", "regex", "repetition"):
+        _each_part(choice["parts"], check_part)
+    elif choice["name"] in ("keywords", "regex"):
         registry.build(choice, None)  # a rule is made at once, and refuses what it cannot use
 
 
 def trained_part(choice: dict[str, Any]) -> dict[str, Any]:
     """The reward whose model stage=reward trains: the choice itself, or the part of a sum that needs it most."""
-    if choice["name"] != "sum":
+    if "parts" not in choice:
         return choice
     parts = [trained_part(part) for part in choice["parts"]]
     rank = {name: number for number, name in enumerate(TRAINABLE)}
@@ -374,8 +370,13 @@ def load_reward(choice: dict[str, Any], upstream: Path | None) -> tuple[Reward, 
 
 
 def _tested(choice: Mapping[str, Any], where: str | None) -> Reward:
-    """Make a reward, and check that its probes get finite numbers, one per text, that are not all the same."""
+    """Make a reward, and check that its probes get finite numbers, one per text, that are not all the same.
+
+    A reward that needs columns of the data cannot be tried without them.
+    """
     reward = registry.build(choice, where)
+    if reward.needs:
+        return reward
     tried = reprlib.repr(list(reward.probes))
     try:
         scores = reward([_PROMPT] * len(reward.probes), reward.probes)

@@ -32,7 +32,6 @@ from rlhf_pipeline.models.policies import (
     open_config,
     open_policy,
     policy_config,
-    train_character_tokenizer,
     train_tokenizer,
 )
 from rlhf_pipeline.models.rewards import load_reward
@@ -120,7 +119,7 @@ def test_the_end_may_pad_and_masks_do_not_care(pad: str | None, tmp_path: Path) 
 
 
 def test_ids_outside_the_vocabulary_count_as_none(tmp_path: Path) -> None:
-    tokenizer = train_character_tokenizer(["你好 hello"] * 9, 300, 64)
+    tokenizer = train_tokenizer(["你好 hello"] * 9, 300, 64, characters=True)
     tokenizer.eos_token = tokenizer.pad_token = tokenizer.bos_token = None
     model = gpt2(vocab_size=len(tokenizer), eos_token_id=None, bos_token_id=None)
     where = saved(tmp_path, model, tokenizer)
@@ -168,7 +167,7 @@ def test_a_scratch_policys_tables_follow_its_size() -> None:
 
 
 def test_a_character_tokenizer_writes_chinese_without_blanks(tmp_path: Path) -> None:
-    tokenizer = train_character_tokenizer(["今天天气真好！ hello, world. iphone"] * 9, 300, 64)
+    tokenizer = train_tokenizer(["今天天气真好！ hello, world. iphone"] * 9, 300, 64, characters=True)
     text = "天气好！iphone hello, 今天"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.unk_token_id not in ids
