@@ -7,6 +7,7 @@ import functools
 import math
 import re
 import reprlib
+import statistics
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Count = Annotated[int, Range(1)]
+Combine = Callable[[Sequence[float]], float]
 Function = Callable[..., Sequence[float]]  # of prompts, completions, and the columns that it names
 
 # For rewards without probes of their own: something for every taste.
@@ -55,7 +57,7 @@ class Reward:
     neutral: float = 0.0
     unfit: Callable[[Sequence[str]], str | None] = lambda texts: None
     probes: Sequence[str] = PROBES
-    parts: Sequence[str] = ()  # of a sum: where each part came from
+    parts: Sequence[str] = ()  # of a sum or an ensemble: where each part came from
     scorer: "Scorer | None" = None  # the classifier that judges, where one does
     readout: Sequence[float] = ()  # the weights that make its logits the score; empty where that is not linear
     needs: Sequence[str] = ()  # columns of the data without which it cannot judge
@@ -302,6 +304,32 @@ def python_syntax(where: str | None) -> Reward:
 @registry.register
 def sum(where: str | None, *, parts: list[dict[str, Any]]) -> Reward:
     """Several rewards at once: each of `parts` is a name with its fields, and a `weight` (1 where none is given)."""
+    return _of_parts(where, parts, math.fsum, " + ", "{}")
+
+
+@registry.register
+def ensemble(
+    where: str | None,
+    *,
+    parts: list[dict[str, Any]],
+    mode: Literal["mean", "min", "mean_minus_std"] = "mean_minus_std",
+    coef: Annotated[float, Range(0)] = 1.0,
+) -> Reward:
+    """Rewards that would each be over-optimised alone (Gao et al. 2022) as one (Coste et al. 2023, arXiv 2310.02743).
+
+    The score is the mean of the parts', the least, or the mean less `coef` x their standard deviation. `parts` are as
+    of a sum; with a `weight`, a part's scores are multiplied by it first.
+    """
+
+    def cautious(scores: Sequence[float]) -> float:
+        return statistics.fmean(scores) - coef * statistics.pstdev(scores)
+
+    modes: dict[str, Combine] = {"mean": statistics.fmean, "min": min, "mean_minus_std": cautious}
+    return _of_parts(where, parts, modes[mode], ", ", f"{mode} of {{}}")
+
+
+def _of_parts(where: str | None, parts: list[dict[str, Any]], combine: Combine, joint: str, title: str) -> Reward:
+    """The reward whose score is made of its parts' weighted scores. Its name is `title` with the parts' names."""
     trained = trained_part({"parts": parts})
 
     def made(part: dict[str, Any], weight: float) -> tuple[float, Reward]:
@@ -311,16 +339,21 @@ def sum(where: str | None, *, parts: list[dict[str, Any]]) -> Reward:
 
     def score(prompts: Sequence[str], answers: Sequence[str], **columns: Any) -> list[float]:
         scores = [[weight * value for value in part(prompts, answers, **columns)] for weight, part in every]
-        return [math.fsum(row) for row in zip(*scores, strict=True)]
+        return [combine(list(row)) for row in zip(*scores, strict=True)]
 
     def unfit(texts: Sequence[str]) -> str | None:
         return "; ".join(f"{part.name}: {why}" for _, part in every if (why := part.unfit(texts))) or None
 
-    name = textwrap.shorten(" + ".join(f"{weight:g} x {part.name}" for weight, part in every), 200)
-    neutral = math.fsum(weight * part.neutral for weight, part in every)
-    probes = [text for _, part in every for text in part.probes]
-    needs = [column for _, part in every for column in part.needs]
-    return Reward(score, name, neutral, unfit, probes, [part.name for _, part in every], needs=needs)
+    names, probes = [part.name for _, part in every], [text for _, part in every for text in part.probes]
+    return Reward(
+        score,
+        textwrap.shorten(title.format(joint.join(f"{weight:g} x {part.name}" for weight, part in every)), 200),
+        combine([weight * part.neutral for weight, part in every]),
+        unfit,
+        [*probes, " ".join(probes)],  # of which all parts find something in the last
+        names,
+        needs=[column for _, part in every for column in part.needs],
+    )
 
 
 def _each_part(parts: Sequence[Mapping[str, Any]], work: Callable[[dict[str, Any], Any], T]) -> list[T]:
@@ -354,7 +387,7 @@ def check_choice(choice: Mapping[str, Any]) -> None:
 
 
 def trained_part(choice: dict[str, Any]) -> dict[str, Any]:
-    """The reward whose model stage=reward trains: the choice itself, or the part of a sum that needs it most."""
+    """The reward whose model stage=reward trains: the choice itself, or the part that needs it most."""
     if "parts" not in choice:
         return choice
     parts = [trained_part(part) for part in choice["parts"]]

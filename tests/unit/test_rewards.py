@@ -91,7 +91,7 @@ REFUSED_PARTS: dict[str, list[dict[str, Any]]] = {
     r"^reward\.parts\[0\]: weight is 'much'; it takes a number": [{**LENGTH, "weight": "much"}],
     r"^reward\.parts\[0\]: weight is inf; it takes a number": [{**LENGTH, "weight": math.inf}],
     r"^reward\.parts\[1\]: reward=keywords needs a field 'words'": [LENGTH, {"name": "keywords"}],
-    r"^reward\.parts\[0\]: reward\.parts\[1\]: no reward is": [{"name": "sum", "parts": [LENGTH, {"name": "x"}]}],
+    r"^reward\.parts\[0\]: reward\.parts\[1\]: no reward is": [{"name": "ensemble", "parts": [LENGTH, {"name": "x"}]}],
 }
 REFUSED |= {message: {"name": "sum", "parts": parts} for message, parts in REFUSED_PARTS.items()}
 
@@ -299,13 +299,29 @@ def test_a_part_that_cannot_be_loaded_is_named() -> None:
     for error, message, parts in (
         (UserError, r"^reward\.parts\[1\]: reward=regex gave 0 for all", [LENGTH, {"name": "regex", "pattern": "zzz"}]),
         (NotFinishedError, r"^reward\.parts\[0\]: reward=classifier has no model yet", [{"name": "classifier"}]),
-        (UserError, r"gave 0 for all of 2 texts", [{**LENGTH, "weight": 0}]),
+        (UserError, r"gave 0 for all of 3 texts", [{**LENGTH, "weight": 0}]),
     ):
         with pytest.raises(error, match=message):
             built("sum", parts=parts)
 
 
-def test_a_sum_hands_columns_to_its_parts(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mode", "expected"), [("mean", [1.5, 0.5]), ("min", [1.0, 0.0]), ("mean_minus_std", [0.5, -0.5])]
+)
+def test_an_ensemble_trusts_no_part_alone(mode: str, expected: list[float], folders: dict[str, str]) -> None:
+    parts = [{"name": "keywords", "words": [word]} for word in ("great", "good")]
+    given = "reward.parts=[{name: keywords, words: [great]}, {name: keywords, words: [good], weight: 2}]"
+    choice = settings_of("stage=ppo", "reward=ensemble", given, f"reward.mode={mode}", "reward.coef=2").reward
+    reward, name = rewards.load_reward(choice, None)
+    assert reward(["", ""], ["good and great", "great"]) == expected
+    assert name == f"{mode} of 1 x keywords, 2 x keywords"
+    assert built("ensemble", parts=parts).neutral == 0.5
+    its_run = {"name": "ensemble", "mode": mode, "parts": [{"name": "preference_model"}, parts[0]]}
+    trained, _ = rewards.load_reward(its_run, Path(folders["preference_model"]))
+    assert trained.parts == [folders["preference_model"], "keywords"]
+
+
+def test_parts_get_the_columns_that_they_need(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def f(p, c, n):\n    return n\n")
     part = {"name": "python", "path": f"{tmp_path}/mine.py:f"}
     reward = built("sum", parts=[{**part, "weight": 2}, {"name": "length", "target": 1}])
