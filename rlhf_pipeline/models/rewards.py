@@ -82,12 +82,12 @@ class Reward:
                 raise UserError(f"reward={self.name} gave {score} for {text!r:.200}; it must be finite.")
         return scores
 
-    def check_columns(self, known: Iterable[str]) -> None:
+    def check_columns(self, known: Iterable[str], of: str = "the data") -> None:
         """Refuse data without a column that the reward needs; `known` are the names of those that it has."""
         if missing := [name for name in self.needs if name not in known]:
             raise UserError(
-                f"reward={self.name} needs the column {', '.join(missing)} of the data, which has "
-                f"{', '.join(known) or 'none'} besides prompts and completions."
+                f"reward={self.name} needs the column {', '.join(missing)}; besides prompts and completions {of} has "
+                f"{', '.join(known) or 'none'}."
             )
 
 
@@ -242,11 +242,15 @@ def _rule(name: str, score: Callable[[str, str], float], neutral: float, probes:
 @registry.register
 def regex(where: str | None, *, pattern: str, probes: list[str] | None = None) -> Reward:
     """How many times a response matches a regular expression; `(?i)` before it ignores case."""
+    sought = _compiled(pattern)
+    return _rule("regex", lambda _, answer: float(len([*sought.finditer(answer)])), 0.5, probes or PROBES)
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
     try:
-        sought = re.compile(pattern)
+        return re.compile(pattern)
     except re.error as error:
         raise UserError(f"reward.pattern={pattern!r} is no regular expression: {error}.") from error
-    return _rule("regex", lambda _, answer: float(len([*sought.finditer(answer)])), 0.5, probes or PROBES)
 
 
 @registry.register
@@ -284,6 +288,30 @@ def repetition(where: str | None, *, n: Count = 3) -> Reward:
         return len(set(grams)) / len(grams) - 1 if grams else 0.0
 
     return _rule("repetition", repeated, -0.5, ["", "no " * (n + 1)])
+
+
+@registry.register
+def exact(where: str | None, *, column: str = "answer", pattern: str | None = None) -> Reward:
+    """1 where a response is what the `column` of its row holds, else 0; blanks around either do not count.
+
+    With a `pattern`, the answer is its first group where it matches last, as in '#### (.+)' of GSM8K; a column in which
+    it does not match is the answer as it stands.
+    """
+    sought = _compiled(pattern or "(?s).+")
+    group = min(1, sought.groups)
+
+    def answer_in(text: str, otherwise: str | None = None) -> str | None:
+        found = [match[group].strip() for match in sought.finditer(text) if match[group]]
+        return found[-1] if found else otherwise
+
+    def score(prompts: Sequence[str], answers: Sequence[str], **columns: Any) -> list[float]:
+        wanted = ["" if cell is None else str(cell).strip() for cell in columns[column]]
+        if not all(wanted):
+            raise UserError(f"reward=exact: a row has nothing in its column {column}; give it an answer, or drop it.")
+        pairs = zip(answers, wanted, strict=True)
+        return [float(answer_in(answer) == answer_in(want, want)) for answer, want in pairs]
+
+    return Reward(score, "exact", 0.5, needs=[column])
 
 
 @registry.register
@@ -382,7 +410,7 @@ def check_choice(choice: Mapping[str, Any]) -> None:
         if not choice["parts"]:
             raise UserError("reward.parts is empty; it takes rewards, as in [{name: length, target: 12, weight: 0.5}].")
         _each_part(choice["parts"], check_part)
-    elif choice["name"] in ("keywords", "regex"):
+    elif choice["name"] in ("keywords", "regex", "exact"):
         registry.build(choice, None)  # a rule is made at once, and refuses what it cannot use
 
 

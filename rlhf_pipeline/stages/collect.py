@@ -12,7 +12,7 @@ import torch
 
 from rlhf_pipeline.data import fingerprint, texts
 from rlhf_pipeline.data.records import Row
-from rlhf_pipeline.data.tokenization import Question, fitting, questions
+from rlhf_pipeline.data.tokenization import Question, columns_of, fitting, questions
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.evaluation.lineup import sampling_as
 from rlhf_pipeline.feedback.candidates import Asker, ids_for
@@ -36,7 +36,7 @@ def run(settings: Settings, out: RunDir) -> None:
     quiet()
     reward, judge = _labeler(settings, out)
     if not agree(lambda: (out.path / CANDIDATES).exists() and bool(out.record)):
-        _collect(settings, out, {"labeler": judge} if judge else {})
+        _collect(settings, out, reward, {"labeler": judge} if judge else {})
     elif out.leads:
         out.reopen(settings)
     if not out.leads:
@@ -66,12 +66,15 @@ def _labeler(settings: Settings, out: RunDir) -> tuple[Reward | None, str]:
         raise type(error)(re.sub(r"\breward(?=[.=])", "labeler", str(error))) from error
 
 
-def _collect(settings: Settings, out: RunDir, judge: dict[str, str]) -> None:
+def _collect(settings: Settings, out: RunDir, reward: Reward | None, judge: dict[str, str]) -> None:
     """Draw the candidates. Batches of prompts that an earlier run finished are kept."""
     collect, rows = settings.collect, take_data(settings.data, settings.seed)
     policies = _policies(settings, out, texts(rows.train))
     for where in policies:
         say_taken("policy", where)
+    every = _prompts(settings, list(policies.values()), rows.train)
+    if reward is not None:
+        reward.check_columns(columns_of(every))
     parents = {f"policy[{n}]" if n else "policy": where for n, where in enumerate(policies)}
     out.begin(settings, {**parents, **judge}, fingerprint(settings.data, rows))
     as_ppo = {key: getattr(collect, key) for key in SAMPLING}
@@ -79,7 +82,7 @@ def _collect(settings: Settings, out: RunDir, judge: dict[str, str]) -> None:
     for policy in policies.values():
         policy.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     asker = Asker(policies, sampling, collect, f"{settings.seed} {out.round or 1}")
-    asked = choose(_prompts(settings, list(policies.values()), rows.train), collect.prompts, out.round or 1)
+    asked = choose(every, collect.prompts, out.round or 1)
     kept, begun = agree(lambda: _finished(out, collect.batch_size))
     with progress(len(asked), "collect", "prompt", initial=begun) as bar:
         for part in asker.rows(asked, begun):

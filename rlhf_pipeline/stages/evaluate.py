@@ -16,7 +16,7 @@ import torch
 from rlhf_pipeline.data import Splits, begun_by, fingerprint, load_data, texts
 from rlhf_pipeline.data.records import Prompt, Row, Turn
 from rlhf_pipeline.data.templates import written
-from rlhf_pipeline.data.tokenization import Question, conversational, encode, questions
+from rlhf_pipeline.data.tokenization import Question, columns_of, conversational, encode, questions
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.evaluation import comparison, frontier, lineup
 from rlhf_pipeline.evaluation.comparison import Task
@@ -199,6 +199,8 @@ def make_task(
     longest, shortest = min(each.longest for each in policies), min(each.shortest for each in policies)
     room = min(room_for_prompts(each.policy.model, longest) for each in policies)
     asked = questions(rows.test, first.tokenizer, settings.data, settings.seed)
+    for reward in rewards.values():
+        reward.check_columns(columns_of(asked))
     every = zip(*(asked_of(each.policy, first, asked) for each in policies), strict=True)
     kept = [question for question, ids in zip(asked, every, strict=True) if all(1 <= len(own) <= room for own in ids)]
     if not kept:
@@ -221,6 +223,8 @@ def own_prompts(strings: Sequence[str], rows: Sequence[Row], policies: Sequence[
     talks, tokenizer, longest = conversational(rows), task.first.tokenizer, int(task.limits.max())
     asked: list[Prompt] = [(Turn("user", string),) if talks else string for string in strings]
     ids = encode(tokenizer, [written(tokenizer, prompt) for prompt in asked])
+    for reward in task.rewards.values() if strings else ():
+        reward.check_columns([], "evaluate.show")
     found = [Question(prompt, row) for prompt, row in zip(asked, ids, strict=True)]
     for each in policies if found else ():
         check_positions(each.policy.model, asked_of(each.policy, task.first, found), longest)

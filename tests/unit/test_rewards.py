@@ -234,10 +234,27 @@ def test_a_conversational_grpo_function_may_meet_an_empty_answer_first(tmp_path:
 def test_a_function_gets_the_columns_that_it_names(tmp_path: Path, arguments: str, score: str) -> None:
     reward = own(tmp_path, f"def f({arguments}):\n    return [{score}]\n")
     assert reward(["12 + 7 ="] * 2, [" 19", " 5"], answer=["19", "4"], n=[1, 1]) == [1.0, 0.0]
-    with pytest.raises(UserError, match=r"mine.py:f needs the column answer of the data, which has none besides"):
+    with pytest.raises(UserError, match=r"mine.py:f needs the column answer; .* the data has none\."):
         reward(["12 + 7 ="], [" 19"])
-    with pytest.raises(UserError, match=r"needs the column answer of the data, which has key, id besides"):
+    with pytest.raises(UserError, match=r"needs the column answer; .* the data has key, id\."):
         reward.check_columns(["key", "id"])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "column", "answers", "expected"),
+    [
+        (None, ["19", " 19\n", 19, "9"], [" 19", "19 ", "19", "19"], [1, 1, 1, 0]),
+        ("#### (.+)", ["1 + 2\n#### 3", "4", "5"], ["#### 1\n#### 3", "4", "so #### 5 "], [1, 0, 1]),
+        (r"-?\d+", ["-7", "8"], ["It is -7.", "I do not know."], [1, 0]),
+    ],
+)
+def test_exact_answers(pattern: str | None, column: list[Any], answers: list[str], expected: list[float]) -> None:
+    reward = built("exact", column="key", pattern=pattern)
+    assert reward(["?"] * len(answers), answers, key=column, other=column) == expected
+    with pytest.raises(UserError, match="a row has nothing in its column key"):
+        reward(["?"], ["19"], key=[None])
+    with pytest.raises(UserError, match="is no regular expression"):
+        rewards.check_choice({"name": "exact", "pattern": "("})
 
 
 # The self-test
@@ -326,7 +343,7 @@ def test_parts_get_the_columns_that_they_need(tmp_path: Path) -> None:
     part = {"name": "python", "path": f"{tmp_path}/mine.py:f"}
     reward = built("sum", parts=[{**part, "weight": 2}, {"name": "length", "target": 1}])
     assert reward([""], ["a"], n=[3], other=[1]) == [6.0]
-    with pytest.raises(UserError, match="needs the column n of"):
+    with pytest.raises(UserError, match="needs the column n;"):
         reward([""], ["a"])
 
 
