@@ -161,38 +161,42 @@ def _as_its_run(
     run = RunDir(runs, str(name or experiments or "default"), "chat", experiments)
     asked = {key.removeprefix("policy."): x for key, x in value.items() if key.startswith("policy.")}
     opened = dict(choices(run, asked))
-    if (path := own_function(opened)) and not _named(path, map(str, value.values())):
+    if unnamed := _unnamed(opened, map(str, value.values())):
+        kind, field, place = unnamed
         del opened["reward"]
         if "reward" not in said:
-            print(f"the run's reward is the function {path}; to see it, add reward=python reward.path={path}")
+            print(f"the run's reward is not asked without its name; add reward={kind} reward.{field}={place}")
             return opened, ["++chat.reward=false"]
     if any(key.partition(".")[0] == "reward" for key in said) and "chat.reward" not in said:
         return opened, ["++chat.reward=true"]
     return opened, []
 
 
-def own_function(recorded: Mapping[str, Any]) -> str | None:
-    """The path of the first Python function among recorded rewards; None if there is none."""
+_OUTSIDE = {"python": "path", "judge": "url"}  # rewards that run code, or send texts and a key, and where
+
+
+def _unnamed(recorded: Mapping[str, Any], values: Iterable[str]) -> tuple[str, str, str] | None:
+    """Name, field and place of a recorded reward that runs code or asks a server which is not among the `values`."""
+    said = list(values)
     every = [choice for kind in ("reward", "labeler") if (choice := recorded.get(kind))]
+    every += (recorded.get("evaluate") or {}).get("rewards") or []
     while every:
         choice = every.pop(0)
-        if choice.get("name") == "python":
-            return str(choice.get("path"))
+        field = _OUTSIDE.get(str(choice.get("name")))
+        if field and not any(str(choice.get(field)) in value for value in said):
+            return str(choice["name"]), field, str(choice.get(field))
         every += choice.get("parts") or []
     return None
 
 
-def _named(path: str, values: Iterable[str]) -> bool:
-    return any(path in value for value in values)
-
-
 def check_functions(recorded: Mapping[str, Any], values: Iterable[str]) -> None:
-    """Refuse to run a Python function that only a recorded configuration names: it may be a stranger's.
+    """Refuse to run a Python function, or to ask a server, that only a recorded configuration names.
 
-    `values` are what the command line says.
+    It may be a stranger's. `values` are what the command line says.
     """
-    if (path := own_function(recorded)) and not _named(path, values):
-        raise UserError(f"the recorded reward is the function {path}; to run it, name it: reward.path={path}.")
+    if unnamed := _unnamed(recorded, values):
+        kind, field, place = unnamed
+        raise UserError(f"the recorded reward is {kind} with {place}; to run it, name it: reward.{field}={place}.")
 
 
 def settle(cfg: DictConfig) -> Settings:

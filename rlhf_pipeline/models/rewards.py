@@ -5,6 +5,7 @@ A reward is tried once when it is loaded, on its probes: texts to which it shoul
 
 import functools
 import math
+import os
 import re
 import reprlib
 import statistics
@@ -253,6 +254,18 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         raise UserError(f"reward.pattern={pattern!r} is no regular expression: {error}.") from error
 
 
+def _last(pattern: str) -> Callable[[str], str | None]:
+    """What the first group of a pattern, or the whole, matches last in a text; None where it does not."""
+    sought = _compiled(pattern)
+    group = min(1, sought.groups)
+
+    def found(text: str) -> str | None:
+        every = [match[group].strip() for match in sought.finditer(text) if match[group]]
+        return every[-1] if every else None
+
+    return found
+
+
 @registry.register
 def length(where: str | None, *, target: Count = 20) -> Reward:
     """Closeness of a response's length to `target` words: 0 at the target, -1 where it is missed by all of it."""
@@ -297,19 +310,14 @@ def exact(where: str | None, *, column: str = "answer", pattern: str | None = No
     With a `pattern`, the answer is its first group where it matches last, as in '#### (.+)' of GSM8K; a column in which
     it does not match is the answer as it stands.
     """
-    sought = _compiled(pattern or "(?s).+")
-    group = min(1, sought.groups)
-
-    def answer_in(text: str, otherwise: str | None = None) -> str | None:
-        found = [match[group].strip() for match in sought.finditer(text) if match[group]]
-        return found[-1] if found else otherwise
+    answer_in = _last(pattern or "(?s).+")
 
     def score(prompts: Sequence[str], answers: Sequence[str], **columns: Any) -> list[float]:
         wanted = ["" if cell is None else str(cell).strip() for cell in columns[column]]
         if not all(wanted):
             raise UserError(f"reward=exact: a row has nothing in its column {column}; give it an answer, or drop it.")
         pairs = zip(answers, wanted, strict=True)
-        return [float(answer_in(answer) == answer_in(want, want)) for answer, want in pairs]
+        return [float(answer_in(answer) == (answer_in(want) or want)) for answer, want in pairs]
 
     return Reward(score, "exact", 0.5, needs=[column])
 
@@ -327,6 +335,72 @@ def toy_sentiment(where: str | None) -> Reward:
 def python_syntax(where: str | None) -> Reward:
     """1 where a response continues the prompt as valid Python (a function's body, or more lines), else 0."""
     return _rule("python_syntax", lambda prompt, answer: float(goes_on(prompt, answer)), 0.5, ["= 1\n", "= =\n"])
+
+
+RATE = """Rate the response to the prompt from 1 (bad) to 10 (excellent). Reply with the number alone.
+
+Prompt: {prompt}
+
+Response: {response}"""
+_NUMBER = r"(-?\d+(?:\.\d+)?)(?:\s*/\s*\d+)?"  # of 7/10 the 7
+_GAP = re.compile(r"\{(\w+)\}")
+
+
+@registry.register
+def judge(
+    where: str | None,
+    *,
+    url: str,
+    model: str,
+    template: str = RATE,
+    pattern: str | None = None,
+    scores: dict[str, float] | None = None,
+    otherwise: float | None = None,
+    options: dict[str, Any] | None = None,
+    key_variable: str = "OPENAI_API_KEY",
+    threads: Annotated[int, Range(1, 256)] = 8,
+    tries: Count = 5,
+    timeout: Annotated[float, Range(above=0)] = 60.0,
+    cache_path: str | None = None,
+    probes: list[str] | None = None,
+) -> Reward:
+    """A language model that is asked about each response, at an address that speaks OpenAI's chat completions.
+
+    `template` is what it is asked, with {prompt}, {response} and columns of the data. Its score is what `pattern` (its
+    first group, or the whole) finds last in the reply: a number, or a key of `scores`, as {A: 1, B: 0}. A reply without
+    one has the score `otherwise`; null: it is an error. `options` are more fields of a request, `timeout` is seconds.
+    The key is in the environment variable `key_variable`. `cache_path` is a file; null: one in the user's cache folder.
+    """
+    from rlhf_pipeline.models.judge import Judge
+
+    gaps = _GAP.findall(template)
+    if "response" not in gaps:
+        raise UserError("reward.template has no {response}, so all responses would get the same score; put it in.")
+    values = {str(key): value for key, value in (scores or {}).items()}
+    if not all(fits(value, float) and math.isfinite(value) for value in values.values()):
+        raise UserError(f"reward.scores is {scores}; it takes a number for each choice, as in {{A: 1, B: 0}}.")
+    choices = "|".join(map(re.escape, sorted(values, key=len, reverse=True)))
+    last = _last(pattern or (rf"(?<!\w)(?:{choices})(?!\w)" if values else _NUMBER))
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rlhf_pipeline" / "judge.sqlite"
+    cache = Path(cache_path).expanduser() if cache_path else home
+    asks = Judge(url, model, options or {}, key_variable, threads, tries, timeout, cache)
+
+    def value_of(reply: str) -> float | None:
+        found = last(reply) or ""
+        try:
+            value = values[found] if values else float(found)
+        except (KeyError, ValueError):
+            return otherwise
+        return value if math.isfinite(value) else otherwise
+
+    def score(prompts: Sequence[str], answers: Sequence[str], **columns: Any) -> list[Any]:
+        given = {**columns, "prompt": prompts, "response": answers}
+        rows = [{name: str(given[name][row]) for name in gaps} for row in range(len(answers))]
+        asked = [_GAP.sub(lambda gap: row[gap[1]], template) for row in rows]  # noqa: B023 (called at once)
+        return [value_of(reply) for reply in asks.replies(asked, lambda reply: value_of(reply) is not None)]
+
+    needs = [name for name in dict.fromkeys(gaps) if name not in ("prompt", "response")]
+    return Reward(score, f"{model} at {url}", probes=probes or PROBES, needs=needs)
 
 
 @registry.register
@@ -410,8 +484,8 @@ def check_choice(choice: Mapping[str, Any]) -> None:
         if not choice["parts"]:
             raise UserError("reward.parts is empty; it takes rewards, as in [{name: length, target: 12, weight: 0.5}].")
         _each_part(choice["parts"], check_part)
-    elif choice["name"] in ("keywords", "regex", "exact"):
-        registry.build(choice, None)  # a rule is made at once, and refuses what it cannot use
+    elif choice["name"] in ("keywords", "regex", "exact", "judge"):
+        registry.build(choice, None)  # these are made at once, and refuse what they cannot use
 
 
 def trained_part(choice: dict[str, Any]) -> dict[str, Any]:
