@@ -10,7 +10,7 @@ import re
 import reprlib
 import statistics
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -83,7 +83,7 @@ class Reward:
                 raise UserError(f"reward={self.name} gave {score} for {text!r:.200}; it must be finite.")
         return scores
 
-    def check_columns(self, known: Iterable[str], of: str = "the data") -> None:
+    def check_columns(self, known: Collection[str], of: str = "the data") -> None:
         """Refuse data without a column that the reward needs; `known` are the names of those that it has."""
         if missing := [name for name in self.needs if name not in known]:
             raise UserError(
@@ -438,6 +438,7 @@ def _of_parts(where: str | None, parts: list[dict[str, Any]], combine: Combine, 
         return weight, _tested(part, where if "parts" in part or part["name"] == trained["name"] else None)
 
     every = _each_part(parts, made)
+    names, probes = [part.name for _, part in every], [text for _, part in every for text in part.probes]
 
     def score(prompts: Sequence[str], answers: Sequence[str], **columns: Any) -> list[float]:
         scores = [[weight * value for value in part(prompts, answers, **columns)] for weight, part in every]
@@ -446,16 +447,11 @@ def _of_parts(where: str | None, parts: list[dict[str, Any]], combine: Combine, 
     def unfit(texts: Sequence[str]) -> str | None:
         return "; ".join(f"{part.name}: {why}" for _, part in every if (why := part.unfit(texts))) or None
 
-    names, probes = [part.name for _, part in every], [text for _, part in every for text in part.probes]
-    return Reward(
-        score,
-        textwrap.shorten(title.format(joint.join(f"{weight:g} x {part.name}" for weight, part in every)), 200),
-        combine([weight * part.neutral for weight, part in every]),
-        unfit,
-        [*probes, " ".join(probes)],  # of which all parts find something in the last
-        names,
-        needs=[column for _, part in every for column in part.needs],
-    )
+    name = textwrap.shorten(title.format(joint.join(f"{weight:g} x {part.name}" for weight, part in every)), 200)
+    neutral = combine([weight * part.neutral for weight, part in every])
+    probes.append(" ".join(probes))  # all parts find something in it
+    needs = [column for _, part in every for column in part.needs]
+    return Reward(score, name, neutral, unfit, probes, names, needs=needs)
 
 
 def _each_part(parts: Sequence[Mapping[str, Any]], work: Callable[[dict[str, Any], Any], T]) -> list[T]:
