@@ -63,7 +63,7 @@ class Reward:
     readout: Sequence[float] = ()  # the weights that make its logits the score; empty where that is not linear
     needs: Sequence[str] = ()  # columns of the data without which it cannot judge
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str], /, **columns: Any) -> list[float]:
         """One finite number a completion; anything else is a `UserError` that names the reward.
 
         `columns` are those of the data's rows, each as long as `completions`; the function gets those that it names.
@@ -225,7 +225,7 @@ def python(where: str | None, *, path: str, probes: list[str] | None = None) -> 
     """
     function, needs = reward_at(path)
 
-    def score(prompts: Sequence[str], answers: Sequence[str], **columns: Any) -> Any:
+    def score(prompts: Sequence[str], answers: Sequence[str], /, **columns: Any) -> Any:
         with plainly(f"reward=python reward.path={path}"):
             return function(prompts, answers, **columns)
 
@@ -312,7 +312,7 @@ def exact(where: str | None, *, column: str = "answer", pattern: str | None = No
     """
     answer_in = _last(pattern or "(?s).+")
 
-    def score(prompts: Sequence[str], answers: Sequence[str], **columns: Any) -> list[float]:
+    def score(prompts: Sequence[str], answers: Sequence[str], /, **columns: Any) -> list[float]:
         wanted = ["" if cell is None else str(cell).strip() for cell in columns[column]]
         if not all(wanted):
             raise UserError(f"reward=exact: a row has nothing in its column {column}; give it an answer, or drop it.")
@@ -393,7 +393,7 @@ def judge(
             return otherwise
         return value if math.isfinite(value) else otherwise
 
-    def score(prompts: Sequence[str], answers: Sequence[str], **columns: Any) -> list[Any]:
+    def score(prompts: Sequence[str], answers: Sequence[str], /, **columns: Any) -> list[Any]:
         given = {**columns, "prompt": prompts, "response": answers}
         rows = [{name: str(given[name][row]) for name in gaps} for row in range(len(answers))]
         asked = [_GAP.sub(lambda gap: row[gap[1]], template) for row in rows]  # noqa: B023 (called at once)
@@ -440,7 +440,7 @@ def _of_parts(where: str | None, parts: list[dict[str, Any]], combine: Combine, 
     every = _each_part(parts, made)
     names, probes = [part.name for _, part in every], [text for _, part in every for text in part.probes]
 
-    def score(prompts: Sequence[str], answers: Sequence[str], **columns: Any) -> list[float]:
+    def score(prompts: Sequence[str], answers: Sequence[str], /, **columns: Any) -> list[float]:
         scores = [[weight * value for value in part(prompts, answers, **columns)] for weight, part in every]
         return [combine(list(row)) for row in zip(*scores, strict=True)]
 

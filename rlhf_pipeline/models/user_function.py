@@ -20,11 +20,13 @@ from rlhf_pipeline.registry import suggest
 Texts = Sequence[str]
 
 
-def accepted(function: Callable[..., Any], named: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that a function names in its signature; all of them, if it takes any keyword."""
-    taken = inspect.signature(function).parameters
-    any_name = any(p.kind is p.VAR_KEYWORD for p in taken.values())
-    return {name: value for name, value in named.items() if any_name or name in taken}
+def accepted(function: Callable[..., Any], named: Mapping[str, Any], placed: int = 2) -> dict[str, Any]:
+    """The arguments that a function takes by name, after so many by place; all others, if it takes any keyword."""
+    parameters = [*inspect.signature(function).parameters.values()]
+    filled = {p.name for p in parameters[:placed] if p.kind is p.POSITIONAL_OR_KEYWORD}
+    any_name = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return {name: value for name, value in named.items() if name not in filled and (any_name or name in names)}
 
 
 def reward_at(path: str) -> tuple[Callable[..., Any], list[str]]:
@@ -55,12 +57,11 @@ def reward_at(path: str) -> tuple[Callable[..., Any], list[str]]:
     needs = [p.name for p in own if p.default is p.empty and p.name not in given]
 
     def ask(prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Any]) -> Any:
-        named = {name: column for name, column in columns.items() if name not in given}
-        texts: tuple[Any, ...] = (prompts, completions)
-        if not by_place:
-            named |= {"prompts": prompts, "completions": completions, "completion_ids": None}
-            texts = ()
-        found = function(*texts, **accepted(function, named))
+        if by_place:
+            found = function(prompts, completions, **accepted(function, columns))
+        else:
+            named = {**columns, "prompts": prompts, "completions": completions, "completion_ids": None}
+            found = function(**accepted(function, named, placed=0))
         found = asyncio.run(found) if inspect.iscoroutine(found) else found
         return list(found) if isinstance(found, Iterator) else found
 
@@ -71,7 +72,7 @@ def reward_at(path: str) -> tuple[Callable[..., Any], list[str]]:
     # Until the first call shows which one it reads.
     forms = [ask] if by_place else [ask, ask_in_messages]
 
-    def call(prompts: Texts, completions: Texts, **columns: Any) -> Any:
+    def call(prompts: Texts, completions: Texts, /, **columns: Any) -> Any:
         try:
             found = forms[0](prompts, completions, columns)
             del forms[1:]

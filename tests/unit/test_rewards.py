@@ -240,6 +240,15 @@ def test_a_function_gets_the_columns_that_it_names(tmp_path: Path, arguments: st
         reward.check_columns(["key", "id"])
 
 
+def test_columns_may_have_any_name(tmp_path: Path) -> None:
+    columns = {key: [1] for key in ("self", "prompts", "completions", "answers", "p", "c", "function", "row")}
+    source = "def f(p, c, answers, **more):\n    return [a + len(more) + len(x) for a, x in zip(answers, c)]\n"
+    part = {"name": "python", "path": f"{tmp_path}/mine.py:f"}
+    assert own(tmp_path, source)([""], ["abc"], **columns) == [1 + 5 + 3]
+    assert built("sum", parts=[part, {"name": "length", "target": 1}])([""], ["a"], **columns) == [1 + 5 + 1]
+    assert built("exact", column="answers")([""], ["1"], **columns) == [1]
+
+
 @pytest.mark.parametrize(
     ("pattern", "column", "answers", "expected"),
     [
