@@ -51,7 +51,7 @@ def test_every_command_of_the_program_resolves(readme: str, monkeypatch: pytest.
     for command in asked:
         words = shlex.split(command.partition("rlhf_pipeline")[2])
         words = [word for word in words if word not in ("-m", "--cfg", "job")]
-        plain = [word if "[" in word else re.sub(r"(=[^=,]*),.*", r"\1", word) for word in words]
+        plain = [word if re.search(r"[\[{]", word) else re.sub(r"(=[^=,]*),.*", r"\1", word) for word in words]
         # Of a sweep, one job.
         args = [a for a in read_words(*plain) if not a.startswith(("--multirun", "hydra")) and not swept(a)]
         settings = composition.settings_of(args)
