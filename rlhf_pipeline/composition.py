@@ -158,7 +158,7 @@ def _as_its_run(
     except UserError as refusal:
         if stage == "evaluate":
             raise
-        del opened["reward"]
+        opened.pop("reward", None)
         if "reward" not in said:
             print(refusal)
             more = ["++chat.reward=false"]
@@ -173,9 +173,12 @@ def check_functions(recorded: Mapping[str, Any], values: Iterable[str]) -> None:
 
     It may be a stranger's. `values` are what the command line says.
     """
-    typed, every = list(values), [choice for kind in ("reward", "labeler") if (choice := recorded.get(kind))]
-    every += (recorded.get("evaluate") or {}).get("rewards") or []
+    typed, evaluate = list(values), recorded.get("evaluate")
+    every: list[Any] = [recorded.get("reward"), recorded.get("labeler")]
+    every += (evaluate.get("rewards") or []) if isinstance(evaluate, Mapping) else []
     for choice in every:
+        if not isinstance(choice, Mapping):  # nothing, or refused when it is read
+            continue
         kind = str(choice.get("name"))
         field = _OUTSIDE.get(kind)
         if field and not any(str(choice.get(field)) in value for value in typed):
