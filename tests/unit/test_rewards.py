@@ -77,20 +77,20 @@ def test_the_truth_about_toy_reviews() -> None:
 
 REFUSED: dict[str, dict[str, Any]] = {
     r"reward\.pattern='a\(b' is no regular expression: .* at position 1": {"name": "regex", "pattern": "a(b"},
-    r"reward\.target is 0; reward=length takes a whole number of at least 1": {"name": "length", "target": 0},
-    r"reward\.n is 0; reward=repetition takes a whole number of at least 1": {"name": "repetition", "n": 0},
+    r"reward=length: reward\.target is 0; it takes a whole number of at least 1": {"name": "length", "target": 0},
+    r"reward=repetition: reward\.n is 0; it takes a whole number of at least 1": {"name": "repetition", "n": 0},
     r"reward\.words is \[\]; it takes one word or more": {"name": "keywords", "words": []},
-    r"reward=keywords needs a field 'words'": {"name": "keywords"},
-    "has no field 'wrds'. Did you mean 'words'": {"name": "keywords", "wrds": ["a"]},
+    r"reward=keywords: it needs reward\.words": {"name": "keywords"},
+    "there is no setting 'reward.wrds'. Did you mean 'words'": {"name": "keywords", "wrds": ["a"]},
 }
 REFUSED_PARTS: dict[str, list[dict[str, Any]]] = {
     r"^reward\.parts is empty": [],
     r"^reward\.parts\[1\]: no reward is called 'lenght'\. Did you mean 'length'": [LENGTH, {"name": "lenght"}],
-    r"^reward\.parts\[1\]: reward=length has no field 'traget'\. Did you": [LENGTH, {**LENGTH, "traget": 3}],
-    r"^reward\.parts\[0\]: reward\.target is 'x'": [{**LENGTH, "target": "x"}],
+    r"^reward\.parts\[1\]: reward=length: there is no setting 'reward\.traget'\. Did you": [LENGTH, {**LENGTH, "traget": 3}],
+    r"^reward\.parts\[0\]: reward=length: reward\.target is 'x'": [{**LENGTH, "target": "x"}],
     r"^reward\.parts\[0\]: weight is 'much'; it takes a number": [{**LENGTH, "weight": "much"}],
     r"^reward\.parts\[0\]: weight is inf; it takes a number": [{**LENGTH, "weight": math.inf}],
-    r"^reward\.parts\[1\]: reward=keywords needs a field 'words'": [LENGTH, {"name": "keywords"}],
+    r"^reward\.parts\[1\]: reward=keywords: it needs reward\.words": [LENGTH, {"name": "keywords"}],
     r"^reward\.parts\[0\]: reward\.parts\[1\]: no reward is": [{"name": "ensemble", "parts": [LENGTH, {"name": "x"}]}],
 }
 REFUSED |= {message: {"name": "sum", "parts": parts} for message, parts in REFUSED_PARTS.items()}
