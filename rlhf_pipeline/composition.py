@@ -158,24 +158,33 @@ def _as_its_run(
     except UserError as refusal:
         if stage == "evaluate":
             raise
-        del opened["reward"]
+        opened.pop("reward", None)
         if "reward" not in said:
             print(refusal)
             more = ["++chat.reward=false"]
     return opened, more
 
 
-def check_functions(recorded: Mapping[str, Any], values: Iterable[str]) -> None:
-    """Refuse to run a Python function that only a recorded configuration names: it may be a stranger's.
+_OUTSIDE = {"python": "path", "judge": "url"}  # rewards that run code, or send texts and a key, and where
 
-    `values` are what the command line says.
+
+def check_functions(recorded: Mapping[str, Any], values: Iterable[str]) -> None:
+    """Refuse to run a Python function, or to ask a server, that only a recorded configuration names.
+
+    It may be a stranger's. `values` are what the command line says.
     """
-    typed, every = list(values), [choice for kind in ("reward", "labeler") if (choice := recorded.get(kind))]
+    typed, evaluate = list(values), recorded.get("evaluate")
+    every: list[Any] = [recorded.get("reward"), recorded.get("labeler")]
+    every += (evaluate.get("rewards") or []) if isinstance(evaluate, Mapping) else []
     for choice in every:
-        path = str(choice.get("path"))
-        if choice.get("name") == "python" and not any(path in value for value in typed):
-            raise UserError(f"the recorded reward is the function {path}; to run it, name it: reward.path={path}.")
-        every += choice.get("parts") or []  # of a sum
+        if not isinstance(choice, Mapping):  # nothing, or refused when it is read
+            continue
+        kind = str(choice.get("name"))
+        field = _OUTSIDE.get(kind)
+        if field and not any(str(choice.get(field)) in value for value in typed):
+            place = str(choice.get(field))
+            raise UserError(f"the recorded reward is {kind} with {place}; to run it, name it: reward.{field}={place}.")
+        every += choice.get("parts") or []
 
 
 def settle(cfg: DictConfig) -> Settings:
@@ -195,7 +204,7 @@ def settle(cfg: DictConfig) -> Settings:
     values = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(values, dict)
     values["name"] = values.get("name") or values.get("experiment") or "default"
-    if values["stage"] == "reward" and values["reward"].get("name") == "sum":  # its part that has no model is trained
+    if values["stage"] == "reward" and "parts" in values["reward"]:  # the part that has no model is trained
         rewards.check_choice(values["reward"])
         part = rewards.trained_part(values["reward"])
         values["reward"] = {key: value for key, value in part.items() if key != "weight"}

@@ -6,6 +6,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ _TEXT_COLUMNS = ("text", "review", "sentence", "content")
 _LABEL_COLUMNS = ("label", "sentiment")
 _ASKED = {"prompt", "instruction", "question", "input", *fields.CHATS}
 _ANSWERS = ("completion", "output", "answer")
+_TOLD = {"prompt", "prompts", "completion", "completions", *fields.CHATS}  # a reward has these otherwise
 _LABELS = {"0": 0, "1": 1, "neg": 0, "pos": 1, "negative": 0, "positive": 1}
 
 
@@ -73,7 +75,7 @@ def read_demonstrations(path: Path, columns: Mapping[str, str] | None = None) ->
     """Prompts, conversations, and the good answers to them; a prompt alone has an empty completion.
 
     A prompt that is text is taken as it stands; an instruction or a question is one turn of a conversation, which the
-    policy's template puts into words.
+    policy's template puts into words. Columns that are neither prompt nor completion nor messages stay with the row.
     """
 
     def parse(row: Fields) -> Demonstration | Dialogue:
@@ -88,7 +90,12 @@ def read_demonstrations(path: Path, columns: Mapping[str, str] | None = None) ->
         return Demonstration(prompt, said)
 
     needs = "a demonstration row needs prompt, completion (or instruction, output; question, answer; messages)"
-    return _read(path, needs, parse, columns)
+
+    def parse_whole(row: Fields) -> Demonstration | Dialogue:
+        others = {name: cell for name, cell in row.items() if name not in _TOLD}
+        return replace(parse(row), columns=others)
+
+    return _read(path, needs, parse_whole, columns)
 
 
 def read_dialogues(path: Path, columns: Mapping[str, str] | None = None) -> list[Dialogue]:

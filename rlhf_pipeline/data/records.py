@@ -1,7 +1,8 @@
 """Typed rows: what a file or a generator holds, once it has been read. File formats stop here."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant"]
 
@@ -46,6 +47,7 @@ class Demonstration:
 
     prompt: Prompt
     completion: str  # empty: a prompt alone
+    columns: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # the row's others, for rewards
 
     @property
     def answered(self) -> bool:
@@ -59,6 +61,7 @@ class Dialogue:
 
     turns: tuple[Turn, ...]
     both: bool = False
+    columns: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # the row's others, for rewards
 
     @property
     def replies(self) -> list[int]:

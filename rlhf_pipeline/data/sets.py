@@ -1,9 +1,11 @@
 """The registry of data sets: locate, read, split, limit."""
 
 import hashlib
+import itertools
 import logging
 import random
 import typing
+import zlib
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -64,6 +66,20 @@ def toy_reviews(seed: int, *, train: int = 20_000, test: int = 2_000) -> Splits[
     from rlhf_pipeline.data.toy_reviews import toy_reviews as draw
 
     return Splits(draw(train, seed=0), draw(test, seed=1, held_out=True))
+
+
+@registry.register
+def toy_arithmetic(seed: int, *, largest: Annotated[int, Range(1, 999)] = 99) -> Splits[Demonstration]:
+    """All sums of two numbers up to `largest`: 12 + 7 =, the completion 19, and 19 in the column `answer`.
+
+    About a tenth is held out, 12 + 7 together with 7 + 12: no question of the test is learnt from either way round.
+    """
+    splits: Splits[Demonstration] = Splits([], [])
+    for one, other in itertools.product(range(largest + 1), repeat=2):
+        held_out = zlib.crc32(f"{min(one, other)} {max(one, other)}".encode()) % 10 == 0
+        row = Demonstration(f"{one} + {other} =", f" {one + other}", {"answer": str(one + other)})
+        (splits.test if held_out else splits.train).append(row)
+    return splits
 
 
 @registry.register
@@ -251,7 +267,7 @@ def fingerprint(choice: dict[str, Any], splits: Splits[Any]) -> dict[str, Any]:
     """What identifies the rows: their number and a hash over all of them, in order."""
     digest = hashlib.sha256()
     for row in (*splits.train, *splits.test):
-        digest.update(repr(row).encode())
+        digest.update(repr((row, row.columns) if getattr(row, "columns", None) else row).encode())
     counts = {"train": len(splits.train), "test": len(splits.test)}
     return {"name": choice["name"], "path": choice.get("path"), **counts, "sha256": digest.hexdigest()}
 

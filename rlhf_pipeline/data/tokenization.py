@@ -4,7 +4,7 @@ import bisect
 import itertools
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf_pipeline.data.python_code import functions
@@ -28,10 +28,17 @@ class Lesson(NamedTuple):
 
 
 class Question(NamedTuple):
-    """A prompt as a record (turns or text), and as token ids."""
+    """A prompt as a record (turns or text), and as token ids; with the other columns of its row."""
 
     prompt: Prompt
     ids: list[int]
+    columns: Mapping[str, Any] = {}
+
+
+def columns_of(asked: Sequence[Question]) -> dict[str, list[Any]]:
+    """The columns of the prompts' rows by name, None where a row has no such column."""
+    names = dict.fromkeys(name for question in asked for name in question.columns)
+    return {name: [question.columns.get(name) for question in asked] for name in names}
 
 
 def documents(rows: Sequence[Row], tokenizer: "Tokenizer") -> list[list[int]]:
@@ -114,10 +121,11 @@ def questions(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any
     A row of code gives as many as it has functions; one without a prompt gives none.
     """
     if rows and isinstance(rows[0], Demonstration | Preference | Ranking | Dialogue):
-        asked = [_asked(row, tokenizer, choice.get("prompt_turns")) for row in rows]
-        asked = [(prompt, string) for prompt, string in asked if string]
-        ids = encode(tokenizer, [string for _, string in asked])
-        found = [Question(prompt, row) for (prompt, _), row in zip(asked, ids, strict=True) if row]
+        every = [(row, *_asked(row, tokenizer, choice.get("prompt_turns"))) for row in rows]
+        asked = [(row, prompt, string) for row, prompt, string in every if string]
+        encoded = encode(tokenizer, [string for _, _, string in asked])
+        pairs = zip(asked, encoded, strict=True)
+        found = [Question(prompt, ids, getattr(row, "columns", {})) for (row, prompt, _), ids in pairs if ids]
         if found and len(found) < len(rows):
             print(f"warning: {len(rows) - len(found)} of {len(rows)} rows have no prompt, and are left out", flush=True)
     else:

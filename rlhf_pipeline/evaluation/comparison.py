@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from rlhf_pipeline.data.records import Preference, Ranking, Row
-from rlhf_pipeline.data.tokenization import Question, documents
+from rlhf_pipeline.data.tokenization import Question, columns_of, documents
 from rlhf_pipeline.evaluation import metrics
 from rlhf_pipeline.evaluation.lineup import Sampler, asked_of, same_vocabulary
 from rlhf_pipeline.models.likelihood import log_probs
@@ -56,6 +56,16 @@ class Task:
         ids = [question.ids for question in self.questions]
         return list(self.first.tokenizer.batch_decode(ids, skip_special_tokens=True)) if ids else []
 
+    def score(self, part: slice, answers: Sequence[str]) -> list[list[float]]:
+        """What each reward gives to answers to a part of the prompts."""
+        columns = {name: column[part] for name, column in self.columns.items()}
+        return [reward(self.prompts[part], answers, **columns) for reward in self.rewards.values()]
+
+    @cached_property
+    def columns(self) -> dict[str, list[Any]]:
+        """The other columns of the prompts' rows."""
+        return columns_of(self.questions)
+
 
 def shared_out(
     count: int, size: int, work: Callable[[slice], T], tick: Callable[[int], Any] = lambda _: None
@@ -80,7 +90,7 @@ def draw(who: Sampler, task: Task, number: int = 0) -> Answers:
         batch = sample(who.policy.model, asked[part], task.limits[part], who.sampling, draws)
         texts = batch.texts(who.policy.tokenizer)[1]
         ids = [row[:n] for row, n in zip(batch.responses.tolist(), batch.response_lengths.tolist(), strict=True)]
-        judged = zip(*(reward(task.prompts[part], texts) for reward in task.rewards.values()), strict=True)
+        judged = zip(*task.score(part, texts), strict=True)
         return list(zip(texts, ids, map(list, judged), strict=True))
 
     rows = [row for batch in shared_out(len(asked), task.batch_size, sampled, task.tick) for row in batch]

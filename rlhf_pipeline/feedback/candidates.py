@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -42,9 +43,10 @@ class Asker:
 
     def _batch(self, questions: Sequence[Question], start: int) -> list[dict[str, Any]]:
         asked = dict(enumerate(questions[start : start + self.collect.batch_size], start))
-        return [self._row(number, asked[number].prompt, a) for number, a in self._answers(asked).items() if len(a) > 1]
+        return [self._row(number, asked[number], a) for number, a in self._answers(asked).items() if len(a) > 1]
 
-    def _row(self, number: int, prompt: Any, answers: list[dict[str, Any]]) -> dict[str, Any]:
+    def _row(self, number: int, question: Question, answers: list[dict[str, Any]]) -> dict[str, Any]:
+        prompt = question.prompt
         random.Random(f"order {self.seed} {number}").shuffle(answers)  # the place must not tell the source
         texts = [answer["text"] for answer in answers]
         name = hashlib.sha256(repr((self.seed, number, prompt, texts)).encode()).hexdigest()[:10]
@@ -54,6 +56,8 @@ class Asker:
             "prompt": prompt if isinstance(prompt, str) else [{"role": t.role, "content": t.text} for t in prompt],
             "shown_prompt": visible(next(iter(self.policies.values())).tokenizer, prompt),
             "answers": [{"id": f"answer{n}", **answer} for n, answer in enumerate(answers, 1)],
+            # What is no JSON, as a date of Parquet, becomes text.
+            **({"columns": json.loads(json.dumps({**question.columns}, default=str))} if question.columns else {}),
         }
 
     def _answers(self, asked: Mapping[int, Question]) -> dict[int, list[dict[str, Any]]]:

@@ -164,10 +164,12 @@ def rank(rows: Sequence[dict[str, Any]], reward: Reward, noise: float, seed: str
     `noise`, in standard deviations of all scores, is the scale of Gumbel noise on each score, so that a better answer
     comes first with the probability of Bradley and Terry (1952): close pairs are confused, clear ones hardly ever.
     """
-    asked = [(row["shown_prompt"], answer["text"]) for row in rows for answer in row["answers"]]
+    asked = [(row, answer["text"]) for row in rows for answer in row["answers"]]
+    names = {name for row in rows for name in row.get("columns", {})}
     scores: list[float] = []
     for part in parts(asked, 128, "label", "answer"):
-        scores += reward([prompt for prompt, _ in part], [text for _, text in part])
+        columns = {name: [row.get("columns", {}).get(name) for row, _ in part] for name in names}
+        scores += reward([row["shown_prompt"] for row, _ in part], [text for _, text in part], **columns)
     scale, draw, left = noise * statistics.pstdev(scores), random.Random(f"labeler {seed}"), iter(scores)
     found, same = [], []
     for row in rows:

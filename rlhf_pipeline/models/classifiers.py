@@ -30,15 +30,9 @@ class RewardModelConfig(PreTrainedConfig):
     model_type = "rlhf_reward_model"
     sub_configs: ClassVar = {"trunk": AutoConfig}
 
-    def __init__(
-        self,
-        trunk: PreTrainedConfig | dict[str, Any] | None = None,
-        head: Head = "linear",
-        pooling: Pooling = "last",
-        **options: Any,
-    ) -> None:
+    def __init__(self, trunk: Any = None, head: Head = "linear", pooling: Pooling = "last", **options: Any) -> None:
         values = {"model_type": "gpt2"} if trunk is None else trunk  # transformers makes a default one to compare with
-        self.trunk = AutoConfig.for_model(**values) if isinstance(values, dict) else values
+        self.trunk: Any = AutoConfig.for_model(**values) if isinstance(values, dict) else values
         self.head, self.pooling = head, pooling
         super().__init__(**{"num_labels": 1, **options})
 
@@ -103,12 +97,12 @@ def with_head(model: PreTrainedModel, head: Head, pooling: Pooling) -> PreTraine
     """
     if isinstance(model, RewardModel):
         own = (model.config.head, model.config.pooling)
-        if own != (head, pooling):
-            raise UserError(
-                f"{model.name_or_path} is a reward model with reward.head={own[0]} and reward.pooling={own[1]}, "
-                f"not {head} and {pooling}; say so, or start from a language model."
-            )
-        return model
+        if own == (head, pooling):
+            return model
+        raise UserError(
+            f"{model.name_or_path} is a reward model with reward.head={own[0]} and reward.pooling={own[1]}, "
+            f"not {head} and {pooling}; say so, or start from a language model."
+        )
     if (head, pooling) == ("linear", "last"):
         return model
     trunk = model.base_model
@@ -159,14 +153,9 @@ class Scorer:
     """
 
     def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        batch_size: int,
-        max_length: int | None = None,
-        truncation_side: Side | None = None,
-        append_eos: bool = False,
-    ) -> None:
+        self, model: Any, tokenizer: Any, batch_size: int, max_length: int | None = None,
+        truncation_side: Side | None = None, append_eos: bool = False,
+    ) -> None:  # fmt: skip
         settle_padding(model, tokenizer, append_eos)
         trained = getattr(model.config, "trained_cut", {})
         max_length = max_length or trained.get("max_length", 512)

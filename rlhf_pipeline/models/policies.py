@@ -52,8 +52,8 @@ registry: Registry[Source] = Registry(
     },
 )
 
-# Layers, width, heads, tokens, positions. From small on they are GPT-2's own (Radford et al. 2019, table 2); below, its
-# vocabulary would be most of the parameters.
+# From small on, GPT-2's own (Radford et al. 2019, table 2). Below, its vocabulary would be most of the parameters.
+_SHAPE = ("n_layer", "n_embd", "n_head", "vocab_size", "n_positions")
 SIZES = {
     "tiny": (4, 144, 4, 4096, 256),
     "mini": (4, 192, 4, 4096, 256),
@@ -76,21 +76,11 @@ def gpt2_scratch(
     path: str | None = None,
 ) -> Source:
     """A GPT-2 from its configuration, with a tokenizer trained on the data: GPT-2's byte-level BPE, or `characters`."""
-    layers, width, heads, usual_vocabulary, usual_positions = SIZES[size]
-    shape = {
-        "vocab_size": vocabulary or usual_vocabulary,
-        "n_positions": positions or usual_positions,
-        "n_layer": layers,
-        "n_embd": width,
-        "n_head": heads,
-        "activation_function": "gelu_pytorch_tanh",  # GPT-2's own formula, in one fused kernel
-        "resid_pdrop": dropout,
-        "embd_pdrop": dropout,
-        "attn_pdrop": dropout,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-    return Source(path, tokenizer, shape)
+    shape: dict[str, Any] = dict(zip(_SHAPE, SIZES[size], strict=True))
+    shape |= {key: value for key, value in (("vocab_size", vocabulary), ("n_positions", positions)) if value}
+    shape |= {"activation_function": "gelu_pytorch_tanh"}  # GPT-2's own formula, in one fused kernel
+    shape |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
+    return Source(path, tokenizer, {**shape, "bos_token_id": None, "eos_token_id": None})
 
 
 @registry.register
@@ -116,25 +106,21 @@ registry.entries |= {
 
 def load_policy(choice: dict[str, Any], upstream: Path | None, texts: Sequence[str], seed: int) -> tuple[Policy, str]:
     """The policy chosen by `path`, else the one an earlier stage made, else the entry's own; and where it came from."""
-    where = _where(choice, upstream)
+    where = choice.get("path") or upstream or registry.build(choice).path
     if where is None:
         return make_policy(choice, texts, seed), f"{choice['name']}, untrained"
-    return _with_template(open_policy(where, choice.get("quantize")), choice), model_folder(where)
+    policy = open_policy(str(where), choice.get("quantize"))
+    return _with_template(policy, choice), model_folder(str(where))
 
 
 def policy_config(choice: dict[str, Any], upstream: Path | None) -> tuple[Any, str]:
     """The configuration of what `load_policy` would give, and where it lies; no weights are read."""
-    where = _where(choice, upstream)
-    if where is None:
-        from transformers import GPT2Config
-
-        return GPT2Config(**registry.build(choice).shape), f"{choice['name']}, untrained"
-    return open_config(where, "policy.path"), model_folder(where)
-
-
-def _where(choice: dict[str, Any], upstream: Path | None) -> str | None:
     source = registry.build(choice)
-    return choice.get("path") or (str(upstream) if upstream else source.path)
+    if where := choice.get("path") or upstream or source.path:
+        return open_config(str(where), "policy.path"), model_folder(str(where))
+    from transformers import GPT2Config
+
+    return GPT2Config(**source.shape), f"{choice['name']}, untrained"
 
 
 def open_config(path: str, setting: str) -> Any:
@@ -157,10 +143,9 @@ def make_policy(choice: dict[str, Any], texts: Sequence[str], seed: int) -> Poli
 
     from rlhf_pipeline.processes import agree
 
-    train = train_tokenizer if source.tokenizer == "bytes" else train_character_tokenizer
-    size, positions = source.shape["vocab_size"], source.shape["n_positions"]
+    size, characters = source.shape["vocab_size"], source.tokenizer == "characters"
     print(f"training a tokenizer of {size} tokens on {len(texts)} texts", flush=True)
-    tokenizer = agree(lambda: train(texts, size, positions))
+    tokenizer = agree(lambda: train_tokenizer(texts, size, source.shape["n_positions"], characters))
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     torch.manual_seed(seed)
     model = GPT2LMHeadModel(GPT2Config(**{**source.shape, **ids, "vocab_size": len(tokenizer)}))
@@ -287,42 +272,33 @@ def settle_ideographs(tokenizer: "PreTrainedTokenizerBase") -> None:
         backend.normalizer = normalizers.Sequence([*replaced, backend.normalizer])
 
 
-def train_tokenizer(texts: Sequence[str], vocabulary: int, positions: int) -> "PreTrainedTokenizerBase":
-    """A byte-level BPE as GPT-2 has it, with a pad token of its own."""
-    from tokenizers import ByteLevelBPETokenizer
-
-    if vocabulary < 258:
-        raise UserError(f"policy.vocabulary is {vocabulary}; 256 bytes and two special tokens take at least 258.")
-    special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
-    return _trained(ByteLevelBPETokenizer(), texts, vocabulary, positions, special)
-
-
-def train_character_tokenizer(texts: Sequence[str], vocabulary: int, positions: int) -> "PreTrainedTokenizerBase":
-    """A BERT tokenizer: each ideograph a token, other words in pieces; lower case; [SEP] ends, [PAD] pads."""
-    from tokenizers import BertWordPieceTokenizer
-
-    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
-    special |= {"bos_token": "[CLS]", "eos_token": "[SEP]"}
-    backend = BertWordPieceTokenizer(lowercase=True)
-    tokenizer = _trained(backend, texts, vocabulary, positions, special, limit_alphabet=vocabulary - 5)
-    settle_ideographs(tokenizer)
-    return tokenizer
-
-
-def _trained(
-    backend: Any, texts: Sequence[str], vocabulary: int, positions: int, special: dict[str, str], **options: Any
+def train_tokenizer(
+    texts: Sequence[str], vocabulary: int, positions: int, characters: bool = False
 ) -> "PreTrainedTokenizerBase":
-    from tokenizers import Tokenizer
+    """A byte-level BPE as GPT-2 has it, with a pad token of its own.
+
+    With `characters`, a BERT tokenizer: each ideograph is a token, other words are cut into pieces; all is lower case.
+    """
+    from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
+    if vocabulary < 258 and not characters:
+        raise UserError(f"policy.vocabulary is {vocabulary}; 256 bytes and two special tokens take at least 258.")
+    backend: Any = ByteLevelBPETokenizer()
+    special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
+    options: dict[str, Any] = {}
+    if characters:
+        backend, options = BertWordPieceTokenizer(lowercase=True), {"limit_alphabet": vocabulary - 5}
+        special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+        special |= {"bos_token": "[CLS]", "eos_token": "[SEP]"}
     read = itertools.chain.from_iterable(parts(texts, 100, "read", "text"))  # with a bar
-    tokens = list(dict.fromkeys(special.values()))
-    backend.train_from_iterator(
-        read, vocabulary, min_frequency=0, special_tokens=tokens, show_progress=False, length=len(texts), **options
-    )
-    return PreTrainedTokenizerFast(
+    options |= {"special_tokens": list(dict.fromkeys(special.values())), "show_progress": False, "length": len(texts)}
+    backend.train_from_iterator(read, vocabulary, min_frequency=0, **options)
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(backend.to_str()),
         model_max_length=positions,
         clean_up_tokenization_spaces=False,
         **special,
     )
+    settle_ideographs(tokenizer)
+    return tokenizer

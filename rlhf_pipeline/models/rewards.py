@@ -5,25 +5,29 @@ A reward is tried once when it is loaded, on its probes: texts to which it shoul
 
 import functools
 import math
+import os
 import re
 import reprlib
+import statistics
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from rlhf_pipeline.data.python_code import goes_on
 from rlhf_pipeline.errors import NotFinishedError, UserError
-from rlhf_pipeline.models.user_function import plainly, reward_at
-from rlhf_pipeline.registry import Registry, fits
+from rlhf_pipeline.models.user_function import accepted, plainly, reward_at
+from rlhf_pipeline.registry import Range, Registry, fits
 from rlhf_pipeline.texts import mismatch, script_of, words_of
 
 if TYPE_CHECKING:
     from rlhf_pipeline.models.classifiers import Scorer
 
-Function = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+T = TypeVar("T")
+Count = Annotated[int, Range(1)]
+Combine = Callable[[Sequence[float]], float]
+Function = Callable[..., Sequence[float]]  # of prompts, completions, and the columns that it names
 
 # For rewards without probes of their own: something for every taste.
 PROBES = (
@@ -54,13 +58,18 @@ class Reward:
     neutral: float = 0.0
     unfit: Callable[[Sequence[str]], str | None] = lambda texts: None
     probes: Sequence[str] = PROBES
-    parts: Sequence[str] = ()  # of a sum: where each part came from
+    parts: Sequence[str] = ()  # of a sum or an ensemble: where each part came from
     scorer: "Scorer | None" = None  # the classifier that judges, where one does
     readout: Sequence[float] = ()  # the weights that make its logits the score; empty where that is not linear
+    needs: Sequence[str] = ()  # columns of the data without which it cannot judge
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-        """One finite number a completion; anything else is a `UserError` that names the reward."""
-        given: Any = self.function(list(prompts), list(completions))
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str], /, **columns: Any) -> list[float]:
+        """One finite number a completion; anything else is a `UserError` that names the reward.
+
+        `columns` are those of the data's rows, each as long as `completions`; the function gets those that it names.
+        """
+        self.check_columns(columns)
+        given: Any = self.function(list(prompts), list(completions), **accepted(self.function, columns))
         try:
             scores = [float(score) for score in given]
         except (TypeError, ValueError, RuntimeError) as error:  # the last is torch's, of a matrix
@@ -74,12 +83,19 @@ class Reward:
                 raise UserError(f"reward={self.name} gave {score} for {text!r:.200}; it must be finite.")
         return scores
 
+    def check_columns(self, known: Collection[str], of: str = "the data") -> None:
+        """Refuse data without a column that the reward needs; `known` are the names of those that it has."""
+        if missing := [name for name in self.needs if name not in known]:
+            raise UserError(
+                f"reward={self.name} needs the column {', '.join(missing)}; besides prompts and completions {of} has "
+                f"{', '.join(known) or 'none'}."
+            )
+
 
 registry: Registry[Reward] = Registry("reward")
 
 # What stage=reward can train; the first two have no other model.
 TRAINABLE = ("classifier", "preference_model", "imdb_sentiment", "dianping_sentiment")
-_NO_MODEL = "reward={} has no model yet; run stage=reward first, or give reward.path=."
 
 Scale = Literal["logit", "probability", "log_odds"]
 Seen = Literal["response", "prompt_response"]
@@ -109,13 +125,8 @@ def classifier(
     trains the language model of this run with a head (as GPT-1; `lm_coef` weighs its language-model loss), or an
     encoder from scratch of this `size`, and scores `examples` at its end.
     """
-    where = path or where
-    if where is None:
-        raise NotFinishedError(_NO_MODEL.format("classifier"))
-    from rlhf_pipeline.models.classifiers import Scorer
-
     side = truncation_side or ("right" if text == "response" else None)
-    scorer = Scorer.open(where, batch_size=batch_size, max_length=max_length, truncation_side=side)
+    scorer = _scorer("classifier", path or where, batch_size, max_length, side)
     index = class_named(scorer.model.config.id2label, label, scorer.where)
     if scorer.labels == 1 and scale != "logit":
         raise UserError(f"{scorer.where} has one class, so reward.scale={scale} means nothing; say reward.scale=logit.")
@@ -130,29 +141,31 @@ def classifier(
             chosen -= logits.logsumexp(-1)
         return chosen.tolist()
 
-    weights = [float(i == index) for i in range(scorer.labels)]
-    if scale == "log_odds":
-        weights = [2 * weight - 1 for weight in weights] if scorer.labels == 2 else []
-    return Reward(
-        score,
-        scorer.where,
-        0.5 if scale == "probability" else 0.0,
-        functools.partial(mismatch, scorer.tokenizer),
-        scorer=scorer,
-        readout=[] if scale == "probability" else weights,
-    )
+    linear = scale == "logit" or (scale == "log_odds" and scorer.labels == 2)
+    others = -1.0 if scale == "log_odds" else 0.0
+    readout = [1.0 if number == index else others for number in range(scorer.labels)] if linear else []
+    unfit = functools.partial(mismatch, scorer.tokenizer)
+    return Reward(score, scorer.where, 0.5 if scale == "probability" else 0.0, unfit, scorer=scorer, readout=readout)
+
+
+def _scorer(name: str, where: str | None, *options: Any, **more: Any) -> "Scorer":
+    if where is None:
+        raise NotFinishedError(f"reward={name} has no model yet; run stage=reward first, or give reward.path=.")
+    from rlhf_pipeline.models.classifiers import Scorer
+
+    return Scorer.open(where, *options, **more)
 
 
 def class_named(labels: dict[int, str], wanted: str, where: str) -> int:
     """The index of the class with this name; case is ignored, and pos and neg are understood."""
-    short = {"pos": "positive", "neg": "negative"}
-    names = {index: short.get(str(name).lower(), str(name).lower()) for index, name in labels.items()}
-    found = [index for index, name in names.items() if name == short.get(wanted.lower(), wanted.lower())]
-    if len(found) != 1:
-        raise UserError(
-            f"{where} has no class named '{wanted}'; reward.label= takes one of: {', '.join(labels.values())}."
-        )
-    return int(found[0])
+
+    def plain(name: str) -> str:
+        return {"pos": "positive", "neg": "negative"}.get(name.lower(), name.lower())
+
+    found = [int(index) for index, name in labels.items() if plain(str(name)) == plain(wanted)]
+    if len(found) == 1:
+        return found[0]
+    raise UserError(f"{where} has no class named '{wanted}'; reward.label= takes one of: {', '.join(labels.values())}.")
 
 
 def _on_the_hub(hub_id: str, seen: Seen) -> Callable[..., Reward]:
@@ -193,23 +206,15 @@ def preference_model(
     position) and `margin` (per rank) say how it is trained. `demonstrations` (name and path, as data) score 0 on
     average; null: the best answers of the training data do.
     """
-    where = path or where
-    if where is None:
-        raise NotFinishedError(_NO_MODEL.format("preference_model"))
-    from rlhf_pipeline.models.classifiers import Scorer
-
-    scorer = Scorer.open(
-        where, batch_size=batch_size, max_length=max_length, truncation_side=truncation_side, append_eos=True
-    )
+    scorer = _scorer("preference_model", path or where, batch_size, max_length, truncation_side, append_eos=True)
     if scorer.labels != 1:
-        raise UserError(f"{where} is a classifier of {scorer.labels} classes; a preference model has one score.")
-    return Reward(
-        lambda prompts, answers: scorer.pairs(prompts, answers)[:, 0].tolist(),
-        scorer.where,
-        unfit=functools.partial(mismatch, scorer.tokenizer),
-        scorer=scorer,
-        readout=(1.0,),
-    )
+        raise UserError(f"{scorer.where} is a classifier of {scorer.labels} classes; a preference model has one score.")
+
+    def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+        return scorer.pairs(prompts, answers)[:, 0].tolist()
+
+    unfit = functools.partial(mismatch, scorer.tokenizer)
+    return Reward(score, scorer.where, unfit=unfit, scorer=scorer, readout=(1.0,))
 
 
 @registry.register
@@ -218,13 +223,13 @@ def python(where: str | None, *, path: str, probes: list[str] | None = None) -> 
 
     `path` is `my_rewards.py:politeness` or `my_package.my_module:politeness`.
     """
-    function = reward_at(path)
+    function, needs = reward_at(path)
 
-    def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+    def score(prompts: Sequence[str], answers: Sequence[str], /, **columns: Any) -> Any:
         with plainly(f"reward=python reward.path={path}"):
-            return function(prompts, answers)
+            return function(prompts, answers, **columns)
 
-    return Reward(score, path, probes=probes or PROBES)
+    return Reward(score, path, probes=probes or PROBES, needs=needs)
 
 
 def _rule(name: str, score: Callable[[str, str], float], neutral: float, probes: Sequence[str], **more: Any) -> Reward:
@@ -238,18 +243,32 @@ def _rule(name: str, score: Callable[[str, str], float], neutral: float, probes:
 @registry.register
 def regex(where: str | None, *, pattern: str, probes: list[str] | None = None) -> Reward:
     """How many times a response matches a regular expression; `(?i)` before it ignores case."""
-    try:
-        sought = re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"reward.pattern={pattern!r} is no regular expression: {error}.") from error
+    sought = _compiled(pattern)
     return _rule("regex", lambda _, answer: float(len([*sought.finditer(answer)])), 0.5, probes or PROBES)
 
 
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"reward.pattern={pattern!r} is no regular expression: {error}.") from error
+
+
+def _last(pattern: str) -> Callable[[str], str | None]:
+    """What the first group of a pattern, or the whole, matches last in a text; None where it does not."""
+    sought = _compiled(pattern)
+    group = min(1, sought.groups)
+
+    def found(text: str) -> str | None:
+        every = [match[group].strip() for match in sought.finditer(text) if match[group]]
+        return every[-1] if every else None
+
+    return found
+
+
 @registry.register
-def length(where: str | None, *, target: int = 20) -> Reward:
+def length(where: str | None, *, target: Count = 20) -> Reward:
     """Closeness of a response's length to `target` words: 0 at the target, -1 where it is missed by all of it."""
-    if target < 1:
-        raise UserError(f"reward.target is {target}; it takes at least 1.")
     return _rule("length", lambda _, a: -abs(len(words_of(a)) - target) / target, -0.5, ["", "word " * target])
 
 
@@ -273,10 +292,8 @@ def keywords(where: str | None, *, words: list[str]) -> Reward:
 
 
 @registry.register
-def repetition(where: str | None, *, n: int = 3) -> Reward:
+def repetition(where: str | None, *, n: Count = 3) -> Reward:
     """Minus the share of a response's word n-grams that occur in it before."""
-    if n < 1:
-        raise UserError(f"reward.n is {n}; it takes at least 1.")
 
     def repeated(_: str, answer: str) -> float:
         said = words_of(answer)
@@ -284,6 +301,25 @@ def repetition(where: str | None, *, n: int = 3) -> Reward:
         return len(set(grams)) / len(grams) - 1 if grams else 0.0
 
     return _rule("repetition", repeated, -0.5, ["", "no " * (n + 1)])
+
+
+@registry.register
+def exact(where: str | None, *, column: str = "answer", pattern: str | None = None) -> Reward:
+    """1 where a response is what the `column` of its row holds, else 0; blanks around either do not count.
+
+    With a `pattern`, the answer is its first group where it matches last, as in '#### (.+)' of GSM8K; a column in which
+    it does not match is the answer as it stands.
+    """
+    answer_in = _last(pattern or "(?s).+")
+
+    def score(prompts: Sequence[str], answers: Sequence[str], /, **columns: Any) -> list[float]:
+        wanted = ["" if cell is None else str(cell).strip() for cell in columns[column]]
+        if not all(wanted):
+            raise UserError(f"reward=exact: a row has nothing in its column {column}; give it an answer, or drop it.")
+        pairs = zip(answers, wanted, strict=True)
+        return [float(answer_in(answer) == (answer_in(want) or want)) for answer, want in pairs]
+
+    return Reward(score, "exact", 0.5, needs=[column])
 
 
 @registry.register
@@ -301,65 +337,156 @@ def python_syntax(where: str | None) -> Reward:
     return _rule("python_syntax", lambda prompt, answer: float(goes_on(prompt, answer)), 0.5, ["= 1\n", "= =\n"])
 
 
+RATE = """Rate the response to the prompt from 1 (bad) to 10 (excellent). Reply with the number alone.
+
+Prompt: {prompt}
+
+Response: {response}"""
+_NUMBER = r"(-?\d+(?:\.\d+)?)(?:\s*/\s*\d+)?"  # of 7/10 the 7
+_GAP = re.compile(r"\{(\w+)\}")
+
+
+@registry.register
+def judge(
+    where: str | None,
+    *,
+    url: str,
+    model: str,
+    template: str = RATE,
+    pattern: str | None = None,
+    scores: dict[str, float] | None = None,
+    otherwise: float | None = None,
+    options: dict[str, Any] | None = None,
+    key_variable: str = "OPENAI_API_KEY",
+    threads: Annotated[int, Range(1, 256)] = 8,
+    tries: Count = 5,
+    timeout: Annotated[float, Range(above=0)] = 60.0,
+    cache_path: str | None = None,
+    probes: list[str] | None = None,
+) -> Reward:
+    """A language model that is asked about each response, at an address that speaks OpenAI's chat completions.
+
+    `template` is what it is asked, with {prompt}, {response} and columns of the data. Its score is what `pattern` (its
+    first group, or the whole) finds last in the reply: a number, or a key of `scores`, as {A: 1, B: 0}. A reply without
+    one has the score `otherwise`; null: it is an error. `options` are more fields of a request, `timeout` is seconds.
+    The key is in the environment variable `key_variable`. `cache_path` is a file; null: one in the user's cache folder.
+    """
+    from rlhf_pipeline.models.judge import Judge
+
+    gaps = _GAP.findall(template)
+    if "response" not in gaps:
+        raise UserError("reward.template has no {response}, so all responses would get the same score; put it in.")
+    values = {str(key): value for key, value in (scores or {}).items()}
+    if not all(fits(value, float) and math.isfinite(value) for value in values.values()):
+        raise UserError(f"reward.scores is {scores}; it takes a number for each choice, as in {{A: 1, B: 0}}.")
+    choices = "|".join(map(re.escape, sorted(values, key=len, reverse=True)))
+    last = _last(pattern or (rf"(?<!\w)(?:{choices})(?!\w)" if values else _NUMBER))
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rlhf_pipeline" / "judge.sqlite"
+    cache = Path(cache_path).expanduser() if cache_path else home
+    asks = Judge(url, model, options or {}, key_variable, threads, tries, timeout, cache)
+
+    def value_of(reply: str) -> float | None:
+        found = last(reply) or ""
+        try:
+            value = values[found] if values else float(found)
+        except (KeyError, ValueError):
+            return otherwise
+        return value if math.isfinite(value) else otherwise
+
+    def score(prompts: Sequence[str], answers: Sequence[str], /, **columns: Any) -> list[Any]:
+        given = {**columns, "prompt": prompts, "response": answers}
+        rows = [{name: str(given[name][row]) for name in gaps} for row in range(len(answers))]
+        asked = [_GAP.sub(lambda gap: row[gap[1]], template) for row in rows]  # noqa: B023 (called at once)
+        return [value_of(reply) for reply in asks.replies(asked, lambda reply: value_of(reply) is not None)]
+
+    needs = [name for name in dict.fromkeys(gaps) if name not in ("prompt", "response")]
+    return Reward(score, f"{model} at {url}", probes=probes or PROBES, needs=needs)
+
+
 @registry.register
 def sum(where: str | None, *, parts: list[dict[str, Any]]) -> Reward:
     """Several rewards at once: each of `parts` is a name with its fields, and a `weight` (1 where none is given)."""
-    trained = trained_part({"name": "sum", "parts": parts})["name"]
-    made: list[tuple[float, Reward]] = []
-    for number, part in enumerate(parts):
-        own, weight = _weighed(part)
-        with _inside(number):
-            made.append((weight, _tested(own, where if own["name"] in ("sum", trained) else None)))
+    return _of_parts(where, parts, math.fsum, " + ", "{}")
 
-    def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        columns = [[weight * value for value in part(prompts, answers)] for weight, part in made]
-        return [math.fsum(row) for row in zip(*columns, strict=True)]
+
+@registry.register
+def ensemble(
+    where: str | None,
+    *,
+    parts: list[dict[str, Any]],
+    mode: Literal["mean", "min", "mean_minus_std"] = "mean_minus_std",
+    coef: Annotated[float, Range(0)] = 1.0,
+) -> Reward:
+    """Rewards that would each be over-optimised alone (Gao et al. 2022) as one (Coste et al. 2023, arXiv 2310.02743).
+
+    The score is the mean of the parts', the least, or the mean less `coef` x their standard deviation. `parts` are as
+    of a sum; with a `weight`, a part's scores are multiplied by it first.
+    """
+
+    def cautious(scores: Sequence[float]) -> float:
+        return statistics.fmean(scores) - coef * statistics.pstdev(scores)
+
+    modes: dict[str, Combine] = {"mean": statistics.fmean, "min": min, "mean_minus_std": cautious}
+    return _of_parts(where, parts, modes[mode], ", ", f"{mode} of {{}}")
+
+
+def _of_parts(where: str | None, parts: list[dict[str, Any]], combine: Combine, joint: str, title: str) -> Reward:
+    """The reward whose score is made of its parts' weighted scores. Its name is `title` with the parts' names."""
+    trained = trained_part({"parts": parts})
+
+    def made(part: dict[str, Any], weight: float) -> tuple[float, Reward]:
+        return weight, _tested(part, where if "parts" in part or part["name"] == trained["name"] else None)
+
+    every = _each_part(parts, made)
+    names, probes = [part.name for _, part in every], [text for _, part in every for text in part.probes]
+
+    def score(prompts: Sequence[str], answers: Sequence[str], /, **columns: Any) -> list[float]:
+        scores = [[weight * value for value in part(prompts, answers, **columns)] for weight, part in every]
+        return [combine(list(row)) for row in zip(*scores, strict=True)]
 
     def unfit(texts: Sequence[str]) -> str | None:
-        return "; ".join(f"{part.name}: {why}" for _, part in made if (why := part.unfit(texts))) or None
+        return "; ".join(f"{part.name}: {why}" for _, part in every if (why := part.unfit(texts))) or None
 
-    name = textwrap.shorten(" + ".join(f"{weight:g} x {part.name}" for weight, part in made), 200)
-    neutral = math.fsum(weight * part.neutral for weight, part in made)
-    probes = [text for _, part in made for text in part.probes]
-    return Reward(score, name, neutral, unfit, probes, [part.name for _, part in made])
-
-
-def _weighed(part: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
-    """A part of a sum without its weight, and the weight."""
-    own = dict(part)
-    weight = own.pop("weight", 1.0)
-    return own, weight
+    name = textwrap.shorten(title.format(joint.join(f"{weight:g} x {part.name}" for weight, part in every)), 200)
+    neutral = combine([weight * part.neutral for weight, part in every])
+    probes.append(" ".join(probes))  # all parts find something in it
+    needs = [column for _, part in every for column in part.needs]
+    return Reward(score, name, neutral, unfit, probes, names, needs=needs)
 
 
-@contextmanager
-def _inside(number: int) -> Iterator[None]:
-    """Name the part of a sum in which something is wrong."""
-    try:
-        yield
-    except UserError as error:
-        raise type(error)(f"reward.parts[{number}]: {error}") from error
+def _each_part(parts: Sequence[Mapping[str, Any]], work: Callable[[dict[str, Any], Any], T]) -> list[T]:
+    """What `work` makes of each part, without its weight, and of the weight. An error names the part."""
+    found = []
+    for number, part in enumerate(parts):
+        own = dict(part)
+        weight = own.pop("weight", 1.0)
+        try:
+            found.append(work(own, weight))
+        except UserError as error:
+            raise type(error)(f"reward.parts[{number}]: {error}") from error
+    return found
 
 
 def check_choice(choice: Mapping[str, Any]) -> None:
     """Refuse a choice from which no reward can be made, before anything heavy is loaded."""
     registry.check(choice)
-    name = choice["name"]
-    if name == "sum":
+
+    def check_part(part: dict[str, Any], weight: Any) -> None:
+        if not fits(weight, float) or not math.isfinite(weight):
+            raise UserError(f"weight is {weight!r}; it takes a number.")
+        check_choice(part)
+
+    if "parts" in choice:
         if not choice["parts"]:
             raise UserError("reward.parts is empty; it takes rewards, as in [{name: length, target: 12, weight: 0.5}].")
-        for number, part in enumerate(choice["parts"]):
-            own, weight = _weighed(part)
-            with _inside(number):
-                if not fits(weight, float) or not math.isfinite(weight):
-                    raise UserError(f"weight is {weight!r}; it takes a number.")
-                check_choice(own)
-    elif name in ("keywords", "length", "regex", "repetition"):
-        registry.build(choice, None)  # a rule is made at once, and refuses what it cannot use
+        _each_part(choice["parts"], check_part)
+    elif choice["name"] in ("keywords", "regex", "exact", "judge"):
+        registry.build(choice, None)  # these are made at once, and refuse what they cannot use
 
 
 def trained_part(choice: dict[str, Any]) -> dict[str, Any]:
-    """The reward whose model stage=reward trains: the choice itself, or the part of a sum that needs it most."""
-    if choice["name"] != "sum":
+    """The reward whose model stage=reward trains: the choice itself, or the part that needs it most."""
+    if "parts" not in choice:
         return choice
     parts = [trained_part(part) for part in choice["parts"]]
     rank = {name: number for number, name in enumerate(TRAINABLE)}
@@ -374,8 +501,13 @@ def load_reward(choice: dict[str, Any], upstream: Path | None) -> tuple[Reward, 
 
 
 def _tested(choice: Mapping[str, Any], where: str | None) -> Reward:
-    """Make a reward, and check that its probes get finite numbers, one per text, that are not all the same."""
+    """Make a reward, and check that its probes get finite numbers, one per text, that are not all the same.
+
+    A reward that needs columns of the data cannot be tried without them.
+    """
     reward = registry.build(choice, where)
+    if reward.needs:
+        return reward
     tried = reprlib.repr(list(reward.probes))
     try:
         scores = reward([_PROMPT] * len(reward.probes), reward.probes)

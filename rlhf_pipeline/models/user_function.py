@@ -8,7 +8,7 @@ import sys
 import sysconfig
 import textwrap
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
@@ -20,65 +20,74 @@ from rlhf_pipeline.registry import suggest
 Texts = Sequence[str]
 
 
-def reward_at(path: str) -> Callable[[Texts, Texts], Any]:
-    """The reward function that `path` names, made to take prompts and completions whatever its signature.
+def accepted(function: Callable[..., Any], named: Mapping[str, Any], placed: int = 2) -> dict[str, Any]:
+    """The arguments that a function takes by name, after so many by place; all others, if it takes any keyword."""
+    parameters = [*inspect.signature(function).parameters.values()]
+    filled = {p.name for p in parameters[:placed] if p.kind is p.POSITIONAL_OR_KEYWORD}
+    any_name = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return {name: value for name, value in named.items() if name not in filled and (any_name or name in names)}
+
+
+def reward_at(path: str) -> tuple[Callable[..., Any], list[str]]:
+    """The reward function that `path` names, as f(prompts, completions, **columns), and the columns that it needs.
 
     A function that names `completions`, or takes any keyword, is called by keyword, as TRL's GRPO and RLOO do. If it
-    cannot read strings, it gets messages, TRL's conversational form. Any other function is called by position.
+    cannot read strings, it gets messages, TRL's conversational form. Any other function gets prompts and completions
+    by position. All its other arguments are columns of the data set.
     """
-    function = function_at(path)
+    function = _found(path)
     with plainly(f"reward.path={path}"):
         signature = inspect.signature(function)
-    any_name = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    names = [n for n in ("prompts", "completions", "completion_ids") if any_name or n in signature.parameters]
-    if "completions" not in signature.parameters and _binds(signature, "prompts", "completions"):
-        return lambda prompts, completions: _whole(function(prompts, completions))
-    if "completions" not in names or not _binds(signature, **dict.fromkeys(names)):
+    parameters, given = signature.parameters, ["prompts", "completions", "completion_ids"]
+    any_name = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    by_place = "completions" not in parameters
+    try:
+        signature.bind_partial(None, None)
+    except TypeError:
+        by_place = False
+    if by_place:
+        given = [*parameters][:2]
+    elif "completions" not in parameters and not any_name:
         raise UserError(
-            f"reward.path={path} takes {signature}, and there are prompts and completions alone; write "
-            "def f(prompts, completions), or def f(completions, **kwargs) as for TRL's GRPO and RLOO."
+            f"reward.path={path} takes {signature}, and no completions; write def f(prompts, completions), or "
+            "def f(completions, **kwargs) as for TRL's GRPO and RLOO."
         )
+    own = [p for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    needs = [p.name for p in own if p.default is p.empty and p.name not in given]
 
-    def ask(prompts: Sequence[Any], completions: Sequence[Any]) -> Any:
-        given = {"prompts": prompts, "completions": completions, "completion_ids": None}
-        return _whole(function(**{name: given[name] for name in names}))
+    def ask(prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Any]) -> Any:
+        if by_place:
+            found = function(prompts, completions, **accepted(function, columns))
+        else:
+            named = {**columns, "prompts": prompts, "completions": completions, "completion_ids": None}
+            found = function(**accepted(function, named, placed=0))
+        found = asyncio.run(found) if inspect.iscoroutine(found) else found
+        return list(found) if isinstance(found, Iterator) else found
 
-    def ask_in_messages(prompts: Texts, completions: Texts) -> Any:
+    def ask_in_messages(prompts: Texts, completions: Texts, columns: Mapping[str, Any]) -> Any:
         asked = [[{"role": "user", "content": text}] for text in prompts]
-        return ask(asked, [[{"role": "assistant", "content": text}] for text in completions])
+        return ask(asked, [[{"role": "assistant", "content": text}] for text in completions], columns)
 
-    forms = [ask, ask_in_messages]  # until the first call shows which one it reads
+    # Until the first call shows which one it reads.
+    forms = [ask] if by_place else [ask, ask_in_messages]
 
-    def call(prompts: Texts, completions: Texts) -> Any:
+    def call(prompts: Texts, completions: Texts, /, **columns: Any) -> Any:
         try:
-            found = forms[0](prompts, completions)
+            found = forms[0](prompts, completions, columns)
             del forms[1:]
         except (TypeError, AttributeError, LookupError):  # the last of an empty answer
             with suppress(Exception):  # the first error is the one to tell
-                found = forms[1](prompts, completions)
+                found = forms[1](prompts, completions, columns)
                 del forms[0]
                 return found
             raise
         return found
 
-    return call
+    return call, needs
 
 
-def _whole(given: Any) -> Any:
-    """What a function gave, once a coroutine has been waited for and an iterator run through."""
-    given = asyncio.run(given) if inspect.iscoroutine(given) else given
-    return list(given) if isinstance(given, Iterator) else given
-
-
-def _binds(signature: inspect.Signature, *args: Any, **names: Any) -> bool:
-    try:
-        signature.bind(*args, **names)
-    except TypeError:
-        return False
-    return True
-
-
-def function_at(path: str) -> Callable[..., Any]:
+def _found(path: str) -> Callable[..., Any]:
     """What `file.py:function` or `package.module:function` names."""
     place, _, name = path.rpartition(":")
     if not place or not name:
@@ -87,21 +96,16 @@ def function_at(path: str) -> Callable[..., Any]:
         sys.path.append(str(Path.cwd()))
     with plainly(f"reward.path={path}"):
         module = _from_file(Path(place).expanduser()) if place.endswith(".py") else importlib.import_module(place)
-    function = getattr(module, name, None)
-    if not callable(function):
-        known = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
-        raise UserError(
-            f"{place} has no function '{name}'. {suggest(name, known)}It has: {', '.join(known) or 'none'}."
-        )
-    found: Callable[..., Any] = function
-    return found
+    function: Any = getattr(module, name, None)
+    if callable(function):
+        return function
+    known = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
+    raise UserError(f"{place} has no function '{name}'. {suggest(name, known)}It has: {', '.join(known) or 'none'}.")
 
 
 def _from_file(source: Path) -> ModuleType:
     name = f"reward_path_{source.stem}"  # so that a file may be called random.py
-    spec = importlib.util.spec_from_file_location(name, source)
-    assert spec is not None
-    assert spec.loader is not None
+    spec: Any = importlib.util.spec_from_file_location(name, source)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # as an import would: dataclasses in it look there
     spec.loader.exec_module(module)

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_pipeline.errors import UserError
@@ -24,19 +23,19 @@ class Prompts(NamedTuple):
 
 def read_prompts(rows: Any, tokenizer: PreTrainedTokenizerBase, collator: Any = None) -> Prompts:
     """Prompts from lists of token ids or from a data set with `input_ids`. Padding on either side is removed."""
-    if not hasattr(rows, "column_names"):
-        if not len(rows) or not isinstance(rows[0], Mapping):
-            return Prompts([list(row) for row in rows], {})
-        rows = Dataset.from_list([dict(rows[i]) for i in range(len(rows))])
-    if "input_ids" not in rows.column_names:
-        raise UserError(f"the prompts' data set has no column input_ids, only {', '.join(rows.column_names)}.")
+    if not hasattr(rows, "column_names") and (not len(rows) or not isinstance(rows[0], Mapping)):
+        return Prompts([list(row) for row in rows], {})
+    rows = list(rows) if hasattr(rows, "column_names") else [rows[i] for i in range(len(rows))]
+    names = dict.fromkeys(name for row in rows for name in row)
+    if "input_ids" not in names:
+        raise UserError(f"the prompts' data set has no column input_ids, only {', '.join(names)}.")
     found = []
     for row in rows:
         if collator is not None:
             row = {name: values[0] for name, values in collator([row]).items()}
         found.append(_without_padding(row["input_ids"], row.get("attention_mask"), tokenizer))
-    others = [name for name in rows.column_names if name not in ("input_ids", "attention_mask")]
-    return Prompts(found, {name: list(rows[name]) for name in others})
+    others = [name for name in names if name not in ("input_ids", "attention_mask")]
+    return Prompts(found, {name: [row.get(name) for row in rows] for name in others})
 
 
 def _without_padding(ids: Any, mask: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -1,6 +1,5 @@
 """One batch of experience: sampled, scored, and seen by policy, reference and critic."""
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.models.networks import trunk
 from rlhf_pipeline.models.sampling import Batch, join, length_mask
+from rlhf_pipeline.models.user_function import accepted
 
 TextReward = Callable[..., Sequence[float]]
 Judge = Callable[[Batch, list[str], list[str], dict[str, list[Any]]], Tensor]
@@ -62,12 +62,9 @@ def make_judge(reward: nn.Module | TextReward, vocabulary: int, rows_at_once: in
     """
     if isinstance(reward, nn.Module):
         return _model_judge(reward, vocabulary, rows_at_once)
-    taken = inspect.signature(reward).parameters
-    any_column = any(p.kind is p.VAR_KEYWORD for p in taken.values())
 
     def judge(batch: Batch, prompts: list[str], responses: list[str], columns: dict[str, list[Any]]) -> Tensor:
-        more = {name: column for name, column in columns.items() if any_column or name in taken}
-        return torch.tensor([float(score) for score in reward(prompts, responses, **more)])
+        return torch.tensor([float(score) for score in reward(prompts, responses, **accepted(reward, columns))])
 
     return judge
 

@@ -215,6 +215,7 @@ def _judge(settings: Settings, home: RunDir) -> Reward | None:
         return None
     try:
         reward, where = load_reward(settings.reward, home.upstream("reward", reward=trained_part(settings.reward)))
+        reward.check_columns([], "a chat")
     except UserError as error:
         if settings.chat.reward:
             raise

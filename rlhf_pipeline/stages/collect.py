@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlhf_pipeline.data import fingerprint
-from rlhf_pipeline.data.tokenization import Question, questions
+from rlhf_pipeline.data.tokenization import Question, columns_of, questions
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.evaluation.lineup import policy_at, sampler, with_room
 from rlhf_pipeline.feedback.candidates import Asker
@@ -31,7 +31,7 @@ def run(settings: Settings, out: RunDir) -> None:
     quiet()
     reward, judge = _labeler(settings, out)
     if not agree(lambda: (out.path / CANDIDATES).exists() and bool(out.record)):
-        _collect(settings, out, {"labeler": judge} if judge else {})
+        _collect(settings, out, reward, {"labeler": judge} if judge else {})
     elif out.leads:
         out.reopen(settings)
     if not out.leads:
@@ -61,21 +61,24 @@ def _labeler(settings: Settings, out: RunDir) -> tuple[Reward | None, str]:
         raise type(error)(re.sub(r"\breward(?=[.=])", "labeler", str(error))) from error
 
 
-def _collect(settings: Settings, out: RunDir, judge: dict[str, str]) -> None:
+def _collect(settings: Settings, out: RunDir, reward: Reward | None, judge: dict[str, str]) -> None:
     """Draw the candidates. Batches of prompts that an earlier run finished are kept."""
     collect, number, rows = settings.collect, out.round or 1, take_data(settings.data, settings.seed)
     places = _policies(settings, out)
     for where in places:
         say_taken("policy", where)
     policies = {where: policy_at(settings.policy, where) for where in places}
+    opened = list(policies.values())
+    every = questions(rows.train, opened[0].tokenizer, settings.data, settings.seed)
+    every = with_room(every, opened, collect.response_length)
+    if reward is not None:
+        reward.check_columns(columns_of(every))
     parents = {f"policy[{n}]" if n else "policy": where for n, where in enumerate(places)}
     out.begin(settings, {**parents, **judge}, fingerprint(settings.data, rows))
     as_ppo = {key: getattr(collect, key) for key in SAMPLING}
     sampling = {where: sampler(where, policy, as_ppo).sampling for where, policy in policies.items()}
     asker = Asker(policies, sampling, collect, f"{settings.seed} {number}")
-    opened = list(policies.values())
-    every = questions(rows.train, opened[0].tokenizer, settings.data, settings.seed)
-    asked = choose(with_room(every, opened, collect.response_length), collect.prompts, number)
+    asked = choose(every, collect.prompts, number)
     kept, begun = agree(lambda: _finished(out, collect.batch_size))
     with progress(len(asked), "collect", "prompt", initial=begun) as bar:
         for part in asker.rows(asked, begun):

@@ -15,7 +15,7 @@ import torch
 
 from rlhf_pipeline.data import Splits, begun_by, fingerprint, load_data, texts
 from rlhf_pipeline.data.records import Demonstration, Row, Turn
-from rlhf_pipeline.data.tokenization import conversational, questions
+from rlhf_pipeline.data.tokenization import columns_of, conversational, questions
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.evaluation import comparison, frontier, lineup
 from rlhf_pipeline.evaluation.comparison import Task
@@ -54,6 +54,8 @@ def run(settings: Settings, out: RunDir) -> None:
     task = make_task(settings, policies, start, rows, rewards)
     longest, talks = int(task.limits.max()), conversational(rows.test)
     typed = [Demonstration((Turn("user", text),) if talks else text, "") for text in asked.show]
+    for reward in rewards.values() if typed else ():
+        reward.check_columns([], "evaluate.show")
     shows = questions(typed, task.first.tokenizer, settings.data, settings.seed) if typed else []
     shows = lineup.with_room(shows, [each.policy for each in policies], longest) if typed else []
     own = dataclasses.replace(task, questions=shows, limits=torch.full((len(shows),), longest))
@@ -196,6 +198,8 @@ def make_task(
             print(f"warning: {name}: {reason}", flush=True)
     longest, shortest = min(each.longest for each in policies), min(each.shortest for each in policies)
     every = questions(rows.test, first.tokenizer, settings.data, settings.seed)
+    for reward in rewards.values():
+        reward.check_columns(columns_of(every))
     kept = lineup.with_room(every, [each.policy for each in policies], longest)[: asked.prompts]
     limits = torch.randint(shortest, longest + 1, (len(kept),), generator=torch.Generator().manual_seed(settings.seed))
     held_out = comparison.held_out_texts(rows.test, policies, 0 if settings.sweep else asked.held_out_tokens)

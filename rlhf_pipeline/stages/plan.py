@@ -104,7 +104,7 @@ def _prompt_lengths(settings: Settings, config: Any, response: int) -> tuple[int
 
 def _count_reward(choice: dict[str, Any], upstream: Path | None) -> tuple[int, str]:
     """How many parameters the reward has, and which model was counted; a rule has none."""
-    if choice["name"] == "sum":
+    if "parts" in choice:
         counts, names = zip(*(_count_reward(part, upstream) for part in choice["parts"]), strict=True)
         return sum(counts), " + ".join(names)
     if choice["name"] not in TRAINABLE:

@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rlhf_pipeline.data import fingerprint, load_data, texts
-from rlhf_pipeline.data.tokenization import documents, questions
+from rlhf_pipeline.data.tokenization import Question, columns_of, documents, questions
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.evaluation.lineup import with_room
 from rlhf_pipeline.files import read_jsonl
@@ -52,8 +52,9 @@ def run(settings: Settings, out: RunDir) -> None:
     say_taken("reward", judge)
     check_languages(reward, policy.tokenizer, texts(rows.train))
     print(f"computing in {args.precision_choice}", flush=True)
-    every = questions(rows.train, policy.tokenizer, settings.data, settings.seed)
-    asked = [question.ids for question in with_room(every, [policy], args.response_length)]
+    asked = questions(rows.train, policy.tokenizer, settings.data, settings.seed)
+    asked = with_room(asked, [policy], args.response_length)
+    reward.check_columns(columns_of(asked))
     asked, validation = hold_back(asked, args.eval_samples, len(asked) - batch, settings.seed)
     if not validation:
         why = f"a batch of {batch} takes all {len(asked)} prompts, so none are held back as validation prompts"
@@ -75,8 +76,8 @@ def run(settings: Settings, out: RunDir) -> None:
             policy.model,
             None,  # the reference is the policy as it is now
             reward,
-            asked,
-            eval_dataset=validation or None,
+            _prompts(asked),
+            eval_dataset=_prompts(validation) or None,
             peft_config=adapter,
             ptx_dataset=documents(pretraining.train, policy.tokenizer) if args.ptx_coef else None,
         )
@@ -98,15 +99,15 @@ def run(settings: Settings, out: RunDir) -> None:
 
 
 def hold_back(
-    asked: Sequence[list[int]], most: int | None, spare: int, seed: int
-) -> tuple[list[list[int]], list[list[int]]]:
+    asked: Sequence[Question], most: int | None, spare: int, seed: int
+) -> tuple[list[Question], list[Question]]:
     """Split training prompts into those that PPO learns from and validation prompts, by which policies are chosen.
 
     About `most` prompts are held back, at most about a tenth, and never more than `spare`. Prompts with the same tokens
     stay together. The test split is left to stage=evaluate, so that nothing is chosen on the prompts that it reports.
     """
     count = min(most or len(asked), -(-len(asked) // 10))
-    repeats = Counter(map(tuple, asked))
+    repeats = Counter(tuple(question.ids) for question in asked)
     order = sorted(repeats)
     random.Random(f"validation {seed}").shuffle(order)
     held: set[tuple[int, ...]] = set()
@@ -115,7 +116,14 @@ def hold_back(
         if rows < count and rows + repeats[prompt] <= spare:
             held.add(prompt)
             rows += repeats[prompt]
-    return [ids for ids in asked if tuple(ids) not in held], [ids for ids in asked if tuple(ids) in held]
+    return [q for q in asked if tuple(q.ids) not in held], [q for q in asked if tuple(q.ids) in held]
+
+
+def _prompts(asked: Sequence[Question]) -> list[Any]:
+    """Prompts as the trainer takes them: token ids, in rows where they have other columns."""
+    if not any(question.columns for question in asked):
+        return [question.ids for question in asked]
+    return [{**q.columns, "input_ids": q.ids, "attention_mask": [1] * len(q.ids)} for q in asked]
 
 
 def _save(trainer: PPOTrainer, folder: Path) -> None:

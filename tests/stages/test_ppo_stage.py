@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rlhf_pipeline.data import begun_by, load_data
+from rlhf_pipeline.data.tokenization import Question
 from rlhf_pipeline.files import read_jsonl
 from rlhf_pipeline.ppo import PPOTrainer
 from rlhf_pipeline.stages.ppo import hold_back
@@ -122,18 +123,18 @@ def test_policies_are_chosen_by_prompts_that_neither_ppo_nor_evaluate_uses(
 
 
 def test_validation_prompts_are_held_back_from_training() -> None:
-    asked = [[n % 50, 7] for n in range(1000)]  # 50 prompts, each 20 times
+    asked = [Question("", [n % 50, 7]) for n in range(1000)]  # 50 prompts, each 20 times
     learnt, validation = hold_back(asked, 60, 900, seed=0)
     assert len(validation) == 60
     assert len(learnt) == 940
-    assert not {tuple(ids) for ids in learnt} & {tuple(ids) for ids in validation}
+    assert not {tuple(q.ids) for q in learnt} & {tuple(q.ids) for q in validation}
     assert hold_back(asked, 60, 900, seed=0) == (learnt, validation)
     assert hold_back(asked, 60, 900, seed=1)[1] != validation
     assert len(hold_back(asked, None, 900, seed=0)[1]) == 100  # a tenth
     assert len(hold_back(asked, 5, 900, seed=0)[1]) == 20  # a prompt is on one side
     assert hold_back(asked, 60, 19, seed=0) == (asked, [])  # the others would not fill a batch
-    assert hold_back([[1], [2], [3]], 60, 1, seed=0)[1]
-    assert hold_back([[1]] * 9, 60, 8, seed=0) == ([[1]] * 9, [])
+    assert hold_back([Question("", [n]) for n in range(3)], 60, 1, seed=0)[1]
+    assert hold_back(asked[:1] * 9, 60, 8, seed=0) == (asked[:1] * 9, [])
 
 
 def test_without_validation_prompts_the_run_says_what_it_is_judged_by(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,20 @@ from rlhf_pipeline.models import rewards
 from rlhf_pipeline.models.policies import train_tokenizer
 
 TEXTS = ["a good film", "a bad film", "这是一部很好的电影", "not good, not bad: 42"]
+LENGTH: dict[str, Any] = {"name": "length"}
 
 
 def built(name: str, **options: object) -> rewards.Reward:
     return rewards.load_reward({"name": name, **options}, None)[0]
 
 
-def file_of(folder: Path, source: str) -> str:
+def own(folder: Path, source: str, **options: object) -> rewards.Reward:
+    """A function `f` of one's own."""
     (folder / "mine.py").write_text(source)
-    return f"{folder}/mine.py"
+    return built("python", path=f"{folder}/mine.py:f", **options)
 
 
-def save_classifier(folder: Path, labels: dict[int, str] | None = None, **options: Any) -> Path:
+def save_classifier(folder: Path, labels: dict[int, str] | None = None) -> Path:
     """A tiny GPT-2 with a random head, so that every text gets a number of its own."""
     import torch
     from transformers import GPT2Config, GPT2ForSequenceClassification
@@ -34,63 +37,85 @@ def save_classifier(folder: Path, labels: dict[int, str] | None = None, **option
     classes = {"id2label": labels, "label2id": {n: i for i, n in labels.items()}} if labels else {"num_labels": 1}
     shape = {"vocab_size": len(tokenizer), "n_positions": 64, "n_layer": 1, "n_embd": 16, "n_head": 2, **classes}
     ids = {"pad_token_id": 1, "eos_token_id": 0}
-    model = GPT2ForSequenceClassification(GPT2Config(**shape, **ids, initializer_range=0.2, **options))
-    model.save_pretrained(folder)
+    GPT2ForSequenceClassification(GPT2Config(**shape, **ids, initializer_range=0.2)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A classifier of two classes."""
-    return str(save_classifier(tmp_path_factory.mktemp("classifier"), {0: "NEGATIVE", 1: "POSITIVE"}))
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A classifier of two classes, and a model of one score."""
+    classes = {"classifier": {0: "NEGATIVE", 1: "POSITIVE"}, "preference_model": None}
+    return {name: str(save_classifier(tmp_path_factory.mktemp(name), labels)) for name, labels in classes.items()}
 
 
-# Rules
+@pytest.mark.parametrize(
+    ("choice", "answers", "expected"),
+    [
+        ({"name": "keywords", "words": ["good", "fine"]}, ["good good", "a fine and good film", ""], [1, 2, 0]),
+        ({"name": "repetition", "n": 1}, ["good good good good", "a fine film", ""], [-0.75, 0, 0]),
+        ({"name": "repetition", "n": 2}, ["好吃好吃好吃"], [2 / 5 - 1]),  # a Chinese character is a word
+        ({"name": "length", "target": 5}, ["good good good good", "a fine and good film", ""], [-0.2, 0, -1]),
+        ({"name": "length", "target": 4}, ["很好看的", "very good to see"], [0, 0]),
+        ({"name": "regex", "pattern": r"(?i)\bgo+d\b", "probes": ["good", ""]}, ["Good, good", "goods"], [2, 0]),
+        ({"name": "length", "target": 1}, ["one"], [0]),
+        ({"name": "repetition", "n": 7}, ["one"], [0]),
+        ({"name": "keywords", "words": ["好"]}, ["好 C++"], [1]),
+        ({"name": "keywords", "words": ["c++", "(a|b)"]}, ["好 C++"], [1]),
+    ],
+)
+def test_rules(choice: dict[str, Any], answers: list[str], expected: list[float]) -> None:
+    """Building one checks that it tells its own probes apart."""
+    assert built(**choice)([""] * len(answers), answers) == pytest.approx(expected)
 
 
-def test_rules() -> None:
-    answers = ["good good good good", "a fine and good film", ""]
-    assert built("keywords", words=["good", "fine"])([""] * 3, answers) == [1.0, 2.0, 0.0]
-    assert built("repetition", n=1)([""] * 3, answers) == [-0.75, 0.0, 0.0]
-    assert built("length", target=5)([""] * 3, answers) == [-0.2, 0.0, -1.0]
-    assert built("regex", pattern=r"(?i)\bgo+d\b", probes=answers)([""] * 2, ["Good, good", "goods"]) == [2.0, 0.0]
-    toy = built("toy_sentiment")
-    good, bad = toy(["I saw this film last week."] * 2, [" The story was wonderful.", " The story was never clever."])
+def test_the_truth_about_toy_reviews() -> None:
+    said = [" The story was wonderful.", " The story was never clever."]
+    good, bad = built("toy_sentiment")(["I saw this film last week."] * 2, said)
     assert good > 0.5 > bad
 
 
-def test_a_chinese_character_is_a_word() -> None:
-    assert built("length", target=4)(["", ""], ["很好看的", "very good to see"]) == [0.0, 0.0]
-    assert built("repetition", n=2)([""], ["好吃好吃好吃"]) == [pytest.approx(2 / 5 - 1)]
+REFUSED: dict[str, dict[str, Any]] = {
+    r"reward\.pattern='a\(b' is no regular expression: .* at position 1": {"name": "regex", "pattern": "a(b"},
+    r"reward\.target is 0; reward=length takes a whole number of at least 1": {"name": "length", "target": 0},
+    r"reward\.n is 0; reward=repetition takes a whole number of at least 1": {"name": "repetition", "n": 0},
+    r"reward\.words is \[\]; it takes one word or more": {"name": "keywords", "words": []},
+    r"reward=keywords needs a field 'words'": {"name": "keywords"},
+    "has no field 'wrds'. Did you mean 'words'": {"name": "keywords", "wrds": ["a"]},
+}
+REFUSED_PARTS: dict[str, list[dict[str, Any]]] = {
+    r"^reward\.parts is empty": [],
+    r"^reward\.parts\[1\]: no reward is called 'lenght'\. Did you mean 'length'": [LENGTH, {"name": "lenght"}],
+    r"^reward\.parts\[1\]: reward=length has no field 'traget'\. Did you": [LENGTH, {**LENGTH, "traget": 3}],
+    r"^reward\.parts\[0\]: reward\.target is 'x'": [{**LENGTH, "target": "x"}],
+    r"^reward\.parts\[0\]: weight is 'much'; it takes a number": [{**LENGTH, "weight": "much"}],
+    r"^reward\.parts\[0\]: weight is inf; it takes a number": [{**LENGTH, "weight": math.inf}],
+    r"^reward\.parts\[1\]: reward=keywords needs a field 'words'": [LENGTH, {"name": "keywords"}],
+    r"^reward\.parts\[0\]: reward\.parts\[1\]: no reward is": [{"name": "ensemble", "parts": [LENGTH, {"name": "x"}]}],
+}
+REFUSED |= {message: {"name": "sum", "parts": parts} for message, parts in REFUSED_PARTS.items()}
 
 
-def test_rules_that_cannot_be_are_refused_before_anything_is_loaded() -> None:
-    cases: dict[str, dict[str, object]] = {
-        r"reward\.pattern='a\(b' is no regular expression: .* at position 1": {"name": "regex", "pattern": "a(b"},
-        r"reward\.target is 0; it takes at least 1": {"name": "length", "target": 0},
-        r"reward\.n is 0; it takes at least 1": {"name": "repetition", "n": 0},
-        r"reward\.words is \[\]; it takes one word or more": {"name": "keywords", "words": []},
-        r"reward=keywords needs a field 'words'": {"name": "keywords"},
-        "has no field 'wrds'. Did you mean 'words'": {"name": "keywords", "wrds": ["a"]},
-    }
-    for message, choice in cases.items():
-        with pytest.raises(UserError, match=message):
-            rewards.check_choice(choice)
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_cannot_be_is_refused_before_anything_is_loaded(message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        rewards.check_choice(REFUSED[message])
 
 
 # Functions of one's own
 
 
-def test_a_function_of_ones_own(tmp_path: Path) -> None:
-    path = file_of(tmp_path, "def short(prompts, completions):\n    return [-len(c) for c in completions]\n")
-    assert built("python", path=f"{path}:short")(["a"], ["four"]) == [-4.0]
-    with pytest.raises(UserError, match=r"has no function 'shrot'\. Did you mean 'short'\? It has: short\."):
-        built("python", path=f"{path}:shrot")
-    with pytest.raises(UserError, match=r"raised FileNotFoundError: .*No such file.*nowhere\.py"):
-        built("python", path="nowhere.py:f")
-    with pytest.raises(UserError, match="names no function; write it as"):
-        built("python", path=path)
+def test_a_function_is_found_by_its_path(tmp_path: Path) -> None:
+    assert own(tmp_path, "def f(prompts, completions):\n    return [-len(c) for c in completions]\n")(
+        ["a"], ["four"]
+    ) == [-4.0]
+    for path, message in {
+        f"{tmp_path}/mine.py:ff": r"has no function 'ff'\. Did you mean 'f'\? It has: f\.",
+        "nowhere.py:f": r"raised FileNotFoundError: .*No such file.*nowhere\.py",
+        f"{tmp_path}/mine.py": "names no function; write it as",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            built("python", path=path)
 
 
 def test_a_function_of_a_package_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,12 +126,12 @@ def test_a_function_of_a_package_in_the_current_folder(tmp_path: Path, monkeypat
         "from kindness_rewards.words import KIND\n"
         "def kind(prompts, completions):\n    return (sum(w in c.lower() for w in KIND) for c in completions)\n"
     )
+    (package / "broken.py").write_text("\nimport nowhere_to_be_found\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", [p for p in __import__("sys").path if p])
+    monkeypatch.setattr("sys.path", [p for p in sys.path if p])
     assert built("python", path="kindness_rewards.rules:kind")(["", ""], ["Thank you", "no"]) == [1.0, 0.0]
     with pytest.raises(UserError, match=r"raised ModuleNotFoundError: No module named 'kindness_rewards\.rulez'\.$"):
         built("python", path="kindness_rewards.rulez:kind")
-    (package / "broken.py").write_text("\nimport nowhere_to_be_found\n")
     with pytest.raises(UserError, match=r"raised ModuleNotFoundError: .*nowhere_to_be_found' \(.*broken.py, line 2\)"):
         built("python", path="kindness_rewards.broken:kind")
 
@@ -116,7 +141,7 @@ def test_a_file_may_have_the_name_of_a_module(tmp_path: Path) -> None:
 
     (tmp_path / "random.py").write_text("def f(p, c):\n    return [len(x) for x in c]\n")
     assert built("python", path=f"{tmp_path}/random.py:f")([""], ["ab"]) == [2.0]
-    assert __import__("sys").modules["random"] is random
+    assert sys.modules["random"] is random
 
 
 @pytest.mark.parametrize(
@@ -124,10 +149,7 @@ def test_a_file_may_have_the_name_of_a_module(tmp_path: Path) -> None:
     [
         ("def f(p, c)\n    return []\n", r"raised SyntaxError: expected ':' \(.*mine.py, line 1\)\."),
         ("import sys\nsys.exit(3)\n", r"raised SystemExit: 3 \(.*mine.py, line 2\)"),
-        (
-            "def f(p, c):\n    return [1 / len(x) for x in c]\n",
-            r"ZeroDivisionError: .* \(.*mine.py, line 2\).*tried on",
-        ),
+        ("def f(p, c):\n    return [1 / len(x) for x in c]\n", r"ZeroDivisionError: .*mine.py, line 2\).*tried on"),
         ("def f(p, c):\n    for x in c:\n        yield {}[x]\n", r"raised KeyError: .* \(.*mine.py, line 3\)"),
         ("import json\ndef f(p, c):\n    return json.loads('{')\n", r"JSONDecodeError: .* \(.*mine.py, line 3\)"),
         ("def f(p, c):\n    pass\n", r"must give a list of numbers: it gave None\. It was tried on"),
@@ -142,62 +164,16 @@ def test_a_file_may_have_the_name_of_a_module(tmp_path: Path) -> None:
         ),
         ("def f(c):\n    return [1.0]\n", r"mine.py:f takes \(c\), and .*write def f\(prompts, completions\)"),
         (
-            "def f(completions, ground_truth, **kwargs):\n    return [1.0]\n",
-            r"mine.py:f takes \(completions, ground_truth, \*\*kwargs\), and there are prompts and completions alone",
-        ),
-        (
             "def f(completions, completion_ids, **kwargs):\n    return [len(x) for x in completion_ids]\n",
             r"raised TypeError: .*NoneType.* \(.*mine.py, line 2\)",
         ),
         ("import torch\ndef f(p, c):\n    return torch.ones(len(c), 2)\n", r"must give a list of numbers"),
     ],
 )
-def test_what_goes_wrong_in_a_function_of_ones_own_is_said_with_its_line(
-    tmp_path: Path, source: str, said: str
-) -> None:
+def test_a_fault_in_a_function_is_one_line_that_names_its_place(tmp_path: Path, source: str, said: str) -> None:
     with pytest.raises(UserError, match=said) as refused:
-        built("python", path=file_of(tmp_path, source) + ":f")
-    assert "\n" not in str(refused.value)
-    assert "rewards.py" not in str(refused.value)
-    assert "user_function.py" not in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "def f(completions, **kwargs):\n    return [float(len(x)) for x in completions]\n",
-        "def f(completions, prompts):\n    return [float(len(x)) for x in completions]\n",
-        "def f(completions, prompts=None, weight=1.0):\n    return (weight * len(x) for x in completions)\n",
-        "def f(prompts, completions, completion_ids, **kwargs):\n    return [float(len(x)) for x in completions]\n",
-        "def f(prompts, **kwargs):\n    return [float(len(x)) for x in kwargs['completions']]\n",
-        "async def f(completions, **kwargs):\n    return [float(len(x)) for x in completions]\n",
-        "def f(completions, **kwargs):\n    return [float(len(x[0]['content'])) for x in completions]\n",
-        "def f(prompts, completions, **kw):\n    return [len(x[-1].get('content')) for x in completions]\n",
-        "def f(texts, answers):\n    return [float(len(x)) for x in answers]\n",
-        "def f(texts, answers, /):\n    return [float(len(x)) for x in answers]\n",
-        "def f(*texts):\n    return [float(len(x)) for x in texts[1]]\n",
-        "class F:\n    def __call__(self, completions, **kw):\n        return [len(x) for x in completions]\nf = F()\n",
-    ],
-)
-def test_a_function_may_be_written_for_grpo_and_rloo(tmp_path: Path, source: str) -> None:
-    reward = built("python", path=file_of(tmp_path, source) + ":f")
-    assert reward(["a prompt", "another one"], ["four", "sixsix"]) == [4.0, 6.0]
-
-
-def test_a_conversational_grpo_function_may_meet_an_empty_answer_first(tmp_path: Path) -> None:
-    source = "def f(completions, **kwargs):\n    return [float(len(c[0]['content'])) for c in completions]\n"
-    assert built("python", path=file_of(tmp_path, source) + ":f")(["p", "p"], ["", "abc"]) == [0.0, 3.0]
-
-
-def test_a_grpo_function_sees_prompts_too(tmp_path: Path) -> None:
-    plain = "def f(completions, prompts):\n    return [float(p[-1] == c[0]) for p, c in zip(prompts, completions)]\n"
-    talk = (
-        "def f(prompts, completions, **kw):\n"
-        "    return [len(p[-1]['content']) + len(c[0]['content']) for p, c in zip(prompts, completions)]\n"
-    )
-    probes = [" x", "y"]
-    assert built("python", path=file_of(tmp_path, plain) + ":f", probes=probes)(["ab"] * 2, ["b", "a"]) == [1.0, 0.0]
-    assert built("python", path=file_of(tmp_path, talk) + ":f")(["ab"] * 2, ["b", "abc"]) == [3.0, 5.0]
+        own(tmp_path, source)
+    assert not any(other in str(refused.value) for other in ("\n", "rewards.py", "user_function.py"))
 
 
 def test_what_a_function_raises_later_is_said_too(tmp_path: Path) -> None:
@@ -205,11 +181,89 @@ def test_what_a_function_raises_later_is_said_too(tmp_path: Path) -> None:
         "from rlhf_pipeline.errors import UserError\ndef f(p, c):\n    if c == ['later']:\n        raise OSError('the"
         " judge is away')\n    if c == ['mine']:\n        raise UserError('said well')\n    return map(len, c)\n"
     )
-    reward = built("python", path=file_of(tmp_path, source) + ":f")
+    reward = own(tmp_path, source)
     with pytest.raises(UserError, match=r"^reward=python .*:f raised OSError: the judge is away \(.*mine.py, line 4\)"):
         reward(["a"], ["later"])
     with pytest.raises(UserError, match=r"^said well$"):
         reward(["a"], ["mine"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "score"),
+    [
+        ("completions, **kwargs", "len(x) for x in completions"),
+        ("completions, prompts", "len(x) for x in completions"),
+        ("completions, prompts=None, weight=1.0", "weight * len(x) for x in completions"),
+        ("prompts, completions, completion_ids, **kwargs", "len(x) for x in completions"),
+        ("prompts, **kwargs", "len(x) for x in kwargs['completions']"),
+        ("completions, **kwargs", "len(x[0]['content']) for x in completions"),
+        ("prompts, completions, **kw", "len(x[-1].get('content')) for x in completions"),
+        ("texts, answers", "len(x) for x in answers"),
+        ("texts, answers, /", "len(x) for x in answers"),
+        ("*texts", "len(x) for x in texts[1]"),
+        (
+            "prompts, completions, **k",
+            "len(p[-1]['content'] + x[0]['content']) - 8 for p, x in zip(prompts, completions)",
+        ),
+        ("completions, prompts", "len(p + x) - 8 for p, x in zip(prompts, completions)"),
+    ],
+)
+def test_a_function_may_be_written_for_grpo_and_rloo(tmp_path: Path, arguments: str, score: str) -> None:
+    for source in (
+        f"def f({arguments}):\n    return [float(x) for x in ({score})]\n",
+        f"async def f({arguments}):\n    return [{score}]\n",
+        f"class F:\n    def __call__(self, {arguments}):\n        return ({score})\nf = F()\n",
+    ):
+        assert own(tmp_path, source)(["a prompt", "a phrase"], ["four", "sixsix"]) == [4.0, 6.0]
+
+
+def test_a_conversational_grpo_function_may_meet_an_empty_answer_first(tmp_path: Path) -> None:
+    source = "def f(completions, **kwargs):\n    return [float(len(c[0]['content'])) for c in completions]\n"
+    assert own(tmp_path, source)(["p", "p"], ["", "abc"]) == [0.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "score"),
+    [
+        ("prompts, completions, answer", "float(a in c) for a, c in zip(answer, completions)"),
+        ("p, c, answer, other=None", "other is None and a in x for a, x in zip(answer, c)"),
+        ("completions, answer, **more", "a in c and n for a, c, n in zip(answer, completions, more['n'])"),
+        ("completions, *, answer, n=()", "a in c[0]['content'] and m for a, c, m in zip(answer, completions, n)"),
+    ],
+)
+def test_a_function_gets_the_columns_that_it_names(tmp_path: Path, arguments: str, score: str) -> None:
+    reward = own(tmp_path, f"def f({arguments}):\n    return [{score}]\n")
+    assert reward(["12 + 7 ="] * 2, [" 19", " 5"], answer=["19", "4"], n=[1, 1]) == [1.0, 0.0]
+    with pytest.raises(UserError, match=r"mine.py:f needs the column answer; .* the data has none\."):
+        reward(["12 + 7 ="], [" 19"])
+    with pytest.raises(UserError, match=r"needs the column answer; .* the data has key, id\."):
+        reward.check_columns(["key", "id"])
+
+
+def test_columns_may_have_any_name(tmp_path: Path) -> None:
+    columns = {key: [1] for key in ("self", "prompts", "completions", "answers", "p", "c", "function", "row")}
+    source = "def f(p, c, answers, **more):\n    return [a + len(more) + len(x) for a, x in zip(answers, c)]\n"
+    part = {"name": "python", "path": f"{tmp_path}/mine.py:f"}
+    assert own(tmp_path, source)([""], ["abc"], **columns) == [1 + 5 + 3]
+    assert built("sum", parts=[part, {"name": "length", "target": 1}])([""], ["a"], **columns) == [1 + 5 + 1]
+    assert built("exact", column="answers")([""], ["1"], **columns) == [1]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "column", "answers", "expected"),
+    [
+        (None, ["19", " 19\n", 19, "9"], [" 19", "19 ", "19", "19"], [1, 1, 1, 0]),
+        ("#### (.+)", ["1 + 2\n#### 3", "4", "5"], ["#### 1\n#### 3", "4", "so #### 5 "], [1, 0, 1]),
+        (r"-?\d+", ["-7", "8"], ["It is -7.", "I do not know."], [1, 0]),
+    ],
+)
+def test_exact_answers(pattern: str | None, column: list[Any], answers: list[str], expected: list[float]) -> None:
+    reward = built("exact", column="key", pattern=pattern)
+    assert reward(["?"] * len(answers), answers, key=column, other=column) == expected
+    with pytest.raises(UserError, match="a row has nothing in its column key"):
+        reward(["?"], ["19"], key=[None])
+    with pytest.raises(UserError, match="is no regular expression"):
+        rewards.check_choice({"name": "exact", "pattern": "("})
 
 
 # The self-test
@@ -223,43 +277,27 @@ def test_a_reward_that_is_not_a_number_for_each_is_refused() -> None:
 
 
 def test_a_reward_that_is_always_the_same_is_refused(tmp_path: Path) -> None:
-    path = file_of(tmp_path, "def f(p, c):\n    return [float('zymurgy' in x) for x in c]\n") + ":f"
+    (tmp_path / "mine.py").write_text("def f(p, c):\n    return [float('zymurgy' in x) for x in c]\n")
     said = r"gave 0 for all of 11 texts \(\['Could you pl.*reward\.probes=\['\.\.\.', '\.\.\.'\]\.$"
-    for choice in ({"name": "python", "path": path}, {"name": "regex", "pattern": "zymurgy"}):
+    for choice in ({"name": "python", "path": f"{tmp_path}/mine.py:f"}, {"name": "regex", "pattern": "zymurgy"}):
         with pytest.raises(UserError, match=said) as refused:
             rewards.load_reward(choice, None)
         assert "\n" not in str(refused.value)
-        with pytest.raises(UserError, match="gave 0 for all of 2 texts"):
-            rewards.load_reward({**choice, "probes": ["beer", "wine"]}, None)
-        with pytest.raises(UserError, match="gave 0 for all of 1 texts"):
-            rewards.load_reward({**choice, "probes": ["beer"]}, None)
+        for probes in (["beer", "wine"], ["beer"]):
+            with pytest.raises(UserError, match=f"gave 0 for all of {len(probes)} texts"):
+                rewards.load_reward({**choice, "probes": probes}, None)
         found, _ = rewards.load_reward({**choice, "probes": ["the zymurgy of beer", "wine"]}, None)
         assert found(["", ""], ["zymurgy", ""]) == [1.0, 0.0]
 
 
-def test_usual_functions_need_no_probes(tmp_path: Path) -> None:
-    bodies = {
-        "polite": "float('please' in x.lower())",
-        "long": "len(x)",
-        "chinese": "sum('一' <= y <= '鿿' for y in x)",
-        "code": "float('return' in x)",
-        "calm": "-float('!' in x)",
-        "digits": "sum(y.isdigit() for y in x)",
-        "various": "len(set(x.split())) / max(len(x.split()), 1)",
-        "positive": "float('wonderful' in x or 'great' in x)",
-    }
-    source = "".join(f"def {name}(p, c):\n    return [{body} for x in c]\n" for name, body in bodies.items())
-    path = file_of(tmp_path, source)
-    for name in bodies:
-        assert built("python", path=f"{path}:{name}").probes == rewards.PROBES
-
-
-def test_every_rule_tells_its_own_probes_apart() -> None:
-    words = [["好"], ["c++", "(a|b)"]]
-    choices = [{"name": "length", "target": 1}, {"name": "repetition", "n": 7}, {"name": "toy_sentiment"}]
-    for options in [*choices, *({"name": "keywords", "words": some} for some in words)]:
-        reward = built(**options)
-        assert len(set(reward([""] * len(reward.probes), reward.probes))) > 1
+@pytest.mark.parametrize(
+    "body",
+    ["float('please' in x.lower())", "len(x)", "sum('一' <= y <= '鿿' for y in x)", "float('return' in x)",
+     "-float('!' in x)", "sum(y.isdigit() for y in x)", "len(set(x.split())) / max(len(x.split()), 1)",
+     "float('wonderful' in x or 'great' in x)"],
+)  # fmt: skip
+def test_usual_functions_need_no_probes(tmp_path: Path, body: str) -> None:
+    assert own(tmp_path, f"def f(p, c):\n    return [{body} for x in c]\n").probes == rewards.PROBES
 
 
 # Sums
@@ -279,60 +317,70 @@ def test_a_sum_weighs_its_parts() -> None:
 def test_the_command_line_takes_the_parts_of_a_sum() -> None:
     parts = "[{name: keywords, words: [great], weight: 1.0}, {name: length, target: 12, weight: 0.5}]"
     choice = settings_of("stage=ppo", "reward=sum", f"reward.parts={parts}").reward
-    shipped = settings_of("stage=ppo", "reward=sum").reward
-    rewards.check_choice(choice)
     assert rewards.load_reward(choice, None)[0](["It was"], [" great"]) == [pytest.approx(1 - 0.5 * 11 / 12)]
-    rewards.check_choice(shipped)
-    assert rewards.trained_part(shipped)["name"] == "classifier"
+    assert rewards.trained_part(settings_of("stage=ppo", "reward=sum").reward)["name"] == "classifier"
 
 
-def test_what_is_wrong_in_a_part_is_said_with_its_number(tmp_path: Path) -> None:
-    length = {"name": "length"}
-    early: dict[str, list[dict[str, Any]]] = {
-        r"^reward\.parts is empty": [],
-        r"^reward\.parts\[1\]: no reward is called 'lenght'\. Did you mean 'length'": [length, {"name": "lenght"}],
-        r"^reward\.parts\[1\]: reward=length has no field 'traget'\. Did you": [length, {**length, "traget": 3}],
-        r"^reward\.parts\[0\]: reward\.target is 'x'": [{**length, "target": "x"}],
-        r"^reward\.parts\[0\]: weight is 'much'; it takes a number": [{**length, "weight": "much"}],
-        r"^reward\.parts\[0\]: weight is inf; it takes a number": [{**length, "weight": math.inf}],
-        r"^reward\.parts\[1\]: reward=keywords needs a field 'words'": [length, {"name": "keywords"}],
-        r"^reward\.parts\[0\]: reward\.parts\[1\]: no reward is called 'x'": [
-            {"name": "sum", "parts": [length, {"name": "x"}]}
-        ],
-    }
-    for message, parts in early.items():
-        with pytest.raises(UserError, match=message):
-            rewards.check_choice({"name": "sum", "parts": parts})
-    with pytest.raises(UserError, match=r"^reward\.parts\[1\]: reward=regex gave 0 for all of 11 texts"):
-        built("sum", parts=[length, {"name": "regex", "pattern": "zymurgy"}])
-    with pytest.raises(NotFinishedError, match=r"^reward\.parts\[0\]: reward=classifier has no model yet"):
-        built("sum", parts=[{"name": "classifier"}])
-    with pytest.raises(UserError, match=r"gave 0 for all of 2 texts"):
-        built("sum", parts=[{**length, "weight": 0}])
+def test_a_part_that_cannot_be_loaded_is_named() -> None:
+    for error, message, parts in (
+        (UserError, r"^reward\.parts\[1\]: reward=regex gave 0 for all", [LENGTH, {"name": "regex", "pattern": "zzz"}]),
+        (NotFinishedError, r"^reward\.parts\[0\]: reward=classifier has no model yet", [{"name": "classifier"}]),
+        (UserError, r"gave 0 for all of 3 texts", [{**LENGTH, "weight": 0}]),
+    ):
+        with pytest.raises(error, match=message):
+            built("sum", parts=parts)
 
 
-def test_a_sum_uses_the_runs_trained_reward(folder: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "expected"), [("mean", [1.5, 0.5]), ("min", [1.0, 0.0]), ("mean_minus_std", [0.5, -0.5])]
+)
+def test_an_ensemble_trusts_no_part_alone(mode: str, expected: list[float], folders: dict[str, str]) -> None:
+    parts = [{"name": "keywords", "words": [word]} for word in ("great", "good")]
+    given = "reward.parts=[{name: keywords, words: [great]}, {name: keywords, words: [good], weight: 2}]"
+    choice = settings_of("stage=ppo", "reward=ensemble", given, f"reward.mode={mode}", "reward.coef=2").reward
+    reward, name = rewards.load_reward(choice, None)
+    assert reward(["", ""], ["good and great", "great"]) == expected
+    assert name == f"{mode} of 1 x keywords, 2 x keywords"
+    assert built("ensemble", parts=parts).neutral == 0.5
+    its_run = {"name": "ensemble", "mode": mode, "parts": [{"name": "preference_model"}, parts[0]]}
+    trained, _ = rewards.load_reward(its_run, Path(folders["preference_model"]))
+    assert trained.parts == [folders["preference_model"], "keywords"]
+
+
+def test_parts_get_the_columns_that_they_need(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def f(p, c, n):\n    return n\n")
+    part = {"name": "python", "path": f"{tmp_path}/mine.py:f"}
+    reward = built("sum", parts=[{**part, "weight": 2}, {"name": "length", "target": 1}])
+    assert reward([""], ["a"], n=[3], other=[1]) == [6.0]
+    with pytest.raises(UserError, match="needs the column n;"):
+        reward([""], ["a"])
+
+
+def test_a_sum_uses_the_runs_trained_reward(folders: dict[str, str]) -> None:
     parts = [{"name": "classifier", "weight": 0.5}, {"name": "length", "target": 3}]
-    reward, _ = rewards.load_reward({"name": "sum", "parts": parts}, Path(folder))
-    alone = built("classifier", path=folder)
+    reward, _ = rewards.load_reward({"name": "sum", "parts": parts}, Path(folders["classifier"]))
+    alone = built("classifier", path=folders["classifier"])
     assert reward([""], ["a good film"]) == [pytest.approx(0.5 * alone([""], ["a good film"])[0])]
 
 
 def test_whose_model_a_sum_waits_for() -> None:
-    hub, own = {"name": "imdb_sentiment"}, {"name": "classifier"}
+    hub, mine = {"name": "imdb_sentiment"}, {"name": "classifier"}
     assert rewards.trained_part(hub) is hub
-    assert rewards.trained_part({"name": "sum", "parts": [{"name": "length"}, hub, own]}) is own
-    assert rewards.trained_part({"name": "sum", "parts": [{**own, "path": "x"}, hub]}) is hub
-    assert rewards.trained_part({"name": "sum", "parts": [{"name": "sum", "parts": [own]}]}) is own
+    for parts, waits in (
+        ([LENGTH, hub, mine], mine),
+        ([{**mine, "path": "x"}, hub], hub),
+        ([{"name": "sum", "parts": [mine]}], mine),
+    ):
+        assert rewards.trained_part({"name": "sum", "parts": parts}) is waits
 
 
 # Classifiers
 
 
-def test_a_reward_without_a_model_says_what_to_do() -> None:
-    for name in ("classifier", "preference_model"):
-        with pytest.raises(NotFinishedError, match=r"run stage=reward first, or give reward\.path="):
-            built(name)
+@pytest.mark.parametrize("name", ["classifier", "preference_model"])
+def test_a_reward_without_a_model_says_what_to_do(name: str) -> None:
+    with pytest.raises(NotFinishedError, match=r"run stage=reward first, or give reward\.path="):
+        built(name)
 
 
 def test_classes_go_by_name() -> None:
@@ -343,9 +391,9 @@ def test_classes_go_by_name() -> None:
 
 
 @pytest.mark.parametrize("name", ["classifier", "imdb_sentiment", "dianping_sentiment"])
-def test_label_scale_and_what_is_read(folder: str, name: str) -> None:
+def test_label_scale_and_what_is_read(folders: dict[str, str], name: str) -> None:
     def scores(**options: object) -> list[float]:
-        return built(name, path=folder, **options)(["a bad ", "a good "], ["film", "film"])
+        return built(name, path=folders["classifier"], **options)(["a bad ", "a good "], ["film", "film"])
 
     assert scores(text="response")[0] == scores(text="response")[1]
     logits = {label: scores(text="prompt_response", label=label) for label in ("positive", "negative")}
@@ -359,14 +407,12 @@ def test_label_scale_and_what_is_read(folder: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["classifier", "preference_model"])
-def test_which_end_of_a_long_text_is_cut_off(tmp_path: Path, name: str) -> None:
-    path = save_classifier(tmp_path, {0: "NEGATIVE", 1: "POSITIVE"} if name == "classifier" else None)
+def test_which_end_of_a_long_text_is_cut_off(folders: dict[str, str], name: str) -> None:
     start, end = "a bad film, not good: 42 ", " not bad, a good film"
     whole = start + "film " * 40 + end
 
-    def scores(*texts: str, **options: object) -> list[float]:
-        reward = built(name, path=str(path), max_length=8, **options)
-        return reward([""] * len(texts), list(texts))
+    def scores(string: str, **options: object) -> list[float]:
+        return built(name, path=folders[name], max_length=8, **options)([""], [string])
 
     first, last = scores(whole, truncation_side="right"), scores(whole, truncation_side="left")
     assert first != last
@@ -379,62 +425,56 @@ def test_which_end_of_a_long_text_is_cut_off(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["classifier", "preference_model"])
-def test_scores_do_not_depend_on_the_batch_size(tmp_path: Path, name: str) -> None:
-    path = save_classifier(tmp_path, {0: "NEGATIVE", 1: "POSITIVE"} if name == "classifier" else None)
+def test_scores_do_not_depend_on_the_batch_size(folders: dict[str, str], name: str) -> None:
     texts = [text * count for count in (1, 2, 7) for text in TEXTS] + [""]
-    prompts = ["A film: "] * len(texts)
-    found = [built(name, path=str(path), batch_size=size)(prompts, texts) for size in (1, 3, 64)]
+    found = [built(name, path=folders[name], batch_size=size)(["A film: "] * len(texts), texts) for size in (64, 1, 3)]
     assert len(set(found[0])) == len(texts)
-    assert found[1] == pytest.approx(found[0], abs=1e-5)
-    assert found[2] == pytest.approx(found[0], abs=1e-5)
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], abs=1e-5)
 
 
-def test_a_model_that_names_no_pad_token_judges_a_batch(tmp_path: Path) -> None:
+def test_a_model_that_names_no_pad_token_judges_a_batch(tmp_path: Path, folders: dict[str, str]) -> None:
     save_classifier(tmp_path, {0: "NEGATIVE", 1: "POSITIVE"})
-    expected = built("classifier", path=str(tmp_path))([""] * 4, TEXTS)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "pad_token_id": None}))
-    assert built("classifier", path=str(tmp_path))([""] * 4, TEXTS) == pytest.approx(expected, abs=1e-5)
+    found, expected = (
+        built("classifier", path=str(path))([""] * 4, TEXTS) for path in (tmp_path, folders["classifier"])
+    )
+    assert found == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_classifier_of_no_opinion_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("weight", "said"), [(0.0, r"gave 0 for all of 11 texts .*choose another\.$"), (math.nan, r"gave nan for .*finite")]
+)
+def test_a_classifier_of_no_opinion_is_refused(tmp_path: Path, weight: float, said: str) -> None:
     from safetensors.torch import load_file, save_file
 
-    save_classifier(tmp_path, {0: "NEGATIVE", 1: "POSITIVE"})
-    weights = load_file(tmp_path / "model.safetensors")
-    weights["score.weight"].zero_()
+    weights = load_file(save_classifier(tmp_path, {0: "NEGATIVE", 1: "POSITIVE"}) / "model.safetensors")
+    weights["score.weight"].fill_(weight)
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"gave 0 for all of 11 texts .*choose another\.$"):
-        built("classifier", path=str(tmp_path))
-    weights["score.weight"].fill_(math.nan)
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"gave nan for .*it must be finite"):
+    with pytest.raises(UserError, match=said):
         built("classifier", path=str(tmp_path))
 
 
-def test_one_class_has_a_logit_only(tmp_path: Path) -> None:
-    save_classifier(tmp_path)
-    assert len(built("classifier", path=str(tmp_path), label="LABEL_0")([""], ["a"])) == 1
+def test_one_class_has_a_logit_only(folders: dict[str, str]) -> None:
+    one = {"path": folders["preference_model"], "label": "LABEL_0"}
+    assert len(built("classifier", **one)([""], ["a"])) == 1
     with pytest.raises(UserError, match=r"has one class, so reward\.scale=probability means nothing"):
-        built("classifier", path=str(tmp_path), label="LABEL_0", scale="probability")
+        built("classifier", **one, scale="probability")
 
 
-def test_a_preference_model_reads_texts_with_the_end_it_was_trained_on(tmp_path: Path) -> None:
+def test_a_preference_model_reads_texts_with_the_end_it_was_trained_on(folders: dict[str, str]) -> None:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    save_classifier(tmp_path)
-    tokenizer = train_tokenizer(TEXTS * 9, 300, 64)
-    ids = torch.tensor([[*tokenizer("a good film")["input_ids"], 0]])
+    path = folders["preference_model"]
+    ids = torch.tensor([[*train_tokenizer(TEXTS * 9, 300, 64)("a good film")["input_ids"], 0]])
     with torch.no_grad():
-        expected = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()(ids).logits.item()
-    assert built("preference_model", path=str(tmp_path))(["a good"], [" film"]) == pytest.approx([expected], abs=1e-5)
+        expected = AutoModelForSequenceClassification.from_pretrained(path).eval()(ids).logits.item()
+    assert built("preference_model", path=path)(["a good"], [" film"]) == pytest.approx([expected], abs=1e-5)
 
 
-# Languages
-
-
-def test_rewards_say_what_they_cannot_judge(tmp_path: Path) -> None:
+def test_rewards_say_what_they_cannot_judge(folders: dict[str, str]) -> None:
     chinese, english = (
         ["这家酒店的房间很大，服务也很好，早餐一般，下次来还住这里。"],
         ["It was a good film, all in all."],
@@ -443,11 +483,10 @@ def test_rewards_say_what_they_cannot_judge(tmp_path: Path) -> None:
     assert great.unfit(chinese) == "its words are Latin and the texts Chinese"
     assert good.unfit(english) == "its words are Chinese and the texts Latin"
     assert great.unfit(english) is good.unfit(chinese) is built("length").unfit(chinese) is None
-    parts = [{"name": "keywords", "words": ["great"]}, {"name": "length"}]
-    assert built("sum", parts=parts).unfit(chinese) == "keywords: its words are Latin and the texts Chinese"
-    assert built("sum", parts=parts).unfit(english) is None
-    own = save_classifier(tmp_path)
-    for choice in ({"name": "preference_model"}, {"name": "classifier", "label": "LABEL_0"}):
-        reward, _ = rewards.load_reward({**choice, "path": str(own)}, None)
+    both = built("sum", parts=[{"name": "keywords", "words": ["great"]}, LENGTH])
+    assert both.unfit(chinese) == "keywords: its words are Latin and the texts Chinese"
+    assert both.unfit(english) is None
+    for name, options in {"preference_model": {}, "classifier": {"label": "LABEL_0"}}.items():
+        reward = built(name, path=folders["preference_model"], **options)
         assert "the texts are Chinese, and only" in str(reward.unfit(chinese))
         assert reward.unfit(english) is None

@@ -12,7 +12,7 @@ from rlhf_pipeline.data import tokenization
 from rlhf_pipeline.data.records import Code, Demonstration, Dialogue, Preference, Ranking, Row, Text, Turn
 from rlhf_pipeline.data.templates import TEMPLATES, visible, written
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.models.policies import open_policy, train_character_tokenizer
+from rlhf_pipeline.models.policies import open_policy, train_tokenizer
 from rlhf_pipeline.models.sampling import make_batch
 
 CHAT = (
@@ -27,7 +27,7 @@ def asked(rows: list[Any], tokenizer: PreTrainedTokenizerBase, choice: dict[str,
 
 
 def chinese() -> PreTrainedTokenizerBase:
-    return train_character_tokenizer(["你好啊，再见。 hello world"] * 5, 200, 64)
+    return train_tokenizer(["你好啊，再见。 hello world"] * 5, 200, 64, characters=True)
 
 
 def learnt(lesson: tokenization.Lesson, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -199,7 +199,7 @@ def test_a_response_keeps_the_blank_it_begins_with() -> None:
     tokenizer = sentencepiece_like()
     batch = make_batch([[0, 4]], [[5, 8]])
     assert batch.texts(tokenizer) == (["Say"], [" hi a"])
-    words = train_character_tokenizer(["this movie is great"] * 9, 200, 64)
+    words = train_tokenizer(["this movie is great"] * 9, 200, 64, characters=True)
     ids = tokenization.encode(words, ["this movie is great"])[0]
     prompts, answers = make_batch([ids[:2]], [ids[2:]]).texts(words)
     assert prompts[0] + answers[0] == "this movie is great"
