@@ -1,6 +1,7 @@
 """What the READMEs tell people to type is what the program takes, and their links lead somewhere."""
 
 import copy
+import functools
 import re
 import shlex
 import subprocess
@@ -40,6 +41,7 @@ def commands(readme: str) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
+@functools.cache
 def made(readme: str) -> dict[str, str]:
     """What make would run for every command that calls it."""
     asked = [command for command in commands(readme) if re.search(r"(^|\s)make ", command)]
@@ -75,15 +77,20 @@ def test_every_command_of_the_program_resolves(readme: str, monkeypatch: pytest.
     asked = [c for c in commands(readme) if "-m rlhf_pipeline" in c and "<" not in c]  # by a launcher, too
     assert len(asked) >= (12 if readme in READMES else 1)
     for command in asked:
-        words = shlex.split(command.partition("rlhf_pipeline")[2])
-        words = [word for word in words if word not in ("-m", "--cfg", "job")]
-        plain = [word if re.search(r"[\[{]", word) else re.sub(r"(=[^=,]*),.*", r"\1", word) for word in words]
-        # Of a sweep, one job.
-        args = [a for a in read_words(*plain) if not a.startswith(("--multirun", "hydra")) and not swept(a)]
-        settings = composition.settings_of(args)
-        for stage in settings.stages or [settings.stage]:
-            again = [*(a for a in args if not a.startswith(("stage=", "rounds="))), f"stage={stage}"]
-            assert composition.settings_of(again).stage == stage, command
+        check_resolves(command)
+
+
+@functools.cache  # many commands stand in several READMEs
+def check_resolves(command: str) -> None:
+    words = shlex.split(command.partition("rlhf_pipeline")[2])
+    words = [word for word in words if word not in ("-m", "--cfg", "job")]
+    plain = [word if re.search(r"[\[{]", word) else re.sub(r"(=[^=,]*),.*", r"\1", word) for word in words]
+    # Of a sweep, one job.
+    args = [a for a in read_words(*plain) if not a.startswith(("--multirun", "hydra")) and not swept(a)]
+    settings = composition.settings_of(args)
+    for stage in settings.stages or [settings.stage]:
+        again = [*(a for a in args if not a.startswith(("stage=", "rounds="))), f"stage={stage}"]
+        assert composition.settings_of(again).stage == stage, command
 
 
 @pytest.mark.parametrize("readme", ALL)
