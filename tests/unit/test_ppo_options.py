@@ -186,6 +186,7 @@ def test_every_field_has_an_effect_or_is_refused() -> None:
     """Each field of the configuration is read by us or by the part of transformers that runs, or stands in a list."""
     ours = "".join(path.read_text() for path in (ROOT / "rlhf_pipeline").rglob("*.py") if path.name != "config.py")
     ours += inspect.getsource(config.check_config) + inspect.getsource(config.make_sampling)
+    ours += inspect.getsource(PPOConfig.group_size.fget) + inspect.getsource(PPOConfig.kl_in_loss.fget)
     run = (
         Trainer.__init__, Trainer.create_accelerator_and_postprocess, Trainer.create_optimizer,
         Trainer.get_optimizer_cls_and_kwargs, Trainer.create_scheduler, Trainer._determine_best_metric,
@@ -316,7 +317,8 @@ def test_bf16_is_chosen_and_starts_at_ratio_one(asked: bool | str, tmp_path: Pat
 
 
 def test_bf16_learns(tmp_path: Path) -> None:
-    ppo = trainer(tmp_path, bf16=True, total_episodes=8 * 40, learning_rate=3e-3, kl_coef=0.0)
+    more = {"per_device_train_batch_size": 32, "total_episodes": 32 * 30}  # of 8 rows a batch, it is left to chance
+    ppo = trainer(tmp_path, bf16=True, learning_rate=3e-3, kl_coef=0.0, **more)
     ppo.train()
     scores = [row["objective/scores"] for row in ppo.state.log_history]
     assert sum(scores[-5:]) > sum(scores[:5]) + 0.5

@@ -86,7 +86,10 @@ REFUSED: dict[str, dict[str, Any]] = {
 REFUSED_PARTS: dict[str, list[dict[str, Any]]] = {
     r"^reward\.parts is empty": [],
     r"^reward\.parts\[1\]: no reward is called 'lenght'\. Did you mean 'length'": [LENGTH, {"name": "lenght"}],
-    r"^reward\.parts\[1\]: reward=length: there is no setting 'reward\.traget'\. Did you": [LENGTH, {**LENGTH, "traget": 3}],
+    r"^reward\.parts\[1\]: reward=length: there is no setting 'reward\.traget'\. Did you": [
+        LENGTH,
+        {**LENGTH, "traget": 3},
+    ],
     r"^reward\.parts\[0\]: reward=length: reward\.target is 'x'": [{**LENGTH, "target": "x"}],
     r"^reward\.parts\[0\]: weight is 'much'; it takes a number": [{**LENGTH, "weight": "much"}],
     r"^reward\.parts\[0\]: weight is inf; it takes a number": [{**LENGTH, "weight": math.inf}],
