@@ -21,7 +21,7 @@ REFUSED = {
     "stage=pipeline trainer.report_to=all": ["report_to=all is not a supported tracker", "none, tensorboard"],
     "stage=ppo trainer.report_to=[none,mlflow]": ["report_to=mlflow is not a supported tracker", "none, tensorboard"],
     "stage=evaluate trainer.report_to=[wandbb]": ["Did you mean 'wandb'"],
-    "stage=evaluate trainer.report_to=[3]": ["report_to=3 is not a supported tracker"],
+    "stage=evaluate trainer.report_to=[3]": ["trainer.report_to is [3]"],
     "stage=evaluate trainer.report_to=3": ["trainer.report_to is 3"],
     "stage=chat trainer.report_to=none": ["stage=chat has no trainer"],
 }
