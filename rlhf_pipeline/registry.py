@@ -4,6 +4,7 @@ import difflib
 import inspect
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -113,6 +114,15 @@ def said_of(setting: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{setting}: {error}") from error
+
+
+@contextmanager
+def said_as(setting: str, kind: str) -> Iterator[None]:
+    """Name `setting` where the refusals of the block say `kind`, as labeler=... for a reward that labels."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(re.sub(rf"\b{kind}(?=[.=])", setting, str(error))) from error
 
 
 class Registry(Generic[T]):

@@ -15,7 +15,7 @@ from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import is_hub_id
 from rlhf_pipeline.limits import check_limits
 from rlhf_pipeline.models import policies, rewards
-from rlhf_pipeline.registry import Range, check, check_known, near, said_of, suggest
+from rlhf_pipeline.registry import Range, check, check_known, near, said_as, said_of, suggest
 from rlhf_pipeline.report import trackers
 from rlhf_pipeline.stages import STAGES
 
@@ -237,7 +237,7 @@ class Settings:
             if "name" not in self.labeler:
                 raise UserError("labeler has fields but no name; add labeler=<reward>.")
             check("labeler.noise", self.labeler.get("noise", 0.0), Annotated[float, Range(0)])
-            with said_of("labeler"):
+            with said_as("labeler", "reward"):
                 rewards.check_choice(self.labelling_reward or {})
 
     @property

@@ -4,7 +4,6 @@ python -m rlhf_pipeline stage=collect
 """
 
 import os
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from rlhf_pipeline.models.policies import registry
 from rlhf_pipeline.models.rewards import Reward, load_reward, trained_part
 from rlhf_pipeline.processes import agree
 from rlhf_pipeline.progress import progress
+from rlhf_pipeline.registry import said_as
 from rlhf_pipeline.runs.directory import CANDIDATES, CANDIDATES_SO_FAR, LABELS, PROJECT, RunDir
 from rlhf_pipeline.runs.models import find
 from rlhf_pipeline.settings import SAMPLING, Settings
@@ -55,10 +55,8 @@ def _labeler(settings: Settings, out: RunDir) -> tuple[Reward | None, str]:
     choice = settings.labelling_reward
     if choice is None:
         return None, ""
-    try:
+    with said_as("labeler", "reward"):
         return load_reward(choice, out.upstream("reward", reward=trained_part(choice)))
-    except UserError as error:
-        raise type(error)(re.sub(r"\breward(?=[.=])", "labeler", str(error))) from error
 
 
 def _collect(settings: Settings, out: RunDir, reward: Reward | None, judge: dict[str, str]) -> None:

@@ -123,7 +123,10 @@ def test_runs_are_compared_where_there_is_no_run_of_that_name(run: Path, command
             ["evaluate.rewards=[{name: lenght}]"],
             "evaluate.rewards[0]: no reward is called 'lenght'. Did you mean 'leng",
         ),
-        (["evaluate.rewards=[{name: length, goal: 3}]"], "evaluate.rewards[0]: reward=length has no field 'goal'"),
+        (
+            ["evaluate.rewards=[{name: length, goal: 3}]"],
+            "evaluate.rewards[0]: reward=length: there is no setting 'reward.goal'",
+        ),
         (["evaluate.rewards=[{name: toy_sentiment}, {name: toy_sentiment}]"], "toy_sentiment, which judges already"),
         (["evaluate.rewards=[length]"], "evaluate.rewards is ['length']; it takes a list (settings"),
         (["evaluate.held_out_tokens=-1"], "evaluate.held_out_tokens is -1; it takes a whole number of at least 0"),

@@ -485,7 +485,10 @@ def test_candidates_come_from_several_policies_and_temperatures(with_people: Pat
         (("stage=collect", "collect.temperatures=[0]"), "above 0"),
         (("stage=collect", "labeler=toy_sentiment", "labeler.noise=-1"), "labeler.noise is -1"),
         (("stage=collect", "labeler=keyword"), "Did you mean 'keywords'"),
-        (("stage=collect", "labeler=toy_sentiment", "labeler.words=[a]"), "labeler: reward=toy_sentiment has no field"),
+        (
+            ("stage=collect", "labeler=toy_sentiment", "labeler.words=[a]"),
+            "labeler=toy_sentiment: there is no setting 'labeler.words'",
+        ),
         (("stage=reward", "reward=preference_model"), "preference_model does not learn from them"),
         (
             ("stage=reward", "reward=preference_model", "data=preferences"),
