@@ -244,7 +244,7 @@ REFUSED = {
     "chat.top_k=3": ["no setting 'chat.top_k'"],
     "policy.size=small": ["has policy.size=tiny, and here it is small"],
     "trainer.temperature=2": ["stage=chat has no trainer"],
-    "-m": ["stage=chat holds one conversation"],
+    "-m": ["stage=chat goes with one run"],
 }
 
 
