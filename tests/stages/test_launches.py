@@ -50,8 +50,8 @@ def test_a_pipeline_in_two_processes_ends_as_in_one(
     workplace: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every stage on the one before: the same weights and figures, one log on the screen, one directory."""
-    # Adam divides by the size of a gradient. Of the smallest it would make whole steps of how sums are rounded, and that
-    # differs between kinds of CPU.
+    # Adam divides by the size of a gradient. Of the smallest ones it would make whole steps of how sums are rounded,
+    # and that differs between kinds of CPU.
     steady = [word.replace("adam_epsilon=1e-5", "adam_epsilon=1e-3") for word in MINIATURE]
     alone = workplace / "alone" / "runs" / "demo"
     alone.mkdir(parents=True)
