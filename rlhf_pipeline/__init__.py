@@ -2,9 +2,9 @@
 
 import os
 
-# How long a thread of libgomp, torch's on Linux, spins before it sleeps while it waits for the others, read when torch
-# is loaded. Its own default is milliseconds: beside another busy process that made an update of PPO ten times as long
-# and more. Shorter than this, a quiet machine would be slower. It changes no result.
+# A thread that waits for the others spins before it sleeps. libgomp, which torch uses on Linux, spins for milliseconds
+# by default; beside other busy processes that made an update of PPO more than ten times as long. The variable is read
+# when torch is loaded. It changes how threads wait, and no result.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from loopback import answering
+
 Wrong = tuple[int, dict[str, str], bytes]  # status, headers, body
 
 
@@ -63,13 +65,6 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(reply: Callable[[str], Any] = lambda question: str(len(question))) -> Iterator[FakeJudge]:
-    """A server in a thread of its own."""
-    server = FakeJudge(reply)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    """The server, on a thread of its own until the block is left."""
+    with answering(FakeJudge(reply)) as server:
         yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

@@ -125,11 +125,10 @@ def _rows_of_a_piece(logits: Tensor) -> int:
 
 
 def _probabilities_(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities (tokens, vocabulary), and the log of what exp(logits) sums to, (tokens, 1), of logits that are
-    shifted in place so that their largest is 0.
+    """Probabilities (tokens, vocabulary) of logits, and the log of the sum of exp(logits), (tokens, 1).
 
-    The probability of that one is 1 over the sum. `exp` itself would take ten times as long for what underflows, as
-    for suppressed tokens, and once more in each pass; softmax does not.
+    The logits are shifted in place first, so that the largest is 0; its probability is then 1 over the sum. torch's
+    `exp` takes ten times as long for numbers that underflow, as those of suppressed tokens do. Its softmax does not.
     """
     logits.sub_(logits.amax(-1, keepdim=True))
     p = logits.softmax(-1)

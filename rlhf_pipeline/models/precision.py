@@ -78,10 +78,11 @@ def attention(
     *more: Any,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' sdpa attention. Whole sequences in bf16 on a CPU are computed in fp32: half as long.
+    """transformers' sdpa attention, except that whole sequences in bf16 on a CPU are computed in fp32.
 
-    torch's flash attention there takes four times as long backwards in bf16 as in fp32. `query`, `key` and `value` are
-    (batch, heads, time, features). A single token of a generation stays in bf16, or the whole cache would be converted.
+    On a CPU with AMX, the backward pass of torch's flash attention took four times as long in bf16 as in fp32. `query`,
+    `key` and `value` are (batch, heads, time, features). A single token of a generation stays in bf16: fp32 would
+    convert the whole cache for it.
     """
     kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
     if query.device.type != "cpu" or kind != torch.bfloat16 or query.shape[2] != key.shape[2]:

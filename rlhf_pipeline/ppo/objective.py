@@ -50,10 +50,10 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def group_advantages(returns: Tensor, size: int, kind: str) -> Tensor:
-    """Advantages (batch,) of responses over others to the same prompt: `size` rows on end answer one prompt.
+    """Advantages (batch,) of responses over others to the same prompt; `size` consecutive rows answer one prompt.
 
-    `returns` (batch,) are a response's score and whatever else is maximised, as one number. rloo compares with the mean
-    of the others, dr_grpo with the mean of all, and grpo divides that by their standard deviation.
+    `returns` (batch,) is one number per response: its score, less a KL penalty that stands in the reward. rloo
+    subtracts the mean of the other responses, dr_grpo the mean of all; grpo also divides by their standard deviation.
     """
     groups = returns.view(-1, size)
     advantages = groups - groups.mean(1, keepdim=True)

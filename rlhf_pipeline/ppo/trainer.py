@@ -86,9 +86,9 @@ class PPOTrainer(Lifecycle):
         """One PPO update on responses that you sampled and scored, as in TRL 0.7 to 0.11; returns its statistics.
 
         `queries` and `responses` are rows of token ids without padding, tensors or lists; `scores` is one number a
-        row. A process passes its own rows: per_device_train_batch_size x gradient_accumulation_steps of them; of
-        those, `samples_per_prompt` on end answer one prompt. The schedule of the learning rate is that of `train`, over
-        `total_episodes` or `max_steps`.
+        row. A process passes its own rows: per_device_train_batch_size x gradient_accumulation_steps of them.
+        `samples_per_prompt` consecutive rows answer one prompt. The schedule of the learning rate is that of `train`,
+        over `total_episodes` or `max_steps`.
         """
         start = time.monotonic()
         if not len(queries) == len(responses) == len(scores) == self.local_rows:
