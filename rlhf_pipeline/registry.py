@@ -113,7 +113,7 @@ def said_of(setting: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"{setting}: {error}") from error
+        raise type(error)(f"{setting}: {error}") from error
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from rlhf_pipeline.data.python_code import goes_on
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.models.user_function import accepted, plainly, reward_at
-from rlhf_pipeline.registry import Range, Registry, fits
+from rlhf_pipeline.registry import Range, Registry, fits, said_of
 from rlhf_pipeline.texts import mismatch, script_of, words_of
 
 if TYPE_CHECKING:
@@ -460,10 +460,8 @@ def _each_part(parts: Sequence[Mapping[str, Any]], work: Callable[[dict[str, Any
     for number, part in enumerate(parts):
         own = dict(part)
         weight = own.pop("weight", 1.0)
-        try:
+        with said_of(f"reward.parts[{number}]"):
             found.append(work(own, weight))
-        except UserError as error:
-            raise type(error)(f"reward.parts[{number}]: {error}") from error
     return found
 
 
