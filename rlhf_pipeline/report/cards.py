@@ -142,21 +142,22 @@ def _without_home(value: Any) -> Any:
     return [_without_home(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _plain(value: object) -> Markup:
+def as_markdown(value: object) -> Markup:
     """A value as one line of Markdown that marks up nothing, also in a table. What is Markdown already stays."""
     if isinstance(value, Markup):
         return value
     if isinstance(value, list):
-        value = [_plain(part) for part in value if part or part == 0] or None
-        return Markup(", ").join(value) if value else _plain(None)
+        value = [as_markdown(part) for part in value if part or part == 0] or None
+        return Markup(", ").join(value) if value else as_markdown(None)
     text = shown(page.plain(value))
     text = text[:300] + " ..." if len(text) > 300 else text
     return Markup(_UNDERSCORE.sub("&#95;", " ".join(escape(text).split()).translate(_MARKS)))
 
 
-def _table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> Markup:
+def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> Markup:
+    """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
-    return Markup("\n".join(f"| {' | '.join(map(_plain, line))} |" for line in lines))
+    return Markup("\n".join(f"| {' | '.join(map(as_markdown, line))} |" for line in lines))
 
 
 def _by_row(corner: str, found: object, names: dict[str, str] | None = None) -> Markup:
@@ -164,7 +165,7 @@ def _by_row(corner: str, found: object, names: dict[str, str] | None = None) -> 
     rows = members(found)
     heads = names or {key: page.ENGLISH.name(key) for key in columns(rows.values())}
     cells = [[name, *(members(row).get(key) for key in heads)] for name, row in rows.items()]
-    return _table([corner, *heads.values()], cells)
+    return table([corner, *heads.values()], cells)
 
 
 def _yaml(values: dict[str, Any]) -> Markup:
@@ -185,7 +186,7 @@ def _hides(value: object) -> bool:
 
 
 def _rendered(found: dict[str, Any]) -> str:
-    templates = page.environment(_plain)
-    templates.globals |= {"table": _table, "by_row": _by_row, "yaml": _yaml, "literal": _literal, "lasted": page.lasted}
+    templates = page.environment(as_markdown)
+    templates.globals |= {"table": table, "by_row": _by_row, "yaml": _yaml, "literal": _literal, "lasted": page.lasted}
     head = Markup(_metadata(found).rstrip())
     return str(templates.get_template("card.md").render(metadata=head, **found))

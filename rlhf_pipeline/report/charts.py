@@ -11,7 +11,7 @@ from rlhf_pipeline.report.words import table as words_of
 
 CHARTS, BUCKETS = 32, 150  # the most charts that one page shows; stretches that a line is thinned to
 CLOCKS = ("epoch", "seconds", "episode", "num_tokens", "eps")  # they only say how far a run is
-COLOURS, RUNS, ROWS = 8, 24, 40  # c0 to c7 in page.css; runs of a frontier and rows of a sweep that are drawn
+COLOURS, RUNS, ROWS = 8, 24, 40  # c0 to c7 in chart.css; runs of a frontier and rows of a sweep that are drawn
 TOP, BELOW, RIGHT = 8, 39, 16  # margins in a chart's viewBox
 SMALL, WIDE, SQUARE = (62, 250, 104), (52, 350, 220), (44, 240, 240)  # left margin, width and height of the plot
 Point = tuple[float, float]
@@ -21,7 +21,7 @@ Row = Mapping[str, Any]
 
 
 class Line(NamedTuple):
-    """One line of a chart: its label in the key, its classes in page.css, its points, and dots as (x, y, radius)."""
+    """One line of a chart: its label in the key, its classes in chart.css, its points, and dots as (x, y, radius)."""
 
     label: str
     kind: str

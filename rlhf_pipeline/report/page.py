@@ -2,7 +2,7 @@
 
 import base64
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -70,8 +70,8 @@ def _pages(lang: str) -> Any:
 
     made = environment(show)
     made.globals |= {"_": words, "plain": lambda value: plain(value, words)}
-    for name, file in (("style", "page.css"), ("script", "search.js")):
-        content = (_HERE / file).read_text(encoding="utf-8")
+    for name, files in (("lines", ["chart.css"]), ("style", ["chart.css", "page.css"]), ("script", ["search.js"])):
+        content = "".join((_HERE / file).read_text(encoding="utf-8") for file in files)
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         made.globals |= {name: Markup(content), f"{name}_hash": f"sha256-{digest}"}
     return made
@@ -81,3 +81,8 @@ def write_page(target: Path, template: str, words: Words, **values: Any) -> Path
     """Write a page by its template's name, whole or not at all; give where it is."""
     write_atomic(target, _pages(str(words.lang)).get_template(f"{template}.html").render(**values))
     return target
+
+
+def picture(charts: Sequence[Mapping[str, Any]], words: Words = ENGLISH) -> str:
+    """Charts of a page side by side as one SVG file, light or dark as the reader's system is."""
+    return str(_pages(str(words.lang)).get_template("picture.svg").render(charts=charts))

@@ -46,11 +46,12 @@ def _figures(title: str, rows: Rows) -> None:
         head = Words().name(key)
         table.add_column(head.replace(" ", "\n") if len(head) > 10 else head, justify="right", no_wrap=True)
     for name, row in rows.items():
-        table.add_row(Text(shown(name)), *(Text(_figure(key, row.get(key))) for key in keys))
+        table.add_row(Text(shown(name)), *(Text(figure(key, row.get(key))) for key in keys))
     _console().print(table)
 
 
-def _figure(key: str, value: Any) -> str:
+def figure(key: str, value: Any) -> str:
+    """A figure of a table as its column shows it; a dash for none."""
     return f"{value:{_FORMS.get(key, '.3f')}}" if isinstance(value, float) else "-" if value is None else str(value)
 
 
