@@ -1,0 +1,209 @@
+"""Writes the tables of results in the READMEs from what runs have measured, so that no figure is typed by hand.
+
+    python tests/benchmarks/tables.py                         write the tables of every README from results/*.json
+    python tests/benchmarks/tables.py runs/demo               print the tables of a finished run
+    python tests/benchmarks/tables.py runs/demo --keep demo   keep its figures as results/demo.json, then write them all
+
+In a README, a line `<!-- table: KIND NAME ... -->` begins a table and `<!-- end -->` ends it. KIND is one of KINDS
+below. NAME is a file of results/ without .json, or a pattern of such files (`ppo_speed-*`: one for each machine and
+commit). The curves of PPO in results/NAME.jsonl become the picture .github/NAME.svg.
+"""
+
+import argparse
+import itertools
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.files import read_json, read_jsonl, write_atomic, write_json, write_jsonl
+from rlhf_pipeline.report.cards import as_markdown, table
+from rlhf_pipeline.report.charts import curves
+from rlhf_pipeline.report.figures import Table, evaluation_tables
+from rlhf_pipeline.report.files import columns
+from rlhf_pipeline.report.page import lasted, picture
+from rlhf_pipeline.report.tables import figure
+from rlhf_pipeline.report.words import Words
+
+ROOT = Path(__file__).parents[2]
+RESULTS, PICTURES = Path("tests", "benchmarks", "results"), Path(".github")
+DRAWN = {"objective/scores": "reward", "objective/kl": "kl"}  # what is kept of PPO's log, and its name in measures.yaml
+ANSWERS = ("samples", "examples", "extremes", "shown")  # what is not kept of an evaluation
+WIDTH = 120  # columns of a line of English text
+MARKED = re.compile(r"^(<!-- table: (\w+) (.+?) -->\n)(?:.*?\n)??(<!-- end -->)$", re.DOTALL | re.MULTILINE)
+SENTENCES = {
+    "en": {
+        "prompts": "{} held-out prompts.",
+        "known": "{} of them begin training texts.",
+        "gain": "Paired gain of {} over {}: {}, 95 % interval [{}, {}].",
+        "measured": "Commit {}, {}, seed {}, {} ({} cores, {} threads).",
+        "took": "All stages took {}.",
+        "unknown": "unknown",
+        "gap": " ",
+    },
+    "zh": {
+        "prompts": "{} 条留出提示词。",
+        "known": "其中 {} 条同时是训练文本的开头。",
+        "gain": "{} 相对 {} 的配对提升：{}，95 % 区间 [{}, {}]。",
+        "measured": "commit {}，{}，随机种子 {}，{}（{} 核，{} 线程）。",
+        "took": "全部阶段用时 {}。",
+        "unknown": "未知",
+        "gap": "",
+    },
+}
+Kept = Mapping[str, Any]
+
+
+def evaluation(kept: Sequence[Kept], words: Words) -> str:
+    """The policies of an evaluation before and after training, the gain of the last one, and how it was measured."""
+    return "\n\n".join(part for one in kept for part in _evaluated(one, words)[:2])
+
+
+def whole_evaluation(kept: Sequence[Kept], words: Words) -> str:
+    """All tables of an evaluation, as the terminal and its page show them, and how it was measured."""
+    return "\n\n".join(part for one in kept for part in _evaluated(one, words))
+
+
+# What a README can ask for: a function of the kept results and the README's language that gives Markdown.
+KINDS: dict[str, Callable[[Sequence[Kept], Words], str]] = {
+    made.__name__: made for made in (evaluation, whole_evaluation)
+}
+
+
+def measured(kept: Kept, words: Words) -> str:
+    """When, at which commit and on what something was measured, from what a file of results/ has under `measured`."""
+    about, said = kept["measured"], SENTENCES[str(words.lang)]
+    keys = ("commit", "date", "seed", "machine", "cores", "threads")
+    values = (said["unknown"] if about.get(key) is None else as_markdown(about[key]) for key in keys)
+    return said["measured"].format(*values)
+
+
+def _figures(found: Table, words: Words) -> str:
+    keys = columns(found.rows.values())
+    rows = [[name, *(figure(key, row.get(key)) for key in keys)] for name, row in found.rows.items()]
+    return str(table(["", *map(words.name, keys)], rows))
+
+
+def _evaluated(kept: Kept, words: Words) -> list[str]:
+    first, *rest = evaluation_tables(kept["evaluation"])
+    others = [f"{words(found.title)}:\n\n{_figures(found, words)}" for found in rest]
+    return [_figures(first, words), _prose(kept, words), *others]
+
+
+def _prose(kept: Kept, words: Words) -> str:
+    found, said = kept["evaluation"], SENTENCES[str(words.lang)]
+    last, reference = list(found["metrics"])[-1], found["reference"]
+    parts = []
+    if gain := found["paired_gain"].get(f"{last} - {reference}"):
+        figures = (f"{gain[key]:+.3f}" for key in ("mean", "low", "high"))
+        parts.append(said["gain"].format(as_markdown(last), as_markdown(reference), *figures))
+    parts.append(said["prompts"].format(found["prompts"]))
+    if found.get("prompts_in_training") is not None:
+        parts.append(said["known"].format(found["prompts_in_training"]))
+    parts += [measured(kept, words), said["took"].format(lasted(kept["seconds"]))]
+    text = said["gap"].join(parts)
+    return textwrap.fill(text, WIDTH) if words.lang == "en" else text
+
+
+def gather(run: Path, commit: str | None = None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What is kept of a finished run: its evaluation without the answers, how it was measured, and PPO's curves.
+
+    `commit` is for a run that was made from a copy without git, and so recorded none.
+    """
+    found, record = read_json(run / "evaluate" / "evaluation.json"), read_json(run / "evaluate" / "run.json")
+    if not found or record.get("status") != "done":
+        raise UserError(f"{run} has no finished evaluation; run stage=evaluate of it first, or name a folder such as "
+                        "runs/demo.")  # fmt: skip
+    hardware, versions, git = record["hardware"], record["versions"], record.get("git") or {}
+    if commit is not None and git:
+        raise UserError(f"{run} has recorded its commit ({git['commit']}); leave out --commit.")
+    own = f"{git['commit'][:7]}{' with changes' if git['dirty'] else ''}" if git else commit
+    stages = [read_json(path) for path in sorted(run.glob("*/run.json"))]
+    kept = {
+        "measured": {
+            "date": record["finished"][:10], "commit": own, "seed": record["seed"],
+            "machine": hardware["gpu"] or hardware["cpu"], "cores": hardware["cores"], "threads": hardware["threads"],
+            **{key: versions[key] for key in ("python", "torch", "trl")},
+        },
+        "seconds": round(sum(stage["seconds"] for stage in stages), 1),
+        "evaluation": {key: value for key, value in found.items() if key not in ANSWERS},
+    }  # fmt: skip
+    log = read_jsonl(run / "ppo" / "metrics.jsonl")
+    return kept, [{key: round(row[key], 4) for key in ("step", *DRAWN) if key in row} for row in log]
+
+
+def drawn(log: Sequence[Mapping[str, Any]]) -> str:
+    """The curves of PPO's reward and KL as the report draws them, as one SVG."""
+    words = Words()
+    charts = itertools.chain.from_iterable(curves({"": log}, words)["groups"].values())
+    return picture([chart for chart in charts if chart["title"] in map(words.measure, DRAWN.values())])
+
+
+def written(text: str, lang: str, root: Path = ROOT) -> str:
+    """A README with its tables made again from what is kept below `root`."""
+
+    def made(found: re.Match[str]) -> str:
+        begin, kind, names, end = found.groups()
+        if kind not in KINDS:
+            raise UserError(f"no kind of table is called '{kind}'; choose one of: {', '.join(KINDS)}.")
+        return f"{begin}{KINDS[kind](list(_kept(names.split(), root)), Words(lang))}\n{end}"
+
+    return MARKED.sub(made, text)
+
+
+def _kept(names: Sequence[str], root: Path) -> Iterator[Kept]:
+    for name in names:
+        paths = sorted((root / RESULTS).glob(f"{name}.json"))
+        if not paths:
+            known = ", ".join(sorted(path.stem for path in (root / RESULTS).glob("*.json"))) or "none"
+            raise UserError(f"no results are called '{name}' in {RESULTS}; there are: {known}.")
+        yield from map(read_json, paths)
+
+
+def readmes(root: Path = ROOT) -> dict[Path, str]:
+    """Every README that has a table of this script, with its language."""
+    tops = (root.glob("README*.md"), *((root / top).rglob("README.md") for top in ("conf", "rlhf_pipeline", "tests")))
+    found = [path for top in tops for path in sorted(top) if MARKED.search(path.read_text(encoding="utf-8"))]
+    return {path: "zh" if path.name == "README.zh-CN.md" else "en" for path in found}
+
+
+def pictures(root: Path = ROOT) -> dict[Path, str]:
+    """The picture of every run whose curves are kept, by where it belongs."""
+    return {root / PICTURES / f"{log.stem}.svg": drawn(read_jsonl(log)) for log in (root / RESULTS).glob("*.jsonl")}
+
+
+def main(arguments: Sequence[str], root: Path = ROOT) -> int:
+    """The exit status: 0 done, 2 the user can mend it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of finished runs, such as runs/demo")
+    parser.add_argument("--keep", metavar="NAME", help="keep the run's figures as results/NAME.json")
+    parser.add_argument("--commit", help="the commit of a run that was made from a copy without git")
+    parser.add_argument("--lang", choices=("en", "zh"), default="en", help="of the tables that are printed")
+    args = parser.parse_args(arguments)
+    try:
+        found = [gather(run, args.commit) for run in args.runs]
+        if args.keep and len(found) != 1:
+            raise UserError("--keep takes one run: tables.py runs/demo --keep demo.")
+        if found and not args.keep:
+            print(whole_evaluation([kept for kept, _ in found], Words(args.lang)))
+            return 0
+        for kept, log in found:
+            write_json(root / RESULTS / f"{args.keep}.json", kept)
+            if log:
+                write_jsonl(root / RESULTS / f"{args.keep}.jsonl", log)
+        texts = {path: written(path.read_text(encoding="utf-8"), lang, root) for path, lang in readmes(root).items()}
+        for path, text in {**texts, **pictures(root)}.items():
+            if not path.exists() or path.read_text(encoding="utf-8") != text:
+                write_atomic(path, text)
+                print(path.relative_to(root))
+    except UserError as error:
+        print(f"{error.kind}{error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
