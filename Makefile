@@ -29,7 +29,7 @@ endif
 STAGES := $(filter-out plan pipeline,$(basename $(notdir $(wildcard conf/stage/*.yaml))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo $(STAGES) plan pipeline report label-studio test test-oldest test-slow test-label-studio bench bench-gpu kills fuzz check clean
+.PHONY: help setup demo $(STAGES) plan pipeline report label-studio test test-oldest test-slow test-label-studio bench bench-gpu real kills fuzz check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -102,6 +102,9 @@ bench-gpu: $(OLDEST_VENV)/.ready  ## PPO, SFT, rollouts, sharding and whole IMDB
 
 kills: setup  ## kill -9 runs at random moments and see that they end with the same bits
 	$(BIN)/python tests/benchmarks/kills.py $(ARGS)
+
+real: setup  ## SmolLM2 from PyPI learns to write positive reviews: make real ARGS="--data aclImdb.tar.gz"
+	$(BIN)/python tests/benchmarks/real.py $(ARGS)
 
 fuzz: setup  ## a thousand odd and hostile inputs: make fuzz ARGS="--count 5000 --seed 1"
 	$(BIN)/python tests/benchmarks/fuzz.py $(ARGS)

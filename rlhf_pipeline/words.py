@@ -113,14 +113,15 @@ def _readable(word: str, swept: bool) -> str:
     if not (equals or word.startswith("~")) or not re.fullmatch(r"[\w./@$-]+", name, re.ASCII):
         hint = f"stage={word}" if word in STAGES else "name=demo"
         raise UserError(f"'{word}' is no setting; a setting is key=value, as in {hint}.")
-    is_path, is_choice = bool(_PATHS.fullmatch(name)), name in _GROUPS
+    is_path, is_choice = bool(_PATHS.fullmatch(name)), name in _GROUPS or name.startswith("hydra/")
     if (is_path or is_choice) and value in ("", "''", '""') and word != "~experiment":
         raise UserError(f"{word} leaves nothing to work with; give a value, as in {name}=<value>.")
     if is_path:
         return f"{key}={_literal(value, swept)}"
-    optional = value == "null" and name in ("experiment", "labeler")
-    if is_choice and equals and not (swept or optional or _ENTRY.fullmatch(value)):
-        return f"{key}={quoted(value)}"
+    optional = value == "null" and name not in ("stage", "policy", "reward", "data")
+    entries = value.split(",") if swept else [value]
+    if is_choice and equals and not optional and not all(map(_ENTRY.fullmatch, entries)):  # as 2, which is no text
+        return f"{key}={_literal(value, swept) if swept else quoted(value)}"
     if _is_in_grammar(word):
         return word
     if value.startswith(("{", "[")) and _is_yaml(value):  # YAML takes keys and texts of other letters
