@@ -94,12 +94,12 @@ def convert(source: Path, folder: Path) -> Path:
 
 
 def split(archive: Path, folder: Path, count: int, seed: int) -> Mapping[str, Path]:
-    """Files of labelled reviews: `count` from each half of the training reviews, and as many test reviews at most."""
+    """Files of labelled reviews: `count` from each half of the training reviews, and at most 1,000 test reviews."""
     read = read_acl_imdb(archive)
     draw = random.Random(seed)
     train, test = (draw.sample(read[name], len(read[name])) for name in ("train", "test"))
     half = len(train) // 2
-    parts = {"first": train[:half][:count], "second": train[half:][:count], "test": test[:count]}
+    parts = {"first": train[:half][:count], "second": train[half:][:count], "test": test[: min(count, 1000)]}
     for name, rows in parts.items():
         write_jsonl(folder / f"{name}.jsonl", [{"text": row.text, "label": row.label} for row in rows])
     return {name: folder / f"{name}.jsonl" for name in parts}
