@@ -162,14 +162,8 @@ def plan_table(plan: dict[str, Any]) -> None:
     parts = [columns(launch[key] for launch in plan["launches"]) for key in ("parts", "seconds")]
     launches = {launch["launch"]: _launch(launch, *parts) for launch in plan["launches"]}
     _figures("", {name: {key: row[name] for key, row in launches.items()} for name in columns(launches.values())})
-    if plan["chosen"]:
-        least = plan["fewest"]
-        less = f"; {least['launch']} on {least['gpus']} of them fits too" if least["gpus"] < plan["gpus"] else ""
-        return _say(f"fits       {plan['chosen']} is the simplest that does{less}")
-    _say("fits       none; what would need less:")
-    for name, found in plan["helps"].items():
-        verdict = "fits" if found["fits"] else "does not fit"
-        _say(f"           {name}: {found['bytes'] / 2**30:.2f} GiB ({found['launch']}), {verdict}")
+    less = "trainer.gradient_checkpointing=true, trainer.local_rollout_forward_batch_size=8 or policy.lora.r=8"
+    _say(f"fits       {plan['chosen']} is the simplest that does" if plan["chosen"] else f"fits       none; try {less}")
 
 
 def _launch(launch: dict[str, Any], parts: list[str], times: list[str]) -> dict[str, str | None]:

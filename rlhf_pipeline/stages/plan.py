@@ -5,7 +5,7 @@ python -m rlhf_pipeline stage=plan policy=gpt2_scratch policy.size=xl plan.gpus=
 
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,6 @@ def run(settings: Settings, out: RunDir) -> None:
     for row in rows:  # of the whole run, if its length is known
         row |= {"updates": updates or None, "run_seconds": row["update_seconds"] * updates or None}
     chosen = next((row["launch"] for row in rows if row["fits"]), None)
-    fewer = (row for number in range(1, gpus + 1) for row in launches(number, job, device, mfu) if row["fits"])
-    least = next(fewer, None) if chosen else None
-    helps = {}
-    for name, other in [] if chosen else _smaller(settings):
-        every = launches(gpus, _prepare(other, config, reward)[1], device, mfu)
-        best = min(every, key=lambda row: float(row["bytes"]))
-        helps[name] = {key: best[key] for key in ("launch", "bytes", "fits")}
     net, separate = job.net, job.net.trunks > 1
     plan = {
         "computed": True, "gpus": gpus, "gpu": asked.gpu, "memory": device.memory, "mfu": mfu,
@@ -56,7 +49,6 @@ def run(settings: Settings, out: RunDir) -> None:
             "reference": 0 if net.adapter else net.policy, "reward": reward, "trained": net.trained,
         },
         "reference_bytes": job.reference_bytes, "work": asdict(job.work), "launches": rows, "chosen": chosen,
-        "fewest": {"launch": least["launch"], "gpus": least["processes"]} if least else None, "helps": helps,
         "policy": where, "reward": judge,
     }  # fmt: skip
     if asked.json:
@@ -114,32 +106,3 @@ def _count_reward(choice: dict[str, Any], upstream: Path | None) -> tuple[int, s
         return 0, f"{choice['name']}, not trained yet: counted as none"
     register()
     return count_classifier(open_config(str(path), "reward.path")), str(path)
-
-
-def _smaller(settings: Settings) -> list[tuple[str, Settings]]:
-    """The same job with less to hold, named by the settings to add: one by one, then all together.
-
-    An adapter changes what is learnt, so it is last.
-    """
-    now = {"critic": "shared", "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, **settings.trainer}
-    steps = now["per_device_train_batch_size"] * now["gradient_accumulation_steps"]
-    fewer_at_once = {"local_rollout_forward_batch_size": min(now.get("local_rollout_forward_batch_size", 64), 8)}
-    wishes: list[dict[str, Any]] = [
-        {"bf16": True} if now.get("bf16") is False else {},
-        {"critic": "shared"},
-        {"gradient_checkpointing": True},
-        fewer_at_once,
-        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": steps},
-        {} if settings.policy.get("lora") else {"lora": {"r": 8}},
-    ]
-    changes = [wish for wish in wishes if not wish.items() <= now.items()]
-    if len(changes) > 1:
-        changes.append({key: value for change in changes for key, value in change.items()})
-    found = []
-    for change in changes:
-        words: dict[str, Any] = {f"trainer.{key}": str(value).lower() for key, value in change.items() if key != "lora"}
-        words |= {"policy.lora.r": 8} if "lora" in change else {}
-        policy = {**settings.policy, "lora": change.pop("lora", settings.policy.get("lora"))}
-        other = replace(settings, trainer={**settings.trainer, **change}, policy=policy)
-        found.append((" ".join(f"{key}={value}" for key, value in words.items()), other))
-    return found
