@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from rlhf_pipeline.data.templates import visible, written
-from rlhf_pipeline.data.tokenization import Question, encode
+from rlhf_pipeline.data.templates import visible
+from rlhf_pipeline.data.tokenization import Question
+from rlhf_pipeline.evaluation.lineup import asked_of
 from rlhf_pipeline.models.policies import Policy
 from rlhf_pipeline.models.sampling import Sampling, check_positions, sample
 from rlhf_pipeline.processes import gathered, mine, processes
@@ -89,19 +90,12 @@ class Asker:
     def _draw(self, where: str, temperature: float, questions: Sequence[Question], seeds: Sequence[int]) -> list[str]:
         """One answer to each prompt, each from its own seed: the batch it is drawn in does not matter."""
         policy, length = self.policies[where], self.collect.response_length
-        ids = ids_for(policy, next(iter(self.policies.values())), questions)
+        ids = asked_of(policy, next(iter(self.policies.values())), questions)
         check_positions(policy.model, ids, length)
         draws = [torch.rand(length, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         sampling = replace(self.sampling[where], temperature=temperature)
         batch = sample(policy.model, ids, torch.full((len(ids),), length), sampling, torch.stack(draws, 1))
         return batch.texts(policy.tokenizer)[1]
-
-
-def ids_for(policy: Policy, first: Policy, questions: Sequence[Question]) -> list[list[int]]:
-    """Questions in the tokens of a policy; they hold those of the first one."""
-    if policy is first:
-        return [question.ids for question in questions]
-    return encode(policy.tokenizer, [written(policy.tokenizer, question.prompt) for question in questions])
 
 
 def alike(first: str, second: str, similarity: float) -> bool:

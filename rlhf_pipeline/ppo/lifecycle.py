@@ -39,11 +39,11 @@ from rlhf_pipeline.ppo.learner import check_sharding, make_learner
 from rlhf_pipeline.ppo.objective import Moments
 from rlhf_pipeline.ppo.prompts import Prompts, derive_seed, read_prompts
 from rlhf_pipeline.ppo.rollout import Rollout, TextReward, make_judge, merge
-from rlhf_pipeline.ppo.storage import WEIGHTS, load_weights, replacing, save_policy, save_weights
+from rlhf_pipeline.ppo.storage import WEIGHTS, load_weights, save_policy, save_weights
 from rlhf_pipeline.ppo.trl_parent import ParentTrainer
 from rlhf_pipeline.ppo.watch import CollapseWatch
 from rlhf_pipeline.processes import check_gpus
-from rlhf_pipeline.runs.checkpoints import drop_old, fault_of, newest_whole, seal
+from rlhf_pipeline.runs.checkpoints import drop_old, fault_of, newest_whole, replacing, seal
 from rlhf_pipeline.texts import shown
 
 P = ParamSpec("P")

@@ -1,9 +1,5 @@
 """Where a PPO run's weights go: checkpoints to resume from, and the policy as others open it."""
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +13,6 @@ from rlhf_pipeline.models.networks import language_model
 from rlhf_pipeline.models.policies import merged
 from rlhf_pipeline.models.sampling import Sampling
 from rlhf_pipeline.ppo.actor_critic import ActorCritic
-from rlhf_pipeline.runs.checkpoints import put_in_place
 
 WEIGHTS = "actor_critic.safetensors"  # of a checkpoint: what is trained, policy and critic
 
@@ -83,14 +78,3 @@ def save_policy(
         save_file(actor.value_head.state_dict(), folder / "value_head.safetensors")
     if actor.value_model is not None:
         actor.value_model.save_pretrained(folder / "critic")
-
-
-@contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """An empty hidden folder to fill, which then takes the place of `folder`."""
-    for leftover in folder.parent.glob(f".{folder.name}.*"):
-        shutil.rmtree(leftover)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    temporary.mkdir(parents=True)
-    yield temporary
-    put_in_place(temporary, folder)

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,13 +23,17 @@ def seal(folder: Path) -> None:
     write_json(folder / SEAL, held)
 
 
-def put_in_place(temporary: Path, folder: Path) -> None:
-    """Rename a written folder to its name, in the place of what is there, which goes when the new one stands."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """An empty hidden folder to fill, which then takes the place of `folder`; what is there goes when it stands."""
+    new, old = (folder.with_name(f".{folder.name}.{what}") for what in ("new", "old"))
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    new.mkdir(parents=True)
+    yield new
     if folder.exists():
         os.replace(folder, old)
-    os.replace(temporary, folder)
+    os.replace(new, folder)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -16,7 +16,7 @@ from rlhf_pipeline import files
 from rlhf_pipeline.errors import DiskError, UserError
 from rlhf_pipeline.processes import by_rank_0, checkpoints_of, processes, rank, rows_a_step
 from rlhf_pipeline.runs import same_work
-from rlhf_pipeline.runs.checkpoints import SEAL, newest_whole, put_in_place
+from rlhf_pipeline.runs.checkpoints import SEAL, newest_whole, replacing
 from rlhf_pipeline.runs.lineage import file_hash, git, hardware, parent, versions
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.stages import FOLDERS
@@ -312,13 +312,10 @@ class RunDir:
 
     def save_model(self, save: Callable[[Path], None]) -> None:
         """Let `save` fill a folder, then put it in the place of `model/` at once."""
-        new = self.path / ".model.new"
         if not self.leads:  # saving takes all processes
-            return save(new)
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        save(new)
-        put_in_place(new, self.model)
+            return save(self.model)
+        with replacing(self.model) as new:
+            save(new)
 
     # -- checkpoints and logs
 

@@ -88,15 +88,6 @@ def run_of(model: str | Path) -> RunDir | None:
     return RunDir(stage.parents[len(name.parts)], str(name), stage.name, record.get("experiment"))
 
 
-def policies_in(runs: Path) -> list[str]:
-    """The names of the runs that have a policy."""
-    found = []
-    for folder in runs.glob("*"):
-        with contextlib.suppress(UserError):  # a damaged run is no concern of another's
-            found += [folder.name] if newest_policy(RunDir(runs, folder.name, "chat")) else []
-    return sorted(found)
-
-
 def folder_of(runs: Path, name: str) -> Path:
     """The folder of a run by its name below `runs`, or by its path."""
     return inside if (inside := runs / name).is_dir() else Path(name).expanduser()

@@ -24,7 +24,7 @@ from rlhf_pipeline.models.sampling import make_batch, room_for_prompts, sample
 from rlhf_pipeline.registry import suggest
 from rlhf_pipeline.report.tables import number, side_by_side
 from rlhf_pipeline.runs.directory import RunDir
-from rlhf_pipeline.runs.models import find, locate, policies_in, run_of
+from rlhf_pipeline.runs.models import find, locate, run_of
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.texts import shown
 from rlhf_pipeline.training.setup import quiet, say_taken
@@ -177,10 +177,9 @@ def open_talk(settings: Settings, out: RunDir) -> Talk:
     """The policies, how they are asked and sample, and the reward; one line each for where they came from."""
     first = registry.build(settings.policy).path
     if first is None:
-        there = ", ".join(policies_in(out.runs))
         raise NotFinishedError(
-            f"{out.runs / out.name} has no policy to talk to; 'make sft NAME={out.name}' makes one"
-            f"{f', and there is one under name= {there}' if there else ''}; or give policy.path=."
+            f"{out.runs / out.name} has no policy to talk to; 'make sft NAME={out.name}' makes one, or give name= or "
+            "policy.path=."
         )
     place = locate(first)
     made_by = run_of(place)

@@ -207,14 +207,8 @@ class Bar(TrainerCallback):
         self.bar = progress(state.max_steps, self.title, self.unit, initial=state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """One step on; with a large model a checkpoint takes its time."""
+        """One step on."""
         self.bar.update(state.global_step - self.bar.n)
-        if control.should_save and at_terminal():
-            self.bar.set_description_str(f"{self.title}, saving")
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """It is saved."""
-        self.bar.set_description_str(self.title, refresh=False)
 
     def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                            eval_dataloader: Any = None, **_: Any) -> None:  # fmt: skip

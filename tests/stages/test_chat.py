@@ -234,7 +234,7 @@ def test_the_newest_round_answers(
 
 
 REFUSED = {
-    "name=none": ["has no policy to talk to", "name= demo", "policy.path="],
+    "name=none": ["has no policy to talk to", "name=", "policy.path="],
     "against=reward": ["has made no policy reward. It has: pretrain, sft, ppo"],
     "against=./nowhere": ["there is no folder ./nowhere"],
     "chat.temperature=0": ["chat.temperature is 0; it takes a number above 0"],

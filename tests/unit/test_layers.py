@@ -17,7 +17,7 @@ LAYERS = [
     ["data", "models.sampling"],
     ["models", "report"], ["plan"], ["settings"], ["report.cards"], ["runs"],
     ["report.tables", "report.publish", "report.observers", "ppo", "runs.models"],
-    ["evaluation", "feedback", "training"],
+    ["evaluation", "training"], ["feedback"],
     ["evaluation.frontier"], ["stages"], ["words"], ["composition"], ["report.summary", "sweeps.jobs"],
     ["report.rounds", "sweeps"], ["cli", "plugins"],
 ]  # fmt: skip
