@@ -183,8 +183,7 @@ def sample(
     """Draw one response to each prompt, of at most `limits` (batch,) tokens, from `uniforms` (time, batch) in [0, 1).
 
     Tokens are drawn by inverting the cumulative distribution, with the model's own key-value cache. Rows that have
-    ended leave the cache once they are a quarter of it. `tell` is given all that is drawn so far, (batch, time), after
-    each token.
+    ended leave the cache once they are a quarter of it. `tell` is given the tokens of each step, (rows in the cache,).
     """
     device = next(model.parameters()).device
     count, width, longest = len(prompts), max(map(len, prompts)), int(limits.max())
@@ -211,7 +210,7 @@ def sample(
         mass = mass + totals.sum()
         drawn[rows, time] = tokens
         if tell is not None:
-            tell(drawn[:, : time + 1])
+            tell(tokens)
         stopped = running & sampling.ended(tokens)
         lengths[rows] = torch.where(stopped, time + 1, lengths[rows])
         running = running & ~stopped & (time + 1 < limits[rows])

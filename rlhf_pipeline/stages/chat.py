@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+from transformers import TextStreamer
 
 from rlhf_pipeline import data
 from rlhf_pipeline.data.records import Code, Dialogue, Labelled, Text, Turn
@@ -20,7 +21,7 @@ from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.evaluation.lineup import Sampler, open_all
 from rlhf_pipeline.models.policies import Policy, registry
 from rlhf_pipeline.models.rewards import Reward, load_reward, trained_part
-from rlhf_pipeline.models.sampling import make_batch, room_for_prompts, sample
+from rlhf_pipeline.models.sampling import room_for_prompts, sample
 from rlhf_pipeline.registry import suggest
 from rlhf_pipeline.report.tables import number, side_by_side
 from rlhf_pipeline.runs.directory import RunDir
@@ -32,21 +33,12 @@ from rlhf_pipeline.training.setup import quiet, say_taken
 HELP = {"/reset": "begin a new conversation", "/help": "this list", "/quit": "leave; so do Ctrl-D and Ctrl-C"}
 
 
-class Growing:
-    """An answer at the terminal as it grows. A character of which only the first bytes are drawn waits."""
+class Growing(TextStreamer):
+    """An answer at the terminal as it grows."""
 
-    printed = ""
-
-    def grow(self, text: str) -> None:
-        """Print what is new."""
-        whole = shown(text.rstrip("\ufffd"))
-        if whole.startswith(self.printed):
-            print(whole[len(self.printed) :], end="", flush=True)
-            self.printed = whole
-
-    def end(self, answer: str) -> None:
-        """Print the rest; if what was printed no longer begins the answer, all of it."""
-        print(answer[len(self.printed) :] if answer.startswith(self.printed) else f"\n{answer}", flush=True)
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print what is new; a model wrote it: control characters become escapes."""
+        print(shown(text), end="\n" if stream_end else "", flush=True)
 
 
 @dataclass
@@ -60,21 +52,19 @@ class Talk:
     generator: torch.Generator
     turns: dict[int, tuple[Turn, ...]] = field(default_factory=dict)  # by the place of the policy
 
-    def ask(self, text: str, growing: Growing | None = None) -> list[tuple[str, str, float | None]]:
+    def ask(self, text: str, grows: bool = False) -> list[tuple[str, str, float | None]]:
         """Each policy's name, its answer from the same random numbers, and the answer's reward if there is one.
 
-        `growing` shows the answer of a single policy as it grows.
+        With `grows` the answers are printed as they are drawn.
         """
         asked = [self._ids(place, text) for place in range(len(self.policies))]
         uniforms, limits = torch.rand(self.length, 1, generator=self.generator), torch.tensor([self.length])
         said = []
         for who, ids in zip(self.policies, asked, strict=True):
-
-            def grown(drawn: torch.Tensor, who: Sampler = who, ids: list[int] = ids) -> None:
-                if growing:
-                    growing.grow(make_batch([ids], drawn.tolist()).texts(who.policy.tokenizer)[1][0])
-
-            batch = sample(who.policy.model, [ids], limits, who.sampling, uniforms, grown if growing else None)
+            growing = Growing(who.policy.tokenizer, skip_special_tokens=True) if grows else None
+            batch = sample(who.policy.model, [ids], limits, who.sampling, uniforms, growing and growing.put)
+            if growing:
+                growing.end()
             said.append([texts[0] for texts in batch.texts(who.policy.tokenizer)])
         prompts, answers = map(list, zip(*said, strict=True))
         for place, answer in enumerate(answers):
@@ -117,8 +107,8 @@ def run(settings: Settings, out: RunDir) -> None:
             note("/help lists the commands")
         for text in settings.chat.prompt or prompts(talk, terminal):
             try:
-                growing = Growing() if terminal and len(talk.policies) == 1 else None
-                show(talk.ask(text, growing), terminal, growing)
+                grows = terminal and len(talk.policies) == 1
+                show(talk.ask(text, grows), terminal, grows)
             except UserError as error:
                 if not terminal:
                     raise
@@ -157,13 +147,14 @@ def typed() -> Iterator[str]:
     print()
 
 
-def show(answers: list[tuple[str, str, float | None]], terminal: bool, growing: Growing | None) -> None:
-    """Print the answers on stdout: one as it stands, two side by side, or in a script two lines."""
+def show(answers: list[tuple[str, str, float | None]], terminal: bool, printed: bool) -> None:
+    """Print the answers on stdout: one as it stands, two side by side, or in a script two lines; then the rewards."""
     if terminal and len(answers) > 1:
         return side_by_side(answers)
     for name, answer, reward in answers:
         label = f"{shown(name)}: " if len(answers) > 1 else ""
-        (growing or Growing()).end(f"{label}{shown(answer)}")  # a model wrote it: control characters become escapes
+        if not printed:
+            print(f"{label}{shown(answer)}", flush=True)
         if reward is not None:
             note(f"{label}reward {number(reward)}")
 

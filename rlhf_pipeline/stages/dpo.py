@@ -4,7 +4,6 @@ python -m rlhf_pipeline stage=dpo data=preferences data.path=pairs.jsonl
 """
 
 import copy
-import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -54,7 +53,7 @@ def run(settings: Settings, out: RunDir) -> None:
     found = trainer.state.log_history[-1]
     if not out.leads:
         return
-    out.save_model(functools.partial(without_adapter(trainer.model, policy).save))
+    out.save_model(without_adapter(trainer.model, policy).save)
     names = {"eval_loss": "eval_loss", "accuracy": "eval_rewards/accuracies", "margin": "eval_rewards/margins"}
     results = {name: found[key] for name, key in names.items()} | {"pairs": len(test)}
     out.finish(results, objective=results["accuracy"])

@@ -3,11 +3,9 @@
 python -m rlhf_pipeline stage=ppo
 """
 
-import functools
 import random
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,7 +82,8 @@ def run(settings: Settings, out: RunDir) -> None:
     trainer.add_callback(SampleLog(trainer, out))
     trainer.on_warning = out.warn
     trainer.train(watch(trainer, out))
-    out.save_model(functools.partial(_save, trainer))  # first: what may yet go wrong takes no training with it
+    # First: what may yet go wrong takes no training with it.
+    out.save_model(lambda folder: trainer.save_model(str(folder), merge=True))
     last = [row for row in read_jsonl(out.path / "metrics.jsonl") if "objective/scores" in row][-10:]
     results = {name: sum(row[f"objective/{name}"] for row in last) / len(last) for name in ("scores", "kl")}
     if trainer.state.best_metric is not None:
@@ -124,10 +123,6 @@ def _prompts(asked: Sequence[Question]) -> list[Any]:
     if not any(question.columns for question in asked):
         return [question.ids for question in asked]
     return [{**q.columns, "input_ids": q.ids, "attention_mask": [1] * len(q.ids)} for q in asked]
-
-
-def _save(trainer: PPOTrainer, folder: Path) -> None:
-    trainer.save_model(str(folder), merge=True)
 
 
 class SampleLog(TrainerCallback):

@@ -26,7 +26,7 @@ from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.runs.lineage import content_hash
 from rlhf_pipeline.settings import Chat as Chatting
 from rlhf_pipeline.settings import Settings
-from rlhf_pipeline.stages.chat import Growing, Talk, open_talk
+from rlhf_pipeline.stages.chat import Talk, open_talk
 
 Chat = Callable[..., tuple[str, str]]
 
@@ -57,7 +57,9 @@ def test_one_prompt_is_answered_by_the_newest_policy_and_nothing_else_is_on_stdo
     assert not (miniature / "chat").exists()
 
 
-def test_it_is_what_the_policy_says_by_the_runs_own_sampling(chat: Chat, miniature: Path) -> None:
+def test_it_is_what_the_policy_says_by_the_runs_own_sampling(
+    chat: Chat, miniature: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = Settings(
         "chat", "demo", runs=str(miniature.parent), policy={"name": "causal_lm", "path": str(miniature / "ppo")},
         reward={"name": "classifier", "scale": "probability"}, data={"name": "toy_reviews"},
@@ -67,24 +69,9 @@ def test_it_is_what_the_policy_says_by_the_runs_own_sampling(chat: Chat, miniatu
     ((_, answer, reward),) = talk.ask("I saw this")
     assert chat("--prompt", "I saw this")[0].endswith(f"/reward/model\n{answer}\n")  # what open_talk said, too
     assert reward == talk.reward(["I saw this"], [answer])[0]  # type: ignore[misc]
-    grown: list[str] = []
-    growing = Growing()
-    growing.grow = grown.append  # type: ignore[method-assign]
-    ((_, answer, _),) = talk.ask("I saw this", growing)
-    assert grown[-1] == answer
-    assert len(grown) > 1
-
-
-def test_a_growing_answer_is_printed_once_and_whole(capsys: pytest.CaptureFixture[str]) -> None:
-    growing = Growing()
-    for text in ("A", "A f", "A f\ufffd", "A fé"):
-        growing.grow(text)
-    growing.end("A fé!")
-    assert capsys.readouterr().out == "A fé!\n"
-    growing = Growing()
-    growing.grow("do n")
-    growing.end("don't")
-    assert capsys.readouterr().out == "do n\ndon't\n"
+    capsys.readouterr()
+    ((_, answer, _),) = talk.ask("I saw this", grows=True)
+    assert capsys.readouterr().out == f"{answer}\n"
 
 
 def test_the_seed_and_the_settings_of_a_chat_decide(chat: Chat) -> None:
