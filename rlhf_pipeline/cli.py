@@ -356,6 +356,7 @@ def _be_quiet() -> None:
     """Keep the dependencies' chatter away, unless the user asked for it. Set before they are imported."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to main(), which says them plainly
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if processes.processes() > 1:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # each process would say all of it
