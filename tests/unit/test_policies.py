@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import PROMPTS, TEXTS, good_share, tiny_tokenizer
+from tiny import PROMPTS, TEXTS, good_share, tiny_gguf, tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -153,6 +153,32 @@ def test_tokens_added_to_the_tokenizer_alone_get_embeddings(tmp_path: Path) -> N
     assert logits.shape == (1, 2, before + 1)
     old = policy.model.get_input_embeddings().weight[:before]
     assert torch.equal(old, model.get_input_embeddings().weight)
+
+
+def test_a_gguf_file_opens_as_a_model_that_can_be_trained_and_saved(tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="the extra gguf is not installed")
+    file = tmp_path / "tiny.gguf"
+    written = tiny_gguf(file)
+    policy = open_policy(str(file))
+    assert open_config(str(file), "policy.path").hidden_size == 32
+    assert (policy.model.name_or_path, policy.model.dtype) == (str(file), torch.float32)
+    embeddings = policy.model.get_input_embeddings().weight
+    assert torch.allclose(embeddings, torch.from_numpy(written["token_embd"]), atol=0.03)  # 8 bits of up to 4
+    ids = policy.tokenizer(TEXTS[0])["input_ids"]
+    assert ids == tiny_tokenizer()(TEXTS[0])["input_ids"]
+    policy.model(torch.tensor([ids]), labels=torch.tensor([ids])).loss.backward()
+    assert embeddings.grad is not None
+    policy.save(tmp_path / "saved")
+    again = open_policy(str(tmp_path / "saved"))
+    assert all(map(torch.equal, policy.model.state_dict().values(), again.model.state_dict().values()))
+    assert again.tokenizer(TEXTS[0])["input_ids"] == ids
+
+
+def test_a_file_that_is_no_gguf_is_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="the extra gguf is not installed")
+    (file := tmp_path / "odd.gguf").write_bytes(b"GGUF and then nothing that is")
+    with pytest.raises(UserError, match=f"policy.path={file}.*could not be opened"):
+        open_policy(str(file))
 
 
 def test_a_scratch_policys_tables_follow_its_size() -> None:
