@@ -215,8 +215,12 @@ def settle(cfg: DictConfig) -> Settings:
 _EXPLAINED = {
     r"hydra/launcher/submitit": "hydra/launcher=submitit_... needs an extra: pip install 'rlhf_pipeline[slurm]'.",
     r"must specify 'stage'": f"say which stage: stage=<{'|'.join(STAGES)}>, as in 'python -m rlhf_pipeline stage=sft'.",
+    r"^Interpolation key '(.*?)' not found": "a value holds ${{{0}}}, and there is no setting '{0}'.",
+    r"^Ambiguous value for argument '(.*?)=(.*?)' ":
+        "{0}={1} has several values: a list is '{0}=[{1}]', and a sweep takes -m as well.",
     r"^Error merging override (([\w.]+)=.*)": "{0} is no section of settings; say {1}.<setting>=...",
     r"^Multiple values for ([\w/]+)": "+{0}= would be a second choice; write {0}=...",
+    r"Check that the config directory '(.*)' exists": "--config-path: there is no folder {0}.",
     r"^Cannot find primary config '(.*?)'":
         "--config-name: there is no configuration '{0}' in the folder of --config-path.",
 }  # fmt: skip

@@ -121,7 +121,7 @@ def _readable(word: str, swept: bool) -> str:
     optional = value == "null" and name not in ("stage", "policy", "reward", "data")
     entries = value.split(",") if swept else [value]
     if is_choice and equals and not optional and not all(map(_ENTRY.fullmatch, entries)):  # as 2, which is no text
-        return f"{key}={_literal(value, swept) if swept else quoted(value)}"
+        return f"{key}={_literal(value, swept) if swept and value != 'null' else quoted(value)}"
     if _is_in_grammar(word):
         return word
     if value.startswith(("{", "[")) and _is_yaml(value):  # YAML takes keys and texts of other letters

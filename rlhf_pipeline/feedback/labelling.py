@@ -125,13 +125,15 @@ def _replace(out: RunDir, source: str, labels: _Rows, rejected: _Rows, skips: Se
 def label_row(row: dict[str, Any], judgement: Judgement) -> dict[str, Any] | None:
     """A judgement as a row of `labels.jsonl`, with the answers as they were sampled; None if it is of other answers.
 
-    A spreadsheet may change blanks.
+    A spreadsheet may change blanks, and one answer, as 007 to 7, if all others are in their places.
     """
     data = label_studio_tasks([row])[0]["data"]
     names = [" ".join(data[answer["id"]].split()) for answer in row["answers"]]
     given = [" ".join(answer.split()) for answer in judgement.answers]
     if not set(given) <= set(names):
-        return None
+        if len(given) != len(names) or sum(a != b for a, b in zip(given, names, strict=True)) > 1:
+            return None
+        given = names
     ranks = dict(zip(given, judgement.ranks, strict=True))
     kept = [(answer["text"], ranks[name]) for answer, name in zip(row["answers"], names, strict=True) if name in ranks]
     texts, places = zip(*kept, strict=True)

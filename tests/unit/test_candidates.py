@@ -124,7 +124,8 @@ def row(*texts: str) -> dict:
         (("a b", "c", "d"), (3, 1, 2), [3, 1, 2]),
         (("d", "a  b\n", "c"), (2, 3, 1), [3, 1, 2]),  # in another order, other blanks
         (("c", "d"), (1, 2), [1, 2]),  # one was left out
-        (("a b", "007", "d"), (3, 1, 2), None),
+        (("a b", "007", "d"), (3, 1, 2), [3, 1, 2]),  # a spreadsheet changed one
+        (("d", "007", "a b"), (3, 1, 2), None),  # and the others stand elsewhere
         (("a b", "x", "y"), (3, 1, 2), None),
         (("a b", "y"), (1, 2), None),
     ],
