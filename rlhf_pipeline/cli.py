@@ -95,7 +95,7 @@ def _hydra_main(words: list[str], recorded: bool) -> None:
             if recorded:
                 check_functions(cfg, words)
             recover(Path(str(cfg.runs)))
-            order = list(cfg.stages) if OmegaConf.is_dict(cfg.stages) else []
+            order = in_order(cfg.stages) if OmegaConf.is_dict(cfg.stages) else []
             settings = settle(cfg)
             if settings.stage == "pipeline":
                 return _pipeline(settings, words)
@@ -181,8 +181,9 @@ def run_stage(settings: Settings) -> float | None:
     else:
         if processes.processes() > 1:
             say_loading()
+        may_grow = bool(settings.sweep) or settings.stage == "compare"
         with processes.ending_together(), out.held():
-            done = processes.agree(lambda: out.finished(settings)) and not settings.sweep  # which may have grown
+            done = processes.agree(lambda: out.finished(settings)) and not may_grow
             with processes.rank_output(out.path):
                 _run_held(settings, out, done)
         return out.objective()
@@ -246,7 +247,7 @@ def _run_held(settings: Settings, out: RunDir, done: bool) -> None:
 
 def _pipeline(whole: Settings, words: Sequence[str]) -> float | None:
     """Run an experiment's stages in order, in this process: importing torch for each would cost a minute."""
-    order = list(whole.stages)
+    order = in_order(whole.stages)
     if not order:
         raise UserError(NO_STAGES)
     chosen = rewards.trained_part(whole.reward)["name"]
@@ -282,6 +283,12 @@ def _pipeline(whole: Settings, words: Sequence[str]) -> float | None:
         publish(RunDir.of(last), whole.hub)
     say("next", next_command(dataclasses.replace(every[-1], name=whole.name), [], rest))
     return result
+
+
+def in_order(stages: Iterable[str]) -> list[str]:
+    """The stages of a pipeline. What an experiment says of others after stage=compare is for the runs it compares."""
+    order = list(map(str, stages))
+    return order[: order.index("compare") + 1] if "compare" in order else order
 
 
 def plan(order: Sequence[str], name: str, rounds: int | None) -> list[tuple[str, str]]:
@@ -349,7 +356,7 @@ def _last_stage(stage: str, stages: Iterable[str]) -> str:
         return stage
     if not stages:
         raise UserError(NO_STAGES)
-    return ([name for name in stages if name in TRAINED] or list(stages))[-1]
+    return ([name for name in in_order(stages) if name in TRAINED] or in_order(stages))[-1]
 
 
 def _be_quiet() -> None:

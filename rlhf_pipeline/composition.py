@@ -29,6 +29,8 @@ from rlhf_pipeline.stages import STAGES
 from rlhf_pipeline.words import CONF, parse, quoted
 
 _DEFAULT = "demo"  # the experiment, where none is named; as in conf/config.yaml
+# Words of stage=compare that are not for the runs that it compares.
+_OF_COMPARISON = re.compile(r"[+~]*(stage|name|runs|seed|experiment|overwrite|(hub|comparison|stages\.compare)\..*)")
 _NO_SECTION = "{0}={1} is no section of settings; say {0}.<setting>=..."
 _CHOICES: dict[str, Registry[Any]] = {
     "policy": policies.registry,
@@ -89,6 +91,9 @@ def expand(words: Sequence[str], folder: str | None = None) -> list[str]:
         ppo = (sections.get("ppo") or {}).get("trainer") or {}
         ppo |= {key: said[word].value() for key in SAMPLING if (word := f"stages.ppo.trainer.{key}") in said}
         section["collect"] = {key: ppo[key] for key in SAMPLING if key in ppo} | (section.get("collect") or {})
+    elif of == "compare":  # its runs are told what the user says
+        rest = [quoted(word) for word in words if not _OF_COMPARISON.fullmatch(word.partition("=")[0])]
+        general = [*general, f"++comparison.typed=[{','.join(rest)}]"]
     elif of == "chat" or (of == "evaluate" and "sweep" in said and said["sweep"].value()):
         opened, more = _as_its_run(of, said, experiment)
         section, general = section | opened, general + more

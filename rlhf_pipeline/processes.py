@@ -26,7 +26,7 @@ P = ParamSpec("P")
 
 # The fields that, with the number of processes, make the rows of a step. transformers' defaults are 8 and 1.
 CUT = ("per_device_train_batch_size", "gradient_accumulation_steps")
-ONE_PROCESS_ONLY = ("stage=chat", "stage=plan", "compare=", "labels=", "sweep=")
+ONE_PROCESS_ONLY = ("stage=chat", "stage=plan", "stage=compare", "compare=", "labels=", "sweep=")
 # DeepSpeed's buffers in parameters, a tenth of its own defaults: with those, a GPT-2 would never be sharded.
 ZERO = {
     "reduce_bucket_size": 50_000_000,

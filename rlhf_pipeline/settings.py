@@ -109,6 +109,17 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """What `stage=compare` compares; evaluate.* says how."""
+
+    # By name, the words that one would type, or a list of such commands; null leaves one out.
+    algorithms: dict[str, str | list[str] | None] = field(default_factory=dict)
+    seeds: list[Annotated[int, Range(0, 2**32 - 1)]] = field(default_factory=lambda: [1, 2, 3])
+    at_once: Count = 1  # runs that go on beside each other
+    typed: list[str] = field(default_factory=list)  # what the user said, which goes for each run as well
+
+
+@dataclass(frozen=True)
 class Hub:
     """Where a finished model goes, if anywhere. The token comes from HF_TOKEN or the client's login: no file has it."""
 
@@ -123,7 +134,8 @@ class Report:
     lang: Literal["en", "zh"] = "en"
 
 
-SECTIONS = {"evaluate": Evaluation, "collect": Collection, "chat": Chat, "plan": Plan, "hub": Hub, "report": Report}
+SECTIONS = {"evaluate": Evaluation, "collect": Collection, "comparison": Comparison, "chat": Chat, "plan": Plan,
+            "hub": Hub, "report": Report}  # fmt: skip
 # PPO's settings that name tokens, which mean nothing in another vocabulary.
 TOKENS = ("stop_token", "stop_token_id", "stop_tokens", "suppress_tokens")
 # PPO's settings that say how a policy samples, which stage=collect has as well.
@@ -150,6 +162,7 @@ class Settings:
     ptx: dict[str, Any] = field(default_factory=dict)
     evaluate: Evaluation = field(default_factory=Evaluation)
     collect: Collection = field(default_factory=Collection)
+    comparison: Comparison = field(default_factory=Comparison)
     chat: Chat = field(default_factory=Chat)
     plan: Plan = field(default_factory=Plan)
     against: str | None = None  # of stage=chat: a second policy, a stage of this run or a path

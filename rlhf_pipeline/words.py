@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.registry import Range, check, near
-from rlhf_pipeline.settings import trainer_fields
+from rlhf_pipeline.settings import SECTIONS, trainer_fields
 from rlhf_pipeline.stages import STAGES
 
 _PACKAGE = Path(__file__).parent
@@ -23,7 +23,7 @@ _PACKAGE = Path(__file__).parent
 CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 
 # Sections that take keys their defaults do not list: Settings checks them, so Hydra need not ask for a '+'.
-_OPEN = re.compile(r"^(trainer|policy|reward|data|ptx|evaluate|collect|chat|plan|hub|report|labeler|stages)\.[\w.]+=")
+_OPEN = re.compile(rf"^(trainer|policy|reward|data|ptx|labeler|stages|{'|'.join(SECTIONS)})\.[\w.]+=")
 # Settings that are paths or names: what the shell handed over is the value, whatever signs it holds.
 _PATHS = re.compile(
     r"(?:stages\.\w+\.)?(?:[\w.]*path|name|labels|runs|compare|against|sweep|(?:evaluate|collect)\.policies)"

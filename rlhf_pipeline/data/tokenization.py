@@ -63,8 +63,10 @@ def _language(row: Row, tokenizer: "Tokenizer") -> str:
 
 
 def demonstrations(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any], seed: int) -> list[Lesson]:
-    """Prompts with their answers, which end with the tokenizer's EOS."""
+    """Prompts with their answers, of those that were compared the best; they end with the tokenizer's EOS."""
     end = int(tokenizer.eos_token_id)
+    if rows and isinstance(rows[0], Preference | Ranking):
+        rows = [Demonstration(row.prompt, answers(row)[0]) for row in rows if isinstance(row, Preference | Ranking)]
     if rows and isinstance(rows[0], Demonstration | Dialogue):
         bar = itertools.chain.from_iterable(parts(rows, _PART, "tokenize", "text"))
         cut = (pieces(tokenizer, row) for row in bar if isinstance(row, Demonstration | Dialogue))

@@ -98,13 +98,14 @@ def draw(who: Sampler, task: Task, number: int = 0) -> Answers:
     return Answers([row[0] for row in rows], rewards, {}, [row[1] for row in rows])
 
 
-def measure(who: Sampler, task: Task, n: int = 1) -> Answers:
-    """A policy's answers, or the best of `n`, with their figures; None where another vocabulary does not allow one.
+def measure(who: Sampler, task: Task, drawn: Sequence[Answers] = ()) -> Answers:
+    """A policy's answers, or the best of n `drawn`, with their figures; None where another vocabulary allows none.
 
     The KL of the best of n to the policy itself is at most log n - (n - 1) / n (Stiennon et al. 2020, app. G.3).
     """
     reference, size = task.reference, task.batch_size
-    tries = [draw(who, task, number) for number in (range(1, n + 1) if n > 1 else (0,))]
+    tries = drawn or [draw(who, task)]
+    n = len(tries)
     best = np.argmax([one.rewards[next(iter(task.rewards))] for one in tries], axis=0)  # of each prompt, which try
     texts, ids = ([tries[at][part][row] for row, at in enumerate(best)] for part in (0, 3))
     rewards = {name: [tries[at].rewards[name][row] for row, at in enumerate(best)] for name in task.rewards}

@@ -1,8 +1,10 @@
 """Reward against KL over the jobs of a sweep and their checkpoints, next to the best of n answers without training.
 
 As Gao et al. 2022 (arXiv 2210.10760) judge a policy: by the reward that it reaches at a distance from where it started.
+Where a reward that nothing learnt from falls while the other still rises, the policies over-optimise.
 """
 
+import itertools
 import json
 import math
 import os
@@ -26,6 +28,8 @@ from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.runs.models import ppo_jobs
 
 _SHOWN = 8  # prompts whose answers are kept to be looked at
+_FEW = 4  # the n of a second best of n whose answers are measured, beside the largest
+_ENOUGH = 4  # policies on a way that two parameters are fitted to
 Row = dict[str, Any]
 
 
@@ -50,25 +54,35 @@ def points_of(folder: Path, asked: Mapping[str, Any]) -> list[Point]:
         record, config = job.record, job.config()
         below = os.path.relpath(job.path.parent.resolve(), folder.resolve())
         name = folder.resolve().name if below == "." else below
-        places: dict[int | None, Path] = {}
-        for checkpoint in sealed(job.checkpoints):
-            if fault := fault_of(checkpoint):
-                print(f"warning: {checkpoint} is damaged ({fault}), and is left out", flush=True)
-            else:
-                places[step_of(checkpoint)] = checkpoint
-        if record["status"] == "done" and job.model.is_dir():
-            last = max((int(row["step"]) for row in read_log(job.path / "metrics.jsonl")), default=0)
-            places[None if config["trainer"].get("load_best_model_at_end") else last] = job.model
+        places = places_of(job)
         if not places or started_from(str(job.model)) is None:
             why = "started from an untrained policy" if places else "has left no whole checkpoint"
             print(f"warning: {name} {why}, so it is left out", flush=True)
             continue
-        sampling = {key: value for key, value in config["trainer"].items() if key in PPO_SAMPLING} | dict(asked)
-        about = {**record["parents"]["policy"], "seed": config["seed"], "sampling": sampling}
-        start = json.dumps(about, sort_keys=True)
+        start = start_of(record["parents"]["policy"], config["seed"], config["trainer"], asked)
         found += [Point(name, step, record["started"], start, place, job) for step, place in places.items()]
     if not found:
         raise NotFinishedError(f"{folder} has no checkpoint and no result yet that can be measured.")
+    return found
+
+
+def start_of(parent: Mapping[str, Any], seed: int, trainer: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """A `Point.start`: a policy as run.json names it, a seed, and how PPO with the settings `trainer` samples."""
+    sampling = {key: value for key, value in trainer.items() if key in PPO_SAMPLING} | dict(asked)
+    return json.dumps({**parent, "seed": seed, "sampling": sampling}, sort_keys=True)
+
+
+def places_of(job: RunDir) -> dict[int | None, Path]:
+    """A job's policies by step: PPO's whole checkpoints, then the result, which need not be the last step's: None."""
+    found: dict[int | None, Path] = {}
+    for checkpoint in sealed(job.checkpoints) if job.stage == "ppo" else ():
+        if fault := fault_of(checkpoint):
+            print(f"warning: {checkpoint} is damaged ({fault}), and is left out", flush=True)
+        else:
+            found[step_of(checkpoint)] = checkpoint
+    if job.record["status"] == "done" and job.model.is_dir():
+        last = max((int(row["step"]) for row in read_log(job.path / "metrics.jsonl")), default=0)
+        found[None if job.config()["trainer"].get("load_best_model_at_end") else last] = job.model
     return found
 
 
@@ -94,10 +108,17 @@ def is_known(point: Point, known: Sequence[Row]) -> bool:
     return any(point[:4] == tuple(row.get(key) for key in Point._fields[:4]) for row in known)
 
 
-def start_row(start: str, own: Answers, task: Task, most: int) -> Row:
-    """Where jobs started: its figures, and those of the best of up to `most` of its answers."""
-    tries = [draw(task.reference, task, number).rewards for number in range(1, most + 1)]
-    best = best_of_n({name: np.array([one[name] for one in tries]).T for name in own.rewards}, next(iter(own.rewards)))
+def start_row(start: str, own: Answers, task: Task, most: int, draws: int) -> Row:
+    """Where jobs started: its figures, and those of the best of up to `most` of its answers.
+
+    The answers of the best of a few and of `most` are measured as a policy's are, as `drawn`.
+    """
+    tries = [draw(task.reference, task, number) for number in range(1, most + 1)]
+    rewards = {name: np.array([one.rewards[name] for one in tries]).T for name in own.rewards}
+    best = best_of_n(rewards, next(iter(rewards)))
+    for n in {min(_FEW, most), most}:
+        answers = measure(task.reference, task, tries[:n])
+        best[n - 1]["drawn"] = _figures({"start": own, "best": answers}, task, draws)
     about = {"key": start, "path": json.loads(start)["path"], "seed": task.seed, "asked": task.prompts[:_SHOWN]}
     return {**about, **_figures({"start": own}, task, 1), "best_of": best}
 
@@ -120,11 +141,13 @@ def _figures(answers: Mapping[str, Answers], task: Task, draws: int) -> Row:
         return by["metrics"][name] | dict(zip(["gain"], by["paired_gain"].values(), strict=False))
 
     shown = [{"response": row["responses"][name], "reward": row["rewards"][name]} for row in found["samples"][:_SHOWN]]
-    return {**judged(found), "rewards": {key: judged(by) for key, by in found["rewards"].items()}, "answers": shown}
+    values = {key: np.round(own, 6).tolist() for key, own in answers[name].rewards.items()}
+    rewards = {key: judged(by) for key, by in found["rewards"].items()}
+    return {**judged(found), "rewards": rewards, "answers": shown, "values": values}
 
 
 def laid_out(known: Sequence[Row], points: Sequence[Point]) -> dict[str, list[Row]]:
-    """`starts` and `points` of frontier.json: what has been measured so far, in the order of the jobs.
+    """`starts`, `points` and `fits` of frontier.json: what has been measured so far, in the order of the jobs.
 
     A checkpoint that was measured and has been deleted since still counts for its job.
     """
@@ -136,10 +159,8 @@ def laid_out(known: Sequence[Row], points: Sequence[Point]) -> dict[str, list[Ro
     starts = [row for row in known if row.get("key") in {start for _, _, start in jobs}]
     rows = [dict(row) for row in known if job_of(row) in jobs]
     compare_points(rows, {row["key"]: row["best_of"] for row in starts})
-    return {
-        "starts": starts,
-        "points": sorted(rows, key=lambda row: (jobs.index(job_of(row)), row["step"] or math.inf)),
-    }
+    rows.sort(key=lambda row: (jobs.index(job_of(row)), row["step"] or math.inf))
+    return {"starts": starts, "points": rows, "fits": fits(starts, rows)}
 
 
 def open_point(point: Point) -> Policy:
@@ -175,6 +196,28 @@ def best_of_n(values: Mapping[str, NDArray[Any]], main: str) -> list[Row]:
             worth = np.take_along_axis(own, order, 1) @ weights
             rewards[name] = {"reward_mean": float(worth.mean()), "reward_stderr": metrics.standard_error(worth)}
         found.append({"n": n, "kl": math.log(n) - (n - 1) / n, **rewards.pop(main), "rewards": rewards})
+    return found
+
+
+def fits(starts: Sequence[Row], points: Sequence[Row]) -> list[Row]:
+    """Gao et al.'s forms of each reward on each way from a start: best of n, and each run; if it has enough policies.
+
+    With d = sqrt(KL), the reward rises over the start's by d (alpha - beta d) for the best of n, and by
+    d (alpha - beta log d) for RL; alpha and beta are by least squares. `to` is the greatest d.
+    """
+    found = []
+    for start in starts:
+        runs = dict.fromkeys(row["run"] for row in points if row["start"] == start["key"])
+        own = {run: [row for row in points if (row["run"], row["start"]) == (run, start["key"])] for run in runs}
+        ways = [("best of n", lambda d: d, start["best_of"]), *((run, np.log, rows) for run, rows in own.items())]
+        for (way, bend, rows), reward in itertools.product(ways, ["", *start["rewards"]]):
+            of = [row["rewards"][reward] if reward else row for row in (start, *rows)]
+            kl, gain = (np.array(each) for each in ([row["kl"] for row in rows], [x["reward_mean"] for x in of[1:]]))
+            d, gain = np.sqrt(kl[kl > 0]), (gain - of[0]["reward_mean"])[kl > 0]
+            if len(set(d)) >= _ENOUGH:
+                (alpha, beta), *_ = np.linalg.lstsq(np.stack([d, -d * bend(d)], 1), gain, rcond=None)
+                about = {"way": way, "start": start["key"], "reward": reward, "points": len(d), "to": float(d.max())}
+                found.append({**about, "alpha": float(alpha), "beta": float(beta)})
     return found
 
 

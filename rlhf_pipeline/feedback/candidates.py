@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
@@ -44,9 +45,10 @@ class Asker:
 
     def _batch(self, questions: Sequence[Question], start: int) -> list[dict[str, Any]]:
         asked = dict(enumerate(questions[start : start + self.collect.batch_size], start))
-        return [self._row(number, asked[number], a) for number, a in self._answers(asked).items() if len(a) > 1]
+        answers, tokens = self._answers(asked)
+        return [self._row(number, asked[number], a, tokens[number]) for number, a in answers.items() if len(a) > 1]
 
-    def _row(self, number: int, question: Question, answers: list[dict[str, Any]]) -> dict[str, Any]:
+    def _row(self, number: int, question: Question, answers: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
         prompt = question.prompt
         random.Random(f"order {self.seed} {number}").shuffle(answers)  # the place must not tell the source
         texts = [answer["text"] for answer in answers]
@@ -57,15 +59,17 @@ class Asker:
             "prompt": prompt if isinstance(prompt, str) else [{"role": t.role, "content": t.text} for t in prompt],
             "shown_prompt": visible(next(iter(self.policies.values())).tokenizer, prompt),
             "answers": [{"id": f"answer{n}", **answer} for n, answer in enumerate(answers, 1)],
+            "sampled_tokens": tokens,
             # What is no JSON, as a date of Parquet, becomes text.
             **({"columns": json.loads(json.dumps({**question.columns}, default=str))} if question.columns else {}),
         }
 
-    def _answers(self, asked: Mapping[int, Question]) -> dict[int, list[dict[str, Any]]]:
-        """Up to K answers to each numbered prompt, no two of them more alike than `similarity`.
+    def _answers(self, asked: Mapping[int, Question]) -> tuple[dict[int, list[dict[str, Any]]], Counter[int]]:
+        """Up to K answers to each numbered prompt, no two of them more alike than `similarity`, and all tokens drawn.
 
         Each has what it takes to draw it again: policy, temperature and seed.
         """
+        tokens: Counter[int] = Counter()
         sources = list(itertools.product(self.collect.temperatures, self.policies))
         found: dict[int, dict[int, dict[str, Any]]] = {number: {} for number in asked}
         for attempt, (place, (temperature, where)) in itertools.product(range(_TRIES), enumerate(sources)):
@@ -80,22 +84,25 @@ class Asker:
                 part = wanted[at : at + self.collect.batch_size]
                 keys = [f"{self.seed} {number} {slot} {attempt}" for number, slot in part]
                 seeds = [int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") for key in keys]
-                texts = self._draw(where, temperature, [asked[number] for number, _ in part], seeds)
-                for (number, slot), text, seed in zip(part, texts, seeds, strict=True):
+                drawn = self._draw(where, temperature, [asked[number] for number, _ in part], seeds)
+                for (number, slot), (text, length), seed in zip(part, drawn, seeds, strict=True):
+                    tokens[number] += length
                     if not any(alike(text, other["text"], self.collect.similarity) for other in found[number].values()):
                         source = {"policy": where, "temperature": temperature, "seed": seed}
                         found[number][slot] = {"text": text, **source}
-        return {number: [got[slot] for slot in sorted(got)] for number, got in found.items()}
+        return {number: [got[slot] for slot in sorted(got)] for number, got in found.items()}, tokens
 
-    def _draw(self, where: str, temperature: float, questions: Sequence[Question], seeds: Sequence[int]) -> list[str]:
-        """One answer to each prompt, each from its own seed: the batch it is drawn in does not matter."""
+    def _draw(
+        self, where: str, temperature: float, questions: Sequence[Question], seeds: Sequence[int]
+    ) -> list[tuple[str, int]]:
+        """One answer to each prompt with its tokens, each from its own seed: its batch does not matter."""
         policy, length = self.policies[where], self.collect.response_length
         ids = asked_of(policy, next(iter(self.policies.values())), questions)
         check_positions(policy.model, ids, length)
         draws = [torch.rand(length, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         sampling = replace(self.sampling[where], temperature=temperature)
         batch = sample(policy.model, ids, torch.full((len(ids),), length), sampling, torch.stack(draws, 1))
-        return batch.texts(policy.tokenizer)[1]
+        return list(zip(batch.texts(policy.tokenizer)[1], batch.response_lengths.tolist(), strict=True))
 
 
 def alike(first: str, second: str, similarity: float) -> bool:

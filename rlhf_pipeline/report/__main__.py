@@ -14,14 +14,15 @@ def rebuild(folder: Path, lang: str | None = None) -> list[Path]:
     """Draw every page below a folder: of stages, rounds and sweeps; None keeps the language each was made in."""
     # They stand above this package, and only a command needs them.
     from rlhf_pipeline.report.rounds import write_rounds
-    from rlhf_pipeline.sweeps.jobs import JOB
+    from rlhf_pipeline.sweeps.jobs import JOB, read_job
     from rlhf_pipeline.sweeps.results import write_sweep
 
     if lang not in (None, *LANGUAGES):
         raise UserError(f"no report language is called '{lang}'; choose one of: {', '.join(LANGUAGES)}.")
     folder = folder.resolve() if folder == Path() else folder  # the current folder has no name
     stages = stages_below(folder) if folder.is_dir() else []
-    sweeps = sorted({path.parent.parent for path in folder.rglob(JOB)})
+    # The runs of a comparison have a job.json too; its page is that of its stage.
+    sweeps = sorted({path.parent.parent for path in folder.rglob(JOB) if read_job(path.parent).get("stage")})
     if not stages and not sweeps:
         raise UserError(f"{folder} holds no run; name a folder such as runs/demo or runs/demo/ppo.")
     pages = [write_report(stage, lang) for stage in stages]

@@ -1,7 +1,7 @@
 """Charts as inline SVG, all by one `plot`. A line never goes through a value that is not finite."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rlhf_pipeline.report.files import as_number, columns, finite, items, members
@@ -12,6 +12,7 @@ from rlhf_pipeline.report.words import table as words_of
 CHARTS, BUCKETS = 32, 150  # the most charts that one page shows; stretches that a line is thinned to
 CLOCKS = ("epoch", "seconds", "episode", "num_tokens", "eps")  # they only say how far a run is
 COLOURS, RUNS, ROWS = 8, 24, 40  # c0 to c7 in chart.css; runs of a frontier and rows of a sweep that are drawn
+FITTED = 24  # points of a fitted curve
 TOP, BELOW, RIGHT = 8, 39, 16  # margins in a chart's viewBox
 SMALL, WIDE, SQUARE = (62, 250, 104), (52, 350, 220), (44, 240, 240)  # left margin, width and height of the plot
 Point = tuple[float, float]
@@ -133,7 +134,7 @@ def calibration(value: object, words: Words) -> Chart | None:
 
 
 def frontier_charts(found: Row, words: Words) -> list[Chart]:
-    """Reward against KL of a sweep's policies, one chart per reward: a line per run, and best of n."""
+    """Reward against KL of a sweep's policies, one chart per reward: a line per run, best of n, and what is fitted."""
     starts, rows = items(found.get("starts")), items(found.get("points"))
     runs: dict[str, list[Row]] = {}
     for row in rows:
@@ -143,11 +144,31 @@ def frontier_charts(found: Row, words: Words) -> list[Chart]:
     for at, (run, own) in enumerate(list(runs.items())[:RUNS]):
         begun = [start for start in starts if start.get("key") == own[0].get("start")]
         ways.append((run, f"c{at % COLOURS}", begun + [row for row in own if row.get("step") is not None]))
-    charts = (_against_kl(reward, ways, words) for reward in ("", *columns(row.get("rewards") for row in rows)))
+    kinds = {name: kind for name, kind, _ in ways[len(starts) :]}
+    rewards = ["", *columns(row.get("rewards") for row in rows)]
+    fitted = {reward: [line for fit in items(found.get("fits")) if fit.get("reward") == reward
+                       for line in _fitted(fit, starts, kinds)] for reward in rewards}  # fmt: skip
+    charts = (_against_kl(reward, ways, fitted[reward], words) for reward in rewards)
     return [chart for chart in charts if chart]
 
 
-def _against_kl(reward: str, ways: Sequence[tuple[str, str, list[Row]]], words: Words) -> Chart | None:
+def _fitted(fit: Row, starts: Sequence[Row], kinds: Mapping[str, str]) -> Iterator[Line]:
+    """A fitted form from its start on: dashed in the colour of its run; of best of n, whose line is dashed, whole."""
+    start = next((start for start in starts if start.get("key") == fit.get("start")), {})
+    own = members(members(start.get("rewards")).get(str(fit.get("reward")))) if fit.get("reward") else start
+    numbers = [finite(value) for value in (own.get("reward_mean"), *map(fit.get, ("alpha", "beta", "to")))]
+    known = [value for value in numbers if value is not None]
+    kind = "soft" if fit.get("way") == "best of n" else f"{kinds.get(str(fit.get('way')), '')} dashed"
+    if len(known) == len(numbers) and kind != " dashed":
+        base, alpha, beta, to = known
+        distances = [to * step / FITTED for step in range(1, FITTED + 1)]
+        bend = float if kind == "soft" else math.log
+        yield Line("", kind, [(0.0, base), *((d * d, base + d * (alpha - beta * bend(d))) for d in distances)])
+
+
+def _against_kl(
+    reward: str, ways: Sequence[tuple[str, str, list[Row]]], fitted: Sequence[Line], words: Words
+) -> Chart | None:
     """The chart of one reward; the main one has no name."""
     lines = []
     for name, kind, rows in ways:
@@ -159,6 +180,7 @@ def _against_kl(reward: str, ways: Sequence[tuple[str, str, list[Row]]], words: 
         lines += [Line(name, kind, points, [(*point, 2.4) for point in points])] if points else []
     if not lines:
         return None
+    lines += fitted
     xs, ys = zip(*(point for line in lines for point in line.points), strict=True)
     ticks = [((max(xs) or 1.0) * share) for share in (0, 1 / 16, 1 / 4, 9 / 16, 1)]
     x_ticks, title = [(value, f"{value:.2g}") for value in ticks], reward or words("Reward")

@@ -60,7 +60,39 @@ def frontier_tables(frontier: Found) -> list[Table]:
             if (n := as_number(row.get("n"))) and math.log2(max(n, 1)).is_integer():
                 best[f"best of {n:g}{place}"] = _of(row, _REWARD)
     tables = Table("Policies of the sweep", "Run", policies), Table("Best of n, without training", "", best)
-    return [table for table in tables if table.rows]
+    return [*(table for table in tables if table.rows), *fit_tables(frontier)]
+
+
+def fit_tables(found: Found) -> list[Table]:
+    """The forms that were fitted to the ways of a frontier, of each start by its place."""
+    places = {start.get("key"): f" · {start.get('path')} · {start.get('seed')}" for start in items(found.get("starts"))}
+    rows = {}
+    for fit in items(found.get("fits")):
+        place = places.get(fit.get("start"), "") if len(places) > 1 else ""
+        reward = f" · {fit['reward']}" if fit.get("reward") else ""
+        form = "d (α - β d)" if fit.get("way") == "best of n" else "d (α - β log d)"
+        rows[f"{fit.get('way')}{reward}{place}"] = {"form": form, **_of(fit, ("alpha", "beta", "points"))}
+    return [Table("Fitted forms, d = √KL", "Curve", rows)] if rows else []
+
+
+def comparison_tables(comparison: Found) -> list[Table]:
+    """What comparison.json holds: each algorithm's means over seeds by every reward, and its gains over SFT."""
+    algorithms = {name: members(row) for name, row in members(comparison.get("algorithms")).items()}
+    figures, gains = {}, {}
+    for name, row in algorithms.items():
+        others = {reward: members(own) for reward, own in members(row.get("rewards")).items()}
+        cost = {"seeds": row.get("seeds"), "sampled_tokens": row.get("sampled_tokens"), "time": row.get("seconds")}
+        truth = {reward: own.get("reward_mean") for reward, own in others.items()}
+        own_figures = {"reward_mean": row.get("reward_mean"), **truth}
+        figures[name] = {**own_figures, **_of(row, ("kl", "length", "distinct_2")), **cost}
+        for reward, own in {"": row, **others}.items():
+            if gain := members(own.get("gain")):
+                gains[f"{name} · {reward}" if reward else name] = {key: gain.get(old) for old, key in _GAIN.items()}
+    tables = (
+        Table("Algorithms, means over seeds", "Algorithm", figures),
+        Table("Paired gain over SFT, by prompts and seeds", "Algorithm", gains),
+    )
+    return [*(table for table in tables if table.rows), *(fit_tables(comparison) if algorithms else [])]
 
 
 def name_of(point: Found) -> str:

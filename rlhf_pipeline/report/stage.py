@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.report.charts import RUNS, calibration, curves, frontier_charts
-from rlhf_pipeline.report.figures import evaluation_tables, frontier_tables
+from rlhf_pipeline.report.figures import comparison_tables, evaluation_tables, frontier_tables
 from rlhf_pipeline.report.files import as_number, config, items, members, only, read
 from rlhf_pipeline.report.page import lasted, plain, write_page
 from rlhf_pipeline.report.words import Words
@@ -20,8 +20,8 @@ def write_report(folder: Path, lang: str | None = None) -> Path:
     words, notes = Words(lang or members(config(folder).get("report")).get("lang")), list[str]()
     logs = ("metrics", "samples", "warnings", "candidates", "labels")
     metrics, samples, warnings, asked, labels = (read(folder / f"{name}.jsonl", notes) for name in logs)
-    objects = ("run", "evaluation", "quality", "frontier")
-    run, evaluation, quality, frontier = (only(folder / f"{name}.json", notes) for name in objects)
+    objects = ("run", "evaluation", "quality", "frontier", "comparison")
+    run, evaluation, quality, frontier, comparison = (only(folder / f"{name}.json", notes) for name in objects)
     results = dict(members(run.get("results")))
     results |= members(results.pop("speed", None))
     pairs = start_and_end(samples)
@@ -40,7 +40,8 @@ def write_report(folder: Path, lang: str | None = None) -> Path:
         quality={key: value for key, value in quality.items() if key not in ("calibration", "examples", *results)},
         calibration=calibration(quality.get("calibration"), words),
         bins={str(number): row for number, row in enumerate(items(quality.get("calibration")), 1)},
-        frontier_tables=frontier_tables(frontier), frontier_charts=frontier_charts(frontier, words),
+        frontier_tables=comparison_tables(comparison) + frontier_tables(frontier),
+        frontier_charts=frontier_charts(comparison or frontier, words),
         frontier_answers=[_last_answers(start, frontier, words) for start in items(frontier.get("starts"))],
         samples=pairs, sampled=words("{} of {}", sum(row is not None for pair in pairs for row in pair), len(samples)),
         candidates=_ranked(asked, labels),

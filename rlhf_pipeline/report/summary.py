@@ -10,14 +10,14 @@ from typing import Any
 from rlhf_pipeline.files import read_jsonl, read_log
 from rlhf_pipeline.report.files import only
 from rlhf_pipeline.report.page import lasted
-from rlhf_pipeline.runs.directory import CANDIDATES, LABELS, SHEET, RunDir
+from rlhf_pipeline.runs.directory import CANDIDATES, COMPARISON, FRONTIER, LABELS, SHEET, RunDir
 from rlhf_pipeline.runs.models import newest_policy
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.stages import FOLDERS, STAGES
 from rlhf_pipeline.texts import shown
 from rlhf_pipeline.words import as_typed, typed
 
-_MADE = ("model", CANDIDATES, LABELS, "quality.json", "evaluation.json", "frontier.json", "report.html")
+_MADE = ("model", CANDIDATES, LABELS, "quality.json", "evaluation.json", FRONTIER, COMPARISON, "report.html")
 _RUN = "python -m rlhf_pipeline"
 
 

@@ -9,7 +9,15 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_pipeline.report.charts import short
-from rlhf_pipeline.report.figures import OVER, Rows, evaluation_tables, frontier_tables, name_of, sweep_figures
+from rlhf_pipeline.report.figures import (
+    OVER,
+    Rows,
+    comparison_tables,
+    evaluation_tables,
+    frontier_tables,
+    name_of,
+    sweep_figures,
+)
 from rlhf_pipeline.report.files import columns
 from rlhf_pipeline.report.words import Words
 from rlhf_pipeline.texts import shown
@@ -17,7 +25,7 @@ from rlhf_pipeline.texts import shown
 _ABREAST, _MANY = 4, 30  # policies whose answers can be read side by side; policies of a sweep that a table shows
 _FORMS = {"positive": ".1%", "win_rate": ".1%", "kl": ".2f", "perplexity": ".2f", "held_out_perplexity": ".2f",
           "length": ".1f", "moved": ".2f", "validation_kl": ".2f", "time": ".0f", "gain": "+.3f", "95 % from": "+.3f",
-          "95 % to": "+.3f"}  # fmt: skip
+          "95 % to": "+.3f", "sampled_tokens": ",.0f"}  # fmt: skip
 
 _AGAINST_KL = ("reward_mean", "reward_stderr", "kl", "gain", "95 % from", "95 % to", "as good as best of")
 
@@ -113,6 +121,15 @@ def frontier_table(frontier: dict[str, Any]) -> None:
     about = f"{len(rows)} of {len(policies.rows)} policies; *: none has more reward at no more KL"
     _figures(f"{frontier['sweep']}; reward: {frontier['reward']}; {about}", rows)
     for title, _, rows in best:
+        _figures(title, rows)
+
+
+def comparison_table(comparison: dict[str, Any]) -> None:
+    """The tables of a comparison that its page shows too."""
+    start = comparison["starts"][0]
+    _say(f"{start['prompts']} held-out prompts ({start['prompts_in_training']} also begin training texts); "
+         f"reward: {comparison['reward']}; KL to SFT")  # fmt: skip
+    for title, _, rows in comparison_tables(comparison):
         _figures(title, rows)
 
 

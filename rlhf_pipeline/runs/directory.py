@@ -23,7 +23,7 @@ from rlhf_pipeline.stages import FOLDERS
 
 CANDIDATES, CANDIDATES_SO_FAR, LABELS = "candidates.jsonl", "candidates.part.jsonl", "labels.jsonl"
 PROJECT, SHEET = "project.json", "sheet.csv"
-FRONTIER = "frontier.json"
+FRONTIER, COMPARISON = "frontier.json", "comparison.json"
 _RECORD = {"stage": str, "name": str, "status": str, "started": str, "parents": dict, "results": dict, "resumed": list}
 _ROUND = re.compile(r"round([1-9][0-9]*)")
 

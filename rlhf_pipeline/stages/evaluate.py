@@ -66,7 +66,8 @@ def run(settings: Settings, out: RunDir) -> None:
         for each in policies:
             answers[each.name] = comparison.measure(each, task)
             if n and each is start:
-                answers[f"best of {n}"] = comparison.measure(each, task, n)
+                tries = [comparison.draw(each, task, number) for number in range(1, n + 1)]
+                answers[f"best of {n}"] = comparison.measure(each, task, tries)
             if asked.show:
                 shown[each.name] = comparison.draw(each, own)
     if not out.leads:
@@ -103,6 +104,21 @@ def measure_sweep(settings: Settings, out: RunDir, folder: Path) -> None:
     frontier.check_jobs(jobs, settings.labelling_reward or settings.reward, settings.data)
     rewards, judged_by = load_rewards(settings, jobs[0])
     say_taken("sweep", f"{folder}: {len(points)} policies of {len(jobs)} runs")
+    whole, news = measure_points(settings, out, points, rewards, judged_by, folder)
+    if not news:
+        return frontier_table(whole)
+    coef = jobs[0].config()["trainer"].get("selection_kl_coef", PPOConfig.selection_kl_coef)
+    top = max(whole["points"], key=lambda row: row["reward_mean"] - coef * row["kl"])
+    results = {"policies": len(whole["points"]), "reward_mean": top["reward_mean"], "kl": top["kl"]}
+    out.finish(results, objective=top["reward_mean"])
+    frontier_table(whole)
+
+
+def measure_points(
+    settings: Settings, out: RunDir, points: Sequence[frontier.Point], rewards: dict[str, Reward],
+    parents: dict[str, str], folder: Path,
+) -> tuple[dict[str, Any], bool]:  # fmt: skip
+    """`frontier.json` with all `points`, each written as soon as it is measured; and whether anything in it is new."""
     place = out.path / FRONTIER
     before = read_json(place)
     known = [*before.get("starts", []), *before.get("points", [])]
@@ -113,20 +129,15 @@ def measure_sweep(settings: Settings, out: RunDir, folder: Path) -> None:
         return {"sweep": str(folder), "reward": reward, **frontier.laid_out(known, points)}
 
     if out.record.get("status") == "done" and not left and before == found():
-        frontier_table(before)
-        return  # nothing has been made since
-    out.begin(settings, judged_by, fingerprint(settings.data, take_data(settings.data, settings.seed)))
+        return before, False
+    out.begin(settings, parents, fingerprint(settings.data, take_data(settings.data, settings.seed)))
     for row in frontier_rows(settings, left, known, rewards):
         known.append(row)
         write_json(place, found())
         out.observer.added()
     whole = found()
     write_json(place, whole)
-    coef = jobs[0].config()["trainer"].get("selection_kl_coef", PPOConfig.selection_kl_coef)
-    top = max(whole["points"], key=lambda row: row["reward_mean"] - coef * row["kl"])
-    results = {"policies": len(whole["points"]), "reward_mean": top["reward_mean"], "kl": top["kl"]}
-    out.finish(results, objective=top["reward_mean"])
-    frontier_table(whole)
+    return whole, True
 
 
 def frontier_rows(
@@ -139,13 +150,16 @@ def frontier_rows(
         policy = lineup.policy_at(points[0].job.config()["policy"], about["path"])
         who = lineup.sampler("start", policy, about["sampling"])
         of_start = dataclasses.replace(settings, seed=about["seed"])
-        task = make_task(of_start, [who], who, load_data(settings.data, about["seed"]), rewards)
+        rows = load_data(settings.data, about["seed"])
+        task = make_task(of_start, [who], who, rows, rewards)
         new = all(row.get("key") != start for row in known)
         with progress((1 + len(points) + most * new) * len(task.questions), "frontier", "prompt") as bar:
             task = dataclasses.replace(task, tick=bar.update)
             own = comparison.measure(who, task)
             if new:
-                yield frontier.start_row(start, own, task, most)
+                known_before = begun_by([question.prompt for question in task.questions], rows.train)
+                counts = {"prompts": len(task.questions), "prompts_in_training": known_before}
+                yield frontier.start_row(start, own, task, most, settings.evaluate.bootstrap) | counts
             for point in points:
                 try:
                     yield frontier.point_row(point, own, task, settings.evaluate.bootstrap)

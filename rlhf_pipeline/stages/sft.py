@@ -1,6 +1,7 @@
 """Step 1: supervised fine-tuning. The policy learns to complete prompts as the demonstrations do.
 
 python -m rlhf_pipeline stage=sft
+python -m rlhf_pipeline stage=sft data=preferences   (on the best answers of stage=collect: rejection sampling)
 """
 
 import functools
@@ -10,8 +11,8 @@ from datasets import Dataset
 from peft import get_peft_model
 from trl import SFTConfig
 
-from rlhf_pipeline.data import fingerprint, texts
-from rlhf_pipeline.data.records import Demonstration, Dialogue
+from rlhf_pipeline.data import fingerprint, kind, texts
+from rlhf_pipeline.data.records import Demonstration, Dialogue, Preference, Ranking
 from rlhf_pipeline.data.templates import template_of
 from rlhf_pipeline.data.tokenization import conversational, demonstrations, shortened
 from rlhf_pipeline.files import read_log
@@ -20,6 +21,7 @@ from rlhf_pipeline.models.precision import fuse_gelu, store_in_bf16
 from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.training.batching import OrderedSFTTrainer
+from rlhf_pipeline.training.preferences import preferences_of
 from rlhf_pipeline.training.setup import (
     building,
     fit_length,
@@ -34,13 +36,12 @@ from rlhf_pipeline.training.setup import (
 def run(settings: Settings, out: RunDir) -> None:
     """Train on the completions alone, unless `trainer.completion_only_loss=false`."""
     args = trainer_args(SFTConfig, settings, out)
-    rows = take_data(settings.data, settings.seed, answers=True)
-    policy, where = load_policy(
-        settings.policy,
-        out.upstream("pretrain", policy=settings.policy),
-        texts(rows.train),
-        settings.seed,
-    )
+    compared = kind(settings.data["name"]) == Preference | Ranking
+    source = preferences_of(out, settings.data) if compared else settings.data
+    rows = take_data(source, settings.seed, answers=True)
+    # The best answers of a policy are for this policy to learn.
+    upstream = out.upstream(*(["sft"] if compared else []), "pretrain", policy=settings.policy)
+    policy, where = load_policy(settings.policy, upstream, texts(rows.train), settings.seed)
     say_taken("policy", where)
     if conversational(rows.train):
         policy.tokenizer.chat_template = template_of(policy.tokenizer)  # whoever opens the model asks it likewise
@@ -51,14 +52,13 @@ def run(settings: Settings, out: RunDir) -> None:
         for number, split in enumerate((rows.train, rows.test))
     ]
     if not args.packing or args.packing_strategy == "bfd":  # the others go on with the rest in the next block
-        lessons = shortened(
-            lessons, policy.tokenizer, args.max_length, isinstance(rows.train[0], Demonstration | Dialogue)
-        )
+        apart = compared or isinstance(rows.train[0], Demonstration | Dialogue)
+        lessons = shortened(lessons, policy.tokenizer, args.max_length, apart)
     train, test = (
         Dataset.from_dict({"input_ids": [x.ids for x in split], "completion_mask": [x.learnt for x in split]})
         for split in lessons
     )
-    out.begin(settings, {"policy": where}, fingerprint(settings.data, rows))
+    out.begin(settings, {"policy": where}, fingerprint(source, rows))
 
     model, adapter = policy.model, lora_config(settings.policy)
     with building():

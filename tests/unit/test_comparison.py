@@ -60,9 +60,9 @@ def test_of_the_reference_itself_the_kl_is_0_and_the_perplexity_that_of_its_samp
 def test_the_best_of_several_is_worth_the_most_and_costs_what_the_bound_says() -> None:
     ticks: list[int] = []
     task = replace(task_of(policy()), tick=ticks.append)
-    found = measure(task.reference, task, 8)
-    assert sum(ticks) == 8 * 4
     tries = [draw(task.reference, task, number) for number in range(1, 9)]
+    found = measure(task.reference, task, tries)
+    assert sum(ticks) == 8 * 4
     assert found.rewards["letters"] == [
         max(row) for row in zip(*(one.rewards["letters"] for one in tries), strict=True)
     ]

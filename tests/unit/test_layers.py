@@ -18,8 +18,8 @@ LAYERS = [
     ["models", "report"], ["plan"], ["settings"], ["report.cards"], ["runs"],
     ["report.tables", "report.publish", "report.observers", "ppo", "runs.models"],
     ["evaluation", "training"], ["feedback"],
-    ["evaluation.frontier"], ["stages"], ["words"], ["composition"], ["report.summary", "sweeps.jobs"],
-    ["report.rounds", "sweeps"], ["cli", "plugins"],
+    ["evaluation.frontier"], ["evaluation.algorithms"], ["stages"], ["words"], ["composition"],
+    ["report.summary", "sweeps.jobs"], ["report.rounds", "sweeps"], ["stages.compare"], ["cli", "plugins"],
 ]  # fmt: skip
 HEIGHT = {module: level for level, layer in enumerate(LAYERS) for module in layer}
 

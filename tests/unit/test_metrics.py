@@ -38,6 +38,39 @@ def test_the_paired_gain_and_its_interval() -> None:
     assert metrics.paired_gain([1, 1], [1, 1], 10, 0) == {"mean": 0, "low": 0, "high": 0, "win_rate": 0.5}
 
 
+def test_an_interval_over_seeds_and_prompts() -> None:
+    rng = np.random.default_rng(0)
+    before = rng.normal(size=300)
+    of_seeds, of_prompts = 0.2 * rng.normal(size=(20, 1)), 0.5 * rng.normal(size=300)
+    after = before + 1 + of_seeds + of_prompts
+    gain = metrics.paired_gain(before, after, draws=2000, seed=0)
+    assert gain["mean"] == pytest.approx(after.mean() - before.mean())
+    error = np.sqrt(of_seeds.var(ddof=1) / 20 + of_prompts.var(ddof=1) / 300)  # crossed: the variances add up
+    assert gain["high"] - gain["low"] == pytest.approx(2 * 1.96 * error, rel=0.1)
+    alone = metrics.paired_gain(before, after[0], draws=500, seed=3)
+    assert metrics.paired_gain(before, after[:1], draws=500, seed=3) == alone, "of one training as without seeds"
+
+
+def test_of_three_seeds_the_variance_of_the_mean_is_unbiased_and_the_interval_reaches_from_one_to_another() -> None:
+    after = np.array([[0.0], [1.0], [5.0]]).repeat(4, 1)
+    gain = metrics.paired_gain(np.zeros(4), after, draws=3000, seed=0)
+    assert (gain["low"], gain["high"], gain["mean"]) == (0, 5, 2)
+    spread = [metrics.paired_gain(np.zeros(4), after, draws=1, seed=number)["low"] for number in range(3000)]
+    assert np.var(spread) == pytest.approx(np.var([0, 1, 5], ddof=1) / 3, rel=0.1)
+
+
+def test_the_interval_holds_the_truth_where_one_over_prompts_alone_does_not() -> None:
+    rng = np.random.default_rng(1)
+    held = {"both": 0, "prompts": 0}
+    for number in range(150):  # trainings whose results differ, of a truth of 0
+        after = 0.3 * rng.normal(size=(6, 1)) + rng.normal(size=(6, 60))
+        for name, own in (("both", after), ("prompts", after.mean(0))):
+            gain = metrics.paired_gain(np.zeros(60), own, draws=200, seed=number)
+            held[name] += gain["low"] <= 0 <= gain["high"]
+    assert held["both"] / 150 > 0.85
+    assert held["prompts"] / 150 < 0.7
+
+
 def test_repeated_answers_are_those_that_another_prompt_got_as_well() -> None:
     assert metrics.repeated(["yes", " yes", "no", "well"]) == 0.5
     assert metrics.repeated(["a", "b"]) == metrics.repeated([]) == 0

@@ -1,0 +1,155 @@
+"""Algorithms side by side: each with several seeds, from one SFT policy, by one reward, on the same held-out prompts.
+
+python -m rlhf_pipeline stage=pipeline experiment=compare
+"""
+
+import os
+import shlex
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from rlhf_pipeline.composition import settings_of
+from rlhf_pipeline.errors import NotFinishedError, UserError
+from rlhf_pipeline.evaluation.algorithms import over_seeds
+from rlhf_pipeline.evaluation.frontier import Point, places_of, start_of
+from rlhf_pipeline.files import read_json, read_jsonl, read_log, write_json
+from rlhf_pipeline.hub import model_folder
+from rlhf_pipeline.report.tables import comparison_table
+from rlhf_pipeline.runs.directory import CANDIDATES, COMPARISON, RunDir
+from rlhf_pipeline.runs.lineage import parent
+from rlhf_pipeline.settings import Settings
+from rlhf_pipeline.stages.evaluate import load_rewards, measure_points
+from rlhf_pipeline.sweeps.jobs import job_name, read_job, run_job
+from rlhf_pipeline.training.setup import quiet, say_taken
+from rlhf_pipeline.words import read, typed
+
+
+class Trial(NamedTuple):
+    """One algorithm with one seed: a run of its own, made by one or more commands."""
+
+    algorithm: str
+    name: str  # of the run, below the comparison's own
+    commands: list[list[str]]
+    stages: list[Settings]
+
+    @property
+    def folders(self) -> list[RunDir]:
+        """Of each command's stage."""
+        return [RunDir.of(stage) for stage in self.stages]
+
+    @property
+    def done(self) -> bool:
+        """Whether all that its commands ask for is there."""
+        return all(out.record.get("status") == "done" for out in self.folders)
+
+
+def run(settings: Settings, out: RunDir) -> None:
+    """Run what is not done, measure every policy, then give each algorithm's means over seeds and its gain over SFT."""
+    quiet()
+    upstream = out.upstream("sft", "pretrain", policy=settings.policy)
+    if not (found := settings.policy.get("path") or upstream):
+        raise NotFinishedError("there is no policy to start from yet; run stage=sft first, or give policy.path=.")
+    start = model_folder(str(found))
+    trials = plan(settings, start)
+    say_taken("policy", start)
+    rewards, judged_by = load_rewards(settings, out)
+    run_all(trials, settings)
+    sampling = next((stage.trainer for trial in trials for stage in trial.stages if stage.stage == "ppo"), {})
+    asked = {"response_length": settings.evaluate.response_length, "temperature": settings.evaluate.temperature}
+    key = start_of(parent(start), settings.seed, sampling, {k: x for k, x in asked.items() if x is not None})
+    done = {trial.name: trial.folders[-1] for trial in trials if trial.done}
+    points = [
+        Point(name.rpartition("/")[2], step, job.record["started"], key, place, job)
+        for name, job in done.items()
+        for step, place in places_of(job).items()
+    ]
+    failed = [trial.name for trial in trials if trial.name not in done]
+    errors = "; ".join(f"{name}: {read_job(out.runs / name).get('error')}" for name in failed)
+    if not points:
+        raise UserError(f"no run of the comparison is done: {errors}")
+    parents = {"policy": start, **judged_by}
+    whole, news = measure_points(settings, out, points, rewards, parents, out.path.parent)
+    costs: dict[str, dict[str, dict[str, float]]] = {trial.algorithm: {} for trial in trials}
+    for trial in (trial for trial in trials if trial.done):
+        seconds = sum(folder.record["seconds"] for folder in trial.folders)
+        spent = {"sampled_tokens": sum(map(sampled, trial.folders)), "seconds": seconds}
+        costs[trial.algorithm][trial.name.rpartition("/")[2]] = spent
+    means = over_seeds(whole["starts"][0], whole["points"], costs, settings.evaluate.bootstrap, settings.seed)
+    comparison = {"reward": whole["reward"], "failed": failed, **means}
+    if news or comparison != read_json(out.path / COMPARISON):
+        if not news:
+            out.reopen(settings)
+        write_json(out.path / COMPARISON, comparison)
+        trained = {name: means["algorithms"][name] for name in costs if name in means["algorithms"]}
+        best = max(trained, key=lambda name: trained[name]["reward_mean"])
+        figures = {key: trained[best][key] for key in ("reward_mean", "kl")}
+        out.finish({"policies": len(points), "runs": len(done), "best": best, **figures})
+    comparison_table(comparison)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(trials)} runs failed; the same command tries them again. {errors}")
+
+
+def plan(settings: Settings, start: str) -> list[Trial]:
+    """The runs of every algorithm and seed, all from one policy; what cannot be run is refused before any begins."""
+    asked, found = settings.comparison, list[Trial]()
+    algorithms = {name: said for name, said in asked.algorithms.items() if said}
+    if not algorithms or not asked.seeds:
+        raise UserError(
+            "comparison.algorithms or comparison.seeds is empty, so there is nothing to compare; say "
+            "experiment=compare, or comparison.algorithms.<name>='stage=ppo trainer.advantage=rloo'."
+        )
+    for seed in dict.fromkeys(asked.seeds):
+        for algorithm, said in algorithms.items():
+            name = f"{settings.name}/{job_name([algorithm, f'seed={seed}'])}"
+            about = [typed("name", name), typed("runs", settings.runs), f"seed={seed}"]
+            about += [f"experiment={settings.experiment or 'null'}", typed("policy.path", start)]
+            about += ["overwrite=true"] * settings.overwrite
+            every = [said] if isinstance(said, str) else said
+            try:
+                commands = [_words(command, about, asked.typed) for command in every]
+                stages = [settings_of(read(command)[0]) for command in commands]
+                for stage in stages:
+                    RunDir.of(stage).finished(stage, look=True)  # refuses other work in its place
+            except UserError as error:
+                raise type(error)(f"comparison.algorithms.{algorithm}: {error}") from error
+            found.append(Trial(algorithm, name, commands, stages))
+    return found
+
+
+def _words(command: str, about: Sequence[str], rest: Sequence[str]) -> list[str]:
+    """An algorithm's words and its run's, then what the user said of the rest: nothing of a group that it chooses."""
+    own = [*shlex.split(command), *about]
+    keys = {word.lstrip("+~").partition("=")[0] for word in own}
+    said = {word: word.lstrip("+~").partition("=")[0] for word in rest}
+    return [*own, *(word for word, key in said.items() if not {key, key.partition(".")[0]} & keys)]
+
+
+def run_all(trials: Sequence[Trial], settings: Settings) -> None:
+    """Run the commands that are not done, each in a process of its own; where one fails, the other runs go on."""
+    count = settings.comparison.at_once
+    if count > 1:  # threads of several runs would wait for each other
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+
+    def work(trial: Trial) -> None:
+        for command, stage, folder in zip(trial.commands, trial.stages, trial.folders, strict=True):
+            if not folder.finished(stage, look=True):
+                run_job(Path(settings.runs), trial.name, stage.stage, command)
+            if folder.record.get("status") != "done":
+                return
+
+    with ThreadPoolExecutor(count) as pool:
+        try:
+            list(pool.map(work, trials))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def sampled(out: RunDir) -> int:
+    """How many tokens a stage has sampled to learn from."""
+    rows = [row for row in read_log(out.path / "metrics.jsonl") if "val/response_length" in row]
+    before = [0, *(row["episode"] for row in rows)]
+    learnt = sum(row["val/response_length"] * (row["episode"] - n) for n, row in zip(before, rows, strict=False))
+    return round(learnt) + sum(row.get("sampled_tokens", 0) for row in read_jsonl(out.path / CANDIDATES))

@@ -1,0 +1,183 @@
+"""stage=compare: algorithms and seeds as runs of their own, one table; and rejection sampling, which is one of them."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import MINIATURE, CommandLine, settings_of
+
+from rlhf_pipeline.data import load_data
+from rlhf_pipeline.data.tokenization import demonstrations
+from rlhf_pipeline.files import read_jsonl
+from rlhf_pipeline.models.policies import train_tokenizer
+
+# Of the experiment's five algorithms the two that are made otherwise: by groups, and by collecting first.
+SMALL = (
+    "stage=compare", "experiment=compare", "name=demo", *MINIATURE, "evaluate.best_of=5",
+    "comparison.at_once=2", "comparison.seeds=[1,2]",
+    *(f"comparison.algorithms.{name}=null" for name in ("ppo", "grpo", "dpo")),
+    "stages.ppo.trainer.gradient_accumulation_steps=1", "stages.ppo.trainer.eval_samples=16",
+    "stages.collect.collect.prompts=24",
+)  # fmt: skip
+
+
+def words(*more: str) -> list[str]:
+    """SMALL, with what is said otherwise in its place."""
+    keys = {word.partition("=")[0] for word in more}
+    return [*(word for word in SMALL if word.partition("=")[0].lstrip("+") not in keys), *more]
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def run(miniature: Path, workplace: Path) -> Path:
+    """A copy of what the algorithms start from."""
+    for stage in ("pretrain", "sft", "reward"):
+        shutil.copytree(miniature / stage, workplace / "runs" / "demo" / stage)
+    return workplace / "runs" / "demo"
+
+
+def test_algorithms_are_compared_and_what_failed_or_is_new_is_run_again(
+    run: Path, command_line: CommandLine, capfd: pytest.CaptureFixture[str]
+) -> None:
+    broken = "comparison.algorithms.broken=stage=dpo data=preferences data.path=nowhere.jsonl"
+    assert command_line(*words(broken)) == 2
+    said = capfd.readouterr()
+    assert "2 of 6 runs failed" in said.err
+    assert "nowhere.jsonl" in said.err
+    names = [f"{name},seed={seed}" for seed in (1, 2) for name in ("rloo", "best-of-4-sft")]
+    found, frontier = read(run / "compare" / "comparison.json"), read(run / "compare" / "frontier.json")
+    assert list(found["algorithms"]) == ["SFT", "best of 4", "best of 5", "rloo", "best-of-4-sft"]
+    start = frontier["starts"][0]
+    assert (start["prompts"], start["prompts_in_training"]) == (24, 0)
+    rows = {(row["run"], row["step"]): row for row in frontier["points"]}
+    assert {name for name, _ in rows} == set(names)
+    assert [step for name, step in rows if name == "rloo,seed=1"] == [2, 4, 6, 8, 10, 12]
+
+    for name, row in found["algorithms"].items():
+        assert "toy_sentiment" in row["rewards"], name
+        assert ("gain" in row) == (name != "SFT")
+    for name in ("rloo", "best-of-4-sft"):
+        row, of = (
+            found["algorithms"][name],
+            [rows[run_of, max(s for n, s in rows if n == run_of)] for run_of in names if run_of.startswith(name)],
+        )
+        assert row["seeds"] == len(of) == 2
+        assert row["reward_mean"] == pytest.approx(sum(each["reward_mean"] for each in of) / 2)
+        assert row["gain"]["mean"] == pytest.approx(row["reward_mean"] - start["reward_mean"], abs=1e-5)
+        assert row["gain"]["low"] <= row["gain"]["mean"] <= row["gain"]["high"]
+        assert row["seconds"] > 0
+        assert 96 <= row["sampled_tokens"] <= 96 * 8 * 1.5, "96 answers of at most 8 tokens, few of them drawn twice"
+    best = [row["reward_mean"] for row in start["best_of"]]
+    assert best == sorted(best)
+    assert found["algorithms"]["best of 5"]["reward_mean"] == pytest.approx(best[-1])
+    assert found["algorithms"]["best of 5"]["kl"] == pytest.approx(math.log(5) - 4 / 5)
+
+    page = (run / "compare" / "report.html").read_text()
+    for shown in (page, said.out):
+        assert "Algorithms, means over seeds" in shown
+        assert "best of 5" in shown
+    assert page.count('<figure class="wide">') == 2
+    assert "2210.10760" in page
+    fits = {(fit["way"], fit["reward"]) for fit in found["fits"]}
+    assert fits == {(way, reward) for way in ("best of n", "rloo") for reward in ("", "toy_sentiment")}
+
+    # A policy of rejection sampling learns the best of what the SFT policy answered, and of no review.
+    taught = read(run / "best-of-4-sft,seed=1" / "sft" / "run.json")
+    assert taught["data"]["name"] == "preferences"
+    assert taught["parents"]["policy"]["path"] == "runs/demo/sft/model"
+    labels = read_jsonl(run / "best-of-4-sft,seed=1" / "collect" / "labels.jsonl")
+    assert taught["data"]["train"] + taught["data"]["test"] <= len(labels) <= 24
+
+    # Once more: what is done is neither run nor measured again, even if the table is lost.
+    (run / "compare" / "comparison.json").unlink()
+    assert command_line(*words()) == 0
+    assert not any(line.startswith("== ") for line in capfd.readouterr().out.splitlines())
+    assert read(run / "compare" / "frontier.json") == frontier
+    assert read(run / "compare" / "comparison.json") == {**found, "failed": []}
+    assert read(run / "compare" / "run.json")["results"]["best"] in ("rloo", "best-of-4-sft")
+
+    # An algorithm may join.
+    more = "comparison.algorithms.mine=stage=ppo trainer.advantage=dr_grpo trainer.learning_rate=2e-4"
+    assert command_line(*words(more, "comparison.seeds=[1]")) == 0
+    said = capfd.readouterr()
+    assert [line for line in said.out.splitlines() if line.startswith("== ")] == ["== demo/mine,seed=1"]
+    grown = read(run / "compare" / "frontier.json")
+    kept = [row for row in grown["points"] if row["run"] != "mine,seed=1"]
+    assert [row["reward_mean"] for row in kept] == [
+        row["reward_mean"] for name, row in rows.items() if name[0].endswith("1")
+    ]
+    assert read(run / "compare" / "comparison.json")["algorithms"]["mine"]["seeds"] == 1
+    assert read(run / "mine,seed=1" / "job.json")["status"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("comparison.algorithms.ppo=stage=ppo trainer.advantag=rloo", "comparison.algorithms.ppo: trainer.advantag"),
+        ("comparison.algorithms=null", "nothing to compare"),
+        ("comparison.seed=[1]", "comparison.seed"),
+        ("comparison.at_once=0", "comparison.at_once"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_begins(
+    said: str, told: str, run: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = [word for word in words(said) if not (said.endswith("=null") and "algorithms." in word)]
+    assert command_line(*small) == 2
+    assert told in capsys.readouterr().err
+    assert not list(run.glob("*seed=*"))
+
+
+def test_of_compared_answers_sft_learns_the_best(workplace: Path) -> None:
+    rows = [{"prompt": f"The film {n}", "responses": [f" best {n}", " worse", f" worst {n}"], "ranks": [1, 1, 3]}
+            for n in range(20)]  # fmt: skip
+    rows += [{"prompt": f"A plot {n}", "chosen": f" chosen {n}", "rejected": " rejected"} for n in range(20)]
+    (workplace / "rankings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    choice = {"name": "preferences", "path": "rankings.jsonl"}
+    splits = load_data(choice, 0)
+    tokenizer = train_tokenizer([json.dumps(row) for row in rows], 300, 64)
+    lessons = demonstrations([*splits.train, *splits.test], tokenizer, choice, 0)
+    taught = {tokenizer.decode([i for i, learnt in zip(*each, strict=True) if learnt]) for each in lessons}
+    end = tokenizer.eos_token
+    assert taught == {f"{text} {n}{end}" for text in (" best", " chosen") for n in range(20)}
+
+
+def test_what_an_experiment_says_after_compare_is_for_its_runs() -> None:
+    from rlhf_pipeline.cli import in_order
+
+    stages = settings_of("stage=pipeline", "experiment=compare").stages
+    assert in_order(stages) == ["pretrain", "sft", "reward", "compare"]
+    assert in_order({"sft": {}, "ppo": {}}) == ["sft", "ppo"]
+
+
+def test_each_run_is_told_what_the_user_says() -> None:
+    said = ("data.limit=300", "stages.ppo.trainer.kl_coef=0.1", "comparison.seeds=[4]", "stages.compare.seed=5")
+    typed = settings_of("stage=compare", "experiment=compare", "name=a", "seed=3", *said).comparison.typed
+    assert [word.lstrip("+") for word in typed] == ["data.limit=300", "stages.ppo.trainer.kl_coef=0.1"]
+
+
+def test_labels_of_a_run_are_for_sft_only_where_its_data_are_preferences(
+    run: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    label = {"task": "t", "prompt": "The film", "responses": [" a", " b"], "ranks": [1, 2], "annotator": "me"}
+    (run / "again" / "collect").mkdir(parents=True)
+    (run / "again" / "collect" / "labels.jsonl").write_text(json.dumps(label) + "\n")
+    seen: list[dict[str, Any]] = []
+
+    def load(choice: dict[str, Any], *_: Any, **__: Any) -> None:
+        from rlhf_pipeline.errors import UserError
+
+        seen.append(choice)
+        raise UserError("seen")
+
+    monkeypatch.setattr("rlhf_pipeline.stages.sft.take_data", load)
+    for data in ("data=toy_reviews", "data=preferences"):
+        assert command_line("stage=sft", "experiment=demo", "name=demo/again", *MINIATURE[1:2], data) == 2
+    assert [choice["name"] for choice in seen] == ["toy_reviews", "preferences"]
+    assert [choice.get("path") for choice in seen] == [None, ["runs/demo/again/collect/labels.jsonl"]]
