@@ -24,8 +24,6 @@ def over_seeds(
     curves = []
     for algorithm, costs in runs.items():
         own = [[row for row in points if row["run"] == run] for run in costs]
-        if not (own := [rows for rows in own if rows]):
-            continue
         spent = {key: fmean(cost[key] for cost in costs.values()) for key in ("sampled_tokens", "seconds")}
         judged = _judged(start, [rows[-1] for rows in own], draws, seed)
         algorithms[algorithm] = {**judged, "seeds": len(own), **spent}

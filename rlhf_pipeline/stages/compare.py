@@ -30,7 +30,7 @@ class Trial(NamedTuple):
     """One algorithm with one seed: a run of its own, made by one or more commands."""
 
     algorithm: str
-    name: str  # of the run, below the comparison's own
+    name: str  # of the run
     commands: list[list[str]]
     stages: list[Settings]
 
@@ -40,9 +40,20 @@ class Trial(NamedTuple):
         return [RunDir.of(stage) for stage in self.stages]
 
     @property
+    def run(self) -> str:
+        """Its folder below the comparison's."""
+        return self.name.rpartition("/")[2]
+
+    @property
     def done(self) -> bool:
         """Whether all that its commands ask for is there."""
         return all(out.record.get("status") == "done" for out in self.folders)
+
+    @property
+    def cost(self) -> dict[str, float]:
+        """The tokens that it sampled to learn from, and its time."""
+        seconds = sum(out.record["seconds"] for out in self.folders)
+        return {"sampled_tokens": sum(map(sampled, self.folders)), "seconds": seconds}
 
 
 def run(settings: Settings, out: RunDir) -> None:
@@ -59,32 +70,28 @@ def run(settings: Settings, out: RunDir) -> None:
     sampling = next((stage.trainer for trial in trials for stage in trial.stages if stage.stage == "ppo"), {})
     asked = {"response_length": settings.evaluate.response_length, "temperature": settings.evaluate.temperature}
     key = start_of(parent(start), settings.seed, sampling, {k: x for k, x in asked.items() if x is not None})
-    done = {trial.name: trial.folders[-1] for trial in trials if trial.done}
+    done = [trial for trial in trials if trial.done]
     points = [
-        Point(name.rpartition("/")[2], step, job.record["started"], key, place, job)
-        for name, job in done.items()
+        Point(trial.run, step, job.record["started"], key, place, job)
+        for trial, job in ((trial, trial.folders[-1]) for trial in done)
         for step, place in places_of(job).items()
     ]
-    failed = [trial.name for trial in trials if trial.name not in done]
+    failed = [trial.name for trial in trials if not trial.done]
     errors = "; ".join(f"{name}: {read_job(out.runs / name).get('error')}" for name in failed)
     if not points:
         raise UserError(f"no run of the comparison is done: {errors}")
     parents = {"policy": start, **judged_by}
     whole, news = measure_points(settings, out, points, rewards, parents, out.path.parent)
-    costs: dict[str, dict[str, dict[str, float]]] = {trial.algorithm: {} for trial in trials}
-    for trial in (trial for trial in trials if trial.done):
-        seconds = sum(folder.record["seconds"] for folder in trial.folders)
-        spent = {"sampled_tokens": sum(map(sampled, trial.folders)), "seconds": seconds}
-        costs[trial.algorithm][trial.name.rpartition("/")[2]] = spent
+    names = dict.fromkeys(trial.algorithm for trial in done)
+    costs = {name: {trial.run: trial.cost for trial in done if trial.algorithm == name} for name in names}
     means = over_seeds(whole["starts"][0], whole["points"], costs, settings.evaluate.bootstrap, settings.seed)
     comparison = {"reward": whole["reward"], "failed": failed, **means}
     if news or comparison != read_json(out.path / COMPARISON):
         if not news:
             out.reopen(settings)
         write_json(out.path / COMPARISON, comparison)
-        trained = {name: means["algorithms"][name] for name in costs if name in means["algorithms"]}
-        best = max(trained, key=lambda name: trained[name]["reward_mean"])
-        figures = {key: trained[best][key] for key in ("reward_mean", "kl")}
+        best = max(names, key=lambda name: means["algorithms"][name]["reward_mean"])
+        figures = {key: means["algorithms"][best][key] for key in ("reward_mean", "kl")}
         out.finish({"policies": len(points), "runs": len(done), "best": best, **figures})
     comparison_table(comparison)
     if failed:

