@@ -65,10 +65,11 @@ def frontier_tables(frontier: Found) -> list[Table]:
 
 def fit_tables(found: Found) -> list[Table]:
     """The forms that were fitted to the ways of a frontier, of each start by its place."""
-    places = {start.get("key"): f" · {start.get('path')} · {start.get('seed')}" for start in items(found.get("starts"))}
+    starts = items(found.get("starts"))
+    places = {str(start.get("key")): f" · {start.get('path')} · {start.get('seed')}" for start in starts}
     rows = {}
     for fit in items(found.get("fits")):
-        place = places.get(fit.get("start"), "") if len(places) > 1 else ""
+        place = places.get(str(fit.get("start")), "") if len(places) > 1 else ""
         reward = f" · {fit['reward']}" if fit.get("reward") else ""
         form = "d (α - β d)" if fit.get("way") == "best of n" else "d (α - β log d)"
         rows[f"{fit.get('way')}{reward}{place}"] = {"form": form, **_of(fit, ("alpha", "beta", "points"))}

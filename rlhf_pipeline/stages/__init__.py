@@ -102,7 +102,7 @@ STAGES = {
         takes=("sft", "reward"),
         work=("seed", "policy", "reward", "data", "evaluate"),
         rows=(*_LANGUAGE, *_COMPARED),
-        outcome="{policies} policies; {best} has the highest reward, {reward_mean:.3f} at KL {kl:.2f}",
+        outcome="{runs} runs; by reward - {kl_coef} x KL {best} is best: reward {reward_mean:.3f} at KL {kl:.2f}",
     ),
     "chat": Stage(adapter=True),
     "plan": Stage("PPOConfig", rows=(*_LANGUAGE, *_COMPARED), adapter=True),

@@ -16,6 +16,7 @@ from rlhf_pipeline.evaluation.algorithms import over_seeds
 from rlhf_pipeline.evaluation.frontier import Point, places_of, start_of
 from rlhf_pipeline.files import read_json, read_jsonl, read_log, write_json
 from rlhf_pipeline.hub import model_folder
+from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.report.tables import comparison_table
 from rlhf_pipeline.runs.directory import CANDIDATES, COMPARISON, RunDir
 from rlhf_pipeline.runs.lineage import parent
@@ -90,9 +91,10 @@ def run(settings: Settings, out: RunDir) -> None:
         if not news:
             out.reopen(settings)
         write_json(out.path / COMPARISON, comparison)
-        best = max(names, key=lambda name: means["algorithms"][name]["reward_mean"])
-        figures = {key: means["algorithms"][best][key] for key in ("reward_mean", "kl")}
-        out.finish({"policies": len(points), "runs": len(done), "best": best, **figures})
+        own, coef = means["algorithms"], sampling.get("selection_kl_coef", PPOConfig.selection_kl_coef)
+        best = max(names, key=lambda name: own[name]["reward_mean"] - coef * own[name]["kl"])
+        figures = {key: own[best][key] for key in ("reward_mean", "kl")}
+        out.finish({"policies": len(points), "runs": len(done), "best": best, "kl_coef": coef, **figures})
     comparison_table(comparison)
     if failed:
         raise UserError(f"{len(failed)} of {len(trials)} runs failed; the same command tries them again. {errors}")

@@ -194,12 +194,15 @@ def test_truncated_last_line_keeps_the_rest(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [[], [1], "x", 3, None, {"a": "x"}, {"a": [1, None]}, [{"a": {}}]])
 def test_any_shape_of_value(tmp_path: Path, value: Any) -> None:
-    for name in ("run", "evaluation", "quality", "frontier"):
+    for name in ("run", "evaluation", "quality", "frontier", "comparison"):
         keys = "name status seconds parents data git hardware versions results command metrics paired_gain samples"
         keys += " calibration rewards moved warnings extremes shown starts points"
         content = dict.fromkeys(keys.split(), value)
         spot = dict.fromkeys(("key", "start", "run", "step", "kl", "reward_mean", "rewards", "answers", "asked"), value)
-        content |= {"starts": [{**spot, "best_of": value}], "points": [spot, value]} if name == "frontier" else {}
+        spot |= dict.fromkeys(("way", "reward", "alpha", "beta", "to", "gain", "seeds"), value)
+        if name in ("frontier", "comparison"):
+            content |= {"starts": [{**spot, "best_of": value}], "points": [spot, value], "fits": [spot, value]}
+            content["algorithms"] = {"a": spot, "b": {"rewards": {"c": spot}}, "c": value}
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     (tmp_path / "metrics.jsonl").write_text(lines({"step": value, "loss": value}, value))
     (tmp_path / "samples.jsonl").write_text(lines({"step": value, "prompt": value, "response": value}))
