@@ -162,7 +162,7 @@ def model_folder(path: str) -> str:
     if (folder / "run.json").exists():
         raise NotFinishedError(f"{folder} has no model; 'make {folder.name} NAME={folder.parent.name}' makes it.")
     if folder.is_file() and folder.suffix != ".gguf":
-        raise UserError(f"{path} is a file; give its folder, {folder.parent}, a .gguf file, or a hub id.")
+        raise UserError(f"{path} is a file; give its folder, {folder.parent}, or a hub id or .gguf file.")
     return str(folder) if _is_here(path) else path
 
 

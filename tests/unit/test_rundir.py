@@ -5,10 +5,11 @@ import errno
 import importlib.metadata
 import json
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import CommandLine
+from conftest import ROOT, CommandLine
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.files import held, read_jsonl
@@ -50,6 +51,13 @@ def finish(asked: Settings, parents: dict[str, str] | None = None) -> RunDir:
 def change(out: RunDir, **values: str) -> None:
     """Set values of a stage's record."""
     (out.path / "run.json").write_text(json.dumps({**out.record, **values}))
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no checkout")
+def test_a_run_records_the_commit_of_this_checkout(workplace: Path) -> None:
+    asked = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    commit = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    assert begin(settings()).record["git"]["commit"] == commit
 
 
 def test_a_finished_stage_is_done_and_other_work_is_refused(workplace: Path) -> None:
