@@ -11,7 +11,7 @@ LAYERS = [
     ["texts"],
     ["errors", "terminal", "stages.__init__", "stages.STAGES", "stages.Stage", "stages.FOLDERS",
      "stages.POLICIES", "stages.TRAINED"],
-    ["processes", "files", "registry"], ["progress"],
+    ["processes", "files", "registry", "usage"], ["progress"],
     ["hub", "limits", "models.networks", "models.precision",
      "evaluation.metrics", "runs.checkpoints", "runs.lineage"],
     ["data", "models.sampling"],
