@@ -13,7 +13,7 @@ LAYERS = [
      "stages.POLICIES", "stages.TRAINED"],
     ["processes", "files", "registry", "usage"], ["progress"],
     ["hub", "limits", "models.networks", "models.precision",
-     "evaluation.metrics", "runs.checkpoints", "runs.lineage"],
+     "evaluation.accuracy", "evaluation.metrics", "runs.checkpoints", "runs.lineage"],
     ["data", "models.sampling"],
     ["models", "report"], ["plan"], ["settings"], ["report.cards"], ["runs"],
     ["report.tables", "report.publish", "report.observers", "ppo", "runs.models"],
