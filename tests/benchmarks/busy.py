@@ -2,10 +2,11 @@
 
     python tests/benchmarks/busy.py [--run runs/demo] [--quick] [--rounds 3] [--cores 2] [--results FOLDER]
 
-`--run` is a finished run of `make demo`. In each round every stage (ppo, sft and evaluate, with few updates, steps and
-prompts) is run twice from a copy of it: alone, and beside a process that multiplies matrices in as many threads as
-there are cores. The seconds are those of the stage, without loading the libraries. The metrics must be the same
-numbers in all runs; if any differ, the exit status is 1.
+`--run` is a finished run of `make demo`; start this in the folder where it was made, since a run names its models by
+their paths. In each round every stage (ppo, sft and evaluate, with few updates, steps and prompts) is run twice from a
+copy of it: alone, and beside a process that multiplies matrices in as many threads as there are cores. The seconds are
+those of the stage, without loading the libraries. The metrics must be the same numbers in all runs; if any differ, the
+exit status is 1.
 """
 
 import argparse
