@@ -79,10 +79,15 @@ def _asked() -> tuple[Row, Row]:
 
 
 def rows(what: str, folder: Path = RESULTS) -> list[Row]:
-    """A benchmark's kept figures: of each machine and name the newest, in the order in which they were measured."""
+    """A benchmark's kept figures; see `rows_of`."""
+    return rows_of(map(read_json, sorted(folder.glob(f"{what}-*.json"))))
+
+
+def rows_of(files: Iterable[Row]) -> list[Row]:
+    """The figures in files of one benchmark: of each machine and name the newest, in the order of measurement."""
     every = [
         {"name": name, "machine": file["machine"], "commit": file["commit"], **figures}
-        for file in map(read_json, sorted(folder.glob(f"{what}-*.json")))
+        for file in files
         for name, figures in file["figures"].items()
     ]
     newest = {(row["machine"], row["name"]): row for row in sorted(every, key=lambda row: str(row["date"]))}
