@@ -29,7 +29,7 @@ endif
 STAGES := $(filter-out plan pipeline,$(basename $(notdir $(wildcard conf/stage/*.yaml))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo $(STAGES) plan pipeline report label-studio test test-oldest test-slow test-label-studio bench bench-gpu real kills fuzz check clean
+.PHONY: help setup demo $(STAGES) plan pipeline report label-studio test test-oldest test-slow test-label-studio bench bench-busy bench-gpu real kills fuzz check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -92,10 +92,14 @@ $(VENV)/.browser: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[browser]'
 	@touch $@
 
-# TRL's own PPO is in the oldest environment only.
+# TRL's own PPO is in the oldest environment only. Each keeps its figures in tests/benchmarks/results.
 bench: setup $(OLDEST_VENV)/.ready  ## speed and memory beside TRL's own trainers, on a machine that does nothing else
 	$(OLDEST_VENV)/bin/python tests/benchmarks/ppo_speed.py $(ARGS)
+	$(BIN)/python tests/benchmarks/ppo_speed.py --algorithms rloo,grpo $(ARGS)
 	$(BIN)/python tests/benchmarks/stages_speed.py
+
+bench-busy: setup  ## the demo's stages alone and beside a busy process; needs a finished run of make demo
+	$(BIN)/python tests/benchmarks/busy.py $(ARGS)
 
 bench-gpu: $(OLDEST_VENV)/.ready  ## PPO, SFT, rollouts, sharding and whole IMDB on a CUDA card: make bench-gpu ARGS="--parts ppo"
 	$(OLDEST_VENV)/bin/python tests/benchmarks/gpu.py $(ARGS)

@@ -6,9 +6,13 @@ import sys
 def start() -> None:
     """The command line, in one process or in one of several."""
     try:
-        from rlhf_pipeline.cli import main
         from rlhf_pipeline.errors import UserError
         from rlhf_pipeline.processes import end_at_once, processes, rank
+        from rlhf_pipeline.usage import asks_for_help, show_usage
+
+        asked = asks_for_help(sys.argv[1:])
+        if not asked:
+            from rlhf_pipeline.cli import main  # and Hydra with it
     except KeyboardInterrupt:
         sys.exit(130)
     try:
@@ -16,6 +20,8 @@ def start() -> None:
     except UserError as error:  # nothing else can be said before it is known who says it
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    if asked:
+        return show_usage() if rank() == 0 else None
     if several:
         end_at_once(main)
     main()

@@ -37,25 +37,12 @@ from rlhf_pipeline.settings import Hub, Settings
 from rlhf_pipeline.stages import TRAINED
 from rlhf_pipeline.sweeps.jobs import is_number, note_error, run_job
 from rlhf_pipeline.terminal import guarded, one_line
-from rlhf_pipeline.words import CONF, as_words, read
+from rlhf_pipeline.usage import CONF
+from rlhf_pipeline.words import as_words, read
 
 sys.path.append(str(Path(__file__).parent / "plugins"))  # Hydra knows a plugin by its package: hydra_plugins
 _LIBRARIES = ("transformers", "trl", "peft", "accelerate", "datasets")  # of trainers and models
 _TRACEBACK = "RLHF_PIPELINE_TRACEBACK"
-_HELP = """\
-rlhf_pipeline: InstructGPT's three steps around a GPT-2.
-
-Choices:
-{choices}
-
-Examples:
-python -m rlhf_pipeline stage=pipeline                      the demo, offline, in minutes
-python -m rlhf_pipeline stage=ppo trainer.kl_coef=0.1       one stage; trainer.* are TRL's own fields
-python -m rlhf_pipeline stage=chat name=demo                talk to the newest policy of a run
-python -m rlhf_pipeline stage=ppo sweep=kl name=coefs       a sweep: sweep=algorithms, kl, seeds, optuna (conf/sweeps)
-python -m rlhf_pipeline -m stage=ppo trainer.kl_coef=0.02,0.1 seed=1,2 name=coefs    or of any settings
-python -m rlhf_pipeline stage=sft --cfg job                 the settings; an experiment's deltas under stages
-"""
 NO_STAGES = "stage=pipeline runs an experiment's stages; choose one, as in experiment=demo."
 
 
@@ -66,9 +53,6 @@ def main() -> None:
         try:
             with _refusals():
                 words, options = read(sys.argv[1:])
-                if options.help:  # Hydra's own takes a second to list the choices
-                    print(_help())
-                    return
                 recorded = bool(options.config_name)
                 composed = words if recorded or options.multirun else expand(words, options.config_dir)
                 options.resolve |= options.cfg == "job"  # shown as it will run
@@ -77,13 +61,6 @@ def main() -> None:
         except KeyboardInterrupt:
             print("\ninterrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
             sys.exit(130)
-
-
-def _help() -> str:
-    """What there is to choose, and some commands."""
-    groups = sorted(folder for folder in CONF.iterdir() if folder.is_dir() and folder.name != "hydra")
-    choices = {group.name: sorted(path.stem for path in group.glob("*.yaml")) for group in groups}
-    return _HELP.format(choices="\n".join(f"{name}: {', '.join(found)}" for name, found in choices.items()))
 
 
 def _hydra_main(words: list[str], recorded: bool) -> None:

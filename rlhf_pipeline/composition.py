@@ -26,7 +26,8 @@ from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.runs.models import choices, sweep
 from rlhf_pipeline.settings import SAMPLING, SECTIONS, Settings, check_sections
 from rlhf_pipeline.stages import STAGES
-from rlhf_pipeline.words import CONF, parse, quoted
+from rlhf_pipeline.usage import CONF
+from rlhf_pipeline.words import parse, quoted
 
 _DEFAULT = "demo"  # the experiment, where none is named; as in conf/config.yaml
 # Words of stage=compare that are not for the runs that it compares.

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 
 from rlhf_pipeline.errors import DiskError, UserError
 
@@ -150,6 +149,8 @@ def _read(path: Path, parse: Callable[[str], Any], empty: Any, errors: str = "st
 @contextmanager
 def held(lock: Path, work: Path) -> Iterator[None]:
     """Keep other processes out of a folder until the block is left, however the process ends."""
+    from filelock import FileLock, Timeout  # brings asyncio, which --help need not wait for
+
     lock.parent.mkdir(parents=True, exist_ok=True)
     if lock.is_symlink():  # which old versions of filelock follow
         raise UserError(f"{lock} is a link; delete it.")

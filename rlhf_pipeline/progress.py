@@ -5,8 +5,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import IO, Any, TypeVar
 
-from tqdm import tqdm
-
 from rlhf_pipeline.processes import rank
 
 S = TypeVar("S", bound=Sequence[Any])
@@ -34,12 +32,19 @@ class _Above:
     def write(self, text: str) -> None:
         whole, end, self.begun = (self.begun + text).rpartition("\n")
         if end:
-            with tqdm.external_write_mode(file=_stderr()):
+            with _tqdm().external_write_mode(file=_stderr()):
                 self.file.write(whole + end)
                 self.file.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.file, name)
+
+
+def _tqdm() -> Any:
+    """The class of bars. Importing it takes as long as reading the command line, so --help does without."""
+    from tqdm import tqdm
+
+    return tqdm
 
 
 def _stderr() -> Any:
@@ -53,7 +58,7 @@ def progress(total: int, title: str, unit: str, initial: int = 0, delay: float =
     It is not shown if all is done within `delay` seconds.
     """
     terminal = at_terminal()
-    return tqdm(
+    return _tqdm()(
         total=total, initial=initial, desc=title, unit=unit, delay=delay, leave=leave, smoothing=0.1,
         mininterval=0.2 if terminal else 10.0, disable=rank() > 0, dynamic_ncols=terminal,
         bar_format=None if terminal else _LINE, file=_stderr() if terminal else _Lines(_stderr()),
@@ -82,7 +87,7 @@ def screen() -> Iterator[None]:
         with contextlib.redirect_stdout(out):
             yield
     finally:
-        for bar in list(getattr(tqdm, "_instances", ())):
+        for bar in list(getattr(_tqdm(), "_instances", ())):
             bar.close()
         if isinstance(out, _Above) and out.begun:
             out.write("\n")

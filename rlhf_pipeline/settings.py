@@ -338,7 +338,7 @@ def _declared(config: str, *sources: str) -> dict[str, Any]:
         if spec is None or not spec.submodule_search_locations:
             raise UserError(f"{package} is not installed; 'make setup' installs what is needed.")
         tree = ast.parse((Path(spec.submodule_search_locations[0]) / rest).read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
+        for node in tree.body:
             if isinstance(node, ast.ClassDef) and node.name in (config, *_BASE_CLASSES):
                 for item in node.body:
                     if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):

@@ -4,7 +4,6 @@ import os
 import re
 from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, NoReturn
 
 import yaml
@@ -17,10 +16,7 @@ from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.registry import Range, check, near
 from rlhf_pipeline.settings import SECTIONS, trainer_fields
 from rlhf_pipeline.stages import STAGES
-
-_PACKAGE = Path(__file__).parent
-# In a wheel the configurations lie inside the package, in a checkout beside it.
-CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
+from rlhf_pipeline.usage import CONF
 
 # Sections that take keys their defaults do not list: Settings checks them, so Hydra need not ask for a '+'.
 _OPEN = re.compile(rf"^(trainer|policy|reward|data|ptx|labeler|stages|{'|'.join(SECTIONS)})\.[\w.]+=")

@@ -1,27 +1,14 @@
-"""Measures of texts and scores. The `evaluate` module among them is defined here, so it needs no network."""
+"""Measures of texts and scores."""
 
 import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import datasets
-import evaluate
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rlhf_pipeline.texts import words_of
-
-
-class Accuracy(evaluate.Metric):
-    """Share of predictions equal to their reference. The hub's module of that name is fetched as code; this is not."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        features = datasets.Features({part: datasets.Value("int32") for part in ("predictions", "references")})
-        return evaluate.MetricInfo(description="accuracy", citation="", inputs_description="", features=features)
-
-    def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
-        return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
 
 
 def _grams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:

@@ -1,6 +1,5 @@
 """A reward function in a file or package of the user's own: found by its path, its failures said with their line."""
 
-import asyncio
 import importlib
 import importlib.util
 import inspect
@@ -62,7 +61,10 @@ def reward_at(path: str) -> tuple[Callable[..., Any], list[str]]:
         else:
             named = {**columns, "prompts": prompts, "completions": completions, "completion_ids": None}
             found = function(**accepted(function, named, placed=0))
-        found = asyncio.run(found) if inspect.iscoroutine(found) else found
+        if inspect.iscoroutine(found):
+            import asyncio  # slow to import, and few functions need it
+
+            found = asyncio.run(found)
         return list(found) if isinstance(found, Iterator) else found
 
     def ask_in_messages(prompts: Texts, completions: Texts, columns: Mapping[str, Any]) -> Any:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from rlhf_pipeline.data.records import Labelled
 from rlhf_pipeline.evaluation import metrics
+from rlhf_pipeline.evaluation.accuracy import Accuracy
 from rlhf_pipeline.models.classifiers import Scorer
 from rlhf_pipeline.progress import progress
 from rlhf_pipeline.training.preferences import Comparison
@@ -58,7 +59,7 @@ def _quality(
     """Accuracy, what scores depend on, and calibration: whether what has these `log_odds` has happened."""
     calibration, error = metrics.calibration(1 / (1 + np.exp(-log_odds.astype(np.float64))), happened)
     return {
-        **metrics.Accuracy().compute(predictions=found, references=truth),
+        **Accuracy().compute(predictions=found, references=truth),
         "margin": float(margin.mean()),
         "calibration_error": error,
         "length_correlation": metrics.correlation(score, [len(text) for text in texts]),

@@ -3,10 +3,10 @@
     python tests/benchmarks/gpu.py [--parts ppo,sft,rollout,shard,imdb] [--quick] [--device cpu] [--out runs/gpu]
 
 A part is a process of its own with a time limit, so that one that fails or hangs leaves the others their tables. Each
-figure is written to OUT/results.jsonl as it is found, what the parts say to OUT/PART.log, and the tables are printed at
-the end. Models are untrained ones of GPT-2's sizes; nothing is fetched. `--device cpu --quick` goes through all of it
-in minutes with tiny shapes, on any machine. In a comparison all sides hold the card at once, so that they can take
-turns: on a small card, say `--models small`.
+figure is written to OUT/results.jsonl as it is found, what the parts say to OUT/PART.log; a part that is over is kept
+(kept.py), and the tables are printed at the end. Models are untrained ones of GPT-2's sizes; nothing is fetched.
+`--device cpu --quick` goes through all of it in minutes with tiny shapes, on any machine. In a comparison all sides
+hold the card at once, so that they can take turns: on a small card, say `--models small`.
 
 - ppo: seconds of an update of TRL 1.12's own loop and of ours in turns, medians of the paired rounds.
 - sft: tokens/s of training steps, and MFU: the share of the card's peak that 6 N + 12 L d T operations a token are
@@ -22,12 +22,15 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from gpu_parts import PARTS, ROOT, SHAPES, Row, SkipError, call
+from kept import Kept, add_options, by_machine, table
+
+from rlhf_pipeline.files import read_jsonl
 
 LIMITS = {"ppo": 900, "sft": 300, "rollout": 420, "shard": 480, "imdb": 1100}  # seconds of a part
 # bf16 without sparsity, TFLOP/s, by the makers' data sheets; the first that the card's name holds.
@@ -46,35 +49,27 @@ def run_part(asked: argparse.Namespace) -> None:
             for row in PARTS[asked.part](asked):
                 write(row)
         except SkipError as why:
-            write({"ended": f"skipped: {why}"})
+            write({"skipped": f"skipped: {why}"})
 
 
-def card() -> tuple[str, float | None]:
-    """The card's name and its peak in TFLOP/s, asked for in a process of its own: this one leaves the card alone."""
-    ask = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU', torch.__version__)"
-    said = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
-    return said, next((peak for name, peak in PEAKS.items() if re.search(rf"\b{name}\b", said)), None)
+def gpu_table(rows: Sequence[Row]) -> str:
+    """Kept parts, a table each, for each machine; what is a list is for the file alone."""
+    return by_machine(rows, lambda own: "\n\n".join(map(part_table, own)))
 
 
-def print_tables(rows: list[Row]) -> None:
-    """One markdown table a part; what is a list is for the file alone."""
-    for part in dict.fromkeys(row["part"] for row in rows):
-        own = [row for row in rows if row["part"] == part]
-        table = [row for row in own if "ended" not in row]
-        columns = list(dict.fromkeys(k for row in table for k, v in row.items() if k != "part" and type(v) is not list))
-        print(f"\n## {part}: {'; '.join(row['ended'] for row in own if 'ended' in row)}\n")
-        for line in [columns, ["---"] * len(columns)] if table else []:
-            print(f"| {' | '.join(line)} |")
-        for row in table:
-            print(f"| {' | '.join(str(row.get(column, '')) for column in columns)} |")
+def part_table(part: Row) -> str:
+    """How a part ended, and its rows."""
+    columns = list(dict.fromkeys(k for row in part["rows"] for k, v in row.items() if type(v) is not list))
+    lines = [[str(row.get(column, "")) for column in columns] for row in part["rows"]]
+    return f"### {part['name']}: {part['ended']}\n\n{table(columns, lines) if lines else ''}".rstrip()
 
 
 def main() -> None:
-    """Run the parts, then print what they found."""
+    """Run the parts, keep what they found, print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated (default: all)")
     parser.add_argument("--models", default="small,medium", help="of small, medium (default: both)")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, a few steps: that it runs, not how fast")
+    add_options(parser)
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a card where there is one")
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count (default: 5)")
     parser.add_argument("--peak-tflops", type=float, help="the card's bf16 peak, for the MFU of one not known here")
@@ -90,31 +85,30 @@ def main() -> None:
     for option, known in (("parts", PARTS), ("models", SHAPES)):
         if unknown := set(getattr(asked, option).split(",")) - set(known):
             parser.error(f"--{option} has {', '.join(sorted(unknown))}; it takes any of {', '.join(known)}.")
-    name, peak = card()
+    kept = Kept("gpu", asked, "cpu" if asked.device == "cpu" else "auto")
+    peak = next((peak for name, peak in PEAKS.items() if re.search(rf"\b{name}\b", kept.gpu or "")), None)
     asked.peak_tflops = asked.peak_tflops or peak
-    if asked.device == "cuda" and name.startswith("CPU"):
+    if asked.device == "cuda" and not kept.gpu:
         parser.error("--device cuda: torch sees no card; say --device cpu.")
-    if "sft" in asked.parts.split(",") and not asked.peak_tflops and not name.startswith("CPU"):
-        parser.error(f"the peak of {name} is not known here; say --peak-tflops, its bf16 TFLOP/s without sparsity.")
+    if "sft" in asked.parts.split(",") and not asked.peak_tflops and kept.gpu:
+        parser.error(f"the peak of {kept.gpu} is not known here; say --peak-tflops, its bf16 TFLOP/s without sparsity.")
     asked.out.mkdir(parents=True, exist_ok=True)
     results = asked.out / "results.jsonl"
-    before = results.stat().st_size if results.exists() else 0
     options = ["--models", asked.models, "--rounds", str(asked.rounds), "--out", str(asked.out)]
     options += ["--quick"] * asked.quick + (["--peak-tflops", str(asked.peak_tflops)] if asked.peak_tflops else [])
+    parts = []
     for part in asked.parts.split(","):
         print(f"{part}: at most {LIMITS[part]} s, log in {asked.out / part}.log", flush=True)
-        start = time.monotonic()
+        before, start = len(read_jsonl(results)), time.monotonic()
         with (asked.out / f"{part}.log").open("w") as log:
-            ended = call([sys.executable, __file__, "--part", part, *options], LIMITS[part], log)
-        how = "done" if ended == "0" else f"failed, see {part}.log" if ended.lstrip("-").isdigit() else ended
-        with results.open("a") as file:
-            row = {"part": part, "ended": f"{how} in {time.monotonic() - start:.0f} s", "machine": name}
-            print(json.dumps(row), file=file)
-    with results.open() as file:
-        file.seek(before)
-        rows = [json.loads(line) for line in file]
-    print(f"\n# {name}, {'quick' if asked.quick else f'medians of {asked.rounds}'}")
-    print_tables(rows)
+            status = call([sys.executable, __file__, "--part", part, *options], LIMITS[part], log)
+        how = "done" if status == "0" else f"failed, see {part}.log" if status.lstrip("-").isdigit() else status
+        found = read_jsonl(results)[before:]
+        skipped = [row["skipped"] for row in found if "skipped" in row]
+        ended = "; ".join([*skipped, f"{how} in {time.monotonic() - start:.0f} s"])
+        rows = [{k: v for k, v in row.items() if k != "part"} for row in found if "skipped" not in row]
+        parts.append(kept.add(part, {"n": 1 if asked.quick else asked.rounds, "ended": ended, "rows": rows}))
+    print(f"\n{gpu_table(parts)}")
 
 
 if __name__ == "__main__":

@@ -16,14 +16,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from kept import ROOT, Row
+
 STAGES = {"pretrain": 420, "reward": 180, "ppo": 360, "evaluate": 120}  # seconds of each stage of part imdb
 SHAPES = {  # layers, width, heads, vocabulary
     "small": (12, 768, 12, 50257),
     "medium": (24, 1024, 16, 50257),
     "quick": (2, 64, 2, 1000),
 }
-Row = dict[str, Any]
 
 
 class SkipError(Exception):
@@ -138,7 +138,7 @@ def ppo(asked: argparse.Namespace) -> Iterator[Row]:
             yield {
                 "work": title, "side": side, "updates/s": f"{1 / seconds:.3f}", "tokens/s": f"{tokens / seconds:.0f}",
                 "peak GiB": f"{found['peak'] / 2**30:.2f}", "reserved": f"{found['reserved'] / 2**30:.2f}",
-                f"times {rival}": f"{ppo_speed.speed_ratio(result, rival, side):.2f}",
+                f"times {rival}": f"{median(ppo_speed.speed_ratios(result, rival, side)):.2f}",
                 f"of {rival}'s peak": f"{found['peak'] / of_rival['peak']:.2f}",
                 "seconds": [round(s, 4) for s in found["seconds"]],
             }  # fmt: skip
@@ -173,6 +173,7 @@ def sft(asked: argparse.Namespace) -> Iterator[Row]:
         clock.times = []
         with tempfile.TemporaryDirectory() as folder:
             more = {"per_device_train_batch_size": batch, "max_length": length, "logging_steps": 1000, **options}
+            more["use_cpu"] = device() == "cpu"  # stages_speed is for CPUs
             args, data = SFTConfig(**of_stage("sft", folder, **more)), Dataset.from_dict({"input_ids": rows})
             OrderedSFTTrainer(
                 model, args, train_dataset=data, processing_class=tokenizer, callbacks=[clock]

@@ -1,6 +1,11 @@
-"""Seconds and memory of a PPO update: TRL 1.12's own PPOTrainer against ours, on the same work, in one run.
+"""Seconds and memory of an update: TRL's own trainers against our PPOTrainer, on the same work, in one run.
 
-python tests/benchmarks/ppo_speed.py [--quick] [--only NAME,...] [--levers NAME,...] [--pairs 5] [--json FILE]
+python tests/benchmarks/ppo_speed.py [--quick] [--only NAME,...] [--levers NAME,...] [--pairs 5] [--results FOLDER]
+python tests/benchmarks/ppo_speed.py --algorithms rloo,grpo [--quick] [--only NAME,...] [--pairs 5] [--results FOLDER]
+
+PPO is compared with the PPOTrainer of TRL 1.12, the last that has one; RLOO and GRPO with RLOOTrainer and GRPOTrainer
+of whatever TRL is installed. In those, 4 responses answer each prompt, the reward is a function of texts, and TRL's
+gradient checkpointing is off, as ours is.
 
 Every side is a process of its own, on the same cores, with the same randomly initialised models. It waits after each
 update until the driver says go, so only one side computes at a time, and the sides take turns, except where together
@@ -13,7 +18,6 @@ import dataclasses
 import gc
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -26,6 +30,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from kept import Kept, Row, add_options, by_machine, say, spread, table
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, TrainerCallback
 
 from rlhf_pipeline.models import precision
@@ -52,14 +57,27 @@ class Work:
     micro_batches: int = 1  # of a batch
     minibatches: int = 1  # optimizer steps an epoch
     alone: bool = False  # each side is over before the next begins: together they would not fit into 24 GiB
+    algorithm: str = "ppo"  # or rloo or grpo
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of an update."""
+        return self.epochs * self.minibatches
+
+    def title(self) -> str:
+        """The row's name in a table."""
+        response = " to ".join(map(str, dict.fromkeys(self.response)))
+        shape = f"{self.layers} x {self.width}, V {self.vocabulary:,}"
+        return f"{self.algorithm.upper()}; {shape}; {self.batch}, {response}, {self.epochs}"
 
     def gflop(self) -> float:
-        """What our update with a shared critic cannot do without, in 10^9 operations; attention scores left out."""
+        """What our update cannot do without, in 10^9 operations; PPO's critic is shared, attention scores left out."""
         responses = self.batch * sum(self.response) / 2
         tokens = responses + self.batch * sum(self.prompt) / 2
         body = 2 * 12 * self.layers * self.width**2 * tokens
         forward = body + 2 * self.width * self.vocabulary * responses  # the head sees what predicts a response
-        rollout = 3 * forward + body  # decode, look back, reference; the reward has no head
+        reward = body if self.algorithm == "ppo" else 0  # a model without a head, or a function
+        rollout = 3 * forward + reward  # decode, look back, reference
         return (rollout + 3 * self.epochs * forward) / 1e9  # a backward pass is twice a forward pass
 
 
@@ -106,6 +124,7 @@ LEVERS = {
     "gc.collect() an update": Side("ours", without="gc"),
     "fp32": Side("ours", {"bf16": False}),
 }
+GROUP = 4  # responses to a prompt, of RLOO and GRPO
 NEEDS_BF16 = ("TRL autocast", "fp32")  # where bf16 is emulated the one is slow, and the other what we do anyway
 
 
@@ -113,18 +132,23 @@ NEEDS_BF16 = ("TRL autocast", "fp32")  # where bf16 is emulated the one is slow,
 
 
 class Stopwatch(TrainerCallback):
-    """Reports each update's seconds and the process's peak memory, and waits to be told to go on."""
+    """Reports each update's seconds and the process's peak memory, and waits to be told to go on.
 
-    def __init__(self, pipe: Any, collect: bool) -> None:
-        self.pipe, self.collect, self.start = pipe, collect, 0.0
+    `steps`: how often the trainer calls on_step_end in an update.
+    """
+
+    def __init__(self, pipe: Any, collect: bool, steps: int) -> None:
+        self.pipe, self.collect, self.steps, self.start = pipe, collect, steps, 0.0
         self.parts: dict[str, float] = {}  # seconds of the update so far, by what took them
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Built; the first update waits as well."""
         self._report({"ready": True})
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        """An update is done. What a trainer tidies up after this call is counted in the next one."""
+    def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+        """An update may be done. What a trainer tidies up after this call is counted in the next one."""
+        if state.global_step % self.steps:
+            return
         if self.collect:
             gc.collect()
         if DEVICE == "cuda":
@@ -196,15 +220,11 @@ def make_trainer(work: Work, side: Side, stopwatch: Stopwatch, folder: str) -> A
     from datasets import Dataset
 
     switch_off(side.without)
-    if side.trainer == "trl":
-        from trl.experimental.ppo import PPOConfig, PPOTrainer
-    else:
-        from rlhf_pipeline.ppo import PPOConfig, PPOTrainer
-
     tokenizer = train_tokenizer(["A film that nobody needed, and that everybody saw."], 300, 1024)
     tokenizer.padding_side = "left"
     # As many tokens as the model has: ids without a token would never be sampled, which is less work for one side.
-    tokenizer.add_tokens([f"<{number}>" for number in range(work.vocabulary - len(tokenizer))])
+    own = len(tokenizer)
+    tokenizer.add_tokens([f"<{number}>" for number in range(work.vocabulary - own)])
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     shape = {"vocab_size": work.vocabulary, "n_layer": work.layers, "n_embd": work.width, "n_head": work.heads}
     config = GPT2Config(**shape, **ids, num_labels=1)
@@ -214,8 +234,30 @@ def make_trainer(work: Work, side: Side, stopwatch: Stopwatch, folder: str) -> A
 
     def prompts(count: int) -> Dataset:
         lengths = torch.randint(work.prompt[0], work.prompt[1] + 1, (count,)).tolist()
-        return Dataset.from_dict({"input_ids": [torch.randint(2, len(tokenizer), (n,)).tolist() for n in lengths]})
+        # Of the added tokens, whose text is always read as those tokens again.
+        every = [torch.randint(own, len(tokenizer), (length,)).tolist() for length in lengths]
+        if side.trainer == "trl" and work.algorithm != "ppo":
+            return Dataset.from_dict({"prompt": ["".join(tokenizer.convert_ids_to_tokens(row)) for row in every]})
+        return Dataset.from_dict({"input_ids": every})
 
+    common: dict[str, Any] = {
+        "output_dir": folder,
+        "learning_rate": 1e-6,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": DEVICE == "cpu",
+        **side.settings,
+    }
+    data = prompts(16 * work.batch)  # enough to stay within one pass: TRL's accumulation is broken at the end of one
+    if side.trainer == "trl" and work.algorithm != "ppo":
+        policy.save_pretrained(folder)  # TRL loads the reference from where the policy came from
+        return trl_group_trainer(work, common, GPT2LMHeadModel.from_pretrained(folder), tokenizer, data, stopwatch)
+    if side.trainer == "trl":
+        from trl.experimental.ppo import PPOConfig, PPOTrainer
+    else:
+        from rlhf_pipeline.ppo import PPOConfig, PPOTrainer
     settings: dict[str, Any] = {
         "per_device_train_batch_size": work.batch // work.micro_batches,
         "gradient_accumulation_steps": work.micro_batches,
@@ -225,24 +267,19 @@ def make_trainer(work: Work, side: Side, stopwatch: Stopwatch, folder: str) -> A
         "local_rollout_forward_batch_size": 64,
         "stop_token": None,
         "total_episodes": work.batch * 1000,  # the driver ends it
-        "learning_rate": 1e-6,
-        "gradient_checkpointing": False,
         "num_sample_generations": 0,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": DEVICE == "cpu",
     }
     if side.trainer == "ours":
         settings["min_response_length"] = work.response[0]
-    args = PPOConfig(output_dir=folder, **settings, **side.settings)
+    if work.algorithm != "ppo":
+        settings |= {"advantage": work.algorithm, "samples_per_prompt": GROUP, "temperature": 1.0}
     trainer = PPOTrainer(
-        args,
+        PPOConfig(**common, **settings),
         tokenizer,
         policy,
         copy.deepcopy(policy),
-        reward,
-        prompts(16 * work.batch),  # enough to stay within one pass: TRL's accumulation is broken at the end of one
+        reward if work.algorithm == "ppo" else digits,
+        data,
         value_model=critic if side.trainer == "trl" else None,
         eval_dataset=prompts(4),
         callbacks=[stopwatch],
@@ -252,13 +289,43 @@ def make_trainer(work: Work, side: Side, stopwatch: Stopwatch, folder: str) -> A
     return trainer
 
 
+def trl_group_trainer(
+    work: Work, common: dict[str, Any], policy: Any, tokenizer: Any, data: Any, stopwatch: Stopwatch
+) -> Any:
+    """TRL's RLOOTrainer or GRPOTrainer, with our batches, iterations, and KL to a reference."""
+    import trl
+
+    name = work.algorithm.upper()
+    parts = max(work.micro_batches, work.minibatches)  # of a batch, one forward and backward pass each
+    args = getattr(trl, f"{name}Config")(
+        **common,
+        num_generations=GROUP,
+        per_device_train_batch_size=work.batch // parts,
+        gradient_accumulation_steps=parts // work.minibatches,
+        steps_per_generation=parts,
+        num_iterations=work.epochs,
+        max_steps=work.steps * 1000,
+        max_completion_length=work.response[1],
+        generation_kwargs={"min_new_tokens": work.response[1]},  # EOS is never sampled: every response is as long
+        beta=0.05,
+        disable_dropout=True,
+    )
+    return getattr(trl, f"{name}Trainer")(policy, digits, args, data, processing_class=tokenizer, callbacks=[stopwatch])
+
+
+def digits(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    """The share of digits in each response: a reward that takes no time."""
+    return [sum(map(str.isdigit, text)) / (len(text) or 1) for text in completions]
+
+
 def be_worker(work: dict[str, Any], side: dict[str, Any], folder: str) -> None:
     """Train until the driver hangs up."""
     os.sched_setaffinity(0, CORES)
     pipe = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the trainers print belongs to the log
-    chosen = Side(**side)
-    make_trainer(Work(**work), chosen, Stopwatch(pipe, chosen.without == "gc"), folder).train()
+    job, chosen = Work(**work), Side(**side)
+    steps = job.steps if chosen.trainer == "trl" and job.algorithm != "ppo" else 1
+    make_trainer(job, chosen, Stopwatch(pipe, chosen.without == "gc", steps), folder).train()
 
 
 # -- the driver
@@ -352,80 +419,77 @@ def measure(name: str, work: Work, sides: dict[str, Side], pairs: int, warm_up: 
     }
 
 
-def say(what: str) -> None:
-    """Progress, apart from the tables."""
-    print(what, file=sys.stderr, flush=True)
-
-
 # -- tables
 
 
-def speed_ratio(result: dict[str, Any], one: str, other: str) -> float:
-    """How many times the seconds of `other` `one` takes: the median over the rounds."""
+def speed_ratios(result: dict[str, Any], one: str, other: str) -> list[float]:
+    """How many times the seconds of `other` `one` takes, in each round."""
     each = (result["sides"][side]["seconds"] for side in (one, other))
-    return median(a / b for a, b in zip(*each, strict=True))
+    return [a / b for a, b in zip(*each, strict=True)]
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A markdown table."""
-    print(f"\n| {' | '.join(header)} |\n|{' --- |' * len(header)}")
+def ppo_table(rows: Sequence[Row]) -> str:
+    """Seconds, memory and the share of the machine's rate of each side: kept figures, a table for each machine."""
+    return by_machine([row for row in rows if "TRL" in row["sides"]], sides_table)
+
+
+def sides_table(rows: Sequence[Row]) -> str:
+    """One line for each side of each configuration."""
+    lines = []
     for row in rows:
-        print(f"| {' | '.join(row)} |")
+        first = Work(**row["work"]).title()
+        for side, figures in row["sides"].items():
+            seconds = median(figures["seconds"])
+            share = f"{row['gflop'] / seconds / row['matmul_gflops']:.0%}" if side == "ours" else ""
+            ratios = spread(speed_ratios(row, "TRL", side)) if side != "TRL" else ""
+            memory = f"{figures['peak'] / row['sides']['TRL']['peak']:.0%}" if side != "TRL" else ""
+            lines.append([first, side, f"{seconds:.3g}", ratios, f"{figures['peak'] / 2**30:.2f}", memory, share])
+            first = ""
+    header = ["GPT-2; batch, response, epochs", "trainer", "s/update", "times as fast as TRL (range)"]
+    return table([*header, "peak GiB", "of TRL's", "of the matmul rate"], lines)
 
 
-def print_sides(results: dict[str, dict[str, Any]], sides: Sequence[str]) -> None:
-    """Seconds, memory and what of the machine's rate our update reaches, a configuration a row."""
-    others = sides[1:]
-    header = ["configuration", *(f"{s} s/update" for s in sides), *(f"TRL / {s}" for s in others)]
-    header += [*(f"{s} GiB" for s in sides), *(f"TRL / {s}, GiB" for s in others), "ours, of the matmul rate"]
-    rows = []
-    for name, result in results.items():
-        seconds = [median(result["sides"][s]["seconds"]) for s in sides]
-        peaks = [result["sides"][s]["peak"] / 2**30 for s in sides]
-        share = result["gflop"] / seconds[sides.index("ours")] / result["matmul_gflops"]
-        row = [name, *(f"{s:.3f}" for s in seconds), *(f"{speed_ratio(result, 'TRL', s):.2f}" for s in others)]
-        row += [*(f"{p:.2f}" for p in peaks), *(f"{peaks[0] / p:.2f}" for p in peaks[1:])]
-        rows.append([*row, f"{share:.0%} of {result['matmul_gflops']:.0f} GFLOP/s"])
-    print_table(header, rows)
-
-
-def print_parts(results: dict[str, dict[str, Any]]) -> None:
+def parts_table(rows: Sequence[Row]) -> str:
     """What share of our update's time each part takes: medians over the rounds."""
     parts = ["rollout", "reward", "reference", "forward", "backward", "optimizer"]
-    rows = []
-    for name, result in results.items():
-        ours = result["sides"]["ours"]
+    lines = []
+    for row in rows:
+        ours = row["sides"]["ours"]
         each = zip(ours["seconds"], ours["parts"], strict=True)
         shares = [[own.get(part, 0.0) / seconds for part in parts] for seconds, own in each]
         middle = [median(column) for column in zip(*shares, strict=True)]
-        rows.append([name, *(f"{share:.0%}" for share in [*middle, 1 - sum(middle)])])
-    print_table(["our update's time", *parts, "rest"], rows)
+        lines.append([row["name"], *(f"{share:.0%}" for share in [*middle, 1 - sum(middle)])])
+    return table(["our update's time", *parts, "rest"], lines)
 
 
-def print_levers(name: str, result: dict[str, Any]) -> None:
+def levers_table(row: Row) -> str:
     """Our update with one lever off at a time."""
-    rows = []
-    for title, side in result["sides"].items():
-        ratio = speed_ratio(result, title, "all on")
-        rows.append([title, f"{median(side['seconds']):.3f}", f"{ratio:.2f}", f"{side['peak'] / 2**30:.2f}"])
-    print_table([f"{name}: ours with", "s/update", "of all on", "GiB"], rows)
+    lines = []
+    for title, side in row["sides"].items():
+        ratio = median(speed_ratios(row, title, "all on"))
+        lines.append([title, f"{median(side['seconds']):.3f}", f"{ratio:.2f}", f"{side['peak'] / 2**30:.2f}"])
+    return table([f"{row['name']}: ours with", "s/update", "of all on", "GiB"], lines)
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, keep, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="tiny shapes and one round: does the benchmark work?")
+    add_options(parser)
+    parser.add_argument("--algorithms", default="ppo", help="ppo (default), or of rloo and grpo, comma-separated")
     parser.add_argument("--only", help=f"comma-separated, of {', '.join(WORKS)}; none for the levers alone")
     parser.add_argument("--levers", help="configurations to switch levers off in (without --only: small_b16)")
     parser.add_argument("--pairs", type=int, help="rounds that count (default: 5)")
-    parser.add_argument("--json", type=Path, help="write all figures to this file as well")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.worker:
         return be_worker(*json.loads(asked.worker))
 
     works, warm_up = (QUICK, 1) if asked.quick else (WORKS, 2)
-    default = {"only": ",".join(works), "levers": "" if asked.only else "quick" if asked.quick else "small_b16"}
+    usual = "quick" if asked.quick else "small_b16"
+    algorithms = asked.algorithms.split(",")
+    if (groups := algorithms != ["ppo"]) and not {*algorithms} <= {"rloo", "grpo"}:
+        parser.error("--algorithms takes ppo, or any of rloo,grpo: their trainers are in different versions of TRL.")
+    default = {"only": usual if groups else ",".join(works), "levers": "" if asked.only or groups else usual}
     only, levers_in = (
         [name for name in (getattr(asked, option) or given).split(",") if name not in ("", "none")]
         for option, given in default.items()
@@ -434,31 +498,24 @@ def main() -> None:
         parser.error(f"no configuration is called {', '.join(unknown)}. Known: {', '.join(works)}.")
     pairs = asked.pairs or (1 if asked.quick else 5)
     dropped = () if precision.native_bf16() else NEEDS_BF16
+    dropped += ("ours separate",) * groups  # of a critic
     sides, levers = ({k: v for k, v in table.items() if k not in dropped} for table in (SIDES, LEVERS))
-    if dropped:
-        say(f"left out, as this machine has no native bf16: {', '.join(dropped)}")
-    if os.getloadavg()[0] > len(CORES) / 2:
-        say(f"the machine is busy (load {os.getloadavg()[0]:.1f} on {len(CORES)} cores): these figures will be rough")
+    if not precision.native_bf16():
+        say(f"left out, as this machine has no native bf16: {', '.join(NEEDS_BF16)}")
+    kept = Kept("ppo", asked, DEVICE)
     torch.set_num_threads(len(CORES))
-    machine = {"cpu": cpu_name(), "cores": len(CORES), "device": DEVICE, "torch": torch.__version__}
-    found: dict[str, Any] = {"machine": machine, "configurations": {}, "levers": {}}
-    for kind, chosen, table in (("configurations", only, sides), ("levers", levers_in, levers)):
-        for name in chosen:
-            found[kind][name] = measure(name, works[name], table, pairs, warm_up)
-            if asked.json:  # after each: a later one may run out of memory
-                asked.json.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{machine['cpu']}, {machine['cores']} cores, {DEVICE}, torch {torch.__version__}; medians of {pairs} rounds")
-    if only:
-        print_sides(found["configurations"], list(sides))
-        print_parts(found["configurations"])
-    for name, result in found["levers"].items():
-        print_levers(name, result)
 
+    def measured(name: str, algorithm: str, sides: dict[str, Side], more: str = "") -> Row:
+        """Kept after each: a later one may run out of memory."""
+        work, title = dataclasses.replace(works[name], algorithm=algorithm), f"{name} {algorithm}{more}"
+        found = measure(title, work, sides, pairs, warm_up)
+        return kept.add(title, {"n": pairs, "work": asdict(work), **found})
 
-def cpu_name() -> str:
-    """The processor, as it calls itself."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+    rows = [measured(name, algorithm, sides) for name in only for algorithm in algorithms]
+    if rows:
+        print(f"{ppo_table(rows)}\n\n{parts_table(rows)}")
+    for name in levers_in:
+        print(f"\n{levers_table(measured(name, 'ppo', levers, ' levers'))}")
 
 
 if __name__ == "__main__":

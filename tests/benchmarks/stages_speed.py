@@ -1,6 +1,6 @@
 """How fast SFT, pretraining and the reward stage learn beside TRL as it comes, in real tokens a second (no padding).
 
-    python tests/benchmarks/stages_speed.py [--quick] [--rounds 5] [--cores 1]
+    python tests/benchmarks/stages_speed.py [--quick] [--rounds 5] [--cores 1] [--results FOLDER]
 
 All sides take turns in each round, each in a process of its own on the same cores, on the same rows (one epoch; texts
 of IMDB's lengths and pairs of hh-rlhf's where RLHF_SHARED has them, else random words of such lengths), from the same
@@ -22,8 +22,8 @@ import tarfile
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ os.environ.update(TOKENIZERS_PARALLELISM="false", TRL_EXPERIMENTAL_SILENCE="1")
 import datasets
 import torch
 import yaml
+from kept import Kept, Row, add_options, by_machine, say, spread, table
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerBase, Trainer
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
@@ -254,35 +255,48 @@ def measure(side: Side, rows: Rows, cores: set[int], quick: bool) -> Measure:
     return found
 
 
+def stages_table(rows: Sequence[Row]) -> str:
+    """Tokens per second, padding and memory of each comparison: kept figures, a table for each machine."""
+    return by_machine(rows, comparisons_table)
+
+
+def comparisons_table(rows: Sequence[Row]) -> str:
+    """A line for each comparison."""
+
+    def medians(row: Row, what: str, digits: int) -> list[str]:
+        return [f"{statistics.median(m[what] for m in row[side]):,.{digits}f}" for side in ("trl", "ours")]
+
+    lines = []
+    for row in rows:
+        ratios = [ours["speed"] / trl["speed"] for trl, ours in zip(row["trl"], row["ours"], strict=True)]
+        lines.append([row["name"], *medians(row, "speed", 0), spread(ratios)])
+        lines[-1] += [" to ".join(medians(row, "padding", 2)), " to ".join(medians(row, "memory", 0)), row["levers"]]
+    header = ["stage", "TRL, tokens/s", "ours", "times as fast (range)", "padding, x real", "peak MB"]
+    return table([*header, "what brings it"], lines)
+
+
 def main() -> None:
-    """Measure, and print a table."""
+    """Measure, keep, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a tiny model, a few rows: that it runs, not how fast")
+    add_options(parser)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cores", type=int, default=1)
-    options = parser.parse_args()
+    asked = parser.parse_args()
     datasets.disable_progress_bars()
-    rows = read_rows(16, 16) if options.quick else read_rows(48, 24)
-    cores = set(sorted(os.sched_getaffinity(0))[: options.cores])
+    kept = Kept("stages", asked)
+    texts = read_rows(16, 16) if asked.quick else read_rows(48, 24)
+    cores = set(sorted(os.sched_getaffinity(0))[: asked.cores])
     sides = dict.fromkeys(side for _, trl, ours, _ in COMPARISONS for side in (trl, ours))
-    found: dict[Side, list[Measure]] = {side: [] for side in sides}
-    for round_ in range(options.rounds):
+    found: dict[Side, list[Row]] = {side: [] for side in sides}
+    for round_ in range(asked.rounds):
         for side in sides:
-            found[side].append(measure(side, rows, cores, options.quick))
-            print(f"round {round_ + 1}  {side.__name__:<14}{found[side][-1].speed:8.0f} tokens/s", flush=True)
-
-    def median(side: Side, what: str) -> float:
-        return statistics.median(getattr(m, what) for m in found[side])
-
-    print("\n| | TRL, tokens/s | ours | ratio (range) | padding, x real | peak MB | what brings it |")
-    print("|---|---:|---:|---:|---:|---:|---|")
-    for name, trl, ours, levers in COMPARISONS:
-        ratios = [b.speed / a.speed for a, b in zip(found[trl], found[ours], strict=True)]
-        speeds = " | ".join(f"{median(side, 'speed'):.0f}" for side in (trl, ours))
-        ratio = f"**{statistics.median(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f})"
-        padding = " to ".join(f"{median(side, 'padding'):.2f}" for side in (trl, ours))
-        memory = " to ".join(f"{median(side, 'memory'):.0f}" for side in (trl, ours))
-        print(f"| {name} | {speeds} | {ratio} | {padding} | {memory} | {levers} |")
+            found[side].append(asdict(measure(side, texts, cores, asked.quick)))
+            say(f"round {round_ + 1}  {side.__name__:<14}{found[side][-1]['speed']:8.0f} tokens/s")
+    how = {"n": asked.rounds, "cores_used": asked.cores}
+    print(stages_table([
+        kept.add(name, {**how, "trl": found[trl], "ours": found[ours], "levers": levers})
+        for name, trl, ours, levers in COMPARISONS
+    ]))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.settings import STAGES, Settings, trainer_fields
-from rlhf_pipeline.words import CONF, as_typed
+from rlhf_pipeline.usage import CONF, asks_for_help
+from rlhf_pipeline.words import as_typed
 
 REFUSED = {
     "stage=sfd": ["no stage is called 'sfd'", "Did you mean 'sft'", "pretrain"],
@@ -121,13 +122,18 @@ def test_a_folder_of_configurations_is_one_below_the_current_folder(workplace: P
 def test_refusals_and_help_load_no_torch(asked: str) -> None:
     code = (
         "import sys; sys.argv = ['rlhf_pipeline', *sys.argv[1:]]\n"
-        "from rlhf_pipeline import cli\n"
-        "try: cli.main()\n"
+        "from rlhf_pipeline.__main__ import start\n"
+        "try: start()\n"
         "except SystemExit: pass\n"
-        "print('torch' in sys.modules, 'trl' in sys.modules)"
+        "print({'torch', 'trl', 'tqdm', *(['hydra'] if '--help' in sys.argv else [])} & {*sys.modules} or 'none')"
     )
     done = subprocess.run([sys.executable, "-c", code, *asked.split()], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.strip().endswith("False False"), done.stdout + done.stderr
+    assert done.stdout.strip().endswith("none"), done.stdout + done.stderr
+
+
+def test_help_may_be_asked_for_anywhere_but_in_a_prompt() -> None:
+    assert asks_for_help(["stage=chat", "-h"])
+    assert not asks_for_help(["stage=chat", "--prompt", "--help"])
 
 
 def test_an_own_choice_leaves_the_demos_experiment() -> None:

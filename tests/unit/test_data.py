@@ -14,7 +14,7 @@ from rlhf_pipeline.data import begun_by, tokenization
 from rlhf_pipeline.data.records import Labelled, Preference, Ranking
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.models.policies import train_tokenizer
-from rlhf_pipeline.words import CONF
+from rlhf_pipeline.usage import CONF
 
 TOY = {"name": "toy_reviews", "limit": 200, "prompt_tokens": [3, 6]}
 

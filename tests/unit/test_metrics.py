@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from rlhf_pipeline.evaluation import metrics
+from rlhf_pipeline.evaluation.accuracy import Accuracy
 
 
 def test_accuracy_is_an_evaluate_module_that_needs_no_network() -> None:
-    assert metrics.Accuracy().compute(predictions=[1, 0, 1, 1], references=[1, 1, 1, 0]) == {"accuracy": 0.5}
+    assert Accuracy().compute(predictions=[1, 0, 1, 1], references=[1, 1, 1, 0]) == {"accuracy": 0.5}
 
 
 def test_distinct() -> None:

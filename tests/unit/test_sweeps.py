@@ -16,7 +16,7 @@ from rlhf_pipeline.report.sweep import sweep_page
 from rlhf_pipeline.report.words import Words
 from rlhf_pipeline.sweeps import jobs
 from rlhf_pipeline.sweeps.results import report_sweep, summarise
-from rlhf_pipeline.words import CONF
+from rlhf_pipeline.usage import CONF
 
 Launched = list[tuple[str, str, list[str]]]
 
