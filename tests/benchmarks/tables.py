@@ -22,7 +22,7 @@ from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.files import read_json, read_jsonl, write_atomic, write_json, write_jsonl
 from rlhf_pipeline.report.cards import as_markdown, table
 from rlhf_pipeline.report.charts import curves
-from rlhf_pipeline.report.figures import Table, evaluation_tables
+from rlhf_pipeline.report.figures import Table, comparison_tables, evaluation_tables
 from rlhf_pipeline.report.files import columns
 from rlhf_pipeline.report.page import lasted, picture
 from rlhf_pipeline.report.tables import figure
@@ -31,7 +31,7 @@ from rlhf_pipeline.report.words import Words
 ROOT = Path(__file__).parents[2]
 RESULTS, PICTURES = Path("tests", "benchmarks", "results"), Path(".github")
 DRAWN = {"objective/scores": "reward", "objective/kl": "kl"}  # what is kept of PPO's log, and its name in measures.yaml
-ANSWERS = ("samples", "examples", "extremes", "shown")  # what is not kept of an evaluation
+ANSWERS = ("samples", "examples", "extremes", "shown", "starts", "points")  # what is not kept
 WIDTH = 120  # columns of a line of English text
 MARKED = re.compile(r"^(<!-- table: (\w+) (.+?) -->\n)(?:.*?\n)??(<!-- end -->)$", re.DOTALL | re.MULTILINE)
 SENTENCES = {
@@ -67,9 +67,19 @@ def whole_evaluation(kept: Sequence[Kept], words: Words) -> str:
     return "\n\n".join(part for one in kept for part in _evaluated(one, words))
 
 
+def comparison(kept: Sequence[Kept], words: Words) -> str:
+    """All tables of `stage=compare`, and how it was measured."""
+    parts = []
+    for one in kept:
+        for found in comparison_tables(one["comparison"]):
+            parts += [f"{words(found.title)}:", _figures(found, words)]
+        parts += [_wrapped([measured(one, words)], words)]
+    return "\n\n".join(parts)
+
+
 # What a README can ask for: a function of the kept results and the README's language that gives Markdown.
 KINDS: dict[str, Callable[[Sequence[Kept], Words], str]] = {
-    made.__name__: made for made in (evaluation, whole_evaluation)
+    made.__name__: made for made in (evaluation, whole_evaluation, comparison)
 }
 
 
@@ -103,17 +113,21 @@ def _prose(kept: Kept, words: Words) -> str:
     parts.append(said["prompts"].format(found["prompts"]))
     if found.get("prompts_in_training") is not None:
         parts.append(said["known"].format(found["prompts_in_training"]))
-    parts += [measured(kept, words), said["took"].format(lasted(kept["seconds"]))]
-    text = said["gap"].join(parts)
+    return _wrapped([*parts, measured(kept, words), said["took"].format(lasted(kept["seconds"]))], words)
+
+
+def _wrapped(sentences: Sequence[str], words: Words) -> str:
+    text = str(SENTENCES[str(words.lang)]["gap"]).join(sentences)
     return textwrap.fill(text, WIDTH) if words.lang == "en" else text
 
 
 def gather(run: Path, commit: str | None = None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What is kept of a finished run: its evaluation without the answers, how it was measured, and PPO's curves.
+    """What is kept of a finished run: what it measured, without the answers, how it did, and PPO's curves.
 
     `commit` is for a run that was made from a copy without git, and so recorded none.
     """
-    found, record = read_json(run / "evaluate" / "evaluation.json"), read_json(run / "evaluate" / "run.json")
+    stage, what = ("compare", "comparison") if (run / "compare").is_dir() else ("evaluate", "evaluation")
+    found, record = read_json(run / stage / f"{what}.json"), read_json(run / stage / "run.json")
     if not found or record.get("status") != "done":
         raise UserError(f"{run} has no finished evaluation; run stage=evaluate of it first, or name a folder such as "
                         "runs/demo.")  # fmt: skip
@@ -129,7 +143,7 @@ def gather(run: Path, commit: str | None = None) -> tuple[dict[str, Any], list[d
             **{key: versions[key] for key in ("python", "torch", "trl")},
         },
         "seconds": round(sum(stage["seconds"] for stage in stages), 1),
-        "evaluation": {key: value for key, value in found.items() if key not in ANSWERS},
+        what: {key: value for key, value in found.items() if key not in ANSWERS},
     }  # fmt: skip
     log = read_jsonl(run / "ppo" / "metrics.jsonl")
     return kept, [{key: round(row[key], 4) for key in ("step", *DRAWN) if key in row} for row in log]
@@ -188,7 +202,8 @@ def main(arguments: Sequence[str], root: Path = ROOT) -> int:
         if args.keep and len(found) != 1:
             raise UserError("--keep takes one run: tables.py runs/demo --keep demo.")
         if found and not args.keep:
-            print(whole_evaluation([kept for kept, _ in found], Words(args.lang)))
+            for kept, _ in found:
+                print((comparison if "comparison" in kept else whole_evaluation)([kept], Words(args.lang)))
             return 0
         for kept, log in found:
             write_json(root / RESULTS / f"{args.keep}.json", kept)

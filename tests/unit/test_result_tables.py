@@ -92,6 +92,22 @@ def test_a_run_is_kept_and_shown(tmp_path: Path) -> None:
     assert ElementTree.parse(tmp_path / tables.PICTURES / "mine.svg").getroot().tag.endswith("svg")
 
 
+def test_a_comparison_is_kept_and_shown(tmp_path: Path) -> None:
+    run = made(tmp_path)
+    gain = {"mean": 0.25, "low": 0.125, "high": 0.375}
+    start = {"reward_mean": 0.5, "kl": 0.0, "rewards": {}}
+    found = {"reward": "r", "algorithms": {"SFT": start, "rloo": {**start, "reward_mean": 0.75, "gain": gain}},
+             "starts": ["many answers"], "points": [], "fits": []}  # fmt: skip
+    (run / "evaluate").rename(run / "compare")
+    (run / "compare" / "comparison.json").write_text(json.dumps(found))
+    (tmp_path / "README.md").write_text("<!-- table: comparison mine -->\n<!-- end -->\n")
+    assert tables.main([str(run), "--keep", "mine"], tmp_path) == 0
+    assert "many answers" not in (tmp_path / tables.RESULTS / "mine.json").read_text()
+    shown = (tmp_path / "README.md").read_text()
+    assert "| rloo | 0.750 |" in shown
+    assert all(part in shown for part in ("+0.250", "+0.125", "+0.375", "0123456"))
+
+
 def test_the_figures_are_of_the_kept_file(tmp_path: Path) -> None:
     tables.main([str(made(tmp_path)), "--keep", "mine"], tmp_path)
     kept = tmp_path / tables.RESULTS / "mine.json"
