@@ -28,7 +28,8 @@ from rlhf_pipeline.report.page import lasted, picture
 from rlhf_pipeline.report.tables import figure
 from rlhf_pipeline.report.words import Words
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(Path(__file__).parent))  # the benchmarks, which import each other
 RESULTS, PICTURES = Path("tests", "benchmarks", "results"), Path(".github")
 DRAWN = {"objective/scores": "reward", "objective/kl": "kl"}  # what is kept of PPO's log, and its name in measures.yaml
 ANSWERS = ("samples", "examples", "extremes", "shown", "starts", "points")  # what is not kept
@@ -77,9 +78,26 @@ def comparison(kept: Sequence[Kept], words: Words) -> str:
     return "\n\n".join(parts)
 
 
+def real(kept: Sequence[Kept], words: Words) -> str:
+    """The policies of real.py by each judge, with what was measured and how."""
+    from real import table as policies  # beside this file
+
+    parts = [(policies(one["evaluation"]), _wrapped([measured(one, words)], words)) for one in kept]
+    return "\n\n".join(itertools.chain.from_iterable(parts))
+
+
+def speed(kept: Sequence[Kept], words: Words) -> str:
+    """PPO beside TRL's, and what each part of our update takes."""
+    from kept import rows_of  # beside this file
+    from ppo_speed import parts_table, ppo_table
+
+    rows = rows_of(kept)
+    return f"{ppo_table(rows)}\n\n{parts_table(rows)}"
+
+
 # What a README can ask for: a function of the kept results and the README's language that gives Markdown.
 KINDS: dict[str, Callable[[Sequence[Kept], Words], str]] = {
-    made.__name__: made for made in (evaluation, whole_evaluation, comparison)
+    made.__name__: made for made in (evaluation, whole_evaluation, comparison, real, speed)
 }
 
 

@@ -71,7 +71,7 @@ def test_a_pipeline_in_two_processes_ends_as_in_one(
             # Of 64 rows one may have two classes that are equally likely up to rounding.
             assert other.get("accuracy", 0) == pytest.approx(one.get("accuracy", 0), abs=1 / 64), stage
         assert json.loads((two / stage / "run.json").read_text())["processes"] == 2
-        assert done.stderr.count(f"{stage}: 100%") == 1
+        assert done.stderr.count(f"{stage}:   0%") == 1  # of one process alone; the end may be drawn twice
     for stage in ("pretrain", "sft", "reward"):
         # fp32 holds a perplexity of 155 to 1.5e-5.
         assert figures(two / stage) == pytest.approx(figures(alone / stage), abs=1e-5, rel=1e-6), stage
