@@ -19,7 +19,7 @@ Examples:
 python -m rlhf_pipeline stage=pipeline                      the demo, offline, in minutes
 python -m rlhf_pipeline stage=ppo trainer.kl_coef=0.1       one stage; trainer.* are TRL's own fields
 python -m rlhf_pipeline stage=chat name=demo                talk to the newest policy of a run
-python -m rlhf_pipeline stage=ppo sweep=kl name=coefs       a sweep: sweep=algorithms, kl, seeds, optuna (conf/sweeps)
+python -m rlhf_pipeline stage=ppo sweep=kl name=coefs       a sweep: sweep=kl, seeds, optuna (conf/sweeps)
 python -m rlhf_pipeline -m stage=ppo trainer.kl_coef=0.02,0.1 seed=1,2 name=coefs    or of any settings
 python -m rlhf_pipeline stage=sft --cfg job                 the settings; an experiment's deltas under stages
 """

@@ -1,5 +1,6 @@
 """What the tests share: the command line as a function, a miniature run, and the real data where there is some."""
 
+import importlib
 import os
 import shutil
 import socket
@@ -8,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,6 +24,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models here are too small t
 ROOT = Path(__file__).parents[1]
 CommandLine = Callable[..., int]
 Refused = Callable[[str], str]
+
+
+def benchmark(name: str) -> ModuleType:
+    """A script of tests/benchmarks as a module; these import each other by name."""
+    if (folder := str(ROOT / "tests" / "benchmarks")) not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module(name)
 
 
 def read_words(*typed: str) -> list[str]:

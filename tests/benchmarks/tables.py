@@ -40,7 +40,7 @@ SENTENCES = {
         "prompts": "{} held-out prompts.",
         "known": "{} of them begin training texts.",
         "gain": "Paired gain of {} over {}: {}, 95 % interval [{}, {}].",
-        "measured": "Commit {}, {}, seed {}, {} ({} cores, {} threads).",
+        "measured": "Commit {}, {}, seed {}, {} (cores: {}, threads: {}).",
         "took": "All stages took {}.",
         "unknown": "unknown",
         "gap": " ",
@@ -79,10 +79,10 @@ def comparison(kept: Sequence[Kept], words: Words) -> str:
 
 
 def real(kept: Sequence[Kept], words: Words) -> str:
-    """The policies of real.py by each judge, with what was measured and how."""
+    """The policies of real.py by each judge, and how it was measured."""
     from real import table as policies  # beside this file
 
-    parts = [(policies(one["evaluation"]), _wrapped([measured(one, words)], words)) for one in kept]
+    parts = [(policies(one["evaluation"]), _wrapped([measured(one, words), _took(one, words)], words)) for one in kept]
     return "\n\n".join(itertools.chain.from_iterable(parts))
 
 
@@ -131,7 +131,11 @@ def _prose(kept: Kept, words: Words) -> str:
     parts.append(said["prompts"].format(found["prompts"]))
     if found.get("prompts_in_training") is not None:
         parts.append(said["known"].format(found["prompts_in_training"]))
-    return _wrapped([*parts, measured(kept, words), said["took"].format(lasted(kept["seconds"]))], words)
+    return _wrapped([*parts, measured(kept, words), _took(kept, words)], words)
+
+
+def _took(kept: Kept, words: Words) -> str:
+    return str(SENTENCES[str(words.lang)]["took"]).format(lasted(kept["seconds"]))
 
 
 def _wrapped(sentences: Sequence[str], words: Words) -> str:
@@ -207,6 +211,15 @@ def pictures(root: Path = ROOT) -> dict[Path, str]:
     return {root / PICTURES / f"{log.stem}.svg": drawn(read_jsonl(log)) for log in (root / RESULTS).glob("*.jsonl")}
 
 
+def write_readmes(root: Path = ROOT) -> None:
+    """Make the tables and pictures again where what is kept has changed."""
+    texts = {path: written(path.read_text(encoding="utf-8"), lang, root) for path, lang in readmes(root).items()}
+    for path, text in {**texts, **pictures(root)}.items():
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            write_atomic(path, text)
+            print(path.relative_to(root))
+
+
 def main(arguments: Sequence[str], root: Path = ROOT) -> int:
     """The exit status: 0 done, 2 the user can mend it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -227,11 +240,7 @@ def main(arguments: Sequence[str], root: Path = ROOT) -> int:
             write_json(root / RESULTS / f"{args.keep}.json", kept)
             if log:
                 write_jsonl(root / RESULTS / f"{args.keep}.jsonl", log)
-        texts = {path: written(path.read_text(encoding="utf-8"), lang, root) for path, lang in readmes(root).items()}
-        for path, text in {**texts, **pictures(root)}.items():
-            if not path.exists() or path.read_text(encoding="utf-8") != text:
-                write_atomic(path, text)
-                print(path.relative_to(root))
+        write_readmes(root)
     except UserError as error:
         print(f"{error.kind}{error}", file=sys.stderr)
         return 2

@@ -1,6 +1,5 @@
 """The benchmark of human feedback, with a stand-in for the pipeline: what it runs, and what it makes of what fails."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -8,18 +7,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import ROOT
+from conftest import benchmark
 
 
 @pytest.fixture
 def bench(workplace: Path) -> ModuleType:
-    path = ROOT / "tests" / "benchmarks" / "human_feedback.py"
-    spec = importlib.util.spec_from_file_location("human_feedback_benchmark", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("human_feedback")
 
 
 def stand_in(arguments: list[str], log: Path) -> None:

@@ -6,16 +6,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import benchmark
 
 HARDWARE = {"cpu": "Some CPU", "gpu": "Some GPU", "cores": 2}
 
 
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
-    import kept
-
+    kept = benchmark("kept")
     monkeypatch.setattr(kept, "_asked", lambda: (HARDWARE, {"torch": "2.0"}))
     monkeypatch.setattr(kept, "commit", lambda: "abc")
     return kept

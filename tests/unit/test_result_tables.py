@@ -1,30 +1,17 @@
 """The tables of results in the READMEs are what their script makes from the results that are kept."""
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
-from types import ModuleType
 from xml.etree import ElementTree
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, benchmark
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.files import write_jsonl
 
-
-def load() -> ModuleType:
-    path = ROOT / "tests" / "benchmarks" / "tables.py"
-    spec = importlib.util.spec_from_file_location("result_tables", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tables = load()
+tables = benchmark("tables")
 READMES = tables.readmes()
 
 
