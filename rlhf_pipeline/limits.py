@@ -37,7 +37,7 @@ def check_limits(trainer: Mapping[str, Any]) -> None:
             continue
         if name in LIMITS and not LIMITS[name].holds(value):
             raise UserError(f"trainer.{name} is {value}; it takes a number {LIMITS[name]}.")
-        if math.isnan(value) or (isinstance(value, int) and abs(value) >= 2**31):
-            raise UserError(f"trainer.{name} is {value}; it takes a number below {2**31}.")
+        if abs(value) >= 2**31 if isinstance(value, int) else not math.isfinite(value):
+            raise UserError(f"trainer.{name} is {value}; it takes a finite number below {2**31}.")
         if name == "max_steps" and value < 1 and value != -1:
             raise UserError(f"trainer.max_steps is {value}; it takes at least 1, or -1 for no limit.")

@@ -74,6 +74,7 @@ REFUSED = {
     f"stage=sft name={'n' * 300}": ["is too long for a folder", "200 bytes"],
     "stage=sft runs=/etc/hostname": ["/etc/hostname is a file"],
     "stage=sft trainer.learning_rate=nan": ["trainer.learning_rate is nan"],
+    "stage=sft trainer.neftune_noise_alpha=inf": ["trainer.neftune_noise_alpha is inf; it takes a finite number"],
     "stage=sft trainer.max_steps=0": ["trainer.max_steps is 0", "-1 for no limit"],
     "stage=sft trainer.label_smoothing_factor=2": ["trainer.label_smoothing_factor is 2", "from 0 to 1"],
     "stage=sft data=\x1b[31mred": [r"no data is called '\u001b[31mred'"],
