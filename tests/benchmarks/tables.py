@@ -5,7 +5,7 @@
     python tests/benchmarks/tables.py runs/demo --keep demo   keep its figures as results/demo.json, then write them all
 
 In a README, a line `<!-- table: KIND NAME ... -->` begins a table and `<!-- end -->` ends it. KIND is one of KINDS
-below. NAME is a file of results/ without .json, or a pattern of such files (`ppo_speed-*`: one for each machine and
+below. NAME is a file of results/ without .json, or a pattern of such files (`ppo-*`: one for each machine and
 commit). The curves of PPO in results/NAME.jsonl become the picture .github/NAME.svg.
 """
 
@@ -95,9 +95,25 @@ def speed(kept: Sequence[Kept], words: Words) -> str:
     return f"{ppo_table(rows)}\n\n{parts_table(rows)}"
 
 
+def stages(kept: Sequence[Kept], words: Words) -> str:
+    """SFT, pretraining and the reward stage beside TRL's."""
+    from kept import rows_of
+    from stages_speed import stages_table
+
+    return stages_table(rows_of(kept))
+
+
+def busy(kept: Sequence[Kept], words: Words) -> str:
+    """The demo's stages alone and beside a busy process."""
+    from busy import busy_table
+    from kept import rows_of
+
+    return busy_table(rows_of(kept))
+
+
 # What a README can ask for: a function of the kept results and the README's language that gives Markdown.
 KINDS: dict[str, Callable[[Sequence[Kept], Words], str]] = {
-    made.__name__: made for made in (evaluation, whole_evaluation, comparison, real, speed)
+    made.__name__: made for made in (evaluation, whole_evaluation, comparison, real, speed, stages, busy)
 }
 
 
