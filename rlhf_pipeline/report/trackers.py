@@ -1,4 +1,4 @@
-"""Trackers beside metrics.jsonl: TensorBoard, Trackio, Weights & Biases."""
+"""Trackers beside metrics.jsonl: TensorBoard, Trackio, Weights & Biases, SwanLab."""
 
 import contextlib
 import hashlib
@@ -48,19 +48,31 @@ def check(report_to: Any) -> None:
 
 
 def ready(report_to: Any) -> None:
-    """Refuse Weights & Biases where it would prompt for a key: in a script nobody answers."""
-    if "wandb" not in chosen(report_to):
-        return
+    """Refuse Weights & Biases and SwanLab where they would prompt for a key: in a script nobody answers."""
+    for tracker, logged_in in (("wandb", _wandb_logged_in), ("swanlab", _swanlab_logged_in)):
+        if tracker in chosen(report_to) and not logged_in():
+            raise UserError(
+                f"trainer.report_to={tracker}: nobody is logged in. Run '{tracker} login' or set "
+                f"{tracker.upper()}_API_KEY; {tracker.upper()}_MODE=offline keeps the run on this machine, for "
+                f"'{tracker} sync'."
+            )
+
+
+def _wandb_logged_in() -> bool:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its reports to its makers
     import wandb
 
     with contextlib.suppress(Exception):  # whether the network is up is not asked
-        if wandb.setup().settings.mode not in ("online", "run", "shared") or wandb.login(prompt=False, verify=False):
-            return
-    raise UserError(
-        "trainer.report_to=wandb: nobody is logged in. Run 'wandb login' or set WANDB_API_KEY; WANDB_MODE=offline "
-        "keeps the run on this machine, for 'wandb sync'."
-    )
+        online = wandb.setup().settings.mode in ("online", "run", "shared")
+        return not online or bool(wandb.login(prompt=False, verify=False))
+    return False
+
+
+def _swanlab_logged_in() -> bool:
+    import swanlab
+
+    settings = swanlab.Settings()
+    return settings.mode != "online" or settings.api_key is not None
 
 
 def naming(config: Mapping[str, Any], tracker: str = "trackio") -> dict[str, str]:
@@ -128,16 +140,41 @@ def _wandb(config: dict[str, Any], folder: Path, step: int) -> Run:
     """A run of Weights & Biases, which with WANDB_MODE=offline lies in the run directory."""
     import wandb
 
-    named, began = naming(config, "wandb"), only(folder / "run.json").get("started", "")
-    # The same run if the stage is resumed under the same name, another once it is started over.
-    key = hashlib.sha256(json.dumps([began, *named.values()]).encode()).hexdigest()[:12]
+    named = naming(config, "wandb")
     wandb.init(
-        project=named["project"], name=named["run_name"], id=key, resume="allow", config={"settings": config},
-        group=os.environ.get("WANDB_RUN_GROUP") or config["name"], dir=os.environ.get("WANDB_DIR") or str(folder),
+        project=named["project"], name=named["run_name"], id=_key(folder, named), resume="allow",
+        config={"settings": config}, group=os.environ.get("WANDB_RUN_GROUP") or config["name"],
+        dir=os.environ.get("WANDB_DIR") or str(folder),
     )  # fmt: skip
     wandb.define_metric(_STEP)
     wandb.define_metric("*", step_metric=_STEP, step_sync=True)
     return _in_rows(wandb, lambda failed: wandb.finish(exit_code=int(failed)), allow_mixed_types=True)
+
+
+def _swanlab(config: dict[str, Any], folder: Path, step: int) -> Run:
+    """A run of SwanLab, which with SWANLAB_MODE=offline or local lies in the run directory."""
+    import swanlab
+
+    named = naming(config, "swanlab")
+    swanlab.init(
+        project=named["project"], name=named["run_name"], id=_key(folder, named), resume="allow",
+        config={"settings": config}, group=os.environ.get("SWANLAB_GROUP") or config["name"],
+        log_dir=os.environ.get("SWANLAB_LOG_DIR") or str(folder / "swanlab"),
+    )  # fmt: skip
+
+    def log(values: Mapping[str, float], step: int) -> None:
+        swanlab.log(dict(values), step=step)
+
+    def table(name: str, heads: Sequence[str], cells: Cells, step: int) -> None:
+        swanlab.log({name: swanlab.echarts.Table().add(list(heads), [list(row) for row in cells])}, step=step)
+
+    return Run(log, table, lambda failed: swanlab.finish(state="crashed" if failed else "success"))
+
+
+def _key(folder: Path, named: Mapping[str, str]) -> str:
+    """The same run if the stage is resumed under the same name, another once it is started over."""
+    began = only(folder / "run.json").get("started", "")
+    return hashlib.sha256(json.dumps([began, *named.values()]).encode()).hexdigest()[:12]
 
 
 def _in_rows(api: Any, close: Callable[[bool], None], **more: bool) -> Run:
@@ -149,7 +186,7 @@ def _in_rows(api: Any, close: Callable[[bool], None], **more: bool) -> Run:
     return Run(lambda values, step: api.log({**values, _STEP: step}), table, close)
 
 
-KINDS = {"tensorboard": _tensorboard, "trackio": _trackio, "wandb": _wandb}
+KINDS = {"tensorboard": _tensorboard, "trackio": _trackio, "wandb": _wandb, "swanlab": _swanlab}
 
 
 def literal(value: Any) -> str:

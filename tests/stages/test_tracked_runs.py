@@ -138,13 +138,13 @@ def test_a_resumed_run_shows_no_step_twice(tracked: Path, workplace: Path, comma
     assert steps_of_samples(run / "ppo") == [row["step"] for row in read_jsonl(run / "ppo" / "samples.jsonl")][::4]
 
 
-@pytest.mark.parametrize("tracker", ["trackio", "wandb"])
+@pytest.mark.parametrize("tracker", ["trackio", "wandb", "swanlab"])
 def test_the_others_for_real(
     tracker: str, miniature: Path, workplace: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PPO that is cut off, resumed, then evaluated; on this machine alone."""
     pytest.importorskip(tracker, reason=f"{tracker} is not installed")
-    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv(f"{tracker.upper()}_MODE", "offline")
     if tracker == "trackio":
         import trackio.sqlite_storage
 
@@ -173,6 +173,16 @@ def test_the_others_for_real(
         assert {row["Policy"]: row["reward_mean"] for row in compared} == {
             name: row["reward_mean"] for name, row in evaluation["metrics"].items()
         }
+    elif tracker == "swanlab":
+        ids = {path.name.rpartition("-")[2] for path in (run / "ppo" / "swanlab").glob("run-*")}
+        assert len(ids) == 1  # that of both sessions
+        tables = [json.loads(path.read_text()) for path in run.rglob("media/echarts/*.json")]
+        shown = [row for table in tables for row in table["rowData"]]
+        assert {(row["prompt"], row["response"], row["reward"]) for row in shown if "response" in row} == {
+            (row["prompt"], row["response"], row["reward"]) for row in samples
+        }
+        compared = {row["Policy"]: row["reward_mean"] for row in shown if "reward_mean" in row}
+        assert compared == {name: row["reward_mean"] for name, row in evaluation["metrics"].items()}
     else:
         ids = {path.name.rpartition("-")[2] for path in (run / "ppo" / "wandb").glob("offline-run-*")}
         assert len(ids) == 1  # that of both sessions

@@ -68,6 +68,18 @@ def test_wandb_is_asked_for_its_key_before_anything_else(mode: str, key: bool, m
         trackers.ready(["tensorboard", "wandb"])
 
 
+@pytest.mark.parametrize(("mode", "key"), [("online", None), ("online", "k"), ("offline", None)])
+def test_swanlab_is_asked_for_its_key_before_anything_else(
+    mode: str, key: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = SimpleNamespace(mode=mode, api_key=key)
+    monkeypatch.setitem(sys.modules, "swanlab", SimpleNamespace(Settings=lambda: settings))
+    if mode == "offline" or key:
+        return trackers.ready("swanlab")
+    with pytest.raises(UserError, match=r"swanlab login.*SWANLAB_MODE=offline"):
+        trackers.ready(["tensorboard", "swanlab"])
+
+
 def test_a_run_is_named_after_its_stage_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     config: dict[str, Any] = {"name": "demo/round2", "stage": "ppo", "trainer": {}}
     for variable in ("WANDB_PROJECT", "TRACKIO_PROJECT"):
