@@ -22,7 +22,7 @@ from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.files import read_json, read_jsonl, write_atomic, write_json, write_jsonl
 from rlhf_pipeline.report.cards import as_markdown, table
 from rlhf_pipeline.report.charts import curves
-from rlhf_pipeline.report.figures import Table, comparison_tables, evaluation_tables
+from rlhf_pipeline.report.figures import Table, comparison_tables, evaluation_tables, frontier_tables
 from rlhf_pipeline.report.files import columns
 from rlhf_pipeline.report.page import lasted, picture
 from rlhf_pipeline.report.tables import figure
@@ -32,7 +32,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(Path(__file__).parent))  # the benchmarks, which import each other
 RESULTS, PICTURES = Path("tests", "benchmarks", "results"), Path(".github")
 DRAWN = {"objective/scores": "reward", "objective/kl": "kl"}  # what is kept of PPO's log, and its name in measures.yaml
+MEASURED = {"compare": "comparison", "frontier": "frontier", "evaluate": "evaluation"}  # stages, and their files
 ANSWERS = ("samples", "examples", "extremes", "shown", "starts", "points")  # what is not kept
+OF_ANSWERS = ("answers", "values")  # nor of the policies of a frontier
 WIDTH = 120  # columns of a line of English text
 MARKED = re.compile(r"^(<!-- table: (\w+) (.+?) -->\n)(?:.*?\n)??(<!-- end -->)$", re.DOTALL | re.MULTILINE)
 SENTENCES = {
@@ -78,6 +80,18 @@ def comparison(kept: Sequence[Kept], words: Words) -> str:
     return "\n\n".join(parts)
 
 
+def frontier(kept: Sequence[Kept], words: Words) -> str:
+    """The results of a sweep, without the policies on the way, beside the best of n, and how it was measured."""
+    parts = []
+    for one in kept:
+        policies, *rest = frontier_tables(one["frontier"])
+        rows = {name.removesuffix(" · result"): row for name, row in policies.rows.items() if name.endswith("· result")}
+        for found in (policies._replace(rows=rows), *rest):
+            parts += [f"{words(found.title)}:", _figures(found, words)]
+        parts += [_wrapped([measured(one, words)], words)]
+    return "\n\n".join(parts)
+
+
 def real(kept: Sequence[Kept], words: Words) -> str:
     """The policies of real.py by each judge, and how it was measured."""
     from real import table as policies  # beside this file
@@ -113,7 +127,7 @@ def busy(kept: Sequence[Kept], words: Words) -> str:
 
 # What a README can ask for: a function of the kept results and the README's language that gives Markdown.
 KINDS: dict[str, Callable[[Sequence[Kept], Words], str]] = {
-    made.__name__: made for made in (evaluation, whole_evaluation, comparison, real, speed, stages, busy)
+    made.__name__: made for made in (evaluation, whole_evaluation, comparison, frontier, real, speed, stages, busy)
 }
 
 
@@ -164,7 +178,8 @@ def gather(run: Path, commit: str | None = None) -> tuple[dict[str, Any], list[d
 
     `commit` is for a run that was made from a copy without git, and so recorded none.
     """
-    stage, what = ("compare", "comparison") if (run / "compare").is_dir() else ("evaluate", "evaluation")
+    stage = next((stage for stage in MEASURED if (run / stage).is_dir()), "evaluate")
+    what = MEASURED[stage]
     found, record = read_json(run / stage / f"{what}.json"), read_json(run / stage / "run.json")
     if not found or record.get("status") != "done":
         raise UserError(f"{run} has no finished evaluation; run stage=evaluate of it first, or name a folder such as "
@@ -181,10 +196,20 @@ def gather(run: Path, commit: str | None = None) -> tuple[dict[str, Any], list[d
             **{key: versions[key] for key in ("python", "torch", "trl")},
         },
         "seconds": round(sum(stage["seconds"] for stage in stages), 1),
-        what: {key: value for key, value in found.items() if key not in ANSWERS},
+        what: _without_answers(found, stage),
     }  # fmt: skip
     log = read_jsonl(run / "ppo" / "metrics.jsonl")
     return kept, [{key: round(row[key], 4) for key in ("step", *DRAWN) if key in row} for row in log]
+
+
+def _without_answers(found: Kept, stage: str) -> Kept:
+    if stage != "frontier":
+        return {key: value for key, value in found.items() if key not in ANSWERS}
+    own = {
+        key: [{name: figure for name, figure in row.items() if name not in OF_ANSWERS} for row in found[key]]
+        for key in ("starts", "points")
+    }
+    return {**found, **own}
 
 
 def drawn(log: Sequence[Mapping[str, Any]]) -> str:
@@ -250,7 +275,8 @@ def main(arguments: Sequence[str], root: Path = ROOT) -> int:
             raise UserError("--keep takes one run: tables.py runs/demo --keep demo.")
         if found and not args.keep:
             for kept, _ in found:
-                print((comparison if "comparison" in kept else whole_evaluation)([kept], Words(args.lang)))
+                show = next((KINDS[kind] for kind in ("comparison", "frontier") if kind in kept), whole_evaluation)
+                print(show([kept], Words(args.lang)))
             return 0
         for kept, log in found:
             write_json(root / RESULTS / f"{args.keep}.json", kept)

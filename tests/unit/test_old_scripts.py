@@ -1,4 +1,4 @@
-"""Scripts written for each generation of TRL's PPO run once their import is changed, as the README's table says."""
+"""Scripts written for each generation of TRL run once their import is changed, as the table in PPO's README says."""
 
 import copy
 import functools
@@ -151,8 +151,9 @@ SCRIPTS = {
 
 
 def readmes_imports() -> dict[str, str]:
-    """The import of each row of the README's table of old scripts."""
-    return dict(re.findall(r"^\| ([^|]+) \| `(from rlhf_pipeline[^`]+)` \|", (ROOT / "README.md").read_text(), re.M))
+    """The import of each row of the table of old scripts."""
+    text = (ROOT / "rlhf_pipeline" / "ppo" / "README.md").read_text(encoding="utf-8")
+    return dict(re.findall(r"^\| ([^|]+) \| `(from rlhf_pipeline[^`]+)` \|", text, re.M))
 
 
 def with_import_changed(script: str, new: str) -> str:

@@ -95,6 +95,23 @@ def test_a_comparison_is_kept_and_shown(tmp_path: Path) -> None:
     assert all(part in shown for part in ("+0.250", "+0.125", "+0.375", "0123456"))
 
 
+def test_a_frontier_is_kept_and_shows_the_results(tmp_path: Path) -> None:
+    run = made(tmp_path)
+    row = {"run": "kl=0.1", "reward_mean": 0.75, "kl": 1.5, "rewards": {"truth": {"reward_mean": 0.625}},
+           "answers": ["many answers"], "values": [1.0]}  # fmt: skip
+    best = [{"n": n, "kl": 0.1 * n, "reward_mean": 0.5} for n in (1, 2, 3)]
+    found = {"sweep": "s", "reward": "r", "fits": [], "starts": [{"key": "k", "best_of": best, "answers": [row]}],
+             "points": [{**row, "step": 4}, {**row, "step": None}]}  # fmt: skip
+    (run / "evaluate").rename(run / "frontier")
+    (run / "frontier" / "frontier.json").write_text(json.dumps(found))
+    (tmp_path / "README.md").write_text("<!-- table: frontier mine -->\n<!-- end -->\n")
+    assert tables.main([str(run), "--keep", "mine"], tmp_path) == 0
+    assert "many answers" not in (tmp_path / tables.RESULTS / "mine.json").read_text()
+    shown = (tmp_path / "README.md").read_text()
+    assert [line.split("|")[1].strip() for line in shown.splitlines() if "0.750" in line] == ["kl=0.1"]
+    assert all(part in shown for part in ("0.625", "best of 2", "0123456"))
+
+
 def test_the_figures_are_of_the_kept_file(tmp_path: Path) -> None:
     tables.main([str(made(tmp_path)), "--keep", "mine"], tmp_path)
     kept = tmp_path / tables.RESULTS / "mine.json"
