@@ -58,7 +58,7 @@ def frontier_tables(frontier: Found) -> list[Table]:
         place = f" · {start.get('path')} · {start.get('seed')}" if len(starts) > 1 else ""
         for row in items(start.get("best_of")):
             if (n := as_number(row.get("n"))) and math.log2(max(n, 1)).is_integer():
-                best[f"best of {n:g}{place}"] = _of(row, _REWARD)
+                best[f"best of {n:g}{place}"] = {**_of(row, _REWARD), **_other_rewards(row)}
     tables = Table("Policies of the sweep", "Run", policies), Table("Best of n, without training", "", best)
     return [*(table for table in tables if table.rows), *fit_tables(frontier)]
 
@@ -101,13 +101,18 @@ def name_of(point: Found) -> str:
     return f"{point.get('run')} · {'result' if point.get('step') is None else point['step']}"
 
 
+def _other_rewards(row: Found) -> dict[str, Any]:
+    """The means by further rewards, such as the truth."""
+    return {str(name): members(other).get("reward_mean") for name, other in members(row.get("rewards")).items()}
+
+
 def _point(row: Found) -> dict[str, Any]:
     gain, best = members(row.get("gain")), row.get("best_of")
     return {
         **_of(row, _REWARD),
         **{_GAIN[key]: gain.get(key) for key in _GAIN},
         "as good as best of": best if best is not None else "more",
-        **{str(name): members(other).get("reward_mean") for name, other in members(row.get("rewards")).items()},
+        **_other_rewards(row),
         **_of(row, ("perplexity", "distinct_2", "length")),
         "frontier": bool(row.get("frontier")),
     }

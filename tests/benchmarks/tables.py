@@ -11,6 +11,7 @@ commit). The curves of PPO in results/NAME.jsonl become the picture .github/NAME
 
 import argparse
 import itertools
+import math
 import re
 import sys
 import textwrap
@@ -22,7 +23,7 @@ from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.files import read_json, read_jsonl, write_atomic, write_json, write_jsonl
 from rlhf_pipeline.report.cards import as_markdown, table
 from rlhf_pipeline.report.charts import curves
-from rlhf_pipeline.report.figures import Table, comparison_tables, evaluation_tables, frontier_tables
+from rlhf_pipeline.report.figures import Table, comparison_tables, evaluation_tables, frontier_tables, name_of
 from rlhf_pipeline.report.files import columns
 from rlhf_pipeline.report.page import lasted, picture
 from rlhf_pipeline.report.tables import figure
@@ -81,11 +82,13 @@ def comparison(kept: Sequence[Kept], words: Words) -> str:
 
 
 def frontier(kept: Sequence[Kept], words: Words) -> str:
-    """The results of a sweep, without the policies on the way, beside the best of n, and how it was measured."""
+    """The last policy of each run of a sweep, beside the best of n, and how it was measured."""
     parts = []
     for one in kept:
         policies, *rest = frontier_tables(one["frontier"])
-        rows = {name.removesuffix(" · result"): row for name, row in policies.rows.items() if name.endswith("· result")}
+        points = sorted(one["frontier"]["points"], key=lambda point: point["step"] or math.inf)  # None: the result
+        last = {point["run"]: policies.rows[name_of(point)] for point in points}
+        rows = dict(sorted(last.items()))
         for found in (policies._replace(rows=rows), *rest):
             parts += [f"{words(found.title)}:", _figures(found, words)]
         parts += [_wrapped([measured(one, words)], words)]
