@@ -221,7 +221,7 @@ def preference_model(
 def python(where: str | None, *, path: str, probes: list[str] | None = None) -> Reward:
     """A function of your own, `f(prompts, completions) -> list[float]`, or one written for TRL's GRPO and RLOO.
 
-    `path` is `my_rewards.py:politeness` or `my_package.my_module:politeness`.
+    `path` is `my_rewards.py:enthusiasm` or `my_package.my_module:enthusiasm`.
     """
     function, needs = reward_at(path)
 

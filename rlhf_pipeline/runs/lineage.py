@@ -35,7 +35,7 @@ def file_hash(path: Path) -> str:
 
 def parent(where: str) -> dict[str, str | None]:
     """A parent by where it is: a folder, a file, a function in a file; of a hub's id there is no hash."""
-    folder, source = Path(where), Path(where.rpartition(":")[0] or where)  # my_rewards.py:politeness
+    folder, source = Path(where), Path(where.rpartition(":")[0] or where)  # my_rewards.py:enthusiasm
     if source.is_file():
         return {"path": where, "sha256": file_hash(source)}
     return {"path": where, "sha256": content_hash(folder) if folder.is_dir() else None}

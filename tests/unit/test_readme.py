@@ -137,7 +137,7 @@ def test_the_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         own, api = blocks(readme, "python")
         names: dict[str, object] = {}
         exec(own, names)
-        assert names["politeness"]([""] * 2, ["Please do.", "No."]) == [1.0, 0.0]  # type: ignore[operator]
+        assert names["enthusiasm"]([""] * 2, ["I loved it.", "No."]) == [1.0, 0.0]  # type: ignore[operator]
         tokenizer = train_tokenizer(TEXTS, 300, 64)
         policy = tiny_policy(tokenizer)
         names = {"tokenizer": tokenizer, "policy": policy, "reference": copy.deepcopy(policy), "reward": good_share}
