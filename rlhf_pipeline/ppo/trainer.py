@@ -321,7 +321,8 @@ class PPOTrainer(Lifecycle):
         if self.args.group_size > 1:  # prompts that teach nothing, under TRL's name
             groups = experience.scores.view(-1, self.args.group_size)
             stats["frac_reward_zero_std"] = float((groups == groups[:, :1]).all(1).float().mean())
-        figures, warnings = self.watch.update(rollout.responses, stats["val/response_length"], kl)
+        length, spread = stats["val/response_length"], stats["objective/scores_std"]
+        figures, warnings = self.watch.update(rollout.responses, length, kl, spread)
         for warning in warnings:
             self.warn(f"update {self.state.global_step + 1}: {warning}")
         return {**stats, **figures}

@@ -1,9 +1,11 @@
-"""The collapse watch: signs that a policy has found one thing to say, or is running away from its reference."""
+"""The collapse watch: signs that a policy found one thing to say, runs away from its reference, or learns nothing."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rlhf_pipeline.evaluation.metrics import distinct, repeated
+
+_SAME = 5  # updates in a row without any difference of rewards
 
 
 @dataclass
@@ -18,19 +20,27 @@ class CollapseWatch:
     seen: int = 0
     recent: list[dict[str, float]] = field(default_factory=list)  # a window of updates
     warned: list[str] = field(default_factory=list)
+    same: int = 0  # updates in a row, up to now, whose responses all got one reward
 
-    def update(self, responses: Sequence[str], length: float, kl: float) -> tuple[dict[str, float], list[str]]:
-        """Take in an update's responses; give figures to log, and new warnings."""
+    def update(
+        self, responses: Sequence[str], length: float, kl: float, spread: float
+    ) -> tuple[dict[str, float], list[str]]:
+        """Take in an update's responses; give figures to log, and new warnings. `spread`: the rewards' deviation."""
         now = {"distinct_2": distinct(responses, 2), "repeated": repeated(responses), "length": length, "kl": kl}
         self.recent = [*self.recent, now][-self.window :]
         self.seen += 1
+        self.same = self.same + 1 if len(responses) > 1 and spread == 0 else 0
         early = max(1, self.window // 4)
         if self.seen <= early:
             self.first = {name: self.first.get(name, 0.0) + value / early for name, value in now.items()}
         mean = {name: sum(row[name] for row in self.recent) / len(self.recent) for name in now}
         slope = (kl - self.recent[0]["kl"]) / max(len(self.recent) - 1, 1)
         figures = {f"watch/{name}": mean[name] for name in ("distinct_2", "repeated", "length")}
-        return {**figures, "watch/kl_slope": slope}, self._warnings(mean) if self.seen > early else []
+        warnings = self._warnings(mean) if self.seen > early else []
+        if self.same == _SAME and "reward" not in self.warned:
+            self.warned.append("reward")
+            warnings.append(f"all responses of {_SAME} updates got the same reward, so nothing is learned from it")
+        return {**figures, "watch/kl_slope": slope}, warnings
 
     def _warnings(self, mean: dict[str, float]) -> list[str]:
         first, start, now = self.first, self.recent[0]["kl"], self.recent[-1]["kl"]

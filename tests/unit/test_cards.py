@@ -189,9 +189,9 @@ def test_every_sign_of_a_collapse_has_its_words(workplace: Path) -> None:
     watch = CollapseWatch(4)
     for update in range(8):
         said = ["one two three four", "five six seven eight"] if update < 2 else ["no no no no no", "no no no no no"]
-        watch.update(said, 20.0 if update < 2 else 1.0, 20.0 * update)
+        watch.update(said, 20.0 if update < 2 else 1.0, 20.0 * update, 0.0)
     folder = made(Path("runs"), results={"collapse_watch": sorted(watch.warned)})
-    assert card(folder).count("- During training, ") == len(watch.warned) == 4
+    assert card(folder).count("- During training, ") == len(watch.warned) == 5
 
 
 def shape(text: str) -> list[tuple[str, str]]:

@@ -544,7 +544,7 @@ def test_the_collapse_watch_warns_once_of_a_collapse_and_never_of_a_healthy_run(
     for update in range(24):
         varied = [f"word{i} and word{i + update} go on" for i in range(10)]
         answers, length = (varied, 10.0) if update < 6 else (["yes yes yes"] * 10, 1.0)
-        figures, warnings = watch.update(answers, length, 3.0 * update)
+        figures, warnings = watch.update(answers, length, 3.0 * update, 1.0)
         found += warnings
     assert len(found) == 4
     for told in ("distinct bigrams fell", "given to more than one prompt", "responses shrank", "KL went from"):
@@ -552,11 +552,20 @@ def test_the_collapse_watch_warns_once_of_a_collapse_and_never_of_a_healthy_run(
     assert figures["watch/repeated"] == 1
     assert figures["watch/kl_slope"] == 3
     again = CollapseWatch(**json.loads(json.dumps(vars(watch))))
-    assert again.update(["a b"], 1.0, 30.0) == watch.update(["a b"], 1.0, 30.0)
+    assert again.update(["a b"], 1.0, 30.0, 1.0) == watch.update(["a b"], 1.0, 30.0, 1.0)
     healthy = CollapseWatch(window=8)
     for update in range(30):  # KL rises from 0 to 6 nats, as it does where a policy learns
         varied = [f"word{i} and word{i + update} go on" for i in range(10)]
-        assert healthy.update(varied, 9.0, 6.0 * (1 - 0.8**update))[1] == []
+        assert healthy.update(varied, 9.0, 6.0 * (1 - 0.8**update), 1.0)[1] == []
+
+
+def test_a_reward_that_tells_no_responses_apart_is_warned_of_once(tmp_path: Path) -> None:
+    given = {"reward_model": lambda prompts, completions: [0.0] * len(prompts)}
+    ppo = trainer(tmp_path, given=given, total_episodes=56)
+    told: list[tuple[int, str]] = []
+    ppo.on_warning = lambda update, warning: told.append((update, warning))
+    ppo.train()
+    assert [(update, "all responses of 5 updates got the same reward" in said) for update, said in told] == [(5, True)]
 
 
 def test_who_asks_is_told_of_each_warning_with_its_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
