@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, benchmark
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.files import write_jsonl
+from rlhf_pipeline.files import read_jsonl, write_jsonl
 
 tables = benchmark("tables")
 READMES = tables.readmes()
@@ -33,7 +33,8 @@ def test_a_picture_shows_what_was_measured(picture: Path) -> None:
     root = ElementTree.fromstring(text)
     lines = root.findall(".//{*}polyline")
     assert len(lines) == 2
-    assert all(len(line.attrib["points"].split()) > 50 for line in lines)
+    updates = read_jsonl(ROOT / tables.RESULTS / f"{picture.stem}.jsonl")
+    assert [len(line.attrib["points"].split()) for line in lines] == [len(updates)] * 2
 
 
 def made(folder: Path) -> Path:
