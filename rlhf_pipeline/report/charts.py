@@ -80,7 +80,9 @@ def gather(rows: Iterable[Row]) -> dict[str, dict[str, list[Point]]]:
 def thin(points: Sequence[Point]) -> list[Point]:
     """The finite points by step; of a long line both ends and the extremes of each stretch, so that spikes stay."""
     kept = sorted((point for point in points if math.isfinite(point[1])), key=lambda point: point[0])
-    size = math.ceil(len(kept) / BUCKETS) if len(kept) > 2 * BUCKETS else 1
+    if len(kept) <= 2 * BUCKETS:
+        return kept
+    size = math.ceil(len(kept) / BUCKETS)
     parts = ([(y, x) for x, y in kept[i : i + size]] for i in range(0, len(kept), size))
     return kept[:1] + [p for part in parts for p in sorted({min(part)[::-1], max(part)[::-1]})] + kept[-1:]
 
