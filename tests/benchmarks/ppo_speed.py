@@ -457,9 +457,10 @@ def parts_table(rows: Sequence[Row]) -> str:
         ours = row["sides"]["ours"]
         each = zip(ours["seconds"], ours["parts"], strict=True)
         shares = [[own.get(part, 0.0) / seconds for part in parts] for seconds, own in each]
-        middle = [median(column) for column in zip(*shares, strict=True)]
-        lines.append([row["name"], *(f"{share:.0%}" for share in [*middle, 1 - sum(middle)])])
-    return table(["our update's time", *parts, "rest"], lines)
+        whole = [[*own, 1 - sum(own)] for own in shares]
+        middle = [median(column) for column in zip(*whole, strict=True)]
+        lines.append([Work(**row["work"]).title(), *(f"{share:.0%}" for share in middle)])
+    return table(["of our update's time", *parts, "rest"], lines)
 
 
 def levers_table(row: Row) -> str:

