@@ -6,9 +6,11 @@ import importlib
 import logging
 import math
 import os
+import re
 import sys
 import time
 import traceback
+from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -22,8 +24,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_pipeline import files, processes
-from rlhf_pipeline.composition import check_functions, expand, explained, settings_of, settle
+from rlhf_pipeline.composition import check_functions, compose, expand, explained, settings_of, settle
 from rlhf_pipeline.errors import UserError, WaitingError
+from rlhf_pipeline.inputs import check_files, check_inputs
 from rlhf_pipeline.models import rewards
 from rlhf_pipeline.progress import say_loading, screen
 from rlhf_pipeline.report import trackers
@@ -53,17 +56,23 @@ def main() -> None:
         try:
             with _refusals():
                 words, options = read(sys.argv[1:])
-                recorded = bool(options.config_name)
-                composed = words if recorded or options.multirun else expand(words, options.config_dir)
-                options.resolve |= options.cfg == "job"  # shown as it will run
-                sys.argv[1:] = [*composed, *as_words(options)]
-                _hydra_main(words, recorded)
+                # A sweep, a recorded configuration, or only to be shown.
+                if as_words(options) or any(re.match(r"[+~]*hydra\b", word) for word in words):
+                    _by_hydra(words, options)
+                else:
+                    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+                        _run(compose(words), words)
         except KeyboardInterrupt:
             print("\ninterrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
             sys.exit(130)
 
 
-def _hydra_main(words: list[str], recorded: bool) -> None:
+def _by_hydra(words: list[str], options: Namespace) -> None:
+    recorded = bool(options.config_name)
+    composed = words if recorded or options.multirun else expand(words, options.config_dir)
+    options.resolve |= options.cfg == "job"  # shown as it will run
+    sys.argv[1:] = [*composed, *as_words(options)]
+
     @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
     def run(cfg: DictConfig) -> float | None:
         with _refusals():  # here too: Hydra tells of an exception in its own words
@@ -71,16 +80,21 @@ def _hydra_main(words: list[str], recorded: bool) -> None:
                 return _run_job(cfg)
             if recorded:
                 check_functions(cfg, words)
-            recover(Path(str(cfg.runs)))
-            order = in_order(cfg.stages) if OmegaConf.is_dict(cfg.stages) else []
-            settings = settle(cfg)
-            if settings.stage == "pipeline":
-                return _pipeline(settings, words)
-            objective = run_stage(settings)
-            _look_back(settings, order, None if recorded else words)
-            return objective
+            return _run(cfg, None if recorded else words)
 
     run()
+
+
+def _run(cfg: DictConfig, words: Sequence[str] | None) -> float | None:
+    """Do what a composed configuration asks for. `words` are the command's, unless it only named a recorded one."""
+    recover(Path(str(cfg.runs)))
+    order = in_order(cfg.stages) if OmegaConf.is_dict(cfg.stages) else []
+    settings = settle(cfg)
+    if settings.stage == "pipeline":
+        return _pipeline(settings, words or [])
+    objective = run_stage(settings)
+    _look_back(settings, order, words)
+    return objective
 
 
 def _look_back(settings: Settings, order: Sequence[str], words: Sequence[str] | None) -> None:
@@ -203,6 +217,7 @@ def _run_held(settings: Settings, out: RunDir, done: bool) -> None:
 
             evaluation_table(files.read_json(out.path / "evaluation.json"))
     else:
+        check_inputs(settings, out)
         say_loading()
         try:
             with screen():
@@ -235,6 +250,8 @@ def _pipeline(whole: Settings, words: Sequence[str]) -> float | None:
     each = {stage: settings_of([*rest, f"stage={stage}"]) for stage in order}  # the same in every round
     for stage, settings in each.items():  # before the first begins
         processes.check_launch(_said(settings))
+        if RunDir.of(settings).record.get("status") != "done":
+            check_files(settings)
         if settings.hub == whole.hub:  # pushed once, at the end; a stage may have a repository of its own
             each[stage] = dataclasses.replace(settings, hub=Hub())
     every = [dataclasses.replace(each[stage], name=name) for stage, name in plan(order, whole.name, whole.rounds)]

@@ -56,10 +56,15 @@ OmegaConf.register_new_resolver("oc.env", _no_environment, replace=True)
 
 def settings_of(words: Sequence[str]) -> Settings:
     """The settings of the stage that `words` (see `words.read`) ask for."""
+    return settle(compose(words))
+
+
+def compose(words: Sequence[str]) -> DictConfig:
+    """The configuration that `words` ask for."""
     with contextlib.ExitStack() as stack:
         if not GlobalHydra.instance().is_initialized():
             stack.enter_context(hydra.initialize_config_dir(str(CONF), version_base="1.3"))
-        return settle(hydra.compose("config", expand(words)))
+        return hydra.compose("config", expand(words))
 
 
 def expand(words: Sequence[str], folder: str | None = None) -> list[str]:
@@ -70,7 +75,12 @@ def expand(words: Sequence[str], folder: str | None = None) -> list[str]:
     """
     said = {_key(word): parse(word) for word in words}
     stage = said["stage"].value() if "stage" in said else None
-    if stage not in STAGES or any(override.is_sweep_override() for override in said.values()):
+    if several := next((key for key, override in said.items() if override.is_sweep_override()), None):
+        value = str(said[several].input_line).partition("=")[2]
+        raise UserError(
+            f"{several}={value} has several values: a list is '{several}=[{value}]', and a sweep takes -m as well."
+        )
+    if stage not in STAGES:
         return list(words)  # which Hydra refuses
     check_sections(key.split(".")[1] for key in said if key.startswith("stages."))
     for key, override in said.items():
@@ -222,8 +232,6 @@ _EXPLAINED = {
     r"hydra/launcher/submitit": "hydra/launcher=submitit_... needs an extra: pip install 'rlhf_pipeline[slurm]'.",
     r"must specify 'stage'": f"say which stage: stage=<{'|'.join(STAGES)}>, as in 'python -m rlhf_pipeline stage=sft'.",
     r"^Interpolation key '(.*?)' not found": "a value holds ${{{0}}}, and there is no setting '{0}'.",
-    r"^Ambiguous value for argument '(.*?)=(.*?)' ":
-        "{0}={1} has several values: a list is '{0}=[{1}]', and a sweep takes -m as well.",
     r"^Error merging override (([\w.]+)=.*)": "{0} is no section of settings; say {1}.<setting>=...",
     r"^Multiple values for ([\w/]+)": "+{0}= would be a second choice; write {0}=...",
     r"Check that the config directory '(.*)' exists": "--config-path: there is no folder {0}.",

@@ -142,7 +142,7 @@ def _is_here(what: str) -> bool:
     path = Path(os.path.expanduser(what))  # pathlib's raises where a user is unknown
     if os.path.exists(path):
         return True
-    if is_hub_id(what):
+    if is_hub_id(what) and path.parts[0] != "runs":  # runs/demo has the form of an id, and is none
         return False
     while not path.parent.is_dir():
         path = path.parent

@@ -150,7 +150,7 @@ def classifier(
 
 def _scorer(name: str, where: str | None, *options: Any, **more: Any) -> "Scorer":
     if where is None:
-        raise NotFinishedError(f"reward={name} has no model yet; run stage=reward first, or give reward.path=.")
+        raise _without_model(name)
     from rlhf_pipeline.models.classifiers import Scorer
 
     return Scorer.open(where, *options, **more)
@@ -489,6 +489,19 @@ def trained_part(choice: dict[str, Any]) -> dict[str, Any]:
     parts = [trained_part(part) for part in choice["parts"]]
     rank = {name: number for number, name in enumerate(TRAINABLE)}
     return min(parts, key=lambda part: len(rank) if part.get("path") else rank.get(part["name"], len(rank)))
+
+
+def check_made(choice: Mapping[str, Any], upstream: Path | None) -> None:
+    """Refuse a reward without a model: it has no path, the run has made none (`upstream`), and the hub has none."""
+    for part in choice.get("parts") or [choice]:
+        if "parts" in part:
+            check_made(part, upstream)
+        elif part["name"] in TRAINABLE and part["name"] not in ON_THE_HUB and not (part.get("path") or upstream):
+            raise _without_model(part["name"])
+
+
+def _without_model(name: str) -> NotFinishedError:
+    return NotFinishedError(f"reward={name} has no model yet; run stage=reward first, or give reward.path=.")
 
 
 def load_reward(choice: dict[str, Any], upstream: Path | None) -> tuple[Reward, str]:

@@ -119,8 +119,20 @@ def test_a_folder_of_configurations_is_one_below_the_current_folder(workplace: P
         assert read_words(*asked.split(), "-cn=config") == ["--config-path", absolute, "--config-name", "config"]
 
 
-@pytest.mark.parametrize("asked", ["--help", "--foo", "stage=sft trainer.learning_rat=1", "stage=ppo --cfg job"])
-def test_refusals_and_help_load_no_torch(asked: str) -> None:
+ABSENT = {
+    "stage=ppo": "reward=classifier has no model yet; run stage=reward first",
+    "stage=sft data=text data.path=nothing.txt": "no file at nothing.txt",
+    "stage=sft policy.path=runs/nothing": "there is no folder runs/nothing",
+    "stage=pipeline experiment=chinese_dialog_from_scratch data.path=here.txt stages.reward.data.path=gone.csv":
+        "no file at gone.csv",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "asked", ["--help", "--foo", "stage=sft trainer.learning_rat=1", "stage=ppo --cfg job", *ABSENT]
+)
+def test_refusals_and_help_load_no_torch(asked: str, workplace: Path) -> None:
+    (workplace / "here.txt").write_text("x")
     code = (
         "import sys; sys.argv = ['rlhf_pipeline', *sys.argv[1:]]\n"
         "from rlhf_pipeline.__main__ import start\n"
@@ -128,8 +140,9 @@ def test_refusals_and_help_load_no_torch(asked: str) -> None:
         "except SystemExit: pass\n"
         "print({'torch', 'trl', 'tqdm', *(['hydra'] if '--help' in sys.argv else [])} & {*sys.modules} or 'none')"
     )
-    done = subprocess.run([sys.executable, "-c", code, *asked.split()], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code, *asked.split()], capture_output=True, text=True, check=False)
     assert done.stdout.strip().endswith("none"), done.stdout + done.stderr
+    assert ABSENT.get(asked, "") in done.stderr
 
 
 def test_help_may_be_asked_for_anywhere_but_in_a_prompt() -> None:

@@ -1,0 +1,36 @@
+"""Whether what a stage needs is there. Asked before torch is loaded, so that a wrong path is told at once."""
+
+from pathlib import Path
+
+from rlhf_pipeline.data.plain_rows import missing
+from rlhf_pipeline.data.sets import hub_set
+from rlhf_pipeline.models import rewards
+from rlhf_pipeline.runs.directory import RunDir
+from rlhf_pipeline.runs.models import locate
+from rlhf_pipeline.settings import Settings
+from rlhf_pipeline.stages import STAGES
+
+
+def check_files(settings: Settings) -> None:
+    """Refuse data whose files are not there, unless a run may yet make them."""
+    runs = Path(settings.runs).resolve()
+    for choice in (settings.data, settings.ptx):
+        for key in ("path", "test_path"):
+            named = choice.get(key) or []
+            for path in [named] if isinstance(named, str) else named:
+                file = Path(path).expanduser()
+                if not (file.exists() or hub_set({**choice, "path": path}) or file.resolve().is_relative_to(runs)):
+                    raise missing(file, "file")
+
+
+def check_inputs(settings: Settings, out: RunDir) -> None:
+    """Refuse files and models that are not there, and a reward that has no model yet."""
+    if not STAGES[settings.stage].work:  # as chat, which takes what a run recorded
+        return
+    check_files(settings)
+    reward = rewards.trained_part(settings.reward)
+    for choice in (settings.policy, reward if reward["name"] in rewards.TRAINABLE else {}):
+        if path := choice.get("path"):
+            locate(str(path))
+    if settings.stage in ("ppo", "compare"):
+        rewards.check_made(settings.reward, out.upstream("reward", reward=reward))
