@@ -33,8 +33,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(Path(__file__).parent))  # the benchmarks, which import each other
 RESULTS, PICTURES = Path("tests", "benchmarks", "results"), Path(".github")
 DRAWN = {"objective/scores": "reward", "objective/kl": "kl"}  # what is kept of PPO's log, and its name in measures.yaml
-MEASURED = {"compare": "comparison", "frontier": "frontier", "evaluate": "evaluation"}  # stages, and their files
-ANSWERS = ("samples", "examples", "extremes", "shown", "starts", "points")  # what is not kept
+# Stages, and their files: the first that a run has is what it measured.
+MEASURED = {"compare": "comparison", "frontier": "frontier", "evaluate": "evaluation", "reward": "quality"}
+ANSWERS = ("samples", "examples", "extremes", "shown", "starts", "points", "calibration")  # what is not kept
 OF_ANSWERS = ("answers", "values")  # nor of the policies of a frontier
 WIDTH = 120  # columns of a line of English text
 MARKED = re.compile(r"^(<!-- table: (\w+) (.+?) -->\n)(?:.*?\n)??(<!-- end -->)$", re.DOTALL | re.MULTILINE)
@@ -95,6 +96,15 @@ def frontier(kept: Sequence[Kept], words: Words) -> str:
     return "\n\n".join(parts)
 
 
+def quality(kept: Sequence[Kept], words: Words) -> str:
+    """Reward models by the data that they learned from, and how each was measured."""
+    found = {Path(one["data"]["path"] or one["data"]["name"]).name: one["quality"] for one in kept}
+    keys = ("accuracy", "rows", "length_correlation")
+    rows = [[as_markdown(name), *(figure(key, own.get(key)) for key in keys)] for name, own in found.items()]
+    about = dict.fromkeys(measured(one, words) for one in kept)
+    return f"{table(['', *map(words.name, keys)], rows)}\n\n{_wrapped(list(about), words)}"
+
+
 def real(kept: Sequence[Kept], words: Words) -> str:
     """The policies of real.py by each judge, and how it was measured."""
     from real import table as policies  # beside this file
@@ -130,7 +140,8 @@ def busy(kept: Sequence[Kept], words: Words) -> str:
 
 # What a README can ask for: a function of the kept results and the README's language that gives Markdown.
 KINDS: dict[str, Callable[[Sequence[Kept], Words], str]] = {
-    made.__name__: made for made in (evaluation, whole_evaluation, comparison, frontier, real, speed, stages, busy)
+    made.__name__: made
+    for made in (evaluation, whole_evaluation, comparison, frontier, quality, real, speed, stages, busy)
 }
 
 
@@ -199,6 +210,7 @@ def gather(run: Path, commit: str | None = None) -> tuple[dict[str, Any], list[d
             **{key: versions[key] for key in ("python", "torch", "trl")},
         },
         "seconds": round(sum(stage["seconds"] for stage in stages), 1),
+        **({"data": record["data"]} if stage == "reward" else {}),
         what: _without_answers(found, stage),
     }  # fmt: skip
     log = read_jsonl(run / "ppo" / "metrics.jsonl")
@@ -278,8 +290,10 @@ def main(arguments: Sequence[str], root: Path = ROOT) -> int:
             raise UserError("--keep takes one run: tables.py runs/demo --keep demo.")
         if found and not args.keep:
             for kept, _ in found:
-                show = next((KINDS[kind] for kind in ("comparison", "frontier") if kind in kept), whole_evaluation)
-                print(show([kept], Words(args.lang)))
+                kind = next(
+                    (kind for kind in ("comparison", "frontier", "quality") if kind in kept), "whole_evaluation"
+                )
+                print(KINDS[kind]([kept], Words(args.lang)))
             return 0
         for kept, log in found:
             write_json(root / RESULTS / f"{args.keep}.json", kept)

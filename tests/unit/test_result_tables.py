@@ -113,6 +113,21 @@ def test_a_frontier_is_kept_and_shows_the_results(tmp_path: Path) -> None:
     assert all(part in shown for part in ("0.625", "best of 2", "0123456"))
 
 
+def test_a_reward_model_is_kept_and_shown(tmp_path: Path) -> None:
+    run = made(tmp_path)
+    (run / "evaluate").rename(run / "reward")
+    record = json.loads((run / "reward" / "run.json").read_text())
+    data = {"name": "preferences", "path": "some/pairs_of_people.jsonl"}
+    (run / "reward" / "run.json").write_text(json.dumps({**record, "data": data}))
+    quality = {"accuracy": 0.625, "rows": 1234, "length_correlation": -0.75, "examples": ["a text"]}
+    (run / "reward" / "quality.json").write_text(json.dumps(quality))
+    (tmp_path / "README.md").write_text("<!-- table: quality mine -->\n<!-- end -->\n")
+    assert tables.main([str(run), "--keep", "mine"], tmp_path) == 0
+    assert "a text" not in (tmp_path / tables.RESULTS / "mine.json").read_text()
+    shown = (tmp_path / "README.md").read_text()
+    assert all(part in shown for part in ("pairs_of_people.jsonl", "0.625", "1234", "-0.750", "0123456"))
+
+
 def test_the_figures_are_of_the_kept_file(tmp_path: Path) -> None:
     tables.main([str(made(tmp_path)), "--keep", "mine"], tmp_path)
     kept = tmp_path / tables.RESULTS / "mine.json"
