@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, read_words
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from tiny import PROMPTS, TEXTS, good_share, tiny_policy
+from tiny import PROMPTS, TEXTS, good_share, stats_of_first_update, tiny_policy, tiny_tokenizer, trainer
 
 from rlhf_pipeline import composition
 from rlhf_pipeline.models.policies import train_tokenizer
@@ -143,3 +143,13 @@ def test_the_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         names = {"tokenizer": tokenizer, "policy": policy, "reference": copy.deepcopy(policy), "reward": good_share}
         exec(api.replace("10_000", "8"), {**names, "prompts": PROMPTS * 4})
     assert not [room for room in ROOMS if blocks(room, "python")], "an example that no test runs"
+
+
+@pytest.mark.parametrize("options", [{}, {"advantage": "grpo", "samples_per_prompt": 2}])
+def test_every_figure_that_ppo_logs_is_explained(options: dict[str, object], tmp_path: Path) -> None:
+    logged = stats_of_first_update(trainer(tiny_tokenizer(), tmp_path, **options))
+    page = read("rlhf_pipeline/ppo/README.md").partition("## What is logged")[2].partition("\n## ")[0]
+    rows = [re.findall(r"`([\w/]+)`", line.split("|")[1]) for line in page.splitlines() if line.startswith("| `")]
+    # Of a row, the second name and those after it have the first one's prefix.
+    told = {name for first, *more in rows for name in (first, *more, *(f"{first.split('/')[0]}/{n}" for n in more))}
+    assert {name for name in logged if name not in ("step", "seconds")} <= told
