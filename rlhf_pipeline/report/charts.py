@@ -161,7 +161,7 @@ def _fitted(fit: Row, starts: Sequence[Row], kinds: Mapping[str, str]) -> Iterat
     numbers = [finite(value) for value in (own.get("reward_mean"), *map(fit.get, ("alpha", "beta", "to")))]
     known = [value for value in numbers if value is not None]
     kind = "soft" if fit.get("way") == "best of n" else f"{kinds.get(str(fit.get('way')), '')} dashed"
-    if len(known) == len(numbers) and kind != " dashed":
+    if len(known) == len(numbers) and known[-1] > 0 and kind != " dashed":
         base, alpha, beta, to = known
         distances = [to * step / FITTED for step in range(1, FITTED + 1)]
         bend = float if kind == "soft" else math.log

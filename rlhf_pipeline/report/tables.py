@@ -30,11 +30,6 @@ _FORMS = {"positive": ".1%", "win_rate": ".1%", "kl": ".2f", "perplexity": ".2f"
 _AGAINST_KL = ("reward_mean", "reward_stderr", "kl", "gain", "95 % from", "95 % to", "as good as best of")
 
 
-def number(value: Any, digits: int = 3) -> str:
-    """A number for people; a dash for none."""
-    return f"{value:.{digits}f}" if isinstance(value, int | float) else "-"
-
-
 def _console() -> Console:
     """The terminal; where there is none, as in a log file, wide enough for the tables."""
     console = Console(highlight=False)
@@ -93,10 +88,9 @@ def _answers(title: str, rows: Sequence[dict[str, Any]] | None, policies: Sequen
 
 def side_by_side(answers: Sequence[tuple[str, str, float | None]]) -> None:
     """Names, answers and rewards by column, which share the terminal's width."""
-    rows = [[text.strip() for _, text, _ in answers]]
-    if any(reward is not None for _, _, reward in answers):
-        rows.append([f"reward {number(reward)}" for _, _, reward in answers])
-    _texts([name for name, _, _ in answers], rows, show_edge=False, expand=True)
+    texts = [text.strip() for _, text, _ in answers]
+    rewards = [f"reward {reward:.3f}" for _, _, reward in answers if reward is not None]
+    _texts([name for name, _, _ in answers], list(filter(None, (texts, rewards))), show_edge=False, expand=True)
 
 
 def _texts(heads: Sequence[str], rows: Sequence[Sequence[str]], **style: Any) -> None:

@@ -1,7 +1,6 @@
 """Run directories, the only state between stages: lineage, atomic files, resuming, metric and sample logs."""
 
 import contextlib
-import errno
 import os
 import re
 import shlex
@@ -188,8 +187,10 @@ class RunDir:
         return [path for collect in rounds if (path := collect.path / LABELS).exists()]
 
     def config(self) -> dict[str, Any]:
-        """`config.yaml`, empty where there is none."""
+        """`config.yaml`, empty where nothing has run."""
         found = files.read_yaml(self.path / "config.yaml")
+        if not found and self.record:
+            raise UserError(f"{self.path / 'config.yaml'} is gone; restore it, or move {self.path} away.")
         for key in ("policy", "reward", "data", "trainer") if found else ():
             if not isinstance(found.setdefault(key, {}), dict):
                 raise UserError(f"{self.path / 'config.yaml'} is damaged ({key} is no section); restore it.")
@@ -211,12 +212,7 @@ class RunDir:
         if not self.leads:
             yield
             return
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(files.held(self.path.parent / f".{self.stage}.lock", self.path))
-            except OSError as error:  # work that is done can be looked at where nothing can be written
-                if error.errno not in (errno.EACCES, errno.EROFS, errno.EPERM) or self.record.get("status") != "done":
-                    raise
+        with files.held(self.path.parent / f".{self.stage}.lock", self.path):
             self._settle()
             try:
                 yield

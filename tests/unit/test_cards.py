@@ -29,7 +29,7 @@ DATA = {"name": "imdb", "path": None, "train": 25_000, "test": 100, "sha256": SH
 MODEL = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_layer": 2, "n_embd": 8, "n_head": 1,
          "n_positions": 64, "vocab_size": 300}  # fmt: skip
 HOSTILE = (
-    "x\n---\nlicense: mit\n---\n# Owned\n```\n</td><script>alert(1)</script>| a | `b` ![i](http://e) [l](http://e)\n"
+    "# x\n---\nlicense: mit\n---\n# Owned\n```\n</td><script>alert(1)</script>| a | `b` ![i](http://e) [l](http://e)\n"
     "\n<!-- ~~~ **bold** _em_ __strong__ $$1$$ \\| &lt; \u202e' \" {{ x }} \x00\r\n| --- |\n- item\n1. item\n> quote"
     " \\${x}"  # which Hydra would read as the name of a setting, were it not escaped
 )
@@ -224,7 +224,7 @@ def test_nothing_in_a_file_breaks_out(workplace: Path) -> None:
         judge(Path(runs), responses={word: word, "ppo": word})
         evaluation = json.loads((folder.parent / "evaluate" / "evaluation.json").read_text())
         evaluation["metrics"] = {word: {}, "ppo": evaluation["metrics"]["ppo"]}
-        evaluation |= {"reward": word, "reference": word, "paired_gain": {word: {}}}
+        evaluation |= {"prompts": word, "reward": word, "reference": word, "paired_gain": {word: {}}}
         (folder.parent / "evaluate" / "evaluation.json").write_text(json.dumps(evaluation))
         return card(folder)
 
