@@ -68,20 +68,18 @@ def write_rounds(runs: Path, name: str, lang: str | None = None, show: bool = Fa
     table = {str(row["round"]): {key: row[key] for key in row if key not in ("round", "judge")} for row in rows}
     judges = list(dict.fromkeys(str(row["judge"]) for row in rows if row.get("judge")))
     first = next(iter(rounds.values()), folder) / "collect"
-    collect, charts = only(first / "run.json"), []
-    words = Words(lang or members(config(first).get("report")).get("lang"))
+    words, charts = Words(lang or members(config(first).get("report")).get("lang")), []
     for key, about in _CHARTS.items():
         points = [(float(row["round"]), float(row[key])) for row in rows if row.get(key) is not None]
         if points and key != ("reward_mean" if len(judges) > 1 else "one_judge"):
             charts.append(small(words(about), [Line("", "eval", points)], words, unit="Round"))
     pages = [path.parent.relative_to(folder) for at in rounds.values() for path in sorted(at.glob("*/report.html"))]
     judged = any(row.get("one_judge") is not None for row in rows)
-    experiment = {"experiment": str(collect["experiment"])} if collect.get("experiment") else {}
     page = write_page(
-        folder / "report.html", "rounds", words, title=str(Path(str(collect.get("name"))).parent) if collect.get("name") else name,
+        folder / "report.html", "rounds", words, title=name,
         judges=judges, rows=table, charts=charts, links={f"{page}/report.html": str(page) for page in pages},
         one_judge=only(folder / "evaluate" / "evaluation.json").get("reward") if judged else None,
-        again=command("evaluate", str(runs), **experiment, name=name),
+        again=command("evaluate", str(runs), experiment=only(first / "run.json").get("experiment"), name=name),
     )  # fmt: skip
     if show:
         rounds_table(table, judges)

@@ -74,10 +74,11 @@ def next_command(settings: Settings, order: Sequence[str], overrides: Sequence[s
     return command("chat", settings.runs, name=settings.name)
 
 
-def command(stage: str, runs: str, **said: str) -> str:
-    """A stage's command line with settings that are paths or names."""
+def command(stage: str, runs: str, **said: str | None) -> str:
+    """A stage's command line with settings that are paths or names; those that are None are left out."""
     said |= {"runs": runs} if runs != "runs" else {}
-    return shlex.join([*_RUN.split(), f"stage={stage}", *(typed(key, value) for key, value in said.items())])
+    words = (typed(key, value) for key, value in said.items() if value)
+    return shlex.join([*_RUN.split(), f"stage={stage}", *words])
 
 
 def _for_others(settings: Settings, overrides: Sequence[str]) -> list[str]:
