@@ -12,7 +12,6 @@ from rlhf_pipeline.report.page import write_page
 from rlhf_pipeline.report.words import Words
 from rlhf_pipeline.stages import FOLDERS
 
-DIFFERENCES = 60  # settings that are listed
 _OWN = ("name", "runs", "stage", "hydra", "defaults", "overwrite", "report", "hub", "stages")  # not about the work
 Row = dict[str, Any]
 
@@ -68,5 +67,4 @@ def _differences(settings: Mapping[str, Row]) -> dict[str, Row]:
     """The settings of a stage that are not the same in all runs."""
     keys = [key for key in columns(settings.values()) if key.split(".")[0] not in _OWN]
     rows = {key: {name: own.get(key) for name, own in settings.items()} for key in keys}
-    differ = {key: row for key, row in rows.items() if len({repr(value) for value in row.values()}) > 1}
-    return dict(list(differ.items())[:DIFFERENCES])
+    return {key: row for key, row in rows.items() if len({repr(value) for value in row.values()}) > 1}

@@ -1,6 +1,5 @@
 """Tables on the terminal. What models and people wrote is shown as it is, never as markup."""
 
-import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -15,19 +14,18 @@ from rlhf_pipeline.report.figures import (
     comparison_tables,
     evaluation_tables,
     frontier_tables,
-    name_of,
     sweep_figures,
 )
 from rlhf_pipeline.report.files import columns
 from rlhf_pipeline.report.words import Words
 from rlhf_pipeline.texts import shown
 
-_ABREAST, _MANY = 4, 30  # policies whose answers can be read side by side; policies of a sweep that a table shows
+_ABREAST = 4  # policies whose answers can be read side by side
 _FORMS = {"positive": ".1%", "win_rate": ".1%", "kl": ".2f", "perplexity": ".2f", "held_out_perplexity": ".2f",
           "length": ".1f", "moved": ".2f", "validation_kl": ".2f", "time": ".0f", "gain": "+.3f", "95 % from": "+.3f",
           "95 % to": "+.3f", "sampled_tokens": ",.0f"}  # fmt: skip
 
-_AGAINST_KL = ("reward_mean", "reward_stderr", "kl", "gain", "95 % from", "95 % to", "as good as best of")
+_AGAINST_KL = ("reward_mean", "reward_stderr", "kl", "gain", "95 % from", "95 % to", "as good as best of", "frontier")
 
 
 def _console() -> Console:
@@ -104,17 +102,11 @@ def _texts(heads: Sequence[str], rows: Sequence[Sequence[str]], **style: Any) ->
 
 
 def frontier_table(frontier: dict[str, Any]) -> None:
-    """The policies of a sweep, of many those that none beats and the results; then the best of n of each start."""
-    policies, *best = frontier_tables(frontier)
-    results = {row["run"]: name_of(row) for row in frontier["points"]}.values()
-    rows = {}
-    for name, row in policies.rows.items():
-        if len(policies.rows) <= _MANY or row["frontier"] or name in results:
-            last_words = re.sub(r"[\w.]+\.(\w+=)", r"\1", name)  # kl_coef=0.05 for trainer.kl_coef=0.05
-            rows[f"{'* ' if row['frontier'] else '  '}{last_words}"] = {key: row.get(key) for key in _AGAINST_KL}
-    about = f"{len(rows)} of {len(policies.rows)} policies; *: none has more reward at no more KL"
-    _figures(f"{frontier['sweep']}; reward: {frontier['reward']}; {about}", rows)
-    for title, _, rows in best:
+    """The tables of a sweep's policies that its page shows too, without the figures that a terminal has no room for."""
+    _say(f"{frontier['sweep']}; reward: {frontier['reward']}")
+    policies, *others = frontier_tables(frontier)
+    few = {name: {key: row.get(key) for key in _AGAINST_KL} for name, row in policies.rows.items()}
+    for title, _, rows in (policies._replace(rows=few), *others):
         _figures(title, rows)
 
 

@@ -1,5 +1,6 @@
 """stage=evaluate sweep=: reward against KL over the jobs of a sweep and their checkpoints."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import MINIATURE, CommandLine
+from conftest import MINIATURE, CommandLine, settings_of
 
 from rlhf_pipeline.evaluation.frontier import Point, open_point, points_of
 from rlhf_pipeline.stages import evaluate
@@ -17,18 +18,24 @@ ARGS = [arg for arg in MINIATURE if "stages.ppo" in arg or "stages" not in arg]
 SWEEP = ["stage=evaluate", "sweep=coefs", "evaluate.prompts=24", "evaluate.best_of=4"]
 
 
-@pytest.fixture
-def sweep(miniature: Path, workplace: Path, command_line: CommandLine) -> Path:
-    """A run, and a sweep of two jobs from it: one with an adapter, one that was cut off."""
-    shutil.copytree(miniature, workplace / "runs" / "demo")
+@pytest.fixture(scope="module")
+def swept(miniature: Path, tmp_path_factory: pytest.TempPathFactory, command_line: CommandLine) -> Path:
+    """A run, and a sweep of three jobs from it: one has an adapter, one was cut off."""
+    runs = tmp_path_factory.mktemp("swept") / "runs"
+    shutil.copytree(miniature, runs / "demo")
     some = ["stage=ppo", "trainer.save_total_limit=null", *ARGS]
-    assert command_line(*some, "name=coefs/low", "trainer.kl_coef=0.01") == 0
-    assert command_line(*some, "name=coefs/lora", "policy.lora.r=2", "trainer.learning_rate=0.01") == 0
-    cut = workplace / "runs" / "coefs" / "cut"
-    shutil.copytree(workplace / "runs" / "coefs" / "low", cut)
-    record = json.loads((cut / "ppo" / "run.json").read_text())
-    (cut / "ppo" / "run.json").write_text(json.dumps({**record, "name": "coefs/cut", "status": "failed"}))
-    return workplace / "runs" / "coefs"
+    with contextlib.chdir(runs.parent):
+        assert command_line(*some, "name=coefs/low", "trainer.kl_coef=0.01") == 0
+        assert command_line(*some, "name=coefs/lora", "policy.lora.r=2", "trainer.learning_rate=0.01") == 0
+    shutil.copytree(runs / "coefs" / "low", runs / "coefs" / "cut")
+    change(runs / "coefs" / "cut" / "ppo" / "run.json", name="coefs/cut", status="failed")
+    return runs
+
+
+@pytest.fixture
+def sweep(swept: Path, workplace: Path) -> Path:
+    """A copy of it in the current folder."""
+    return Path(shutil.copytree(swept, workplace / "runs")) / "coefs"
 
 
 def found_in(sweep: Path) -> dict:
@@ -99,6 +106,7 @@ def test_a_sweep_that_grew_and_a_measuring_that_was_cut_off_go_on(
     assert command_line(*SWEEP, "evaluate.prompts=20") == 2
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # as the stages do
 def test_a_checkpoint_opens_as_the_policy_that_was_trained(sweep: Path) -> None:
     points = {(point.run, point.step): point for point in points_of(sweep, {})}
     for job in ("low", "lora"):
@@ -198,7 +206,11 @@ def test_a_checkpoint_that_is_gone_stays_what_its_job_came_by(
     assert json.loads((two / "frontier" / "run.json").read_text()) == record
 
 
-def test_a_sweep_is_found_by_its_folder_and_a_stage_stands_for_its_run(two: Path, command_line: CommandLine) -> None:
-    assert command_line(*QUICK, f"runs={two.parent}") == 0
-    assert command_line(*[word.replace("=coefs", "=./runs/coefs/a/ppo") for word in QUICK]) == 0
-    assert {row["run"] for row in found_in(two / "a")["points"]} == {"a"}
+def test_a_sweep_is_found_by_its_folder_and_a_stage_stands_for_its_run(two: Path) -> None:
+    for words, name, jobs in (
+        (("sweep=coefs", f"runs={two.parent}"), "coefs", {"a", "b"}),
+        (("sweep=./runs/coefs/a/ppo",), "coefs/a", {"a"}),
+    ):
+        asked = settings_of("stage=evaluate", *words)
+        assert asked.name == name
+        assert {point.run for point in points_of(Path(asked.sweep), {})} == jobs

@@ -286,7 +286,9 @@ def test_a_policys_code_asks_it_as_it_was_taught(template: str | None, workplace
 
 
 @pytest.mark.parametrize("own_class", [True, False])
-def test_a_reward_models_code_opens_it_and_scores_as_the_stages_do(own_class: bool, workplace: Path) -> None:
+def test_a_reward_models_code_opens_it_and_scores_as_the_stages_do(
+    own_class: bool, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
     trunk = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_layer=1, n_embd=8, n_head=1, pad_token_id=1,
@@ -307,8 +309,13 @@ def test_a_reward_models_code_opens_it_and_scores_as_the_stages_do(own_class: bo
     assert ModelCard(text).data.library_name == ("rlhf_pipeline" if own_class else "transformers")
     assert ("`register()`" in text) == own_class
     assert f"| Parameters | {model.num_parameters():,} |" in text
-    command = [sys.executable, "-c", block("python", text)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
+    if own_class:  # where nothing has called register() before
+        command = [sys.executable, "-c", block("python", text)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 0, done.stderr
+        printed = done.stdout
+    else:
+        exec(block("python", text), {})
+        printed = capsys.readouterr().out
     scorer = Scorer.open(str(folder / "model"), 1, 64, append_eos=True)
-    assert float(done.stdout) == pytest.approx(float(scorer.logits(["I saw this film and liked it."])[0, 0]), abs=1e-5)
+    assert float(printed) == pytest.approx(float(scorer.logits(["I saw this film and liked it."])[0, 0]), abs=1e-5)
