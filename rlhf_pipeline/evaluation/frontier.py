@@ -50,7 +50,7 @@ def points_of(folder: Path, asked: Mapping[str, Any]) -> list[Point]:
     """
     found: list[Point] = []
     for job in ppo_jobs(folder):
-        record, config = job.record, job.config()
+        record, config = job.record, job.made_with()
         below = os.path.relpath(job.path.parent.resolve(), folder.resolve())
         name = folder.resolve().name if below == "." else below
         places = places_of(job)

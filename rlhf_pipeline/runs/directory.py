@@ -145,7 +145,7 @@ class RunDir:
                 if other.record.get("status") != "done":
                     continue
                 other._check_model()
-                made = other.config()
+                made = other.made_with()
                 meant = [(made[kind], choice) for kind, choice in (("reward", reward), ("policy", policy)) if choice]
                 if any(own.get("name") != choice["name"] for own, choice in meant):
                     continue
@@ -187,14 +187,18 @@ class RunDir:
         return [path for collect in rounds if (path := collect.path / LABELS).exists()]
 
     def config(self) -> dict[str, Any]:
-        """`config.yaml`, empty where nothing has run."""
+        """`config.yaml`, empty where there is none."""
         found = files.read_yaml(self.path / "config.yaml")
-        if not found and self.record:
-            raise UserError(f"{self.path / 'config.yaml'} is gone; restore it, or move {self.path} away.")
         for key in ("policy", "reward", "data", "trainer") if found else ():
             if not isinstance(found.setdefault(key, {}), dict):
                 raise UserError(f"{self.path / 'config.yaml'} is damaged ({key} is no section); restore it.")
         return found
+
+    def made_with(self) -> dict[str, Any]:
+        """`config.yaml` of a stage that has run; a `UserError` where it is gone."""
+        if found := self.config():
+            return found
+        raise UserError(f"{self.path / 'config.yaml'} is gone; restore it, or move {self.path} away.")
 
     def beside(self, stage: str) -> "RunDir":
         """Another stage of the same run."""

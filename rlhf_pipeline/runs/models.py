@@ -132,7 +132,7 @@ def choices(run: RunDir, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
     home = run_of(where) if where else None
     found: dict[str, dict[str, Any]] = {}
     if home is not None:
-        config = home.config()
+        config = home.made_with()
         own = {key: value for key, value in config["policy"].items() if key not in _TRAINING}
         if not path:
             newest_policy(run, policy={**own, **{key: value for key, value in asked.items() if key != "template"}})

@@ -79,33 +79,6 @@ def test_every_checkpoint_of_every_job_is_measured(
     assert found_in(sweep) == found
 
 
-def test_a_sweep_that_grew_and_a_measuring_that_was_cut_off_go_on(
-    sweep: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert command_line(*SWEEP) == 0
-    whole, frontier = found_in(sweep), sweep / "frontier" / "frontier.json"
-    change(frontier, points=whole["points"][:3])  # as a kill would leave it
-    change(sweep / "frontier" / "run.json", status="running")
-    measured: list[tuple[str, int]] = []
-    measure = evaluate.frontier.point_row
-
-    def noted(point: Point, *more: Any) -> dict[str, Any]:
-        measured.append((point.run, point.step))
-        return measure(point, *more)
-
-    monkeypatch.setattr(evaluate.frontier, "point_row", noted)
-    assert command_line(*SWEEP) == 0
-    assert found_in(sweep) == whole
-    assert measured == [(row["run"], row["step"]) for row in whole["points"][3:]]
-
-    measured.clear()
-    shutil.copytree(sweep / "low", sweep / "new")
-    assert command_line(*SWEEP) == 0
-    assert {run for run, _ in measured} == {"new"}
-    assert {row["run"] for row in found_in(sweep)["points"]} == {"cut", "lora", "low", "new"}
-    assert command_line(*SWEEP, "evaluate.prompts=20") == 2
-
-
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # as the stages do
 def test_a_checkpoint_opens_as_the_policy_that_was_trained(sweep: Path) -> None:
     points = {(point.run, point.step): point for point in points_of(sweep, {})}
@@ -186,16 +159,34 @@ def test_a_job_that_has_come_to_nothing_yet_says_nothing_of_the_others(two: Path
     assert {row["run"] for row in found_in(two)["points"]} == {"b"}
 
 
-def test_a_checkpoint_that_is_gone_stays_what_its_job_came_by(
-    two: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+def test_a_measuring_that_was_cut_off_goes_on_and_a_sweep_may_grow(
+    two: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command_line(*QUICK) == 0
-    before = {(row["run"], row["step"]): row["kl"] for row in found_in(two)["points"]}
+    whole, frontier = found_in(two), two / "frontier" / "frontier.json"
+    change(frontier, points=whole["points"][:3])  # as a kill would leave it
+    change(two / "frontier" / "run.json", status="running")
+    measured: list[tuple[str, int]] = []
+    measure = evaluate.frontier.point_row
+
+    def noted(point: Point, *more: Any) -> dict[str, Any]:
+        measured.append((point.run, point.step))
+        return measure(point, *more)
+
+    monkeypatch.setattr(evaluate.frontier, "point_row", noted)
+    assert command_line(*QUICK) == 0
+    assert found_in(two) == whole
+    assert measured == [(row["run"], row["step"]) for row in whole["points"][3:]]
+
+    # A job joins, and a checkpoint that was measured is gone: it stays what its job came by.
+    measured.clear()
+    before = {(row["run"], row["step"]): row["kl"] for row in whole["points"]}
     assert ("b", 4) in before
     shutil.rmtree(two / "b" / "ppo" / "checkpoints" / "checkpoint-4")
     add(two.parent / "demo" / "ppo", two, "c")
     capsys.readouterr()
     assert command_line(*QUICK) == 0
+    assert {run for run, _ in measured} == {"c"}
     after = {(row["run"], row["step"]): row["kl"] for row in found_in(two)["points"]}
     assert after.items() >= before.items()
     assert ("c", 6) in after
@@ -204,6 +195,7 @@ def test_a_checkpoint_that_is_gone_stays_what_its_job_came_by(
     record = json.loads((two / "frontier" / "run.json").read_text())
     assert command_line(*QUICK) == 0  # nothing is new, so nothing is begun
     assert json.loads((two / "frontier" / "run.json").read_text()) == record
+    assert command_line(*QUICK, "evaluate.prompts=20") == 2
 
 
 def test_a_sweep_is_found_by_its_folder_and_a_stage_stands_for_its_run(two: Path) -> None:
