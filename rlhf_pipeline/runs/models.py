@@ -82,7 +82,7 @@ def run_of(model: str | Path) -> RunDir | None:
     record = RunDir(stage.parent.parent, stage.parent.name, stage.name).record
     if not record:
         return None
-    name = Path(record["name"])  # of a round or a job of a sweep it has several parts
+    name = Path(record.get("name") or stage.parent.name)  # of a round or a job of a sweep it has several parts
     if stage.parent.parts[-len(name.parts) :] != name.parts:
         name = Path(stage.parent.name)  # it has been moved
     return RunDir(stage.parents[len(name.parts)], str(name), stage.name, record.get("experiment"))

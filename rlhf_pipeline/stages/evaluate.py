@@ -16,7 +16,7 @@ import torch
 from rlhf_pipeline.data import Splits, begun_by, fingerprint, load_data, texts
 from rlhf_pipeline.data.records import Demonstration, Row, Turn
 from rlhf_pipeline.data.tokenization import columns_of, conversational, questions
-from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.evaluation import comparison, frontier, lineup
 from rlhf_pipeline.evaluation.comparison import Task
 from rlhf_pipeline.evaluation.lineup import Sampler
@@ -110,6 +110,8 @@ def measure_sweep(settings: Settings, out: RunDir, folder: Path) -> None:
     whole, news = measure_points(settings, out, points, rewards, judged_by, folder)
     if not news:
         return frontier_table(whole)
+    if not whole["points"]:
+        raise NotFinishedError(f"all checkpoints of {folder} were deleted before they were measured; run this again.")
     coef = jobs[0].config()["trainer"].get("selection_kl_coef", PPOConfig.selection_kl_coef)
     top = max(whole["points"], key=lambda row: row["reward_mean"] - coef * row["kl"])
     results = {"policies": len(whole["points"]), "reward_mean": top["reward_mean"], "kl": top["kl"]}

@@ -198,6 +198,19 @@ def test_a_measuring_that_was_cut_off_goes_on_and_a_sweep_may_grow(
     assert command_line(*QUICK, "evaluate.prompts=20") == 2
 
 
+def test_a_sweep_whose_checkpoints_go_while_it_is_measured_is_measured_again(
+    two: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def gone(*_: Any) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(evaluate.frontier, "point_row", gone)
+    assert command_line(*QUICK) == 2
+    said = capsys.readouterr()
+    assert "has been deleted by now" in said.out
+    assert "were deleted before they were measured; run this again" in said.err
+
+
 def test_a_sweep_is_found_by_its_folder_and_a_stage_stands_for_its_run(two: Path) -> None:
     for words, name, jobs in (
         (("sweep=coefs", f"runs={two.parent}"), "coefs", {"a", "b"}),

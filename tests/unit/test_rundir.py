@@ -17,7 +17,7 @@ from rlhf_pipeline.report.observers import Observers
 from rlhf_pipeline.runs.checkpoints import seal
 from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.runs.lineage import content_hash
-from rlhf_pipeline.runs.models import recover
+from rlhf_pipeline.runs.models import recover, run_of
 from rlhf_pipeline.settings import Report, Settings
 
 
@@ -191,6 +191,8 @@ def test_a_job_of_a_sweep_takes_from_the_sweep_then_from_the_experiment(workplac
 def test_a_model_folder_may_be_named_by_its_stage(workplace: Path) -> None:
     out = finish(settings())
     assert model_folder("runs/demo/sft") == str(out.model)
+    (out.path / "run.json").write_text('{"status": "done", "stage": "sft"}')
+    assert run_of(out.model).path == out.path, "without its name, by where it lies"
     assert model_folder("lvwerra/gpt2-imdb") == "lvwerra/gpt2-imdb"
     with pytest.raises(UserError, match=r"there is no folder \./nothing"):
         model_folder("./nothing")
