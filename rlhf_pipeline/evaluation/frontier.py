@@ -27,7 +27,6 @@ from rlhf_pipeline.runs.checkpoints import fault_of, sealed, step_of
 from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.runs.models import ppo_jobs
 
-_SHOWN = 8  # prompts whose answers are kept to be looked at
 _FEW = 4  # the n of a second best of n whose answers are measured, beside the largest
 _ENOUGH = 4  # policies on a way that two parameters are fitted to
 Row = dict[str, Any]
@@ -51,7 +50,7 @@ def points_of(folder: Path, asked: Mapping[str, Any]) -> list[Point]:
     """
     found: list[Point] = []
     for job in ppo_jobs(folder):
-        record, config = job.record, job.config()
+        record, config = job.record, job.made_with()
         below = os.path.relpath(job.path.parent.resolve(), folder.resolve())
         name = folder.resolve().name if below == "." else below
         places = places_of(job)
@@ -67,8 +66,12 @@ def points_of(folder: Path, asked: Mapping[str, Any]) -> list[Point]:
 
 
 def start_of(parent: Mapping[str, Any], seed: int, trainer: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """A `Point.start`: a policy as run.json names it, a seed, and how PPO with the settings `trainer` samples."""
-    sampling = {key: value for key, value in trainer.items() if key in PPO_SAMPLING} | dict(asked)
+    """A `Point.start`: a policy as run.json names it, a seed, and how PPO with the settings `trainer` samples.
+
+    What is `asked` and not None goes before them.
+    """
+    sampling = {key: value for key, value in trainer.items() if key in PPO_SAMPLING}
+    sampling |= {key: value for key, value in asked.items() if value is not None}
     return json.dumps({**parent, "seed": seed, "sampling": sampling}, sort_keys=True)
 
 
@@ -119,7 +122,7 @@ def start_row(start: str, own: Answers, task: Task, most: int, draws: int) -> Ro
     for n in {min(_FEW, most), most}:
         answers = measure(task.reference, task, tries[:n])
         best[n - 1]["drawn"] = _figures({"start": own, "best": answers}, task, draws)
-    about = {"key": start, "path": json.loads(start)["path"], "seed": task.seed, "asked": task.prompts[:_SHOWN]}
+    about = {"key": start, "path": json.loads(start)["path"], "seed": task.seed}
     return {**about, **_figures({"start": own}, task, 1), "best_of": best}
 
 
@@ -140,10 +143,9 @@ def _figures(answers: Mapping[str, Answers], task: Task, draws: int) -> Row:
     def judged(by: Row) -> Row:
         return by["metrics"][name] | dict(zip(["gain"], by["paired_gain"].values(), strict=False))
 
-    shown = [{"response": row["responses"][name], "reward": row["rewards"][name]} for row in found["samples"][:_SHOWN]]
     values = {key: np.round(own, 6).tolist() for key, own in answers[name].rewards.items()}
     rewards = {key: judged(by) for key, by in found["rewards"].items()}
-    return {**judged(found), "rewards": rewards, "answers": shown, "values": values}
+    return {**judged(found), "rewards": rewards, "values": values}
 
 
 def laid_out(known: Sequence[Row], points: Sequence[Point]) -> dict[str, list[Row]]:

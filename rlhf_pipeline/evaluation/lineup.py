@@ -91,11 +91,11 @@ def lineup(run: RunDir, names: Sequence[str], policy: dict[str, Any]) -> tuple[d
         start = started_from([*after.values()][-1]) if after else policy.get("path")
         if start and not any(same_place(model_folder(start), path) for path in paths.values()):
             paths = {"base": model_folder(start), **after}
+        paths = {"base" if name == "pretrain" else name: path for name, path in paths.items()}
     if not paths:
         raise NotFinishedError(
             f"{run.runs / run.name} has no policy to evaluate; 'make ppo NAME={run.name}' makes one."
         )
-    paths = {"base" if name == "pretrain" else name: path for name, path in paths.items()}
     starts = [start for path in paths.values() if (start := started_from(path))]
     begun = (name for name, path in paths.items() if any(same_place(start, path) for start in starts))
     return paths, next(begun, next(iter(paths)))

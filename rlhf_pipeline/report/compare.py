@@ -10,9 +10,8 @@ from rlhf_pipeline.report.figures import evaluation_tables
 from rlhf_pipeline.report.files import as_number, columns, config, flat, items, members, only, read, stages_below
 from rlhf_pipeline.report.page import write_page
 from rlhf_pipeline.report.words import Words
+from rlhf_pipeline.stages import FOLDERS
 
-ORDER = ("pretrain", "sft", "collect", "reward", "ppo", "evaluate", "frontier")
-DIFFERENCES = 60  # settings that are listed
 _OWN = ("name", "runs", "stage", "hydra", "defaults", "overwrite", "report", "hub", "stages")  # not about the work
 Row = dict[str, Any]
 
@@ -31,7 +30,7 @@ def compare(folders: Sequence[Path], target: Path, lang: str = "en") -> Path:
             stage = str(path.relative_to(folder)) if path != folder else path.name
             stages.setdefault(stage, {})[name] = path
     results, drawn, differences = {}, {}, {}
-    for stage in sorted(stages, key=lambda name: [*map(name.endswith, ORDER), True].index(True)):
+    for stage in sorted(stages, key=lambda name: [*map(name.endswith, FOLDERS), True].index(True)):
         records = {name: only(path / "run.json", notes) for name, path in stages[stage].items()}
         results[stage] = {name: _result(run, words) for name, run in records.items()}
         logs = {name: read(path / "metrics.jsonl", notes) for name, path in stages[stage].items()}
@@ -68,5 +67,4 @@ def _differences(settings: Mapping[str, Row]) -> dict[str, Row]:
     """The settings of a stage that are not the same in all runs."""
     keys = [key for key in columns(settings.values()) if key.split(".")[0] not in _OWN]
     rows = {key: {name: own.get(key) for name, own in settings.items()} for key in keys}
-    differ = {key: row for key, row in rows.items() if len({repr(value) for value in row.values()}) > 1}
-    return dict(list(differ.items())[:DIFFERENCES])
+    return {key: row for key, row in rows.items() if len({repr(value) for value in row.values()}) > 1}

@@ -11,12 +11,10 @@ import yaml
 
 
 def stages_below(folder: Path) -> list[Path]:
-    """Every stage's folder of a run, its rounds and a sweep's jobs included."""
+    """Every stage's folder of a run, its rounds and a sweep's jobs included; links in it are not followed."""
     if (folder / "run.json").is_file():
         return [folder]
-    inside = sorted(
-        path for path in folder.glob("[!.]*") if path.is_dir() and path.name not in ("checkpoints", "model")
-    )
+    inside = (path for path in sorted(folder.glob("[!.]*")) if path.is_dir() and not path.is_symlink())
     return [stage for path in inside for stage in stages_below(path)]
 
 

@@ -1,6 +1,7 @@
 """What watches a stage: its page, the card of its model, and trackers. None of them can end the work that it shows."""
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ class Observers:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.open = folder, dict[str, trackers.Run]()
-        self._due, self._warned = 0.0, False
+        self._due = 0.0  # when the page is drawn again, by the clock of `time.monotonic`
 
     def started(self, config: dict[str, Any], step: int) -> None:
         """Open the trackers that the resolved settings name; training goes on from `step`."""
@@ -69,14 +70,10 @@ class Observers:
         self._draw()
 
     def _draw(self) -> None:
-        began = time.monotonic()
-        try:
+        began, self._due = time.monotonic(), math.inf  # if it fails, it is tried once more: at the end
+        with self._trying("report.html"):
             write_report(self.folder)
-        except Exception as error:
-            if not self._warned:
-                print(f"warning: {self.folder / 'report.html'} could not be drawn: {error}", flush=True)
-            self._warned = True
-        self._due = time.monotonic() + max(SECONDS, SHARE * (time.monotonic() - began))
+            self._due = time.monotonic() + max(SECONDS, SHARE * (time.monotonic() - began))
 
     def __enter__(self) -> "Observers":
         return self
@@ -93,7 +90,7 @@ class Observers:
     def _trying(self, name: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # a tracker must not end the training
+        except Exception as error:  # none of them may end the training
             self.open.pop(name, None)
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             print(f"warning: {name} failed ({reason}) and is left out; the run goes on", flush=True)

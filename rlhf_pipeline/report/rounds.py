@@ -5,7 +5,7 @@ from typing import Any
 
 from rlhf_pipeline.files import write_json
 from rlhf_pipeline.report.charts import Line, small
-from rlhf_pipeline.report.files import members, only
+from rlhf_pipeline.report.files import config, members, only
 from rlhf_pipeline.report.page import write_page
 from rlhf_pipeline.report.summary import command
 from rlhf_pipeline.report.tables import rounds_table
@@ -67,20 +67,19 @@ def write_rounds(runs: Path, name: str, lang: str | None = None, show: bool = Fa
     write_json(folder / "rounds.json", rows)
     table = {str(row["round"]): {key: row[key] for key in row if key not in ("round", "judge")} for row in rows}
     judges = list(dict.fromkeys(str(row["judge"]) for row in rows if row.get("judge")))
-    collect = RunDir(runs, f"{name}/round{min(rounds, default=1)}", "collect")
-    words, charts = Words(lang or members(collect.config().get("report")).get("lang")), []
+    first = next(iter(rounds.values()), folder) / "collect"
+    words, charts = Words(lang or members(config(first).get("report")).get("lang")), []
     for key, about in _CHARTS.items():
         points = [(float(row["round"]), float(row[key])) for row in rows if row.get(key) is not None]
         if points and key != ("reward_mean" if len(judges) > 1 else "one_judge"):
             charts.append(small(words(about), [Line("", "eval", points)], words, unit="Round"))
     pages = [path.parent.relative_to(folder) for at in rounds.values() for path in sorted(at.glob("*/report.html"))]
     judged = any(row.get("one_judge") is not None for row in rows)
-    experiment = {key: value for key, value in collect.record.items() if key == "experiment" and value}
     page = write_page(
-        folder / "report.html", "rounds", words, title=str(Path(collect.record.get("name") or collect.name).parent),
+        folder / "report.html", "rounds", words, title=name,
         judges=judges, rows=table, charts=charts, links={f"{page}/report.html": str(page) for page in pages},
         one_judge=only(folder / "evaluate" / "evaluation.json").get("reward") if judged else None,
-        again=command("evaluate", str(runs), **experiment, name=name),
+        again=command("evaluate", str(runs), experiment=only(first / "run.json").get("experiment"), name=name),
     )  # fmt: skip
     if show:
         rounds_table(table, judges)

@@ -3,7 +3,6 @@
 import itertools
 import shlex
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +41,8 @@ def say_done(out: RunDir) -> None:
 
 def say_done_before(out: RunDir) -> None:
     """One line of a stage that was done already."""
-    finished = datetime.fromisoformat(str(out.record.get("finished") or "1970-01-01")).astimezone()
-    when = f"{finished:%Y-%m-%d %H:%M}, in {_time(out.record)}"
-    print(f"{out.path} is done already: {shown(outcome(out))} ({when})", flush=True)
+    when = f"{out.record.get('finished')}, in {_time(out.record)}"
+    print(f"{out.path} is done already: {shown(f'{outcome(out)} ({when})')}", flush=True)
 
 
 def say_all_done(every: Sequence[RunDir], folder: Path, seconds: float) -> None:
@@ -74,10 +72,11 @@ def next_command(settings: Settings, order: Sequence[str], overrides: Sequence[s
     return command("chat", settings.runs, name=settings.name)
 
 
-def command(stage: str, runs: str, **said: str) -> str:
-    """A stage's command line with settings that are paths or names."""
+def command(stage: str, runs: str, **said: str | None) -> str:
+    """A stage's command line with settings that are paths or names; those that are None are left out."""
     said |= {"runs": runs} if runs != "runs" else {}
-    return shlex.join([*_RUN.split(), f"stage={stage}", *(typed(key, value) for key, value in said.items())])
+    words = (typed(key, value) for key, value in said.items() if value)
+    return shlex.join([*_RUN.split(), f"stage={stage}", *words])
 
 
 def _for_others(settings: Settings, overrides: Sequence[str]) -> list[str]:

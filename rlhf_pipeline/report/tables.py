@@ -1,6 +1,5 @@
 """Tables on the terminal. What models and people wrote is shown as it is, never as markup."""
 
-import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -8,31 +7,24 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_pipeline.report.charts import short
 from rlhf_pipeline.report.figures import (
     OVER,
     Rows,
     comparison_tables,
     evaluation_tables,
     frontier_tables,
-    name_of,
     sweep_figures,
 )
 from rlhf_pipeline.report.files import columns
 from rlhf_pipeline.report.words import Words
 from rlhf_pipeline.texts import shown
 
-_ABREAST, _MANY = 4, 30  # policies whose answers can be read side by side; policies of a sweep that a table shows
+_ABREAST = 4  # policies whose answers can be read side by side
 _FORMS = {"positive": ".1%", "win_rate": ".1%", "kl": ".2f", "perplexity": ".2f", "held_out_perplexity": ".2f",
           "length": ".1f", "moved": ".2f", "validation_kl": ".2f", "time": ".0f", "gain": "+.3f", "95 % from": "+.3f",
           "95 % to": "+.3f", "sampled_tokens": ",.0f"}  # fmt: skip
 
-_AGAINST_KL = ("reward_mean", "reward_stderr", "kl", "gain", "95 % from", "95 % to", "as good as best of")
-
-
-def number(value: Any, digits: int = 3) -> str:
-    """A number for people; a dash for none."""
-    return f"{value:.{digits}f}" if isinstance(value, int | float) else "-"
+_AGAINST_KL = ("reward_mean", "reward_stderr", "kl", "gain", "95 % from", "95 % to", "as good as best of", "frontier")
 
 
 def _console() -> Console:
@@ -93,10 +85,9 @@ def _answers(title: str, rows: Sequence[dict[str, Any]] | None, policies: Sequen
 
 def side_by_side(answers: Sequence[tuple[str, str, float | None]]) -> None:
     """Names, answers and rewards by column, which share the terminal's width."""
-    rows = [[text.strip() for _, text, _ in answers]]
-    if any(reward is not None for _, _, reward in answers):
-        rows.append([f"reward {number(reward)}" for _, _, reward in answers])
-    _texts([name for name, _, _ in answers], rows, show_edge=False, expand=True)
+    texts = [text.strip() for _, text, _ in answers]
+    rewards = [f"reward {reward:.3f}" for _, _, reward in answers if reward is not None]
+    _texts([name for name, _, _ in answers], list(filter(None, (texts, rewards))), show_edge=False, expand=True)
 
 
 def _texts(heads: Sequence[str], rows: Sequence[Sequence[str]], **style: Any) -> None:
@@ -110,17 +101,11 @@ def _texts(heads: Sequence[str], rows: Sequence[Sequence[str]], **style: Any) ->
 
 
 def frontier_table(frontier: dict[str, Any]) -> None:
-    """The policies of a sweep, of many those that none beats and the results; then the best of n of each start."""
-    policies, *best = frontier_tables(frontier)
-    results = {row["run"]: name_of(row) for row in frontier["points"]}.values()
-    rows = {}
-    for name, row in policies.rows.items():
-        if len(policies.rows) <= _MANY or row["frontier"] or name in results:
-            last_words = re.sub(r"[\w.]+\.(\w+=)", r"\1", name)  # kl_coef=0.05 for trainer.kl_coef=0.05
-            rows[f"{'* ' if row['frontier'] else '  '}{last_words}"] = {key: row.get(key) for key in _AGAINST_KL}
-    about = f"{len(rows)} of {len(policies.rows)} policies; *: none has more reward at no more KL"
-    _figures(f"{frontier['sweep']}; reward: {frontier['reward']}; {about}", rows)
-    for title, _, rows in best:
+    """The tables of a sweep's policies that its page shows too, without the figures that a terminal has no room for."""
+    _say(f"{frontier['sweep']}; reward: {frontier['reward']}")
+    policies, *others = frontier_tables(frontier)
+    few = {name: {key: row.get(key) for key in _AGAINST_KL} for name, row in policies.rows.items()}
+    for title, _, rows in (policies._replace(rows=few), *others):
         _figures(title, rows)
 
 
@@ -135,7 +120,10 @@ def comparison_table(comparison: dict[str, Any]) -> None:
 
 def sweep_table(found: dict[str, Any], own: Collection[str]) -> None:
     """The settings of a sweep by row, the best objective first; then which of a command's own jobs failed."""
-    rows = {short(row): sweep_figures(row) for row in found["rows"]}
+    names = [
+        ", ".join(f"{key.split('.')[-1]}={value}" for key, value in row["settings"].items()) for row in found["rows"]
+    ]
+    rows = {name or "all": sweep_figures(row) for name, row in zip(names, found["rows"], strict=True)}
     validated = any("validation_kl" in row for row in rows.values())  # else in training
     judged = ("validation_reward", "validation_kl") if validated else ("scores", "kl")
     keys = ("objective", "± s.e.", *judged, OVER, "seeds", "failed", "left", "time")

@@ -1,7 +1,6 @@
 """Run directories, the only state between stages: lineage, atomic files, resuming, metric and sample logs."""
 
 import contextlib
-import errno
 import os
 import re
 import shlex
@@ -146,7 +145,7 @@ class RunDir:
                 if other.record.get("status") != "done":
                     continue
                 other._check_model()
-                made = other.config()
+                made = other.made_with()
                 meant = [(made[kind], choice) for kind, choice in (("reward", reward), ("policy", policy)) if choice]
                 if any(own.get("name") != choice["name"] for own, choice in meant):
                     continue
@@ -195,6 +194,12 @@ class RunDir:
                 raise UserError(f"{self.path / 'config.yaml'} is damaged ({key} is no section); restore it.")
         return found
 
+    def made_with(self) -> dict[str, Any]:
+        """`config.yaml` of a stage that has run; a `UserError` where it is gone."""
+        if found := self.config():
+            return found
+        raise UserError(f"{self.path / 'config.yaml'} is gone; restore it, or move {self.path} away.")
+
     def beside(self, stage: str) -> "RunDir":
         """Another stage of the same run."""
         return RunDir(self.runs, self.name, stage, self.experiment)
@@ -211,12 +216,7 @@ class RunDir:
         if not self.leads:
             yield
             return
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(files.held(self.path.parent / f".{self.stage}.lock", self.path))
-            except OSError as error:  # work that is done can be looked at where nothing can be written
-                if error.errno not in (errno.EACCES, errno.EROFS, errno.EPERM) or self.record.get("status") != "done":
-                    raise
+        with files.held(self.path.parent / f".{self.stage}.lock", self.path):
             self._settle()
             try:
                 yield

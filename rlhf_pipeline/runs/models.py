@@ -82,7 +82,7 @@ def run_of(model: str | Path) -> RunDir | None:
     record = RunDir(stage.parent.parent, stage.parent.name, stage.name).record
     if not record:
         return None
-    name = Path(record["name"])  # of a round or a job of a sweep it has several parts
+    name = Path(record.get("name") or stage.parent.name)  # of a round or a job of a sweep it has several parts
     if stage.parent.parts[-len(name.parts) :] != name.parts:
         name = Path(stage.parent.name)  # it has been moved
     return RunDir(stage.parents[len(name.parts)], str(name), stage.name, record.get("experiment"))
@@ -132,7 +132,7 @@ def choices(run: RunDir, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
     home = run_of(where) if where else None
     found: dict[str, dict[str, Any]] = {}
     if home is not None:
-        config = home.config()
+        config = home.made_with()
         own = {key: value for key, value in config["policy"].items() if key not in _TRAINING}
         if not path:
             newest_policy(run, policy={**own, **{key: value for key, value in asked.items() if key != "template"}})

@@ -23,7 +23,7 @@ from rlhf_pipeline.models.policies import Policy, registry
 from rlhf_pipeline.models.rewards import Reward, load_reward, trained_part
 from rlhf_pipeline.models.sampling import room_for_prompts, sample
 from rlhf_pipeline.registry import suggest
-from rlhf_pipeline.report.tables import number, side_by_side
+from rlhf_pipeline.report.tables import side_by_side
 from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.runs.models import find, locate, run_of
 from rlhf_pipeline.settings import Settings
@@ -156,7 +156,7 @@ def show(answers: list[tuple[str, str, float | None]], terminal: bool, printed: 
         if not printed:
             print(f"{label}{shown(answer)}", flush=True)
         if reward is not None:
-            note(f"{label}reward {number(reward)}")
+            note(f"{label}reward {reward:.3f}")
 
 
 def note(text: str) -> None:

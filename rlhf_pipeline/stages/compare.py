@@ -21,7 +21,7 @@ from rlhf_pipeline.report.tables import comparison_table
 from rlhf_pipeline.runs.directory import CANDIDATES, COMPARISON, RunDir
 from rlhf_pipeline.runs.lineage import parent
 from rlhf_pipeline.settings import Settings
-from rlhf_pipeline.stages.evaluate import load_rewards, measure_points
+from rlhf_pipeline.stages.evaluate import asked_sampling, load_rewards, measure_points
 from rlhf_pipeline.sweeps.jobs import job_name, read_job, run_job
 from rlhf_pipeline.training.setup import quiet, say_taken
 from rlhf_pipeline.words import read, typed
@@ -69,8 +69,7 @@ def run(settings: Settings, out: RunDir) -> None:
     rewards, judged_by = load_rewards(settings, out)
     run_all(trials, settings)
     sampling = next((stage.trainer for trial in trials for stage in trial.stages if stage.stage == "ppo"), {})
-    asked = {"response_length": settings.evaluate.response_length, "temperature": settings.evaluate.temperature}
-    key = start_of(parent(start), settings.seed, sampling, {k: x for k, x in asked.items() if x is not None})
+    key = start_of(parent(start), settings.seed, sampling, asked_sampling(settings))
     done = [trial for trial in trials if trial.done]
     points = [
         Point(trial.run, step, job.record["started"], key, place, job)

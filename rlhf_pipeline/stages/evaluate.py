@@ -16,7 +16,7 @@ import torch
 from rlhf_pipeline.data import Splits, begun_by, fingerprint, load_data, texts
 from rlhf_pipeline.data.records import Demonstration, Row, Turn
 from rlhf_pipeline.data.tokenization import columns_of, conversational, questions
-from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.evaluation import comparison, frontier, lineup
 from rlhf_pipeline.evaluation.comparison import Task
 from rlhf_pipeline.evaluation.lineup import Sampler
@@ -43,9 +43,7 @@ def run(settings: Settings, out: RunDir) -> None:
     paths, reference = lineup.lineup(out, asked.policies, settings.policy)
     rewards, judged_by = load_rewards(settings, out)
     rows = take_data(settings.data, settings.seed)
-    policies = lineup.open_all(
-        [*paths.items()], out, settings.policy, response_length=asked.response_length, temperature=asked.temperature
-    )
+    policies = lineup.open_all([*paths.items()], out, settings.policy, **asked_sampling(settings))
     for name, path in paths.items():
         say_taken(name, path)
     out.begin(settings, {**paths, **judged_by}, fingerprint(settings.data, rows))
@@ -60,6 +58,7 @@ def run(settings: Settings, out: RunDir) -> None:
     shows = lineup.with_room(shows, [each.policy for each in policies], longest) if typed else []
     own = dataclasses.replace(task, questions=shows, limits=torch.full((len(shows),), longest))
     n, answers, shown, begun = asked.best_of or 0, {}, {}, time.monotonic()
+    tries: list[comparison.Answers] = []
     drawn = (len(policies) + n) * len(task.questions)
     with progress(drawn, "evaluate", "prompt") as bar:
         task = dataclasses.replace(task, tick=bar.update)
@@ -72,7 +71,8 @@ def run(settings: Settings, out: RunDir) -> None:
                 shown[each.name] = comparison.draw(each, own)
     if not out.leads:
         return
-    seconds, tokens = time.monotonic() - begun, sum(len(ids) for each in answers.values() for ids in each.ids)
+    seconds = time.monotonic() - begun
+    tokens = sum(len(ids) for one in (*(answers[each.name] for each in policies), *tries) for ids in one.ids)
     speed = {"tokens_per_second": round(tokens / seconds, 1), "prompts_per_second": round(drawn / seconds, 1)}
     last, trained = policies[-1].name, learnt_from([*paths.values()], rewards)
     evaluation = {
@@ -95,11 +95,14 @@ def run(settings: Settings, out: RunDir) -> None:
     evaluation_table(evaluation)
 
 
+def asked_sampling(settings: Settings) -> dict[str, Any]:
+    """What the user asks of sampling; None: as PPO did."""
+    return {"response_length": settings.evaluate.response_length, "temperature": settings.evaluate.temperature}
+
+
 def measure_sweep(settings: Settings, out: RunDir, folder: Path) -> None:
     """Measure every policy of a sweep that is not measured yet, and the best of n of where each started."""
-    asked = settings.evaluate
-    given = {"response_length": asked.response_length, "temperature": asked.temperature}
-    points = frontier.points_of(folder, {key: value for key, value in given.items() if value is not None})
+    points = frontier.points_of(folder, asked_sampling(settings))
     jobs = list({point.job.path: point.job for point in points}.values())
     frontier.check_jobs(jobs, settings.labelling_reward or settings.reward, settings.data)
     rewards, judged_by = load_rewards(settings, jobs[0])
@@ -107,6 +110,8 @@ def measure_sweep(settings: Settings, out: RunDir, folder: Path) -> None:
     whole, news = measure_points(settings, out, points, rewards, judged_by, folder)
     if not news:
         return frontier_table(whole)
+    if not whole["points"]:
+        raise NotFinishedError(f"all checkpoints of {folder} were deleted before they were measured; run this again.")
     coef = jobs[0].config()["trainer"].get("selection_kl_coef", PPOConfig.selection_kl_coef)
     top = max(whole["points"], key=lambda row: row["reward_mean"] - coef * row["kl"])
     results = {"policies": len(whole["points"]), "reward_mean": top["reward_mean"], "kl": top["kl"]}

@@ -7,6 +7,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from rlhf_pipeline.files import read_json, write_json
+from rlhf_pipeline.report.files import config, members
 from rlhf_pipeline.report.summary import command, say
 from rlhf_pipeline.report.sweep import sweep_page
 from rlhf_pipeline.report.tables import sweep_table
@@ -44,9 +45,8 @@ def write_sweep(folder: Path, lang: str | None = None) -> Path:
     noted = [read_job(path.parent) for path in sorted(folder.glob(f"*/{JOB}"))]
     stage = before.get("stage") or next((job["stage"] for job in noted if "stage" in job), "")
     found = summarise(folder, stage, before.get("kl_budget"))
-    config = RunDir(folder, found["jobs"][0]["job"], stage).config() if found["jobs"] else {}
-    lang = lang or (config.get("report") or {}).get("lang")
-    return sweep_page(folder / "report.html", found, Words(lang))
+    own = config(folder / found["jobs"][0]["job"] / stage) if found["jobs"] else {}
+    return sweep_page(folder / "report.html", found, Words(lang or members(own.get("report")).get("lang")))
 
 
 def summarise(folder: Path, stage: str, kl_budget: float | None = None) -> dict[str, Any]:

@@ -9,17 +9,13 @@ from conftest import MINIATURE, CommandLine
 from rich.cells import cell_len
 from tiny import TEXTS, tiny_policy
 
+from rlhf_pipeline.evaluation.lineup import lineup
 from rlhf_pipeline.models.policies import Policy, train_tokenizer
 from rlhf_pipeline.models.rewards import Reward
+from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.stages.evaluate import learnt_from
 
 ARGS = [arg for arg in MINIATURE if "stages" not in arg]
-
-
-@pytest.fixture
-def run(miniature: Path, workplace: Path) -> Path:
-    """A copy of the run in the current folder."""
-    return Path(shutil.copytree(miniature, workplace / "runs" / "demo"))
 
 
 def evaluated(folder: Path) -> dict:
@@ -33,7 +29,7 @@ def test_policies_by_hand_and_more_rewards(
     Policy(tiny_policy(tokenizer), tokenizer).save(workplace / "foreign")
     shutil.copytree(run / "ppo", workplace / "runs" / "other" / "ppo")
     policies = "evaluate.policies=[sft,runs/demo/ppo,./foreign,other]"
-    rewards = "evaluate.rewards=[{name: length, target: 5}, {name: toy_sentiment}]"
+    rewards = "evaluate.rewards=[{name: length, target: 5}, {name: toy_sentiment}, {name: length, target: 9}]"
     assert command_line("stage=evaluate", "overwrite=true", policies, rewards, *ARGS) == 0
     shown = capsys.readouterr().out
     found = evaluated(run)
@@ -49,16 +45,17 @@ def test_policies_by_hand_and_more_rewards(
     for row in found["metrics"].values():
         assert 0 <= row["self_bleu"] <= 1
         assert row["distinct_1"] <= row["distinct_2"] <= row["distinct_3"] or row["repeated"] > 0
-    assert list(found["rewards"]) == ["length", "toy_sentiment"]
-    for name, row in found["rewards"]["length"]["metrics"].items():
+    length = "length (target=5)"  # names that repeat are told apart by their fields
+    assert list(found["rewards"]) == [length, "toy_sentiment", "length (target=9)"]
+    for name, row in found["rewards"][length]["metrics"].items():
         by_hand = [-abs(len(s["responses"][name].split()) - 5) / 5 for s in found["samples"]]
         assert row["reward_mean"] == pytest.approx(sum(by_hand) / 24)
-    assert set(found["moved"]) == {"classifier", "length", "toy_sentiment"}
-    assert found["moved"]["length"]["sft"] == 0
-    gains = found["rewards"]["length"]["paired_gain"]
+    assert set(found["moved"]) == {"classifier", *found["rewards"]}
+    assert found["moved"][length]["sft"] == 0
+    gains = found["rewards"][length]["paired_gain"]
     pairs = ["runs/demo/ppo - sft", "./foreign - sft", "other - sft"]
     assert list(gains) == list(found["paired_gain"]) == pairs
-    means = {name: row["reward_mean"] for name, row in found["rewards"]["length"]["metrics"].items()}
+    means = {name: row["reward_mean"] for name, row in found["rewards"][length]["metrics"].items()}
     assert gains["./foreign - sft"]["mean"] == pytest.approx(means["./foreign"] - means["sft"])
     best = found["extremes"]["best"][0]["rewards"]["other"]
     assert best == max(sample["rewards"]["other"] for sample in found["samples"])
@@ -68,7 +65,7 @@ def test_policies_by_hand_and_more_rewards(
     assert record["parents"]["evaluate.rewards[1]"]["path"] == "toy_sentiment"
     assert record["results"]["speed"]["tokens_per_second"] > 0
     page = (run / "evaluate" / "report.html").read_text()
-    assert "length · runs/demo/ppo" in page
+    assert f"{length} · runs/demo/ppo" in page
 
     # Again, it is done; and done anew it is the same to the byte.
     before = (run / "evaluate" / "evaluation.json").read_bytes()
@@ -79,19 +76,22 @@ def test_policies_by_hand_and_more_rewards(
 
 
 def test_where_ppo_began_is_the_reference_wherever_it_stands(run: Path, command_line: CommandLine) -> None:
-    asked = ["evaluate.policies=[demo/pretrain,ppo,sft]", "evaluate.held_out_tokens=0", "overwrite=true", *ARGS]
-    assert command_line("stage=evaluate", *asked) == 0
+    shutil.copytree(run / "pretrain", run.parent / "base" / "pretrain")
+    asked = ["evaluate.policies=[pretrain,base,ppo,sft]", "evaluate.held_out_tokens=0", "evaluate.best_of=9", *ARGS]
+    assert command_line("stage=evaluate", "overwrite=true", *asked) == 0
     found = evaluated(run)
-    assert list(found["metrics"]) == ["demo/pretrain", "ppo", "sft"]
+    assert list(found["metrics"]) == ["pretrain", "base", "ppo", "sft", "best of 9"], "each by its own name"
+    speed = json.loads((run / "evaluate" / "run.json").read_text())["results"]["speed"]
+    lengths = [row["length"] for row in found["metrics"].values()]
+    assert speed["tokens_per_second"] / speed["prompts_per_second"] > 0.8 * min(lengths), "all that was drawn counts"
     assert found["reference"] == "sft"
-    assert {"ppo - sft", "ppo - demo/pretrain"} < set(found["paired_gain"])
+    assert {"ppo - sft", "ppo - pretrain"} < set(found["paired_gain"])
 
 
-def test_a_run_is_the_same_by_its_whole_path(run: Path, command_line: CommandLine) -> None:
-    assert command_line("stage=evaluate", "overwrite=true", f"runs={run.parent}", *ARGS) == 0
-    found = evaluated(run)
-    assert list(found["metrics"]) == ["base", "sft", "ppo"]
-    assert found["reference"] == "sft"
+def test_a_run_is_the_same_by_its_whole_path(run: Path) -> None:
+    for runs in (Path("runs"), run.parent.resolve()):
+        paths, reference = lineup(RunDir(runs, "demo", "evaluate"), [], {})
+        assert (list(paths), reference) == (["base", "sft", "ppo"], "sft")
 
 
 def test_an_evaluation_without_its_figures_is_said(
@@ -144,9 +144,3 @@ def test_what_ppo_learnt_from_is_known_beside_a_labeler(run: Path) -> None:
                for name, where in (("length", "length"), ("classifier", "runs/demo/reward/model"))}  # fmt: skip
     assert learnt_from(["runs/demo/sft/model", "runs/demo/ppo/model"], rewards) == "classifier"
     assert learnt_from(["runs/demo/sft/model"], rewards) == "length"
-
-
-def test_two_rewards_of_one_kind_are_told_apart_by_their_fields(run: Path, command_line: CommandLine) -> None:
-    rewards = "evaluate.rewards=[{name: length, target: 5}, {name: length, target: 9}]"
-    assert command_line("stage=evaluate", "overwrite=true", rewards, *ARGS) == 0
-    assert list(evaluated(run)["rewards"]) == ["length (target=5)", "length (target=9)"]

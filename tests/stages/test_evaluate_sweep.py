@@ -1,5 +1,6 @@
 """stage=evaluate sweep=: reward against KL over the jobs of a sweep and their checkpoints."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import MINIATURE, CommandLine
+from conftest import MINIATURE, CommandLine, settings_of
 
 from rlhf_pipeline.evaluation.frontier import Point, open_point, points_of
 from rlhf_pipeline.stages import evaluate
@@ -17,18 +18,24 @@ ARGS = [arg for arg in MINIATURE if "stages.ppo" in arg or "stages" not in arg]
 SWEEP = ["stage=evaluate", "sweep=coefs", "evaluate.prompts=24", "evaluate.best_of=4"]
 
 
-@pytest.fixture
-def sweep(miniature: Path, workplace: Path, command_line: CommandLine) -> Path:
-    """A run, and a sweep of two jobs from it: one with an adapter, one that was cut off."""
-    shutil.copytree(miniature, workplace / "runs" / "demo")
+@pytest.fixture(scope="module")
+def swept(miniature: Path, tmp_path_factory: pytest.TempPathFactory, command_line: CommandLine) -> Path:
+    """A run, and a sweep of three jobs from it: one has an adapter, one was cut off."""
+    runs = tmp_path_factory.mktemp("swept") / "runs"
+    shutil.copytree(miniature, runs / "demo")
     some = ["stage=ppo", "trainer.save_total_limit=null", *ARGS]
-    assert command_line(*some, "name=coefs/low", "trainer.kl_coef=0.01") == 0
-    assert command_line(*some, "name=coefs/lora", "policy.lora.r=2", "trainer.learning_rate=0.01") == 0
-    cut = workplace / "runs" / "coefs" / "cut"
-    shutil.copytree(workplace / "runs" / "coefs" / "low", cut)
-    record = json.loads((cut / "ppo" / "run.json").read_text())
-    (cut / "ppo" / "run.json").write_text(json.dumps({**record, "name": "coefs/cut", "status": "failed"}))
-    return workplace / "runs" / "coefs"
+    with contextlib.chdir(runs.parent):
+        assert command_line(*some, "name=coefs/low", "trainer.kl_coef=0.01") == 0
+        assert command_line(*some, "name=coefs/lora", "policy.lora.r=2", "trainer.learning_rate=0.01") == 0
+    shutil.copytree(runs / "coefs" / "low", runs / "coefs" / "cut")
+    change(runs / "coefs" / "cut" / "ppo" / "run.json", name="coefs/cut", status="failed")
+    return runs
+
+
+@pytest.fixture
+def sweep(swept: Path, workplace: Path) -> Path:
+    """A copy of it in the current folder."""
+    return Path(shutil.copytree(swept, workplace / "runs")) / "coefs"
 
 
 def found_in(sweep: Path) -> dict:
@@ -72,33 +79,7 @@ def test_every_checkpoint_of_every_job_is_measured(
     assert found_in(sweep) == found
 
 
-def test_a_sweep_that_grew_and_a_measuring_that_was_cut_off_go_on(
-    sweep: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert command_line(*SWEEP) == 0
-    whole, frontier = found_in(sweep), sweep / "frontier" / "frontier.json"
-    change(frontier, points=whole["points"][:3])  # as a kill would leave it
-    change(sweep / "frontier" / "run.json", status="running")
-    measured: list[tuple[str, int]] = []
-    measure = evaluate.frontier.point_row
-
-    def noted(point: Point, *more: Any) -> dict[str, Any]:
-        measured.append((point.run, point.step))
-        return measure(point, *more)
-
-    monkeypatch.setattr(evaluate.frontier, "point_row", noted)
-    assert command_line(*SWEEP) == 0
-    assert found_in(sweep) == whole
-    assert measured == [(row["run"], row["step"]) for row in whole["points"][3:]]
-
-    measured.clear()
-    shutil.copytree(sweep / "low", sweep / "new")
-    assert command_line(*SWEEP) == 0
-    assert {run for run, _ in measured} == {"new"}
-    assert {row["run"] for row in found_in(sweep)["points"]} == {"cut", "lora", "low", "new"}
-    assert command_line(*SWEEP, "evaluate.prompts=20") == 2
-
-
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # as the stages do
 def test_a_checkpoint_opens_as_the_policy_that_was_trained(sweep: Path) -> None:
     points = {(point.run, point.step): point for point in points_of(sweep, {})}
     for job in ("low", "lora"):
@@ -178,16 +159,34 @@ def test_a_job_that_has_come_to_nothing_yet_says_nothing_of_the_others(two: Path
     assert {row["run"] for row in found_in(two)["points"]} == {"b"}
 
 
-def test_a_checkpoint_that_is_gone_stays_what_its_job_came_by(
-    two: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+def test_a_measuring_that_was_cut_off_goes_on_and_a_sweep_may_grow(
+    two: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command_line(*QUICK) == 0
-    before = {(row["run"], row["step"]): row["kl"] for row in found_in(two)["points"]}
+    whole, frontier = found_in(two), two / "frontier" / "frontier.json"
+    change(frontier, points=whole["points"][:3])  # as a kill would leave it
+    change(two / "frontier" / "run.json", status="running")
+    measured: list[tuple[str, int]] = []
+    measure = evaluate.frontier.point_row
+
+    def noted(point: Point, *more: Any) -> dict[str, Any]:
+        measured.append((point.run, point.step))
+        return measure(point, *more)
+
+    monkeypatch.setattr(evaluate.frontier, "point_row", noted)
+    assert command_line(*QUICK) == 0
+    assert found_in(two) == whole
+    assert measured == [(row["run"], row["step"]) for row in whole["points"][3:]]
+
+    # A job joins, and a checkpoint that was measured is gone: it stays what its job came by.
+    measured.clear()
+    before = {(row["run"], row["step"]): row["kl"] for row in whole["points"]}
     assert ("b", 4) in before
     shutil.rmtree(two / "b" / "ppo" / "checkpoints" / "checkpoint-4")
     add(two.parent / "demo" / "ppo", two, "c")
     capsys.readouterr()
     assert command_line(*QUICK) == 0
+    assert {run for run, _ in measured} == {"c"}
     after = {(row["run"], row["step"]): row["kl"] for row in found_in(two)["points"]}
     assert after.items() >= before.items()
     assert ("c", 6) in after
@@ -196,9 +195,27 @@ def test_a_checkpoint_that_is_gone_stays_what_its_job_came_by(
     record = json.loads((two / "frontier" / "run.json").read_text())
     assert command_line(*QUICK) == 0  # nothing is new, so nothing is begun
     assert json.loads((two / "frontier" / "run.json").read_text()) == record
+    assert command_line(*QUICK, "evaluate.prompts=20") == 2
 
 
-def test_a_sweep_is_found_by_its_folder_and_a_stage_stands_for_its_run(two: Path, command_line: CommandLine) -> None:
-    assert command_line(*QUICK, f"runs={two.parent}") == 0
-    assert command_line(*[word.replace("=coefs", "=./runs/coefs/a/ppo") for word in QUICK]) == 0
-    assert {row["run"] for row in found_in(two / "a")["points"]} == {"a"}
+def test_a_sweep_whose_checkpoints_go_while_it_is_measured_is_measured_again(
+    two: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def gone(*_: Any) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(evaluate.frontier, "point_row", gone)
+    assert command_line(*QUICK) == 2
+    said = capsys.readouterr()
+    assert "has been deleted by now" in said.out
+    assert "were deleted before they were measured; run this again" in said.err
+
+
+def test_a_sweep_is_found_by_its_folder_and_a_stage_stands_for_its_run(two: Path) -> None:
+    for words, name, jobs in (
+        (("sweep=coefs", f"runs={two.parent}"), "coefs", {"a", "b"}),
+        (("sweep=./runs/coefs/a/ppo",), "coefs/a", {"a"}),
+    ):
+        asked = settings_of("stage=evaluate", *words)
+        assert asked.name == name
+        assert {point.run for point in points_of(Path(asked.sweep), {})} == jobs

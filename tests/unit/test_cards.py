@@ -29,7 +29,7 @@ DATA = {"name": "imdb", "path": None, "train": 25_000, "test": 100, "sha256": SH
 MODEL = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_layer": 2, "n_embd": 8, "n_head": 1,
          "n_positions": 64, "vocab_size": 300}  # fmt: skip
 HOSTILE = (
-    "x\n---\nlicense: mit\n---\n# Owned\n```\n</td><script>alert(1)</script>| a | `b` ![i](http://e) [l](http://e)\n"
+    "# x\n---\nlicense: mit\n---\n# Owned\n```\n</td><script>alert(1)</script>| a | `b` ![i](http://e) [l](http://e)\n"
     "\n<!-- ~~~ **bold** _em_ __strong__ $$1$$ \\| &lt; \u202e' \" {{ x }} \x00\r\n| --- |\n- item\n1. item\n> quote"
     " \\${x}"  # which Hydra would read as the name of a setting, were it not escaped
 )
@@ -224,7 +224,7 @@ def test_nothing_in_a_file_breaks_out(workplace: Path) -> None:
         judge(Path(runs), responses={word: word, "ppo": word})
         evaluation = json.loads((folder.parent / "evaluate" / "evaluation.json").read_text())
         evaluation["metrics"] = {word: {}, "ppo": evaluation["metrics"]["ppo"]}
-        evaluation |= {"reward": word, "reference": word, "paired_gain": {word: {}}}
+        evaluation |= {"prompts": word, "reward": word, "reference": word, "paired_gain": {word: {}}}
         (folder.parent / "evaluate" / "evaluation.json").write_text(json.dumps(evaluation))
         return card(folder)
 
@@ -286,7 +286,9 @@ def test_a_policys_code_asks_it_as_it_was_taught(template: str | None, workplace
 
 
 @pytest.mark.parametrize("own_class", [True, False])
-def test_a_reward_models_code_opens_it_and_scores_as_the_stages_do(own_class: bool, workplace: Path) -> None:
+def test_a_reward_models_code_opens_it_and_scores_as_the_stages_do(
+    own_class: bool, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
     trunk = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_layer=1, n_embd=8, n_head=1, pad_token_id=1,
@@ -307,8 +309,13 @@ def test_a_reward_models_code_opens_it_and_scores_as_the_stages_do(own_class: bo
     assert ModelCard(text).data.library_name == ("rlhf_pipeline" if own_class else "transformers")
     assert ("`register()`" in text) == own_class
     assert f"| Parameters | {model.num_parameters():,} |" in text
-    command = [sys.executable, "-c", block("python", text)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
+    if own_class:  # where nothing has called register() before
+        command = [sys.executable, "-c", block("python", text)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 0, done.stderr
+        printed = done.stdout
+    else:
+        exec(block("python", text), {})
+        printed = capsys.readouterr().out
     scorer = Scorer.open(str(folder / "model"), 1, 64, append_eos=True)
-    assert float(done.stdout) == pytest.approx(float(scorer.logits(["I saw this film and liked it."])[0, 0]), abs=1e-5)
+    assert float(printed) == pytest.approx(float(scorer.logits(["I saw this film and liked it."])[0, 0]), abs=1e-5)

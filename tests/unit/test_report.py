@@ -74,10 +74,9 @@ def build(folder: Path, word: str = "plain") -> Path:
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     quality = {"accuracy": 0.9612, word: word, "calibration": [{"predicted": 0.25, "observed": 0.3125, "count": 31}]}
     (folder / "quality.json").write_text(json.dumps(quality))
-    spot = {"reward_mean": 0.7771, "kl": 2.125, "rewards": {word: {"reward_mean": 0.3331}},
-            "answers": [{"response": word}]}  # fmt: skip
+    spot = {"reward_mean": 0.7771, "kl": 2.125, "rewards": {word: {"reward_mean": 0.3331}}}
     best = [{"n": 2, "reward_mean": 0.6661, "kl": 0.19}]
-    begun = {"key": word, "path": word, "asked": [word], **spot, "best_of": best}
+    begun = {"key": word, "path": word, **spot, "best_of": best}
     way = [{"run": word, "step": step, "start": word, **spot, "gain": {"low": 0.1919}} for step in (7, None)]
     (folder / "frontier.json").write_text(json.dumps({"reward": word, "starts": [begun], "points": way}))
     answers = [{"id": "answer1", "text": word}, {"id": "answer2", "text": f"{word} b"}]
@@ -192,16 +191,20 @@ def test_truncated_last_line_keeps_the_rest(tmp_path: Path) -> None:
     assert "metrics.jsonl: 1 of 3 JSON objects could not be read." in source
 
 
-@pytest.mark.parametrize("value", [[], [1], "x", 3, None, {"a": "x"}, {"a": [1, None]}, [{"a": {}}]])
+@pytest.mark.parametrize("value", [[], [1], "x", 3, 0, None, {"a": "x"}, {"a": [1, None]}, [{"a": {}}]])
 def test_any_shape_of_value(tmp_path: Path, value: Any) -> None:
     for name in ("run", "evaluation", "quality", "frontier", "comparison"):
         keys = "name status seconds parents data git hardware versions results command metrics paired_gain samples"
         keys += " calibration rewards moved warnings extremes shown starts points"
         content = dict.fromkeys(keys.split(), value)
-        spot = dict.fromkeys(("key", "start", "run", "step", "kl", "reward_mean", "rewards", "answers", "asked"), value)
+        spot = dict.fromkeys(("key", "start", "run", "step", "kl", "reward_mean", "rewards"), value)
         spot |= dict.fromkeys(("way", "reward", "alpha", "beta", "to", "gain", "seeds"), value)
         if name in ("frontier", "comparison"):
-            content |= {"starts": [{**spot, "best_of": value}], "points": [spot, value], "fits": [spot, value]}
+            content |= {
+                "starts": [{**spot, "best_of": value}],
+                "points": [spot, value],
+                "fits": [{**spot, "reward": ""}, value],
+            }
             content["algorithms"] = {"a": spot, "b": {"rewards": {"c": spot}}, "c": value}
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     (tmp_path / "metrics.jsonl").write_text(lines({"step": value, "loss": value}, value))
@@ -291,7 +294,7 @@ def test_the_language_is_the_runs_own_or_the_one_asked_for(tmp_path: Path) -> No
 def test_every_phrase_of_the_page_is_translated() -> None:
     measures, chinese = page_words.table("measures"), page_words.table("zh")
     said = {phrase for named in measures["drawn"].values() for phrase in (*named.values(), *measures["drawn"])}
-    said |= {*measures["names"].values(), *measures["plain"], page_words.OTHER, *rounds._CHARTS.values()}
+    said |= {*measures["names"].values(), page_words.OTHER, *rounds._CHARTS.values()}
     package = Path(page_words.__file__).parent
     for path in package.glob("templates/*.html"):
         template = path.read_text(encoding="utf-8")
@@ -361,11 +364,13 @@ def test_the_pages_of_a_run_are_made_anew(
     build(mild / "round1" / "collect")
     (mild / "ppo" / "model").mkdir()
     (mild / "ppo" / "model" / "run.json").write_text("{}")  # whatever it is, no stage of ours
+    (mild / "elsewhere").symlink_to("../strict")
     assert main([str(mild), "zh"]) == 0
     pages = {path.relative_to(mild) for path in mild.rglob("report.html")}
     assert pages == {Path(p) / "report.html" for p in ("ppo", "evaluate", "round1/collect", ".")}
     assert all('lang="zh-CN"' in (mild / path).read_text(encoding="utf-8") for path in pages)
     assert capsys.readouterr().out.count("report.html") == 4
+    assert not list((tmp_path / "strict").rglob("report.html")), "a link is not followed"
     (mild / "round1").rename(mild / "round2")  # one that is gone, and from within the run
     monkeypatch.chdir(mild)
     assert main(["."]) == 0

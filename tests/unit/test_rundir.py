@@ -1,7 +1,6 @@
 """Run directories: other work is not overwritten, upstreams are found, logs survive a kill."""
 
 import dataclasses
-import errno
 import importlib.metadata
 import json
 import shlex
@@ -18,7 +17,7 @@ from rlhf_pipeline.report.observers import Observers
 from rlhf_pipeline.runs.checkpoints import seal
 from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.runs.lineage import content_hash
-from rlhf_pipeline.runs.models import recover
+from rlhf_pipeline.runs.models import recover, run_of
 from rlhf_pipeline.settings import Report, Settings
 
 
@@ -192,6 +191,8 @@ def test_a_job_of_a_sweep_takes_from_the_sweep_then_from_the_experiment(workplac
 def test_a_model_folder_may_be_named_by_its_stage(workplace: Path) -> None:
     out = finish(settings())
     assert model_folder("runs/demo/sft") == str(out.model)
+    (out.path / "run.json").write_text('{"status": "done", "stage": "sft"}')
+    assert run_of(out.model).path == out.path, "without its name, by where it lies"
     assert model_folder("lvwerra/gpt2-imdb") == "lvwerra/gpt2-imdb"
     with pytest.raises(UserError, match=r"there is no folder \./nothing"):
         model_folder("./nothing")
@@ -319,20 +320,6 @@ def test_a_clock_that_was_set_back_makes_nothing_look_newer(workplace: Path) -> 
         out.finished(settings())
 
 
-def test_finished_work_can_be_looked_at_where_nothing_can_be_written(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refused(lock: Path, work: Path) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied", str(lock))
-
-    out = finish(settings())
-    monkeypatch.setattr("rlhf_pipeline.files.held", refused)
-    with out.held():
-        assert out.finished(settings())
-    with pytest.raises(PermissionError), RunDir.of(settings(name="new")).held():
-        pass
-
-
 @pytest.mark.parametrize(
     "damage", ["[]", "{", '{"status": 3}', '{"status": "done", "parents": []}', "\ud83d", "9" * 5000]
 )
@@ -341,6 +328,13 @@ def test_a_damaged_record_is_named(workplace: Path, damage: str) -> None:
     (out.path / "run.json").write_text(damage, encoding="utf-8", errors="surrogatepass")
     with pytest.raises(UserError, match=r"runs/demo/sft/run\.json is damaged"):
         out.finished(settings())
+
+
+def test_a_run_without_its_settings_is_named(workplace: Path) -> None:
+    out = finish(settings())
+    (out.path / "config.yaml").unlink()
+    with pytest.raises(UserError, match=r"runs/demo/sft/config\.yaml is gone; restore it"):
+        RunDir(Path("runs"), "demo", "ppo").upstream("sft", policy={"name": "gpt2_scratch"})
 
 
 def test_a_log_that_a_kill_cut_within_a_character_is_read(workplace: Path) -> None:

@@ -53,31 +53,24 @@ def test_none_in_all_its_spellings() -> None:
     assert trackers.chosen(["wandb", "none", "wandb", "trackio"]) == ["wandb", "trackio"]
 
 
-@pytest.mark.parametrize(("mode", "key"), [("online", False), ("online", True), ("offline", False)])
-def test_wandb_is_asked_for_its_key_before_anything_else(mode: str, key: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tracker", ["wandb", "swanlab"])
+@pytest.mark.parametrize(("mode", "key"), [("online", None), ("online", "k"), ("offline", None)])
+def test_a_tracker_is_asked_for_its_key_before_anything_else(
+    tracker: str, mode: str, key: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def login(prompt: bool, verify: bool) -> bool:
         assert not prompt, "a script would hang"
-        return key
+        return key is not None
 
-    singleton = SimpleNamespace(settings=SimpleNamespace(mode=mode))
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(setup=lambda: singleton, login=login))
+    settings = SimpleNamespace(mode=mode, api_key=key)
+    wandb = SimpleNamespace(setup=lambda: SimpleNamespace(settings=settings), login=login)
+    own = wandb if tracker == "wandb" else SimpleNamespace(Settings=lambda: settings)
+    monkeypatch.setitem(sys.modules, tracker, own)
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     if mode == "offline" or key:
-        return trackers.ready("wandb")
-    with pytest.raises(UserError, match=r"wandb login.*WANDB_MODE=offline"):
-        trackers.ready(["tensorboard", "wandb"])
-
-
-@pytest.mark.parametrize(("mode", "key"), [("online", None), ("online", "k"), ("offline", None)])
-def test_swanlab_is_asked_for_its_key_before_anything_else(
-    mode: str, key: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = SimpleNamespace(mode=mode, api_key=key)
-    monkeypatch.setitem(sys.modules, "swanlab", SimpleNamespace(Settings=lambda: settings))
-    if mode == "offline" or key:
-        return trackers.ready("swanlab")
-    with pytest.raises(UserError, match=r"swanlab login.*SWANLAB_MODE=offline"):
-        trackers.ready(["tensorboard", "swanlab"])
+        return trackers.ready(["tensorboard", tracker])
+    with pytest.raises(UserError, match=rf"{tracker} login.*{tracker.upper()}_MODE=offline"):
+        trackers.ready(["tensorboard", tracker])
 
 
 def test_a_run_is_named_after_its_stage_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
