@@ -27,6 +27,7 @@ from rlhf_pipeline.runs.checkpoints import fault_of, sealed, step_of
 from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.runs.models import ppo_jobs
 
+_SHOWN = 8  # prompts whose answers are kept for the page
 _FEW = 4  # the n of a second best of n whose answers are measured, beside the largest
 _ENOUGH = 4  # policies on a way that two parameters are fitted to
 Row = dict[str, Any]
@@ -122,7 +123,7 @@ def start_row(start: str, own: Answers, task: Task, most: int, draws: int) -> Ro
     for n in {min(_FEW, most), most}:
         answers = measure(task.reference, task, tries[:n])
         best[n - 1]["drawn"] = _figures({"start": own, "best": answers}, task, draws)
-    about = {"key": start, "path": json.loads(start)["path"], "seed": task.seed}
+    about = {"key": start, "path": json.loads(start)["path"], "seed": task.seed, "asked": task.prompts[:_SHOWN]}
     return {**about, **_figures({"start": own}, task, 1), "best_of": best}
 
 
@@ -143,9 +144,10 @@ def _figures(answers: Mapping[str, Answers], task: Task, draws: int) -> Row:
     def judged(by: Row) -> Row:
         return by["metrics"][name] | dict(zip(["gain"], by["paired_gain"].values(), strict=False))
 
+    shown = [{"response": row["responses"][name], "reward": row["rewards"][name]} for row in found["samples"][:_SHOWN]]
     values = {key: np.round(own, 6).tolist() for key, own in answers[name].rewards.items()}
     rewards = {key: judged(by) for key, by in found["rewards"].items()}
-    return {**judged(found), "rewards": rewards, "values": values}
+    return {**judged(found), "rewards": rewards, "answers": shown, "values": values}
 
 
 def laid_out(known: Sequence[Row], points: Sequence[Point]) -> dict[str, list[Row]]:

@@ -11,7 +11,7 @@ from rlhf_pipeline.report.words import table as words_of
 
 CHARTS, BUCKETS = 32, 150  # the most charts that one page shows; stretches that a line is thinned to
 CLOCKS = ("epoch", "seconds", "episode", "num_tokens", "eps")  # they only say how far a run is
-COLOURS, RUNS = 8, 24  # c0 to c7 in chart.css; runs of a frontier that are drawn
+COLOURS, RUNS, ROWS = 8, 24, 40  # c0 to c7 in chart.css; runs of a frontier and rows of a sweep that are drawn
 FITTED = 24  # points of a fitted curve
 TOP, BELOW, RIGHT = 8, 39, 16  # margins in a chart's viewBox
 SMALL, WIDE, SQUARE = (62, 250, 104), (52, 350, 220), (44, 240, 240)  # left margin, width and height of the plot
@@ -184,7 +184,32 @@ def _against_kl(
         return None
     lines += fitted
     xs, ys = zip(*(point for line in lines for point in line.points), strict=True)
-    quarters = [part / 4 for part in range(5)]
-    x_ticks = [(value, f"{value:.2g}") for value in ((max(xs) or 1.0) * part * part for part in quarters)]
-    y_ticks = [(value, f"{value:.3g}") for value in (min(ys) + (max(ys) - min(ys)) * part for part in quarters)]
-    return plot(reward or words("Reward"), lines, x_ticks, y_ticks, scale=math.sqrt, x_label="KL")
+    ticks = [((max(xs) or 1.0) * share) for share in (0, 1 / 16, 1 / 4, 9 / 16, 1)]
+    x_ticks, title = [(value, f"{value:.2g}") for value in ticks], reward or words("Reward")
+    return plot(title, lines, x_ticks, even_ticks(ys), scale=math.sqrt, x_label="KL")
+
+
+def sweep_chart(rows: Sequence[Row], words: Words) -> Chart | None:
+    """The objective of each row of a sweep, the best at the top: its mean, its standard error and its seeds."""
+    known = [row for row in rows if finite(row.get("objective")) is not None][:ROWS]
+    if len(known) < 2:
+        return None
+    lines, names = list[Line](), [(0.5, ""), (0.5 - len(known), "")]
+    for place, row in enumerate(known):
+        mean, error, y = float(row["objective"]), as_number(row.get("stderr")) or 0.0, -float(place)
+        lines.append(Line("", "soft", [], [(value, y, 1.6) for value in row.get("values") or []]))
+        lines.append(Line("", "c0", [(mean - error, y), (mean + error, y)], [(mean, y, 3.0)]))
+        names.append((y, name if len(name := short(row)) <= 28 else f"…{name[-27:]}"))
+    xs = [point[0] for line in lines for point in (*line.points, *line.dots)]
+    return plot(words("objective"), lines, even_ticks(xs), names, size=(190, 215, 24 * len(known)))
+
+
+def short(row: Row) -> str:
+    """What sets a row of a sweep apart, by the last word of each setting: kl_coef=0.05."""
+    return ", ".join(f"{key.split('.')[-1]}={value}" for key, value in members(row.get("settings")).items()) or "all"
+
+
+def even_ticks(values: Sequence[float]) -> list[Tick]:
+    """Five values from the least to the greatest."""
+    low, span = min(values), max(values) - min(values)
+    return [(low + span * part / 4, f"{low + span * part / 4:.3g}") for part in range(5)]

@@ -5,7 +5,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline.report.charts import calibration, curves, frontier_charts
+from rlhf_pipeline.report.charts import RUNS, calibration, curves, frontier_charts
 from rlhf_pipeline.report.figures import comparison_tables, evaluation_tables, frontier_tables
 from rlhf_pipeline.report.files import as_number, config, items, members, only, read
 from rlhf_pipeline.report.page import lasted, plain, write_page
@@ -42,6 +42,7 @@ def write_report(folder: Path, lang: str | None = None) -> Path:
         bins={str(number): row for number, row in enumerate(items(quality.get("calibration")), 1)},
         frontier_tables=comparison_tables(comparison) + frontier_tables(frontier),
         frontier_charts=frontier_charts(comparison or frontier, words),
+        frontier_answers=[_last_answers(start, frontier, words) for start in items(frontier.get("starts"))],
         samples=pairs, sampled=words("{} of {}", sum(row is not None for pair in pairs for row in pair), len(samples)),
         candidates=_ranked(asked, labels),
         curved=curves({"": metrics}, words),
@@ -83,4 +84,17 @@ def _ranked(candidates: Sequence[Row], labels: Sequence[Row]) -> list[Row]:
         texts = [answer.get("text") for answer in items(row.get("answers"))]
         answers = [(text, ranks.get((str(row.get("task")), str(text)))) for text in texts]
         rows.append({"prompt": row.get("shown_prompt"), "answers": answers})
+    return rows
+
+
+def _last_answers(start: Row, frontier: Row, words: Words) -> list[Row]:
+    """What the last policy of each run that began at a place said to the same prompts."""
+    own = [row for row in items(frontier.get("points")) if row.get("start") == start.get("key")]
+    last = {words("before"): start, **{str(row.get("run")): row for row in own}}
+    said = {name: items(row.get("answers")) for name, row in list(last.items())[:RUNS]}
+    rows = []
+    for at, prompt in enumerate(start["asked"] if isinstance(start.get("asked"), list) else []):
+        given = {name: answers[at] for name, answers in said.items() if at < len(answers)}
+        responses, rewards = ({name: a.get(key) for name, a in given.items()} for key in ("response", "reward"))
+        rows.append({"prompt": prompt, "responses": responses, "rewards": rewards})
     return rows

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from rlhf_pipeline.report.charts import sweep_chart
 from rlhf_pipeline.report.figures import sweep_figures
 from rlhf_pipeline.report.files import as_number, items, members
 from rlhf_pipeline.report.page import write_page
@@ -21,7 +22,7 @@ def sweep_page(target: Path, found: Mapping[str, Any], words: Words) -> Path:
         notes.append(words("No settings keep within the KL budget; nearest: {}.", names[0]))
     return write_page(
         target, "sweep", words, title=f"{found.get('sweep')} · {found.get('stage')}", notes=notes, sweep=found,
-        budget=as_number(found.get("kl_budget")),
+        budget=as_number(found.get("kl_budget")), chart=sweep_chart(rows, words),
         rows=dict(zip(names, map(sweep_figures, rows), strict=True)),
         jobs=[job | {"link": quote(str(job["report"])) if job.get("report") else ""} for job in jobs],
     )  # fmt: skip

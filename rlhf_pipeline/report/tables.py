@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rlhf_pipeline.report.charts import short
 from rlhf_pipeline.report.figures import (
     OVER,
     Rows,
@@ -120,10 +121,7 @@ def comparison_table(comparison: dict[str, Any]) -> None:
 
 def sweep_table(found: dict[str, Any], own: Collection[str]) -> None:
     """The settings of a sweep by row, the best objective first; then which of a command's own jobs failed."""
-    names = [
-        ", ".join(f"{key.split('.')[-1]}={value}" for key, value in row["settings"].items()) for row in found["rows"]
-    ]
-    rows = {name or "all": sweep_figures(row) for name, row in zip(names, found["rows"], strict=True)}
+    rows = {short(row): sweep_figures(row) for row in found["rows"]}
     validated = any("validation_kl" in row for row in rows.values())  # else in training
     judged = ("validation_reward", "validation_kl") if validated else ("scores", "kl")
     keys = ("objective", "± s.e.", *judged, OVER, "seeds", "failed", "left", "time")

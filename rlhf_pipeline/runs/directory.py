@@ -1,6 +1,7 @@
 """Run directories, the only state between stages: lineage, atomic files, resuming, metric and sample logs."""
 
 import contextlib
+import errno
 import os
 import re
 import shlex
@@ -216,7 +217,12 @@ class RunDir:
         if not self.leads:
             yield
             return
-        with files.held(self.path.parent / f".{self.stage}.lock", self.path):
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(files.held(self.path.parent / f".{self.stage}.lock", self.path))
+            except OSError as error:  # a finished stage can be looked at on a read-only disk
+                if error.errno not in (errno.EACCES, errno.EROFS, errno.EPERM) or self.record.get("status") != "done":
+                    raise
             self._settle()
             try:
                 yield

@@ -74,9 +74,10 @@ def build(folder: Path, word: str = "plain") -> Path:
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     quality = {"accuracy": 0.9612, word: word, "calibration": [{"predicted": 0.25, "observed": 0.3125, "count": 31}]}
     (folder / "quality.json").write_text(json.dumps(quality))
-    spot = {"reward_mean": 0.7771, "kl": 2.125, "rewards": {word: {"reward_mean": 0.3331}}}
+    spot = {"reward_mean": 0.7771, "kl": 2.125, "rewards": {word: {"reward_mean": 0.3331}},
+            "answers": [{"response": word}]}  # fmt: skip
     best = [{"n": 2, "reward_mean": 0.6661, "kl": 0.19}]
-    begun = {"key": word, "path": word, **spot, "best_of": best}
+    begun = {"key": word, "path": word, "asked": [word], **spot, "best_of": best}
     way = [{"run": word, "step": step, "start": word, **spot, "gain": {"low": 0.1919}} for step in (7, None)]
     (folder / "frontier.json").write_text(json.dumps({"reward": word, "starts": [begun], "points": way}))
     answers = [{"id": "answer1", "text": word}, {"id": "answer2", "text": f"{word} b"}]
@@ -197,7 +198,7 @@ def test_any_shape_of_value(tmp_path: Path, value: Any) -> None:
         keys = "name status seconds parents data git hardware versions results command metrics paired_gain samples"
         keys += " calibration rewards moved warnings extremes shown starts points"
         content = dict.fromkeys(keys.split(), value)
-        spot = dict.fromkeys(("key", "start", "run", "step", "kl", "reward_mean", "rewards"), value)
+        spot = dict.fromkeys(("key", "start", "run", "step", "kl", "reward_mean", "rewards", "answers", "asked"), value)
         spot |= dict.fromkeys(("way", "reward", "alpha", "beta", "to", "gain", "seeds"), value)
         if name in ("frontier", "comparison"):
             content |= {

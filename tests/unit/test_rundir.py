@@ -1,6 +1,7 @@
 """Run directories: other work is not overwritten, upstreams are found, logs survive a kill."""
 
 import dataclasses
+import errno
 import importlib.metadata
 import json
 import shlex
@@ -318,6 +319,20 @@ def test_a_clock_that_was_set_back_makes_nothing_look_newer(workplace: Path) -> 
     change(upstream, finished="2000-01-01T00:00:00+00:00")
     with pytest.raises(UserError, match="runs/demo/pretrain has been made since"):
         out.finished(settings())
+
+
+def test_finished_work_can_be_looked_at_where_nothing_can_be_written(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(lock: Path, work: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(lock))
+
+    out = finish(settings())
+    monkeypatch.setattr("rlhf_pipeline.files.held", refused)
+    with out.held():
+        assert out.finished(settings())
+    with pytest.raises(PermissionError), RunDir.of(settings(name="new")).held():
+        pass
 
 
 @pytest.mark.parametrize(

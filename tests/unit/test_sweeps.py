@@ -395,6 +395,17 @@ def test_the_page_links_jobs_and_takes_what_files_hold_as_text(sweep: Path) -> N
     assert "个作业失败" in rebuild(sweep, "zh")[-1].read_text()
 
 
-def test_a_page_is_made_of_whatever_the_file_holds(tmp_path: Path) -> None:
+def test_the_plot_has_the_objective_of_each_row_with_its_error(tmp_path: Path) -> None:
+    def page(*settings: dict[str, str]) -> str:
+        rows = [{"settings": own, "objective": float(i), "stderr": 0.5, "values": [float(i)]}
+                for i, own in enumerate(settings)]  # fmt: skip
+        found = {"sweep": "x", "stage": "ppo", "rows": rows, "jobs": []}
+        return sweep_page(tmp_path / "report.html", found, Words()).read_text()
+
+    several = page({"a.lr": "1", "b": "2"}, {"a.lr": "2", "b": "2"}, {"a.lr": "3", "b": "2"})
+    assert ">lr=1, b=2</text>" in several
+    assert several.count("<polyline") == 3  # from a standard error below the mean to one above
+    assert several.count("<circle") == 6
+    assert "<svg" not in page({"a.lr": "1"})
     broken = {"rows": [{"objective": "x"}, {"objective": math.inf}, 3], "jobs": None}
-    assert "all" in sweep_page(tmp_path / "report.html", broken, Words()).read_text()
+    assert "<svg" not in sweep_page(tmp_path / "report.html", broken, Words()).read_text()
