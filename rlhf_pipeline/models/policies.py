@@ -7,13 +7,13 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rlhf_pipeline.data.templates import TEMPLATES
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import model_folder, open_pretrained
 from rlhf_pipeline.progress import parts
-from rlhf_pipeline.registry import Registry
+from rlhf_pipeline.registry import Range, Registry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -70,12 +70,15 @@ def gpt2_scratch(
     *,
     size: Literal["tiny", "mini", "mid", "small", "medium", "large", "xl"] = "tiny",
     tokenizer: Literal["bytes", "characters"] = "bytes",
-    vocabulary: int | None = None,
-    positions: int | None = None,
-    dropout: float = 0.0,
+    vocabulary: Annotated[int, Range(258)] | None = None,
+    positions: Annotated[int, Range(1)] | None = None,
+    dropout: Annotated[float, Range(0, 1)] = 0.0,
     path: str | None = None,
 ) -> Source:
-    """A GPT-2 from its configuration, with a tokenizer trained on the data: GPT-2's byte-level BPE, or `characters`."""
+    """A GPT-2 from its configuration, with a tokenizer trained on the data: GPT-2's byte-level BPE, or `characters`.
+
+    A `vocabulary` has at least 258 tokens: 256 bytes and two special ones.
+    """
     shape: dict[str, Any] = dict(zip(_SHAPE, SIZES[size], strict=True))
     shape |= {key: value for key, value in (("vocab_size", vocabulary), ("n_positions", positions)) if value}
     shape |= {"activation_function": "gelu_pytorch_tanh"}  # GPT-2's own formula, in one fused kernel
@@ -282,8 +285,6 @@ def train_tokenizer(
     from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    if vocabulary < 258 and not characters:
-        raise UserError(f"policy.vocabulary is {vocabulary}; 256 bytes and two special tokens take at least 258.")
     backend: Any = ByteLevelBPETokenizer()
     special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
     options: dict[str, Any] = {}

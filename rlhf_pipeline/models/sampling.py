@@ -244,10 +244,7 @@ def check_mass(model: PreTrainedModel, mass: Tensor) -> None:
 
 
 def next_logits(model: PreTrainedModel, **inputs: object) -> Tensor:
-    """Logits (batch, vocabulary) of the token after the last, under autocast too as the likelihood has them."""
-    if not torch.is_autocast_enabled(next(model.parameters()).device.type):
-        found: Tensor = model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
-        return found
+    """Logits (batch, vocabulary) of the token after the last, as the likelihood has them."""
     return head_logits(model, trunk(model)(**inputs, use_cache=True).last_hidden_state[:, -1])
 
 

@@ -130,9 +130,6 @@ def _check(choice: dict[str, Any], data: str, labelled: bool) -> None:
     if labelled == (choice["name"] == "preference_model"):
         holds, fits = ("labelled texts", "classifier") if labelled else ("preferences", "preference_model")
         raise UserError(f"data={data} holds {holds}; reward={choice['name']} does not learn from them, {fits} does.")
-    for key in ("lm_coef", "margin"):
-        if choice.get(key, 0) < 0:
-            raise UserError(f"reward.{key} is {choice[key]}; it takes a number from 0.")
     if choice.get("lm_coef") and choice.get("base") == "encoder":
         raise UserError(
             "reward.lm_coef weighs the loss of a language model, and an encoder is none; "

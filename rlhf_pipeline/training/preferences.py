@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset, concatenate_datasets
 from torch import Tensor, nn
-from trl import RewardConfig
+from trl import RewardConfig, RewardTrainer
 from trl.trainer.utils import pad
 
 from rlhf_pipeline.data import check_kind, kind
@@ -19,7 +19,7 @@ from rlhf_pipeline.data.sets import joined
 from rlhf_pipeline.data.templates import visible
 from rlhf_pipeline.progress import parts
 from rlhf_pipeline.runs.directory import RunDir
-from rlhf_pipeline.training.batching import Counted, OrderedRewardTrainer
+from rlhf_pipeline.training.batching import Counted
 
 _COLUMNS = ("texts", "better", "worse", "margin", "length")
 _PART = 200  # rows tokenized at once
@@ -170,7 +170,7 @@ class Collator:
         }
 
 
-class ComparisonTrainer(Counted, OrderedRewardTrainer):
+class ComparisonTrainer(Counted, RewardTrainer):
     """TRL's RewardTrainer for any number of answers a prompt (Ouyang et al. 2022, section 3.5).
 
     Each answer goes through the model once, and all pairs of a row come from its scores, in one batch, as one example:
@@ -217,21 +217,14 @@ class ComparisonTrainer(Counted, OrderedRewardTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _note(self, scores: Tensor, inputs: dict[str, Tensor], difference: Tensor) -> None:
-        """Keep TRL's figures for the next log, over the batch of all processes; one without rows gives nothing."""
+        """Keep TRL's figures for the next log; a process without rows takes part and adds nothing."""
         prompts = self._counts(inputs)[0]
-        weighted = [(inputs["weight"] * of).sum() for of in (difference > 0, difference)]
+        weighted = {"accuracy": difference > 0, "margin": difference}
+        figures = {name: ((inputs["weight"] * value).sum(), prompts) for name, value in weighted.items()}
         counted = scores if prompts else scores[:0]
-        sums = torch.stack([counted.sum(), scores.new_tensor(len(counted)), *weighted, prompts])
-        total, answers, right, margin, count = self.accelerator.reduce(sums, "sum").tolist()
+        self.note({**figures, "mean_reward": (counted.sum(), scores.new_tensor(len(counted)))})
         ends = torch.stack([scores.min(), scores.max()]) if prompts else scores.new_tensor([math.inf, -math.inf])
         every = self.accelerator.gather(ends[None])
-        figures = {
-            "min_reward": every[:, 0].min().item(),
-            "max_reward": every[:, 1].max().item(),
-            "mean_reward": total / answers,
-            "accuracy": right / count,
-            "margin": margin / count,
-        }
         kept = self._metrics["train" if self.model.training else "eval"]
-        for name, value in figures.items():
-            kept[name].append(value)
+        kept["min_reward"].append(every[:, 0].min().item())
+        kept["max_reward"].append(every[:, 1].max().item())

@@ -18,8 +18,8 @@ from rlhf_pipeline.training import preferences as comparisons
 
 UPSTREAM = ("transformers", "trl", "peft", "accelerate")
 _EVERY = {
-    "_get_train_sampler", "_get_eval_sampler", "_save_rng_state", "_load_rng_state", "_save_checkpoint",
-    "prediction_step", "evaluation_loop", "compute_loss",
+    "_get_train_sampler", "_get_eval_sampler", "_save_checkpoint", "prediction_step", "evaluation_loop",
+    "compute_loss",
 }  # fmt: skip
 HOOKS = {
     "sft": {*_EVERY, "_loss_shifts_labels"},
