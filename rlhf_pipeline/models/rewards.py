@@ -166,7 +166,8 @@ def class_named(labels: dict[int, str], wanted: str, where: str) -> int:
     found = [int(index) for index, name in labels.items() if plain(str(name)) == plain(wanted)]
     if len(found) == 1:
         return found[0]
-    raise UserError(f"{where} has no class named '{wanted}'; reward.label= takes one of: {', '.join(labels.values())}.")
+    known = ", ".join(map(str, labels.values()))
+    raise UserError(f"{where} has no class named '{wanted}'; reward.label= takes one of: {known}.")
 
 
 def _on_the_hub(hub_id: str, seen: Seen) -> Callable[..., Reward]:

@@ -85,18 +85,18 @@ def test_its_loss_is_the_papers(there: Path) -> None:
     assert figures(there / "dpo")[-1]["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
-def test_it_resumes_to_the_bit(there: Path, command_line: CommandLine) -> None:
+def test_it_resumes_to_the_bit(run: Path, workplace: Path, command_line: CommandLine) -> None:
     """As a kill leaves it: between two checkpoints, the newest of them half-written."""
-    shutil.copytree(there, there.parent / "killed")
-    folder = there.parent / "killed" / "dpo"
+    shutil.copytree(run.parents[1], workplace, dirs_exist_ok=True)
+    folder = Path("runs/demo/dpo")
     shutil.rmtree(folder / "model")
     checkpoints = sorted(folder.glob("checkpoints/checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     (checkpoints[-1] / "complete").unlink()
     record = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps({**record, "status": "running"}))
-    assert command_line(*DPO, "name=killed") == 0
-    assert figures(folder) == figures(there / "dpo")
-    assert content_hash(folder / "model") == content_hash(there / "dpo" / "model")
+    assert command_line(*DPO) == 0
+    assert figures(folder) == figures(run / "dpo")
+    assert content_hash(folder / "model") == content_hash(run / "dpo" / "model")
 
 
 def test_an_adapter_is_merged_into_what_it_makes(there: Path, command_line: CommandLine) -> None:

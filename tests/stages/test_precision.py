@@ -17,7 +17,8 @@ STAGES = ("pretrain", "sft", "reward", "ppo")
 # Two steps a stage: emulated products are slow.
 SHORT = (
     "experiment=demo", "data.limit=60", "++stages.sft.data.limit=60", "policy.vocabulary=400",
-    *(f"++stages.{stage}.trainer.max_steps=2" for stage in ("pretrain", "sft", "reward")),
+    *(f"++stages.{stage}.trainer.max_steps=2" for stage in STAGES[:3]),
+    *(f"++stages.{stage}.trainer.per_device_train_batch_size=4" for stage in STAGES[:3]),
     "++stages.ppo.trainer.total_episodes=16", "++stages.ppo.trainer.per_device_train_batch_size=8",
     "++stages.ppo.trainer.gradient_accumulation_steps=1", "++stages.ppo.trainer.response_length=8",
 )  # fmt: skip

@@ -319,10 +319,6 @@ def test_a_reward_model_from_rankings_scores_demonstrations_0_on_average(
     ("args", "complaint"),
     [
         (["reward=classifier", "reward.base=encoder", "reward.lm_coef=0.5", "data=sentiment"], "an encoder is none"),
-        (
-            ["reward=classifier", "reward.lm_coef=-1", "data=sentiment"],
-            "reward.lm_coef is -1; it takes a number of at least 0",
-        ),
         (["reward=preference_model", "data=sentiment"], "data=sentiment holds labelled texts"),
         (["reward=classifier", "data=preferences"], "data=preferences holds preferences"),
     ],

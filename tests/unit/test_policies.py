@@ -192,6 +192,19 @@ def test_a_scratch_policys_tables_follow_its_size() -> None:
     assert (small.vocab_size, small.n_positions) == (50_257, 1024)
 
 
+@pytest.mark.parametrize(
+    ("option", "takes"),
+    [
+        ({"positions": -5}, "positions is -5; it takes a whole number of at least 1 or null"),
+        ({"vocabulary": 3, "tokenizer": "characters"}, "vocabulary is 3; it takes a whole number of at least 258"),
+        ({"dropout": 3.0}, "dropout is 3.0; it takes a number from 0 to 1"),
+    ],
+)
+def test_a_shape_that_no_policy_has_is_refused(option: dict[str, Any], takes: str) -> None:
+    with pytest.raises(UserError, match=f"policy.{takes}"):
+        load_policy({"name": "gpt2_scratch", **option}, None, TEXTS, 0)
+
+
 def test_a_character_tokenizer_writes_chinese_without_blanks(tmp_path: Path) -> None:
     tokenizer = train_tokenizer(["今天天气真好！ hello, world. iphone"] * 9, 300, 64, characters=True)
     text = "天气好！iphone hello, 今天"
