@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from rlhf_pipeline.data import check_kind, kind
 from rlhf_pipeline.data.records import Demonstration, Dialogue, Preference, Prompt, Ranking, Row, answers, whole
 from rlhf_pipeline.data.sets import joined
 from rlhf_pipeline.data.templates import visible
+from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.progress import parts
 from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.training.batching import Counted
@@ -87,16 +88,6 @@ def compare(rows: Sequence[Preference | Ranking], margin: float = 0.0) -> list[C
     return examples
 
 
-def told_apart(rows: Sequence[Comparison], tokenizer: Any, longest: int) -> tuple[list[Comparison], int]:
-    """The rows without the pairs whose answers are the same tokens once cut to `longest`, and how many those were."""
-    kept, same = list[Comparison](), 0
-    for row, ids in _with_ids(rows, tokenizer, longest, "compare"):
-        pairs = [(row.answers[i], row.answers[j], by) for i, j, by in row.pairs if ids[i] != ids[j]]
-        same += len(row.pairs) - len(pairs)
-        kept += [row] if len(pairs) == len(row.pairs) else [_comparison(row.prompt, pairs)] if pairs else []
-    return kept, same
-
-
 def _comparison(prompt: Prompt, found: Sequence[tuple[str, str, float]]) -> Comparison:
     answers = tuple(dict.fromkeys(answer for better, worse, _ in found for answer in (better, worse)))
     place = {answer: number for number, answer in enumerate(answers)}
@@ -126,24 +117,38 @@ def encode(texts: Sequence[str], tokenizer: Any, longest: int) -> list[list[int]
     return [row + end for row in ids]
 
 
-def _with_ids(
-    rows: Sequence[Comparison], tokenizer: Any, longest: int, title: str
-) -> Iterator[tuple[Comparison, list[list[int]]]]:
-    """Each row with the token ids of its texts."""
-    for part in parts(rows, _PART, title, "prompt"):
+def tokenized(
+    rows: Sequence[Comparison], tokenizer: Any, longest: int, name: str = "train"
+) -> tuple[Dataset, list[Comparison], int]:
+    """Rows for `Collator`: a prompt's `texts`, its pairs as places among them, and the length of the longest text.
+
+    Pairs whose answers are the same tokens once cut to `longest` are left out. With the rows come the comparisons that
+    they are of, and how many pairs were left out. `name` is that of the split, train or eval.
+    """
+    kept, made, count = list[Comparison](), list[Dataset](), sum(len(row.pairs) for row in rows)
+    for part in parts(rows, _PART, "tokenize", "prompt"):
         ids = iter(encode([text for row in part for text in row.texts(tokenizer)], tokenizer, longest))
+        values = []
         for row in part:
-            yield row, list(itertools.islice(ids, len(row.answers)))
-
-
-def tokenized(rows: Sequence[Comparison], tokenizer: Any, longest: int) -> Dataset:
-    """Rows for `Collator`: a prompt's `texts`, its pairs as places among them, and the length of the longest text."""
-    found = _with_ids(rows, tokenizer, longest, "tokenize")
-    made = []
-    while part := list(itertools.islice(found, _PART)):
-        values = ((ids, *zip(*row.pairs, strict=True), max(map(len, ids))) for row, ids in part)
-        made.append(Dataset.from_list([dict(zip(_COLUMNS, row, strict=True)) for row in values]))
-    return concatenate_datasets(made)
+            of = dict(zip(row.answers, ids, strict=False))
+            pairs = [(row.answers[better], row.answers[worse], by) for better, worse, by in row.pairs]
+            if apart := [pair for pair in pairs if of[pair[0]] != of[pair[1]]]:
+                kept.append(_comparison(row.prompt, apart))
+                texts = [of[answer] for answer in kept[-1].answers]
+                values.append((texts, *zip(*kept[-1].pairs, strict=True), max(map(len, texts))))
+        if values:
+            made.append(Dataset.from_list([dict(zip(_COLUMNS, row, strict=True)) for row in values]))
+    same = count - sum(len(row.pairs) for row in kept)
+    what = "to learn from" if name == "train" else "to hold out"
+    cut = f"{same} of {count} pairs {what} are the same tokens once cut to {longest}"
+    if not made:
+        raise UserError(
+            f"{cut}, so nothing is left; raise trainer.max_length (up to the model's positions), or cut the other "
+            f"end: reward.truncation_side={'right' if tokenizer.truncation_side == 'left' else 'left'}."
+        )
+    if same:
+        print(f"{cut} (trainer.max_length, reward.truncation_side); they are left out", flush=True)
+    return concatenate_datasets(made), kept, same
 
 
 @dataclass(frozen=True)
@@ -180,7 +185,7 @@ class ComparisonTrainer(Counted, RewardTrainer):
     def __init__(
         self, model: Any, args: RewardConfig, tokenizer: Any, train: Sequence[Comparison], test: Sequence[Comparison]
     ) -> None:  # fmt: skip
-        self.rows = {"train": train, "eval": test}
+        self.rows, self.left_out = {"train": train, "eval": test}, dict[str, int]()
         numbers = {name: Dataset.from_dict({"row": range(len(rows))}) for name, rows in self.rows.items()}
         super().__init__(
             model, args, train_dataset=numbers["train"], eval_dataset=numbers["eval"], processing_class=tokenizer
@@ -189,7 +194,8 @@ class ComparisonTrainer(Counted, RewardTrainer):
 
     def _prepare_dataset(self, dataset: Dataset, tokenizer: Any, args: RewardConfig, name: str) -> Dataset:
         """The rows of that name, once TRL has settled the tokenizer. TRL itself would drop what is too long."""
-        return tokenized(self.rows[name], tokenizer, args.max_length)
+        found, self.rows[name], self.left_out[name] = tokenized(self.rows[name], tokenizer, args.max_length, name)
+        return found
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = list(_COLUMNS)

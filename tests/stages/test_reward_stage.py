@@ -30,7 +30,7 @@ from rlhf_pipeline.files import read_jsonl
 from rlhf_pipeline.models.classifiers import Scorer
 from rlhf_pipeline.models.policies import train_tokenizer
 from rlhf_pipeline.models.rewards import load_reward
-from rlhf_pipeline.training.preferences import Comparison, ComparisonTrainer, compare, encode, shown, told_apart
+from rlhf_pipeline.training.preferences import Comparison, ComparisonTrainer, compare, encode, shown, tokenized
 from rlhf_pipeline.training.quality import preference_quality
 
 RANKING = Ranking("Which film?", (" the good one", " any one", " the bad one", " no"))
@@ -114,11 +114,11 @@ def test_pairs_that_are_the_same_once_cut_are_left_out(tokenizer: PreTrainedToke
     long = "which film was good? " * 20
     rows = [Preference("q", "yes " + long, "no " + long), Preference("q", "yes", "no"),
             Ranking("r", ("the " + long, "one " + long, "short"))]  # fmt: skip
-    kept, same = told_apart(compare(rows), tokenizer, 24)
-    assert same == 2
+    found, kept, same = tokenized(compare(rows), tokenizer, 24)
+    assert (same, len(found)) == (2, 2)
     assert [row.answers for row in kept] == [("yes", "no"), ("the " + long, "short", "one " + long)]
     assert kept[1].pairs == ((0, 1, 0.0), (2, 1, 0.0))
-    assert told_apart(compare(rows), tokenizer, 999) == (compare(rows), 0)
+    assert tokenized(compare(rows), tokenizer, 999)[1:] == (compare(rows), 0)
 
 
 def test_a_row_as_a_demonstration(tokenizer: PreTrainedTokenizerBase) -> None:
