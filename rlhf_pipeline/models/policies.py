@@ -70,15 +70,12 @@ def gpt2_scratch(
     *,
     size: Literal["tiny", "mini", "mid", "small", "medium", "large", "xl"] = "tiny",
     tokenizer: Literal["bytes", "characters"] = "bytes",
-    vocabulary: Annotated[int, Range(258)] | None = None,
+    vocabulary: Annotated[int, Range(6)] | None = None,
     positions: Annotated[int, Range(1)] | None = None,
     dropout: Annotated[float, Range(0, 1)] = 0.0,
     path: str | None = None,
 ) -> Source:
-    """A GPT-2 from its configuration, with a tokenizer trained on the data: GPT-2's byte-level BPE, or `characters`.
-
-    A `vocabulary` has at least 258 tokens: 256 bytes and two special ones.
-    """
+    """A GPT-2 from its configuration, with a tokenizer trained on the data: GPT-2's byte-level BPE, or `characters`."""
     shape: dict[str, Any] = dict(zip(_SHAPE, SIZES[size], strict=True))
     shape |= {key: value for key, value in (("vocab_size", vocabulary), ("n_positions", positions)) if value}
     shape |= {"activation_function": "gelu_pytorch_tanh"}  # GPT-2's own formula, in one fused kernel
@@ -107,23 +104,26 @@ registry.entries |= {
 }
 
 
-def load_policy(choice: dict[str, Any], upstream: Path | None, texts: Sequence[str], seed: int) -> tuple[Policy, str]:
-    """The policy chosen by `path`, else the one an earlier stage made, else the entry's own; and where it came from."""
+def policy_folder(choice: dict[str, Any], upstream: Path | None) -> str | None:
+    """The policy chosen by `path`, else the one an earlier stage made, else the entry's own; None: it is to be made."""
     where = choice.get("path") or upstream or registry.build(choice).path
-    if where is None:
+    return None if where is None else model_folder(str(where))
+
+
+def load_policy(choice: dict[str, Any], upstream: Path | None, texts: Sequence[str], seed: int) -> tuple[Policy, str]:
+    """The policy in `policy_folder`, else a new one; and where it came from."""
+    if (where := policy_folder(choice, upstream)) is None:
         return make_policy(choice, texts, seed), f"{choice['name']}, untrained"
-    policy = open_policy(str(where), choice.get("quantize"))
-    return _with_template(policy, choice), model_folder(str(where))
+    return _with_template(open_policy(where, choice.get("quantize")), choice), where
 
 
 def policy_config(choice: dict[str, Any], upstream: Path | None) -> tuple[Any, str]:
     """The configuration of what `load_policy` would give, and where it lies; no weights are read."""
-    source = registry.build(choice)
-    if where := choice.get("path") or upstream or source.path:
-        return open_config(str(where), "policy.path"), model_folder(str(where))
+    if (where := policy_folder(choice, upstream)) is not None:
+        return open_config(where, "policy.path"), where
     from transformers import GPT2Config
 
-    return GPT2Config(**source.shape), f"{choice['name']}, untrained"
+    return GPT2Config(**registry.build(choice).shape), f"{choice['name']}, untrained"
 
 
 def open_config(path: str, setting: str) -> Any:
@@ -285,6 +285,8 @@ def train_tokenizer(
     from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
+    if vocabulary < 258 and not characters:
+        raise UserError(f"policy.vocabulary is {vocabulary}; 256 bytes and two special tokens take at least 258.")
     backend: Any = ByteLevelBPETokenizer()
     special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
     options: dict[str, Any] = {}

@@ -163,8 +163,7 @@ def _start(settings: Settings, out: RunDir, strings: Sequence[str], labels: int)
         size = choice.get("size", "tiny")
         torch.manual_seed(seed)  # for all of it
         return _encoder(tokenizer, size, names), tokenizer, f"an encoder from scratch ({size})"
-    if found := path or policy.get("path") or upstream or policies.registry.build(policy).path:
-        where = model_folder(str(found))
+    if where := model_folder(path) if path else policies.policy_folder(policy, upstream):
         torch.manual_seed(seed)  # for the head
         model, tokenizer = open_classifier(where, ignore_mismatched_sizes=True, **names)
         if labels == 2 and _turned(policies.open_config(where, "reward.path").id2label):

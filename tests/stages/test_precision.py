@@ -16,7 +16,7 @@ from rlhf_pipeline.models.precision import store_in_bf16
 STAGES = ("pretrain", "sft", "reward", "ppo")
 # Two steps a stage: emulated products are slow.
 SHORT = (
-    "experiment=demo", "data.limit=60", "++stages.sft.data.limit=60", "policy.vocabulary=400",
+    "experiment=demo", "data.limit=60", "data.test_limit=8", "++stages.sft.data.limit=60", "policy.vocabulary=400",
     *(f"++stages.{stage}.trainer.max_steps=2" for stage in STAGES[:3]),
     *(f"++stages.{stage}.trainer.per_device_train_batch_size=4" for stage in STAGES[:3]),
     "++stages.ppo.trainer.total_episodes=16", "++stages.ppo.trainer.per_device_train_batch_size=8",
@@ -56,9 +56,9 @@ def test_an_adapter_on_frozen_weights_in_bf16_learns_as_on_whole_ones(
     """And SFT merges it into all their digits."""
     base = runs / "fp32" / "pretrain" / "model"
     asked = [
-        "stage=sft", "experiment=demo", f"policy.path={base}", "data.limit=20", "trainer.bf16=true", "policy.lora.r=4",
-        "policy.lora.target_modules=[c_attn]", "trainer.learning_rate=1e-2", "trainer.max_steps=2",
-        "trainer.per_device_train_batch_size=4",
+        "stage=sft", "experiment=demo", f"policy.path={base}", "data.limit=20", "data.test_limit=4",
+        "policy.lora.r=4", "policy.lora.target_modules=[c_attn]", "trainer.learning_rate=1e-2", "trainer.max_steps=2",
+        "trainer.per_device_train_batch_size=4", "trainer.bf16=true",
     ]  # fmt: skip
     stored: list[int] = []
 

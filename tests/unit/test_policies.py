@@ -196,7 +196,8 @@ def test_a_scratch_policys_tables_follow_its_size() -> None:
     ("option", "takes"),
     [
         ({"positions": -5}, "positions is -5; it takes a whole number of at least 1 or null"),
-        ({"vocabulary": 3, "tokenizer": "characters"}, "vocabulary is 3; it takes a whole number of at least 258"),
+        ({"vocabulary": 3, "tokenizer": "characters"}, "vocabulary is 3; it takes a whole number of at least 6 "),
+        ({"vocabulary": 100}, "vocabulary is 100; 256 bytes and two special tokens take at least 258"),
         ({"dropout": 3.0}, "dropout is 3.0; it takes a number from 0 to 1"),
     ],
 )
