@@ -69,14 +69,9 @@ def told(mask: Tensor) -> Tensor:
 
 def check_language_model(model: Any) -> None:
     """Refuse `lm_coef` for what is no language model whose head is its input embedding."""
-    name = model.name_or_path or type(model).__name__
-    if looks_ahead(model):
+    if looks_ahead(model) or not model.config.tie_word_embeddings:
         raise UserError(
-            f"reward.lm_coef weighs the loss of a language model, and {name} sees the words that it would have to "
-            "tell; use reward.base=policy with no encoder in reward.path, or reward.lm_coef=0."
-        )
-    if not model.config.tie_word_embeddings:
-        raise UserError(
-            f"reward.lm_coef needs a language model whose head is its input embedding, as GPT-2's; {name} has a head "
-            "of its own, which a classifier does not hold. Use another policy=, or reward.lm_coef=0."
+            "reward.lm_coef needs a language model that reads from left to right and whose head is its input "
+            f"embedding, as GPT-2's; {model.name_or_path or type(model).__name__} is none. Use another policy= or "
+            "reward.path=, or reward.lm_coef=0."
         )

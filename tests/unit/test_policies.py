@@ -16,8 +16,6 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2Config,
@@ -58,7 +56,6 @@ def gpt2(**options: Any) -> GPT2LMHeadModel:
 
 FAMILIES = {
     "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM, {"vocab_size": 300}),
-    "llama": (LlamaConfig, LlamaForCausalLM, {"vocab_size": 300, "num_key_value_heads": 1}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"vocab_size": 320, "num_key_value_heads": 1}),
 }
 
