@@ -289,7 +289,7 @@ def test_a_reward_model_from_rankings_scores_demonstrations_0_on_average(
     demonstrations = write(workplace / "demonstrations.jsonl", shows)
     args = ["stage=reward", "name=r", "data=preferences", f"data.path={data}", "data.test_share=0.2",
             "reward=preference_model", f"reward.head={head}", f"reward.pooling={pooling}", "policy=causal_lm",
-            f"policy.path={policy}", "trainer.learning_rate=1e-2", "trainer.num_train_epochs=5", "reward.margin=0.1",
+            f"policy.path={policy}", "trainer.learning_rate=5e-3", "trainer.num_train_epochs=10", "reward.margin=0.1",
             "trainer.per_device_train_batch_size=8", "reward.examples=[Film 3? good]",
             f"trainer.bf16={bf16}",
             "reward.demonstrations.name=instructions", f"reward.demonstrations.path={demonstrations}"]  # fmt: skip
