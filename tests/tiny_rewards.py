@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import (
     DistilBertConfig,
     DistilBertForSequenceClassification,
@@ -14,7 +13,6 @@ from transformers import (
     GPT2ForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
-    PreTrainedModel,
 )
 from trl import RewardConfig
 
@@ -38,10 +36,9 @@ def reward_args(folder: Path, **options: Any) -> RewardConfig:
     return RewardConfig(output_dir=str(folder), **{**values, **options})
 
 
-def loss_and_gradient(trainer: Any, rows: Dataset | None = None) -> tuple[float, torch.Tensor]:
-    """Of the first batch, all rows of it."""
-    data = trainer.train_dataset if rows is None else rows
-    loss = trainer.compute_loss(trainer.model.train(), trainer.data_collator(list(data)))
+def loss_and_gradient(trainer: Any) -> tuple[float, torch.Tensor]:
+    """Of all rows as one batch."""
+    loss = trainer.compute_loss(trainer.model.train(), trainer.data_collator(list(trainer.train_dataset)))
     loss.backward()
     return loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
 
@@ -56,10 +53,6 @@ def llama() -> LlamaForSequenceClassification:
 def distilbert() -> DistilBertForSequenceClassification:
     config = DistilBertConfig(vocab_size=300, dim=16, hidden_dim=16, n_layers=1, n_heads=2, num_labels=1)
     return DistilBertForSequenceClassification(config)
-
-
-def weights(model: PreTrainedModel) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> str:

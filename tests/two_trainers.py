@@ -38,8 +38,10 @@ def trained(kind: str, folder: Path, processes: int, accumulated: int) -> dict[s
     return {"weights": weights, "rows": rows, "held_out": held_out}
 
 
-def make(kind: str, folder: Path, batch: int, accumulated: int, held_out_batch: int) -> Any:
-    """A trainer of its own."""
+def make(
+    kind: str, folder: Path, batch: int, accumulated: int, held_out_batch: int, dropout: float = 0.0, **options: Any
+) -> Any:  # fmt: skip
+    """A trainer of its own; `options` are more fields of its configuration."""
     torch.manual_seed(0)
     sizes = [3 + 7 * i % 17 for i in range(ROWS)]
     ids = [torch.randint(2, 258, (size,)).tolist() for size in sizes]
@@ -47,10 +49,12 @@ def make(kind: str, folder: Path, batch: int, accumulated: int, held_out_batch: 
         "per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated, "num_train_epochs": 2,
         "per_device_eval_batch_size": held_out_batch, "logging_steps": 1, "learning_rate": 0.1, "seed": 3,
         "optim": "sgd",  # Adam makes steps of rounding errors where there is no gradient, as for the biases of keys
+        **options,
     }  # fmt: skip
-    args = reward_args(folder, **given)
+    args = reward_args(folder, disable_dropout=not dropout, **given)
     labels = 1 if kind == "comparisons" else 2
-    config = tiny_config(num_labels=labels, initializer_range=0.2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
+    config = tiny_config(num_labels=labels, initializer_range=0.2, **rates)
     tokenizer = train_tokenizer(["a film of a few words"], 260, 64)
     if kind == "sft":
         rows = Dataset.from_dict({"input_ids": ids})

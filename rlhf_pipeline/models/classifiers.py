@@ -1,7 +1,7 @@
 """Sequence classifiers of any family: as scorers of text, and as reward models with other heads and poolings."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import model_folder, open_pretrained
 from rlhf_pipeline.models.networks import positions, text_config
+from rlhf_pipeline.registry import Range, check, check_known, said_of
 
 Side = Literal["left", "right"]
 Head = Literal["linear", "mlp"]
@@ -127,7 +128,13 @@ def open_classifier(path: str, **options: Any) -> tuple[Any, Any]:
     register()
     where = model_folder(path)
     tokenizer = open_pretrained(AutoTokenizer, where, "reward.path")
-    return open_pretrained(AutoModelForSequenceClassification, where, "reward.path", **options), tokenizer
+    model = open_pretrained(AutoModelForSequenceClassification, where, "reward.path", **options)
+    with said_of(f"reward.path={where}, config.json"):  # what stage=reward adds to it
+        check("score_offset", getattr(model.config, "score_offset", 0.0), float)
+        cut = getattr(model.config, "trained_cut", {})
+        check("trained_cut", cut, dict)
+        check_known("trained_cut.", cut, {"max_length": Annotated[int, Range(1)], "truncation_side": Side | None})
+    return model, tokenizer
 
 
 def settle_padding(model: Any, tokenizer: Any, reads_eos: bool = True) -> None:

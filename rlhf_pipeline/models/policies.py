@@ -7,13 +7,13 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rlhf_pipeline.data.templates import TEMPLATES
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import model_folder, open_pretrained
 from rlhf_pipeline.progress import parts
-from rlhf_pipeline.registry import Registry
+from rlhf_pipeline.registry import Range, Registry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -70,9 +70,9 @@ def gpt2_scratch(
     *,
     size: Literal["tiny", "mini", "mid", "small", "medium", "large", "xl"] = "tiny",
     tokenizer: Literal["bytes", "characters"] = "bytes",
-    vocabulary: int | None = None,
-    positions: int | None = None,
-    dropout: float = 0.0,
+    vocabulary: Annotated[int, Range(6)] | None = None,
+    positions: Annotated[int, Range(1)] | None = None,
+    dropout: Annotated[float, Range(0, 1)] = 0.0,
     path: str | None = None,
 ) -> Source:
     """A GPT-2 from its configuration, with a tokenizer trained on the data: GPT-2's byte-level BPE, or `characters`."""
@@ -104,23 +104,26 @@ registry.entries |= {
 }
 
 
-def load_policy(choice: dict[str, Any], upstream: Path | None, texts: Sequence[str], seed: int) -> tuple[Policy, str]:
-    """The policy chosen by `path`, else the one an earlier stage made, else the entry's own; and where it came from."""
+def policy_folder(choice: dict[str, Any], upstream: Path | None) -> str | None:
+    """The policy chosen by `path`, else the one an earlier stage made, else the entry's own; None: it is to be made."""
     where = choice.get("path") or upstream or registry.build(choice).path
-    if where is None:
+    return None if where is None else model_folder(str(where))
+
+
+def load_policy(choice: dict[str, Any], upstream: Path | None, texts: Sequence[str], seed: int) -> tuple[Policy, str]:
+    """The policy in `policy_folder`, else a new one; and where it came from."""
+    if (where := policy_folder(choice, upstream)) is None:
         return make_policy(choice, texts, seed), f"{choice['name']}, untrained"
-    policy = open_policy(str(where), choice.get("quantize"))
-    return _with_template(policy, choice), model_folder(str(where))
+    return _with_template(open_policy(where, choice.get("quantize")), choice), where
 
 
 def policy_config(choice: dict[str, Any], upstream: Path | None) -> tuple[Any, str]:
     """The configuration of what `load_policy` would give, and where it lies; no weights are read."""
-    source = registry.build(choice)
-    if where := choice.get("path") or upstream or source.path:
-        return open_config(str(where), "policy.path"), model_folder(str(where))
+    if (where := policy_folder(choice, upstream)) is not None:
+        return open_config(where, "policy.path"), where
     from transformers import GPT2Config
 
-    return GPT2Config(**source.shape), f"{choice['name']}, untrained"
+    return GPT2Config(**registry.build(choice).shape), f"{choice['name']}, untrained"
 
 
 def open_config(path: str, setting: str) -> Any:

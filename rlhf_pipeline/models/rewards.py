@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from rlhf_pipeline.data.python_code import goes_on
 from rlhf_pipeline.errors import NotFinishedError, UserError
-from rlhf_pipeline.models.user_function import accepted, plainly, reward_at
+from rlhf_pipeline.models.user_function import accepted, reward_at
 from rlhf_pipeline.registry import Range, Registry, fits, said_of
 from rlhf_pipeline.texts import mismatch, script_of, words_of
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Count = Annotated[int, Range(1)]
+NotNegative = Annotated[float, Range(0)]
 Combine = Callable[[Sequence[float]], float]
 Function = Callable[..., Sequence[float]]  # of prompts, completions, and the columns that it names
 
@@ -110,12 +111,12 @@ def classifier(
     label: str = "positive",
     scale: Scale = "logit",
     text: Seen = "prompt_response",
-    batch_size: int = 64,
-    max_length: int | None = None,
+    batch_size: Count = 64,
+    max_length: Count | None = None,
     truncation_side: Side | None = None,
     base: Literal["policy", "encoder"] = "policy",
     size: Literal["tiny", "mini", "small"] = "tiny",
-    lm_coef: float = 0.0,
+    lm_coef: NotNegative = 0.0,
     examples: list[str] = [],  # noqa: B006 (never changed)
 ) -> Reward:
     """A text classifier's score of the class *named* `label`, whatever its index or case.
@@ -165,7 +166,8 @@ def class_named(labels: dict[int, str], wanted: str, where: str) -> int:
     found = [int(index) for index, name in labels.items() if plain(str(name)) == plain(wanted)]
     if len(found) == 1:
         return found[0]
-    raise UserError(f"{where} has no class named '{wanted}'; reward.label= takes one of: {', '.join(labels.values())}.")
+    known = ", ".join(map(str, labels.values()))
+    raise UserError(f"{where} has no class named '{wanted}'; reward.label= takes one of: {known}.")
 
 
 def _on_the_hub(hub_id: str, seen: Seen) -> Callable[..., Reward]:
@@ -190,12 +192,12 @@ def preference_model(
     where: str | None,
     *,
     path: str | None = None,
-    batch_size: int = 64,
-    max_length: int | None = None,
+    batch_size: Count = 64,
+    max_length: Count | None = None,
     truncation_side: Side | None = None,
     head: Literal["linear", "mlp"] = "linear",
     pooling: Literal["last", "mean"] = "last",
-    margin: float = 0.0,
+    margin: NotNegative = 0.0,
     demonstrations: dict[str, Any] | None = None,
     examples: list[str] = [],  # noqa: B006 (never changed)
 ) -> Reward:
@@ -224,12 +226,7 @@ def python(where: str | None, *, path: str, probes: list[str] | None = None) -> 
     `path` is `my_rewards.py:enthusiasm` or `my_package.my_module:enthusiasm`.
     """
     function, needs = reward_at(path)
-
-    def score(prompts: Sequence[str], answers: Sequence[str], /, **columns: Any) -> Any:
-        with plainly(f"reward=python reward.path={path}"):
-            return function(prompts, answers, **columns)
-
-    return Reward(score, path, probes=probes or PROBES, needs=needs)
+    return Reward(function, path, probes=probes or PROBES, needs=needs)
 
 
 def _rule(name: str, score: Callable[[str, str], float], neutral: float, probes: Sequence[str], **more: Any) -> Reward:
@@ -415,7 +412,7 @@ def ensemble(
     *,
     parts: list[dict[str, Any]],
     mode: Literal["mean", "min", "mean_minus_std"] = "mean_minus_std",
-    coef: Annotated[float, Range(0)] = 1.0,
+    coef: NotNegative = 1.0,
 ) -> Reward:
     """Rewards that would each be over-optimised alone (Gao et al. 2022) as one (Coste et al. 2023, arXiv 2310.02743).
 

@@ -190,21 +190,22 @@ def sample(
     inputs = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     mask: Tensor | None = None
-    positions: Tensor | None = None
+    position_ids: Tensor | None = None
     if min(map(len, prompts)) < width:  # padded left, so that all go on from the same column
         mask = length_mask(prompt_lengths, width).flip(1).long()
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)
     limits, uniforms = limits.to(device), uniforms.to(device)
     pause = tokens_between_looks(device, tell)
     drawn = torch.zeros(count, len(uniforms), dtype=torch.long, device=device)
     lengths = limits.clone()
     rows = torch.arange(count, device=device)  # those still in the cache
     running = torch.ones_like(rows, dtype=torch.bool)
-    cache = DynamicCache(config=model.config)
-    cached = {cache_argument(trunk(model)): cache}
+    body, cache = trunk(model), DynamicCache(config=model.config)
+    cached = {cache_argument(body): cache, "use_cache": True}
     mass = torch.zeros((), device=device)  # of all that is drawn from; one number that is not finite makes it so, too
     for time in range(longest):
-        logits = next_logits(model, input_ids=inputs, attention_mask=mask, position_ids=positions, **cached)
+        output = body(input_ids=inputs, attention_mask=mask, position_ids=position_ids, **cached)
+        logits = head_logits(model, output.last_hidden_state[:, -1])
         logits = sampling.adjust_(logits, torch.full_like(rows, time))
         tokens, totals = draw(logits, uniforms[time, rows])
         mass = mass + totals.sum()
@@ -214,9 +215,9 @@ def sample(
         stopped = running & sampling.ended(tokens)
         lengths[rows] = torch.where(stopped, time + 1, lengths[rows])
         running = running & ~stopped & (time + 1 < limits[rows])
-        if mask is not None and positions is not None:
+        if mask is not None and position_ids is not None:
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            positions = positions[:, -1:] + 1
+            position_ids = position_ids[:, -1:] + 1
         if (time + 1) % pause == 0:
             left = int(running.sum())
             check_mass(model, mass)
@@ -225,8 +226,8 @@ def sample(
             if left <= 0.75 * len(rows):
                 cache.batch_select_indices(running.nonzero()[:, 0])
                 rows, tokens = rows[running], tokens[running]
-                if mask is not None and positions is not None:
-                    mask, positions = mask[running], positions[running]
+                if mask is not None and position_ids is not None:
+                    mask, position_ids = mask[running], position_ids[running]
                 running = running[running]
         inputs = tokens[:, None]
     check_mass(model, mass)
@@ -241,14 +242,6 @@ def check_mass(model: PreTrainedModel, mass: Tensor) -> None:
             f"the probabilities of {model.name_or_path or 'the policy'} are not finite numbers, so nothing can be "
             "sampled; its weights may be damaged: train it again, or choose another."
         )
-
-
-def next_logits(model: PreTrainedModel, **inputs: object) -> Tensor:
-    """Logits (batch, vocabulary) of the token after the last, under autocast too as the likelihood has them."""
-    if not torch.is_autocast_enabled(next(model.parameters()).device.type):
-        found: Tensor = model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
-        return found
-    return head_logits(model, trunk(model)(**inputs, use_cache=True).last_hidden_state[:, -1])
 
 
 def tokens_between_looks(device: torch.device, tell: object) -> int:

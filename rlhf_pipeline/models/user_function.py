@@ -75,16 +75,17 @@ def reward_at(path: str) -> tuple[Callable[..., Any], list[str]]:
     forms = [ask] if by_place else [ask, ask_in_messages]
 
     def call(prompts: Texts, completions: Texts, /, **columns: Any) -> Any:
-        try:
-            found = forms[0](prompts, completions, columns)
-            del forms[1:]
-        except (TypeError, AttributeError, LookupError):  # the last of an empty answer
-            with suppress(Exception):  # the first error is the one to tell
-                found = forms[1](prompts, completions, columns)
-                del forms[0]
-                return found
-            raise
-        return found
+        with plainly(f"reward=python reward.path={path}"):
+            try:
+                found = forms[0](prompts, completions, columns)
+                del forms[1:]
+            except (TypeError, AttributeError, LookupError):  # the last of an empty answer
+                with suppress(Exception):  # the first error is the one to tell
+                    found = forms[1](prompts, completions, columns)
+                    del forms[0]
+                    return found
+                raise
+            return found
 
     return call, needs
 

@@ -30,7 +30,7 @@ from rlhf_pipeline.models.precision import fuse_gelu
 from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.training.classifier import ClassifierTrainer, check_language_model, tokenized
-from rlhf_pipeline.training.preferences import Comparison, ComparisonTrainer, compare, preferences_of, shown, told_apart
+from rlhf_pipeline.training.preferences import ComparisonTrainer, compare, preferences_of, shown
 from rlhf_pipeline.training.quality import example_rows, labelled_quality, preference_quality, scores
 from rlhf_pipeline.training.setup import (
     building,
@@ -65,23 +65,24 @@ def run(settings: Settings, out: RunDir) -> None:
     lineage = {f"labels[{number}]" if number else "labels": path for number, path in enumerate(reversed(paths))}
     longest = fit_length(args, model)
     model.config.trained_cut = {"max_length": longest, "truncation_side": choice.get("truncation_side")}
-    known, splits, same, demonstrations = fingerprint(source, rows), rows, 0, list[str]()
+    known = fingerprint(source, rows)
+    fuse_gelu(model)
+    with building():
+        trainer = _trainer(model, tokenizer, args, rows, choice)
+    test, before, demonstrations = rows.test, dict[str, Any](), list[str]()
     if not labelled:
-        splits, same = _told_apart(rows, choice.get("margin", 0.0), tokenizer, longest)
-        shows: Splits[Any] = splits
+        test, before = trainer.rows["eval"], {"same_once_cut": trainer.left_out["eval"]}
+        shows = trainer.rows["train"]
         if chosen := choice.get("demonstrations"):
-            shows = load_data(chosen, settings.seed, answers=True)
-            known["demonstrations"] = fingerprint(chosen, shows)
+            other = load_data(chosen, settings.seed, answers=True)
+            shows, known["demonstrations"] = other.train, fingerprint(chosen, other)
             lineage |= {"demonstrations": chosen["path"]} if chosen.get("path") else {}
         draw = random.Random(f"demonstrations {settings.seed}")
-        some = draw.sample(shows.train, min(len(shows.train), _DEMONSTRATIONS))
+        some = draw.sample(shows, min(len(shows), _DEMONSTRATIONS))
         demonstrations = [shown(row, tokenizer) for row in some]
     out.begin(settings, {"start": where, **lineage}, known)
     if rows.labels and out.leads:
         _say_labels(rows.labels, out)
-    fuse_gelu(model)
-    with building():
-        trainer = _trainer(model, tokenizer, args, splits, choice)
     trainer.train(resume_from_checkpoint=watch(trainer, out))
     weights = sharded_weights(trainer)
     if not out.leads:
@@ -90,18 +91,17 @@ def run(settings: Settings, out: RunDir) -> None:
     if weights:
         model.float().load_state_dict(weights, strict=False)
     scorer = Scorer(model, tokenizer, args.per_device_eval_batch_size, longest, tokenizer.truncation_side, not labelled)
-    before: dict[str, Any] = {}
     if not labelled:  # demonstrations score 0 on average (Ouyang et al. 2022, 3.5)
         mean = float(scores(demonstrations, scorer, "normalise").double().mean())
         shift_scores(model, -mean)
-        before = {"demonstration_mean": mean, "same_once_cut": same}
+        before = {"demonstration_mean": mean, **before}
 
     def save(folder: Path) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
     out.save_model(save)
-    quality = (labelled_quality if labelled else preference_quality)(splits.test, scorer) | before
+    quality = (labelled_quality if labelled else preference_quality)(test, scorer) | before
     quality["examples"] = example_rows(choice.get("examples") or [], scorer)
     write_json(out.path / "quality.json", quality)
     results = {key: value for key, value in quality.items() if not isinstance(value, list)}
@@ -130,9 +130,6 @@ def _check(choice: dict[str, Any], data: str, labelled: bool) -> None:
     if labelled == (choice["name"] == "preference_model"):
         holds, fits = ("labelled texts", "classifier") if labelled else ("preferences", "preference_model")
         raise UserError(f"data={data} holds {holds}; reward={choice['name']} does not learn from them, {fits} does.")
-    for key in ("lm_coef", "margin"):
-        if choice.get(key, 0) < 0:
-            raise UserError(f"reward.{key} is {choice[key]}; it takes a number from 0.")
     if choice.get("lm_coef") and choice.get("base") == "encoder":
         raise UserError(
             "reward.lm_coef weighs the loss of a language model, and an encoder is none; "
@@ -140,35 +137,14 @@ def _check(choice: dict[str, Any], data: str, labelled: bool) -> None:
         )
 
 
-def _told_apart(rows: Splits[Any], margin: float, tokenizer: Any, longest: int) -> tuple[Splits[Comparison], int]:
-    """The answers to each prompt and which is better than which, without the pairs that are the same tokens once cut.
-
-    With it comes how many of those were held out.
-    """
-    kept: list[list[Comparison]] = []
-    for split, what in ((rows.train, "to learn from"), (rows.test, "to hold out")):
-        every = compare(split, margin)
-        if not every:
+def _trainer(model: Any, tokenizer: Any, args: RewardConfig, rows: Splits[Any], choice: dict[str, Any]) -> Any:
+    if choice["name"] == "preference_model":
+        compared = [compare(split, choice.get("margin", 0.0)) for split in (rows.train, rows.test)]
+        if not all(compared):
             raise UserError(
                 "the data has no two different answers to a prompt on both sides of the split; it needs some."
             )
-        found, same = told_apart(every, tokenizer, longest)
-        count = sum(len(row.pairs) for row in every)
-        cut = f"{same} of {count} pairs {what} are the same tokens once cut to {longest}"
-        if not found:
-            raise UserError(
-                f"{cut}, so nothing is left; raise trainer.max_length (up to the model's positions), or cut the other "
-                f"end: reward.truncation_side={'right' if tokenizer.truncation_side == 'left' else 'left'}."
-            )
-        if same:
-            print(f"{cut} (trainer.max_length, reward.truncation_side); they are left out", flush=True)
-        kept.append(found)
-    return Splits(kept[0], kept[1]), same
-
-
-def _trainer(model: Any, tokenizer: Any, args: RewardConfig, rows: Splits[Any], choice: dict[str, Any]) -> Any:
-    if choice["name"] == "preference_model":
-        return ComparisonTrainer(model, args, tokenizer, rows.train, rows.test)
+        return ComparisonTrainer(model, args, tokenizer, *compared)
     train, test = (tokenized(split, tokenizer, args.max_length) for split in (rows.train, rows.test))
     collator = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=args.pad_to_multiple_of)
     more = {"processing_class": tokenizer, "lm_coef": choice.get("lm_coef", 0.0)}
@@ -187,8 +163,7 @@ def _start(settings: Settings, out: RunDir, strings: Sequence[str], labels: int)
         size = choice.get("size", "tiny")
         torch.manual_seed(seed)  # for all of it
         return _encoder(tokenizer, size, names), tokenizer, f"an encoder from scratch ({size})"
-    if found := path or policy.get("path") or upstream or policies.registry.build(policy).path:
-        where = model_folder(str(found))
+    if where := model_folder(path) if path else policies.policy_folder(policy, upstream):
         torch.manual_seed(seed)  # for the head
         model, tokenizer = open_classifier(where, ignore_mismatched_sizes=True, **names)
         if labels == 2 and _turned(policies.open_config(where, "reward.path").id2label):

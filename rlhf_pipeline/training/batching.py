@@ -2,8 +2,8 @@
 
 import functools
 import random
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -14,7 +14,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 from transformers import Trainer
-from trl import RewardTrainer, SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from rlhf_pipeline.models.likelihood import Losses, next_token_losses
 from rlhf_pipeline.models.networks import language_model, trunk
@@ -23,7 +23,6 @@ from rlhf_pipeline.processes import sharding
 # Rows are drawn into pools at random and only then sorted, so that an epoch's batches are not the last one's:
 # pools of 50 batches, of fewer where that would make fewer than 4 pools, but of at least 8.
 _POOL, _POOLS, _SMALLEST = 50, 4, 8
-_MPS_GENERATOR = "rng_state_mps.pt"
 
 
 class EpochSampler(Sampler[int]):
@@ -78,29 +77,18 @@ def row_lengths(rows: Dataset) -> list[int]:
     return found
 
 
-class Ordered:
+class Ordered(Trainer):
     """A trainer that after a resume, in whatever epoch, goes on as if it had never been cut off.
 
     A step's loss is a mean over all rows of the step, or all their tokens, and the held-out loss one over all that is
     held out: how it is cut, into micro-batches or for several processes, changes neither.
     """
 
-    args: Any
-    state: Any
-    accelerator: Any
-    data_collator: Any
-    train_dataset: Any
-    eval_dataset: Any
-    compute_loss: Any
-    compute_loss_context_manager: Any
-    _get_num_items_in_batch: Any
-    _prepare_inputs: Any
-
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
         strategy = self.args.train_sampling_strategy
         if strategy not in ("random", "group_by_length"):
-            return super()._get_train_sampler(rows)  # type: ignore[misc]
+            return super()._get_train_sampler(rows)
         lengths = row_lengths(rows) if strategy == "group_by_length" else [0] * len(rows)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         # The trainer's own count, not `set_epoch`: accelerate does not hand that down on resuming on several processes.
@@ -110,14 +98,14 @@ class Ordered:
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler[int] | None:
         if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_eval_sampler(eval_dataset)  # type: ignore[misc]
+            return super()._get_eval_sampler(eval_dataset)
         return EpochSampler(row_lengths(eval_dataset), self.args.eval_batch_size * self.args.world_size, 0, lambda: 0)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """As Trainer's; of several processes each gets its share."""
         args = self.args
         if args.world_size == 1 or args.train_sampling_strategy == "batch_rebalance":
-            return super().get_train_dataloader()  # type: ignore[misc]
+            return super().get_train_dataloader()
         order = self._get_train_sampler()
         return self._shared(self.train_dataset, order, args.train_batch_size, args.dataloader_drop_last)
 
@@ -125,7 +113,7 @@ class Ordered:
         """As Trainer's; of several processes each gets its share."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         if self.args.world_size == 1 or not isinstance(rows, Dataset):
-            return super().get_eval_dataloader(eval_dataset)  # type: ignore[misc]
+            return super().get_eval_dataloader(eval_dataset)
         return self._shared(rows, self._get_eval_sampler(rows) or range(len(rows)), self.args.eval_batch_size, False)
 
     def _shared(self, rows: Dataset, order: Any, size: int, drop_last: bool) -> DataLoader[Any]:
@@ -156,20 +144,20 @@ class Ordered:
         """As Trainer's. Dropout differs by process."""
         if self.args.world_size > 1:
             set_seed(self.args.seed, device_specific=True)
-        return super().train(*args, **kwargs)  # type: ignore[misc]
+        return super().train(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measure, and leave the generators as they were: a run resumed after an evaluation does not repeat it."""
         device = self.args.device
         with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-            return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+            return super().evaluate(*args, **kwargs)
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         """The loss of a batch of all processes, noted with what it is a mean over."""
         inputs = self._prepare_inputs(inputs)
         count = self._get_num_items_in_batch([inputs], self.args.device)
         if count is None:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)  # type: ignore[misc]
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs, num_items_in_batch=count)
         loss = self.accelerator.reduce(loss.detach(), "mean")
@@ -179,33 +167,23 @@ class Ordered:
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """As Trainer's, but for the mean: transformers takes that of the batches' means."""
         self.measured: list[tuple[float, float]] = []
-        found = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
+        found = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if total := sum(count for _, count in self.measured):
             found.metrics[f"{metric_key_prefix}_loss"] = sum(loss * count for loss, count in self.measured) / total
         return found
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        """As Trainer's, and that of Apple's GPUs, which it leaves out."""
-        super()._save_rng_state(output_dir)  # type: ignore[misc]
-        if self.args.device.type == "mps":
-            torch.save(torch.mps.get_rng_state(), Path(output_dir) / _MPS_GENERATOR)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)  # type: ignore[misc]
-        if self.args.device.type == "mps" and checkpoint and (path := Path(checkpoint) / _MPS_GENERATOR).exists():
-            torch.mps.set_rng_state(torch.load(path, weights_only=True))
-
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+        super()._save_checkpoint(*args, **kwargs)
         self.accelerator.wait_for_everyone()  # each process adds its generators; what follows finds a whole folder
 
 
 class Counted(Ordered):
-    """A trainer whose loss is a sum over rows, divided by all rows of the step."""
+    """A trainer whose loss is a sum over rows, divided by all rows of the step; so are the figures that it logs."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.loss_is_scaled_for_ga = True
+        self.noted: dict[str, list[Tensor]] = defaultdict(list)  # by figure, of each batch its sum and count
 
     def _counts(self, batch: dict[str, Any]) -> Tensor:
         """What the sums over a batch are divided by, the number of rows first: (sums,)."""
@@ -220,23 +198,22 @@ class Counted(Ordered):
         """The counts of the step that a batch is part of, by process: their gradients are averaged."""
         return (self._counts(inputs) if step is None else step) / self.accelerator.num_processes
 
+    @property
+    def mode(self) -> str:
+        """What the names of the figures begin with now."""
+        return "" if self.model.training else "eval_"
 
-class OrderedTrainer(Counted, Trainer):
-    """transformers' Trainer in such an order, for classifiers."""
+    def note(self, figures: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Keep figures of a batch for the next log, each as a sum and what it is divided by."""
+        for name, (total, count) in figures.items():
+            self.noted[self.mode + name].append(torch.stack([total.detach().float(), count.float()]))
 
-    def _counts(self, batch: dict[str, Any]) -> Tensor:
-        return batch["labels"].ne(-100).sum()[None]
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
-    ) -> Any:  # fmt: skip
-        """Cross-entropy of the classes, a row."""
-        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
-        smoothing = self.args.label_smoothing_factor
-        loss = nn.functional.cross_entropy(outputs.logits, inputs["labels"], reduction="sum", label_smoothing=smoothing)
-        loss = loss / self._counts_of(inputs, num_items_in_batch)[0]
-        return (loss, outputs) if return_outputs else loss
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the figures, over the batches of all processes since the last log."""
+        for name in [name for name in self.noted if name.startswith("eval_") == bool(self.mode)]:
+            total, count = self.accelerator.reduce(torch.stack(self.noted.pop(name)).sum(0), "sum").tolist()
+            logs[name] = total / max(count, 1)
+        super().log(logs, start_time)
 
 
 class OrderedSFTTrainer(Ordered, SFTTrainer):
@@ -292,7 +269,3 @@ def add_losses(model: Any) -> None:
         return next_token_losses(self, states[counted], targets[counted])
 
     model.forward = MethodType(forward, model)
-
-
-class OrderedRewardTrainer(Ordered, RewardTrainer):
-    """TRL's RewardTrainer in such an order; a pair is as long as its longer side."""

@@ -1,19 +1,19 @@
 """Labelled texts, as classifiers learn them; with the language-model loss beside, as GPT-1 has it."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from rlhf_pipeline.data.records import Labelled
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.models.likelihood import summed_losses
 from rlhf_pipeline.models.networks import looks_ahead
 from rlhf_pipeline.progress import parts
-from rlhf_pipeline.training.batching import OrderedTrainer
+from rlhf_pipeline.training.batching import Counted
 
 
 def tokenized(rows: Sequence[Labelled], tokenizer: Any, longest: int) -> Dataset:
@@ -24,7 +24,7 @@ def tokenized(rows: Sequence[Labelled], tokenizer: Any, longest: int) -> Dataset
     return Dataset.from_dict({"input_ids": ids, "labels": [row.label for row in rows]})
 
 
-class ClassifierTrainer(OrderedTrainer):
+class ClassifierTrainer(Counted):
     """A classifier's trainer that logs how often it is right, as TRL's RewardTrainer does.
 
     With `lm_coef` λ its trunk goes on learning language (Radford et al. 2018, section 3.2, L3 = L2 + λ L1). L1 is the
@@ -34,11 +34,6 @@ class ClassifierTrainer(OrderedTrainer):
     def __init__(self, *args: Any, lm_coef: float = 0.0, **options: Any) -> None:
         super().__init__(*args, **options)
         self.lm_coef = lm_coef
-        self.parts: dict[str, list[Tensor]] = defaultdict(list)  # by figure, of each batch its sum and count
-
-    @property
-    def _mode(self) -> str:
-        return "" if self.model.training else "eval_"
 
     def _counts(self, batch: dict[str, Any]) -> Tensor:
         counted = batch["labels"].ne(-100)
@@ -48,29 +43,23 @@ class ClassifierTrainer(OrderedTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:  # fmt: skip
-        """Both losses from one pass."""
-        asked = {**inputs, "output_hidden_states": bool(self.lm_coef)}
-        loss, outputs = super().compute_loss(model, asked, True, num_items_in_batch)
+        """The mean over rows of the classes' cross-entropy; the second loss from the same pass."""
+        labels, smoothing = inputs["labels"], self.args.label_smoothing_factor
+        given = {name: value for name, value in inputs.items() if name != "labels"}
+        outputs = model(**given, output_hidden_states=bool(self.lm_coef))
         rows, tokens = self._counts_of(inputs, num_items_in_batch)
         own_rows, own_tokens = self._counts(inputs)
-        figures = {"accuracy": ((outputs.logits.argmax(-1) == inputs["labels"]).sum(), own_rows)}
+        loss = cross_entropy(outputs.logits, labels, reduction="sum", label_smoothing=smoothing) / rows
+        figures = {"accuracy": ((outputs.logits.argmax(-1) == labels).sum(), own_rows)}
         if self.lm_coef:
             head = self.accelerator.unwrap_model(model).get_input_embeddings().weight
-            counted = told(inputs["attention_mask"] * inputs["labels"].ne(-100)[:, None])
+            counted = told(inputs["attention_mask"] * labels.ne(-100)[:, None])
             states, targets = outputs.hidden_states[-1][:, :-1][counted], inputs["input_ids"][:, 1:][counted]
             language = summed_losses(states, head, None, targets).loss
             figures |= {"classification_loss": (loss * rows, own_rows), "lm_loss": (language, own_tokens)}
             loss = loss + self.lm_coef * language / tokens
-        for name, (total, count) in figures.items():
-            self.parts[self._mode + name].append(torch.stack([total.detach().float(), count.float()]))
+        self.note(figures)
         return (loss, outputs) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the figures, over the batches of all processes since the last log."""
-        for name in [name for name in self.parts if name.startswith("eval_") == bool(self._mode)]:
-            total, count = self.accelerator.reduce(torch.stack(self.parts.pop(name)).sum(0), "sum").tolist()
-            logs[name] = total / max(count, 1)
-        super().log(logs, start_time)
 
 
 def told(mask: Tensor) -> Tensor:
@@ -80,14 +69,9 @@ def told(mask: Tensor) -> Tensor:
 
 def check_language_model(model: Any) -> None:
     """Refuse `lm_coef` for what is no language model whose head is its input embedding."""
-    name = model.name_or_path or type(model).__name__
-    if looks_ahead(model):
+    if looks_ahead(model) or not model.config.tie_word_embeddings:
         raise UserError(
-            f"reward.lm_coef weighs the loss of a language model, and {name} sees the words that it would have to "
-            "tell; use reward.base=policy with no encoder in reward.path, or reward.lm_coef=0."
-        )
-    if not model.config.tie_word_embeddings:
-        raise UserError(
-            f"reward.lm_coef needs a language model whose head is its input embedding, as GPT-2's; {name} has a head "
-            "of its own, which a classifier does not hold. Use another policy=, or reward.lm_coef=0."
+            "reward.lm_coef needs a language model that reads from left to right and whose head is its input "
+            f"embedding, as GPT-2's; {model.name_or_path or type(model).__name__} is none. Use another policy= or "
+            "reward.path=, or reward.lm_coef=0."
         )

@@ -3,23 +3,24 @@
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
 from torch import Tensor, nn
-from trl import RewardConfig
+from trl import RewardConfig, RewardTrainer
 from trl.trainer.utils import pad
 
 from rlhf_pipeline.data import check_kind, kind
 from rlhf_pipeline.data.records import Demonstration, Dialogue, Preference, Prompt, Ranking, Row, answers, whole
 from rlhf_pipeline.data.sets import joined
 from rlhf_pipeline.data.templates import visible
+from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.progress import parts
 from rlhf_pipeline.runs.directory import RunDir
-from rlhf_pipeline.training.batching import Counted, OrderedRewardTrainer
+from rlhf_pipeline.training.batching import Counted
 
 _COLUMNS = ("texts", "better", "worse", "margin", "length")
 _PART = 200  # rows tokenized at once
@@ -87,16 +88,6 @@ def compare(rows: Sequence[Preference | Ranking], margin: float = 0.0) -> list[C
     return examples
 
 
-def told_apart(rows: Sequence[Comparison], tokenizer: Any, longest: int) -> tuple[list[Comparison], int]:
-    """The rows without the pairs whose answers are the same tokens once cut to `longest`, and how many those were."""
-    kept, same = list[Comparison](), 0
-    for row, ids in _with_ids(rows, tokenizer, longest, "compare"):
-        pairs = [(row.answers[i], row.answers[j], by) for i, j, by in row.pairs if ids[i] != ids[j]]
-        same += len(row.pairs) - len(pairs)
-        kept += [row] if len(pairs) == len(row.pairs) else [_comparison(row.prompt, pairs)] if pairs else []
-    return kept, same
-
-
 def _comparison(prompt: Prompt, found: Sequence[tuple[str, str, float]]) -> Comparison:
     answers = tuple(dict.fromkeys(answer for better, worse, _ in found for answer in (better, worse)))
     place = {answer: number for number, answer in enumerate(answers)}
@@ -126,24 +117,38 @@ def encode(texts: Sequence[str], tokenizer: Any, longest: int) -> list[list[int]
     return [row + end for row in ids]
 
 
-def _with_ids(
-    rows: Sequence[Comparison], tokenizer: Any, longest: int, title: str
-) -> Iterator[tuple[Comparison, list[list[int]]]]:
-    """Each row with the token ids of its texts."""
-    for part in parts(rows, _PART, title, "prompt"):
+def tokenized(
+    rows: Sequence[Comparison], tokenizer: Any, longest: int, name: str = "train"
+) -> tuple[Dataset, list[Comparison], int]:
+    """Rows for `Collator`: a prompt's `texts`, its pairs as places among them, and the length of the longest text.
+
+    Pairs whose answers are the same tokens once cut to `longest` are left out. With the rows come the comparisons that
+    they are of, and how many pairs were left out. `name` is that of the split, train or eval.
+    """
+    kept, made, count = list[Comparison](), list[Dataset](), sum(len(row.pairs) for row in rows)
+    for part in parts(rows, _PART, "tokenize", "prompt"):
         ids = iter(encode([text for row in part for text in row.texts(tokenizer)], tokenizer, longest))
+        values = []
         for row in part:
-            yield row, list(itertools.islice(ids, len(row.answers)))
-
-
-def tokenized(rows: Sequence[Comparison], tokenizer: Any, longest: int) -> Dataset:
-    """Rows for `Collator`: a prompt's `texts`, its pairs as places among them, and the length of the longest text."""
-    found = _with_ids(rows, tokenizer, longest, "tokenize")
-    made = []
-    while part := list(itertools.islice(found, _PART)):
-        values = ((ids, *zip(*row.pairs, strict=True), max(map(len, ids))) for row, ids in part)
-        made.append(Dataset.from_list([dict(zip(_COLUMNS, row, strict=True)) for row in values]))
-    return concatenate_datasets(made)
+            of = dict(zip(row.answers, ids, strict=False))
+            pairs = [(row.answers[better], row.answers[worse], by) for better, worse, by in row.pairs]
+            if apart := [pair for pair in pairs if of[pair[0]] != of[pair[1]]]:
+                kept.append(_comparison(row.prompt, apart))
+                texts = [of[answer] for answer in kept[-1].answers]
+                values.append((texts, *zip(*kept[-1].pairs, strict=True), max(map(len, texts))))
+        if values:
+            made.append(Dataset.from_list([dict(zip(_COLUMNS, row, strict=True)) for row in values]))
+    same = count - sum(len(row.pairs) for row in kept)
+    what = "to learn from" if name == "train" else "to hold out"
+    cut = f"{same} of {count} pairs {what} are the same tokens once cut to {longest}"
+    if not made:
+        raise UserError(
+            f"{cut}, so nothing is left; raise trainer.max_length (up to the model's positions), or cut the other "
+            f"end: reward.truncation_side={'right' if tokenizer.truncation_side == 'left' else 'left'}."
+        )
+    if same:
+        print(f"{cut} (trainer.max_length, reward.truncation_side); they are left out", flush=True)
+    return concatenate_datasets(made), kept, same
 
 
 @dataclass(frozen=True)
@@ -170,7 +175,7 @@ class Collator:
         }
 
 
-class ComparisonTrainer(Counted, OrderedRewardTrainer):
+class ComparisonTrainer(Counted, RewardTrainer):
     """TRL's RewardTrainer for any number of answers a prompt (Ouyang et al. 2022, section 3.5).
 
     Each answer goes through the model once, and all pairs of a row come from its scores, in one batch, as one example:
@@ -180,7 +185,7 @@ class ComparisonTrainer(Counted, OrderedRewardTrainer):
     def __init__(
         self, model: Any, args: RewardConfig, tokenizer: Any, train: Sequence[Comparison], test: Sequence[Comparison]
     ) -> None:  # fmt: skip
-        self.rows = {"train": train, "eval": test}
+        self.rows, self.left_out = {"train": train, "eval": test}, dict[str, int]()
         numbers = {name: Dataset.from_dict({"row": range(len(rows))}) for name, rows in self.rows.items()}
         super().__init__(
             model, args, train_dataset=numbers["train"], eval_dataset=numbers["eval"], processing_class=tokenizer
@@ -189,7 +194,8 @@ class ComparisonTrainer(Counted, OrderedRewardTrainer):
 
     def _prepare_dataset(self, dataset: Dataset, tokenizer: Any, args: RewardConfig, name: str) -> Dataset:
         """The rows of that name, once TRL has settled the tokenizer. TRL itself would drop what is too long."""
-        return tokenized(self.rows[name], tokenizer, args.max_length)
+        found, self.rows[name], self.left_out[name] = tokenized(self.rows[name], tokenizer, args.max_length, name)
+        return found
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = list(_COLUMNS)
@@ -217,21 +223,14 @@ class ComparisonTrainer(Counted, OrderedRewardTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _note(self, scores: Tensor, inputs: dict[str, Tensor], difference: Tensor) -> None:
-        """Keep TRL's figures for the next log, over the batch of all processes; one without rows gives nothing."""
+        """Keep TRL's figures for the next log; a process without rows takes part and adds nothing."""
         prompts = self._counts(inputs)[0]
-        weighted = [(inputs["weight"] * of).sum() for of in (difference > 0, difference)]
+        weighted = {"accuracy": difference > 0, "margin": difference}
+        figures = {name: ((inputs["weight"] * value).sum(), prompts) for name, value in weighted.items()}
         counted = scores if prompts else scores[:0]
-        sums = torch.stack([counted.sum(), scores.new_tensor(len(counted)), *weighted, prompts])
-        total, answers, right, margin, count = self.accelerator.reduce(sums, "sum").tolist()
+        self.note({**figures, "mean_reward": (counted.sum(), scores.new_tensor(len(counted)))})
         ends = torch.stack([scores.min(), scores.max()]) if prompts else scores.new_tensor([math.inf, -math.inf])
         every = self.accelerator.gather(ends[None])
-        figures = {
-            "min_reward": every[:, 0].min().item(),
-            "max_reward": every[:, 1].max().item(),
-            "mean_reward": total / answers,
-            "accuracy": right / count,
-            "margin": margin / count,
-        }
         kept = self._metrics["train" if self.model.training else "eval"]
-        for name, value in figures.items():
-            kept[name].append(value)
+        kept["min_reward"].append(every[:, 0].min().item())
+        kept["max_reward"].append(every[:, 1].max().item())

@@ -60,9 +60,8 @@ def trainer_args(kind: type[A], settings: Settings, out: RunDir) -> A:
     """The stage's TRL config. What TRL refuses is a `UserError` before any model is loaded."""
     quiet()
     use_threads(out)
-    AcceleratorState._reset_state(
-        reset_partial_state=False
-    )  # an earlier stage of this process may have chosen otherwise
+    # An earlier stage of this process may have chosen otherwise.
+    AcceleratorState._reset_state(reset_partial_state=False)
     values = {"disable_tqdm": True, "logging_first_step": True, **settings.trainer}
     cut = agree(lambda: batch_of(out, settings) or {})
     if said := [f"trainer.{name}={value}" for name, value in cut.items() if values.get(name, 1) != value]:
@@ -71,19 +70,18 @@ def trainer_args(kind: type[A], settings: Settings, out: RunDir) -> A:
     values["report_to"] = []  # trackers follow the run directory's log
     floats = {name for name, kind in trainer_fields(settings.stage).items() if kind is float}
     values |= {name: float(values[name]) for name in floats & {*values} if values[name] is not None}
-    if settings.stage != "ppo":  # which looks for itself
+    if settings.stage != "ppo":  # which settles these itself, and has no loader
         values["logging_nan_inf_filter"] = False  # it would show a loss of 0 in the place of NaN
-    if settings.stage != "ppo" and not values.get("fp16"):
-        values["bf16"], chosen = choose_bf16(values.get("bf16", "auto"))
-        print(f"computing in {chosen}", flush=True)
+        if not torch.cuda.is_available():
+            values.setdefault("dataloader_pin_memory", False)
+        if not values.get("fp16"):
+            values["bf16"], chosen = choose_bf16(values.get("bf16", "auto"))
+            print(f"computing in {chosen}", flush=True)
     if values.get("save_total_limit") == 1:
         values["save_total_limit"] = 2  # the older one is deleted before the newer is known to be whole
     if not torch.accelerator.is_available():
         values.setdefault("use_cpu", True)  # transformers takes no bf16 on a CPU that it only happens to find
-    if not torch.cuda.is_available() and settings.stage != "ppo":  # which has no loader
-        values.setdefault("dataloader_pin_memory", False)
-    # Or transformers would note it in the environment.
-    if values.get("fsdp") and sharding() != "fsdp":
+    if values.get("fsdp") and sharding() != "fsdp":  # or transformers would note it in the environment
         raise UserError("trainer.fsdp is set by the launcher; use make sft LAUNCH=fsdp PROCS=2.")
     if processes() > 1 and values.get("average_tokens_across_devices") is False:
         raise UserError(

@@ -7,30 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from datasets import Dataset
 from peft import LoraConfig
-from torch.utils.data import DataLoader
-from transformers import (
-    DataCollatorWithPadding,
-    GPT2Config,
-    GPT2ForSequenceClassification,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerBase,
-    Trainer,
-)
-from trl import RewardConfig, SFTConfig
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from trl import SFTConfig
+from two_trainers import make
 
 from rlhf_pipeline.models.policies import train_tokenizer
-from rlhf_pipeline.training.batching import (
-    EpochSampler,
-    OrderedRewardTrainer,
-    OrderedSFTTrainer,
-    OrderedTrainer,
-    row_lengths,
-)
+from rlhf_pipeline.training.batching import EpochSampler, OrderedSFTTrainer, row_lengths
 
 
 def lengths_like_reviews(count: int) -> list[int]:
@@ -80,99 +64,32 @@ def test_a_pair_is_as_long_as_its_longer_side() -> None:
     assert row_lengths(Dataset.from_dict({"input_ids": [[1], [1, 2]], "labels": [[1], [1, 2]]})) == [1, 2]
 
 
-def test_resuming_on_several_processes_meets_the_same_rows() -> None:
-    """accelerate does not hand `set_epoch` down through its skipping and sharding of batches together."""
-    epoch = 0
-    sampler = EpochSampler(lengths_like_reviews(96), 16, 0, lambda: epoch)
-    loaders = [
-        prepare_data_loader(DataLoader(list(range(96)), 8, sampler=sampler), num_processes=2, process_index=rank)
-        for rank in range(2)
-    ]
-    epoch = 2
-    whole = [[batch.tolist() for batch in loader] for loader in loaders]
-    assert sorted(row for batches in whole for batch in batches for row in batch) == list(range(96))
-    for loader, batches in zip(loaders, whole, strict=True):
-        rest = skip_first_batches(loader, 4)
-        rest.set_epoch(2)
-        assert [batch.tolist() for batch in rest] == batches[4:]
-
-
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
     return train_tokenizer(["a film of a few words"], 260, 64)
 
 
-def make(kind: str, strategy: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Trainer:
-    """A trainer of a small model with dropout: three epochs of 24 rows in 6 steps each, with evaluations between."""
-    sizes = [3 + 7 * i % 29 for i in range(24)]
-    generator = torch.Generator().manual_seed(0)
-
-    def ids(extra: int) -> list[list[int]]:
-        return [torch.randint(2, 258, (size + extra,), generator=generator).tolist() for size in sizes]
-
-    settings: dict[str, Any] = {
-        "output_dir": str(folder),
-        "num_train_epochs": 3,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "train_sampling_strategy": strategy,
-        "learning_rate": 1e-2,
-        "save_steps": 1,
-        "eval_strategy": "steps" if strategy == "random" else "epoch",  # the latter comes after the epoch's checkpoint
-        "eval_steps": 4,
-        "gradient_checkpointing": False,
-        "dataloader_pin_memory": False,
-        "bf16": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    config = GPT2Config(vocab_size=260, n_positions=64, n_embd=16, n_layer=1, n_head=2, pad_token_id=1, num_labels=2)
-    torch.manual_seed(0)
-    if kind == "sft":
-        rows = Dataset.from_dict({"input_ids": ids(0)})
-        args = SFTConfig(**settings)
-        return OrderedSFTTrainer(
-            GPT2LMHeadModel(config), args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
-        )
-    args = RewardConfig(**settings, disable_dropout=False)
-    if kind == "pairs":
-        config.num_labels = 1
-        rows = Dataset.from_dict({"chosen_ids": ids(0), "rejected_ids": ids(5)})
-        return OrderedRewardTrainer(
-            GPT2ForSequenceClassification(config),
-            args,
-            train_dataset=rows,
-            eval_dataset=rows,
-            processing_class=tokenizer,
-        )
-    rows = Dataset.from_dict({"input_ids": ids(0), "labels": [i % 2 for i in range(24)]})
-    collator = DataCollatorWithPadding(tokenizer)
-    return OrderedTrainer(GPT2ForSequenceClassification(config), args, collator, rows, rows, processing_class=tokenizer)
-
-
 @pytest.mark.parametrize("strategy", ["group_by_length", "random"])
-@pytest.mark.parametrize("kind", ["sft", "classifier", "pairs"])
-def test_a_run_cut_off_in_any_epoch_ends_as_one_never_cut_off(
-    kind: str, strategy: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    whole = make(kind, strategy, tmp_path / "whole", tokenizer)
+@pytest.mark.parametrize("kind", ["sft", "language", "comparisons"])
+def test_a_run_cut_off_in_any_epoch_ends_as_one_never_cut_off(kind: str, strategy: str, tmp_path: Path) -> None:
+    """Three epochs of 4 steps each, with dropout, and with evaluations between."""
+    options: dict[str, Any] = {
+        "num_train_epochs": 3, "train_sampling_strategy": strategy, "optim": "adamw_torch", "learning_rate": 1e-2,
+        "save_strategy": "steps", "save_steps": 1, "eval_steps": 3,
+        "eval_strategy": "steps" if strategy == "random" else "epoch",  # the latter comes after the epoch's checkpoint
+    }  # fmt: skip
+    whole = make(kind, tmp_path / "whole", 2, 2, 4, dropout=0.1, **options)
+    assert {module.p for module in whole.model.modules() if isinstance(module, torch.nn.Dropout)} == {0.1}
     whole.train()
     expected = {name: value.clone() for name, value in whole.model.state_dict().items()}
-    # In the second epoch, at its end, and in the third.
-    for step in (8, 12, 15):
+    # At the end of the second epoch, and in the third.
+    for step in (8, 10):
         torch.manual_seed(99)
-        resumed = make(kind, strategy, tmp_path / "resumed", tokenizer)
+        resumed = make(kind, tmp_path / "resumed", 2, 2, 4, dropout=0.1, **options)
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
-        assert resumed.state.global_step == 18
+        assert resumed.state.global_step == 12
         for name, value in resumed.model.state_dict().items():
             assert torch.equal(value, expected[name]), f"resumed from step {step}: {name}"
-
-
-def test_dropout_is_on_in_the_runs_compared(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    for kind in ("sft", "classifier", "pairs"):
-        trainer = make(kind, "random", tmp_path, tokenizer)
-        rates = {module.p for module in trainer.model.modules() if isinstance(module, torch.nn.Dropout)}
-        assert rates == {0.1}
 
 
 @pytest.mark.parametrize("family", ["GPT-2", "Llama"])
@@ -257,29 +174,3 @@ def test_other_losses_of_trls_are_still_its_own(
         assert not trainer.fused
         batch = trainer.data_collator([trainer.train_dataset[0]])
         assert torch.isfinite(trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(2)))
-
-
-def test_the_generator_of_apples_gpus_is_saved_and_restored(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a stand-in for the device: what is saved comes back, and an evaluation leaves it as it was."""
-    trainer = make("sft", "random", tmp_path, tokenizer)
-    states = [torch.arange(3, dtype=torch.uint8)]
-    monkeypatch.setattr(torch.mps, "get_rng_state", lambda device="mps": states[-1])
-    monkeypatch.setattr(torch.mps, "set_rng_state", lambda state, device="mps": states.append(state))
-    monkeypatch.setattr(torch.mps, "device_count", lambda: 1)
-    with monkeypatch.context() as patch:
-        patch.setattr(type(trainer.args), "device", torch.device("mps"))
-        trainer._save_rng_state(str(tmp_path))
-        states.append(torch.zeros(3, dtype=torch.uint8))
-        trainer._load_rng_state(str(tmp_path))
-        assert states[-1].tolist() == [0, 1, 2]
-
-        def loop(*_: Any, **__: Any) -> None:
-            states.append(torch.ones(3, dtype=torch.uint8))
-            raise KeyboardInterrupt
-
-        patch.setattr(trainer, "get_eval_dataloader", loop)
-        with pytest.raises(KeyboardInterrupt):
-            trainer.evaluate()
-        assert states[-1].tolist() == [0, 1, 2]

@@ -20,21 +20,32 @@ DPO = (
     "stage=dpo", "experiment=demo", *(word for word in MINIATURE if "stages" not in word), "data=preferences",
     "data.path=pairs.jsonl", "trainer.bf16=false", "trainer.learning_rate=1e-3", "trainer.save_steps=4",
     "trainer.per_device_train_batch_size=8", "trainer.logging_steps=2", "trainer.num_train_epochs=3",
+    "trainer.beta=0.3",
 )  # fmt: skip
 
 
-@pytest.fixture
-def run(miniature: Path, workplace: Path) -> Path:
-    """The miniature run up to SFT, and a file of pairs that prefer praise."""
-    folder = workplace / "runs" / "demo"
+@pytest.fixture(scope="module")
+def run(miniature: Path, tmp_path_factory: pytest.TempPathFactory, command_line: CommandLine) -> Path:
+    """The miniature run up to SFT, and DPO on a file of pairs that prefer praise."""
+    workplace = tmp_path_factory.mktemp("dpo")
     for stage in ("pretrain", "sft"):
-        shutil.copytree(miniature / stage, folder / stage)
+        shutil.copytree(miniature / stage, workplace / "runs" / "demo" / stage)
     rows = [
         {"prompt": f"The {name} was", "chosen": GOOD[i % 2], "rejected": BAD[i // 2 % 2]}
         for i, name in enumerate(f"{a} {b}" for a in ("film", "plot", "cast", "end") for b in map(str, range(10)))
     ]
     (workplace / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workplace)
+        assert command_line(*DPO) == 0
+    return workplace / "runs" / "demo"
+
+
+@pytest.fixture
+def there(run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same, with the folder of its runs as the current one."""
+    monkeypatch.chdir(run.parents[1])
+    return run
 
 
 def figures(folder: Path) -> list[dict[str, float]]:
@@ -42,34 +53,22 @@ def figures(folder: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in read_jsonl(folder / "metrics.jsonl")]
 
 
-def test_it_learns_what_is_preferred_and_resumes_to_the_bit(run: Path, command_line: CommandLine) -> None:
-    assert command_line(*DPO) == 0
-    folder = run / "dpo"
+def test_it_learns_what_is_preferred(there: Path) -> None:
+    folder = there / "dpo"
     record = json.loads((folder / "run.json").read_text())
     assert record["status"] == "done"
     assert record["results"]["accuracy"] > 0.9
     assert record["results"]["eval_loss"] < math.log(2) - 0.1
     assert record["parents"]["policy"]["path"] == "runs/demo/sft/model"
-    logged, weights = figures(folder), content_hash(folder / "model")
-    assert logged[0]["loss"] == pytest.approx(math.log(2), abs=1e-5), "at first the policy is the reference"
+    assert figures(folder)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5), "at first the policy is the reference"
     assert "pipeline_tag: text-generation" in (folder / "model" / "README.md").read_text()
     assert "rewards/margins" in (folder / "report.html").read_text()
 
-    # As a kill leaves it: between two checkpoints, the newest of them half-written.
-    shutil.rmtree(folder / "model")
-    checkpoints = sorted(folder.glob("checkpoints/checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    (checkpoints[-1] / "complete").unlink()
-    (folder / "run.json").write_text(json.dumps({**record, "status": "running"}))
-    assert command_line(*DPO) == 0
-    assert figures(folder) == logged
-    assert content_hash(folder / "model") == weights
 
-
-def test_its_loss_is_the_papers(run: Path, command_line: CommandLine) -> None:
+def test_its_loss_is_the_papers(there: Path) -> None:
     """-log sigmoid(beta x (log p/p_ref of chosen - that of rejected)), summed over an answer's tokens and EOS."""
-    assert command_line(*DPO, "trainer.beta=0.3") == 0
-    tokenizer = AutoTokenizer.from_pretrained(run / "dpo" / "model")
-    models = [AutoModelForCausalLM.from_pretrained(run / stage / "model").eval() for stage in ("dpo", "sft")]
+    tokenizer = AutoTokenizer.from_pretrained(there / "dpo" / "model")
+    models = [AutoModelForCausalLM.from_pretrained(there / stage / "model").eval() for stage in ("dpo", "sft")]
 
     def log_p(model: Any, prompt: str, answer: str) -> float:
         asked, ids = tokenizer(prompt)["input_ids"], [*tokenizer(prompt + answer)["input_ids"], tokenizer.eos_token_id]
@@ -83,19 +82,34 @@ def test_its_loss_is_the_papers(run: Path, command_line: CommandLine) -> None:
             log_p(model, row.prompt, row.chosen) - log_p(model, row.prompt, row.rejected) for model in models
         )
         losses.append(math.log1p(math.exp(-0.3 * (policy - reference))))
-    assert figures(run / "dpo")[-1]["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    assert figures(there / "dpo")[-1]["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
-def test_an_adapter_is_merged_into_what_it_makes(run: Path, command_line: CommandLine) -> None:
+def test_it_resumes_to_the_bit(run: Path, workplace: Path, command_line: CommandLine) -> None:
+    """As a kill leaves it: between two checkpoints, the newest of them half-written."""
+    shutil.copytree(run.parents[1], workplace, dirs_exist_ok=True)
+    folder = Path("runs/demo/dpo")
+    shutil.rmtree(folder / "model")
+    checkpoints = sorted(folder.glob("checkpoints/checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    (checkpoints[-1] / "complete").unlink()
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    assert command_line(*DPO) == 0
+    assert figures(folder) == figures(run / "dpo")
+    assert content_hash(folder / "model") == content_hash(run / "dpo" / "model")
+
+
+def test_an_adapter_is_merged_into_what_it_makes(there: Path, command_line: CommandLine) -> None:
     words = [word for word in DPO if "learning_rate" not in word]
-    assert command_line(*words, "policy.lora.r=4", "trainer.learning_rate=1e-2") == 0
-    model = AutoModelForCausalLM.from_pretrained(run / "dpo" / "model")
+    words += ["name=adapter", "policy.path=runs/demo/sft", "policy.lora.r=4"]
+    assert command_line(*words, "trainer.learning_rate=1e-2", "trainer.max_steps=2") == 0
+    model = AutoModelForCausalLM.from_pretrained("runs/adapter/dpo/model")
     assert not any("lora" in name for name, _ in model.named_parameters())
-    assert content_hash(run / "dpo" / "model") != content_hash(run / "sft" / "model")
+    assert content_hash(Path("runs/adapter/dpo/model")) != content_hash(there / "sft" / "model")
 
 
 def test_data_without_preferences_is_refused(
-    run: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+    there: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command_line("stage=dpo") == 2
     assert "toy_reviews" in capsys.readouterr().err

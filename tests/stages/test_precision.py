@@ -6,44 +6,59 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MINIATURE, CommandLine
+from conftest import CommandLine
 from safetensors.torch import load_file
 
 from rlhf_pipeline.files import read_jsonl
 from rlhf_pipeline.models import precision
 from rlhf_pipeline.models.precision import store_in_bf16
 
+STAGES = ("pretrain", "sft", "reward", "ppo")
+# Two steps a stage: emulated products are slow.
+SHORT = (
+    "experiment=demo", "data.limit=60", "data.test_limit=8", "++stages.sft.data.limit=60", "policy.vocabulary=400",
+    *(f"++stages.{stage}.trainer.max_steps=2" for stage in STAGES[:3]),
+    *(f"++stages.{stage}.trainer.per_device_train_batch_size=4" for stage in STAGES[:3]),
+    "++stages.ppo.trainer.total_episodes=16", "++stages.ppo.trainer.per_device_train_batch_size=8",
+    "++stages.ppo.trainer.gradient_accumulation_steps=1", "++stages.ppo.trainer.response_length=8",
+)  # fmt: skip
 
-def test_every_stage_computes_in_bf16_where_it_is_native(
-    miniature: Path, command_line: CommandLine, workplace: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, command_line: CommandLine) -> Path:
+    """Runs called fp32 and bf16: of a machine without native bf16 and of one that has it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("precision"))
+        for name in ("fp32", "bf16"):
+            patch.setattr(precision, "native_bf16", lambda name=name: name == "bf16")
+            for stage in STAGES:
+                assert command_line(f"stage={stage}", f"name={name}", *SHORT) == 0
+        return Path("runs").absolute()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_computes_in_bf16_where_it_is_native(stage: str, runs: Path) -> None:
     """The weights stay fp32, and what is learnt differs from the fp32 run's by little."""
-    monkeypatch.setattr(precision, "native_bf16", lambda: True)
-    words = [word for word in MINIATURE if "bf16" not in word and "total_episodes" not in word]
-    words.append("++stages.ppo.trainer.total_episodes=16")  # two updates: emulated products are slow
-    for stage in ("pretrain", "sft", "reward", "ppo"):
-        assert command_line(f"stage={stage}", *words) == 0
-    assert capsys.readouterr().out.count("computing in bf16 with fp32 master weights") == 4
-    mine = Path("runs/demo")
-    for stage in ("pretrain", "sft", "reward", "ppo"):
-        weights = load_file(mine / stage / "model" / "model.safetensors")
-        exact = load_file(miniature / stage / "model" / "model.safetensors")
-        assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
-        assert any(not torch.equal(weights[name], exact[name]) for name in weights), f"{stage} was not in bf16"
-    losses = [json.loads((run / "sft" / "run.json").read_text())["results"]["eval_loss"] for run in (mine, miniature)]
-    assert losses[0] == pytest.approx(losses[1], rel=0.02)
-    first = read_jsonl(mine / "ppo" / "metrics.jsonl")[0]
-    assert first["objective/kl"] == 0
+    exact, weights = (load_file(runs / name / stage / "model" / "model.safetensors") for name in ("fp32", "bf16"))
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert any(not torch.equal(weights[name], exact[name]) for name in weights), "was not in bf16"
+    if stage == "ppo":
+        assert read_jsonl(runs / "bf16" / "ppo" / "metrics.jsonl")[0]["objective/kl"] == 0
+    if stage in ("pretrain", "sft"):
+        records = [json.loads((runs / name / stage / "run.json").read_text()) for name in ("fp32", "bf16")]
+        losses = [record["results"]["eval_loss"] for record in records]
+        assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
 def test_an_adapter_on_frozen_weights_in_bf16_learns_as_on_whole_ones(
-    miniature: Path, command_line: CommandLine, workplace: Path, monkeypatch: pytest.MonkeyPatch
+    runs: Path, command_line: CommandLine, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And SFT merges it into all their digits."""
+    base = runs / "fp32" / "pretrain" / "model"
     asked = [
-        "stage=sft", "experiment=demo", f"policy.path={miniature / 'pretrain'}", "data.limit=40", "trainer.bf16=true",
+        "stage=sft", "experiment=demo", f"policy.path={base}", "data.limit=20", "data.test_limit=4",
         "policy.lora.r=4", "policy.lora.target_modules=[c_attn]", "trainer.learning_rate=1e-2", "trainer.max_steps=2",
+        "trainer.per_device_train_batch_size=4", "trainer.bf16=true",
     ]  # fmt: skip
     stored: list[int] = []
 
@@ -57,8 +72,8 @@ def test_an_adapter_on_frozen_weights_in_bf16_learns_as_on_whole_ones(
     monkeypatch.setattr("rlhf_pipeline.stages.sft.store_in_bf16", lambda model: None)
     assert command_line(*asked, "name=whole") == 0
     half, whole = (load_file(f"runs/{name}/sft/model/model.safetensors") for name in ("half", "whole"))
-    base = load_file(miniature / "pretrain" / "model" / "model.safetensors")
-    assert any(not torch.equal(half[name], base[name]) for name in base)
+    before = load_file(base / "model.safetensors")
+    assert any(not torch.equal(half[name], before[name]) for name in before)
     for name, tensor in half.items():
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, whole[name]), name

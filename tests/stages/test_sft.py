@@ -31,12 +31,10 @@ def jsonl(path: Path, rows: list[dict[str, object]]) -> str:
 @pytest.mark.parametrize(
     "options",
     [
-        (),
-        ("trainer.completion_only_loss=false",),
         ("trainer.packing=true", "trainer.packing_strategy=wrapped", "trainer.num_train_epochs=20"),
         ("policy.lora.r=4", "trainer.learning_rate=2e-2"),
     ],
-    ids=["completion", "all", "packed", "lora"],
+    ids=["packed", "lora"],
 )
 def test_prompt_and_completion(options: tuple[str, ...], workplace: Path, command_line: CommandLine) -> None:
     rows = [{"prompt": f"{i} and {i + 1} are", "completion": f" {i} {i + 1}."} for i in range(160)]
@@ -73,11 +71,12 @@ def test_completion_only_loss_is_what_is_measured(workplace: Path, command_line:
     every = ("data=instructions", f"data.path={data}", "trainer.num_train_epochs=2")
     assert command_line(*SMALL, *every, "name=part") == 0
     assert command_line(*SMALL, *every, "name=all", "trainer.completion_only_loss=false") == 0
-    assert results(workplace / "runs" / "part")["eval_loss"] < 0.5
-    assert results(workplace / "runs" / "all")["eval_loss"] > 1.0
+    part, whole = (results(workplace / "runs" / name) for name in ("part", "all"))
+    assert part["eval_loss"] < 0.5
+    assert 1.0 < whole["eval_loss"] < whole["eval_loss_before"] - 0.3
 
 
-@pytest.mark.parametrize("name", ["alpaca_en_5k", "alpaca_zh_2k", "llms_from_scratch_instruct_1100"])
+@pytest.mark.parametrize("name", ["alpaca_en_5k", "alpaca_zh_2k"])
 def test_alpaca(name: str, shared: Path, workplace: Path, command_line: CommandLine) -> None:
     path = shared / "data" / "sft" / f"{name}.jsonl.gz"
     assert command_line(*SMALL, "data=instructions", f"data.path={path}", "name=a") == 0

@@ -16,8 +16,6 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2Config,
@@ -58,7 +56,6 @@ def gpt2(**options: Any) -> GPT2LMHeadModel:
 
 FAMILIES = {
     "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM, {"vocab_size": 300}),
-    "llama": (LlamaConfig, LlamaForCausalLM, {"vocab_size": 300, "num_key_value_heads": 1}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"vocab_size": 320, "num_key_value_heads": 1}),
 }
 
@@ -190,6 +187,20 @@ def test_a_scratch_policys_tables_follow_its_size() -> None:
     assert given.model.config.n_positions == 32
     small, _ = policy_config({"name": "gpt2_scratch", "size": "small"}, None)
     assert (small.vocab_size, small.n_positions) == (50_257, 1024)
+
+
+@pytest.mark.parametrize(
+    ("option", "takes"),
+    [
+        ({"positions": -5}, "positions is -5; it takes a whole number of at least 1 or null"),
+        ({"vocabulary": 3, "tokenizer": "characters"}, "vocabulary is 3; it takes a whole number of at least 6 "),
+        ({"vocabulary": 100}, "vocabulary is 100; 256 bytes and two special tokens take at least 258"),
+        ({"dropout": 3.0}, "dropout is 3.0; it takes a number from 0 to 1"),
+    ],
+)
+def test_a_shape_that_no_policy_has_is_refused(option: dict[str, Any], takes: str) -> None:
+    with pytest.raises(UserError, match=f"policy.{takes}"):
+        load_policy({"name": "gpt2_scratch", **option}, None, TEXTS, 0)
 
 
 def test_a_character_tokenizer_writes_chinese_without_blanks(tmp_path: Path) -> None:

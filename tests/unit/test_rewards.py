@@ -79,6 +79,9 @@ REFUSED: dict[str, dict[str, Any]] = {
     r"reward\.pattern='a\(b' is no regular expression: .* at position 1": {"name": "regex", "pattern": "a(b"},
     r"reward=length: reward\.target is 0; it takes a whole number of at least 1": {"name": "length", "target": 0},
     r"reward=repetition: reward\.n is 0; it takes a whole number of at least 1": {"name": "repetition", "n": 0},
+    r"reward\.batch_size is 0; it takes a whole number of at least 1": {"name": "classifier", "batch_size": 0},
+    r"reward\.lm_coef is -1; it takes a number of at least 0": {"name": "classifier", "lm_coef": -1},
+    r"reward\.max_length is -5; it takes a whole number of at": {"name": "preference_model", "max_length": -5},
     r"reward\.words is \[\]; it takes one word or more": {"name": "keywords", "words": []},
     r"reward=keywords: it needs reward\.words": {"name": "keywords"},
     "there is no setting 'reward.wrds'. Did you mean 'words'": {"name": "keywords", "wrds": ["a"]},
@@ -444,6 +447,24 @@ def test_a_model_that_names_no_pad_token_judges_a_batch(tmp_path: Path, folders:
         built("classifier", path=str(path))([""] * 4, TEXTS) for path in (tmp_path, folders["classifier"])
     )
     assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("odd", "said"),
+    [
+        ({"trained_cut": []}, r"trained_cut is \[\]; it takes settings"),
+        ({"trained_cut": {"max_length": "x"}}, r"trained_cut\.max_length is 'x'; it takes a whole number"),
+        ({"trained_cut": {"truncation_side": "up"}}, r"trained_cut\.truncation_side is 'up'; it takes 'left'"),
+        ({"score_offset": "x"}, "score_offset is 'x'; it takes a number"),
+        ({"id2label": {"0": 3, "1": 4}}, "has no class named 'positive'.*: 3, 4"),
+    ],
+)
+def test_odd_fields_of_a_classifiers_configuration_are_one_line(odd: dict[str, Any], said: str, tmp_path: Path) -> None:
+    save_classifier(tmp_path, {0: "NEGATIVE", 1: "POSITIVE"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **odd}))
+    with pytest.raises(UserError, match=said):
+        built("classifier", path=str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
         check_launch("stage=sft")
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
 def test_several_gpus_in_one_process_are_refused(
     stage: str, command_line: CommandLine, workplace: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
