@@ -209,7 +209,7 @@ def _begun(
         raise UserError(f"data.prompt_tokens is [{first}, {last}]; it takes two numbers, 1 <= first <= last.")
     if of_code:
         # As in a file: methods stay in their class, and the line break is one token with the body's indent.
-        found = [pair for text in texts(rows) for pair in functions(text, top_level=True)]
+        found = [pair for text in texts(rows) for pair in functions(text)]
         random.Random(f"functions {seed}").shuffle(found)  # a file's functions are much alike
         heads = encode(tokenizer, [head.removesuffix("\n") for head, _ in found])
         bodies = _plain_ids(tokenizer, [f"\n{body}" for _, body in found])

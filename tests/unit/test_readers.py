@@ -100,7 +100,6 @@ def test_acl_imdb_is_the_same_from_folder_and_archive(tmp_path: Path) -> None:
           for name in ("train/pos/4_3.txt", "test/neg/6_5.txt", "test/neg/._1_4.txt", "train/pos/8_11.txt")),
         ("test/pos/9_8.txt", b"caf\xe9", r"test/pos/9_8\.txt .*a text in UTF-8"),
         ("test/pos/9_8.txt", b"<br />", r"test/pos/9_8\.txt .*a text in UTF-8"),
-        ("train/pos/002_7.txt", b"Another.", r"train/pos/0*2_7\.txt occurs twice"),
     ],
 )  # fmt: skip
 def test_acl_imdb_names_a_file_that_does_not_fit(
