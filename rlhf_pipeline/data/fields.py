@@ -104,7 +104,10 @@ def answer(row: Fields, key: str) -> str:
     """A text, or messages of which the last is the answer; empty where there is none."""
     if not holds(row, key):
         return ""
-    return turns(row, key)[-1].text if messages(row, key) else text(row, key)
+    if not messages(row, key):
+        return text(row, key)
+    said = turns(row, key)
+    return said[-1].text if said else ""
 
 
 def prompt(row: Fields, key: str = "prompt") -> Prompt:

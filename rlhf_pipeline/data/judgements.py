@@ -241,8 +241,7 @@ def _won(row: Fields) -> tuple[Prompt, str, str]:
 def _pair(row: Fields) -> tuple[Prompt, str, str]:
     chat = fields.chat(row)
     if chat and "rejected_response" in row:  # ms-swift: the conversation ends with the better answer
-        said = fields.turns(row, chat)
-        return said[:-1], said[-1].text, _answer(row, "rejected_response")
+        return fields.turns(row, chat)[:-1], _answer(row, chat), _answer(row, "rejected_response")
     key = "selected" if "selected" in row and "chosen" not in row else "chosen"
     better, worse = _answer(row, key), _answer(row, "rejected")
     if len(fields.messages(row, key) or ()) > 1:  # the whole conversation on either side

@@ -222,7 +222,9 @@ class LabelStudio:
             found = answer.json()
             if answer.ok:
                 return found
-        said = (answer.headers.get("location") or answer.text).replace(self._token, "***")
+        said = answer.headers.get("location") or answer.text
+        for secret in filter(None, (self._token, header.rpartition(" ")[2])):
+            said = said.replace(secret, "***")
         hint = _HINTS.get(answer.status_code, f"If it is not Label Studio, {_START}.")
         raise UserError(f"{self.url} answered {answer.status_code} to {method} {path}: {said!r:.300}. {hint}")
 

@@ -80,7 +80,8 @@ def test_every_form_of_a_pair_and_a_ranking(tmp_path: Path, row: dict[str, Any],
     [
         ({"prompt": "p", "rejected": "r"}, "'chosen' is missing; a preference row needs prompt, chosen, rejected"),
         *(({"prompt": "p", "chosen": empty, "rejected": "r"}, "'chosen' is blank; a preference row")
-          for empty in (None, "  ", float("nan"), [])),
+          for empty in (None, "  ", float("nan"), [], [{"role": "system", "content": ""}])),
+        ({"messages": [{"role": "system", "content": ""}], "rejected_response": "r"}, "'messages' is blank"),
         ({"prompt": "p", "chosen": json.dumps(CHAT)[:-5], "rejected": "r"}, "'chosen' begins like a list of messages"),
         ({"winner": "x", "x": "c", "y": "r", "source": "s"}, "beside 'x' there is not one other answer but y, source"),
         ({"winner": "x", "x": "c"}, "beside 'x' there is not one other answer but none"),

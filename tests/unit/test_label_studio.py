@@ -139,11 +139,16 @@ def test_tasks_are_never_imported_twice(fake: FakeStudio, studio: LabelStudio) -
     assert len({task["data"]["task"] for task in fake.tasks}) == len(fake.tasks) == 1210
 
 
-def test_a_personal_access_token_is_exchanged_and_never_outlives_its_minutes(fake: FakeStudio) -> None:
+def test_a_personal_access_token_is_exchanged_never_outlives_its_minutes_and_is_not_shown(
+    fake: FakeStudio, monkeypatch: pytest.MonkeyPatch
+) -> None:
     studio = LabelStudio(fake.url, PERSONAL)
     studio.check()
     fake.accepted.discard(f"Bearer {ACCESS}")  # its minutes are over
     studio.check()
+    monkeypatch.setattr(fake, "answer", lambda *_: (500, f"Authorization: Bearer {ACCESS}"))
+    with pytest.raises(UserError, match=r"Authorization: Bearer \*\*\*"):
+        studio.request("GET", "/api/projects/7")
 
 
 def test_neither_netrc_nor_a_proxy_comes_between(
