@@ -37,8 +37,7 @@ _SIDES += [("left", "right"), ("a", "b")]
 _PROMPTS = ("prompt", "instruction", "question", "query", "input", "context", "messages", "conversation", "dialogue")
 # Columns that JSON_MIN, CSV and TSV add to the data and the label; `task` is our own.
 _ABOUT = ("id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "agreement", "history", "task")
-_COMPARE = ("selected", "ranker")  # what the tags Pairwise and Ranker write
-_OTHERS = ("rating", "choices", "taxonomy", "number", "labels")  # what other tags write
+_COMPARE = {"selected", "ranker"}  # what the tags Pairwise and Ranker write
 _UNSORTED = "_"  # the answers that were put into no bucket
 _BUCKETS = ("best", "better", "good", _UNSORTED, "neutral", "bad", "worse", "worst")  # unless data.buckets= says
 
@@ -287,7 +286,7 @@ def _of_annotation(row: Fields, reading: _Reading) -> list[_Label]:
         {"from_name": key, "value": part}
         for key, cell in cells.items()
         for part in (cell if isinstance(cell, list) else [cell])
-        if isinstance(part, dict) and not part.keys().isdisjoint((*_COMPARE, *_OTHERS))
+        if isinstance(part, dict) and _COMPARE & part.keys()
     ]
     data = {key: cell for key, cell in row.items() if key not in [result["from_name"] for result in results]}
     note = {**row, "result": results, "completed_by": fields.decoded(row.get("annotator"))}
@@ -340,20 +339,15 @@ def _annotated(row: Fields, data: Fields, note: Fields, reading: _Reading) -> _L
 def _result(note: Fields, label: str | None) -> Fields:
     """The one result that is the label: its `value` is {"selected": "left"} or {"ranker": ids}."""
     results = [part for part in fields.value_of(note, "result", list) if isinstance(part, dict)]
-    results = [part for part in results if isinstance(part.get("value"), dict)]
-    found = [
-        part
-        for part in results
-        if not part["value"].keys().isdisjoint(_COMPARE) and label in (None, str(part.get("from_name")))
-    ]
+    found = [part for part in results if isinstance(part.get("value"), dict) and _COMPARE & part["value"].keys()]
+    found = [part for part in found if label in (None, str(part.get("from_name")))]
     if len(found) > 1:
         controls = ", ".join(sorted({str(part.get("from_name")) for part in found}))
         raise RowError(f"{len(found)} labels in one, by {controls}; data.columns.label=NAME says which one counts")
-    if found:
-        return found[0]
-    if others := [kind.capitalize() for kind in _OTHERS if any(kind in part["value"] for part in results)]:
-        raise RowError(f"the results are of {', '.join(others)}; a comparison takes the tag Pairwise or Ranker")
-    raise RowError("nothing selected" + (f" by '{label}' (data.columns.label)" if label else ""))
+    if not found:
+        by = f"'{label}' (data.columns.label)" if label else "the tag Pairwise or Ranker"
+        raise RowError(f"nothing selected by {by}")
+    return found[0]
 
 
 def _pairwise(selected: object, sides: Sequence[str]) -> list[list[str]]:

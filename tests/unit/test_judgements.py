@@ -24,6 +24,7 @@ def read(folder: Path, *rows: Any, **options: Any) -> Judged:
 
 
 GOOD = {"prompt": "good", "chosen": "c", "rejected": "r"}
+NOTHING = "nothing selected by the tag Pairwise or Ranker"
 
 
 def why(folder: Path, row: Any, **options: Any) -> str:
@@ -207,8 +208,7 @@ def test_items_are_looked_up_by_id_then_body_then_title_then_in_the_data(tmp_pat
     ("row", "reason"),
     [
         (task(annotation()), "nothing selected"),
-        (task(annotation(control({"choices": ["x"]}), control({"rating": 4}))),
-         "the results are of Rating, Choices; a comparison takes the tag Pairwise or Ranker"),
+        (task(annotation(control({"choices": ["x"]}), control({"rating": 4}))), "nothing selected by the tag Pairwise"),
         (task(annotation(ranker({"better": [], "_": ["answer1", "answer2"]}))), "nothing selected: all is left"),
         (task(annotation(control({"selected": "both"}))), "'selected' is neither left nor right"),
         (task(annotation(LEFT, control({"selected": "right"}, name="safety"))), "2 labels in one, by choice, safety"),
@@ -235,7 +235,7 @@ def test_what_cannot_be_believed_is_set_aside_with_a_plain_reason(tmp_path: Path
 def test_a_row_set_aside_can_be_mended_and_read_again(tmp_path: Path) -> None:
     found = read(tmp_path, task(annotation(LEFT, by="x"), annotation(by="y")))
     (aside,) = found.rejected
-    assert (aside["task"], aside["annotator"], aside["why"]) == ("t1", "y", "nothing selected")
+    assert (aside["task"], aside["annotator"], aside["why"]) == ("t1", "y", NOTHING)
     aside["row"]["annotations"][0]["result"] = [RIGHT]
     assert [j.annotator for j in read(tmp_path, aside["row"]).judgements] == ["y"]
 
@@ -454,7 +454,7 @@ def test_a_file_with_nothing_usable_says_why_and_how_often(tmp_path: Path) -> No
         read(tmp_path, *rows, task(annotation(LEFT, was_cancelled=True), number=9))
     assert str(caught.value) == (
         f"{tmp_path / 'labels.json'} holds no usable label: 4 tasks, 0 judgements, 1 skipped, 0 unlabelled, "
-        "0 superseded, 3 rejected; row 1: nothing selected (3 such rows)."
+        "0 superseded, 3 rejected; row 1: nothing selected by the tag Pairwise or Ranker (3 such rows)."
     )
 
 
@@ -560,7 +560,7 @@ def test_real_exports_of_label_studio(shared: Path) -> None:
     ]
     assert [(row["task"], row["why"]) for row in pairs.rejected] == [
         ("11", "untouched: the prediction as it stood, after 2.2 s"),
-        ("14", "nothing selected"),
+        ("14", NOTHING),
     ]
     ranked = read_judgements(real(shared, "ls_export_ranker.json"))
     assert [(j.task, j.ranks) for j in ranked.judgements] == [("8", (2, 1, 3, 4))]
