@@ -8,7 +8,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf_pipeline.data.python_code import functions
-from rlhf_pipeline.data.records import Code, Demonstration, Dialogue, Preference, Prompt, Ranking, Row, answers, whole
+from rlhf_pipeline.data.records import (
+    Code,
+    Demonstration,
+    Dialogue,
+    Preference,
+    Prompt,
+    Prompted,
+    Ranking,
+    Row,
+    answers,
+    whole,
+)
 from rlhf_pipeline.data.sets import texts
 from rlhf_pipeline.data.templates import pieces, render, written
 from rlhf_pipeline.errors import UserError
@@ -65,11 +76,9 @@ def _language(row: Row, tokenizer: "Tokenizer") -> str:
 def demonstrations(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any], seed: int) -> list[Lesson]:
     """Prompts with their answers, of those that were compared the best; they end with the tokenizer's EOS."""
     end = int(tokenizer.eos_token_id)
-    if rows and isinstance(rows[0], Preference | Ranking):
-        rows = [Demonstration(row.prompt, answers(row)[0]) for row in rows if isinstance(row, Preference | Ranking)]
-    if rows and isinstance(rows[0], Demonstration | Dialogue):
+    if rows and isinstance(rows[0], Prompted):
         bar = itertools.chain.from_iterable(parts(rows, _PART, "tokenize", "text"))
-        cut = (pieces(tokenizer, row) for row in bar if isinstance(row, Demonstration | Dialogue))
+        cut = (pieces(tokenizer, row) for row in bar if isinstance(row, Prompted))
         every = (lesson(tokenizer, said) for said in cut if said)
     else:
         begun = _begun(rows, tokenizer, choice, seed)
@@ -122,7 +131,7 @@ def questions(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any
 
     A row of code gives as many as it has functions; one without a prompt gives none.
     """
-    if rows and isinstance(rows[0], Demonstration | Preference | Ranking | Dialogue):
+    if rows and isinstance(rows[0], Prompted):
         every = [(row, *_asked(row, tokenizer, choice.get("prompt_turns"))) for row in rows]
         asked = [(row, prompt, string) for row, prompt, string in every if string]
         encoded = encode(tokenizer, [string for _, _, string in asked])
