@@ -97,3 +97,11 @@ def test_prompts_with_no_room_for_an_answer_are_refused(
     ppo = ("stage=ppo", base, "name=p", "data=instructions", path, "reward=length", "reward.target=5")
     assert command_line(*ppo, "trainer.response_length=8") == 2
     assert "no prompt leaves room for an answer" in capsys.readouterr().err
+
+
+def test_labels_of_other_names_from_the_command_line(
+    workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write("r.jsonl", {"text": "good", "label": "正面"}, {"text": "bad", "label": "负面"})
+    assert command_line("stage=pretrain", "data=sentiment", path, "data.labels={正面: 1}") == 2
+    assert "r.jsonl, line 2: 'label' is '负面'; allowed are 正面 (data.labels)" in capsys.readouterr().err
