@@ -8,18 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf_pipeline.data.python_code import functions
-from rlhf_pipeline.data.records import (
-    Code,
-    Demonstration,
-    Dialogue,
-    Preference,
-    Prompt,
-    Prompted,
-    Ranking,
-    Row,
-    answers,
-    whole,
-)
+from rlhf_pipeline.data.records import Code, Dialogue, Prompt, Prompted, Row, answers, whole
 from rlhf_pipeline.data.sets import texts
 from rlhf_pipeline.data.templates import pieces, render, written
 from rlhf_pipeline.errors import UserError
@@ -65,12 +54,9 @@ def documents(rows: Sequence[Row], tokenizer: "Tokenizer") -> list[list[int]]:
 
 def _language(row: Row, tokenizer: "Tokenizer") -> str:
     """A row's text as a language model reads it; of judged answers the best."""
-    match row:
-        case Dialogue(turns=turns):
-            return render(tokenizer, turns, reply_follows=False)
-        case Demonstration() | Preference() | Ranking():
-            return written(tokenizer, row.prompt) + answers(row)[0]
-    return whole(row)
+    if isinstance(row, Dialogue):
+        return render(tokenizer, row.turns, reply_follows=False)
+    return written(tokenizer, row.prompt) + answers(row)[0] if isinstance(row, Prompted) else whole(row)
 
 
 def demonstrations(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any], seed: int) -> list[Lesson]:
