@@ -114,7 +114,7 @@ def prompt(row: Fields, key: str = "prompt") -> Prompt:
     if ask and not holds(row, key):
         asked = (Turn("user", "\n\n".join(text(row, part) for part in (ask, "input") if holds(row, part))),)
     else:
-        asked = turns(row, key) if holds(row, key) and messages(row, key) else text(row, key)
+        asked = (turns(row, key) or "") if holds(row, key) and messages(row, key) else text(row, key)
     past = before(row)
     return (*past, *((Turn("user", asked),) if isinstance(asked, str) else asked)) if past else asked
 

@@ -168,7 +168,8 @@ def _judgement(
     kept = [(answer, rank) for answer, rank in zip(answers, ranks, strict=True) if rank is not None]
     if len(kept) < 2:
         raise RowError(f"{len(kept)} of {len(answers)} answers ranked; it takes two or more")
-    return Judgement(prompt, tuple(a for a, _ in kept), tuple(rank for _, rank in kept), task, annotator, margin)
+    # A conversation of no turns is no prompt.
+    return Judgement(prompt or "", tuple(a for a, _ in kept), tuple(rank for _, rank in kept), task, annotator, margin)
 
 
 # -- a row with one label: a pair, a ranked list, a line of a sheet

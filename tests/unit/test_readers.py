@@ -420,6 +420,7 @@ SYSTEM = {"role": "system", "content": "Be kind."}
             {"messages": None, "prompt": "p"})),
         *((row, Demonstration(TURNS[:1], "")) for row in (
             {"prompt": [ASKED]}, {"instruction": "Is it?"}, {"question": "Is it?", "answer": None})),
+        ({"prompt": [{**SYSTEM, "content": ""}], "completion": "c"}, Demonstration("", "c")),
         ({"messages": [ASKED]}, Dialogue(TURNS[:1])),
         ({"messages": [ASKED, {"role": "assistant", "content": ""}]}, Dialogue(TURNS[:1])),
         ({"messages": [*CHAT, ASKED]}, Dialogue((*TURNS, TURNS[0]))),
