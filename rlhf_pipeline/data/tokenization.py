@@ -145,7 +145,8 @@ def _asked(row: Any, tokenizer: "Tokenizer", turns: int | None) -> tuple[Prompt,
     # last word.
     ends = row.turns[-1].role == "assistant" or (row.both and len(row.turns) > 1)
     last = len(row.turns) - ends
-    count = min(turns or (1 if row.both else last), last)
+    if not (count := min(turns or (1 if row.both else last), last)):
+        return "", ""  # the assistant alone has spoken
     reply_follows = count == len(row.turns) or row.turns[count].role == "assistant"
     return row.turns[:count], render(tokenizer, row.turns[:count], reply_follows)
 

@@ -54,8 +54,6 @@ def collected(workplace: Path) -> Path:
     folder.mkdir(parents=True)
     answers = [{"id": "answer1", "text": "a"}, {"id": "answer2", "text": "b"}]
     write_jsonl(folder / "candidates.jsonl", [{"task": f"t{n}", "prompt": "p", "answers": answers} for n in range(3)])
-    data = [{"task": f"t{n}", "prompt": "p", "answer1": "a", "answer2": "b"} for n in range(3)]
-    (folder / "tasks.json").write_text(json.dumps([{"data": each} for each in data]))
     (folder / "labeling_config.xml").write_text(labeling_config(2))
     (folder / "run.json").write_text(json.dumps({"stage": "collect", "name": "demo", "status": "waiting"}))
     return folder
@@ -220,6 +218,12 @@ def test_labels_are_pulled_from_where_the_tasks_are_and_from_no_other_project(
     fake: FakeStudio, collected: Path, monkeypatch: pytest.MonkeyPatch, command_line: CommandLine
 ) -> None:
     assert command_line(*LABEL, "labels=push") == 0
+    known = (collected / "project.json").read_text()
+    for damaged, message in ((known[:-9], "project.json is damaged"), ("{}", "has not been given to Label Studio")):
+        (collected / "project.json").write_text(damaged)
+        with pytest.raises(UserError, match=message):
+            pull(collected, Path("runs"))
+    (collected / "project.json").write_text(known)
     fake.projects[0]["description"] = "somebody's"
     with pytest.raises(UserError, match="is not this run's any more"):
         pull(collected, Path("runs"))
@@ -401,6 +405,3 @@ def test_serve_tells_what_is_missing(
     assert "login.json is gone" in serve()
     monkeypatch.setenv("LABEL_STUDIO_URL", "http://127.0.0.1:9")
     assert "names a server of your own; say labels=push" in serve()
-    monkeypatch.delenv("LABEL_STUDIO_URL")
-    (collected / "tasks.json").unlink()
-    assert "has no tasks.json" in serve()

@@ -275,8 +275,9 @@ def test_texts_that_end_within_their_prompt_are_counted(capsys: pytest.CaptureFi
     assert len(tokenization.demonstrations(rows, tokenizer, choice, 0)) == 1
     said = "warning: 1 of 2 texts end within their prompt (data.prompt_tokens), and are left out\n"
     assert capsys.readouterr().out == said
-    assert len(asked([Demonstration("p", "c"), Demonstration("", "c")], tokenizer, {}, 0)) == 1
-    assert capsys.readouterr().out == "warning: 1 of 2 rows have no prompt, and are left out\n"
+    for without in (Demonstration("", "c"), Dialogue((Turn("assistant", "c"),))):
+        assert len(asked([Demonstration("p", "c"), without], tokenizer, {}, 0)) == 1
+        assert capsys.readouterr().out == "warning: 1 of 2 rows have no prompt, and are left out\n"
 
 
 def test_data_without_prompts_or_anything_to_learn_is_named() -> None:
