@@ -477,7 +477,7 @@ def test_lists_in_lists_are_set_aside_or_refused(tmp_path: Path, depth: int) -> 
 ODD = (
     None, True, 0, -1, 1.5, 1e300, float("nan"), "", "left", "_", "\ud800", "[1", '{"a": 1}', [], [[]], {},
     {"id": None}, {"id": "answer1", "body": 3}, [{"id": 1}, {"id": 1}], ["answer1"], {"ranker": 3},
-    {"selected": ["left"]}, [{"selected": "left"}], "x" * 300,
+    {"selected": ["left"]}, [{"selected": "left"}], "x" * 300, CHAT, CHAT[1:], [{"role": "system", "content": ""}],
 )  # fmt: skip
 
 
@@ -497,7 +497,7 @@ def mutate(rows: Any, rng: random.Random) -> Any:
         elif how < 0.8:
             del node[key]
         else:
-            other, place = rng.choice(list(places(rows)))
+            other, place = rng.choice(list(places(rows)) or [([0], 0)])
             node[key] = copy.deepcopy(other[place])
     return rows
 
@@ -529,9 +529,9 @@ def check_never_breaks(path: Path, rows: Any, rng: random.Random) -> bool:
 def test_whatever_stands_in_a_file_only_user_errors_come_of_it(tmp_path: Path) -> None:
     rng = random.Random("odd")
     minified = [found for row in EXPORT for found in flat(row)]
-    outcomes = Counter(check_never_breaks(tmp_path / "odd.json", r, rng) for r in [EXPORT, minified, PLAIN] * 250)
-    assert outcomes[True] > 200, "some are still read"
-    assert outcomes[False] > 20
+    outcomes = Counter(check_never_breaks(tmp_path / "odd.json", r, rng) for r in [EXPORT, minified, PLAIN] * 120)
+    assert outcomes[True] > 100, "some are still read"
+    assert outcomes[False] > 10
 
 
 # --- the real exports
@@ -587,4 +587,4 @@ def test_real_exports_mutated_at_random(shared: Path, tmp_path: Path) -> None:
     rng = random.Random("real")
     for name in ("ls_export_pairwise.json", "ls_export_ranker.json", "ls_export_ranker_buckets.json"):
         rows = json.loads(real(shared, name).read_text(encoding="utf-8"))
-        assert sum(check_never_breaks(tmp_path / "odd.json", rows, rng) for _ in range(150)) > 20
+        assert sum(check_never_breaks(tmp_path / "odd.json", rows, rng) for _ in range(60)) > 10
