@@ -218,7 +218,7 @@ def _sheet(row: Fields, numbers: Sequence[int]) -> tuple[Prompt, list[str], Sequ
 def _ranking(row: Fields) -> tuple[Prompt, list[str], Sequence[float | None]]:
     """Answers with their ranks, else best first."""
     key = "ranked" if "ranked" in row else "responses"
-    answers, given = fields.decoded(row[key]), fields.decoded(row.get("ranks"))
+    answers, given = fields.decoded(row[key]), fields.decoded(row["ranks"]) if fields.holds(row, "ranks") else None
     if not isinstance(answers, list) or len(answers) < 2 or not all(isinstance(answer, str) for answer in answers):
         raise RowError(f"'{key}' is not a list of 2 or more texts")
     if not fields.blank(given) and (not isinstance(given, list) or len(given) != len(answers)):

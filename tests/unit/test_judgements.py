@@ -64,7 +64,8 @@ SAID = (Turn("system", "Be brief."), Turn("user", "Why?"))
         ({"chosen": CHAT, "rejected": WORSE}, Preference((Turn("user", "a?"),), "b", "r")),
         ({"prompt": "a?", "chosen": CHAT, "rejected": WORSE}, Preference((Turn("user", "a?"),), "b", "r")),
         ({"chosen": [{"role": "system", "content": ""}, CHAT[1]], "rejected": "r"}, Preference("", "b", "r")),
-        ({"prompt": "p", "responses": ["a", "b", "c"]}, Ranking("p", ("a", "b", "c"))),
+        *(({"prompt": "p", "responses": ["a", "b", "c"], "ranks": empty}, Ranking("p", ("a", "b", "c")))
+          for empty in (None, float("nan"), " ", [], "[]")),
         ({"prompt": "p", "responses": ["a", "b", "c"], "ranks": [2, None, 1]}, Preference("p", "c", "a")),
         ({"prompt": "p", "responses": '["x", "[1]"]', "ranks": "[2, 1]"}, Preference("p", "[1]", "x")),
         ({"context": [], "prompt": "p", "responses": ["a", "b"]}, Preference((Turn("user", "p"),), "a", "b")),
