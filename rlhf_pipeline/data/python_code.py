@@ -111,7 +111,8 @@ def parses(head: str, completion: str) -> bool:
     ends = [match.start() for match in _AT_COLUMN_0.finditer(text)]
     for end in (*ends, text.rfind("\n") + 1):
         if tree := _parsed(head + text[:end]):
-            return any(node.lineno > head.count("\n") and not _is_string(node) for node in _statements(tree))
+            own = (node for node in ast.walk(tree) if isinstance(node, ast.stmt) and node.lineno > head.count("\n"))
+            return not all(map(_is_string, own))
     return False
 
 
@@ -138,10 +139,6 @@ def _parsed(text: str) -> ast.Module | None:
             return ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # null bytes, lone surrogates, nesting too deep
         return None
-
-
-def _statements(tree: ast.Module | None) -> list[ast.stmt]:
-    return [node for node in ast.walk(tree) if isinstance(node, ast.stmt)] if tree else []
 
 
 def _is_string(node: ast.stmt) -> bool:
