@@ -41,7 +41,9 @@ def number(value: Any) -> float | None:
 
 
 def name(value: Any) -> str | None:
-    """An id or a name: a number, or a text that is not empty."""
+    """An id or a name: a whole number, or a text that is not empty. Beside nulls, pandas writes 7 as 7.0."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     return (str(value).strip() or None) if isinstance(value, int | str) and not isinstance(value, bool) else None
 
 

@@ -309,6 +309,10 @@ def test_a_category_and_one_annotator_for_all_are_no_repeats(tmp_path: Path) -> 
     again = {"prompt": "0", "responses": ["c", "r"], "ranks": [2, 1], "task": "qa", "annotator": "human"}
     found = read(tmp_path, *rows, again)
     assert (len(found.judgements), found.judgements[-1].ranks, found.counts["superseded"]) == (3, (2, 1), 1)
+    (numbered,) = read(
+        tmp_path, {**again, "task": 7.0, "annotator": 2}, {**again, "task": 7, "annotator": 2.0}
+    ).judgements
+    assert (numbered.task, numbered.annotator) == ("7", "2"), "whole numbers beside nulls, by way of pandas"
 
 
 @pytest.mark.parametrize(
