@@ -7,15 +7,15 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from rlhf_pipeline.data.plain_rows import BROKEN, LARGEST_FILE, LARGEST_ROW, broken, content, missing, too_large
+from rlhf_pipeline.data.plain_rows import BROKEN, LARGEST_ROW, broken, content, missing
 from rlhf_pipeline.data.records import Labelled
 from rlhf_pipeline.errors import UserError
 
 _LOG = logging.getLogger("rlhf_pipeline")
 _ARCHIVES = (".tar.gz", ".tgz", ".tar")
 _LAYOUT = "aclImdb/{train,test}/{pos,neg}/<id>_<rating>.txt"
-_REVIEW = re.compile(r"(?:aclImdb/)?((train|test)/(pos|neg)/(.+))", re.DOTALL)
-_NAME = {"neg": re.compile(r"([0-9]{1,18})_([1-4])\.txt"), "pos": re.compile(r"([0-9]{1,18})_([7-9]|10)\.txt")}
+_REVIEW = re.compile(r"(?:aclImdb/)?((train|test)/((pos|neg)/.+))", re.DOTALL)
+_NAME = re.compile(r"(?:neg/([0-9]{1,18})_[1-4]|pos/([0-9]{1,18})_(?:[7-9]|10))\.txt")
 _BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
 
 
@@ -30,16 +30,14 @@ def read_acl_imdb(path: Path) -> dict[str, list[Labelled]]:
         raise UserError(
             f"{path} is not an aclImdb; allowed are a folder and {', '.join(_ARCHIVES)}, laid out {_LAYOUT}."
         )
-    found: dict[str, dict[str, dict[tuple[int, int], str]]] = {s: {f: {} for f in _NAME} for s in ("train", "test")}
-    left_out, room = 0, LARGEST_FILE
+    found: dict[str, dict[tuple[int, int, str], str]] = {"train": {}, "test": {}}
+    left_out = 0
     for review, data in _folder_files(path) if path.is_dir() else _archive_files(path):
-        short, split, folder, file = review.groups()
         if data is None:
             left_out += 1
             continue
-        if (room := room - len(data)) < 0:
-            raise too_large(path, f"{LARGEST_FILE >> 20} MiB")
-        known = _NAME[folder].fullmatch(file)
+        short, split, name, side = review.groups()
+        known = _NAME.fullmatch(name)
         try:
             text = " ".join(_BREAK.sub(" ", data.decode()).split())
         except UnicodeDecodeError:
@@ -49,18 +47,14 @@ def read_acl_imdb(path: Path) -> dict[str, list[Labelled]]:
                 f"{path}: {short} does not fit: <id>_<rating>.txt with rating 1..4 in neg and 7..10 in pos, and a text "
                 "in UTF-8."
             )
-        key = int(known[1]), int(known[2])
-        if key in found[split][folder]:
-            raise UserError(f"{path}: {short} occurs twice; each review needs its own id.")
-        found[split][folder][key] = text
+        found[split][int(side == "pos"), int(known[1] or known[2]), name] = text
     if left_out:
         _LOG.warning("%s: %d links and other entries that are no files are left out", path, left_out)
-    if empty := [f"{split}/{folder}" for split, parts in found.items() for folder in parts if not parts[folder]]:
-        raise UserError(f"{path}: no reviews in {empty[0]}; the layout must be {_LAYOUT}.")
-    return {
-        split: [Labelled(text, label) for label, part in enumerate(parts.values()) for _, text in sorted(part.items())]
-        for split, parts in found.items()
-    }
+    for split, texts in found.items():
+        for label, side in enumerate(("neg", "pos")):
+            if all(key[0] != label for key in texts):
+                raise UserError(f"{path}: no reviews in {split}/{side}; the layout must be {_LAYOUT}.")
+    return {split: [Labelled(text, key[0]) for key, text in sorted(texts.items())] for split, texts in found.items()}
 
 
 def _folder_files(path: Path) -> Iterator[tuple[re.Match[str], bytes | None]]:

@@ -41,7 +41,9 @@ def number(value: Any) -> float | None:
 
 
 def name(value: Any) -> str | None:
-    """An id or a name: a number, or a text that is not empty."""
+    """An id or a name: a whole number, or a text that is not empty. Beside nulls, pandas writes 7 as 7.0."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     return (str(value).strip() or None) if isinstance(value, int | str) and not isinstance(value, bool) else None
 
 
@@ -51,20 +53,14 @@ def decoded(cell: Any) -> Any:
     A cell stays text if what it holds cannot be used, as where a key occurs twice.
     """
     if isinstance(cell, str) and cell.lstrip().startswith(("[", "{")):
-        for read in (from_json, _from_python):
-            with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError):
+        for read in (from_json, ast.literal_eval):
+            with (
+                contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError),
+                warnings.catch_warnings(action="ignore"),  # of backslashes in what is no Python
+            ):
                 value = read(cell.strip())
                 return cell if checked(value)[1] else value
     return cell
-
-
-def _from_python(text: str) -> Any:
-    with warnings.catch_warnings(action="ignore"):  # of backslashes in what is no Python
-        tree = ast.parse(text, mode="eval")
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Dict) and len(set(map(ast.dump, filter(None, node.keys)))) < len(node.keys):
-            raise ValueError("a key occurs twice")
-    return ast.literal_eval(tree)
 
 
 def renamed(row: Fields, columns: Mapping[str, str]) -> Fields:
@@ -104,7 +100,10 @@ def answer(row: Fields, key: str) -> str:
     """A text, or messages of which the last is the answer; empty where there is none."""
     if not holds(row, key):
         return ""
-    return turns(row, key)[-1].text if messages(row, key) else text(row, key)
+    if not messages(row, key):
+        return text(row, key)
+    said = turns(row, key)
+    return said[-1].text if said else ""
 
 
 def prompt(row: Fields, key: str = "prompt") -> Prompt:
@@ -117,7 +116,7 @@ def prompt(row: Fields, key: str = "prompt") -> Prompt:
     if ask and not holds(row, key):
         asked = (Turn("user", "\n\n".join(text(row, part) for part in (ask, "input") if holds(row, part))),)
     else:
-        asked = turns(row, key) if holds(row, key) and messages(row, key) else text(row, key)
+        asked = (turns(row, key) or "") if holds(row, key) and messages(row, key) else text(row, key)
     past = before(row)
     return (*past, *((Turn("user", asked),) if isinstance(asked, str) else asked)) if past else asked
 

@@ -37,8 +37,7 @@ _SIDES += [("left", "right"), ("a", "b")]
 _PROMPTS = ("prompt", "instruction", "question", "query", "input", "context", "messages", "conversation", "dialogue")
 # Columns that JSON_MIN, CSV and TSV add to the data and the label; `task` is our own.
 _ABOUT = ("id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "agreement", "history", "task")
-_COMPARE = ("selected", "ranker")  # what the tags Pairwise and Ranker write
-_OTHERS = ("rating", "choices", "taxonomy", "number", "labels")  # what other tags write
+_COMPARE = {"selected", "ranker"}  # what the tags Pairwise and Ranker write
 _UNSORTED = "_"  # the answers that were put into no bucket
 _BUCKETS = ("best", "better", "good", _UNSORTED, "neutral", "bad", "worse", "worst")  # unless data.buckets= says
 
@@ -169,7 +168,8 @@ def _judgement(
     kept = [(answer, rank) for answer, rank in zip(answers, ranks, strict=True) if rank is not None]
     if len(kept) < 2:
         raise RowError(f"{len(kept)} of {len(answers)} answers ranked; it takes two or more")
-    return Judgement(prompt, tuple(a for a, _ in kept), tuple(rank for _, rank in kept), task, annotator, margin)
+    # A conversation of no turns is no prompt.
+    return Judgement(prompt or "", tuple(a for a, _ in kept), tuple(rank for _, rank in kept), task, annotator, margin)
 
 
 # -- a row with one label: a pair, a ranked list, a line of a sheet
@@ -218,7 +218,7 @@ def _sheet(row: Fields, numbers: Sequence[int]) -> tuple[Prompt, list[str], Sequ
 def _ranking(row: Fields) -> tuple[Prompt, list[str], Sequence[float | None]]:
     """Answers with their ranks, else best first."""
     key = "ranked" if "ranked" in row else "responses"
-    answers, given = fields.decoded(row[key]), fields.decoded(row.get("ranks"))
+    answers, given = fields.decoded(row[key]), fields.decoded(row["ranks"]) if fields.holds(row, "ranks") else None
     if not isinstance(answers, list) or len(answers) < 2 or not all(isinstance(answer, str) for answer in answers):
         raise RowError(f"'{key}' is not a list of 2 or more texts")
     if not fields.blank(given) and (not isinstance(given, list) or len(given) != len(answers)):
@@ -241,8 +241,7 @@ def _won(row: Fields) -> tuple[Prompt, str, str]:
 def _pair(row: Fields) -> tuple[Prompt, str, str]:
     chat = fields.chat(row)
     if chat and "rejected_response" in row:  # ms-swift: the conversation ends with the better answer
-        said = fields.turns(row, chat)
-        return said[:-1], said[-1].text, _answer(row, "rejected_response")
+        return fields.turns(row, chat)[:-1], _answer(row, chat), _answer(row, "rejected_response")
     key = "selected" if "selected" in row and "chosen" not in row else "chosen"
     better, worse = _answer(row, key), _answer(row, "rejected")
     if len(fields.messages(row, key) or ()) > 1:  # the whole conversation on either side
@@ -288,7 +287,7 @@ def _of_annotation(row: Fields, reading: _Reading) -> list[_Label]:
         {"from_name": key, "value": part}
         for key, cell in cells.items()
         for part in (cell if isinstance(cell, list) else [cell])
-        if isinstance(part, dict) and not part.keys().isdisjoint((*_COMPARE, *_OTHERS))
+        if isinstance(part, dict) and _COMPARE & part.keys()
     ]
     data = {key: cell for key, cell in row.items() if key not in [result["from_name"] for result in results]}
     note = {**row, "result": results, "completed_by": fields.decoded(row.get("annotator"))}
@@ -341,20 +340,15 @@ def _annotated(row: Fields, data: Fields, note: Fields, reading: _Reading) -> _L
 def _result(note: Fields, label: str | None) -> Fields:
     """The one result that is the label: its `value` is {"selected": "left"} or {"ranker": ids}."""
     results = [part for part in fields.value_of(note, "result", list) if isinstance(part, dict)]
-    results = [part for part in results if isinstance(part.get("value"), dict)]
-    found = [
-        part
-        for part in results
-        if not part["value"].keys().isdisjoint(_COMPARE) and label in (None, str(part.get("from_name")))
-    ]
+    found = [part for part in results if isinstance(part.get("value"), dict) and _COMPARE & part["value"].keys()]
+    found = [part for part in found if label in (None, str(part.get("from_name")))]
     if len(found) > 1:
         controls = ", ".join(sorted({str(part.get("from_name")) for part in found}))
         raise RowError(f"{len(found)} labels in one, by {controls}; data.columns.label=NAME says which one counts")
-    if found:
-        return found[0]
-    if others := [kind.capitalize() for kind in _OTHERS if any(kind in part["value"] for part in results)]:
-        raise RowError(f"the results are of {', '.join(others)}; a comparison takes the tag Pairwise or Ranker")
-    raise RowError("nothing selected" + (f" by '{label}' (data.columns.label)" if label else ""))
+    if not found:
+        by = f"'{label}' (data.columns.label)" if label else "the tag Pairwise or Ranker"
+        raise RowError(f"nothing selected by {by}")
+    return found[0]
 
 
 def _pairwise(selected: object, sides: Sequence[str]) -> list[list[str]]:

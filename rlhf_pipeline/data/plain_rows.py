@@ -177,17 +177,14 @@ def _text(path: Path) -> str:
 
 
 def _txt_rows(path: Path) -> _Rows:
-    # Lines end at "\n" alone, here and below: U+2028 and the like stay inside a text.
     return ((f"line {number}", {"text": line.rstrip("\r")}) for number, line in _lines(_text(path)))
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, with their numbers."""
-    number, last = 1, 0  # `last` is where the line before ended
-    for found in re.finditer(r"\S[^\n]*", text):
-        number += text.count("\n", last, found.start())
-        last = found.end()
-        yield number, text[text.rfind("\n", 0, found.start()) + 1 : last]
+    """The lines that are not blank, with their numbers. They end at "\n" alone: U+2028 stays inside a text."""
+    for number, line in enumerate(io.StringIO(text, newline="\n"), start=1):
+        if not line.isspace():
+            yield number, line.removesuffix("\n")
 
 
 def _txt_blocks(path: Path) -> _Rows:
@@ -250,10 +247,10 @@ def _csv_rows(path: Path) -> _Rows:
 
 
 def _csv_lines(path: Path, text: str) -> Iterator[str]:
-    for number, line in enumerate(re.finditer(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+", text), start=1):
-        if line.end() - line.start() > LARGEST_ROW:
-            raise UserError(f"{path}, line {number}: {_too_long(line.end() - line.start())}.")
-        yield line[0]
+    for number, line in enumerate(io.StringIO(text, newline=""), start=1):
+        if len(line) > LARGEST_ROW:
+            raise UserError(f"{path}, line {number}: {_too_long(len(line))}.")
+        yield line
 
 
 def _parquet_rows(path: Path) -> _Rows:

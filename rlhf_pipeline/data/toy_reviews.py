@@ -1,5 +1,6 @@
 """A grammar of short English movie reviews whose sentiment is known: the data that the demo carries with it."""
 
+import functools
 import math
 import random
 import re
@@ -64,17 +65,15 @@ def _review(sign: int, rng: random.Random, held_out: bool) -> str:
     return re.sub(r"(?:^|\. )[a-z]", lambda match: match.group().upper(), text)
 
 
-def toy_reviews(count: int, seed: int, held_out: bool = False) -> list[Labelled]:
+@functools.lru_cache(maxsize=4)  # drawing takes seconds, and each stage of a pipeline asks for the same reviews
+def toy_reviews(count: int, seed: int, held_out: bool = False) -> tuple[Labelled, ...]:
     """`count` reviews, about half of them positive (1). A longer draw with the same seed begins with a shorter one.
 
     Reviews that are `held_out` begin with other words than all others: no pair of first words is on both sides.
     """
     rng = random.Random(seed)
-    rows = []
-    for _ in range(count):
-        label = rng.randrange(2)
-        rows.append(Labelled(_review(1 if label else -1, rng, held_out), label))
-    return rows
+    labels = (rng.randrange(2) for _ in range(count))
+    return tuple(Labelled(_review(1 if label else -1, rng, held_out), label) for label in labels)
 
 
 def true_sentiment(text: str) -> float:

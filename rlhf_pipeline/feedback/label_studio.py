@@ -28,8 +28,10 @@ import requests
 from filelock import FileLock
 from jinja2 import Template
 
+from rlhf_pipeline.data.sheets import label_studio_tasks
 from rlhf_pipeline.errors import NotFinishedError, UserError
-from rlhf_pipeline.files import write_json
+from rlhf_pipeline.files import read_json, read_jsonl, write_json
+from rlhf_pipeline.runs.directory import CANDIDATES, PROJECT
 
 URL, KEY, COMMAND = "LABEL_STUDIO_URL", "LABEL_STUDIO_API_KEY", "LABEL_STUDIO"
 _START = "start one with: make label-studio NAME=<the run>"
@@ -61,7 +63,6 @@ def serve(folder: Path, name: str, runs: Path, annotators: int = 1) -> None:
     """Start a server on this machine with the tasks of `folder`, until Ctrl-C; add them to one that is running."""
     if os.environ.get(URL):
         raise UserError(f"{URL} names a server of your own; say labels=push to give it the tasks, or unset it.")
-    _tasks(folder)  # fails before the minute that a start takes
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends the server as Ctrl-C does
     home, process = runs / ".label_studio", None
     home.mkdir(parents=True, exist_ok=True)
@@ -95,23 +96,22 @@ def serve(folder: Path, name: str, runs: Path, annotators: int = 1) -> None:
 
 def push(studio: "LabelStudio", folder: Path, name: str, annotators: int = 1) -> str:
     """Make the project if there is none, and add the tasks of `folder` that it lacks. Gives the labelling page."""
-    tasks, mark = _tasks(folder), f"Made by rlhf_pipeline for the run {name}."
+    tasks, mark = label_studio_tasks(read_jsonl(folder / CANDIDATES)), f"Made by rlhf_pipeline for the run {name}."
     studio.check()
     page = (folder / "labeling_config.xml").read_text(encoding="utf-8")
     project = studio.project(f"run {name}"[:50], mark, page, annotators)  # the longest title that it takes
     added = studio.add(project, tasks)
     known = {"url": studio.url, "project": project, "run": name, "mark": mark, "local": not os.environ.get(URL)}
-    write_json(folder / "project.json", known)
+    write_json(folder / PROJECT, known)
     print(f"project {project}, {name}: {added} tasks added, {len(tasks) - added} were there", flush=True)
     return f"{studio.url}/projects/{project}/data?labeling=1"
 
 
 def pull(folder: Path, runs: Path) -> list[dict[str, Any]]:
     """The tasks of `folder` that people have labelled or skipped so far, in Label Studio's JSON."""
-    path = folder / "project.json"
-    if not path.exists():
+    known = read_json(folder / PROJECT)
+    if not {"url", "project", "mark"} <= known.keys():
         raise NotFinishedError(f"{folder} has not been given to Label Studio yet; say labels=serve, or labels=push.")
-    known = json.loads(path.read_text(encoding="utf-8"))
     if os.environ.get(URL, "").strip().rstrip("/") != ("" if known.get("local") else known["url"]):
         fix = f"unset {URL}" if known.get("local") else f"set {URL} to that, and {KEY}"
         raise UserError(f"the tasks of {folder} are at {known['url']}; {fix}.")
@@ -125,13 +125,6 @@ def connect(runs: Path) -> "LabelStudio":
     """The user's own server if the environment names one, else that of `runs`."""
     url = os.environ.get(URL)
     return LabelStudio(url, os.environ.get(KEY, "")) if url else running(runs)
-
-
-def _tasks(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "tasks.json"
-    if not path.exists():
-        raise NotFinishedError(f"{folder} has no tasks.json to be labelled; run stage=collect first.")
-    return list(json.loads(path.read_text(encoding="utf-8")))
 
 
 # -- the REST interface
@@ -222,7 +215,9 @@ class LabelStudio:
             found = answer.json()
             if answer.ok:
                 return found
-        said = (answer.headers.get("location") or answer.text).replace(self._token, "***")
+        said = answer.headers.get("location") or answer.text
+        for secret in filter(None, (self._token, header.rpartition(" ")[2])):
+            said = said.replace(secret, "***")
         hint = _HINTS.get(answer.status_code, f"If it is not Label Studio, {_START}.")
         raise UserError(f"{self.url} answered {answer.status_code} to {method} {path}: {said!r:.300}. {hint}")
 
@@ -233,15 +228,14 @@ class LabelStudio:
 def running(runs: Path) -> LabelStudio:
     """The server of these runs. The token goes only to a port on which the process that we started listens."""
     home = runs / ".label_studio"
-    with suppress(FileNotFoundError, KeyError, StopIteration, psutil.Error):
-        known = json.loads((home / "server.json").read_text(encoding="utf-8"))
+    with suppress(KeyError, StopIteration, psutil.Error):
+        known = read_json(home / "server.json")
         process = psutil.Process(known["pid"])
         if abs(process.create_time() - known["started"]) < 60:  # or another process has got the number
             family = (process, *process.children(recursive=True))  # the command may be a script around it
             sockets = [each for member in family for each in member.net_connections("tcp")]
             port = next(s.laddr.port for s in sockets if s.status == psutil.CONN_LISTEN and s.laddr.ip == _HOST)
-            login = json.loads((home / "login.json").read_text(encoding="utf-8"))
-            return LabelStudio(f"http://{_HOST}:{port}", login["token"])
+            return LabelStudio(f"http://{_HOST}:{port}", read_json(home / "login.json")["token"])
     raise NotFinishedError(
         f"no Label Studio of {runs} is running; start it with labels=serve (make label-studio NAME=<the run>), or "
         f"name your own by {URL} and {KEY}."
@@ -296,7 +290,7 @@ def _login(home: Path) -> dict[str, str]:
         with open(descriptor, "w", encoding="utf-8") as file:
             json.dump(login, file)
         os.replace(temporary, path)
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+    return read_json(path)
 
 
 def _free_port() -> int:

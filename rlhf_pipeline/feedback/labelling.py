@@ -5,7 +5,6 @@ Loads no torch: people run `labels=pull` again and again.
 
 import dataclasses
 import itertools
-import json
 import math
 import random
 import statistics
@@ -20,7 +19,7 @@ from rlhf_pipeline.data.records import Judgement
 from rlhf_pipeline.data.sheets import label_studio_tasks, sheet
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.feedback.label_studio import connect, labeling_config, pull, push, serve
-from rlhf_pipeline.files import read_jsonl, write_atomic, write_json, write_jsonl
+from rlhf_pipeline.files import read_json, read_jsonl, write_atomic, write_json, write_jsonl
 from rlhf_pipeline.models.rewards import Reward
 from rlhf_pipeline.progress import parts
 from rlhf_pipeline.runs.directory import CANDIDATES, LABELS, PROJECT, RunDir
@@ -70,7 +69,7 @@ def bring_pulled(out: RunDir) -> None:
     """Replace the labels from Label Studio by what is labelled there now."""
     tasks = pull(out.path, out.runs)
     write_json(out.path / _EXPORT, tasks)
-    known = json.loads((out.path / PROJECT).read_text(encoding="utf-8"))
+    known = read_json(out.path / PROJECT)
     # Our own server may listen on another port the next time, with the same labels.
     source = f"{'label_studio' if known.get('local') else known['url']}/projects/{known['project']}"
     notes = [(task["data"].get("task"), note) for task in tasks for note in task["annotations"]]

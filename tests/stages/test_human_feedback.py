@@ -1,12 +1,15 @@
 """Rounds of human feedback in miniature: collect, label, reward, PPO, and again; with a labeler and with people."""
 
+import contextlib
 import csv
 import html
+import io
 import json
 import os
 import shlex
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import yaml
@@ -37,16 +40,30 @@ SMALL = (
 LABELER = ("labeler=length", "labeler.target=5", "labeler.noise=0.5")
 
 
+class Grown(NamedTuple):
+    """A run of one round with a labeler, and then of two: its folder, the first round before, and what was printed."""
+
+    run: Path
+    first: str  # the hash of its content
+    said: str
+
+
 @pytest.fixture(scope="module")
-def two_rounds(tmp_path_factory: pytest.TempPathFactory, command_line: CommandLine) -> Path:
-    """The folder of a finished run of two rounds with a labeler. Tests read it, or copy it."""
-    folder, before = tmp_path_factory.mktemp("two_rounds"), Path.cwd()
-    os.chdir(folder)
-    try:
+def grown(tmp_path_factory: pytest.TempPathFactory, command_line: CommandLine) -> Grown:
+    folder = tmp_path_factory.mktemp("two_rounds")
+    run = folder / "runs" / "human_feedback"
+    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as said:
+        assert command_line("stage=pipeline", *SMALL, "rounds=1", *LABELER) == 0
+        first = content_hash(run / "round1")
+        said.truncate(0)
         assert command_line("stage=pipeline", *SMALL, "rounds=2", *LABELER) == 0
-    finally:
-        os.chdir(before)
-    return folder / "runs" / "human_feedback"
+    return Grown(run, first, said.getvalue())
+
+
+@pytest.fixture(scope="module")
+def two_rounds(grown: Grown) -> Path:
+    """The folder of a finished run of two rounds with a labeler. Tests read it, or copy it."""
+    return grown.run
 
 
 @pytest.fixture
@@ -61,14 +78,11 @@ def with_people(two_rounds: Path, workplace: Path) -> Path:
 @pytest.fixture(scope="module")
 def collection(two_rounds: Path, tmp_path_factory: pytest.TempPathFactory, command_line: CommandLine) -> Path:
     """A run that waits for people to label its candidates. Tests take it as `asked`."""
-    folder, before = tmp_path_factory.mktemp("collection"), Path.cwd()
+    folder = tmp_path_factory.mktemp("collection")
     for stage in ("pretrain", "sft"):
         shutil.copytree(two_rounds / stage, folder / "runs" / "human_feedback" / stage)
-    os.chdir(folder)
-    try:
+    with contextlib.chdir(folder):
         assert command_line("stage=collect", *SMALL) == 0
-    finally:
-        os.chdir(before)
     return folder / "runs" / "human_feedback"
 
 
@@ -208,17 +222,11 @@ def test_where_each_round_has_its_own_judge_one_can_judge_all(
     assert "held-out prompts" not in chinese
 
 
-def test_more_rounds_go_on_from_those_that_are_done(
-    two_rounds: Path, workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.copytree(two_rounds, workplace / "runs" / "human_feedback")
-    before = {n: content_hash(workplace / "runs/human_feedback" / f"round{n}") for n in (1, 2)}
-    assert command_line("stage=pipeline", *SMALL, "rounds=3", *LABELER) == 0
-    assert {n: content_hash(workplace / "runs/human_feedback" / f"round{n}") for n in (1, 2)} == before
-    assert len(json.loads((workplace / "runs/human_feedback/rounds.json").read_text())) == 4
-    said = capsys.readouterr().out
-    assert "round3: ppo" in said
-    assert said.count("by round; reward: length") == 1  # nothing is new of the others
+def test_more_rounds_go_on_from_those_that_are_done(grown: Grown) -> None:
+    assert content_hash(grown.run / "round1") == grown.first
+    assert len(json.loads((grown.run / "rounds.json").read_text())) == 3
+    assert "round2: ppo" in grown.said
+    assert grown.said.count("by round; reward: length") == 1  # nothing is new of the first
 
 
 def fill_in(sheet: Path, ranks: list[str], first: int = 1, end: int | None = None) -> Path:
@@ -360,13 +368,17 @@ def test_overwriting_a_pipeline_keeps_what_people_labelled(with_people: Path, co
 
 
 def test_a_policy_of_ones_own_is_asked_first_and_what_it_became_after(
-    with_people: Path, workplace: Path, command_line: CommandLine
+    two_rounds: Path, with_people: Path, workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = with_people.rename(workplace / "own")
-    given = ("~stages.pretrain", "~stages.sft", f"policy.path={own / 'sft'}", "rounds=2", *LABELER)
-    assert command_line("stage=pipeline", *SMALL, *given, "collect.policies=[sft,ppo]") == 2  # this run has no sft
+    others = [f"~stages.{stage}" for stage in ("pretrain", "sft", "reward", "ppo", "evaluate")]
+    small = [word for word in SMALL if not word.startswith("++stages")]
+    given = (*small, *others, f"policy.path={own / 'sft'}", "collect.response_length=8", "rounds=2", *LABELER)
+    assert command_line("stage=pipeline", *given, "collect.policies=[sft,ppo]") == 2
+    assert "has made no policy sft" in capsys.readouterr().err
     shutil.rmtree(workplace / "runs")
-    assert command_line("stage=pipeline", *SMALL, *given) == 0
+    shutil.copytree(two_rounds / "round1" / "ppo", workplace / "runs/human_feedback/round1/ppo")
+    assert command_line("stage=pipeline", *given) == 0
     asked = [record(workplace / f"runs/human_feedback/round{n}/collect")["parents"]["policy"]["path"] for n in (1, 2)]
     assert asked == [str(own / "sft" / "model"), "runs/human_feedback/round1/ppo/model"]
 

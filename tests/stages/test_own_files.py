@@ -1,5 +1,6 @@
-"""Files of one's own by the real command: prompts alone, answers that are too long, labels of other names."""
+"""Files of one's own by the real command: prompts alone, answers that are too long."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -12,12 +13,7 @@ TINY = (
     "policy=gpt2_scratch", "policy.size=tiny", "policy.positions=64", "trainer.max_steps=2",
     "trainer.per_device_train_batch_size=4",
 )  # fmt: skip
-PROMPTS = [
-    {"prompt": "say {}"},
-    {"prompt": "say {}", "completion": ""},
-    {"messages": [{"role": "user", "content": "say {}"}]},
-    {"messages": [{"role": "user", "content": "say {}"}, {"role": "assistant", "content": ""}]},
-]
+PROMPTS = [{"prompt": "say {}"}, {"messages": [{"role": "user", "content": "say {}"}]}]
 
 
 def write(name: str, *rows: object) -> str:
@@ -25,14 +21,22 @@ def write(name: str, *rows: object) -> str:
     return f"data.path={name}"
 
 
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory, command_line: CommandLine) -> str:
+    folder = tmp_path_factory.mktemp("base")
+    with contextlib.chdir(folder):
+        Path("texts.txt").write_text("".join(f"say {n} and {n + 1}, it is {n}\n" for n in range(60)))
+        assert command_line("stage=pretrain", "name=base", "data=text", "data.path=texts.txt", *TINY) == 0
+    return f"policy.path={folder / 'runs/base/pretrain'}"
+
+
 @pytest.fixture
-def base(workplace: Path, command_line: CommandLine) -> str:
-    Path("texts.txt").write_text("".join(f"say {n} and {n + 1}, it is {n}\n" for n in range(60)))
-    assert command_line("stage=pretrain", "name=base", "data=text", "data.path=texts.txt", *TINY) == 0
-    return "policy.path=runs/base/pretrain"
+def base(policy: str, workplace: Path) -> str:
+    """A policy to begin with, where the current folder is empty."""
+    return policy
 
 
-@pytest.mark.parametrize("form", PROMPTS, ids=["prompt", "empty", "user", "blank"])
+@pytest.mark.parametrize("form", PROMPTS, ids=["text", "chat"])
 def test_prompts_alone_serve_ppo_and_are_nothing_for_sft(
     form: dict[str, str], base: str, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,8 +74,6 @@ def test_long_prompts_lose_their_beginning_and_answers_are_learnt(
     record = json.loads(Path("runs/long/sft/run.json").read_text())
     assert 0 < record["results"]["eval_loss"] < 20, "a number, of answers that are there"
     long = write("answers.jsonl", *({"prompt": f"{n}:", "completion": f"{n} " * 100} for n in range(4)))
-    assert command_line(*sft, long, "overwrite=true") == 0
-    assert "4 answers lose their end\n" in capsys.readouterr().out
     wrapped = ("trainer.packing=true", "trainer.packing_strategy=wrapped")
     assert command_line(*sft, long, "overwrite=true", *wrapped) == 0
     assert "lose" not in capsys.readouterr().out
@@ -98,13 +100,8 @@ def test_prompts_with_no_room_for_an_answer_are_refused(
 
 
 def test_labels_of_other_names_from_the_command_line(
-    base: str, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+    workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [("bad", "负面"), ("good", "正面")] * 20
-    rows = [{"text": f"say {n}, it is {word}", "label": label} for n, (word, label) in enumerate(words)]
-    reward = ("stage=reward", "name=r", base, "reward=classifier", "data=sentiment", write("r.jsonl", *rows), *TINY[3:])
-    assert command_line(*reward, "data.labels={正面: 1, 负面: 0}") == 0
-    assert json.loads(Path("runs/r/reward/run.json").read_text())["status"] == "done"
-    capsys.readouterr()
-    assert command_line(*reward, "data.labels={正面: 1}", "overwrite=true") == 2
-    assert "r.jsonl, line 1: 'label' is '负面'; allowed are 正面 (data.labels)" in capsys.readouterr().err
+    path = write("r.jsonl", {"text": "good", "label": "正面"}, {"text": "bad", "label": "负面"})
+    assert command_line("stage=pretrain", "data=sentiment", path, "data.labels={正面: 1}") == 2
+    assert "r.jsonl, line 2: 'label' is '负面'; allowed are 正面 (data.labels)" in capsys.readouterr().err

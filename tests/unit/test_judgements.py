@@ -24,6 +24,7 @@ def read(folder: Path, *rows: Any, **options: Any) -> Judged:
 
 
 GOOD = {"prompt": "good", "chosen": "c", "rejected": "r"}
+NOTHING = "nothing selected by the tag Pairwise or Ranker"
 
 
 def why(folder: Path, row: Any, **options: Any) -> str:
@@ -62,7 +63,9 @@ SAID = (Turn("system", "Be brief."), Turn("user", "Why?"))
         ({"prompt": "p", "winner": "sft", "sft": "", "ppo": "r"}, Preference("p", "", "r")),
         ({"chosen": CHAT, "rejected": WORSE}, Preference((Turn("user", "a?"),), "b", "r")),
         ({"prompt": "a?", "chosen": CHAT, "rejected": WORSE}, Preference((Turn("user", "a?"),), "b", "r")),
-        ({"prompt": "p", "responses": ["a", "b", "c"]}, Ranking("p", ("a", "b", "c"))),
+        ({"chosen": [{"role": "system", "content": ""}, CHAT[1]], "rejected": "r"}, Preference("", "b", "r")),
+        *(({"prompt": "p", "responses": ["a", "b", "c"], "ranks": empty}, Ranking("p", ("a", "b", "c")))
+          for empty in (None, float("nan"), " ", [], "[]")),
         ({"prompt": "p", "responses": ["a", "b", "c"], "ranks": [2, None, 1]}, Preference("p", "c", "a")),
         ({"prompt": "p", "responses": '["x", "[1]"]', "ranks": "[2, 1]"}, Preference("p", "[1]", "x")),
         ({"context": [], "prompt": "p", "responses": ["a", "b"]}, Preference((Turn("user", "p"),), "a", "b")),
@@ -80,7 +83,8 @@ def test_every_form_of_a_pair_and_a_ranking(tmp_path: Path, row: dict[str, Any],
     [
         ({"prompt": "p", "rejected": "r"}, "'chosen' is missing; a preference row needs prompt, chosen, rejected"),
         *(({"prompt": "p", "chosen": empty, "rejected": "r"}, "'chosen' is blank; a preference row")
-          for empty in (None, "  ", float("nan"), [])),
+          for empty in (None, "  ", float("nan"), [], [{"role": "system", "content": ""}])),
+        ({"messages": [{"role": "system", "content": ""}], "rejected_response": "r"}, "'messages' is blank"),
         ({"prompt": "p", "chosen": json.dumps(CHAT)[:-5], "rejected": "r"}, "'chosen' begins like a list of messages"),
         ({"winner": "x", "x": "c", "y": "r", "source": "s"}, "beside 'x' there is not one other answer but y, source"),
         ({"winner": "x", "x": "c"}, "beside 'x' there is not one other answer but none"),
@@ -206,8 +210,7 @@ def test_items_are_looked_up_by_id_then_body_then_title_then_in_the_data(tmp_pat
     ("row", "reason"),
     [
         (task(annotation()), "nothing selected"),
-        (task(annotation(control({"choices": ["x"]}), control({"rating": 4}))),
-         "the results are of Rating, Choices; a comparison takes the tag Pairwise or Ranker"),
+        (task(annotation(control({"choices": ["x"]}), control({"rating": 4}))), "nothing selected by the tag Pairwise"),
         (task(annotation(ranker({"better": [], "_": ["answer1", "answer2"]}))), "nothing selected: all is left"),
         (task(annotation(control({"selected": "both"}))), "'selected' is neither left nor right"),
         (task(annotation(LEFT, control({"selected": "right"}, name="safety"))), "2 labels in one, by choice, safety"),
@@ -234,7 +237,7 @@ def test_what_cannot_be_believed_is_set_aside_with_a_plain_reason(tmp_path: Path
 def test_a_row_set_aside_can_be_mended_and_read_again(tmp_path: Path) -> None:
     found = read(tmp_path, task(annotation(LEFT, by="x"), annotation(by="y")))
     (aside,) = found.rejected
-    assert (aside["task"], aside["annotator"], aside["why"]) == ("t1", "y", "nothing selected")
+    assert (aside["task"], aside["annotator"], aside["why"]) == ("t1", "y", NOTHING)
     aside["row"]["annotations"][0]["result"] = [RIGHT]
     assert [j.annotator for j in read(tmp_path, aside["row"]).judgements] == ["y"]
 
@@ -306,6 +309,10 @@ def test_a_category_and_one_annotator_for_all_are_no_repeats(tmp_path: Path) -> 
     again = {"prompt": "0", "responses": ["c", "r"], "ranks": [2, 1], "task": "qa", "annotator": "human"}
     found = read(tmp_path, *rows, again)
     assert (len(found.judgements), found.judgements[-1].ranks, found.counts["superseded"]) == (3, (2, 1), 1)
+    (numbered,) = read(
+        tmp_path, {**again, "task": 7.0, "annotator": 2}, {**again, "task": 7, "annotator": 2.0}
+    ).judgements
+    assert (numbered.task, numbered.annotator) == ("7", "2"), "whole numbers beside nulls, by way of pandas"
 
 
 @pytest.mark.parametrize(
@@ -453,7 +460,7 @@ def test_a_file_with_nothing_usable_says_why_and_how_often(tmp_path: Path) -> No
         read(tmp_path, *rows, task(annotation(LEFT, was_cancelled=True), number=9))
     assert str(caught.value) == (
         f"{tmp_path / 'labels.json'} holds no usable label: 4 tasks, 0 judgements, 1 skipped, 0 unlabelled, "
-        "0 superseded, 3 rejected; row 1: nothing selected (3 such rows)."
+        "0 superseded, 3 rejected; row 1: nothing selected by the tag Pairwise or Ranker (3 such rows)."
     )
 
 
@@ -475,7 +482,7 @@ def test_lists_in_lists_are_set_aside_or_refused(tmp_path: Path, depth: int) -> 
 ODD = (
     None, True, 0, -1, 1.5, 1e300, float("nan"), "", "left", "_", "\ud800", "[1", '{"a": 1}', [], [[]], {},
     {"id": None}, {"id": "answer1", "body": 3}, [{"id": 1}, {"id": 1}], ["answer1"], {"ranker": 3},
-    {"selected": ["left"]}, [{"selected": "left"}], "x" * 300,
+    {"selected": ["left"]}, [{"selected": "left"}], "x" * 300, CHAT, CHAT[1:], [{"role": "system", "content": ""}],
 )  # fmt: skip
 
 
@@ -495,7 +502,7 @@ def mutate(rows: Any, rng: random.Random) -> Any:
         elif how < 0.8:
             del node[key]
         else:
-            other, place = rng.choice(list(places(rows)))
+            other, place = rng.choice(list(places(rows)) or [([0], 0)])
             node[key] = copy.deepcopy(other[place])
     return rows
 
@@ -527,9 +534,9 @@ def check_never_breaks(path: Path, rows: Any, rng: random.Random) -> bool:
 def test_whatever_stands_in_a_file_only_user_errors_come_of_it(tmp_path: Path) -> None:
     rng = random.Random("odd")
     minified = [found for row in EXPORT for found in flat(row)]
-    outcomes = Counter(check_never_breaks(tmp_path / "odd.json", r, rng) for r in [EXPORT, minified, PLAIN] * 250)
-    assert outcomes[True] > 200, "some are still read"
-    assert outcomes[False] > 20
+    outcomes = Counter(check_never_breaks(tmp_path / "odd.json", r, rng) for r in [EXPORT, minified, PLAIN] * 120)
+    assert outcomes[True] > 100, "some are still read"
+    assert outcomes[False] > 10
 
 
 # --- the real exports
@@ -559,7 +566,7 @@ def test_real_exports_of_label_studio(shared: Path) -> None:
     ]
     assert [(row["task"], row["why"]) for row in pairs.rejected] == [
         ("11", "untouched: the prediction as it stood, after 2.2 s"),
-        ("14", "nothing selected"),
+        ("14", NOTHING),
     ]
     ranked = read_judgements(real(shared, "ls_export_ranker.json"))
     assert [(j.task, j.ranks) for j in ranked.judgements] == [("8", (2, 1, 3, 4))]
@@ -585,4 +592,4 @@ def test_real_exports_mutated_at_random(shared: Path, tmp_path: Path) -> None:
     rng = random.Random("real")
     for name in ("ls_export_pairwise.json", "ls_export_ranker.json", "ls_export_ranker_buckets.json"):
         rows = json.loads(real(shared, name).read_text(encoding="utf-8"))
-        assert sum(check_never_breaks(tmp_path / "odd.json", rows, rng) for _ in range(150)) > 20
+        assert sum(check_never_breaks(tmp_path / "odd.json", rows, rng) for _ in range(60)) > 10

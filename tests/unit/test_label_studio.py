@@ -54,8 +54,6 @@ def collected(workplace: Path) -> Path:
     folder.mkdir(parents=True)
     answers = [{"id": "answer1", "text": "a"}, {"id": "answer2", "text": "b"}]
     write_jsonl(folder / "candidates.jsonl", [{"task": f"t{n}", "prompt": "p", "answers": answers} for n in range(3)])
-    data = [{"task": f"t{n}", "prompt": "p", "answer1": "a", "answer2": "b"} for n in range(3)]
-    (folder / "tasks.json").write_text(json.dumps([{"data": each} for each in data]))
     (folder / "labeling_config.xml").write_text(labeling_config(2))
     (folder / "run.json").write_text(json.dumps({"stage": "collect", "name": "demo", "status": "waiting"}))
     return folder
@@ -139,11 +137,16 @@ def test_tasks_are_never_imported_twice(fake: FakeStudio, studio: LabelStudio) -
     assert len({task["data"]["task"] for task in fake.tasks}) == len(fake.tasks) == 1210
 
 
-def test_a_personal_access_token_is_exchanged_and_never_outlives_its_minutes(fake: FakeStudio) -> None:
+def test_a_personal_access_token_is_exchanged_never_outlives_its_minutes_and_is_not_shown(
+    fake: FakeStudio, monkeypatch: pytest.MonkeyPatch
+) -> None:
     studio = LabelStudio(fake.url, PERSONAL)
     studio.check()
     fake.accepted.discard(f"Bearer {ACCESS}")  # its minutes are over
     studio.check()
+    monkeypatch.setattr(fake, "answer", lambda *_: (500, f"Authorization: Bearer {ACCESS}"))
+    with pytest.raises(UserError, match=r"Authorization: Bearer \*\*\*"):
+        studio.request("GET", "/api/projects/7")
 
 
 def test_neither_netrc_nor_a_proxy_comes_between(
@@ -215,6 +218,12 @@ def test_labels_are_pulled_from_where_the_tasks_are_and_from_no_other_project(
     fake: FakeStudio, collected: Path, monkeypatch: pytest.MonkeyPatch, command_line: CommandLine
 ) -> None:
     assert command_line(*LABEL, "labels=push") == 0
+    known = (collected / "project.json").read_text()
+    for damaged, message in ((known[:-9], "project.json is damaged"), ("{}", "has not been given to Label Studio")):
+        (collected / "project.json").write_text(damaged)
+        with pytest.raises(UserError, match=message):
+            pull(collected, Path("runs"))
+    (collected / "project.json").write_text(known)
     fake.projects[0]["description"] = "somebody's"
     with pytest.raises(UserError, match="is not this run's any more"):
         pull(collected, Path("runs"))
@@ -298,8 +307,13 @@ def test_serve_brings_the_tasks_keeps_its_secrets_and_ends_with_us(
     with pytest.raises(NotFinishedError, match=r"no Label Studio of .*runs is running; start it with labels=serve"):
         running(runs)
     logins = []
-    for end in (signal.SIGINT, signal.SIGTERM):  # the second time with the login of the first
-        with serving(collected) as (process, server, printed):
+    for end in (signal.SIGINT, signal.SIGTERM):  # the second time with the login of the first, and at another port
+        with ExitStack() as taken:
+            if logins:
+                with suppress(OSError):  # something else has it
+                    taken.enter_context(FakeStudio(8080))
+            process, server, printed = taken.enter_context(serving(collected))
+            assert not logins or ":8080/" not in printed
             running(runs).check()
             logins.append(json.loads((home / "login.json").read_text()))
             process.send_signal(end)
@@ -370,15 +384,6 @@ def test_the_token_goes_to_no_stranger_at_the_servers_port(fake: FakeStudio, col
     assert fake.asked == []
 
 
-def test_another_port_is_taken_where_the_first_is_not_free(command: None, collected: Path) -> None:
-    with ExitStack() as taken:
-        with suppress(OSError):  # something else has it
-            taken.enter_context(FakeStudio(8080))
-        with serving(collected) as (_, _, printed):
-            assert "http://127.0.0.1:" in printed
-            assert ":8080/" not in printed
-
-
 def test_serve_tells_what_is_missing(
     collected: Path, monkeypatch: pytest.MonkeyPatch, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -400,6 +405,3 @@ def test_serve_tells_what_is_missing(
     assert "login.json is gone" in serve()
     monkeypatch.setenv("LABEL_STUDIO_URL", "http://127.0.0.1:9")
     assert "names a server of your own; say labels=push" in serve()
-    monkeypatch.delenv("LABEL_STUDIO_URL")
-    (collected / "tasks.json").unlink()
-    assert "has no tasks.json" in serve()

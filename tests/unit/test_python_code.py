@@ -12,34 +12,35 @@ from rlhf_pipeline.errors import UserError
 
 MODULE = '''import os
 
-class A:
-    """A class."""
+@staticmethod
+def name(self) -> dict[str, int]:  # the signature's own comment
+    """What it is called.
 
-    @property
-    def name(self) -> dict[str, int]:  # the signature's own comment
-        """What it is called.
+    On two lines.
+    """
+    # why
+    return {"a": 1,
+            "b": 2}
 
-        On two lines.
-        """
-        # why
-        return {"a": 1,
-                "b": 2}
-
-    async def wait(self, until=lambda x: x,
-                   *, or_else="a:b"):
-        # a comment first
-        @until
-        def inner():
-            return or_else
+async def wait(self, until=lambda x: x,
+               *, or_else="a:b"):
+    # a comment first
+    @until
+    def inner():
+        return or_else
 # a comment at column 0
-        return await inner()
+    return await inner()
 
-    def nothing(self):
-        """Only a docstring."""
+def nothing(self):
+    """Only a docstring."""
 
-    def later(self): ...
+def later(self): ...
 
 def one_line(): return 1
+
+class A:
+    def method(self):
+        return 1
 
 def \u00e4(text):
     s = """
@@ -49,42 +50,31 @@ at column 0
 '''
 
 
-def test_functions_are_heads_and_bodies_at_column_0() -> None:
+def test_functions_at_column_0_are_heads_and_bodies() -> None:
     found = dict(functions(MODULE))
-    assert [head.split("(")[0] for head in found] == ["def name", "async def wait", "def inner", "def \u00e4"]
-    name, wait, inner, last = found.items()
+    assert [head.split("(")[0] for head in found] == ["def name", "async def wait", "def \u00e4"]
+    name, wait, last = found.items()
     assert name[0].startswith('def name(self) -> dict[str, int]:  # the signature\'s own comment\n    """What')
     assert name[0].endswith('\n    On two lines.\n    """\n')
     assert name[1] == '    # why\n    return {"a": 1,\n            "b": 2}\n'
     assert wait[0] == 'async def wait(self, until=lambda x: x,\n               *, or_else="a:b"):\n'
     assert wait[1].startswith("    # a comment first\n    @until\n    def inner():\n")
-    assert "\n# a comment at column 0\n    return await inner()\n" in wait[1]
-    assert inner == ("def inner():\n", "    return or_else\n")
+    assert wait[1].endswith("\n# a comment at column 0\n    return await inner()\n")
     assert last[1] == '    s = """\nat column 0\n"""\n    return s\n'
 
 
 @pytest.mark.parametrize(
-    "source",
+    ("source", "expected"),
     [
-        "def f(:\n",
-        "x = 1\0\n",
-        "class A:\n    def f(self):\n        s = '''\nat column 0\n'''\n        return s\n",  # cannot be moved
-        "def f(): \\\n    return 1\n",
-        'def f():\n    """a"""; return 1\n',
-        "def f():\n    pass\n    ...\n",
-        "def f(" + "a, " * 400 + "):\n    return 1\n",
+        *((source, []) for source in (
+            "def f(:\n", "x = 1\0\n", "def f(): \\\n    return 1\n", 'def f():\n    """a"""; return 1\n',
+            "def f():\n    pass\n    ...\n", "def f(" + "a, " * 400 + "):\n    return 1\n")),
+        ("def f():\r\n  return 1", [("def f():\n", "  return 1\n")]),
+        ('def f():\n  (\n  "a"\n  )\n  return 1\n', [('def f():\n  (\n  "a"\n  )\n', "  return 1\n")]),
     ],
-)
-def test_functions_that_have_no_such_parts_are_left_out(source: str) -> None:
-    assert functions(source) == []
-
-
-def test_a_file_without_a_last_newline_or_with_another_kind_gives_the_same() -> None:
-    assert functions("def f():\r\n  return 1") == [("def f():\n", "  return 1\n")]
-
-
-def test_a_docstring_in_brackets_is_the_heads_as_a_whole() -> None:
-    assert functions('def f():\n  (\n  "a"\n  )\n  return 1\n') == [('def f():\n  (\n  "a"\n  )\n', "  return 1\n")]
+)  # fmt: skip
+def test_functions_without_such_parts_are_left_out(source: str, expected: list[tuple[str, str]]) -> None:
+    assert functions(source) == expected
 
 
 HEAD, DOCUMENTED = "def f():\n", 'def f(a):\n    """What it does."""\n'
@@ -136,7 +126,7 @@ def test_the_whole_standard_library_goes_there_and_back() -> None:
     folders = {folder for name in files for folder in name.split("/")[:-1]}
     assert not folders & {"test", "tests", "idle_test", "site-packages", "pydoc_data", "encodings"}
     found = [pair for text in files.values() for pair in functions(text)]
-    assert len(found) > 8000
+    assert len(found) > 2000
     for head, body in found:
         assert [type(node).__name__.endswith("FunctionDef") for node in ast.parse(head + body).body] == [True]
         assert head.startswith(("def ", "async def "))

@@ -275,8 +275,9 @@ def test_texts_that_end_within_their_prompt_are_counted(capsys: pytest.CaptureFi
     assert len(tokenization.demonstrations(rows, tokenizer, choice, 0)) == 1
     said = "warning: 1 of 2 texts end within their prompt (data.prompt_tokens), and are left out\n"
     assert capsys.readouterr().out == said
-    assert len(asked([Demonstration("p", "c"), Demonstration("", "c")], tokenizer, {}, 0)) == 1
-    assert capsys.readouterr().out == "warning: 1 of 2 rows have no prompt, and are left out\n"
+    for without in (Demonstration("", "c"), Dialogue((Turn("assistant", "c"),))):
+        assert len(asked([Demonstration("p", "c"), without], tokenizer, {}, 0)) == 1
+        assert capsys.readouterr().out == "warning: 1 of 2 rows have no prompt, and are left out\n"
 
 
 def test_data_without_prompts_or_anything_to_learn_is_named() -> None:
@@ -292,13 +293,8 @@ def test_data_without_prompts_or_anything_to_learn_is_named() -> None:
         asked([Dialogue(CHAT)], tokenizer, {"name": "dialogue"}, 0)
 
 
-def test_the_real_chinese_dialogues_lose_next_to_nothing(shared: Path, tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
-    root = tmp_path / "hub"
-    make = [sys.executable, str(shared / "hub" / "make_root.py"), str(root), str(shared / "data")]
-    subprocess.run(make, check=True, capture_output=True)
+def test_the_real_chinese_dialogues_lose_next_to_nothing(shared: Path, hub: dict[str, str]) -> None:
+    root = Path(hub["REQUESTS_LOG"]).parent
     policy = open_policy(str(root / "models" / "shibing624" / "gpt2-dialogbot-base-chinese"))
     tokenizer = policy.tokenizer
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("[SEP]", "[PAD]")
