@@ -15,7 +15,7 @@ _LOG = logging.getLogger("rlhf_pipeline")
 _ARCHIVES = (".tar.gz", ".tgz", ".tar")
 _LAYOUT = "aclImdb/{train,test}/{pos,neg}/<id>_<rating>.txt"
 _REVIEW = re.compile(r"(?:aclImdb/)?((train|test)/((pos|neg)/.+))", re.DOTALL)
-_NAME = re.compile(r"(?:neg/([0-9]{1,18})_[1-4]|pos/([0-9]{1,18})_(?:[7-9]|10))\.txt")
+_NAME = re.compile(r"(?:neg/([0-9]{1,18})_([1-4])|pos/([0-9]{1,18})_([7-9]|10))\.txt")
 _BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
 
 
@@ -30,7 +30,7 @@ def read_acl_imdb(path: Path) -> dict[str, list[Labelled]]:
         raise UserError(
             f"{path} is not an aclImdb; allowed are a folder and {', '.join(_ARCHIVES)}, laid out {_LAYOUT}."
         )
-    found: dict[str, dict[tuple[int, int, str], str]] = {"train": {}, "test": {}}
+    found: dict[str, dict[tuple[int, ...], str]] = {"train": {}, "test": {}}
     left_out = 0
     for review, data in _folder_files(path) if path.is_dir() else _archive_files(path):
         if data is None:
@@ -47,7 +47,10 @@ def read_acl_imdb(path: Path) -> dict[str, list[Labelled]]:
                 f"{path}: {short} does not fit: <id>_<rating>.txt with rating 1..4 in neg and 7..10 in pos, and a text "
                 "in UTF-8."
             )
-        found[split][int(side == "pos"), int(known[1] or known[2]), name] = text
+        key = (int(side == "pos"), *(int(number) for number in known.groups() if number))
+        if key in found[split]:
+            raise UserError(f"{path}: {short} occurs twice; each review needs its own id.")
+        found[split][key] = text
     if left_out:
         _LOG.warning("%s: %d links and other entries that are no files are left out", path, left_out)
     for split, texts in found.items():

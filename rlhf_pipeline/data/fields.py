@@ -53,7 +53,7 @@ def decoded(cell: Any) -> Any:
     A cell stays text if what it holds cannot be used, as where a key occurs twice.
     """
     if isinstance(cell, str) and cell.lstrip().startswith(("[", "{")):
-        for read in (from_json, ast.literal_eval):
+        for read in (from_json, _from_python):
             with (
                 contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError),
                 warnings.catch_warnings(action="ignore"),  # of backslashes in what is no Python
@@ -61,6 +61,14 @@ def decoded(cell: Any) -> Any:
                 value = read(cell.strip())
                 return cell if checked(value)[1] else value
     return cell
+
+
+def _from_python(text: str) -> Any:
+    tree = ast.parse(text, mode="eval")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Dict) and len(set(map(ast.dump, filter(None, node.keys)))) < len(node.keys):
+            raise ValueError("a key occurs twice")
+    return ast.literal_eval(tree)
 
 
 def renamed(row: Fields, columns: Mapping[str, str]) -> Fields:

@@ -154,6 +154,10 @@ def preferences(
     if test_path is None:
         return Splits(rows, [], labels, test_share)
     held_out, test_labels = read(test_path)
+    learnt = Counter(map(_question, rows))
+    known = {prompt for prompt, count in learnt.items() if 2 * count <= len(rows)}  # not one that most rows share
+    if again := sum(_question(row) in known for row in held_out):
+        _LOG.warning("%d of the %d rows in %s have a prompt that is learnt from too", again, len(held_out), test_path)
     return Splits(rows, held_out, Labels(labels.summary, labels.rejected + test_labels.rejected))
 
 

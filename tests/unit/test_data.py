@@ -59,10 +59,11 @@ def test_prompts_that_also_begin_training_texts_are_counted() -> None:
     assert begun_by(["the"], []) == 0
 
 
-def test_the_demos_held_out_prompts_begin_no_training_review() -> None:
+@pytest.mark.parametrize("experiment", ["demo", "human_feedback"])
+def test_the_demos_held_out_prompts_begin_no_training_review(experiment: str) -> None:
     """With the tokenizer and the prompts that the experiment has, for each of the 2,000 held-out reviews."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg: Any = compose("config", ["experiment=demo", "stage=pretrain"])
+        cfg: Any = compose("config", [f"experiment={experiment}", "stage=pretrain"])
     rows = data.load_data({"name": cfg.data.name}, seed=0)
     tokenizer = train_tokenizer([row.text for row in rows.train], cfg.policy.vocabulary, cfg.policy.positions)
     asked = tokenization.questions(
@@ -120,7 +121,7 @@ def test_of_several_sheets_each_is_an_annotator(tmp_path: Path) -> None:
     assert (labels.summary["annotators"], labels.summary["agreement"], labels.summary["contradictions"]) == (2, 0.75, 5)
 
 
-def test_labels_held_out_in_a_file_of_their_own(tmp_path: Path) -> None:
+def test_labels_held_out_in_a_file_of_their_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     learnt = jsonl(tmp_path / "a.jsonl", *pairs(5))
     known = {"prompt": "p 0", "chosen": "x", "rejected": "y"}
     ranked = {"prompt": "q", "responses": ["a", "b", "c"], "ranks": [2, 1, 2]}
@@ -128,6 +129,7 @@ def test_labels_held_out_in_a_file_of_their_own(tmp_path: Path) -> None:
     rows = data.load_data({"name": "preferences", "path": learnt, "test_path": held_out}, seed=0)
     assert len(rows.train) == 5
     assert sorted(rows.test, key=repr) == [Preference("p 0", "x", "y"), Ranking("q", ("b", "a", "c"), (1, 2.5, 2.5))]
+    assert f"1 of the 2 rows in {held_out} have a prompt that is learnt from too" in caplog.text
 
 
 def sides(path: str, share: float = 0.3) -> tuple[list[Any], list[Any]]:

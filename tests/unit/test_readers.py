@@ -100,6 +100,7 @@ def test_acl_imdb_is_the_same_from_folder_and_archive(tmp_path: Path) -> None:
           for name in ("train/pos/4_3.txt", "test/neg/6_5.txt", "test/neg/._1_4.txt", "train/pos/8_11.txt")),
         ("test/pos/9_8.txt", b"caf\xe9", r"test/pos/9_8\.txt .*a text in UTF-8"),
         ("test/pos/9_8.txt", b"<br />", r"test/pos/9_8\.txt .*a text in UTF-8"),
+        ("train/pos/002_7.txt", b"Another.", r"train/pos/0*2_7\.txt occurs twice"),
     ],
 )  # fmt: skip
 def test_acl_imdb_names_a_file_that_does_not_fit(
@@ -492,9 +493,13 @@ def test_of_a_key_that_occurs_twice_neither_value_is_taken(tmp_path: Path) -> No
         ("line 1", "a key occurs twi"), ("line 2", "half a character"),
     ]  # fmt: skip
     assert len(found.judgements) == 1
-    path = sheet(tmp_path / "a.csv", {"messages": '[{"role": "user", "content": "a", "content": "b"}]'})
-    with pytest.raises(UserError, match="begins like a list of messages, and cannot be read as one"):
-        read_demonstrations(path)
+    for cell in (
+        '[{"role": "user", "content": "a", "content": "b"}]',
+        "[{'role': 'user', 'content': 'a', 'role': 'x'}]",
+    ):
+        path = sheet(tmp_path / "a.csv", {"messages": cell})
+        with pytest.raises(UserError, match="begins like a list of messages, and cannot be read as one"):
+            read_demonstrations(path)
     path = sheet(tmp_path / "a.csv", {"prompt": '{"a": 1, "a": 2}', "completion": r'["\ud83d"]'})
     assert read_demonstrations(path) == [Demonstration('{"a": 1, "a": 2}', r'["\ud83d"]')]
 
