@@ -39,7 +39,7 @@ def reward_args(folder: Path, **options: Any) -> RewardConfig:
 
 
 def loss_and_gradient(trainer: Any, rows: Dataset | None = None) -> tuple[float, torch.Tensor]:
-    """Of the first batch, all rows of it."""
+    """Loss and gradient of one batch with all rows."""
     data = trainer.train_dataset if rows is None else rows
     loss = trainer.compute_loss(trainer.model.train(), trainer.data_collator(list(data)))
     loss.backward()

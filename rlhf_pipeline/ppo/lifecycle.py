@@ -163,7 +163,7 @@ class Lifecycle(ParentTrainer):
                 "lower trainer.per_device_train_batch_size."
             )
         if args.ptx_coef and not self.ptx:
-            raise UserError("trainer.ptx_coef needs pretraining texts: pass ptx_dataset, or set ptx.name= (command line).")
+            raise UserError("trainer.ptx_coef needs pretraining texts: ptx_dataset, or ptx.name= on the command line.")
         vocabulary = policy.get_input_embeddings().num_embeddings
         held_out = self.eval_prompts.ids if self.eval_prompts else []
         for ids, room in ((self.prompts.ids, args.response_length), (held_out, args.response_length), (self.ptx, 0)):
