@@ -137,7 +137,7 @@ def _new_critic(policy: PreTrainedModel) -> PreTrainedModel:
 
 
 def _critic_of_reward(reward: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Return a copy of the reward model as critic: the value after a token is its score (InstructGPT, app. C.4).
+    """Copy the reward model as critic: a token's value is the score of the text up to it (InstructGPT, app. C.4).
 
     `reward` is a model with a `score` head, or a text reward that has a `scorer`. If its score is not linear in the
     classifier's logits (for example, a probability), the critic's head starts at zero.

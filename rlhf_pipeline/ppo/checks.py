@@ -91,7 +91,7 @@ def check_drawable(rollout: Rollout, sampling: Sampling) -> None:
 
 
 def check_health(means: dict[str, float], threshold: float, update: int, checkpoints: Path) -> None:
-    """Raise UserError if a figure is not finite or the ratio exceeds `threshold`. It names the last checkpoint."""
+    """Raise UserError if a figure is not finite or the ratio exceeds `threshold`; names the last checkpoint."""
     odd = [name for name, value in means.items() if not math.isfinite(value)]
     ratio = means["val/ratio_max"]
     if not odd and ratio <= threshold:

@@ -73,9 +73,7 @@ class PPOConfig(ParentConfig):
     temperature: float = _field(0.7, "Logits are divided by this, in sampling and in training.")
     stop_token: Literal["eos"] | None = _field(None, "`eos`: the tokenizer's EOS token ends a response.")
     stop_token_id: int | None = _field(None, "The id of a token that ends a response, instead of `stop_token`.")
-    stop_tokens: list[str] = field(
-        default_factory=list, metadata={"help": "Names of more tokens that end a response."}
-    )
+    stop_tokens: list[str] = field(default_factory=list, metadata={"help": "Names of more tokens that end a response."})
     suppress_tokens: list[str] = field(default_factory=list, metadata={"help": "Names of tokens never sampled."})
     # -- the advantage
     advantage: Literal["gae", "rloo", "grpo", "dr_grpo"] = _field(

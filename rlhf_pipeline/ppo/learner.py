@@ -99,7 +99,7 @@ class ShardedLearner(Learner):
         self._sizes = [len(group["params"]) for group in optimizer.param_groups]
         if not isinstance(optimizer, torch.optim.Adam):  # AdamW is a subclass; for others checkpoints would be wrong
             raise UserError(
-                f"under DeepSpeed trainer.optim must be an Adam, such as adamw_torch, not {type(optimizer).__name__}."
+                f"under DeepSpeed trainer.optim must be Adam or AdamW (adamw_torch), not {type(optimizer).__name__}."
             )
         config: dict[str, Any] = accelerator.state.deepspeed_plugin.deepspeed_config
         config["gradient_clipping"] = max_norm

@@ -402,7 +402,7 @@ class Lifecycle(ParentTrainer):
             raise UserError(f"{found} is damaged ({fault}); resume from another checkpoint.")
         if found is None or not (found / "trainer_state.json").exists():
             raise UserError(
-                f"there is no checkpoint to resume from in {found or self.args.output_dir}; train without it."
+                f"there is no checkpoint to resume from in {found or self.args.output_dir}; call train() without one."
             )
         return found
 

@@ -50,7 +50,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def group_advantages(returns: Tensor, size: int, kind: str) -> Tensor:
-    """Advantages (batch,) of responses over others to the same prompt; `size` consecutive rows answer one prompt.
+    """Advantages (batch,) over the other responses to the same prompt. `size` consecutive rows answer one prompt.
 
     `returns` (batch,) are the scores, minus the KL penalty if it is in the reward. rloo subtracts the mean of the
     other responses; dr_grpo subtracts the mean of all responses; grpo also divides by their standard deviation.
@@ -129,7 +129,7 @@ def value_loss(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip:
 
 
 def next_kl_coef(coef: float, kl: float, target: float, episodes: int, horizon: int) -> float:
-    """Ziegler et al.'s controller (sec. 2.2): proportional in log space, its error cut to +-20 %."""
+    """Ziegler et al.'s controller (sec. 2.2): proportional in log space, its error clipped to +-20 %."""
     error = min(max(kl / target - 1, -0.2), 0.2)
     return coef * (1 + error * episodes / horizon)
 

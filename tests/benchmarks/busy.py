@@ -86,7 +86,6 @@ def stages_table(rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    """Measure, keep, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--run", type=Path, default=ROOT / "runs" / "demo", help="default: runs/demo")

@@ -311,7 +311,6 @@ def fuzz(made: Path, count: int, seed: int, kinds: Sequence[str], keep: Path) ->
 
 
 def main() -> None:
-    """Make a run, attack it, count."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)

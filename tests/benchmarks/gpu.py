@@ -65,7 +65,6 @@ def part_table(part: Row) -> str:
 
 
 def main() -> None:
-    """Run the parts; keep and print their figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated (default: all)")
     parser.add_argument("--models", default="small,medium", help="small, medium or small,medium (default: both)")

@@ -472,7 +472,6 @@ def levers_table(row: Row) -> str:
 
 
 def main() -> None:
-    """Measure, keep, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add_options(parser)
     parser.add_argument("--algorithms", default="ppo", help="ppo (default), or rloo and grpo, comma-separated")

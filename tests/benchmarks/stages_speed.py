@@ -276,7 +276,6 @@ def comparisons_table(rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    """Measure, keep, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--rounds", type=int, default=5)
