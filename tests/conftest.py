@@ -1,4 +1,4 @@
-"""What the tests share: the command line as a function, a miniature run, and the real data where there is some."""
+"""Shared by the tests: the command line as a function, a miniature run, and real data if there is some."""
 
 import importlib
 import os
@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-# As the command line sets them; before anything imports the libraries.
+# The command line sets the same. This must come before the libraries are imported.
 os.environ.update(
     HYDRA_FULL_ERROR="1", HF_HUB_DISABLE_TELEMETRY="1", TRL_EXPERIMENTAL_SILENCE="1", TRANSFORMERS_VERBOSITY="error"
 )
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models here are too small to share out
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models here are too small for several threads
 
 ROOT = Path(__file__).parents[1]
 CommandLine = Callable[..., int]
@@ -27,14 +27,14 @@ Refused = Callable[[str], str]
 
 
 def benchmark(name: str) -> ModuleType:
-    """A script of tests/benchmarks as a module; these import each other by name."""
+    """Import a script of tests/benchmarks. These scripts import each other by name."""
     if (folder := str(ROOT / "tests" / "benchmarks")) not in sys.path:
         sys.path.append(folder)
     return importlib.import_module(name)
 
 
 def read_words(*typed: str) -> list[str]:
-    """A command line in Hydra's grammar: its settings, then its options."""
+    """Return a command line in Hydra's grammar: settings first, then options."""
     from rlhf_pipeline.words import as_words, read
 
     settings, options = read(typed)
@@ -42,7 +42,7 @@ def read_words(*typed: str) -> list[str]:
 
 
 def settings_of(*typed: str) -> Any:
-    """The settings that a command line asks for."""
+    """Return the settings that a command line gives."""
     from rlhf_pipeline import composition
 
     return composition.settings_of(read_words(*typed))
@@ -52,8 +52,8 @@ def settings_of(*typed: str) -> Any:
 MINIATURE = (
     "data.limit=300",
     "policy.vocabulary=400",
-    # How a batch is cut must not show: in bf16, where it is native, it would, and of a gradient that is but a rounding
-    # error Adam would make a whole step.
+    # The result must not depend on how a batch is split. In native bf16 it would. And with Adam's default epsilon, a
+    # gradient that is only rounding error would cause a full step.
     *(f"++stages.{stage}.trainer.bf16=false" for stage in ("pretrain", "sft", "reward", "ppo")),
     *(f"++stages.{stage}.trainer.adam_epsilon=1e-5" for stage in ("pretrain", "sft", "reward", "ppo")),
     "++stages.pretrain.trainer.num_train_epochs=1",
@@ -75,7 +75,7 @@ MINIATURE = (
 
 @pytest.fixture(scope="session")
 def command_line() -> CommandLine:
-    """`rlhf_pipeline ARGS` in this process, in the current folder; gives the exit status."""
+    """Run `rlhf_pipeline ARGS` in this process and the current folder; returns the exit status."""
     from rlhf_pipeline import cli
 
     def call(*args: str) -> int:
@@ -100,7 +100,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def refused(command_line: CommandLine, workplace: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """What a command says that is refused, in an empty folder."""
+    """Run a command that must be refused, in an empty folder; returns its error message."""
 
     def call(asked: str) -> str:
         assert command_line(*asked.split()) == 2
@@ -111,7 +111,7 @@ def refused(command_line: CommandLine, workplace: Path, capsys: pytest.CaptureFi
 
 @pytest.fixture(scope="session")
 def miniature(tmp_path_factory: pytest.TempPathFactory, command_line: CommandLine) -> Path:
-    """The folder of a finished miniature run of the demo. Tests read it; those that change it copy it first."""
+    """The folder of a finished miniature run of the demo. Tests that change it must copy it first."""
     folder, before = tmp_path_factory.mktemp("miniature"), Path.cwd()
     os.chdir(folder)
     try:
@@ -132,13 +132,13 @@ def shared() -> Path:
     """The folder of real data that RLHF_SHARED names; without it the test is skipped."""
     folder = os.environ.get("RLHF_SHARED")
     if not folder:
-        pytest.skip("RLHF_SHARED names no folder of real data")
+        pytest.skip("RLHF_SHARED is not set to a folder of real data")
     return Path(folder)
 
 
 @pytest.fixture(scope="session")
 def hub(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment of a process that finds a stand-in for the hub on loopback."""
+    """Environment variables with which a process uses a stand-in for the hub, on loopback."""
     root = tmp_path_factory.mktemp("hub")
     make = [sys.executable, str(shared / "hub" / "make_root.py"), str(root), str(shared / "data")]
     environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}

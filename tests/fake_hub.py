@@ -1,4 +1,4 @@
-"""A stand-in for the side of the Hugging Face hub that takes models: in memory, on loopback."""
+"""A stand-in for the Hugging Face hub that accepts uploads of models, in memory, on loopback."""
 
 import base64
 import json
@@ -9,7 +9,7 @@ TOKEN = "hf_NobodyMayReadThis0123456789"
 
 
 class FakeHub(ThreadingHTTPServer):
-    """Answers as the hub does, as far as an upload asks. Tests set what goes wrong."""
+    """Answers the requests of an upload as the hub does. Tests set what goes wrong."""
 
     daemon_threads = True
 
@@ -92,4 +92,4 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_POST = do_PUT = do_HEAD = _handle  # noqa: N815
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing: the tests read what is printed."""
+        """Print nothing: the tests read the output."""

@@ -1,4 +1,4 @@
-"""A stand-in for a server of OpenAI's chat completions, on loopback."""
+"""A stand-in for a server of OpenAI's chat completions API, on loopback."""
 
 import json
 import threading
@@ -17,7 +17,7 @@ def completion(text: Any) -> bytes:
 
 
 class FakeJudge(ThreadingHTTPServer):
-    """Replies with what `reply` makes of a question. `wrong` are answers in the place of the next ones."""
+    """Answers a question with `reply(question)`. The answers in `wrong` come first."""
 
     daemon_threads = True
 
@@ -25,10 +25,10 @@ class FakeJudge(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
         self.reply = reply
-        self.wrong: list[Wrong | None] = []  # None: the line is cut
-        self.asked: list[dict[str, Any]] = []  # the bodies
+        self.wrong: list[Wrong | None] = []  # None: the connection closes
+        self.asked: list[dict[str, Any]] = []  # the requests' bodies
         self.headers: list[dict[str, str]] = []
-        self.together: threading.Barrier | None = None  # so many requests have to be there at once
+        self.together: threading.Barrier | None = None  # waits until this many requests are there
 
     def questions(self) -> list[str]:
         return [body["messages"][0]["content"] for body in self.asked]
@@ -60,11 +60,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, *_: Any) -> None:
-        """Nothing on the screen."""
+        """Print nothing."""
 
 
 @contextmanager
 def serving(reply: Callable[[str], Any] = lambda question: str(len(question))) -> Iterator[FakeJudge]:
-    """The server, on a thread of its own until the block is left."""
+    """Run the server on a thread until the block ends."""
     with answering(FakeJudge(reply)) as server:
         yield server

@@ -1,4 +1,4 @@
-"""A stand-in for Label Studio's REST interface, in memory: inside a test, or as a `label-studio` command."""
+"""A stand-in for Label Studio's REST API, in memory: inside a test, or as a `label-studio` command."""
 
 import json
 import os
@@ -12,7 +12,7 @@ TOKEN, ACCESS = "0123456789abcdef0123456789abcdef01234567", "access.of.minutes"
 
 
 class FakeStudio(ThreadingHTTPServer):
-    """Answers as Label Studio 1.23 does, as far as we ask. Tests set what goes wrong."""
+    """Answers our requests as Label Studio 1.23 does. Tests set what goes wrong."""
 
     daemon_threads = True
 
@@ -22,9 +22,9 @@ class FakeStudio(ThreadingHTTPServer):
         self.accepted = {f"Token {token}"}
         self.projects: list[dict[str, Any]] = []
         self.tasks: list[dict[str, Any]] = []
-        self.wrong: tuple[int, str] | None = None  # a status and a text in the place of every answer
+        self.wrong: tuple[int, str] | None = None  # a status and a text for every answer
         self.asked: list[str] = []  # "METHOD /path"
-        self.imports: list[int] = []  # how many tasks came at once
+        self.imports: list[int] = []  # the number of tasks in each import
 
     def answer(self, method: str, path: str, asked: dict[str, list[str]], body: Any) -> tuple[int, Any]:
         """The status and the JSON for one request."""
@@ -92,11 +92,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(text.encode())
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing: the tests read what is printed."""
+        """Print nothing: the tests read the output."""
 
 
 def main() -> None:
-    """What `label-studio start ... --port N` does; leaves its command line and environment behind."""
+    """Act as `label-studio start ... --port N`. Writes its command line and environment to seen.json."""
     data = Path(os.environ["LABEL_STUDIO_BASE_DATA_DIR"])
     data.mkdir(exist_ok=True)
     (data / "label_studio.sqlite3").touch()

@@ -11,7 +11,7 @@ S = TypeVar("S", bound=HTTPServer)
 
 @contextmanager
 def answering(server: S) -> Iterator[S]:
-    """A server that answers on a thread until the block is left."""
+    """Run a server on a thread until the block ends."""
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     try:

@@ -1,6 +1,6 @@
-"""The command line in one process of several whose model is sharded, on a CPU.
+"""Runs the command line in one of several processes that shard a model on a CPU.
 
-accelerate would run DDP in the place of FSDP there; gloo can do either, and DeepSpeed has a CPU of its own.
+On a CPU accelerate would replace FSDP with DDP, although gloo supports both. DeepSpeed has its own CPU accelerator.
 """
 
 import os
@@ -13,7 +13,7 @@ from rlhf_pipeline import cli, processes
 
 
 def main() -> None:
-    """As `python -m rlhf_pipeline`, with the CPU for an accelerator."""
+    """Act as `python -m rlhf_pipeline`, with the CPU as the accelerator."""
     start = PartialState.__init__
     patch = pytest.MonkeyPatch()
     patch.setattr(PartialState, "__init__", lambda self, cpu=False, **options: start(self, cpu=False, **options))

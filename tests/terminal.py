@@ -1,4 +1,4 @@
-"""A terminal for a program to run at, and what it shows."""
+"""Runs a program in a terminal, and reads what the terminal shows."""
 
 import os
 import pty
@@ -12,7 +12,7 @@ from conftest import ROOT
 
 
 def at_a_terminal(command: list[str], folder: Path) -> tuple[int, str]:
-    """The exit status of a Python program, and all that it wrote to a terminal of 150 columns."""
+    """Run a Python program in a terminal of 150 columns; returns its exit status and its output."""
     terminal, inside = pty.openpty()
     termios.tcsetwinsize(terminal, (40, 150))
     with subprocess.Popen(
@@ -28,7 +28,7 @@ def at_a_terminal(command: list[str], folder: Path) -> tuple[int, str]:
 
 
 def left_standing(shown: str) -> list[str]:
-    """The lines as they were when the next one began, without colours and the like."""
+    """Return each line's final state, without escape codes such as colours."""
     lines = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", shown).split("\r\n")
     return [next((state for state in reversed(line.split("\r")) if state.strip()), "") for line in lines]
 
@@ -36,5 +36,5 @@ def left_standing(shown: str) -> list[str]:
 def _read(terminal: int) -> bytes:
     try:
         return os.read(terminal, 65_536)
-    except OSError:  # on Linux, the end
+    except OSError:  # the end of the output, on Linux
         return b""

@@ -1,4 +1,4 @@
-"""A policy small enough for a test, with what it needs around it."""
+"""A policy small enough for a test, with its tokenizer, reward and trainer."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def tiny_policy(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> GPT2LMHead
 
 
 def tiny_gguf(path: Path) -> dict[str, np.ndarray[Any, Any]]:
-    """Write a Llama of one layer with the tokenizer of `tiny_tokenizer` in 8 bits; its weights before, by GGUF's names.
+    """Write an 8-bit Llama of one layer with the tokens of `tiny_tokenizer`; returns its fp32 weights by GGUF's names.
 
     Needs the package gguf.
     """
@@ -71,14 +71,14 @@ PROMPTS = [[5, 9, 11], [7], [20, 21, 22, 23, 24], [30, 8]]
 def answers(
     policy: GPT2LMHeadModel, prompts: list[list[int]], limits: list[int], sampling: Sampling, seed: int = 0
 ) -> Batch:
-    """Responses drawn with a seed."""
+    """Sample responses with a seed."""
     wanted = torch.tensor(limits)
     draws = uniform_draws(wanted, torch.Generator().manual_seed(seed))
     return sample(policy, prompts, wanted, sampling, draws)
 
 
 def good_share(prompts: object, responses: list[str]) -> list[float]:
-    """A reward that a policy can learn: the share of the letter o."""
+    """A reward that is easy to learn: the share of the letter o."""
     return [text.count("o") / max(len(text), 1) for text in responses]
 
 
@@ -89,7 +89,7 @@ def trainer(
     given: dict[str, Any] | None = None,
     **options: object,
 ) -> PPOTrainer:
-    """A trainer of a tiny policy towards `good_share`; `given` are more arguments of its constructor."""
+    """Make a trainer of a tiny policy with the reward `good_share`; `given` are more constructor arguments."""
     values: dict[str, object] = {
         "total_episodes": 64, "per_device_train_batch_size": 8, "num_ppo_epochs": 2, "learning_rate": 1e-3,
         "response_length": 6, "temperature": 1.0, "stop_token": "eos", "disable_tqdm": True, "report_to": "none",
@@ -101,7 +101,7 @@ def trainer(
 
 
 def stats_of_first_update(ppo: PPOTrainer) -> dict[str, float]:
-    """One update, as `train` makes it."""
+    """Do one update as `train` does; returns its statistics."""
     ppo.begin(None)
     experience = ppo._estimate(ppo._roll_out(0))
     return {**ppo._describe(experience), **ppo._optimise(experience, 0)}

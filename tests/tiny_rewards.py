@@ -37,7 +37,7 @@ def reward_args(folder: Path, **options: Any) -> RewardConfig:
 
 
 def loss_and_gradient(trainer: Any) -> tuple[float, torch.Tensor]:
-    """Of all rows as one batch."""
+    """Loss and gradient of one batch with all rows."""
     loss = trainer.compute_loss(trainer.model.train(), trainer.data_collator(list(trainer.train_dataset)))
     loss.backward()
     return loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])

@@ -1,4 +1,4 @@
-"""What each process of a test under torchrun does: train a tiny policy as the JSON on the command line says."""
+"""Each process of a test under torchrun runs this: it trains a tiny policy with the JSON settings in sys.argv."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from rlhf_pipeline.processes import agree, end_at_once, join
 
 
 def main() -> None:
-    """Train; process 0 leaves the weights, the log and the saved model in the folder."""
+    """Train; process 0 writes the weights, the log and the model to the folder."""
     join()
     asked: dict[str, Any] = json.loads(sys.argv[1])
     folder = Path(asked["folder"])
@@ -34,7 +34,7 @@ def main() -> None:
         if int(os.environ.get("RANK", 0)) == 0:
             torch.save({n: p.detach().clone() for n, p in ppo.model.named_parameters()}, folder / "weights.pt")
             (folder / "log.json").write_text(json.dumps(ppo.state.log_history))
-    agree(lambda: None)  # or what one has left open ends the other
+    agree(lambda: None)  # wait: a process that exits first would end the other
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What each process of a test under torchrun does: every trainer of ours on a few rows, in as many processes."""
+"""Each process of a test under torchrun runs this: it trains with each of our trainers on a few rows."""
 
 import sys
 from pathlib import Path
@@ -17,18 +17,18 @@ from rlhf_pipeline.training.classifier import ClassifierTrainer
 from rlhf_pipeline.training.preferences import Comparison, ComparisonTrainer
 
 KINDS = ("sft", "classifier", "language", "comparisons")
-# Steps of 4 rows: of the last of an epoch one row is left, and a second process has none.
+# Steps of 4 rows: the last step of an epoch has one row, so the second process has none.
 ROWS, STEP = 13, 4
 
 
 def results(folder: Path, processes: int, accumulated: int = 1) -> dict[str, dict[str, Any]]:
-    """By trainer the weights after two epochs, and what was logged."""
+    """Return each trainer's weights after two epochs, and its log."""
     return {kind: trained(kind, folder / kind, processes, accumulated) for kind in KINDS}
 
 
 def trained(kind: str, folder: Path, processes: int, accumulated: int) -> dict[str, Any]:
-    """One of them, without dropout: it differs by process."""
-    # Of two losses with counts of their own, rows and tokens, the mean over batches depends on these.
+    """Train with one trainer, without dropout, which would differ by process."""
+    # Two losses, averaged over rows and over tokens: their mean over batches depends on the batches.
     held_out_batch = 6 // processes if kind == "language" else 5
     trainer = make(kind, folder, STEP // processes // accumulated, accumulated, held_out_batch)
     trainer.train()
@@ -41,14 +41,14 @@ def trained(kind: str, folder: Path, processes: int, accumulated: int) -> dict[s
 def make(
     kind: str, folder: Path, batch: int, accumulated: int, held_out_batch: int, dropout: float = 0.0, **options: Any
 ) -> Any:  # fmt: skip
-    """A trainer of its own; `options` are more fields of its configuration."""
+    """Make a new trainer; `options` are more fields of its configuration."""
     torch.manual_seed(0)
     sizes = [3 + 7 * i % 17 for i in range(ROWS)]
     ids = [torch.randint(2, 258, (size,)).tolist() for size in sizes]
     given: dict[str, Any] = {
         "per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated, "num_train_epochs": 2,
         "per_device_eval_batch_size": held_out_batch, "logging_steps": 1, "learning_rate": 0.1, "seed": 3,
-        "optim": "sgd",  # Adam makes steps of rounding errors where there is no gradient, as for the biases of keys
+        "optim": "sgd",  # where there is no gradient (biases of keys), Adam would make steps of rounding errors
         **options,
     }  # fmt: skip
     args = reward_args(folder, disable_dropout=not dropout, **given)
@@ -82,7 +82,7 @@ _SHARED = ("gradient_checkpointing", "dataloader_pin_memory", "bf16", "report_to
 
 
 def main() -> None:
-    """Process 0 leaves what came of it in the folder."""
+    """Train; process 0 writes the results to the folder."""
     folder = Path(sys.argv[1])
     join()
     found = results(folder, processes())

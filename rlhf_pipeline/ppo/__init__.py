@@ -1,4 +1,4 @@
-"""Proximal policy optimisation of a language model, under the names of TRL's PPO."""
+"""PPO (proximal policy optimisation) of a language model. The class names are those of TRL."""
 
 from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.ppo.trainer import PPOTrainer

@@ -1,4 +1,4 @@
-"""The networks of PPO: a policy with its critic, and the reference that it is kept near."""
+"""PPO's networks: the policy with its critic, and the reference of the KL penalty."""
 
 import copy
 from collections.abc import Iterator
@@ -21,15 +21,15 @@ from rlhf_pipeline.processes import sharding
 
 
 class Seen(NamedTuple):
-    """What policy and critic make of a batch; all (batch, longest response), 0 beyond a response's end."""
+    """Outputs of policy and critic for a batch. Each is (batch, longest response), and 0 after a response's end."""
 
-    log_probs: Tensor  # of the tokens, under the sampling distribution
-    entropy: Tensor  # of that distribution
-    values: Tensor  # expected return before each token
+    log_probs: Tensor  # of the sampled tokens, under the sampling distribution
+    entropy: Tensor  # of the sampling distribution
+    values: Tensor  # the expected return before each token
 
 
 class ActorCritic(nn.Module):
-    """A policy, and a critic that is one linear head on the policy's trunk, a separate network, or not there."""
+    """A policy and its critic: a value head on the policy's trunk, a separate `value_model`, or none."""
 
     def __init__(
         self, policy: PreTrainedModel, value_model: nn.Module | None = None, bf16: bool = False, critic: bool = True
@@ -43,7 +43,7 @@ class ActorCritic(nn.Module):
         if critic and value_model is None:
             some = next(p for p in policy.parameters() if p.is_floating_point())
             self.value_head = nn.Linear(text_config(policy).hidden_size, 1, device=some.device)
-            # The critic starts by expecting nothing, whatever the trunk says.
+            # With weights of zero the critic first predicts 0 everywhere.
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
             if some.dtype == torch.float64:
@@ -51,11 +51,11 @@ class ActorCritic(nn.Module):
 
     @property
     def has_critic(self) -> bool:
-        """Whether values are estimated; else they are 0."""
+        """Whether there is a critic. Without one all values are 0."""
         return self.value_head is not None or self.value_model is not None
 
     def forward(self, batch: Batch, sampling: Sampling, values: bool = True) -> Seen:
-        """See a batch's responses with the policy and, unless `values` is off or there is none, with the critic."""
+        """Run the policy on a batch's responses, and also the critic if there is one and `values` is True."""
         with autocast(self.bf16, batch.tokens.device):
             states = response_states(trunk(self.policy), batch)
             log_probs, entropy = token_likelihood(self.policy, states, batch, sampling)
@@ -69,13 +69,13 @@ class ActorCritic(nn.Module):
         if self.value_model is not None:
             states = response_states(trunk(self.value_model), batch)
         head = self.value_head if self.value_model is None else value_head_of(self.value_model)
-        # In the head's own precision: bf16 would round the values to steps as large as the rewards of a token.
+        # In the head's own precision: the rounding error of bf16 is as large as the reward of a token.
         with autocast(False, states.device):
             return head(states.to(next(head.parameters()).dtype))
 
 
 def value_head_of(model: nn.Module) -> nn.Module:
-    """The linear layer that makes a classifier's states one number, by the names that families give it."""
+    """Return the linear layer that maps a classifier's states to one number. Its name depends on the model family."""
     for name in ("score", "v_head", "value_head"):
         head: nn.Module | None = getattr(language_model(model), name, None)
         if head is not None:
@@ -92,11 +92,11 @@ def prepare_networks(
     peft_config: PeftConfig | None,
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[Any, Any, Any]:
-    """Policy, reference (None: the policy, its adapter off) and separate critic (None: shared), ready to train."""
+    """Return policy, reference (None: the policy with its adapter off) and separate critic (None: no separate one)."""
     if ref_model is model:
-        raise UserError("model and ref_model are one object; pass a copy, or None and a copy is made.")
+        raise UserError("model and ref_model are one object; pass a copy, or ref_model=None to have one made.")
     if value_model is not None and value_model is reward_model:
-        raise UserError("value_model and reward_model are one object, and only one of them is trained; pass a copy.")
+        raise UserError("value_model and reward_model are one object, but only value_model is trained; pass a copy.")
     if peft_config is not None:
         if isinstance(model, PeftModel):
             raise UserError("the model has an adapter already; pass it without a peft_config, or merge it first.")
@@ -105,7 +105,7 @@ def prepare_networks(
         value_model = _critic_of_reward(reward_model, tokenizer) if args.critic_init == "reward" else _new_critic(model)
         if peft_config is not None:
             own: Any = copy.deepcopy(peft_config)
-            own.task_type, own.modules_to_save = "SEQ_CLS", ["score"]  # the head is trained whole
+            own.task_type, own.modules_to_save = "SEQ_CLS", ["score"]  # the head is trained in full
             value_model = get_peft_model(value_model, own)
     if ref_model is None and not isinstance(model, PeftModel):
         ref_model = copy.deepcopy(model).requires_grad_(False)
@@ -123,24 +123,24 @@ def prepare_networks(
 
 
 def _new_critic(policy: PreTrainedModel) -> PreTrainedModel:
-    """A separate critic that starts as the policy's trunk under a head that expects nothing."""
+    """Return a separate critic: a copy of the policy's trunk with a head of zeros, which predicts 0."""
     inner = language_model(policy)
     config = copy.deepcopy(inner.config)
     config.num_labels = 1
     some = next(inner.parameters())
     critic: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     critic.to(some.device, some.dtype)
-    weights = trunk(policy).state_dict().items()  # an adapter's are left out
+    weights = trunk(policy).state_dict().items()  # without those of an adapter
     trunk(critic).load_state_dict({k.replace(".base_layer.", "."): v for k, v in weights if "lora_" not in k})
     nn.init.zeros_(value_head_of(critic).weight)  # type: ignore[arg-type]
     return critic
 
 
 def _critic_of_reward(reward: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """A copy of the reward's network that gives the score after every token (InstructGPT, app. C.4).
+    """Copy the reward model as critic: a token's value is the score of the text up to it (InstructGPT, app. C.4).
 
-    `reward` is a model with a `score` head, or a reward of texts that has a `scorer`. A score that is not linear in the
-    classifier's logits, as a probability, gives a head that expects nothing on the classifier's trunk.
+    `reward` is a model with a `score` head, or a text reward that has a `scorer`. If its score is not linear in the
+    classifier's logits (for example, a probability), the critic's head starts at zero.
     """
     scorer = getattr(reward, "scorer", None)
     model: Any = reward if scorer is None else scorer.model
@@ -153,7 +153,7 @@ def _critic_of_reward(reward: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
         fault = "this one does not read from left to right, so it would see the tokens whose value it predicts"
     if fault:
         raise UserError(
-            "trainer.critic_init=reward needs a reward model over the policy's own tokens with a `score` head, and "
+            "trainer.critic_init=reward needs a reward model over the policy's own tokens with a `score` head, but "
             f"{fault}; use trainer.critic_init=policy."
         )
     critic: Any = copy.deepcopy(model).requires_grad_(True)
@@ -164,7 +164,7 @@ def _critic_of_reward(reward: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
             for new, old in zip(score.parameters(), head.parameters(), strict=True):
                 new.copy_(readout.to(old) @ old)
         critic.score, critic.num_labels, critic.config.num_labels = score, 1, 1
-    elif offset := score_offset(critic):  # a value has no configuration to keep it
+    elif offset := score_offset(critic):  # the head alone makes the values, so it takes over the offset
         last = [module for module in critic.score.modules() if isinstance(module, nn.Linear)][-1]
         bias = last.weight.new_zeros(1) if last.bias is None else last.bias.detach()
         last.bias = nn.Parameter(bias - offset)
@@ -173,7 +173,7 @@ def _critic_of_reward(reward: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 def _without_dropout(model: nn.Module) -> None:
-    """Switch dropout off for good: a ratio of probabilities means something only if both are of one function."""
+    """Switch dropout off: with it, the ratio of new to old probabilities would compare two random networks."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -183,7 +183,7 @@ def _without_dropout(model: nn.Module) -> None:
 
 
 def with_master_weights(*models: nn.Module | None) -> bool:
-    """Turn models that are trained in 16 bits into fp32; True if there were any."""
+    """If any trained weight has 16 bits, convert all models to fp32 and return True."""
     there = [model for model in models if model is not None]
     halves = (torch.float16, torch.bfloat16)
     if not any(p.requires_grad and p.dtype in halves for model in there for p in model.parameters()):
@@ -196,7 +196,7 @@ def with_master_weights(*models: nn.Module | None) -> bool:
 
 
 class Reference:
-    """What the policy is kept near: a frozen model, or the policy itself with its adapter off."""
+    """The reference of the KL penalty: a frozen model, or the policy itself with another adapter or none."""
 
     def __init__(self, model: PreTrainedModel | None, actor: ActorCritic, adapter: str | None, own: str | None) -> None:
         self.model, self.actor, self.adapter, self.own = model, actor, adapter, own or "default"
@@ -210,11 +210,11 @@ class Reference:
             trained = [(name, p) for name, p in actor.policy.named_parameters() if p.requires_grad]
             adds_nothing = all("lora_A" in name or ("lora_B" in name and not p.any()) for name, p in trained)
             same = adapter is None and adds_nothing
-        self.same = same  # whether both are still one function
+        self.same = same  # whether policy and reference still compute the same
 
     @torch.no_grad()
     def log_probs(self, batch: Batch, sampling: Sampling) -> Tensor:
-        """log p of the responses' tokens, (batch, longest response), in the precision of the policy."""
+        """Return the responses' log-probabilities, (batch, longest response), in the policy's precision."""
         with self._opened() as model, autocast(self.actor.bf16, batch.tokens.device):
             return token_likelihood(model, response_states(trunk(model), batch), batch, sampling)[0]
 

@@ -1,4 +1,4 @@
-"""PPO's settings under TRL's names, and which of them do not go together."""
+"""PPO's settings, which have TRL's names, and checks that they fit together."""
 
 import dataclasses
 import os
@@ -20,7 +20,7 @@ _OUTPUTS = (
     "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size", "local_mini_batch_size",
     "mini_batch_size",
 )  # fmt: skip
-# Fields that transformers and TRL declare and nothing in PPO reads. Each is refused where it is set.
+# Fields that transformers and TRL declare but PPO never reads. Setting one is an error.
 _UNREAD = (
     "auto_find_batch_size", "average_tokens_across_devices", "batch_eval_metrics", "bf16_full_eval", "data_seed",
     "dataloader_drop_last", "dataloader_in_order", "dataloader_multiprocessing_context", "dataloader_num_workers",
@@ -34,12 +34,12 @@ _UNREAD = (
     "save_on_each_node", "save_only_model", "skip_memory_metrics", "torch_compile", "torch_compile_backend",
     "torch_compile_mode", "torch_empty_cache_steps", "train_sampling_strategy", "use_cache", "use_liger_kernel",
 )  # fmt: skip
-# The same, but scripts written for TRL keep in them what they read themselves.
+# PPO never reads these either, but scripts written for TRL keep their own settings in them.
 _OF_SCRIPTS = (
     "dataset_num_proc", "do_eval", "do_predict", "do_train", "exp_name", "reward_model_path", "sft_model_path"
 )  # fmt: skip
 
-# What only a critic's advantages have a use for.
+# Fields that are used only with a critic.
 _OF_THE_CRITIC = (
     "critic", "critic_init", "critic_learning_rate", "critic_lam", "vf_coef", "cliprange_value", "gamma", "lam",
     "whiten_rewards",
@@ -52,93 +52,91 @@ def _field(default: Any, help: str) -> Any:
 
 @dataclass
 class PPOConfig(ParentConfig):
-    """The fields of TRL 1.12's `PPOConfig` under their names, more of our own, and transformers' arguments."""
+    """The fields of TRL 1.12's `PPOConfig`, transformers' training arguments, and more fields of our own."""
 
-    # -- transformers' own, with other defaults
-    learning_rate: float = _field(3e-6, "The policy's learning rate at the start; see `lr_scheduler_type`.")
-    bf16: bool | None = _field(None, "Multiply matrices in bf16, with fp32 master weights. None, auto: where native.")
-    gradient_checkpointing: bool = _field(False, "Trade compute for memory in the update.")
-    logging_steps: float = _field(1, "Log every this many updates; below 1 a share of them all.")
+    # -- fields of transformers whose defaults differ here
+    learning_rate: float = _field(3e-6, "The policy's initial learning rate; see `lr_scheduler_type`.")
+    bf16: bool | None = _field(None, "bf16 matrix products, fp32 master weights. None or auto: if bf16 is native.")
+    gradient_checkpointing: bool = _field(False, "Use less memory and more time in the update.")
+    logging_steps: float = _field(1, "Log every this many updates; a value below 1 is a share of all updates.")
     # -- length of the training, and batches
-    total_episodes: int | None = _field(None, "Responses to learn from. None: `num_train_epochs` times the prompts.")
+    total_episodes: int | None = _field(None, "Responses to train on. None: `num_train_epochs` times the prompts.")
     num_ppo_epochs: int = _field(4, "Passes over each batch of responses.")
-    num_mini_batches: int = _field(1, "Minibatches of a batch; each is an optimizer step.")
+    num_mini_batches: int = _field(1, "Minibatches per batch; each gives one optimizer step.")
     local_rollout_forward_batch_size: int = _field(64, "Rows that a process samples and scores at once.")
     # -- sampling
-    response_length: int = _field(53, "Longest response, in tokens.")
+    response_length: int = _field(53, "Maximum length of a response, in tokens.")
     min_response_length: int | None = _field(
-        None, "Each length limit is drawn uniformly from this to `response_length`. None: all are `response_length`."
+        None, "Each response's limit is drawn uniformly from this to `response_length`. None: it is `response_length`."
     )
     min_new_tokens: int = _field(0, "No stop token is sampled before this many tokens.")
-    temperature: float = _field(0.7, "Logits are divided by this, in sampling and in learning.")
-    stop_token: Literal["eos"] | None = _field(None, "`eos`: the tokenizer's EOS ends a response.")
-    stop_token_id: int | None = _field(None, "The id of a token that ends a response, in place of `stop_token`.")
-    stop_tokens: list[str] = field(
-        default_factory=list, metadata={"help": "More tokens, by name, that end a response."}
-    )
-    suppress_tokens: list[str] = field(default_factory=list, metadata={"help": "Tokens, by name, never sampled."})
-    # -- the advantage: by a critic, or over other responses to the same prompt
+    temperature: float = _field(0.7, "Logits are divided by this, in sampling and in training.")
+    stop_token: Literal["eos"] | None = _field(None, "`eos`: the tokenizer's EOS token ends a response.")
+    stop_token_id: int | None = _field(None, "The id of a token that ends a response, instead of `stop_token`.")
+    stop_tokens: list[str] = field(default_factory=list, metadata={"help": "Names of more tokens that end a response."})
+    suppress_tokens: list[str] = field(default_factory=list, metadata={"help": "Names of tokens never sampled."})
+    # -- the advantage
     advantage: Literal["gae", "rloo", "grpo", "dr_grpo"] = _field(
-        "gae", "How good a response is: by a critic (gae: PPO), or beside others to its prompt (rloo, grpo, dr_grpo)."
+        "gae", "The baseline: a critic (gae: PPO), or the other responses to the same prompt (rloo, grpo, dr_grpo)."
     )
-    samples_per_prompt: int | None = _field(None, "Responses to each prompt of a batch. None: 1 with gae, else 4.")
+    samples_per_prompt: int | None = _field(None, "Responses per prompt of a batch. None: 1 with gae, else 4.")
     kl_in: Literal["reward", "loss"] | None = _field(
-        None, "Where the KL penalty stands; in the loss it is k3. None: in the reward with gae and rloo, else the loss."
+        None, "Where the KL penalty is added; the loss uses k3. None: the reward for gae and rloo, else the loss."
     )
     # -- the critic
-    critic: Literal["shared", "separate"] = _field("shared", "A value head on the policy's trunk, or a network.")
-    critic_init: Literal["policy", "reward"] = _field("policy", "What a separate critic starts as.")
+    critic: Literal["shared", "separate"] = _field("shared", "A value head on the policy's trunk, or its own network.")
+    critic_init: Literal["policy", "reward"] = _field("policy", "The model that a separate critic starts from.")
     critic_learning_rate: float | None = _field(
-        None, "The critic's learning rate. None: `learning_rate`, and 30 times as much for a value head."
+        None, "The critic's learning rate. None: `learning_rate`, or 30 times that for a value head."
     )
     critic_lam: float | None = _field(None, "GAE's lambda for the critic's targets. None: `lam`.")
     # -- the objective
-    kl_coef: float = _field(0.05, "Weight of the KL between policy and reference in the reward of each token.")
-    kl_estimator: Literal["k1", "k3"] = _field("k1", "Estimate of that KL: log(p/q), or q/p - 1 - log(q/p).")
-    kl_target: float | None = _field(None, "KL of a response, in nats, that an adaptive `kl_coef` steers to.")
-    kl_horizon: int = _field(10_000, "Episodes in which an adaptive `kl_coef` changes by at most about a fifth.")
+    kl_coef: float = _field(0.05, "Weight of the penalty on the KL between policy and reference.")
+    kl_estimator: Literal["k1", "k3"] = _field("k1", "Estimator of that KL. k1: log(p/q); k3: q/p - 1 - log(q/p).")
+    kl_target: float | None = _field(None, "Target KL per response, in nats: `kl_coef` adapts to reach it.")
+    kl_horizon: int = _field(10_000, "An adaptive `kl_coef` changes by at most about 20 % in this many episodes.")
     cliprange: float = _field(0.2, "The ratio of new to old probability is clipped to 1 ± this.")
     vf_coef: float = _field(0.1, "Weight of the critic's loss.")
-    cliprange_value: float = _field(0.2, "A value is clipped to ± this around that of the rollout.")
-    gamma: float = _field(1.0, "Discount of later rewards, per token.")
+    cliprange_value: float = _field(0.2, "A value is clipped to the rollout's value ± this.")
+    gamma: float = _field(1.0, "Discount factor per token.")
     lam: float = _field(0.95, "GAE's lambda.")
-    whiten_rewards: bool = _field(False, "Scale the tokens' rewards to variance 1 over the batch.")
+    whiten_rewards: bool = _field(False, "Scale per-token rewards to variance 1 over the batch.")
     missing_eos_penalty: float | None = _field(None, "Subtracted from the score of a response without a stop token.")
-    entropy_coef: float = _field(0.0, "Weight of the sampling distribution's entropy, which is maximised.")
+    entropy_coef: float = _field(0.0, "Weight of the entropy bonus, which uses the sampling distribution.")
     ptx_coef: float = _field(0.0, "InstructGPT's gamma: weight of the log-likelihood of pretraining texts (PPO-ptx).")
     ptx_batch_size: int | None = _field(None, "Pretraining texts per optimizer step. None: as many as responses.")
     ptx_max_length: int = _field(128, "Pretraining texts are cut to this many tokens.")
-    score_clip: float | None = _field(None, "Scores are clipped to ± this. None: not at all.")
+    score_clip: float | None = _field(None, "Clip scores to ± this. None: do not clip.")
     use_score_scaling: bool = _field(False, "Divide scores by their running standard deviation.")
     use_score_norm: bool = _field(False, "With `use_score_scaling`, subtract their running mean as well.")
     # -- guards and evaluation
-    max_update_kl: float | None = _field(None, "KL(old || new) per token after which an update takes no more steps.")
-    ratio_threshold: float = _field(10.0, "A mean ratio above this in an optimizer step stops the run.")
-    watch_window: int = _field(20, "Updates over which the collapse watch compares.")
+    max_update_kl: float | None = _field(None, "End an update once KL(old || new) per token is above this.")
+    ratio_threshold: float = _field(10.0, "Stop the run if the mean ratio of an optimizer step is above this.")
+    watch_window: int = _field(20, "Window of the collapse watch, in updates.")
     eval_samples: int | None = _field(
         256,
-        "Held-out prompts of an evaluation during training. None: all. The command line takes them from the training "
-        "prompts, a tenth of those at most.",
+        "Number of held-out prompts in an evaluation during training. None: all. The command line holds out at most a "
+        "tenth of the training prompts for this.",
     )
     selection_kl_coef: float = _field(
         0.05,
-        "eval_score = eval_reward - selection_kl_coef x eval_kl, by which the best policy of a run or a sweep is "
-        "chosen. Unlike kl_coef it is the same for all jobs of a sweep.",
+        "The best policy of a run or a sweep has the highest eval_score = eval_reward - selection_kl_coef x eval_kl. "
+        "Unlike kl_coef, it is the same for all jobs of a sweep.",
     )
-    log_samples: int = _field(4, "How many samples of a logged update are kept.")
-    num_sample_generations: int = _field(10, "How often in a training responses to held-out prompts are printed.")
+    log_samples: int = _field(4, "Number of samples kept per logged update.")
+    num_sample_generations: int = _field(10, "How many times a run prints responses to held-out prompts.")
     # -- for adapters
-    model_adapter_name: str | None = _field(None, "Of several adapters, the one that is trained.")
-    ref_adapter_name: str | None = _field(None, "Of several adapters, the one that is the reference.")
-    # -- so that a script for TRL need not be changed
+    model_adapter_name: str | None = _field(None, "If there are several adapters, the name of the trained one.")
+    ref_adapter_name: str | None = _field(None, "If there are several adapters, the name of the reference.")
+    # -- so that scripts written for TRL run unchanged
     dataset_num_proc: int | None = _field(None, "For scripts: processes that prepare their data.")
     exp_name: str | None = _field(None, "For scripts: a name, in TRL 0.12 to 0.16.")
-    sft_model_path: str = _field("EleutherAI/pythia-160m", "For scripts: where they find the policy.")
-    reward_model_path: str = _field("EleutherAI/pythia-160m", "For scripts: where they find the reward model.")
-    ds3_gather_for_generation: bool = _field(True, "Without effect: under ZeRO-3 the weights are always gathered.")
+    sft_model_path: str = _field("EleutherAI/pythia-160m", "For scripts: the path of the policy.")
+    reward_model_path: str = _field("EleutherAI/pythia-160m", "For scripts: the path of the reward model.")
+    ds3_gather_for_generation: bool = _field(True, "No effect: under ZeRO-3 the weights are always gathered.")
     # -- TRL's trainer wrote these; `check_config` refuses them
-    world_size: int | None = _field(None, "Processes.")
-    num_total_batches: int | None = _field(None, "Updates of the training.")
+    world_size: int | None = _field(None, "Number of processes.")
+    num_total_batches: int | None = _field(None, "Number of updates.")
     micro_batch_size: int | None = _field(None, "Rows of a forward and backward pass, over all processes.")
     local_batch_size: int | None = _field(None, "Rows of an update, in one process.")
     batch_size: int | None = _field(None, "Rows of an update, over all processes.")
@@ -147,25 +145,25 @@ class PPOConfig(ParentConfig):
 
     @property
     def group_size(self) -> int:
-        """How many responses each prompt of a batch gets."""
+        """Responses per prompt of a batch."""
         return self.samples_per_prompt or (1 if self.advantage == "gae" else 4)
 
     @property
     def kl_in_loss(self) -> bool:
-        """Whether the KL penalty is a part of the loss, as in GRPO's paper, and not of the reward."""
+        """Whether the KL penalty is part of the loss, as in GRPO's paper, instead of the reward."""
         return (self.kl_in or ("loss" if "grpo" in self.advantage else "reward")) == "loss"
 
     def __post_init__(self) -> None:
-        """Settle precision and evaluation, then let transformers do the rest."""
+        """Choose precision and evaluation, then run transformers' own `__post_init__`."""
         if self.bf16 not in (True, False, None, "auto"):
             raise UserError(f"trainer.bf16 is {self.bf16!r}; it takes auto, true or false.")
         asked = True if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" else self.bf16
         chosen, self.precision_choice = choose_bf16(asked)
-        # The trainer opens the autocast contexts itself, the same one in all passes: transformers must not.
+        # The trainer uses the same autocast context in all passes, so transformers must not open another.
         self.bf16 = False
         inherited: Any = self
         if processes() > 1 and not torch.accelerator.is_available():
-            inherited.use_cpu = True  # or accelerate takes each process for one of its own
+            inherited.use_cpu = True  # otherwise accelerate treats each process as a separate run
         if inherited.eval_steps is not None and inherited.eval_strategy == "no":
             inherited.eval_strategy = "steps"
         if inherited.metric_for_best_model is None:
@@ -173,22 +171,22 @@ class PPOConfig(ParentConfig):
         super().__post_init__()
         self.world_size = inherited.distributed_state.num_processes  # TRL's field hides transformers' property
         self.bf16 = chosen
-        unset_hf_deepspeed_config()  # or under ZeRO-3 transformers would open every model in shards, the reward's, too
+        unset_hf_deepspeed_config()  # otherwise ZeRO-3 shards every model, even the reward model
 
 
 def check_config(args: PPOConfig, script: bool = True) -> int:
-    """Refuse settings that do not go together; give the number of rows of a process's batch.
+    """Refuse settings that do not fit together; returns the number of rows in one process's batch.
 
-    `script`: a script made the trainer, and may keep in its configuration what it reads itself.
+    `script`: the caller is a script, which may keep settings of its own in the configuration.
     """
     unread = _UNREAD if script else (*_UNREAD, *_OF_SCRIPTS)
-    settled = {"do_eval": args.eval_strategy != "no", "dataloader_pin_memory": args.use_cpu}  # by transformers itself
+    settled = {"do_eval": args.eval_strategy != "no", "dataloader_pin_memory": args.use_cpu}  # set by transformers
     for each in fields(args):
         default = each.default if each.default_factory is MISSING else each.default_factory()
         if each.name in unread and not settled.get(each.name) and getattr(args, each.name) not in (default, None, []):
             raise UserError(f"trainer.{each.name} has no effect in PPO; leave it out.")
         if each.name in _OUTPUTS and getattr(args, each.name) is not None:
-            raise UserError(f"trainer.{each.name} is not yours to set: it follows from the batch's other settings.")
+            raise UserError(f"trainer.{each.name} is not yours to set: it follows from the other settings.")
     check_limits(vars(args))
     for name, choices in {
         "critic": ("shared", "separate"), "critic_init": ("policy", "reward"), "kl_estimator": ("k1", "k3"),
@@ -207,13 +205,13 @@ def check_config(args: PPOConfig, script: bool = True) -> int:
     schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
     refused = {
         "trainer.fp16 is not possible: its range is too small for PPO's ratios; use trainer.bf16": args.fp16,
-        "trainer.stop_token and trainer.stop_token_id exclude each other; say trainer.stop_token=null": (
+        "trainer.stop_token and trainer.stop_token_id exclude each other; add trainer.stop_token=null": (
             args.stop_token is not None and args.stop_token_id is not None
         ),
-        "trainer.missing_eos_penalty needs a trainer.stop_token to miss": (
+        "trainer.missing_eos_penalty needs a trainer.stop_token; add trainer.stop_token=eos": (
             args.missing_eos_penalty is not None and no_stop
         ),
-        "trainer.use_score_norm goes with trainer.use_score_scaling=true": (
+        "trainer.use_score_norm needs trainer.use_score_scaling=true": (
             args.use_score_norm and not args.use_score_scaling
         ),
         f"a batch of {rows} rows does not divide into trainer.num_mini_batches={args.num_mini_batches}": (
@@ -248,7 +246,7 @@ def check_config(args: PPOConfig, script: bool = True) -> int:
 
 
 def make_sampling(args: PPOConfig, tokenizer: PreTrainedTokenizerBase, embeddings: int = 0) -> Sampling:
-    """The sampling distribution that a configuration asks for.
+    """Return the sampling distribution of a configuration.
 
     If a policy has more `embeddings` than its tokenizer has tokens, the ids without a token are never sampled.
     """
@@ -260,23 +258,23 @@ def make_sampling(args: PPOConfig, tokenizer: PreTrainedTokenizerBase, embedding
     stops = {vocabulary[token] for token in args.stop_tokens}
     if args.stop_token == "eos":
         if tokenizer.eos_token_id is None:
-            raise UserError("trainer.stop_token=eos needs a tokenizer with an eos_token; name one in stop_tokens.")
+            raise UserError("trainer.stop_token=eos needs a tokenizer with an eos_token; use trainer.stop_tokens.")
         stops.add(int(tokenizer.eos_token_id))
     if args.stop_token_id is not None:
         if not 0 <= args.stop_token_id < len(tokenizer):
             raise UserError(
-                f"trainer.stop_token_id is {args.stop_token_id}; the policy's ids go to {len(tokenizer) - 1}."
+                f"trainer.stop_token_id is {args.stop_token_id}; the policy's token ids are 0 to {len(tokenizer) - 1}."
             )
         stops.add(args.stop_token_id)
     suppressed = {vocabulary[token] for token in args.suppress_tokens} | set(range(len(tokenizer), embeddings))
     if clash := suppressed & stops:
         names = ", ".join(sorted(token for token, number in vocabulary.items() if number in clash))
-        raise UserError(f"trainer.suppress_tokens and the stop tokens share {names}; a response could never end so.")
+        raise UserError(f"trainer.suppress_tokens and the stop tokens share {names}; remove it from one of them.")
     return Sampling(args.temperature, tuple(sorted(stops)), args.min_new_tokens, tuple(sorted(suppressed)))
 
 
 def change_sampling(sampling: Sampling, options: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Sampling:
-    """The distribution that `options` of transformers' `generate` ask for; those that cut it off are refused."""
+    """Apply `options` of transformers' `generate` to `sampling`. Options that truncate the distribution are refused."""
     neutral = {"do_sample": (True,), "top_k": (0, None), "top_p": (1, None), "min_length": (-1, 0, None)}
     check_limits(options)
     changes = dict[str, Any]()
@@ -287,13 +285,13 @@ def change_sampling(sampling: Sampling, options: dict[str, Any], tokenizer: PreT
             changes["min_length"] = int(value or 0)
         elif name == "suppress_tokens":
             changes["suppressed_ids"] = tuple(sorted({*sampling.suppressed_ids, *(value or [])}))
-        elif name == "eos_token_id":  # an id that is no token's means that nothing ends a response
+        elif name == "eos_token_id":  # an id outside the vocabulary: no token ends a response
             ids = value if isinstance(value, list | tuple) else [value]
             changes["stop_ids"] = tuple(sorted(int(i) for i in ids if i is not None and 0 <= i < len(tokenizer)))
         elif name != "pad_token_id" and value not in neutral.get(name, ()):
             allowed = f"it takes {' or '.join(map(str, neutral[name]))}" if name in neutral else "leave it out"
             raise UserError(
-                f"generate({name}={value!r}): PPO learns from the policy's whole distribution and knows no other way "
-                f"to sample; {allowed}."
+                f"generate({name}={value!r}): PPO samples from the policy's whole distribution, so this is not "
+                f"supported; {allowed}."
             )
     return dataclasses.replace(sampling, **changes)

@@ -1,6 +1,6 @@
-"""Optimizer steps: in one process, under DDP, or under DeepSpeed, where gradients and Adam's moments are in shards.
+"""Optimizer steps in one process, under DDP, or under DeepSpeed, which shards gradients and Adam's moments.
 
-A checkpoint is the same whatever wrote it, so a run can resume on another number of processes or under another launch.
+All of them write the same checkpoint, so a run can resume with another number of processes or another launcher.
 """
 
 import math
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.processes import ZERO
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, as torch calls them
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names of Adam's moments
 
 
 def make_learner(accelerator: Accelerator, model: nn.Module, optimizer: Any, max_norm: float | None) -> "Learner":
-    """The learner that the launch asks for. `max_norm` bounds the gradient's norm; None or 0: no bound."""
+    """Return the learner for this launch. Gradients are clipped to norm `max_norm`; None or 0: no clipping."""
     kind = Learner if accelerator.state.deepspeed_plugin is None else ShardedLearner
     return kind(accelerator, model, optimizer, max_norm or 0.0)
 
@@ -28,16 +28,16 @@ def make_learner(accelerator: Accelerator, model: nn.Module, optimizer: Any, max
 def check_sharding(accelerator: Accelerator, args: Any) -> None:
     """Refuse settings that do not work under DeepSpeed."""
     if args.max_update_kl is not None:
-        raise UserError("DeepSpeed takes no step back: drop trainer.max_update_kl, or launch it as DDP.")
+        raise UserError("trainer.max_update_kl does not work under DeepSpeed; leave it out, or launch with DDP.")
     count = accelerator.num_processes
     if args.ptx_coef and (args.ptx_batch_size or 0) % count:
-        raise UserError(f"under DeepSpeed trainer.ptx_batch_size takes a multiple of {count}, the processes.")
+        raise UserError(f"under DeepSpeed trainer.ptx_batch_size must be a multiple of the processes, {count}.")
 
 
 class Learner:
     """The networks and their optimizer, in one process or in several under DDP."""
 
-    every_weight = False  # whether each backward pass of a step has to reach all weights
+    every_weight = False  # whether every backward pass has to reach all weights
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Any, max_norm: float) -> None:
         self.accelerator, self.max_norm = accelerator, max_norm
@@ -45,7 +45,7 @@ class Learner:
 
     @contextmanager
     def adding(self, last: bool) -> Iterator[Any]:
-        """The network for one forward and backward pass; gradients are synchronised in the last of a step."""
+        """Yield the network for one forward and backward pass. The `last` pass of a step synchronises the gradients."""
         with nullcontext() if last else self.accelerator.no_sync(self.network):
             yield self.network
 
@@ -65,45 +65,45 @@ class Learner:
         self.optimizer.zero_grad()
 
     def fill(self, parameter: Tensor, value: float) -> None:
-        """Set all of a parameter to a number."""
+        """Set all elements of a parameter to `value`."""
         with torch.no_grad(), self.whole(change=True):
             parameter.fill_(value)
 
     @contextmanager
     def whole(self, change: bool = False) -> Iterator[None]:
-        """Gather all weights in this process, to sample, to save or to `change` them; every process has to enter."""
+        """Gather all weights in this process, to sample, to save or to `change` them. Every process must enter."""
         yield
 
     def state_dict(self) -> dict[str, Any] | None:
-        """The optimizer's state, in the first process; every process has to ask."""
+        """Return the optimizer's state, under DeepSpeed only in process 0. Every process must call this."""
         state: dict[str, Any] = self.optimizer.state_dict()
         return state
 
     def load_state_dict(self, path: Path) -> None:
-        """Read what `state_dict` gave; no code that the file may hold is run."""
+        """Load what `state_dict` returned. Code in the file is not run."""
         self.optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
 class ShardedLearner(Learner):
     """The same under DeepSpeed: ZeRO-2 shards gradients and Adam's moments, ZeRO-3 the weights too (arXiv 1910.02054).
 
-    Adam's moments are put together to be saved, and cut up again when they are read.
+    Adam's moments are gathered to be saved, and sharded again when they are loaded.
     """
 
-    # ZeRO-3 adds to the last step's gradient of a weight that a step's first backward pass did not reach.
+    # If the first backward pass of a step misses a weight, ZeRO-3 adds to its gradient of the step before.
     every_weight = True
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Any, max_norm: float) -> None:
-        # In the order of the optimizer's state, and what it is told of each group.
+        # All parameters in the order of the optimizer's state, and the number of them in each group.
         self._parameters: list[Any] = [p for group in optimizer.param_groups for p in group["params"]]
         self._sizes = [len(group["params"]) for group in optimizer.param_groups]
-        if not isinstance(optimizer, torch.optim.Adam):  # AdamW is one; of others no checkpoint would be right
+        if not isinstance(optimizer, torch.optim.Adam):  # AdamW is a subclass; for others checkpoints would be wrong
             raise UserError(
-                f"under DeepSpeed trainer.optim takes Adam's kind, as adamw_torch, not {type(optimizer).__name__}."
+                f"under DeepSpeed trainer.optim must be Adam or AdamW (adamw_torch), not {type(optimizer).__name__}."
             )
         config: dict[str, Any] = accelerator.state.deepspeed_plugin.deepspeed_config
         config["gradient_clipping"] = max_norm
-        # The networks open autocast themselves; DeepSpeed would store them in 16 bits.
+        # The networks open autocast themselves; DeepSpeed would store their weights in 16 bits.
         config["bf16"] = config["fp16"] = {"enabled": False}
         config["zero_optimization"] = {**ZERO, **config["zero_optimization"]}
         super().__init__(accelerator, model, optimizer, max_norm)
@@ -115,7 +115,7 @@ class ShardedLearner(Learner):
         yield self.network
 
     def backward(self, loss: Tensor) -> None:
-        # accelerate's own would take the step, too, before it is known whether it should be.
+        # accelerate's own would also take the optimizer step, which is the task of `step`.
         self.network.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> Tensor:
@@ -123,15 +123,15 @@ class ShardedLearner(Learner):
         return torch.as_tensor(self.network.get_global_grad_norm())
 
     def drop(self) -> None:
-        raise NotImplementedError("DeepSpeed takes no step back; check_sharding refuses what would need it")
+        raise NotImplementedError("DeepSpeed cannot discard gradients; check_sharding refuses settings that need it")
 
     def fill(self, parameter: Any, value: float) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
-        super().fill(parameter, value)  # what is computed with, and then what the optimizer steps from
+        super().fill(parameter, value)  # the forward pass's weights; below, the optimizer's fp32 copy
         if self.network.zero_optimization_stage() < 3:
             safe_set_full_fp32_param(parameter, torch.full_like(parameter, value))
-        else:  # of which each process has a shard, padded to one size
+        else:  # each process has a shard, and all are padded to one size
             safe_set_local_fp32_param(parameter, torch.full_like(parameter.ds_tensor, value))
 
     @contextmanager
@@ -144,7 +144,7 @@ class ShardedLearner(Learner):
 
         every = list(self.network.module.parameters())
         with deepspeed.zero.GatheredParameters(every, modifier_rank=0 if change else None):
-            remove_hooks(self.network)  # they would put the weights away again after each layer
+            remove_hooks(self.network)  # they would shard the weights again after each layer
             try:
                 yield
             finally:
@@ -158,7 +158,7 @@ class ShardedLearner(Learner):
         step = max(float(s["step"]) for s in self._adam.state.values())
         for number, parameter in enumerate(self._parameters):
             moments = {name: safe_get_full_optimizer_state(parameter, name) for name in _MOMENTS}
-            if self.accelerator.is_main_process:  # the others take part, and keep nothing
+            if self.accelerator.is_main_process:  # the others take part, but keep nothing
                 every[number] = {"step": torch.tensor(step), **{k: v.cpu().clone() for k, v in moments.items()}}
         if not self.accelerator.is_main_process:
             return None
@@ -184,14 +184,14 @@ class ShardedLearner(Learner):
             group.update({k: v for k, v in kept.items() if k != "params"})
 
     def _link(self) -> None:
-        """Let parameters know their moments. DeepSpeed does so once, when only the first group has taken a step."""
+        """Link parameters to their moments. DeepSpeed does so only once, when only the first group has taken a step."""
         engine = self.network.optimizer
         if hasattr(engine, "_lazy_init_hp_params_optimizer_state"):  # ZeRO-1 and 2
             engine._hp_optimizer_states_linked = False
             engine._lazy_init_hp_params_optimizer_state()
 
     def _put(self, parameter: Any, moment: Tensor, name: str, deep: bool) -> None:
-        """One of Adam's moments, (the parameter's shape), into this process's shard."""
+        """Write one of Adam's moments, of the parameter's shape, into this process's shard."""
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         if not deep:

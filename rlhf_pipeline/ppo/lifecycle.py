@@ -1,4 +1,4 @@
-"""What surrounds the algorithm: construction, resuming, callbacks, evaluation, checkpoints, saving."""
+"""The trainer around the algorithm: construction, resuming, callbacks, evaluation, checkpoints, saving."""
 
 import dataclasses
 import functools
@@ -47,7 +47,7 @@ from rlhf_pipeline.runs.checkpoints import drop_old, fault_of, newest_whole, rep
 from rlhf_pipeline.texts import shown
 
 P = ParamSpec("P")
-# The keywords of TRL 0.12 to 0.14, and today's.
+# Keywords of TRL 0.12 to 0.14, and their names today.
 _RENAMED = {"config": "args", "tokenizer": "processing_class", "policy": "model", "ref_policy": "ref_model"}
 
 
@@ -62,7 +62,7 @@ def _takes_old_keywords(constructor: Callable[P, None]) -> Callable[P, None]:
 
 @dataclasses.dataclass
 class PPOState(TrainerState):
-    """transformers' state with the number of `episode`s, responses, that were learnt from."""
+    """transformers' state, and in `episode` the number of responses trained on so far."""
 
     episode: int = 0
 
@@ -77,7 +77,7 @@ class Lifecycle(ParentTrainer):
     optimizer: Any
     lr_scheduler: Any
     control: TrainerControl
-    on_warning: Callable[[int, str], None] | None = None  # called with the update and each warning
+    on_warning: Callable[[int, str], None] | None = None  # called with the update's number and the warning
 
     @_takes_old_keywords
     def __init__(
@@ -137,10 +137,10 @@ class Lifecycle(ParentTrainer):
         self.reference = Reference(ref_model, actor, args.ref_adapter_name, args.model_adapter_name)
         self.reference.same |= peft_config is not None  # a fresh adapter
         self.last_rollout: Rollout | None = None
-        self.learner: Any = None  # made when the training begins
+        self.learner: Any = None  # made by `begin`
 
     def _check_launch(self, optimizer: Any) -> None:
-        """Refuse what would silently do something else than asked."""
+        """Refuse launches and optimizers that would silently train something else."""
         check_gpus(self.args.n_gpu, f"accelerate launch --num_processes {self.args.n_gpu} your_script.py")
         if self.is_fsdp_enabled:
             raise UserError("PPOTrainer does not run under FSDP; launch it with DeepSpeed, as DDP or in one process.")
@@ -150,12 +150,12 @@ class Lifecycle(ParentTrainer):
         lost = [n for n, p in self.model.named_parameters() if held and p.requires_grad and id(p) not in held]
         if lost:
             raise UserError(
-                f"the optimizer that was passed does not hold {', '.join(lost[:3])}; leave optimizers out and one over "
-                "policy and critic is made, or pass a value_model and put its weights in."
+                f"the optimizer that was passed does not hold {', '.join(lost[:3])}; leave optimizers out to have "
+                "one made for policy and critic, or pass a value_model and add its weights to the optimizer."
             )
 
     def _check_prompts(self) -> None:
-        """Refuse too few prompts, and texts that the policy has no positions or no embeddings for."""
+        """Refuse too few prompts, texts longer than the policy's positions, and token ids that it does not know."""
         args, policy = self.args, language_model(self.policy_model)
         if self.train_dataset is not None and len(self.prompts.ids) < self.batch_prompts:
             raise UserError(
@@ -179,20 +179,20 @@ class Lifecycle(ParentTrainer):
     # -- beginning and end
 
     def begin(self, resume_from_checkpoint: str | bool | None) -> None:
-        """Make optimizer, schedule and state; load them from a checkpoint where one is given, True for the newest."""
+        """Make optimizer, schedule and state, and load them from a checkpoint if one is given. True: the newest."""
         args = self.args
-        a_pass = len(self.prompts.ids) * args.group_size  # over the prompts, in responses
+        a_pass = len(self.prompts.ids) * args.group_size  # responses in one pass over the prompts
         episodes = args.total_episodes or int(args.num_train_epochs * a_pass)
         if not episodes and args.max_steps <= 0:
-            raise UserError("without a train_dataset, total_episodes= or max_steps= says how long the training is.")
+            raise UserError("without a train_dataset, set the length of the training: total_episodes= or max_steps=.")
         updates = args.max_steps if args.max_steps > 0 else math.ceil(episodes / self.batch_rows)
-        if self._created_lr_scheduler:  # by an earlier training in this process
+        if self._created_lr_scheduler:  # by an earlier call of `train`
             self.lr_scheduler = None
         self.create_optimizer_and_scheduler(num_training_steps=updates)
         self.kl_coef, self.moments, self.watch = args.kl_coef, Moments(), CollapseWatch(args.watch_window)
         self.state = PPOState()
         folder = self._checkpoint_of(resume_from_checkpoint) if resume_from_checkpoint else None
-        if folder:  # before the learner is made: what shards the weights copies them
+        if folder:  # before the learner is made, because sharding copies the weights
             self._load_weights(folder)
         if self.learner is None:
             self.learner = make_learner(self.accelerator, self.model, self.optimizer, args.max_grad_norm)
@@ -210,9 +210,9 @@ class Lifecycle(ParentTrainer):
             self.evaluate()
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Trainer's, with a learning rate for the critic: by default 30 times the policy's for a value head.
+        """Make Trainer's optimizer, with another learning rate for the critic.
 
-        One layer on a trunk's states may take larger steps than a network.
+        A value head's default is 30 times the policy's: one layer tolerates larger steps than a whole network.
         """
         made, shared = self.optimizer is None and self.model.has_critic, self.value_model is None
         optimizer, rate = super().create_optimizer(model), self.args.critic_learning_rate
@@ -259,22 +259,22 @@ class Lifecycle(ParentTrainer):
         self.control.should_log = self.control.should_evaluate = self.control.should_save = False
 
     def end(self) -> None:
-        """Put the best policy back, where that was asked for."""
+        """Load the best policy if `load_best_model_at_end` is set."""
         if self.args.load_best_model_at_end and self.state.best_global_step:
             self._load_weights(Path(self.args.output_dir) / "best")
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
 
     def warn(self, message: str) -> None:
-        """One line for the user, once over all processes."""
+        """Print a warning in process 0."""
         if self.is_world_process_zero():
-            tqdm.write(f"warning: {message}")  # above the progress bar, where there is one
+            tqdm.write(f"warning: {message}")  # above the progress bar if there is one
             if self.on_warning:
                 self.on_warning(self.state.global_step + 1, message)
 
     # -- sampling and scoring, over all processes
 
     def draws(self, rows: int, use: str, update: int) -> tuple[Tensor, Tensor]:
-        """The length limit of each row's response (rows,), and the random numbers that it is sampled with."""
+        """Return each response's length limit (rows,), and the random numbers to sample it with, (longest, rows)."""
         args, generator = self.args, torch.Generator()
         generator.manual_seed(derive_seed(args.seed, use, update))
         limits = torch.randint(
@@ -283,9 +283,9 @@ class Lifecycle(ParentTrainer):
         return limits, uniform_draws(limits, generator)
 
     def rollout_of(self, prompts: Prompts, limits: Tensor, uniforms: Tensor, sampling: Sampling) -> Rollout:
-        """Sample a response to each prompt, score it, and see it with all networks.
+        """Sample a response to each prompt, score it, and run all networks on it.
 
-        Process r has rows r, r + n, ...; each row draws what it would have drawn in one process.
+        Process r of n has rows r, r + n, ... Each row uses the random numbers that it would use in one process.
         """
         share = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
         prompts, limits, uniforms = prompts.pick(range(len(limits))[share]), limits[share], uniforms[:, share]
@@ -304,15 +304,15 @@ class Lifecycle(ParentTrainer):
 
     @torch.no_grad()
     def observed(self, batch: Batch, texts: tuple[list[str], list[str]], scores: Tensor, sampling: Sampling) -> Rollout:
-        """What all networks make of this process's prompts and responses; the rollouts of all processes as one."""
+        """Run all networks on this process's prompts and responses. Returns the merged rollout of all processes."""
         if scores.shape != (len(batch.tokens),):
             count, responses = tuple(scores.shape), len(batch.tokens)
-            raise UserError(f"the reward gave {count} numbers for {responses} responses; it takes one each.")
+            raise UserError(f"the reward gave {count} numbers for {responses} responses; return one for each.")
         for score, prompt, response in zip(scores.tolist(), *texts, strict=True):
             if not math.isfinite(score):
-                raise UserError(f"the reward of {response[:80]!r} (to {prompt[:80]!r}) is {score}, which is no number.")
+                raise UserError(f"the reward of {response[:80]!r} (to {prompt[:80]!r}) is {score}; it must be finite.")
         width = batch.response_mask.shape[1]
-        # Rows of like length together: a forward pass is as wide as its longest row.
+        # Rows of similar length go together, because a forward pass is as wide as its longest row.
         by_length = (batch.prompt_lengths + batch.response_lengths).argsort(stable=True)
         found = []
         for index in by_length.split(self.args.local_rollout_forward_batch_size):
@@ -331,7 +331,7 @@ class Lifecycle(ParentTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Answer the held-out prompts, with the same random numbers each time, and log the means."""
+        """Sample responses to the held-out prompts, always with the same random numbers, and log the means."""
         prompts = self.eval_prompts if eval_dataset is None else read_prompts(eval_dataset, self.processing_class)
         if prompts is None:
             raise UserError("evaluate() needs held-out prompts: pass an eval_dataset.")
@@ -341,7 +341,7 @@ class Lifecycle(ParentTrainer):
         return metrics
 
     def measure(self, prompts: Prompts | None = None) -> dict[str, float]:
-        """What `evaluate` logs, of the held-out prompts unless others are given; nothing is logged."""
+        """Return the metrics of `evaluate` without logging them. By default the prompts are the held-out ones."""
         prompts = prompts or self.eval_prompts
         assert prompts
         size = self.args.per_device_eval_batch_size * self.accelerator.num_processes
@@ -364,20 +364,20 @@ class Lifecycle(ParentTrainer):
         }
 
     def _answers(self, prompts: Prompts, sampling: Sampling, use: str) -> Iterator[Rollout]:
-        """Rollouts of prompts that are not trained on, part by part; the size of a part changes no draw."""
+        """Yield rollouts of held-out prompts in parts. The size of a part does not change the random numbers."""
         count, world = len(prompts.ids), self.accelerator.num_processes
         limits, uniforms = self.draws(count, use, 0)
         size = self.args.per_device_eval_batch_size * world
         for start in range(0, count, size):
             own = list(range(start, min(start + size, count)))
-            rows = [*own, *own[-1:] * (-len(own) % world)]  # every process takes as many: the last is repeated
+            rows = [*own, *own[-1:] * (-len(own) % world)]  # repeats the last: all processes take as many
             rollout = self.rollout_of(prompts.pick(rows), limits[rows], uniforms[:, rows], sampling)
             yield rollout.rows(torch.arange(len(own), device=rollout.scores.device))
 
     def generate_completions(self, sampling: bool = False) -> None:
         """Print five held-out prompts with near-greedy responses and their scores, as TRL's trainer does.
 
-        With `sampling` a batch of prompts is answered, else all of them.
+        With `sampling` only one batch of prompts is answered, else all of them.
         """
         if self.eval_prompts is None:
             return
@@ -389,12 +389,12 @@ class Lifecycle(ParentTrainer):
         for found in self._answers(prompts, near_greedy, "completions"):
             for query, response, score in zip(found.prompts, found.responses, found.scores.tolist(), strict=True):
                 if table.row_count < 5:
-                    table.add_row(Text(shown(query)), Text(shown(response)), f"{score:.3f}")  # Text: it is no markup
+                    table.add_row(Text(shown(query)), Text(shown(response)), f"{score:.3f}")  # Text: not markup
         if self.is_world_process_zero():
-            with tqdm.external_write_mode():  # above the progress bar, where there is one
+            with tqdm.external_write_mode():  # above the progress bar if there is one
                 Console().print(table)
 
-    # -- checkpoints: whole or not there
+    # -- checkpoints: each is complete or absent
 
     def _checkpoint_of(self, asked: str | bool) -> Path:
         found = newest_whole(Path(self.args.output_dir)) if asked is True else Path(str(asked))
@@ -451,15 +451,15 @@ class Lifecycle(ParentTrainer):
         self.accelerator.wait_for_everyone()
 
     def _whole(self, change: bool = False) -> AbstractContextManager[None]:
-        """All weights are in this process, even where they are sharded."""
+        """Gather all weights in this process if they are sharded."""
         return self.learner.whole(change) if self.learner else nullcontext()
 
     # -- the result
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False, merge: bool = False) -> None:
-        """Write the policy alone, as AutoModelForCausalLM opens it, with the critic beside it.
+        """Write the policy, which AutoModelForCausalLM opens, and the critic next to it.
 
-        An adapter is saved as one; with `merge`, the policy as one model that needs no other.
+        An adapter is saved as an adapter. With `merge` it is merged into its base model.
         """
         with self._whole():
             if self.is_world_process_zero():
@@ -474,7 +474,7 @@ class Lifecycle(ParentTrainer):
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:  # fmt: skip
-        """Write a draft of the model's card, README.md in `output_dir`, as TRL's trainers do; push_to_hub calls it."""
+        """Write a draft of the model card, README.md in `output_dir`, as TRL's trainers do. push_to_hub calls it."""
         more = [tags] if isinstance(tags, str) else tags or []
         Trainer.create_model_card(
             self, model_name=model_name, dataset_tags=dataset_name, tags=["ppo", "rlhf_pipeline", "trl", *more]

@@ -12,12 +12,12 @@ from torch import Tensor
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `values` (batch, time) where `mask` is True; 0 where it is nowhere."""
+    """Mean of `values` (batch, time) where `mask` is True; 0 if it is nowhere True."""
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
 def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """`values` (batch, time) scaled to variance 1 over `mask`, and to mean 0 unless told otherwise; 0 elsewhere."""
+    """`values` (batch, time) scaled to variance 1 over `mask`, and with `shift_mean` to mean 0; 0 elsewhere."""
     mean = masked_mean(values, mask)
     count = mask.sum()
     variance = masked_mean((values - mean) ** 2, mask) * count / (count - 1).clamp(min=1)
@@ -38,7 +38,7 @@ def token_rewards(scores: Tensor, kl: Tensor, lengths: Tensor, kl_coef: float) -
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
-    """Generalised advantages (batch, time); beyond a response's end the value is 0. Arguments are (batch, time)."""
+    """Generalised advantage estimates. All tensors are (batch, time). After a response's end the value is 0."""
     rewards, values = rewards * mask, values * mask
     advantages = torch.zeros_like(rewards)
     ahead, next_value = torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0])
@@ -50,10 +50,10 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def group_advantages(returns: Tensor, size: int, kind: str) -> Tensor:
-    """Advantages (batch,) of responses over others to the same prompt; `size` consecutive rows answer one prompt.
+    """Advantages (batch,) over the other responses to the same prompt. `size` consecutive rows answer one prompt.
 
-    `returns` (batch,) is one number per response: its score, less a KL penalty that stands in the reward. rloo
-    subtracts the mean of the other responses, dr_grpo the mean of all; grpo also divides by their standard deviation.
+    `returns` (batch,) are the scores, minus the KL penalty if it is in the reward. rloo subtracts the mean of the
+    other responses; dr_grpo subtracts the mean of all responses; grpo also divides by their standard deviation.
     """
     groups = returns.view(-1, size)
     advantages = groups - groups.mean(1, keepdim=True)
@@ -67,8 +67,8 @@ def group_advantages(returns: Tensor, size: int, kind: str) -> Tensor:
 def loss_shares(kind: str, mask: Tensor, lengths: Tensor, count: Tensor, rows: int, longest: int) -> Tensor:
     """The weight of each token in a minibatch's loss, (batch, time), for the `mask` (1 or 0) of a micro-batch.
 
-    The minibatch has `count` tokens in `rows` responses. In PPO (gae) all tokens weigh the same; in RLOO and GRPO all
-    responses; Dr. GRPO divides by `longest`, the most tokens that a response may have, whatever its length.
+    The minibatch has `count` tokens in `rows` responses. In PPO (gae) all tokens weigh the same. In RLOO and GRPO all
+    responses weigh the same. Dr. GRPO divides each response by `longest`, the maximum length, not by its own length.
     """
     if kind == "gae":
         return mask / count
@@ -76,13 +76,13 @@ def loss_shares(kind: str, mask: Tensor, lengths: Tensor, count: Tensor, rows: i
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """Share of the variance of `returns` (tokens,) that `values` (tokens,) predict; 0 where there is none."""
+    """Share of the variance of `returns` (tokens,) that `values` (tokens,) predict; 0 without variance."""
     variance = float(returns.var()) if len(returns) > 1 else 0.0
     return 1 - float((returns - values).var()) / variance if variance > 0 else 0.0
 
 
 class PolicyLoss(NamedTuple):
-    """The clipped surrogate, and what to watch of it as means over tokens; scalars."""
+    """The clipped surrogate, and statistics to log, which are means over tokens. All are scalars."""
 
     loss: Tensor
     ratio: Tensor  # new / old probability
@@ -97,9 +97,9 @@ def policy_loss(
 ) -> PolicyLoss:  # fmt: skip
     """PPO's clipped surrogate, eq. 7. Tensors are (batch, time).
 
-    `shares` are those of `loss_shares`, and means are over `count`, the tokens of the whole minibatch, so that how it
-    is split into micro-batches and over processes changes nothing. With `whole` the ratio is that of whole responses,
-    which in RLOO are the actions.
+    `shares` come from `loss_shares`. Means are over `count`, the tokens of the whole minibatch, so they do not depend
+    on how it is split into micro-batches and over processes. With `whole` the clipped ratio is that of the whole
+    response, which is the action in RLOO.
     """
     log_ratio = (log_probs - old).masked_fill(~mask, 0.0)
     ratio = log_ratio.exp()
@@ -129,13 +129,13 @@ def value_loss(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip:
 
 
 def next_kl_coef(coef: float, kl: float, target: float, episodes: int, horizon: int) -> float:
-    """Ziegler et al.'s controller (sec. 2.2): proportional in log space, its error cut to +-20 %."""
+    """Ziegler et al.'s controller (sec. 2.2): proportional in log space, its error clipped to +-20 %."""
     error = min(max(kl / target - 1, -0.2), 0.2)
     return coef * (1 + error * episodes / horizon)
 
 
 class Moments(NamedTuple):
-    """Number, mean and sum of squared deviations of all the numbers seen so far."""
+    """Count, mean and sum of squared deviations of all values so far."""
 
     number: float = 0.0
     mean: float = 0.0
@@ -143,13 +143,13 @@ class Moments(NamedTuple):
 
     @property
     def deviation(self) -> float:
-        """Standard deviation, 1 while there is none."""
+        """Standard deviation; 1 while it is undefined or 0."""
         found = math.sqrt(self.squares / (self.number - 1)) if self.number > 1 else 0.0
         return found if found > 1e-8 else 1.0
 
 
 def add_moments(moments: Moments, values: Tensor) -> Moments:
-    """The moments with `values` (batch,) taken in (Chan et al. 1983, eq. 2.1)."""
+    """Return `moments` updated with `values` (batch,) (Chan et al. 1983, eq. 2.1)."""
     values = values.cpu().double()  # Apple's GPUs have no float64
     count, mean = len(values), float(values.mean())
     total, delta = moments.number + count, mean - moments.mean

@@ -1,4 +1,4 @@
-"""Prompts as token ids, and the seeds of an update: functions of (seed, update), so a resumed run repeats them."""
+"""Prompts as token ids, and an update's seeds, which depend only on (seed, update), so a resumed run repeats them."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -17,18 +17,18 @@ class Prompts(NamedTuple):
     columns: dict[str, list[Any]]
 
     def pick(self, rows: Sequence[int]) -> "Prompts":
-        """Some of them."""
+        """Return the prompts at the indices `rows`."""
         return Prompts([self.ids[i] for i in rows], {k: [v[i] for i in rows] for k, v in self.columns.items()})
 
 
 def read_prompts(rows: Any, tokenizer: PreTrainedTokenizerBase, collator: Any = None) -> Prompts:
-    """Prompts from lists of token ids or from a data set with `input_ids`. Padding on either side is removed."""
+    """Read prompts from lists of token ids or from a data set with `input_ids`. Padding on either side is removed."""
     if not hasattr(rows, "column_names") and (not len(rows) or not isinstance(rows[0], Mapping)):
         return Prompts([list(row) for row in rows], {})
     rows = list(rows) if hasattr(rows, "column_names") else [rows[i] for i in range(len(rows))]
     names = dict.fromkeys(name for row in rows for name in row)
     if "input_ids" not in names:
-        raise UserError(f"the prompts' data set has no column input_ids, only {', '.join(names)}.")
+        raise UserError(f"the prompts' data set has no column input_ids; it has {', '.join(names)}.")
     found = []
     for row in rows:
         if collator is not None:
@@ -39,7 +39,7 @@ def read_prompts(rows: Any, tokenizer: PreTrainedTokenizerBase, collator: Any = 
 
 
 def _without_padding(ids: Any, mask: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The mask says what is padding; without one, a pad token that is not the EOS does."""
+    """Remove padding, found by `mask`; without one, by the pad token, unless that is the EOS."""
     row, pad = [int(i) for i in ids], tokenizer.pad_token_id
     if mask is not None:
         return [token for token, kept in zip(row, mask, strict=True) if kept]
@@ -50,12 +50,12 @@ def _without_padding(ids: Any, mask: Any, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def derive_seed(seed: int, use: str, update: int) -> int:
-    """A different seed for each use and update."""
+    """Return a different seed for each use and update."""
     return random.Random(f"{seed} {use} {update}").getrandbits(63)
 
 
 def prompts_of_update(count: int, rows: int, update: int, seed: int) -> list[int]:
-    """Which of `count` prompts an update uses: pass after pass over all of them, each in a new order."""
+    """Return which of `count` prompts an update uses. Each pass over all prompts has a new random order."""
     chosen: list[int] = []
     while len(chosen) < rows:
         turn, offset = divmod(update * rows + len(chosen), count)

@@ -1,4 +1,4 @@
-"""One batch of experience: sampled, scored, and seen by policy, reference and critic."""
+"""One batch of experience: responses, their scores, and the outputs of policy, reference and critic."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,24 +18,24 @@ _PER_TOKEN = ("log_probs", "ref_log_probs", "values", "entropy")
 
 
 class Rollout(NamedTuple):
-    """What the policy did and how it was scored. `time` is the longest response."""
+    """Sampled responses and their scores. `time` is the length of the longest response."""
 
     batch: Batch
-    log_probs: Tensor  # (batch, time), of the policy that sampled
+    log_probs: Tensor  # (batch, time), under the policy that sampled
     ref_log_probs: Tensor  # (batch, time)
     values: Tensor  # (batch, time)
     entropy: Tensor  # (batch, time), of the sampling distribution
-    scores: Tensor  # (batch,), the reward's own numbers
+    scores: Tensor  # (batch,), as the reward returned them
     prompts: list[str]
     responses: list[str]
 
     def to(self, device: torch.device | str) -> "Rollout":
-        """The same on another device."""
+        """Return a copy on another device."""
         moved: list[Any] = [part.to(device) if hasattr(part, "to") else part for part in self]
         return Rollout(*moved)
 
     def rows(self, index: Tensor) -> "Rollout":
-        """Some of the rows, without the columns that none of them uses."""
+        """Return the rows at `index`, cut to the longest response among them."""
         batch = self.batch.rows(index)
         width = int(batch.response_lengths.max())
         parts: dict[str, Any] = {name: getattr(self, name)[index, :width] for name in _PER_TOKEN}
@@ -44,7 +44,7 @@ class Rollout(NamedTuple):
 
 
 def merge(parts: Sequence[Rollout]) -> Rollout:
-    """The equally large rollouts of n processes as one; its row i is row i // n of process i % n."""
+    """Merge the equally large rollouts of n processes. Row i is row i // n of process i % n."""
     whole: dict[str, Any] = {
         name: pad_sequence([row for part in parts for row in getattr(part, name)], batch_first=True)
         for name in _PER_TOKEN
@@ -56,9 +56,9 @@ def merge(parts: Sequence[Rollout]) -> Rollout:
 
 
 def make_judge(reward: nn.Module | TextReward, vocabulary: int, rows_at_once: int) -> Judge:
-    """Scores (batch,) from a reward that reads text, or from a model that reads the policy's own tokens.
+    """Return a function that scores a batch, (batch,), by a text reward or a model that reads the policy's tokens.
 
-    A text reward gets prompts and completions, and those other columns of the data set that it names.
+    A text reward gets prompts and completions, and the other columns of the data set that its parameters name.
     """
     if isinstance(reward, nn.Module):
         return _model_judge(reward, vocabulary, rows_at_once)
@@ -70,11 +70,11 @@ def make_judge(reward: nn.Module | TextReward, vocabulary: int, rows_at_once: in
 
 
 def _model_judge(model: nn.Module, vocabulary: int, rows_at_once: int) -> Judge:
-    """TRL's way: the model's `score` head at the response's last token. Other classifiers give their one logit."""
+    """Score as TRL does: by the `score` head at the response's last token. Other classifiers score by their logit."""
     config: Any = getattr(model, "config", None)
     if getattr(config, "vocab_size", vocabulary) < vocabulary:
         raise UserError(
-            f"the reward model knows {config.vocab_size} tokens and the policy's tokenizer has {vocabulary}; "
+            f"the reward model knows {config.vocab_size} tokens, but the policy's tokenizer has {vocabulary}; "
             "pass a function of texts (prompts, completions) as reward_model, which may use any tokenizer."
         )
     model.eval().requires_grad_(False)
@@ -90,8 +90,8 @@ def _model_judge(model: nn.Module, vocabulary: int, rows_at_once: int) -> Judge:
             found = head(states[torch.arange(len(lengths), device=lengths.device), lengths - 1])
         if found.shape[-1] != 1:
             raise UserError(
-                f"the reward model gives {found.shape[-1]} numbers a text and PPO takes one; pass a function of texts "
-                "that picks the class by name."
+                f"the reward model gives {found.shape[-1]} numbers per text, but PPO needs one; pass a function of "
+                "texts that picks a class."
             )
         return found[:, 0].to(torch.promote_types(found.dtype, torch.float32))
 

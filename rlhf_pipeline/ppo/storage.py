@@ -1,4 +1,4 @@
-"""Where a PPO run's weights go: checkpoints to resume from, and the policy as others open it."""
+"""Saves and loads a PPO run's weights: checkpoints to resume from, and the policy for other programs."""
 
 from pathlib import Path
 from typing import Any
@@ -14,32 +14,32 @@ from rlhf_pipeline.models.policies import merged
 from rlhf_pipeline.models.sampling import Sampling
 from rlhf_pipeline.ppo.actor_critic import ActorCritic
 
-WEIGHTS = "actor_critic.safetensors"  # of a checkpoint: what is trained, policy and critic
+WEIGHTS = "actor_critic.safetensors"  # in a checkpoint: the trained weights of policy and critic
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
-    """The weights that training changes, by name; shared ones once."""
+    """Return the trained weights by name; shared weights appear once."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def save_weights(actor: ActorCritic, path: Path) -> None:
-    """Write what is trained as safetensors."""
+    """Write the trained weights as safetensors."""
     save_file({name: tensor.contiguous() for name, tensor in _trained(actor).items()}, path)
 
 
 def load_weights(model: nn.Module, path: Path, part: str = "") -> None:
-    """Read what `save_weights` wrote into the same tensors; with `part`, those whose names begin so into that part."""
+    """Load weights of `save_weights` in place. `part`: a prefix of names; only these are loaded, without the prefix."""
     found = {name.removeprefix(part): t for name, t in load_file(path).items() if name.startswith(part)}
     own = _trained(model)
     if found.keys() != own.keys():
         odd = ", ".join(sorted(found.keys() ^ own.keys())[:3])
-        raise UserError(f"{path} holds the weights of another set-up: {odd} are in one only. Resume with its settings.")
+        raise UserError(f"{path} is from another set-up: only it, or only the model, has {odd}. Use its settings.")
     for name, tensor in own.items():
         tensor.copy_(found[name])
 
 
 def load_policy_weights(policy: nn.Module, path: Path) -> None:
-    """Read the policy's share of a checkpoint into a policy that is set up as the trained one was."""
+    """Load a checkpoint's policy weights into a policy with the same architecture and adapter."""
     load_weights(policy, path, "policy.")
 
 
@@ -53,8 +53,8 @@ def save_policy(
 ) -> None:
     """Write the policy so that AutoModelForCausalLM opens it, with its tokenizer and the critic.
 
-    A policy with an adapter is written as the adapter, as peft does, or with `merge` as one model. The generation
-    config makes `generate` draw from the distribution that was trained. EOS always ends a text.
+    An adapter is saved as peft does; with `merge` it is merged into its base model. The generation config makes
+    `generate` sample from the distribution that was trained. EOS always ends a text.
     """
     policy: Any = actor.policy
     if isinstance(policy, PeftModel) and merge:
@@ -72,7 +72,7 @@ def save_policy(
         policy.save_pretrained(folder)
     finally:
         inner.generation_config = before
-    generation.save_pretrained(folder)  # with an adapter peft does not
+    generation.save_pretrained(folder)  # for an adapter peft does not save it
     tokenizer.save_pretrained(folder)
     if actor.value_head is not None:
         save_file(actor.value_head.state_dict(), folder / "value_head.safetensors")

@@ -35,45 +35,45 @@ from rlhf_pipeline.ppo.rollout import Rollout
 
 
 class Experience(NamedTuple):
-    """A rollout, and what policy and critic learn from it. `time` is the longest response."""
+    """A rollout, and what policy and critic learn from it. `time` is the length of the longest response."""
 
     rollout: Rollout
-    kl: Tensor  # (batch, time), of policy and reference
-    scores: Tensor  # (batch,): the reward as it is maximised: scaled, clipped, less the penalty of a missing EOS
-    advantages: Tensor  # (batch, time), whitened where a critic made them
-    returns: Tensor  # (batch, time), what the critic learns
-    rewards_to_go: Tensor  # (batch, time), what came after each token, whatever the critic thought
+    kl: Tensor  # (batch, time), estimates of KL(policy || reference)
+    scores: Tensor  # (batch,), what PPO maximises: scaled, clipped, minus the penalty for a missing EOS
+    advantages: Tensor  # (batch, time), whitened if a critic estimates them
+    returns: Tensor  # (batch, time), the critic's targets
+    rewards_to_go: Tensor  # (batch, time), sums of the rewards from each token on, without the critic's estimates
 
 
 class PPOTrainer(Lifecycle):
-    """Proximal policy optimisation of a language model, under the name and constructor of TRL's PPOTrainer.
+    """PPO of a language model, with the name and constructor of TRL's PPOTrainer.
 
     `reward_model` is a function of texts, `(prompts, completions) -> floats`, or TRL's reward model over the policy's
-    own vocabulary. `train_dataset` has `input_ids`, or is a list of lists of token ids; so is `eval_dataset`, and
+    vocabulary. `train_dataset` has `input_ids`, or is a list of lists of token ids. So are `eval_dataset` and
     `ptx_dataset`, the pretraining texts of PPO-ptx. A `value_model` is a separate critic. With a `peft_config` the
-    reference is the policy with its adapter off. Every random draw is derived from (seed, update), so a resumed run
-    repeats what an unbroken one would have done, and any number of processes what one would have.
+    reference is the policy with its adapter off. All random numbers depend only on (seed, update), so a resumed run
+    gives the same result as an unbroken one, and so does any number of processes.
     """
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> None:
-        """Run PPO until `total_episodes`, from a checkpoint where one is given; `True` takes the newest."""
+        """Run PPO until `total_episodes`, from a checkpoint if one is given; `True` takes the newest."""
         if self.train_dataset is None or self.judge is None:
             raise UserError("train() needs a reward_model and a train_dataset; without them call step().")
         self.begin(resume_from_checkpoint)
         while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             start = time.monotonic()
-            # 1. Sample responses to a batch of prompts; 2. score them, and see them with policy, reference and critic.
+            # 1. Sample responses to a batch of prompts; 2. score them, and run policy, reference and critic on them.
             rollout = self._roll_out(self.state.global_step)
             self._learn(rollout, start)
         self.end()
 
     def _learn(self, rollout: Rollout, start: float) -> dict[str, float]:
-        """The rest of an update whose rollout was begun at `start`, in seconds of the monotonic clock."""
+        """Do the rest of an update. Its rollout began at `start`, in seconds of the monotonic clock."""
         # 3. Rewards at each token, advantages and returns.
         experience = self._estimate(rollout)
-        # 4. Some epochs of clipped steps for policy and critic.
+        # 4. Epochs of clipped optimizer steps on policy and critic.
         stats = self._optimise(experience, self.state.global_step)
-        # 5. Statistics, and the KL coefficient of the next update where it adapts.
+        # 5. Statistics, and the next update's KL coefficient if it is adaptive.
         stats = {**self._describe(experience), **stats, "eps": self.batch_rows / (time.monotonic() - start)}
         if self.args.kl_target is not None:
             self.kl_coef = next_kl_coef(
@@ -83,11 +83,11 @@ class PPOTrainer(Lifecycle):
         return stats
 
     def step(self, queries: Sequence[Any], responses: Sequence[Any], scores: Sequence[Any]) -> dict[str, float]:
-        """One PPO update on responses that you sampled and scored, as in TRL 0.7 to 0.11; returns its statistics.
+        """Do one PPO update on responses that you sampled and scored, as in TRL 0.7 to 0.11; returns its statistics.
 
-        `queries` and `responses` are rows of token ids without padding, tensors or lists; `scores` is one number a
-        row. A process passes its own rows: per_device_train_batch_size x gradient_accumulation_steps of them.
-        `samples_per_prompt` consecutive rows answer one prompt. The schedule of the learning rate is that of `train`,
+        `queries` and `responses` are rows of token ids without padding, tensors or lists; `scores` has one number per
+        row. Each process passes its own rows: per_device_train_batch_size x gradient_accumulation_steps of them.
+        `samples_per_prompt` consecutive rows answer one prompt. The learning rate follows the schedule of `train`,
         over `total_episodes` or `max_steps`.
         """
         start = time.monotonic()
@@ -97,7 +97,7 @@ class PPOTrainer(Lifecycle):
                 f"{self.local_rows} of each, per_device_train_batch_size x gradient_accumulation_steps."
             )
         if self.args.group_size > 1 and self.accelerator.num_processes > 1:
-            raise UserError("step() takes trainer.samples_per_prompt in one process only; call train().")
+            raise UserError("step() with trainer.samples_per_prompt works in one process only; call train().")
         asked, answers = _token_rows(queries), _token_rows(responses)
         for number, (query, answer) in enumerate(zip(asked, answers, strict=True)):
             if not query or not answer:
@@ -117,10 +117,10 @@ class PPOTrainer(Lifecycle):
     def generate(
         self, query_tensor: Any, *, max_new_tokens: int | None = None, return_prompt: bool = True, **options: Any
     ) -> Any:
-        """Responses for `step`, drawn from the policy: of one query (tokens,) a tensor (1, tokens), of a list a list.
+        """Sample responses for `step`: a tensor (1, tokens) for one query (tokens,), a list for a list of queries.
 
-        The sampling options of `transformers` that PPO can learn under are taken (temperature, min_new_tokens,
-        eos_token_id, suppress_tokens), and `step` then computes probabilities under the same. Tokens are drawn with
+        `options` are the sampling options of `transformers` that PPO supports: temperature, min_new_tokens,
+        eos_token_id, suppress_tokens. `step` then computes probabilities with the same options. Tokens are drawn with
         torch's global generator.
         """
         single = isinstance(query_tensor, Tensor) and query_tensor.dim() == 1
@@ -141,17 +141,17 @@ class PPOTrainer(Lifecycle):
         return found[0][None] if single else found
 
     def _roll_out(self, update: int) -> Rollout:
-        """The whole batch of an update, sampled and scored, in every process."""
+        """Sample and score the batch of an update. Every process gets the whole batch."""
         seed = self.args.seed
         chosen = prompts_of_update(len(self.prompts.ids), self.batch_prompts, update, seed)
         chosen = [prompt for prompt in chosen for _ in range(self.args.group_size)]
-        # For a reward that draws at random.
+        # For rewards that use random numbers.
         set_seed(derive_seed(seed, f"reward of process {self.accelerator.process_index}", update) % 2**32)
         limits, uniforms = self.draws(self.batch_rows, "rollout", update)
         return self.rollout_of(self.prompts.pick(chosen), limits, uniforms, self.sampling)
 
     def _estimate(self, rollout: Rollout) -> Experience:
-        """Rewards at every token, advantages and returns."""
+        """Compute the rewards of each token, advantages and returns."""
         args, batch, mask = self.args, rollout.batch, rollout.batch.response_mask
         first = self.state.global_step == 0
         if first and self.reference.same:  # then their KL is 0
@@ -162,8 +162,8 @@ class PPOTrainer(Lifecycle):
         scores = self._maximised(rollout)
         values = rollout.values
         if first and self.model.value_head is not None and not values.any():
-            # A value head starts at the mean score. It could not get there by itself: Adam moves a bias by about one
-            # learning rate a step, and the weights would take up what it lacks.
+            # The value head's bias starts at the mean score. Adam moves a bias by only about one learning rate per
+            # step, so the weights would have to learn the mean.
             expected = float(scores.mean())
             self.learner.fill(self.model.value_head.bias, expected)
             values = (values + expected) * mask
@@ -182,7 +182,7 @@ class PPOTrainer(Lifecycle):
         return Experience(rollout, kl, scores, whiten(advantages, mask), returns, to_go)
 
     def _maximised(self, rollout: Rollout) -> Tensor:
-        """The scores (batch,) as they are maximised."""
+        """Return the scores (batch,) that PPO maximises."""
         args, scores, last = self.args, rollout.scores, rollout.batch.last_tokens
         if args.use_score_scaling:
             self.moments = add_moments(self.moments, scores)
@@ -194,11 +194,11 @@ class PPOTrainer(Lifecycle):
         return scores
 
     def _optimise(self, experience: Experience, update: int) -> dict[str, float]:
-        """Some epochs of minibatches on one batch of experience; the means of its steps' statistics."""
+        """Train for some epochs of minibatches on one batch; returns the means of the steps' statistics."""
         args, steps = self.args, list[dict[str, Tensor]]()
         self.model.train()
         generator = torch.Generator().manual_seed(derive_seed(args.seed, "minibatches", update))
-        batch = experience.rollout.batch.to("cpu")  # its lengths are asked for in every micro-batch
+        batch = experience.rollout.batch.to("cpu")  # every micro-batch reads its lengths
         orders = [torch.randperm(self.batch_rows, generator=generator) for _ in range(args.num_ppo_epochs)]
         for minibatch in torch.cat(orders).split(self.batch_rows // args.num_mini_batches):
             found = self._backward(experience, batch, minibatch, update, len(steps))
@@ -219,7 +219,7 @@ class PPOTrainer(Lifecycle):
         return means
 
     def _check_agreement(self, apart: float, message: str, rollout: Rollout) -> None:
-        """Refuse figures of one network that lie further `apart` than by rounding, with the likeliest reason."""
+        """Raise UserError with the likeliest reason if results are further `apart` than rounding explains."""
         if not apart <= tolerance(self.model, rollout.log_probs):
             with self._whole():
                 why = diagnose(self.model, rollout, self.sampling)
@@ -228,9 +228,9 @@ class PPOTrainer(Lifecycle):
     def _backward(
         self, experience: Experience, batch: Batch, minibatch: Tensor, update: int, step: int
     ) -> dict[str, Tensor]:  # fmt: skip
-        """The gradient of one minibatch, summed over micro-batches and processes, and its statistics by name.
+        """Compute one minibatch's gradient, summed over micro-batches and processes; returns statistics by name.
 
-        `batch` is the rollout's on the CPU, `minibatch` (rows,) an index there.
+        `batch` is the rollout's batch on the CPU; `minibatch` (rows,) are indices of its rows.
         """
         args, rollout, device = self.args, experience.rollout, self.accelerator.device
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
@@ -238,7 +238,7 @@ class PPOTrainer(Lifecycle):
         seen, figures = dict[str, Tensor](), list[Tensor]()
         if args.ptx_coef:
             self._backward_ptx(update, step, world * len(minibatch[rank::world]))
-        # Rows of like length together: a micro-batch is as wide as its longest row.
+        # Rows of similar length go together, because a micro-batch is as wide as its longest row.
         widths = (batch.prompt_lengths + batch.response_lengths)[minibatch]
         mine = minibatch[widths.argsort(stable=True)][rank::world]
         parts = mine.split(args.per_device_train_batch_size)
@@ -265,7 +265,7 @@ class PPOTrainer(Lifecycle):
                     loss = loss + self.kl_coef * (kl * shares).sum()
                 if args.entropy_coef:
                     loss = loss - args.entropy_coef * new.entropy.sum() / count
-                self.learner.backward(loss * world)  # processes are averaged, and this is a sum
+                self.learner.backward(loss * world)  # backward() averages over processes; this is a sum
             seen = {
                 "loss/policy_avg": policy.loss,
                 "val/ratio": policy.ratio,
@@ -283,7 +283,7 @@ class PPOTrainer(Lifecycle):
         return dict(zip(seen, total.unbind(), strict=True))
 
     def _backward_ptx(self, update: int, step: int, rows: int) -> None:
-        """The gradient of -ptx_coef x E[log p(pretraining text)], a token (InstructGPT, eq. 2)."""
+        """Add the gradient of -ptx_coef x E[log p(pretraining text)], per token (InstructGPT, eq. 2)."""
         args, texts = self.args, self.ptx
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         turn = update * args.num_ppo_epochs * args.num_mini_batches + step
@@ -299,7 +299,7 @@ class PPOTrainer(Lifecycle):
                 self.learner.backward(loss + 0 * found.values.sum())
 
     def _describe(self, experience: Experience) -> dict[str, float]:
-        """An update in TRL's names. Means are over tokens that the policy chose, and nothing else."""
+        """Return an update's statistics under TRL's names. Means are only over tokens that the policy sampled."""
         rollout, mask = experience.rollout, experience.rollout.batch.response_mask
         kl, scores = float(experience.kl.sum(1).mean()), rollout.scores.float()
         eos = self.processing_class.eos_token_id
@@ -318,7 +318,7 @@ class PPOTrainer(Lifecycle):
         if self.model.has_critic:
             judged, came = rollout.values[mask], experience.rewards_to_go[mask]
             stats["val/explained_variance"] = explained_variance(judged, came)
-        if self.args.group_size > 1:  # prompts that teach nothing, under TRL's name
+        if self.args.group_size > 1:  # share of prompts that teach nothing; TRL's name
             groups = experience.scores.view(-1, self.args.group_size)
             stats["frac_reward_zero_std"] = float((groups == groups[:, :1]).all(1).float().mean())
         length, spread = stats["val/response_length"], stats["objective/scores_std"]

@@ -1,6 +1,6 @@
-"""The names of TRL 0.7 to 0.11, whose scripts call `generate`, score the texts themselves, and call `step`.
+"""The API of TRL 0.7 to 0.11, whose scripts call `generate`, score the texts themselves, and call `step`.
 
-A script runs once its imports are changed to this module. Each step is one update of our PPOTrainer.
+To run such a script, change its imports to this module. Each step is one update of our PPOTrainer.
 """
 
 import copy
@@ -28,12 +28,12 @@ __all__ = [
 ]  # fmt: skip
 
 
-# The settings that have kept their names.
+# Settings that have kept their names.
 _SAME = (
     "seed", "learning_rate", "gamma", "lam", "cliprange", "cliprange_value", "vf_coef", "ratio_threshold",
     "use_score_scaling", "use_score_norm", "score_clip", "whiten_rewards",
 )  # fmt: skip
-# TRL 0.11's names of statistics, by ours.
+# TRL 0.11's names of statistics, and ours.
 _STATISTICS = {
     "ppo/mean_scores": "objective/scores",
     "ppo/std_scores": "objective/scores_std",
@@ -51,7 +51,7 @@ _STATISTICS = {
 
 @dataclass
 class PPOConfig:
-    """TRL 0.11's settings with its defaults. What only tuned its memory use or named its trackers has no effect."""
+    """TRL 0.11's settings with its defaults. Settings of its memory use and of its trackers' names have no effect."""
 
     exp_name: str = "ppo"
     seed: int = 0
@@ -67,7 +67,7 @@ class PPOConfig:
     project_kwargs: Mapping[str, Any] | None = None
     optimize_cuda_cache: bool | None = None
     optimize_device_cache: bool = False
-    steps: int = 20000  # responses to learn from in all
+    steps: int = 20000  # total number of responses to train on
     learning_rate: float = 1.41e-5
     adap_kl_ctrl: bool = True
     init_kl_coef: float = 0.2
@@ -79,7 +79,7 @@ class PPOConfig:
     cliprange: float = 0.2
     cliprange_value: float = 0.2
     vf_coef: float = 0.1
-    batch_size: int = 128  # of one step, in each process
+    batch_size: int = 128  # per step and process
     mini_batch_size: int = 128
     gradient_accumulation_steps: int = 1
     ppo_epochs: int = 4
@@ -93,7 +93,7 @@ class PPOConfig:
     whiten_rewards: bool = False
 
     def current(self) -> CurrentConfig:
-        """The same settings under today's names."""
+        """Return the settings under today's names."""
         rows = self.mini_batch_size * self.gradient_accumulation_steps
         if self.batch_size % rows:
             raise UserError(
@@ -124,10 +124,10 @@ class PPOConfig:
 
 
 class PPOTrainer(CurrentTrainer):
-    """Our trainer under TRL 0.11's constructor and methods.
+    """Our trainer with TRL 0.11's constructor and methods.
 
-    The policy has a value head, trained with it; `model` itself is changed by each step. A response ends with the
-    tokenizer's EOS, unless `generate` is told another `eos_token_id`.
+    The policy has a value head, which is trained with it. Each step changes `model` itself. A response ends with the
+    tokenizer's EOS, unless `generate` gets another `eos_token_id`.
     """
 
     def __init__(
@@ -154,9 +154,9 @@ class PPOTrainer(CurrentTrainer):
     def step(
         self, queries: Sequence[Any], responses: Sequence[Any], scores: Sequence[Any], response_masks: Any = None
     ) -> dict[str, float]:
-        """One PPO update; its statistics under today's names, and the usual ones under TRL 0.11's, too."""
+        """Do one PPO update; returns its statistics under today's names, and the usual ones also under TRL 0.11's."""
         if response_masks is not None:
-            raise UserError("response_masks are not supported; every token of a response is learnt from.")
+            raise UserError("response_masks are not supported; every token of a response is trained on.")
         stats = super().step(queries, responses, scores)
         return {**stats, **{old: stats[new] for old, new in _STATISTICS.items()}}
 
@@ -164,7 +164,7 @@ class PPOTrainer(CurrentTrainer):
         self, query_tensor: Any, length_sampler: Callable[[], int] | None = None, batch_size: int = 4,
         return_prompt: bool = True, generate_ref_response: bool = False, **options: Any,
     ) -> Any:  # fmt: skip
-        """Responses of the policy; of a list of queries a list, of one query a tensor (1, tokens)."""
+        """Sample responses: a list for a list of queries, a tensor (1, tokens) for one query."""
         if generate_ref_response:
             raise UserError("generate_ref_response is not supported; call ref_model.generate().")
         if length_sampler is not None:
@@ -172,7 +172,7 @@ class PPOTrainer(CurrentTrainer):
         return super().generate(query_tensor, return_prompt=return_prompt, **options)
 
     def log_stats(self, *_: Any, **__: Any) -> None:
-        """Nothing: `step` has logged its statistics to the trackers of `log_with` already."""
+        """Do nothing: `step` has already logged its statistics to the trackers of `log_with`."""
 
     def save_pretrained(self, save_directory: str) -> None:
         """Write the policy, its value head and the tokenizer."""
@@ -180,28 +180,28 @@ class PPOTrainer(CurrentTrainer):
 
 
 class AutoModelForCausalLMWithValueHead:
-    """Opens a plain language model: the trainer adds the value head."""
+    """Opens a language model without a value head; the trainer adds one."""
 
     @staticmethod
     def from_pretrained(model: str | PreTrainedModel, peft_config: PeftConfig | None = None, **options: Any) -> Any:
-        """A model by its folder or hub id, or one that is open already; with a `peft_config` an adapter around it."""
+        """Open a model by folder or hub id, or take an open one; with a `peft_config`, add an adapter to it."""
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model, **{"trust_remote_code": False, **options})
         return model if peft_config is None else get_peft_model(model, peft_config)
 
 
 def create_reference_model(model: PreTrainedModel) -> PreTrainedModel:
-    """A frozen copy of the policy."""
+    """Return a frozen copy of the policy."""
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 def LengthSampler(min_value: int, max_value: int) -> Callable[[], int]:  # noqa: N802
-    """Called, it gives a length from `min_value` up to, without, `max_value`."""
+    """Return a function that draws a length in [min_value, max_value)."""
     return functools.partial(random.randrange, min_value, max_value)
 
 
 @torch.no_grad()
 def respond_to_batch(model: PreTrainedModel, queries: Tensor, txt_len: int = 20) -> Tensor:
-    """Exactly `txt_len` sampled tokens for each of the queries (batch, tokens): (batch, txt_len)."""
+    """Sample exactly `txt_len` tokens for each of the queries (batch, tokens); returns (batch, txt_len)."""
     draws, limits = torch.rand(txt_len, len(queries)), torch.full((len(queries),), txt_len)
     return sample(model.eval(), queries.tolist(), limits, Sampling(), draws).responses

@@ -1,11 +1,11 @@
-"""What ours inherit from. TRL to 1.12 has a PPO of its own: ours are subclasses of it there, so that `isinstance` holds
-in scripts that were written for it. Later TRL has none, and nothing of it is needed."""
+"""The base classes of our PPOConfig and PPOTrainer. Up to TRL 1.12 they are TRL's, so that `isinstance` works in
+scripts written for TRL. Later versions of TRL have no PPO; the base classes are then those of transformers."""
 
 import warnings
 
 try:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is experimental is no news to whoever asked for ours
+        warnings.simplefilter("ignore")  # TRL warns that its PPO is experimental
         from trl.experimental.ppo import PPOConfig as ParentConfig
         from trl.experimental.ppo import PPOTrainer as ParentTrainer
 except ModuleNotFoundError:

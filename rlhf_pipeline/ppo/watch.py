@@ -1,31 +1,31 @@
-"""The collapse watch: signs that a policy found one thing to say, runs away from its reference, or learns nothing."""
+"""The collapse watch: signs that a policy repeats itself, moves far from its reference, or learns nothing."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rlhf_pipeline.evaluation.metrics import distinct, repeated
 
-_SAME = 5  # updates in a row without any difference of rewards
+_SAME = 5  # updates in a row in which all rewards are equal
 
 
 @dataclass
 class CollapseWatch:
-    """Rolling figures over a window of updates, and a warning, once each, where one says collapse.
+    """Rolling means over a window of updates. Each sign of collapse gives one warning.
 
-    Its fields are JSON: a checkpoint holds them.
+    Its fields are JSON, because a checkpoint stores them.
     """
 
     window: int
-    first: dict[str, float] = field(default_factory=dict)  # the means of the first updates, a quarter of a window
+    first: dict[str, float] = field(default_factory=dict)  # means over the first quarter of a window
     seen: int = 0
-    recent: list[dict[str, float]] = field(default_factory=list)  # a window of updates
+    recent: list[dict[str, float]] = field(default_factory=list)  # figures of the last `window` updates
     warned: list[str] = field(default_factory=list)
-    same: int = 0  # updates in a row, up to now, whose responses all got one reward
+    same: int = 0  # latest updates in a row with equal rewards
 
     def update(
         self, responses: Sequence[str], length: float, kl: float, spread: float
     ) -> tuple[dict[str, float], list[str]]:
-        """Take in an update's responses; give figures to log, and new warnings. `spread`: the rewards' deviation."""
+        """Add an update; returns figures to log, and new warnings. `spread`: the rewards' standard deviation."""
         now = {"distinct_2": distinct(responses, 2), "repeated": repeated(responses), "length": length, "kl": kl}
         self.recent = [*self.recent, now][-self.window :]
         self.seen += 1
@@ -39,7 +39,7 @@ class CollapseWatch:
         warnings = self._warnings(mean) if self.seen > early else []
         if self.same == _SAME and "reward" not in self.warned:
             self.warned.append("reward")
-            warnings.append(f"all responses of {_SAME} updates got the same reward, so nothing is learned from it")
+            warnings.append(f"all responses of {_SAME} updates got the same reward, so the policy learns nothing")
         return {**figures, "watch/kl_slope": slope}, warnings
 
     def _warnings(self, mean: dict[str, float]) -> list[str]:

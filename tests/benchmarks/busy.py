@@ -1,12 +1,12 @@
-"""The demo's stages alone and beside a busy process: how much slower they are, and that their metrics stay the same.
+"""Runs the demo's stages alone and next to a busy process: they get slower, but their metrics must stay the same.
 
     python tests/benchmarks/busy.py [--run runs/demo] [--quick] [--rounds 3] [--cores 2] [--results FOLDER]
 
-`--run` is a finished run of `make demo`; start this in the folder where it was made, since a run names its models by
-their paths. In each round every stage (ppo, sft and evaluate, with few updates, steps and prompts) is run twice from a
-copy of it: alone, and beside a process that multiplies matrices in as many threads as there are cores. The seconds are
-those of the stage, without loading the libraries. The metrics must be the same numbers in all runs; if any differ, the
-exit status is 1.
+`--run` is a finished run of `make demo`. Start this script in the folder where the run was made, because a run stores
+the paths of its models. In each round every stage (ppo, sft and evaluate, with few updates, steps and prompts) runs
+twice from a copy of it: alone, and next to a process that multiplies matrices in as many threads as there are cores.
+The seconds are those of the stage, without loading the libraries. If any metric differs between the runs, the exit
+status is 1.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from kept import ROOT, Kept, Row, add_options, by_machine, say, spread, table
 
 from rlhf_pipeline.files import read_json, read_jsonl
 
-STAGES = {  # what of the demo is done
+STAGES = {  # the stages to run, and their settings
     "ppo": ("trainer.total_episodes=1280", "trainer.eval_samples=64"),  # 10 updates
     "sft": ("trainer.max_steps=100",),
     "evaluate": ("evaluate.prompts=256",),
@@ -42,12 +42,12 @@ left, right = torch.randn(2, 512, 512)
 while True:
     left @ right
 """
-OF_TIME = ("seconds", "eps")  # of a row of metrics.jsonl
+OF_TIME = ("seconds", "eps")  # keys of metrics.jsonl that depend on the clock
 
 
 @contextmanager
 def busy(threads: int) -> Iterator[None]:
-    """Another process that does what a training does, for as long as the block takes."""
+    """Run a process that computes like a training until the block ends."""
     process = subprocess.Popen([sys.executable, "-c", LOAD, str(threads)])
     try:
         yield
@@ -57,7 +57,7 @@ def busy(threads: int) -> Iterator[None]:
 
 
 def run_stage(stage: str, settings: Sequence[str], run: Path) -> tuple[float, Any]:
-    """The seconds of a stage, run from a copy of `run`, and all the numbers that it found."""
+    """Run a stage in a copy of `run`; returns its seconds and all its metrics."""
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(run, Path(folder, "demo"), ignore=shutil.ignore_patterns("checkpoints", stage))
         command = [sys.executable, "-m", "rlhf_pipeline", f"stage={stage}", "experiment=demo", f"runs={folder}"]
@@ -71,12 +71,12 @@ def run_stage(stage: str, settings: Sequence[str], run: Path) -> tuple[float, An
 
 
 def busy_table(rows: Sequence[Row]) -> str:
-    """Kept figures, a table for each machine."""
+    """One table of the kept figures per machine."""
     return by_machine(rows, stages_table)
 
 
 def stages_table(rows: Sequence[Row]) -> str:
-    """A line for each stage."""
+    """One row per stage."""
     lines = []
     for row in rows:
         ratios = [busy / quiet for quiet, busy in zip(row["quiet"], row["busy"], strict=True)]
@@ -86,23 +86,22 @@ def stages_table(rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    """Measure, keep, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--run", type=Path, default=ROOT / "runs" / "demo", help="default: runs/demo")
     parser.add_argument("--rounds", type=int, help="default: 3; with --quick 1")
-    parser.add_argument("--cores", type=int, default=2, help="that both share (default: 2)")
+    parser.add_argument("--cores", type=int, default=2, help="cores that both processes share (default: 2)")
     asked = parser.parse_args()
     if not (asked.run / "ppo" / "model").is_dir():
         parser.error(f"{asked.run} has no finished run of the demo; make one: make demo")
     cores = set(sorted(os.sched_getaffinity(0))[: asked.cores])
-    os.sched_setaffinity(0, cores)  # and so of every process that is started here
+    os.sched_setaffinity(0, cores)  # child processes inherit it
     kept, rounds, rows = Kept("busy", asked), asked.rounds or (1 if asked.quick else 3), []
     for stage, settings in (QUICK if asked.quick else STAGES).items():
         seconds: dict[str, list[float]] = {"quiet": [], "busy": []}
         metrics = []
         for number in range(rounds):
-            for how in ("quiet", "busy") if number % 2 == 0 else ("busy", "quiet"):  # another begins each time
+            for how in ("quiet", "busy") if number % 2 == 0 else ("busy", "quiet"):  # the order alternates
                 with busy(len(cores)) if how == "busy" else nullcontext():
                     took, found = run_stage(stage, settings, asked.run)
                 seconds[how].append(took)

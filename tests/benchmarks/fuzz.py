@@ -1,9 +1,9 @@
-"""Odd, broken and hostile inputs by the real command: none may crash, hang, run code or lose finished work.
+"""Runs the real command on odd, broken and hostile inputs: none may crash, hang, run code or lose finished work.
 
 python tests/benchmarks/fuzz.py [--count 1000] [--seed 0] [--only command,data,model,run,value] [--keep folder]
 
-Each input is drawn from (seed, number) alone. It is run in a process forked from this one, which has loaded the
-libraries, in a folder of its own beside a small finished run. Counts by kind are printed at the end; failures are kept.
+Each input depends only on (seed, number). It runs in a fork of this process, which has loaded the libraries, in its own
+folder with a copy of a small finished run. At the end the script prints counts by kind; it keeps the failures.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import MINIATURE  # which also sets the environment, so it comes before the libraries
+from conftest import MINIATURE  # sets the environment, so it comes before the libraries
 
 from rlhf_pipeline import cli
 from rlhf_pipeline.processes import end_at_once
@@ -37,7 +37,7 @@ from rlhf_pipeline.stages import evaluate, ppo, reward, sft  # noqa: F401 (loade
 from rlhf_pipeline.terminal import MESSAGE
 from rlhf_pipeline.texts import shown
 
-LIMIT = 60  # seconds, after which an input hangs
+LIMIT = 60  # seconds; a longer input counts as hanging
 MEMORY = 6 << 30  # bytes of address space that an input may add
 QUICK = (
     "data.limit=24", "policy=gpt2_scratch", "policy.vocabulary=300", "trainer.max_steps=1",
@@ -61,7 +61,7 @@ ODD = (
 
 
 class Input(NamedTuple):
-    """What is typed in a folder that a function has prepared."""
+    """A command line, for a folder that one of KINDS has prepared."""
 
     kind: str
     words: list[str]
@@ -69,7 +69,7 @@ class Input(NamedTuple):
 
 
 def command(draw: random.Random, folder: Path) -> Input:
-    """Settings that are there, or nearly, with values that are odd."""
+    """Real or misspelt settings with odd values."""
     stage = draw.choice([*STAGES, "", "nothing", "null", "frontier"])
     keys = [*KEYS]
     for section, of in SECTIONS.items():
@@ -86,7 +86,7 @@ def command(draw: random.Random, folder: Path) -> Input:
 
 
 def value(draw: random.Random, folder: Path) -> Input:
-    """A trainer's field at an edge, in a run that would else take a second."""
+    """An extreme value of a trainer field, in a run that would normally take a second."""
     stage = draw.choice(["pretrain", "sft", "reward", "dpo", "ppo"])
     field = draw.choice(sorted(trainer_fields(stage)))
     words = [f"stage={stage}", *(word for word in QUICK if f"trainer.{field}=" not in word)]
@@ -147,7 +147,7 @@ TEMPLATES = (
 
 
 def data(draw: random.Random, folder: Path) -> Input:
-    """A file of data that is damaged, of another kind, or no file."""
+    """A data file that is damaged or of another kind, or a path that is no file."""
     entry, (stage, name, text) = draw.choice(list(SEEDS.items()))
     content = _mutated(draw, text.encode())
     path = folder / name
@@ -174,7 +174,7 @@ def data(draw: random.Random, folder: Path) -> Input:
 
 
 def model(draw: random.Random, folder: Path) -> Input:
-    """A model's folder with a damaged file."""
+    """A model folder with a damaged file."""
     source = folder / "runs" / "demo" / "sft" / "model"
     place = folder / "strange"
     shutil.copytree(source, place)
@@ -193,7 +193,7 @@ def model(draw: random.Random, folder: Path) -> Input:
 
 
 def run(draw: random.Random, folder: Path) -> Input:
-    """A run whose files are damaged, opened again."""
+    """A finished run with a damaged file, opened again."""
     place = folder / "runs" / "odd"
     shutil.copytree(folder / "runs" / "demo", place)
     read = [file for file in sorted(place.rglob("*")) if file.suffix in (".json", ".yaml", ".jsonl")]
@@ -218,7 +218,7 @@ KINDS: dict[str, Callable[[random.Random, Path], Input]] = {
 
 
 def fault_of(asked: Input, folder: Path, log: Path) -> str | None:
-    """Run an input in a forked process; what is wrong with how it ended, if anything."""
+    """Run an input in a forked process; returns what went wrong, or None."""
     child = os.fork()
     if child == 0:
         _child(asked, folder, log)
@@ -245,9 +245,9 @@ def fault_of(asked: Input, folder: Path, log: Path) -> str | None:
     if code == 2 and len(last) > MESSAGE:
         return f"a message of {len(last)} characters"
     if shown(text, keep="\n\t\r") != text:
-        return "obeyed characters on the screen"
+        return "control characters on the screen"
     if (folder / "executed").exists():
-        return "executed"
+        return "ran code of the input"
     return None
 
 
@@ -263,7 +263,7 @@ def _child(asked: Input, folder: Path, log: Path) -> None:
     sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
     sys.__stderr__ = sys.stderr  # type: ignore[misc]
     sys.argv = ["rlhf_pipeline", *asked.words]
-    atexit._clear()  # what was registered is the parent's: its folders, say
+    atexit._clear()  # the handlers belong to the parent and would delete its folders
     end_at_once(cli.main)
 
 
@@ -277,7 +277,7 @@ def content(folder: Path) -> str:
 
 
 def finished_run(folder: Path) -> Path:
-    """A small finished run to attack. It is made in a process of its own: threads of this one would outlive no fork."""
+    """Make a small finished run to attack. It runs in a new process, because threads here would not survive a fork."""
     folder.mkdir(parents=True, exist_ok=True)
     words = [sys.executable, "-m", "rlhf_pipeline", "stage=pipeline", *MINIATURE]
     subprocess.run(words, cwd=folder, check=True, capture_output=True)
@@ -285,7 +285,7 @@ def finished_run(folder: Path) -> Path:
 
 
 def fuzz(made: Path, count: int, seed: int, kinds: Sequence[str], keep: Path) -> tuple[Counter[str], list[str]]:
-    """Try `count` inputs beside the run `made`. Counts of inputs by kind, and a line for each that failed."""
+    """Try `count` inputs on copies of the run `made`; returns counts by kind, and a line per failure."""
     tried: Counter[str] = Counter()
     failures = []
     before = content(made)
@@ -311,11 +311,10 @@ def fuzz(made: Path, count: int, seed: int, kinds: Sequence[str], keep: Path) ->
 
 
 def main() -> None:
-    """Make a run, attack it, count."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default=",".join(KINDS), help="kinds of inputs, with commas")
+    parser.add_argument("--only", default=",".join(KINDS), help="kinds of inputs, comma-separated")
     parser.add_argument("--keep", type=Path, default=Path(tempfile.gettempdir()) / "rlhf_pipeline_fuzz")
     given: Any = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,20 +1,20 @@
-"""All that is to be known of a GPU, in one go: tables of PPO beside TRL's, SFT, rollouts, sharding and whole IMDB.
+"""Measures everything on a GPU in one command: PPO against TRL's, SFT, rollouts, sharding and all of IMDB.
 
     python tests/benchmarks/gpu.py [--parts ppo,sft,rollout,shard,imdb] [--quick] [--device cpu] [--out runs/gpu]
 
-A part is a process of its own with a time limit, so that one that fails or hangs leaves the others their tables. Each
-figure is written to OUT/results.jsonl as it is found, what the parts say to OUT/PART.log; a part that is over is kept
-(kept.py), and the tables are printed at the end. Models are untrained ones of GPT-2's sizes; nothing is fetched.
-`--device cpu --quick` goes through all of it in minutes with tiny shapes, on any machine. In a comparison all sides
-hold the card at once, so that they can take turns: on a small card, say `--models small`.
+Each part is a process with a time limit, so a part that fails or hangs does not stop the others. Each figure is written
+to OUT/results.jsonl at once, and each part's output to OUT/PART.log. A finished part is kept (kept.py), and the tables
+are printed at the end. Models are untrained and have GPT-2's sizes; nothing is downloaded. `--device cpu --quick` runs
+all parts in minutes with tiny shapes, on any machine. The sides of a comparison take turns, so they are all on the GPU
+at once; on a small GPU, add `--models small`.
 
-- ppo: seconds of an update of TRL 1.12's own loop and of ours in turns, medians of the paired rounds.
-- sft: tokens/s of training steps, and MFU: the share of the card's peak that 6 N + 12 L d T operations a token are
-  (PaLM, arXiv 2204.02311, app. B; N without the table of positions, T the length of a text).
-- rollout: new tokens/s of `sample`, and of transformers' generate with either of its caches.
-- shard: a few steps of stage=sft by conf/accelerate/zero2.yaml and fsdp.yaml on one card, beside a plain run.
-- imdb: a GPT-2 small trained on the reviews, a classifier, PPO, the table; RLHF_SHARED holds data/imdb. A stage that
-  runs out of time goes on from its checkpoint when the same command is given again.
+- ppo: seconds per update of TRL 1.12's own loop and of ours, which take turns; medians of the paired rounds.
+- sft: tokens/s of training steps, and MFU: 6 N + 12 L d T operations per token as a share of the GPU's peak
+  (PaLM, arXiv 2204.02311, app. B; N without position embeddings, T is the length of a text).
+- rollout: new tokens/s of `sample`, and of transformers' generate with each of its two caches.
+- shard: a few steps of stage=sft on one GPU, plain and with conf/accelerate/zero2.yaml and fsdp.yaml.
+- imdb: a GPT-2 small trained on the reviews, a classifier, PPO, the table; RLHF_SHARED contains data/imdb. If a stage
+  runs out of time, the same command resumes it from its checkpoint.
 """
 
 import argparse
@@ -32,14 +32,14 @@ from kept import Kept, add_options, by_machine, table
 
 from rlhf_pipeline.files import read_jsonl
 
-LIMITS = {"ppo": 900, "sft": 300, "rollout": 420, "shard": 480, "imdb": 1100}  # seconds of a part
-# bf16 without sparsity, TFLOP/s, by the makers' data sheets; the first that the card's name holds.
+LIMITS = {"ppo": 900, "sft": 300, "rollout": 420, "shard": 480, "imdb": 1100}  # seconds per part
+# bf16 TFLOP/s without sparsity, from the data sheets; the first key that is in the GPU's name counts.
 PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "RTX 4090": 165, "L4": 121}
 
 
 def run_part(asked: argparse.Namespace) -> None:
-    """Be the process of one part: write its rows as they come."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `call` ends what this part has started
+    """Run one part in this process; writes its rows one by one."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `call` also ends this part's children
     with (asked.out / "results.jsonl").open("a") as results:
 
         def write(row: Row) -> None:
@@ -53,26 +53,25 @@ def run_part(asked: argparse.Namespace) -> None:
 
 
 def gpu_table(rows: Sequence[Row]) -> str:
-    """Kept parts, a table each, for each machine; what is a list is for the file alone."""
+    """For each machine, one table per kept part. Lists are only in the file."""
     return by_machine(rows, lambda own: "\n\n".join(map(part_table, own)))
 
 
 def part_table(part: Row) -> str:
-    """How a part ended, and its rows."""
+    """How a part ended, and a table of its rows."""
     columns = list(dict.fromkeys(k for row in part["rows"] for k, v in row.items() if type(v) is not list))
     lines = [[str(row.get(column, "")) for column in columns] for row in part["rows"]]
     return f"### {part['name']}: {part['ended']}\n\n{table(columns, lines) if lines else ''}".rstrip()
 
 
 def main() -> None:
-    """Run the parts, keep what they found, print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated (default: all)")
-    parser.add_argument("--models", default="small,medium", help="of small, medium (default: both)")
+    parser.add_argument("--models", default="small,medium", help="small, medium or small,medium (default: both)")
     add_options(parser)
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a card where there is one")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds that count (default: 5)")
-    parser.add_argument("--peak-tflops", type=float, help="the card's bf16 peak, for the MFU of one not known here")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds (default: 5)")
+    parser.add_argument("--peak-tflops", type=float, help="the GPU's bf16 peak, if this script does not know it")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", help="default: runs/gpu")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -89,9 +88,9 @@ def main() -> None:
     peak = next((peak for name, peak in PEAKS.items() if re.search(rf"\b{name}\b", kept.gpu or "")), None)
     asked.peak_tflops = asked.peak_tflops or peak
     if asked.device == "cuda" and not kept.gpu:
-        parser.error("--device cuda: torch sees no card; say --device cpu.")
+        parser.error("--device cuda: torch sees no GPU; use --device cpu.")
     if "sft" in asked.parts.split(",") and not asked.peak_tflops and kept.gpu:
-        parser.error(f"the peak of {kept.gpu} is not known here; say --peak-tflops, its bf16 TFLOP/s without sparsity.")
+        parser.error(f"the peak of {kept.gpu} is unknown; add --peak-tflops, its bf16 TFLOP/s without sparsity.")
     asked.out.mkdir(parents=True, exist_ok=True)
     results = asked.out / "results.jsonl"
     options = ["--models", asked.models, "--rounds", str(asked.rounds), "--out", str(asked.out)]

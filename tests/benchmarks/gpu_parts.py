@@ -27,7 +27,7 @@ SHAPES = {  # layers, width, heads, vocabulary
 
 
 class SkipError(Exception):
-    """Why a part, or a row of it, cannot be had here."""
+    """A part, or a row of it, cannot run on this machine; the message says why."""
 
 
 def models(asked: argparse.Namespace) -> list[str]:
@@ -36,7 +36,7 @@ def models(asked: argparse.Namespace) -> list[str]:
 
 
 def gpt2(name: str, positions: int = 1024) -> Any:
-    """An untrained GPT-2 with the GELU of a trained one, dropout off, that never stops by itself."""
+    """Return an untrained GPT-2 with GELU in one kernel, without dropout and without an EOS token."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -54,14 +54,14 @@ def gpt2(name: str, positions: int = 1024) -> Any:
 
 
 def device() -> str:
-    """Where everything is computed: `--device cpu` hides the cards."""
+    """The device of all computations. `--device cpu` hides the GPUs."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def synchronize() -> None:
-    """Wait until the card has done what it was given."""
+    """Wait until the GPU has finished its queue."""
     import torch
 
     if device() == "cuda":
@@ -69,7 +69,7 @@ def synchronize() -> None:
 
 
 class Peak:
-    """The most that this process comes to hold on the card from now on; on a CPU there is no such figure."""
+    """This process's peak GPU memory from now on; a CPU has no such figure."""
 
     def __init__(self) -> None:
         import torch
@@ -81,7 +81,7 @@ class Peak:
         self.before = torch.cuda.memory_allocated() if device() == "cuda" else 0
 
     def gib(self, beyond: bool = False) -> str:
-        """GiB allocated; with `beyond`, of them what was not there before."""
+        """Return the peak in GiB; with `beyond`, without what was allocated before."""
         import torch
 
         if device() != "cuda":
@@ -90,23 +90,23 @@ class Peak:
 
 
 def call(command: list[str], limit: float, log: Any = None) -> str:
-    """Run a command with all its children for at most `limit` seconds; its exit status, or that it took too long."""
+    """Run a command and its children for at most `limit` seconds; returns its exit status, or "cut off after ..."."""
     process = subprocess.Popen(command, stdout=log, stderr=log and subprocess.STDOUT, start_new_session=True)
     try:
         return str(process.wait(limit))
     except subprocess.TimeoutExpired:
         return f"cut off after {limit:.0f} s"
     finally:
-        process.terminate()  # a part that is told so ends what it has started
+        process.terminate()  # a part then ends its children
         with suppress(subprocess.TimeoutExpired):
             process.wait(5)
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # also what one that has failed left behind
+            os.killpg(process.pid, signal.SIGKILL)  # children that a failed part left behind
         process.wait()
 
 
 def ppo(asked: argparse.Namespace) -> Iterator[Row]:
-    """TRL's loop as shipped and in bf16, and ours."""
+    """TRL's loop with its defaults and in bf16, and ours."""
     import ppo_speed
     from ppo_speed import Work
 
@@ -128,7 +128,7 @@ def ppo(asked: argparse.Namespace) -> Iterator[Row]:
     for title, work in works.items():
         try:
             result = ppo_speed.measure(title, work, sides, pairs=1 if asked.quick else asked.rounds, warm_up=2)
-        except RuntimeError as error:  # a side has ended: out of memory, say
+        except RuntimeError as error:  # a side has ended, for example out of memory
             yield {"work": title, "note": reason(error)}
             continue
         tokens = work.batch * (sum(work.prompt) + sum(work.response)) / 2
@@ -156,7 +156,7 @@ def sft(asked: argparse.Namespace) -> Iterator[Row]:
     from rlhf_pipeline.training.batching import OrderedSFTTrainer
 
     class Steps(TrainerCallback):
-        """When each step was done."""
+        """Records when each step ends."""
 
         times: list[float]
 
@@ -168,12 +168,12 @@ def sft(asked: argparse.Namespace) -> Iterator[Row]:
     tokenizer = train_tokenizer(["A film that nobody needed, and that everybody saw."], 300, length)
 
     def train(name: str, rows: list[list[int]], **options: Any) -> tuple[list[float], int]:
-        """Seconds of each step, and the parameters that are multiplied with."""
+        """Return the seconds of each step, and the number of parameters without position embeddings."""
         model, clock = gpt2(name), Steps()
         clock.times = []
         with tempfile.TemporaryDirectory() as folder:
             more = {"per_device_train_batch_size": batch, "max_length": length, "logging_steps": 1000, **options}
-            more["use_cpu"] = device() == "cpu"  # stages_speed is for CPUs
+            more["use_cpu"] = device() == "cpu"  # stages_speed sets it to True
             args, data = SFTConfig(**of_stage("sft", folder, **more)), Dataset.from_dict({"input_ids": rows})
             OrderedSFTTrainer(
                 model, args, train_dataset=data, processing_class=tokenizer, callbacks=[clock]
@@ -204,7 +204,7 @@ def sft(asked: argparse.Namespace) -> Iterator[Row]:
 
 
 def rollout(asked: argparse.Namespace) -> Iterator[Row]:
-    """`sample` and transformers' generate in turns on the same prompts."""
+    """`sample` and transformers' generate, which take turns on the same prompts."""
     shapes = [(4, 8, 12)] if asked.quick else [(64, 16, 53), (256, 16, 128)]  # rows, prompt, response
     for name in models(asked):
         model = gpt2(name).eval()
@@ -213,7 +213,7 @@ def rollout(asked: argparse.Namespace) -> Iterator[Row]:
 
 
 def compare_samplers(name: str, model: Any, shape: tuple[int, int, int], rounds: int) -> Iterator[Row]:
-    """New tokens a second of each sampler; a row for each, with the reason where one cannot."""
+    """Measure each sampler's new tokens per second; yields a row for each, with the reason if it failed."""
     import torch
 
     from rlhf_pipeline.models.precision import autocast, native_bf16
@@ -236,7 +236,7 @@ def compare_samplers(name: str, model: Any, shape: tuple[int, int, int], rounds:
     notes, memory, failed = dict[str, str](), dict[str, str](), set[str]()
 
     def attempt(key: str, work: Callable[[], Any]) -> Any:
-        """Do it; one that cannot leaves the others their figures."""
+        """Call `work`. If it fails, the other samplers go on."""
         try:
             return work()
         except Exception as error:
@@ -265,7 +265,7 @@ def compare_samplers(name: str, model: Any, shape: tuple[int, int, int], rounds:
 
 
 def reason(error: Exception) -> str:
-    """An error in a line."""
+    """Print an error, and return it as one line."""
     print(f"{type(error).__name__}: {error}", flush=True)
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
 
@@ -273,7 +273,7 @@ def reason(error: Exception) -> str:
 def pipeline(
     asked: argparse.Namespace, limit: float, *settings: str, launch: tuple[str, ...] = ()
 ) -> tuple[str, float]:
-    """Run a stage by the command line; how it ended and after how many seconds. It talks to the part's log."""
+    """Run a stage with the command line; returns how it ended and its seconds. It prints to the part's log."""
     command = [sys.executable, *launch, "-m", "rlhf_pipeline", f"runs={asked.out.resolve()}", *settings]
     print("$", *command, flush=True)
     start = time.monotonic()
@@ -282,7 +282,7 @@ def pipeline(
 
 
 def shard(asked: argparse.Namespace) -> Iterator[Row]:
-    """stage=sft, plain and by each launch configuration: that it runs, and to what loss."""
+    """Run stage=sft plain and with each launch configuration: does it run, and what is its loss?"""
     size = "tiny" if asked.quick or device() == "cpu" else "small"
     what = ["stage=sft", f"policy.size={size}", "data.limit=512", "trainer.max_steps=10", "overwrite=true"]
     what += ["trainer.logging_steps=1", "trainer.save_strategy=no", *(["trainer.bf16=false"] if asked.quick else [])]
@@ -302,7 +302,7 @@ def shard(asked: argparse.Namespace) -> Iterator[Row]:
 
 
 def accelerate(file: Path) -> tuple[str, ...]:
-    """The way to start one process by a launch configuration."""
+    """Return Python's arguments that start one process with a launch configuration."""
     import importlib.util
 
     if not file.exists():

@@ -1,10 +1,10 @@
-"""Rounds of human feedback on the built-in reviews, labelled by the truth about them: does more feedback pay?
+"""Rounds of feedback on the built-in reviews, labelled with their true sentiment: does more feedback help?
 
     python tests/benchmarks/human_feedback.py --seeds 3 --rounds 3 --prompts 250 500 1000
 
 Each cell of the table is the policy's true reward on 512 held-out prompts, mean over seeds ± standard error. It takes
-hours on two cores, goes on where it was cut off, and draws the table as an SVG beside it. A seed that fails is named
-and does not stop the others; a cell that lacks it says of how many seeds it is.
+hours on two cores. If it is interrupted, the same command resumes it. It also draws the table as an SVG. If a seed
+fails, the script names it and goes on; the cells without it then give their number of seeds.
 """
 
 import argparse
@@ -25,7 +25,7 @@ COLOURS = ("#2563c9", "#b4530a", "#1a7a48")
 
 
 def run(arguments: list[str], log: Path) -> None:
-    """One command of the pipeline, on one core."""
+    """Run one command of the pipeline on one core."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with log.open("a") as file:
         subprocess.run(
@@ -34,9 +34,9 @@ def run(arguments: list[str], log: Path) -> None:
 
 
 def one_seed(seed: int, prompts: list[int], rounds: int, extra: list[str]) -> str | None:
-    """A policy of its own for each seed, fine-tuned once; then rounds for each number of labelled prompts.
+    """Pretrain and fine-tune a policy for this seed, then run the rounds for each number of labelled prompts.
 
-    What went wrong, if anything did: a number of prompts that fails leaves the others be.
+    Returns what went wrong, or None. If one number of prompts fails, the others still run.
     """
     common = [f"experiment={NAME}", f"seed={seed}", "labeler=toy_sentiment", *extra]
     parent, log = f"{NAME}/seed{seed}", Path(f"{NAME}-{seed}.log")
@@ -56,18 +56,18 @@ def one_seed(seed: int, prompts: list[int], rounds: int, extra: list[str]) -> st
 
 
 def last_words(log: Path) -> str:
-    """The last line of a log that is not blank, and where there is more."""
+    """Return the last line of a log that is not blank, and the log's path."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return f"{lines[-1] if lines else 'nothing said'} ({log.absolute()})"
+    return f"{lines[-1] if lines else 'no output'} ({log.absolute()})"
 
 
 def spread(values: list[float]) -> float | None:
-    """The standard error of the mean; None of fewer than two values."""
+    """The standard error of the mean; None for fewer than two values."""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def cell(values: list[float], seeds: int) -> str:
-    """Mean ± standard error, and over how many seeds where some are missing."""
+    """Mean ± standard error, and the number of seeds if some are missing."""
     if not values:
         return "-"
     error = spread(values)
@@ -76,7 +76,7 @@ def cell(values: list[float], seeds: int) -> str:
 
 
 def gather(prompts: list[int], rounds: int, seeds: int) -> dict[tuple[int, int], dict[str, list[float]]]:
-    """(prompts, round) -> by what is measured, one value a seed; round 0 is the SFT policy."""
+    """Return {(prompts, round): {measure: one value per seed}}; round 0 is the SFT policy."""
     found: dict[tuple[int, int], dict[str, list[float]]] = {}
     for count in prompts:
         for number in range(rounds + 1):
@@ -95,7 +95,7 @@ def gather(prompts: list[int], rounds: int, seeds: int) -> dict[tuple[int, int],
 
 
 def table(found: dict[tuple[int, int], dict[str, list[float]]], key: str, seeds: int) -> str:
-    """Markdown: a row a number of labelled prompts, a column a round."""
+    """A Markdown table with a row per number of labelled prompts and a column per round."""
     numbers = sorted({number for _, number in found})
     lines = ["| labelled prompts a round | " + " | ".join(f"round {n}" if n else "SFT" for n in numbers) + " |"]
     lines.append("|---" * (len(numbers) + 1) + "|")
@@ -105,7 +105,7 @@ def table(found: dict[tuple[int, int], dict[str, list[float]]], key: str, seeds:
 
 
 def plot(found: dict[tuple[int, int], dict[str, list[float]]], prompts: list[int], rounds: int) -> str:
-    """The table of rewards as an SVG: a line a number of labelled prompts, bars of one standard error."""
+    """The table of rewards as an SVG: a line per number of labelled prompts, with bars of one standard error."""
     means = {place: statistics.mean(values["reward"]) for place, values in found.items() if values["reward"]}
     low, high = math.floor(min(means.values()) * 10), math.floor(max(means.values()) * 10) + 1  # in tenths
     left, top, wide, tall = 60, 20, 420, 220
@@ -150,9 +150,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompts", type=int, nargs="+", default=[250, 500, 1000])
-    parser.add_argument("--jobs", type=int, default=2, help="seeds at a time")
+    parser.add_argument("--jobs", type=int, default=2, help="seeds that run at once")
     parser.add_argument("--plot", type=Path, default=Path("human_feedback.svg"))
-    parser.add_argument("--show", action="store_true", help="run nothing, show what there is")
+    parser.add_argument("--show", action="store_true", help="run nothing, show the existing results")
     parser.add_argument("extra", nargs="*", help="more settings of the pipeline, after --")
     given = parser.parse_args()
     failed: list[str | None] = []

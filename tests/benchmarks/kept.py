@@ -1,8 +1,8 @@
-"""Where the benchmarks keep their figures: results/<what>-<machine>-<commit>.json, a file for each machine and commit.
+"""Stores the benchmarks' figures in results/<what>-<machine>-<commit>.json, one file per machine and commit.
 
-A file holds named figures. Each says how it was measured (date, load, versions, command), because another run at the
-same commit adds its figures to the file. `rows` reads them back, and a benchmark's own `*_table(rows)` makes Markdown
-of them, for the terminal and for READMEs.
+A file contains named figures. Each records how it was measured (date, load, versions, command), because another run at
+the same commit adds its figures to the file. `rows` reads them back. A benchmark's own `*_table(rows)` turns them into
+Markdown, for the terminal and for READMEs.
 """
 
 import json
@@ -25,18 +25,18 @@ Row = dict[str, Any]
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """`--results`, and `--quick`, whose figures are kept only if a folder is named."""
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, few rounds: does the benchmark work?")
+    """Add `--results`, and `--quick`, whose figures are kept only with `--results`."""
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, few rounds: only checks that it works")
     parser.add_argument("--results", type=Path, help=f"default: {RESULTS.relative_to(ROOT)}; with --quick none")
 
 
 class Kept:
-    """The file of one benchmark on this machine; its circumstances are those of the moment it is opened."""
+    """The results file of one benchmark on this machine. Its circumstances are those when it is opened."""
 
     def __init__(self, what: str, asked: Namespace, device: str = "cpu") -> None:
-        """`asked`: what `add_options` gave. `device`: the machine's name is that of its GPU, unless this is cpu."""
+        """`asked`: the parsed options of `add_options`. The machine is named by its GPU, unless `device` is cpu."""
         hardware, versions = _asked()
-        self.gpu, cores = hardware["gpu"], len(os.sched_getaffinity(0))  # those that this process may use
+        self.gpu, cores = hardware["gpu"], len(os.sched_getaffinity(0))  # that this process may use
         self.machine = self.gpu if self.gpu and device != "cpu" else f"{hardware['cpu']}, {cores} cores"
         self.circumstances: Row = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -53,11 +53,11 @@ class Kept:
         self.path: Path | None = folder and folder / f"{what}-{slug}-{self.commit}.json"
         if self.circumstances["load"] > cores / 2:
             say(
-                f"the machine is busy (load {self.circumstances['load']} on {cores} cores): these figures will be rough"
+                f"the machine is busy (load {self.circumstances['load']} on {cores} cores): these figures are imprecise"
             )
 
     def add(self, name: str, figures: Row) -> Row:
-        """Keep figures by name, in place of those of an earlier run at this commit; they come back as a row."""
+        """Keep figures by name; they replace those of an earlier run at this commit. Returns them as a row."""
         row = {**self.circumstances, **figures}
         of = {"machine": self.machine, "commit": self.commit}
         if self.path:
@@ -68,7 +68,7 @@ class Kept:
 
 
 def _asked() -> tuple[Row, Row]:
-    """Hardware and versions, asked for in a process of its own, so that this one leaves the card alone."""
+    """Read hardware and versions in a new process, so that this one does not open the GPU."""
     ask = "import json; from rlhf_pipeline.runs import lineage as l; print(json.dumps([l.hardware(), l.versions()]))"
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -79,12 +79,12 @@ def _asked() -> tuple[Row, Row]:
 
 
 def rows(what: str, folder: Path = RESULTS) -> list[Row]:
-    """A benchmark's kept figures; see `rows_of`."""
+    """Return a benchmark's kept figures; see `rows_of`."""
     return rows_of(map(read_json, sorted(folder.glob(f"{what}-*.json"))))
 
 
 def rows_of(files: Iterable[Row]) -> list[Row]:
-    """The figures in files of one benchmark: of each machine and name the newest, in the order of measurement."""
+    """Return the newest figures for each machine and name in one benchmark's files, in order of measurement."""
     every = [
         {"name": name, "machine": file["machine"], "commit": file["commit"], **figures}
         for file in files
@@ -95,7 +95,7 @@ def rows_of(files: Iterable[Row]) -> list[Row]:
 
 
 def commit() -> str:
-    """The commit of this checkout, abbreviated; `-dirty` after it where a file differs from it."""
+    """Return the abbreviated commit of this checkout, with `-dirty` if a file differs from it."""
     ask = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
     try:
         return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
@@ -104,12 +104,12 @@ def commit() -> str:
 
 
 def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
+    """A Markdown table."""
     return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *lines])
 
 
 def by_machine(found: Sequence[Row], make: Callable[[Sequence[Row]], str]) -> str:
-    """`make(rows)` for each machine, with a line below that says what was measured, where and when."""
+    """`make(rows)` for each machine, with a line below that says where, when and with which versions."""
     parts = []
     for machine in dict.fromkeys(row["machine"] for row in found):
         own = [row for row in found if row["machine"] == machine]
@@ -129,5 +129,5 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 
 def say(what: str) -> None:
-    """Progress, apart from the tables."""
+    """Print progress to stderr; the tables go to stdout."""
     print(what, file=sys.stderr, flush=True)

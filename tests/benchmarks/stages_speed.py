@@ -1,13 +1,13 @@
-"""How fast SFT, pretraining and the reward stage learn beside TRL as it comes, in real tokens a second (no padding).
+"""Speed of SFT, pretraining and the reward stage against TRL's defaults, in real tokens (no padding) per second.
 
     python tests/benchmarks/stages_speed.py [--quick] [--rounds 5] [--cores 2] [--results FOLDER]
 
-All sides take turns in each round, each in a process of its own on the same cores, on the same rows (one epoch; texts
-of IMDB's lengths and pairs of hh-rlhf's where RLHF_SHARED has them, else random words of such lengths), from the same
-untrained GPT-2 of 6 layers, 256 wide, with dropout off. A ratio is the median over the rounds. The time is the wall
-clock's, so nothing else should run. Both sides have batches of 8, TRL's number, and at most 512 tokens a text. bf16 is
-on where the machine has it natively: TRL's own default, bf16 everywhere, would only make it slower elsewhere. The rows
-are few: the more there are, the more alike in length are those of a batch.
+In each round all sides take turns, each in a process on the same cores. They train for one epoch on the same rows, from
+the same untrained GPT-2 of 6 layers, 256 wide, without dropout. The rows are texts of IMDB and pairs of hh-rlhf if
+RLHF_SHARED has them, else random words of such lengths. A ratio is the median over the rounds. The time is wall-clock
+time, so nothing else should run. Both sides have TRL's batch size, 8, and at most 512 tokens per text. bf16 is on if
+the machine has it natively; TRL's default, bf16 everywhere, would be slower elsewhere. The rows are few: with more
+rows, those of a batch have more similar lengths.
 """
 
 import argparse
@@ -47,7 +47,7 @@ LONGEST, VOCABULARY, BATCH = 512, 8192, 8
 
 @dataclass(frozen=True)
 class Rows:
-    """What is learnt from, as token ids."""
+    """The training data as token ids."""
 
     tokenizer: PreTrainedTokenizerBase
     texts: list[list[int]]
@@ -56,7 +56,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Measure:
-    """Of one side in one round: real tokens a second, padded tokens a real one, peak memory in MB."""
+    """One side in one round: real tokens per second, tokens with padding per real token, peak memory in MB."""
 
     speed: float
     padding: float
@@ -72,7 +72,7 @@ def random_words(count: int) -> str:
 
 
 def read_texts(count: int) -> list[str]:
-    """Reviews, or words in as many numbers as IMDB's: 230 in the mean, the median 175."""
+    """Reviews, or random words with the lengths of IMDB's reviews: mean 230 words, median 175."""
     archive = Path(os.environ.get("RLHF_SHARED", ""), "data/imdb/aclImdb_small.tar.gz")
     if not archive.exists():
         return [random_words(max(10, int(random.lognormvariate(5.16, 0.72)))) for _ in range(count)]
@@ -82,7 +82,7 @@ def read_texts(count: int) -> list[str]:
 
 
 def read_pairs(count: int) -> list[tuple[str, str]]:
-    """Whole dialogues with a better and a worse last turn, or words in such numbers."""
+    """Whole dialogues with a better and a worse last turn, or random words of such lengths."""
     file = Path(os.environ.get("RLHF_SHARED", ""), "data/preferences/hh_harmless_base_test.jsonl.gz")
     if file.exists():
         with gzip.open(file, "rt", encoding="utf-8") as lines:
@@ -108,7 +108,7 @@ def read_rows(texts: int, pairs: int) -> Rows:
 
 
 def model(kind: Callable[[GPT2Config], Any], quick: bool) -> Any:
-    """GPT-2 by its own configuration: the gelu_new of the hub's, and dropout off, as from scratch."""
+    """Make an untrained GPT-2 with gelu_new, as GPT-2 on the hub has, and without dropout."""
     layers, width = (2, 64) if quick else (6, 256)
     torch.manual_seed(0)
     return kind(
@@ -130,7 +130,7 @@ def model(kind: Callable[[GPT2Config], Any], quick: bool) -> Any:
 
 
 def common(folder: str) -> dict[str, Any]:
-    """What is no matter of speed."""
+    """Settings that all sides share."""
     return {
         "output_dir": folder,
         "num_train_epochs": 1,
@@ -139,12 +139,12 @@ def common(folder: str) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
-        "use_cpu": True,  # transformers takes no bf16 on a CPU that it only happens to find
+        "use_cpu": True,  # without this setting transformers refuses bf16 on a CPU
     }
 
 
 def of_stage(stage: str, folder: str, **changes: Any) -> dict[str, Any]:
-    """The settings of conf/stage, run once over the rows."""
+    """The settings of conf/stage, for one epoch."""
     settings: dict[str, Any] = yaml.safe_load((ROOT / "conf" / "stage" / f"{stage}.yaml").read_text())["trainer"]
     return {**settings, "bf16": choose_bf16(settings.get("bf16"))[0], **common(folder), **changes}
 
@@ -163,15 +163,15 @@ def preferences(rows: Rows) -> datasets.Dataset:
 
 
 def trl_sft(rows: Rows, folder: str, quick: bool, **changes: Any) -> Trainer:
-    """SFTTrainer as it comes."""
+    """SFTTrainer with its defaults."""
     args = SFTConfig(**common(folder), bf16=native_bf16(), **changes)
-    few = len(rows.texts) // 8 if args.packing else None  # in one long row, which is the slower the more there are
+    few = len(rows.texts) // 8 if args.packing else None  # they become one long row, which is slower the longer it is
     data = demonstrations(rows, few)
     return SFTTrainer(model(GPT2LMHeadModel, quick), args, train_dataset=data, processing_class=rows.tokenizer)
 
 
 def trl_packed(rows: Rows, folder: str, quick: bool) -> Trainer:
-    """SFTTrainer with packing, otherwise as it comes."""
+    """SFTTrainer with packing, otherwise with its defaults."""
     return trl_sft(rows, folder, quick, packing=True)
 
 
@@ -184,7 +184,7 @@ def our_sft(rows: Rows, folder: str, quick: bool) -> Trainer:
 
 
 def our_pretrain(rows: Rows, folder: str, quick: bool) -> Trainer:
-    """stage=pretrain, as many tokens a batch as the stage has"""
+    """stage=pretrain, with the stage's own number of tokens per batch"""
     policy = model(GPT2LMHeadModel, quick)
     fuse_gelu(policy)
     args = SFTConfig(**of_stage("pretrain", folder, per_device_train_batch_size=4 * BATCH))
@@ -193,7 +193,7 @@ def our_pretrain(rows: Rows, folder: str, quick: bool) -> Trainer:
 
 
 def trl_reward(rows: Rows, folder: str, quick: bool) -> Trainer:
-    """RewardTrainer as it comes."""
+    """RewardTrainer with its defaults."""
     args = RewardConfig(**common(folder), bf16=native_bf16())
     scorer = model(GPT2ForSequenceClassification, quick)
     return RewardTrainer(scorer, args, train_dataset=preferences(rows), processing_class=rows.tokenizer)
@@ -223,7 +223,7 @@ COMPARISONS: list[tuple[str, Side, Side, str]] = [
 
 
 def once(side: Side, rows: Rows, cores: set[int], quick: bool, answer: Any) -> None:
-    """In a process of its own: train one epoch, and send what was measured."""
+    """Run in a new process: train one epoch, and send the measurement."""
     os.sched_setaffinity(0, cores)
     torch.set_num_threads(len(cores))
     warnings.simplefilter("ignore")
@@ -246,7 +246,7 @@ def once(side: Side, rows: Rows, cores: set[int], quick: bool, answer: Any) -> N
 
 
 def measure(side: Side, rows: Rows, cores: set[int], quick: bool) -> Measure:
-    """Run one side in a fork of this process, which has done no arithmetic that a fork could trip over."""
+    """Run one side in a fork of this process. It must not compute before, because threads do not survive a fork."""
     here, there = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=once, args=(side, rows, cores, quick, there))
     process.start()
@@ -260,12 +260,12 @@ def measure(side: Side, rows: Rows, cores: set[int], quick: bool) -> Measure:
 
 
 def stages_table(rows: Sequence[Row]) -> str:
-    """Tokens per second, padding and memory of each comparison: kept figures, a table for each machine."""
+    """One table of the kept figures per machine: tokens per second, padding and memory of each comparison."""
     return by_machine(rows, comparisons_table)
 
 
 def comparisons_table(rows: Sequence[Row]) -> str:
-    """A line for each comparison."""
+    """One row per comparison."""
 
     def medians(row: Row, what: str, digits: int) -> list[str]:
         return [f"{statistics.median(m[what] for m in row[side]):,.{digits}f}" for side in ("trl", "ours")]
@@ -280,11 +280,10 @@ def comparisons_table(rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    """Measure, keep, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cores", type=int, default=2, help="that a side may use (default: 2)")
+    parser.add_argument("--cores", type=int, default=2, help="cores per side (default: 2)")
     asked = parser.parse_args()
     datasets.disable_progress_bars()
     kept = Kept("stages", asked)

@@ -1,4 +1,4 @@
-"""Writes the tables of results in the READMEs from what runs have measured, so that no figure is typed by hand.
+"""Writes the tables of results in the READMEs from the figures of runs, so that no figure is typed by hand.
 
     python tests/benchmarks/tables.py                         write the tables of every README from results/*.json
     python tests/benchmarks/tables.py runs/demo               print the tables of a finished run
@@ -32,11 +32,11 @@ from rlhf_pipeline.report.words import Words
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(Path(__file__).parent))  # the benchmarks, which import each other
 RESULTS, PICTURES = Path("tests", "benchmarks", "results"), Path(".github")
-DRAWN = {"objective/scores": "reward", "objective/kl": "kl"}  # what is kept of PPO's log, and its name in measures.yaml
-# Stages, and their files: the first that a run has is what it measured.
+DRAWN = {"objective/scores": "reward", "objective/kl": "kl"}  # columns of PPO's log to keep; names in measures.yaml
+# Stages and their files of results. The first stage that a run has counts.
 MEASURED = {"compare": "comparison", "frontier": "frontier", "evaluate": "evaluation", "reward": "quality"}
-ANSWERS = ("samples", "examples", "extremes", "shown", "starts", "points", "calibration")  # what is not kept
-OF_ANSWERS = ("answers", "values")  # nor of the policies of a frontier
+ANSWERS = ("samples", "examples", "extremes", "shown", "starts", "points", "calibration")  # not kept
+OF_ANSWERS = ("answers", "values")  # not kept of a frontier's policies
 WIDTH = 120  # columns of a line of English text
 MARKED = re.compile(r"^(<!-- table: (\w+) (.+?) -->\n)(?:.*?\n)??(<!-- end -->)$", re.DOTALL | re.MULTILINE)
 SENTENCES = {
@@ -83,7 +83,7 @@ def comparison(kept: Sequence[Kept], words: Words) -> str:
 
 
 def frontier(kept: Sequence[Kept], words: Words) -> str:
-    """The last policy of each run of a sweep, beside the best of n, and how it was measured."""
+    """The last policy of each run of a sweep, next to the best of n, and how it was measured."""
     parts = []
     for one in kept:
         policies, *rest = frontier_tables(one["frontier"])
@@ -97,7 +97,7 @@ def frontier(kept: Sequence[Kept], words: Words) -> str:
 
 
 def quality(kept: Sequence[Kept], words: Words) -> str:
-    """Reward models by the data that they learned from, and how each was measured."""
+    """Reward models by their training data, and how each was measured."""
     found = {Path(one["data"]["path"] or one["data"]["name"]).name: one["quality"] for one in kept}
     keys = ("accuracy", "rows", "length_correlation")
     rows = [[as_markdown(name), *(figure(key, own.get(key)) for key in keys)] for name, own in found.items()]
@@ -106,7 +106,7 @@ def quality(kept: Sequence[Kept], words: Words) -> str:
 
 
 def real(kept: Sequence[Kept], words: Words) -> str:
-    """The policies of real.py by each judge, and how it was measured."""
+    """Each judge's scores of real.py's policies, and how they were measured."""
     from real import table as policies  # beside this file
 
     parts = [(policies(one["evaluation"]), _wrapped([measured(one, words), _took(one, words)], words)) for one in kept]
@@ -114,7 +114,7 @@ def real(kept: Sequence[Kept], words: Words) -> str:
 
 
 def speed(kept: Sequence[Kept], words: Words) -> str:
-    """PPO beside TRL's, and what each part of our update takes."""
+    """PPO against TRL's, and the time of each part of our update."""
     from kept import rows_of  # beside this file
     from ppo_speed import parts_table, ppo_table
 
@@ -123,7 +123,7 @@ def speed(kept: Sequence[Kept], words: Words) -> str:
 
 
 def stages(kept: Sequence[Kept], words: Words) -> str:
-    """SFT, pretraining and the reward stage beside TRL's."""
+    """SFT, pretraining and the reward stage against TRL's."""
     from kept import rows_of
     from stages_speed import stages_table
 
@@ -131,14 +131,14 @@ def stages(kept: Sequence[Kept], words: Words) -> str:
 
 
 def busy(kept: Sequence[Kept], words: Words) -> str:
-    """The demo's stages alone and beside a busy process."""
+    """The demo's stages alone and next to a busy process."""
     from busy import busy_table
     from kept import rows_of
 
     return busy_table(rows_of(kept))
 
 
-# What a README can ask for: a function of the kept results and the README's language that gives Markdown.
+# The kinds of tables in READMEs: functions that make Markdown from the kept results, in the README's language.
 KINDS: dict[str, Callable[[Sequence[Kept], Words], str]] = {
     made.__name__: made
     for made in (evaluation, whole_evaluation, comparison, frontier, quality, real, speed, stages, busy)
@@ -146,7 +146,7 @@ KINDS: dict[str, Callable[[Sequence[Kept], Words], str]] = {
 
 
 def measured(kept: Kept, words: Words) -> str:
-    """When, at which commit and on what something was measured, from what a file of results/ has under `measured`."""
+    """A sentence with the commit, date and machine of a measurement, from `measured` in a file of results/."""
     about, said = kept["measured"], SENTENCES[str(words.lang)]
     keys = ("commit", "date", "seed", "machine", "cores", "threads")
     values = (said["unknown"] if about.get(key) is None else as_markdown(about[key]) for key in keys)
@@ -188,15 +188,15 @@ def _wrapped(sentences: Sequence[str], words: Words) -> str:
 
 
 def gather(run: Path, commit: str | None = None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What is kept of a finished run: what it measured, without the answers, how it did, and PPO's curves.
+    """Return a finished run's figures, without the answers, how they were measured, and PPO's curves.
 
-    `commit` is for a run that was made from a copy without git, and so recorded none.
+    `commit` is for a run that was made from a copy without git, and therefore recorded no commit.
     """
     stage = next((stage for stage in MEASURED if (run / stage).is_dir()), "evaluate")
     what = MEASURED[stage]
     found, record = read_json(run / stage / f"{what}.json"), read_json(run / stage / "run.json")
     if not found or record.get("status") != "done":
-        raise UserError(f"{run} has no finished evaluation; run stage=evaluate of it first, or name a folder such as "
+        raise UserError(f"{run} has no finished evaluation; run stage=evaluate on it first, or name a folder such as "
                         "runs/demo.")  # fmt: skip
     hardware, versions, git = record["hardware"], record["versions"], record.get("git") or {}
     if commit is not None and git:
@@ -235,7 +235,7 @@ def drawn(log: Sequence[Mapping[str, Any]]) -> str:
 
 
 def written(text: str, lang: str, root: Path = ROOT) -> str:
-    """A README with its tables made again from what is kept below `root`."""
+    """Return a README's text with its tables made again from the results below `root`."""
 
     def made(found: re.Match[str]) -> str:
         begin, kind, names, end = found.groups()
@@ -256,19 +256,19 @@ def _kept(names: Sequence[str], root: Path) -> Iterator[Kept]:
 
 
 def readmes(root: Path = ROOT) -> dict[Path, str]:
-    """Every README that has a table of this script, with its language."""
+    """Find all READMEs with tables of this script, and their languages."""
     tops = (root.glob("README*.md"), *((root / top).rglob("README.md") for top in ("conf", "rlhf_pipeline", "tests")))
     found = [path for top in tops for path in sorted(top) if MARKED.search(path.read_text(encoding="utf-8"))]
     return {path: "zh" if path.name == "README.zh-CN.md" else "en" for path in found}
 
 
 def pictures(root: Path = ROOT) -> dict[Path, str]:
-    """The picture of every run whose curves are kept, by where it belongs."""
+    """Draw the picture of every run whose curves are kept; returns them by path."""
     return {root / PICTURES / f"{log.stem}.svg": drawn(read_jsonl(log)) for log in (root / RESULTS).glob("*.jsonl")}
 
 
 def write_readmes(root: Path = ROOT) -> None:
-    """Make the tables and pictures again where what is kept has changed."""
+    """Write the tables and pictures whose results have changed."""
     texts = {path: written(path.read_text(encoding="utf-8"), lang, root) for path, lang in readmes(root).items()}
     for path, text in {**texts, **pictures(root)}.items():
         if not path.exists() or path.read_text(encoding="utf-8") != text:
@@ -277,12 +277,12 @@ def write_readmes(root: Path = ROOT) -> None:
 
 
 def main(arguments: Sequence[str], root: Path = ROOT) -> int:
-    """The exit status: 0 done, 2 the user can mend it."""
+    """Return the exit status: 0 if done, 2 for an error that the user can fix."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, help="folders of finished runs, such as runs/demo")
     parser.add_argument("--keep", metavar="NAME", help="keep the run's figures as results/NAME.json")
     parser.add_argument("--commit", help="the commit of a run that was made from a copy without git")
-    parser.add_argument("--lang", choices=("en", "zh"), default="en", help="of the tables that are printed")
+    parser.add_argument("--lang", choices=("en", "zh"), default="en", help="language of the printed tables")
     args = parser.parse_args(arguments)
     try:
         found = [gather(run, args.commit) for run in args.runs]

@@ -19,7 +19,7 @@ LAYERS = [
     ["report.tables", "report.publish", "report.observers", "ppo", "runs.models"],
     ["evaluation", "training"], ["feedback"],
     ["evaluation.frontier"], ["evaluation.algorithms"], ["stages"], ["words"], ["composition"],
-    ["report.summary", "sweeps.jobs"], ["report.rounds", "sweeps"], ["stages.compare"], ["cli", "plugins"],
+    ["report.summary", "sweeps.jobs", "inputs"], ["report.rounds", "sweeps"], ["stages.compare"], ["cli", "plugins"],
 ]  # fmt: skip
 HEIGHT = {module: level for level, layer in enumerate(LAYERS) for module in layer}
 

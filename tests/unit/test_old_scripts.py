@@ -272,7 +272,7 @@ def test_what_step_cannot_learn_from_is_refused(tmp_path: Path) -> None:
         ppo.step(rows[1:], rows, scores)
     with pytest.raises(UserError, match=r"row 0 of .* has an empty response"):
         ppo.step(rows, [[], *rows[1:]], scores)
-    with pytest.raises(UserError, match="is nan, which is no number"):
+    with pytest.raises(UserError, match="is nan; it must be finite"):
         ppo.step(rows, rows, [float("nan"), *scores[1:]])
     with pytest.raises(UserError, match="64 positions"):
         ppo.step(rows, [[5] * 70, *rows[1:]], scores)

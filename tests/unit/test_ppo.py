@@ -199,5 +199,5 @@ def test_stop_tokens_add_up_and_none_may_be_suppressed(tmp_path: Path) -> None:
     args.stop_tokens, args.suppress_tokens = words, []
     assert make_sampling(args, TOKENIZER).stop_ids == (0, 40, 41)
     args.suppress_tokens = words[:1]
-    with pytest.raises(UserError, match="could never end so"):
+    with pytest.raises(UserError, match="suppress_tokens and the stop tokens share"):
         make_sampling(args, TOKENIZER)
