@@ -96,7 +96,7 @@ def test_submitit_runs_each_job_in_a_process_of_its_own(runs: Path) -> None:
     done = sweep(*words, HF_TOKEN="hf_a_token_of_mine")
     assert done.returncode == 2, done.stderr
     assert "failed: trainer.num_mini_batches=3: a batch of 8 rows does not divide" in done.stdout.replace("\n", " ")
-    assert "2 jobs are with submitit; what they print is below runs/cluster/.submitit." in done.stdout
+    assert "2 jobs were submitted by submitit; their output is below runs/cluster/.submitit." in done.stdout
     folder = runs / "cluster"
     assert found_in(folder)[0] == {"trainer.num_mini_batches=3": "failed", "trainer.num_mini_batches=1": "done"}
     assert len(list(folder.glob(".submitit/**/*_log.out"))) == 2
