@@ -244,7 +244,7 @@ def _pipeline(whole: Settings, words: Sequence[str]) -> float | None:
         raise UserError(NO_STAGES)
     chosen = rewards.trained_part(whole.reward)["name"]
     if "reward" in order and chosen not in rewards.TRAINABLE:
-        print(f"reward={chosen} needs no training, so stage=reward is left out.", flush=True)
+        print(f"reward={chosen} needs no training, so stage=reward is skipped.", flush=True)
         order.remove("reward")
     rest = [word for word in words if not word.startswith(("stage=", "rounds="))]
     each = {stage: settings_of([*rest, f"stage={stage}"]) for stage in order}  # the same in every round

@@ -1,4 +1,4 @@
-"""The settings of a stage, and the checks that need no model. Modules below do not know Hydra."""
+"""The settings of a stage, and the checks that need no model. No module below uses Hydra."""
 
 import ast
 import builtins
@@ -34,7 +34,7 @@ _RESERVED = {
         "it follows from per_device_train_batch_size, gradient_accumulation_steps, num_mini_batches, total_episodes "
         "and the number of processes",
     ),
-    "hub_token": "set HF_TOKEN in the environment, so that no file has it",
+    "hub_token": "set HF_TOKEN in the environment; no file stores it",
     "resume_from_checkpoint": "an unfinished run resumes by itself",
     "push_to_hub": "hub.push=user/name uploads the finished model, privately",
     "sft_model_path": "set policy.path",
@@ -50,8 +50,8 @@ class Evaluation:
     batch_size: Count = 128
     examples: int = 3
     bootstrap: Count = 2000
-    response_length: Count | None = None  # None: as the run's PPO did
-    temperature: Positive | None = None  # None: as the run's PPO did
+    response_length: Count | None = None  # None: as in the run's PPO
+    temperature: Positive | None = None  # None: as in the run's PPO
     best_of: Several | None = None  # also the best of n answers of the reference, a baseline without training
     show: list[str] = field(default_factory=list)  # your own prompts, whose answers are shown
     # The policies to compare: stages of this run, other runs (runs/x, runs/x/ppo), hub ids; empty: all of this run.
@@ -72,7 +72,7 @@ class Collection:
     policies: list[str] = field(default_factory=list)
     similarity: Share = 0.9  # an answer more similar to another answer than this is sampled again
     annotators: Count = 1  # people who label each prompt; several show their agreement
-    enough: Share = 1.0  # the share of prompts that must be labelled before a pipeline goes on
+    enough: Share = 1.0  # the share of prompts that must be labelled before a pipeline continues
     batch_size: Count = 128
     response_length: Count = 24
     min_new_tokens: int = 0
@@ -88,8 +88,8 @@ class Chat:
 
     prompt: list[str] = field(default_factory=list)  # --prompt: answer only these prompts
     mode: Literal["chat", "complete"] | None = None  # a conversation, or a text to continue; None: as the run's data
-    temperature: Positive | None = None  # None: as the run's PPO did
-    response_length: Count | None = None  # None: as the run's PPO did
+    temperature: Positive | None = None  # None: as in the run's PPO
+    response_length: Count | None = None  # None: as in the run's PPO
     reward: bool | None = None  # whether to show each answer's reward; None: if the run has a reward
 
 
@@ -121,7 +121,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Hub:
-    """Where to upload a finished model. The token comes from HF_TOKEN or the client's login; no file has it."""
+    """Where to upload a finished model. The token comes from HF_TOKEN or the client's login; no file stores it."""
 
     push: str | None = None  # user/name
     private: bool = True
@@ -136,7 +136,7 @@ class Report:
 
 SECTIONS = {"evaluate": Evaluation, "collect": Collection, "comparison": Comparison, "chat": Chat, "plan": Plan,
             "hub": Hub, "report": Report}  # fmt: skip
-# PPO's settings that name tokens, which mean nothing in another vocabulary.
+# PPO's settings that name tokens. They are not valid in another vocabulary.
 TOKENS = ("stop_token", "stop_token_id", "stop_tokens", "suppress_tokens")
 # PPO's settings for sampling, which stage=collect also has.
 SAMPLING = ("response_length", "min_new_tokens", *TOKENS)

@@ -196,7 +196,7 @@ def _kl_budget(word: str, sweeps: bool) -> str:
     return f"hydra.sweeper.kl_budget={value}"
 
 
-# -- and back
+# -- from Hydra's grammar to the user's form
 
 
 def quoted(text: str) -> str:

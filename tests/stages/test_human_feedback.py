@@ -473,7 +473,7 @@ def test_candidates_come_from_several_policies_and_temperatures(with_people: Pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("stage=pipeline", "experiment=demo", "rounds=2"), "which this experiment lacks"),
+        (("stage=pipeline", "experiment=demo", "rounds=2"), "but this experiment has no collect"),
         (("stage=collect", "labels=pull"), "run stage=collect without labels= first"),
         (("stage=sft", "labels=pull"), "labels=pull is only for stage=collect"),
         (("stage=collect",), "there is no policy to answer yet"),
