@@ -48,7 +48,7 @@ def test_a_failed_job_stops_no_other_and_is_done_when_the_sweep_is_run_again(run
         done = sweep(*words)
     assert done.returncode == 2, done.stderr
     table = done.stdout[done.stdout.rindex("coefs (ppo)") :]
-    assert "failed: trainer.kl_coef=0.1,seed=1: runs/coefs/trainer.kl_coef=0.1,seed=1/ppo is being made by" in (
+    assert "failed: trainer.kl_coef=0.1,seed=1: runs/coefs/trainer.kl_coef=0.1,seed=1/ppo is in use by" in (
         table.replace("\n", " ").replace("  ", " ")
     )
     ended, seeds = found_in(folder)

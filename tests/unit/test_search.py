@@ -110,5 +110,5 @@ def test_a_search_is_kept_in_its_folder_whatever_that_is_called(tmp_path: Path) 
 
 
 def test_two_processes_do_not_search_in_one_place(tmp_path: Path) -> None:
-    with held(tmp_path / ".optuna.lock", tmp_path), pytest.raises(UserError, match="made by another process"):
+    with held(tmp_path / ".optuna.lock", tmp_path), pytest.raises(UserError, match="in use by another process"):
         search(tmp_path, SPACE, worth, 1)
