@@ -4,7 +4,7 @@ import sys
 
 
 def start() -> None:
-    """The command line, in one process or in one of several."""
+    """Run the command line, in a single process or as one of several."""
     try:
         from rlhf_pipeline.errors import UserError
         from rlhf_pipeline.processes import end_at_once, processes, rank
@@ -17,7 +17,7 @@ def start() -> None:
         sys.exit(130)
     try:
         several = processes() > 1 or rank() > 0
-    except UserError as error:  # nothing else can be said before it is known who says it
+    except UserError as error:  # the rank is unknown, so every process prints this
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     if asked:

@@ -1,4 +1,4 @@
-"""The command line: Hydra's entry, one stage, a pipeline of them, or a job of a sweep."""
+"""The command line. It runs one stage, a pipeline of stages or the jobs of a sweep."""
 
 import contextlib
 import dataclasses
@@ -43,39 +43,39 @@ from rlhf_pipeline.terminal import guarded, one_line
 from rlhf_pipeline.usage import CONF
 from rlhf_pipeline.words import as_words, read
 
-sys.path.append(str(Path(__file__).parent / "plugins"))  # Hydra knows a plugin by its package: hydra_plugins
-_LIBRARIES = ("transformers", "trl", "peft", "accelerate", "datasets")  # of trainers and models
+sys.path.append(str(Path(__file__).parent / "plugins"))  # Hydra finds plugins in the package hydra_plugins
+_LIBRARIES = ("transformers", "trl", "peft", "accelerate", "datasets")  # their ValueErrors are shown in one line
 _TRACEBACK = "RLHF_PIPELINE_TRACEBACK"
-NO_STAGES = "stage=pipeline runs an experiment's stages; choose one, as in experiment=demo."
+NO_STAGES = "stage=pipeline runs an experiment's stages; choose an experiment, as in experiment=demo."
 
 
 def main() -> None:
-    """Run the command line and leave with its exit status: 0 done, 2 the user can mend it, 130 interrupted."""
+    """Run the command line. Exit status: 0 done, 2 an error that the user can fix, 130 interrupted."""
     with guarded(), processes.rank_output():
         _be_quiet()
         try:
-            with _refusals():
+            with _errors_in_one_line():
                 words, options = read(sys.argv[1:])
-                # A sweep, a recorded configuration, or only to be shown.
+                # A sweep, a recorded configuration, or a request to print the configuration.
                 if as_words(options) or any(re.match(r"[+~]*hydra\b", word) for word in words):
                     _by_hydra(words, options)
                 else:
                     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
                         _run(compose(words), words)
         except KeyboardInterrupt:
-            print("\ninterrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+            print("\ninterrupted; run the same command again to resume from the last checkpoint.", file=sys.stderr)
             sys.exit(130)
 
 
 def _by_hydra(words: list[str], options: Namespace) -> None:
     recorded = bool(options.config_name)
     composed = words if recorded or options.multirun else expand(words, options.config_dir)
-    options.resolve |= options.cfg == "job"  # shown as it will run
+    options.resolve |= options.cfg == "job"  # print the values that the run will use
     sys.argv[1:] = [*composed, *as_words(options)]
 
     @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
     def run(cfg: DictConfig) -> float | None:
-        with _refusals():  # here too: Hydra tells of an exception in its own words
+        with _errors_in_one_line():  # here too, because Hydra prints exceptions in its own way
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 return _run_job(cfg)
             if recorded:
@@ -86,32 +86,32 @@ def _by_hydra(words: list[str], options: Namespace) -> None:
 
 
 def _run(cfg: DictConfig, words: Sequence[str] | None) -> float | None:
-    """Do what a composed configuration asks for. `words` are the command's, unless it only named a recorded one."""
+    """Run a composed configuration. `words` is the command line; None for a recorded configuration."""
     recover(Path(str(cfg.runs)))
     order = in_order(cfg.stages) if OmegaConf.is_dict(cfg.stages) else []
     settings = settle(cfg)
     if settings.stage == "pipeline":
         return _pipeline(settings, words or [])
     objective = run_stage(settings)
-    _look_back(settings, order, words)
+    _show_next(settings, order, words)
     return objective
 
 
-def _look_back(settings: Settings, order: Sequence[str], words: Sequence[str] | None) -> None:
-    """After a stage is done: its rounds side by side, and what to run next."""
+def _show_next(settings: Settings, order: Sequence[str], words: Sequence[str] | None) -> None:
+    """After a finished stage, write the page of its rounds and print the next command."""
     out = RunDir.of(settings)
     if processes.rank() or out.record.get("status") != "done":
         return
     if out.stage == "evaluate" and out.rounds():
         from rlhf_pipeline.report.rounds import write_rounds
 
-        write_rounds(out.runs, out.name, settings.report.lang)  # which shows the rounds by one judge
+        write_rounds(out.runs, out.name, settings.report.lang)  # this evaluation scored all rounds by the same reward
     say("next", next_command(settings, order, words))
 
 
 @contextlib.contextmanager
-def _refusals() -> Iterator[None]:
-    """Leave with one line where the user can mend what went wrong."""
+def _errors_in_one_line() -> Iterator[None]:
+    """Exit with a one-line message if the user can fix the error."""
     try:
         yield
     except UserError as error:
@@ -119,13 +119,13 @@ def _refusals() -> Iterator[None]:
     except (HydraException, OmegaConfBaseException) as error:
         _leave(UserError(explained(error)))
     except Exception as error:
-        if (fault := files.disk_error(error) or _fault_of_the_system(error)) is None:
+        if (fault := files.disk_error(error) or _fixable(error)) is None:
             raise
         _leave(fault)
 
 
-def _fault_of_the_system(error: Exception) -> UserError | None:
-    """What the machine could not do, as far as the user can mend it."""
+def _fixable(error: Exception) -> UserError | None:
+    """Return a `UserError` if the user can fix the error, or None."""
     text = str(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate" in text:
         return UserError("out of memory; lower trainer.per_device_train_batch_size or choose a smaller policy.")
@@ -136,8 +136,8 @@ def _fault_of_the_system(error: Exception) -> UserError | None:
     if isinstance(error, OSError) and error.filename:
         return UserError(f"{os.fsdecode(error.filename)}: {error.strerror}.")
     if isinstance(error, UnicodeDecodeError):
-        return UserError(f"a file is no text in UTF-8: {text}")
-    if isinstance(error, ImportError) and "install" in text:  # what a setting needs beside
+        return UserError(f"a file is not UTF-8 text: {text}")
+    if isinstance(error, ImportError) and "install" in text:  # a setting needs an extra package
         return UserError(text)
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts
     library = next((name for name in _LIBRARIES if name in raised_in), None)
@@ -155,16 +155,16 @@ def _leave(error: UserError) -> NoReturn:
 
 
 def run_stage(settings: Settings) -> float | None:
-    """Run one stage in its directory; give its objective, for a sweep. A finished stage is left as it is."""
+    """Run one stage in its directory and return its objective. A finished stage is not run again."""
     if settings.hub.push and settings.stage not in TRAINED:
-        raise UserError(f"stage={settings.stage} makes no model, so hub.push= goes with one of: {', '.join(TRAINED)}.")
-    processes.check_launch(_said(settings))
+        raise UserError(f"stage={settings.stage} makes no model for hub.push=; choose one of: {', '.join(TRAINED)}.")
+    processes.check_launch(_launch_words(settings))
     out = RunDir.of(settings)
-    if settings.compare:  # it shows what has been made, and makes nothing itself
+    if settings.compare:  # it only compares finished runs
         runs = Path(settings.runs)
         folders = [folder_of(runs, name) for name in settings.compare]
         print(f"{compare(folders, runs / settings.name / 'compare.html', settings.report.lang)} shows the runs")
-    elif settings.stage in ("chat", "plan"):  # they leave nothing, so they may go on beside whatever does
+    elif settings.stage in ("chat", "plan"):  # they write nothing, so they need no lock
         say_loading()
         work(settings, out)
     elif settings.labels:
@@ -188,16 +188,16 @@ def work(settings: Settings, out: RunDir) -> None:
         importlib.import_module(f"rlhf_pipeline.stages.{settings.stage}").run(settings, out)
 
 
-def _said(settings: Settings) -> str:
-    """What is asked for, as it was said."""
+def _launch_words(settings: Settings) -> str:
+    """Return the stage and the settings that restrict its launch, as words of the command line."""
     more = [f"{name}=" for name in ("compare", "labels", "sweep") if getattr(settings, name)]
     more += ["policy.lora="] if settings.policy.get("lora") else []
     return " ".join([f"stage={settings.stage}", *more])
 
 
 def _take_labels(settings: Settings, out: RunDir) -> None:
-    """Labels for what was collected last, however that was set up. What goes wrong leaves the collection as it was."""
-    from rlhf_pipeline.feedback.labelling import take  # without torch: this is waited for again and again
+    """Serve, push or read labels of the newest collection, whatever its settings. An error leaves it unchanged."""
+    from rlhf_pipeline.feedback.labelling import take  # without torch: users run this often
 
     served = settings.labels in ("serve", "push")
     out.observer = Observers(out.path)
@@ -210,7 +210,7 @@ def _take_labels(settings: Settings, out: RunDir) -> None:
 def _run_held(settings: Settings, out: RunDir, done: bool) -> None:
     if done:
         if settings.stage == "evaluate" and not (out.path / "evaluation.json").exists():
-            raise UserError(f"{out.path} is done, but its evaluation.json is gone; overwrite=true makes it anew.")
+            raise UserError(f"{out.path} is done, but its evaluation.json is missing; overwrite=true makes it again.")
         say_done_before(out)
         if settings.stage == "evaluate":
             from rlhf_pipeline.report.tables import evaluation_table
@@ -238,27 +238,27 @@ def _run_held(settings: Settings, out: RunDir, done: bool) -> None:
 
 
 def _pipeline(whole: Settings, words: Sequence[str]) -> float | None:
-    """Run an experiment's stages in order, in this process: importing torch for each would cost a minute."""
+    """Run an experiment's stages in order, in one process, because importing torch for each would cost a minute."""
     order = in_order(whole.stages)
     if not order:
         raise UserError(NO_STAGES)
     chosen = rewards.trained_part(whole.reward)["name"]
     if "reward" in order and chosen not in rewards.TRAINABLE:
-        print(f"reward={chosen} needs no training, so stage=reward is left out.", flush=True)
+        print(f"reward={chosen} needs no training, so stage=reward is skipped.", flush=True)
         order.remove("reward")
     rest = [word for word in words if not word.startswith(("stage=", "rounds="))]
     each = {stage: settings_of([*rest, f"stage={stage}"]) for stage in order}  # the same in every round
-    for stage, settings in each.items():  # before the first begins
-        processes.check_launch(_said(settings))
+    for stage, settings in each.items():  # check all stages before the first one starts
+        processes.check_launch(_launch_words(settings))
         if RunDir.of(settings).record.get("status") != "done":
             check_files(settings)
-        if settings.hub == whole.hub:  # pushed once, at the end; a stage may have a repository of its own
+        if settings.hub == whole.hub:  # push once, at the end, unless the stage has its own repository
             each[stage] = dataclasses.replace(settings, hub=Hub())
     every = [dataclasses.replace(each[stage], name=name) for stage, name in plan(order, whole.name, whole.rounds)]
     last = last_model(every) if whole.hub.push else None
     started, result = time.monotonic(), None
     for number, settings in enumerate(every, 1):
-        within = settings.name.removeprefix(whole.name).lstrip("/")  # round2, where there are rounds
+        within = settings.name.removeprefix(whole.name).lstrip("/")  # as in round2
         print(f"\n[{number}/{len(every)}] {f'{within}: ' if within else ''}{settings.stage}", flush=True)
         out = RunDir.of(settings)
         before, result = out.record, run_stage(settings)
@@ -267,31 +267,31 @@ def _pipeline(whole: Settings, words: Sequence[str]) -> float | None:
         if settings.stage == order[-1] and within and processes.rank() == 0:
             from rlhf_pipeline.report.rounds import write_rounds
 
-            news = out.record != before or number == len(every)  # the rounds of before have been shown
+            news = out.record != before or number == len(every)  # earlier rounds have been printed
             write_rounds(Path(whole.runs), whole.name, whole.report.lang, news)
     if processes.rank():
         return result
     folders = [RunDir.of(settings) for settings in every]
     say_all_done(folders, Path(whole.runs) / whole.name, time.monotonic() - started)
-    if last:  # at the end, for then the card says how it did
+    if last:  # at the end, so that the model card has the results
         publish(RunDir.of(last), whole.hub)
     say("next", next_command(dataclasses.replace(every[-1], name=whole.name), [], rest))
     return result
 
 
 def in_order(stages: Iterable[str]) -> list[str]:
-    """The stages of a pipeline. What an experiment says of others after stage=compare is for the runs it compares."""
+    """Return the stages of a pipeline. Sections after compare are not stages: they configure the compared runs."""
     order = list(map(str, stages))
     return order[: order.index("compare") + 1] if "compare" in order else order
 
 
 def plan(order: Sequence[str], name: str, rounds: int | None) -> list[tuple[str, str]]:
-    """The stages of a pipeline with their runs' names: collect and what follows it once a round, in its folder."""
+    """Return a pipeline's stages and run names. Each round repeats collect and the later stages in its own folder."""
     if rounds is None:
         return [(stage, name) for stage in order]
     if "collect" not in order:
         raise UserError(
-            f"rounds={rounds} repeats stage=collect and what follows it, which this experiment lacks "
+            f"rounds={rounds} repeats stage=collect and the later stages, but this experiment has no collect "
             f"({', '.join(order)}); take experiment=human_feedback, or drop rounds=."
         )
     first = order.index("collect")
@@ -304,13 +304,13 @@ def _wait_for_people(collect: RunDir) -> None:
         results = collect.record["results"]
         if results["skipped"] == results["prompts"]:
             raise UserError(
-                f"people skipped all {results['prompts']} prompts of {collect.path}: nothing can be learnt."
+                f"people skipped all {results['prompts']} prompts of {collect.path}: there is nothing to learn from."
             )
         sheet, labels = collect.path / SHEET, collect.path / LABELS
         if collect.filled_in and not (labels.exists() and labels.stat().st_mtime >= sheet.stat().st_mtime):
-            print(f"note: {sheet} has been filled in; it counts once labels= brings it in")
+            print(f"note: {sheet} has been filled in but not read yet; read it with labels={sheet}")
         so_far = math.floor(1000 * results["labelled"] / results["prompts"]) / 1000
-        early = f", or with collect.enough={so_far:g} to go on with these" if so_far else ""
+        early = f", or add collect.enough={so_far:g} to continue with these" if so_far else ""
         raise WaitingError(f"{how_far(results)}; run again when done{early}.")
 
 
@@ -319,25 +319,25 @@ def _wait_for_people(collect: RunDir) -> None:
 
 def _run_job(cfg: DictConfig) -> float | None:
     if not HydraConfig.get().sweeper._target_.startswith("hydra_plugins.rlhf_pipeline"):
-        raise UserError("-m goes with hydra/sweeper=grid or optuna, and with no recorded configuration.")
-    words = OmegaConf.to_container(HydraConfig.get().overrides.task)  # as typed: interpolations stay such
+        raise UserError("-m takes hydra/sweeper=grid or optuna, and no recorded configuration.")
+    words = OmegaConf.to_container(HydraConfig.get().overrides.task)  # as typed: interpolations are not resolved
     assert isinstance(words, list)
     return run_job(Path(cfg.runs), str(cfg.name), _last_stage(str(cfg.stage), cfg.stages), words)
 
 
 def check_job(words: Sequence[str]) -> tuple[str, int, bool]:
-    """Refuse what cannot be a job of a sweep; give the stage it is known by, its seed, and whether it is done already.
+    """Return a job's stage (see `_last_stage`), its seed and whether it is done. Refuse what cannot be a job.
 
-    This looks only: what is to be overwritten is deleted by the job's own process.
+    This deletes nothing. With overwrite=true, the job's own process deletes the old run.
     """
     if processes.processes() > 1:
-        raise UserError("a sweep starts a process a job; start it without torchrun or accelerate launch.")
+        raise UserError("a sweep starts one process per job; start it without torchrun or accelerate launch.")
     said = {*words, *(word.partition("=")[0] + "=" for word in words if not word.endswith("=null"))}
     if alone := next((word for word in processes.ONE_PROCESS_ONLY if word in said), None):
-        raise UserError(f"{alone} goes with one run, and leaves nothing that a sweep could compare; drop -m.")
+        raise UserError(f"{alone} is for one run and has no result that a sweep could compare; drop -m.")
     settings = settings_of(words)
     if settings.hub.push:
-        raise UserError("the jobs of a sweep would push to one place; push the one that you choose when it is done.")
+        raise UserError("the jobs of a sweep would push to one place; drop hub.push=, and push one when all are done.")
     last = _last_stage(settings.stage, settings.stages)
     out = RunDir.of(settings)
     done = settings.stage != "pipeline" and out.finished(settings, look=True) and is_number(out.objective())
@@ -345,7 +345,7 @@ def check_job(words: Sequence[str]) -> tuple[str, int, bool]:
 
 
 def _last_stage(stage: str, stages: Iterable[str]) -> str:
-    """The stage whose result a run is known by: the last that trains, for on evaluate's prompts no choice is made."""
+    """Return the stage whose objective ranks a run: the last that trains. Evaluate's prompts never choose a run."""
     if stage != "pipeline":
         return stage
     if not stages:
@@ -354,12 +354,12 @@ def _last_stage(stage: str, stages: Iterable[str]) -> str:
 
 
 def _be_quiet() -> None:
-    """Keep the dependencies' chatter away, unless the user asked for it. Set before they are imported."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to main(), which says them plainly
+    """Silence the dependencies, unless the user asked for their output. Call it before they are imported."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach main(), which prints one line
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if processes.processes() > 1:
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # each process would say all of it
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # every process would repeat it
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     logging.getLogger("rlhf_pipeline").setLevel(logging.INFO)

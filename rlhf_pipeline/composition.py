@@ -1,7 +1,7 @@
-"""A command's words to one stage's settings, by one composition of Hydra.
+"""Compose the words of a command line into one stage's settings, by a single Hydra composition.
 
-From weakest to strongest: conf/config.yaml, the stage's and groups' files, the experiment, its section for the stage,
-what the user says in general, what the user says of this stage (stages.ppo.trainer.kl_coef=0.1).
+From weakest to strongest: conf/config.yaml, the files of the stage and the groups, the experiment, its section for the
+stage, the command line's general settings, the command line's settings for the stage (stages.ppo.trainer.kl_coef=0.1).
 """
 
 import contextlib
@@ -29,16 +29,16 @@ from rlhf_pipeline.stages import STAGES
 from rlhf_pipeline.usage import CONF
 from rlhf_pipeline.words import parse, quoted
 
-_DEFAULT = "demo"  # the experiment, where none is named; as in conf/config.yaml
-# Words of stage=compare that are not for the runs that it compares.
+_DEFAULT = "demo"  # the experiment if none is named, as in conf/config.yaml
+# Settings of stage=compare itself. The runs that it compares get all other settings.
 _OF_COMPARISON = re.compile(r"[+~]*(stage|name|runs|seed|experiment|overwrite|(hub|comparison|stages\.compare)\..*)")
-_NO_SECTION = "{0}={1} is no section of settings; say {0}.<setting>=..."
+_NO_SECTION = "{0} is a section of settings, so {0}={1} is not valid; set {0}.<key>=..."
 _CHOICES: dict[str, Registry[Any]] = {
     "policy": policies.registry,
     "reward": rewards.registry,
     "data": data.registry,
 }
-# Of a configuration, two values of which one is for small models: ${by_size:1.0e-3,5.0e-4}
+# In a configuration, ${by_size:1.0e-3,5.0e-4} is the first value for small models and the second for large ones.
 OmegaConf.register_new_resolver(
     "by_size",
     lambda small, large, _root_: small if _root_.policy.get("size") in ("tiny", "mini", "mid") else large,
@@ -55,12 +55,12 @@ OmegaConf.register_new_resolver("oc.env", _no_environment, replace=True)
 
 
 def settings_of(words: Sequence[str]) -> Settings:
-    """The settings of the stage that `words` (see `words.read`) ask for."""
+    """Return the settings of the stage that `words` ask for; see `words.read`."""
     return settle(compose(words))
 
 
 def compose(words: Sequence[str]) -> DictConfig:
-    """The configuration that `words` ask for."""
+    """Return the configuration that `words` ask for."""
     with contextlib.ExitStack() as stack:
         if not GlobalHydra.instance().is_initialized():
             stack.enter_context(hydra.initialize_config_dir(str(CONF), version_base="1.3"))
@@ -68,17 +68,17 @@ def compose(words: Sequence[str]) -> DictConfig:
 
 
 def expand(words: Sequence[str], folder: str | None = None) -> list[str]:
-    """Lay an experiment's section for the stage beneath what the user says, in words that Hydra composes.
+    """Return words for Hydra: the experiment's section for the stage, then the command line's settings.
 
-    If the user, or the section, chooses another policy, reward or data than the experiment, the experiment's values
-    for it are left out. `folder` is one more place to look for experiments, as --config-dir gives.
+    If the command line or the section chooses another policy, reward or data than the experiment, the experiment's
+    values for it are dropped. `folder` is another folder with experiments (--config-dir).
     """
     said = {_key(word): parse(word) for word in words}
     stage = said["stage"].value() if "stage" in said else None
     if several := next((key for key, override in said.items() if override.is_sweep_override()), None):
         value = str(said[several].input_line).partition("=")[2]
         raise UserError(
-            f"{several}={value} has several values: a list is '{several}=[{value}]', and a sweep takes -m as well."
+            f"{several}={value} has several values; write '{several}=[{value}]' for a list, or add -m for a sweep."
         )
     if stage not in STAGES:
         return list(words)  # which Hydra refuses
@@ -87,7 +87,7 @@ def expand(words: Sequence[str], folder: str | None = None) -> list[str]:
         if key.startswith("stages.") and key.count(".") == 1 and not override.is_delete():
             raise UserError(_NO_SECTION.format(key, shown(override.value())))
     if "rounds" in said and stage != "pipeline" and said["rounds"].value() is not None:
-        raise UserError(f"rounds= goes with stage=pipeline; stage={stage} takes none.")
+        raise UserError(f"rounds= is only for stage=pipeline, not for stage={stage}; drop it.")
     of = "ppo" if stage == "plan" else str(stage)
     general = [word for word in words if of == "pipeline" or not _key(word).startswith("stages.")]
     own = [word.replace(f"stages.{of}.", "", 1) for word in words if _key(word).startswith(f"stages.{of}.")]
@@ -102,7 +102,7 @@ def expand(words: Sequence[str], folder: str | None = None) -> list[str]:
         ppo = (sections.get("ppo") or {}).get("trainer") or {}
         ppo |= {key: said[word].value() for key in SAMPLING if (word := f"stages.ppo.trainer.{key}") in said}
         section["collect"] = {key: ppo[key] for key in SAMPLING if key in ppo} | (section.get("collect") or {})
-    elif of == "compare":  # its runs are told what the user says
+    elif of == "compare":  # its runs get the command line's settings
         rest = [quoted(word) for word in words if not _OF_COMPARISON.fullmatch(word.partition("=")[0])]
         general = [*general, f"++comparison.typed=[{','.join(rest)}]"]
     elif of == "chat" or (of == "evaluate" and "sweep" in said and said["sweep"].value()):
@@ -122,7 +122,7 @@ def expand(words: Sequence[str], folder: str | None = None) -> list[str]:
         elif other:
             added.append(f"{kind}={name}")
             part = _file(kind, name) | part
-            if kind not in opened:  # the user's values are for the general choice
+            if kind not in opened:  # the command line's values belong to the general choice
                 ours = {f"{kind}.{field}" for field in registry.common}
                 general = [w for w in general if not _key(w).startswith(f"{kind}.") or _key(w) in ours]
         else:
@@ -142,7 +142,7 @@ def _key(word: str) -> str:
 
 
 def _file(group: str, name: str, more: str | None = None) -> dict[str, Any]:
-    """The values of a group's file; empty where there is none."""
+    """Return the values of a group's file; empty if there is no file."""
     for folder in (CONF, *([Path(more)] if more else [])):
         if (path := folder / group / f"{name}.yaml").is_file():
             return dict(yaml.load(path.read_text(encoding="utf-8"), get_yaml_loader()) or {})
@@ -152,7 +152,7 @@ def _file(group: str, name: str, more: str | None = None) -> dict[str, Any]:
 def _as_its_run(
     stage: str, said: Mapping[str, Override], experiment: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """What a chat, or the evaluation of a sweep, takes from the run that it opens, and words that go with it."""
+    """Return what a chat or a sweep's evaluation takes from the run that it opens, and words to add to the command."""
     value = {key: override.value() for key, override in said.items()}
     runs, name, more = Path(str(value.get("runs", "runs"))), value.get("name"), list[str]()
     if stage == "evaluate":
@@ -181,30 +181,30 @@ def _as_its_run(
     return opened, more
 
 
-_OUTSIDE = {"python": "path", "judge": "url"}  # rewards that run code, or send texts and a key, and where
+_EXTERNAL = {"python": "path", "judge": "url"}  # rewards that run code or send texts and a key; the field says where
 
 
 def check_functions(recorded: Mapping[str, Any], values: Iterable[str]) -> None:
-    """Refuse to run a Python function, or to ask a server, that only a recorded configuration names.
+    """Refuse a Python function or a server that only a recorded configuration names: it may be a stranger's.
 
-    It may be a stranger's. `values` are what the command line says.
+    `values` are the values on the command line.
     """
     typed, evaluate = list(values), recorded.get("evaluate")
     every: list[Any] = [recorded.get("reward"), recorded.get("labeler")]
     every += (evaluate.get("rewards") or []) if isinstance(evaluate, Mapping) else []
     for choice in every:
-        if not isinstance(choice, Mapping):  # nothing, or refused when it is read
+        if not isinstance(choice, Mapping):  # absent, or refused when it is read
             continue
         kind = str(choice.get("name"))
-        field = _OUTSIDE.get(kind)
+        field = _EXTERNAL.get(kind)
         if field and not any(str(choice.get(field)) in value for value in typed):
             place = str(choice.get(field))
-            raise UserError(f"the recorded reward is {kind} with {place}; to run it, name it: reward.{field}={place}.")
+            raise UserError(f"the recorded reward is {kind} with {place}; to run it, add reward.{field}={place}.")
         every += choice.get("parts") or []
 
 
 def settle(cfg: DictConfig) -> Settings:
-    """A composed configuration as settings."""
+    """Return a composed configuration as settings."""
     OmegaConf.set_struct(cfg, False)
     for key in ("policy", "reward", "data", "trainer", "ptx", "stages", *SECTIONS):
         if key in cfg and not OmegaConf.is_dict(cfg[key]):
@@ -214,26 +214,26 @@ def settle(cfg: DictConfig) -> Settings:
         kind = key.partition(".")[0]
         own: Any = (cfg.stages.get(cfg.stage) or {}).get(kind) or {}
         where = f"stages.{cfg.stage}." if own.get("name") and own["name"] == cfg[kind].get("name") else ""
-        raise UserError(f"{where}{key} is not set; say {where}{key}=...")
+        raise UserError(f"{where}{key} is not set; add {where}{key}=...")
     if cfg.stage != "pipeline":
         cfg.stages = {}
     values = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(values, dict)
     values["name"] = values.get("name") or values.get("experiment") or "default"
-    if values["stage"] == "reward" and "parts" in values["reward"]:  # the part that has no model is trained
+    if values["stage"] == "reward" and "parts" in values["reward"]:  # train the part that has no model
         rewards.check_choice(values["reward"])
         part = rewards.trained_part(values["reward"])
         values["reward"] = {key: value for key, value in part.items() if key != "weight"}
     return Settings.of({str(key): value for key, value in values.items()})
 
 
-# What Hydra and OmegaConf say, and what the user is told in its place; {0} is the first group.
+# Messages of Hydra and OmegaConf, and what the user reads instead; {0} is the first group.
 _EXPLAINED = {
     r"hydra/launcher/submitit": "hydra/launcher=submitit_... needs an extra: pip install 'rlhf_pipeline[slurm]'.",
-    r"must specify 'stage'": f"say which stage: stage=<{'|'.join(STAGES)}>, as in 'python -m rlhf_pipeline stage=sft'.",
-    r"^Interpolation key '(.*?)' not found": "a value holds ${{{0}}}, and there is no setting '{0}'.",
-    r"^Error merging override (([\w.]+)=.*)": "{0} is no section of settings; say {1}.<setting>=...",
-    r"^Multiple values for ([\w/]+)": "+{0}= would be a second choice; write {0}=...",
+    r"must specify 'stage'": f"choose a stage: stage=<{'|'.join(STAGES)}>, as in 'python -m rlhf_pipeline stage=sft'.",
+    r"^Interpolation key '(.*?)' not found": "a value refers to ${{{0}}}, but there is no setting '{0}'.",
+    r"^Error merging override (([\w.]+)=.*)": "{1} is a section of settings, so {0} is not valid; set {1}.<key>=...",
+    r"^Multiple values for ([\w/]+)": "+{0}= would add a second choice; write {0}=...",
     r"Check that the config directory '(.*)' exists": "--config-path: there is no folder {0}.",
     r"^Cannot find primary config '(.*?)'":
         "--config-name: there is no configuration '{0}' in the folder of --config-path.",
@@ -241,7 +241,7 @@ _EXPLAINED = {
 
 
 def explained(error: Exception) -> str:
-    """Hydra's and OmegaConf's messages in one line, without what only a user of Hydra would understand."""
+    """Return a message of Hydra or OmegaConf in one line, without the terms that only a Hydra user knows."""
     lines = [line.rstrip() for line in str(error).replace("++", "").splitlines() if line.strip()]
     text = " ".join(line for line in lines if not re.match(r"\s*(full_key|object_type|set_struct|To append)", line))
     for pattern, message in _EXPLAINED.items():

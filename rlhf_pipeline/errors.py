@@ -1,39 +1,39 @@
 """The exceptions that the command line prints without a traceback.
 
 Exception
-  UserError             the user can mend it: exit status 2, one message
-    NotFinishedError    an earlier stage has not made what this one needs
-    WaitingError        it is people's turn
-    DiskError           a disk is full, or may not be written
-    LostProcessError    of several processes one has ended, and the others with it
+  UserError             the user can fix it: one message, exit status 2
+    NotFinishedError    an earlier stage has not made the input of this one
+    WaitingError        the run waits for people to label answers
+    DiskError           a disk is full or not writable
+    LostProcessError    another process of the run has exited, so this one stops
 """
 
 
 class UserError(Exception):
-    """Something the user can mend. The message names the thing, what is allowed and the fix."""
+    """An error that the user can fix. The message names the thing, what is allowed and the fix."""
 
-    kind = "error: "  # what the command line says before the message
-    shared = True  # of several processes all find it
+    kind = "error: "  # printed before the message
+    shared = True  # with several processes, all of them raise it
 
 
 class NotFinishedError(UserError):
-    """What an earlier stage should have made is not there."""
+    """The output of an earlier stage is missing."""
 
 
 class WaitingError(UserError):
-    """People have not done their part yet. The message says how far they are."""
+    """The run waits for people to label answers. The message says how many are labelled."""
 
     kind = ""
 
 
 class DiskError(UserError):
-    """A disk is full, or may not be written."""
+    """A disk is full or not writable."""
 
     shared = False
 
 
 class LostProcessError(UserError):
-    """Another process has ended, by itself or by another hand."""
+    """Another process of the run has exited or was killed."""
 
     kind = "stopped: "
     shared = False

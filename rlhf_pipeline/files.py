@@ -1,4 +1,4 @@
-"""The files of a run: written whole or not at all, locked by one process; a damaged one is a UserError."""
+"""Files of a run: writes are atomic, one process holds the lock, and a damaged file raises UserError."""
 
 import errno
 import json
@@ -13,7 +13,7 @@ import yaml
 
 from rlhf_pipeline.errors import DiskError, UserError
 
-# What the user can do about a disk, by the system's error numbers.
+# What the user can do about a disk, by the system's error number.
 _DISK = {
     errno.ENOSPC: "no space left for {}: make room, then run the same command again.",
     getattr(errno, "EDQUOT", -1): "the disk quota leaves no space for {}: make room, then run the same command again.",
@@ -22,13 +22,13 @@ _DISK = {
     errno.EACCES: "no permission for {}: correct its permissions, or choose another place.",
     errno.EPERM: "no permission for {}: correct its permissions, or choose another place.",
 }
-# safetensors and pyarrow give the number in their message, torch and SQLite not even that.
+# safetensors and pyarrow put the number in the message. torch and SQLite do not give it.
 _NUMBER = re.compile(r"(?:[Ee]rrno |os error )(\d+)")
 _FULL = re.compile(r"PytorchStreamWriter failed|inline_container.*unexpected pos|No space left|disk is full")
 
 
 def disk_error(error: BaseException, place: Path | None = None) -> DiskError | None:
-    """The fault of a disk that is behind an exception, if one is; `place` is what was being written."""
+    """Return the disk error behind an exception, or None. `place` is the file or folder being written."""
     if isinstance(error, DiskError):
         return error
     number = error.errno if isinstance(error, OSError) else None
@@ -50,7 +50,7 @@ def write_atomic(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
     try:
-        with temporary.open("x", encoding="utf-8") as file:  # which follows no link
+        with temporary.open("x", encoding="utf-8") as file:  # "x" follows no link
             file.write(text)
         os.replace(temporary, path)
     finally:
@@ -84,7 +84,7 @@ def _lines(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def write_yaml(path: Path, value: Any) -> None:
-    """Write a configuration whole or not at all. To Hydra ${ begins the name of a setting, so it is escaped."""
+    """Write a configuration whole or not at all. ${ is escaped, because Hydra would interpolate it."""
     escaped = _in_texts(value, lambda text: re.sub(r"(\\*)\$\{", r"\1\1\\${", text))
     write_atomic(path, yaml.safe_dump(escaped, sort_keys=False, allow_unicode=True))
 
@@ -98,17 +98,17 @@ def _in_texts(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no file."""
+    """Read a JSON object; empty if there is no file."""
     return _read(path, json.loads, {})
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log; none where there is no file. A last line that a kill cut off is left out."""
-    return _read(path, _rows, [], errors="replace")  # or a character that a kill cut off would hide all rows
+    """Read the rows of a log; empty if there is no file. A last line that a kill cut off is skipped."""
+    return _read(path, _rows, [], errors="replace")  # a character that a kill cut off must not hide all rows
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log whose rows have a `step`."""
+    """Read a log whose rows have a `step`."""
     rows = read_jsonl(path)
     for row in rows:
         if type(row.get("step")) not in (int, float) or type(row.get("seconds", 0.0)) not in (int, float):
@@ -117,18 +117,18 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """What `write_yaml` wrote; empty where there is no file."""
+    """Read what `write_yaml` wrote; empty if there is no file."""
     value = _read(path, yaml.safe_load, {})
     return _in_texts(value, lambda text: re.sub(r"(\\+)\$\{", lambda at: at[1][: len(at[1]) // 2] + "${", text))
 
 
 def _rows(text: str) -> list[dict[str, Any]]:
     *whole, last = text.split("\n")
-    rows = json.loads("[" + ",\n".join(filter(None, whole)) + "]")  # at once, so that an error has the line's number
+    rows = json.loads("[" + ",\n".join(filter(None, whole)) + "]")  # together, so that an error has the line's number
     with suppress(ValueError):
         rows.append(json.loads(last))
     if not all(isinstance(row, dict) for row in rows):
-        raise ValueError("a line holds no JSON object")
+        raise ValueError("a line is not a JSON object")
     return rows
 
 
@@ -136,7 +136,7 @@ def _read(path: Path, parse: Callable[[str], Any], empty: Any, errors: str = "st
     if not path.exists():
         return empty
     if not path.is_file():  # reading a pipe would never end
-        raise UserError(f"{path} is no file; move it away.")
+        raise UserError(f"{path} is not a regular file; move it away.")
     try:
         value = parse(path.read_text(encoding="utf-8", errors=errors))
     except (ValueError, yaml.YAMLError, RecursionError) as error:
@@ -148,15 +148,15 @@ def _read(path: Path, parse: Callable[[str], Any], empty: Any, errors: str = "st
 
 @contextmanager
 def held(lock: Path, work: Path) -> Iterator[None]:
-    """Keep other processes out of a folder until the block is left, however the process ends."""
-    from filelock import FileLock, Timeout  # brings asyncio, which --help need not wait for
+    """Lock a folder for this process until the block ends, however it ends. Raises UserError if it is locked."""
+    from filelock import FileLock, Timeout  # imports asyncio, which would slow down --help
 
     lock.parent.mkdir(parents=True, exist_ok=True)
-    if lock.is_symlink():  # which old versions of filelock follow
+    if lock.is_symlink():  # old versions of filelock follow it
         raise UserError(f"{lock} is a link; delete it.")
     try:
         taken = FileLock(lock, timeout=0).acquire()
     except Timeout:
-        raise UserError(f"{work} is being made by another process; wait for it, or choose name=.") from None
+        raise UserError(f"{work} is in use by another process; wait for it, or choose another name=.") from None
     with taken:
         yield

@@ -1,4 +1,4 @@
-"""Opening what lies in a folder or on the Hugging Face hub, with failures that say what to do."""
+"""Open models and tokenizers from a folder or the Hugging Face hub, with errors that say what to do."""
 
 import difflib
 import json
@@ -19,8 +19,8 @@ from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.files import disk_error
 from rlhf_pipeline.terminal import LOGIN
 
-PATIENCE = 5.0  # seconds in which a hub has to answer
-_MOST = 10_000  # layers, labels, heads or experts of a model
+PATIENCE = 5.0  # seconds to wait for the hub's answer
+_MOST_PARTS = 10_000  # layers, labels, heads or experts of a model
 _FIX = (
     "check the name, or give a local path; if it is private or gated, set HF_TOKEN; behind a firewall set HF_ENDPOINT "
     "to a mirror; with no network run the offline demo: make demo"
@@ -29,18 +29,18 @@ _FIX = (
 
 @contextmanager
 def explained(what: str, setting: str) -> Iterator[None]:
-    """Turn the ways in which opening a path or hub id fails into one line.
+    """Turn any failure to open a path or hub id into a one-line UserError.
 
-    What is no local file or folder is asked of the hub if it answers, and looked for in the cache if it does not.
+    If there is no such file or folder, the hub is used. If the hub does not answer, the local cache is used.
     """
-    here = _is_here(what)
+    here = _is_local(what)
     silence = None if here else hub_silence()
     try:
         yield
     except UserError:
         raise
-    except BaseException as error:  # a reader may raise anything on a file of an odd shape
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # that of tokenizers, in Rust
+    except BaseException as error:  # a reader may raise anything on a malformed file
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of tokenizers (Rust)
             raise
         from huggingface_hub import constants
 
@@ -52,7 +52,7 @@ def explained(what: str, setting: str) -> Iterator[None]:
 
 
 def reason_of(error: BaseException, length: int) -> str:
-    """What an exception says, in one line of at most `length` characters, without logins, tokens and passwords."""
+    """Return an exception's message in one line of at most `length` characters, without logins and tokens."""
     from huggingface_hub import get_token
 
     text = LOGIN.sub("://", str(error))
@@ -65,14 +65,14 @@ def reason_of(error: BaseException, length: int) -> str:
 
 
 def endpoint() -> str:
-    """The hub's address, without the user and password that HF_ENDPOINT may hold."""
+    """Return the hub's address without the user and password that HF_ENDPOINT may hold."""
     from huggingface_hub import constants
 
     return constants.ENDPOINT.replace(_login(), "")
 
 
 def _login() -> str:
-    """`user:password@`, where HF_ENDPOINT begins so."""
+    """Return `user:password@` if HF_ENDPOINT begins with it, else an empty string."""
     from huggingface_hub import constants
 
     found = re.match(r"(?:\w+://)?([^/?#]*@)", constants.ENDPOINT)
@@ -81,41 +81,41 @@ def _login() -> str:
 
 @cache
 def hub_silence() -> str | None:
-    """Why the hub is not asked, or None if it answers.
+    """Return why the hub cannot be used, or None if it answers.
 
-    The client itself would try five times a file, which takes a minute. So where a hub does not answer, this process
-    and its children go offline: from here on they use the cache alone.
+    The client itself tries each file five times, which takes a minute. So if the hub does not answer, this process and
+    its children go offline and use only the cache.
     """
     from huggingface_hub import constants
 
     silence = why_unreachable()
     if silence and not constants.is_offline_mode():
-        print(f"{silence}: only what is in the cache ({constants.HF_HOME}) can be opened.", flush=True)
-        constants.HF_HUB_OFFLINE = True  # what huggingface_hub and transformers look at
-        os.environ["HF_HUB_OFFLINE"] = "1"  # what peft and child processes look at
-        if "datasets" in sys.modules:  # it keeps a copy; imported later, it takes the value from above
+        print(f"{silence}; only the cache ({constants.HF_HOME}) is used.", flush=True)
+        constants.HF_HUB_OFFLINE = True  # huggingface_hub and transformers read this
+        os.environ["HF_HUB_OFFLINE"] = "1"  # peft and child processes read this
+        if "datasets" in sys.modules:  # it copied the old value at import
             sys.modules["datasets"].config.HF_HUB_OFFLINE = True
     return silence
 
 
 @cache
 def why_unreachable() -> str | None:
-    """Why the hub cannot be asked, or None if it gives an HTTP answer below 500 within `PATIENCE`.
+    """Return why the hub cannot be used, or None if it sends an HTTP status below 500 within `PATIENCE`.
 
-    It is asked in a thread: the client's timeout is for each of a host's addresses, and looking those up has none.
+    The request runs in a thread, because the client's timeout is per address of a host and excludes the DNS lookup.
     """
-    from huggingface_hub import constants, get_session  # with the proxies and certificates of the downloads to come
+    from huggingface_hub import constants, get_session  # same proxies and certificates as downloads
 
     if constants.is_offline_mode():
-        return "the hub is not asked while HF_HUB_OFFLINE is set"
+        return "HF_HUB_OFFLINE is set, so the hub is not used"
     found: list[str] = []
 
     def ask() -> None:
         try:
             answer = get_session().head(constants.ENDPOINT, timeout=2 * PATIENCE, follow_redirects=False)
-            failing = answer.status_code >= 500  # the client would ask five times a file
+            failing = answer.status_code >= 500  # the client would try each file five times
             found.append(f"it answers {answer.status_code} {answer.reason_phrase}" if failing else "")
-        except Exception as error:  # of httpx, httpx2, ssl or socket, by the client's version
+        except Exception as error:  # from httpx, httpx2, ssl or socket, depending on the client
             found.append(reason_of(error, 100))
 
     thread = threading.Thread(target=ask, daemon=True)
@@ -126,7 +126,7 @@ def why_unreachable() -> str | None:
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether this has the form of a repository's id."""
+    """Whether the text has the form of a repository id."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -137,24 +137,24 @@ def is_hub_id(text: str) -> bool:
     return True
 
 
-def _is_here(what: str) -> bool:
-    """Whether there is such a file or folder. What is neither there nor a hub id is refused."""
-    path = Path(os.path.expanduser(what))  # pathlib's raises where a user is unknown
+def _is_local(what: str) -> bool:
+    """Return whether there is such a file or folder. Raises UserError if not and it cannot be a hub id."""
+    path = Path(os.path.expanduser(what))  # pathlib's raises for an unknown user
     if os.path.exists(path):
         return True
-    if is_hub_id(what) and path.parts[0] != "runs":  # runs/demo has the form of an id, and is none
+    if is_hub_id(what) and path.parts[0] != "runs":  # runs/demo has the form of an id but is a path
         return False
     while not path.parent.is_dir():
         path = path.parent
     names = os.listdir(path.parent) if os.access(path.parent, os.R_OK) else []
     near = ", ".join(str(path.parent / name) for name in difflib.get_close_matches(path.name, names))
-    raise UserError(f"there is no folder {what}{f' (near it: {near})' if near else ''}; give another, or a hub id.")
+    raise UserError(f"there is no folder {what}{f' (similar: {near})' if near else ''}; give another, or a hub id.")
 
 
 def model_folder(path: str) -> str:
-    """A folder that holds a model: `runs/x/sft` stands for `runs/x/sft/model`.
+    """Return the folder of a model: `runs/x/sft/model` for `runs/x/sft`.
 
-    A hub id and a file of llama.cpp's format, .gguf, are given back as they are.
+    A hub id or a .gguf file (llama.cpp's format) is returned unchanged.
     """
     folder = Path(os.path.expanduser(path))
     if (folder / "model" / "config.json").exists():
@@ -163,13 +163,13 @@ def model_folder(path: str) -> str:
         raise NotFinishedError(f"{folder} has no model; 'make {folder.name} NAME={folder.parent.name}' makes it.")
     if folder.is_file() and folder.suffix != ".gguf":
         raise UserError(f"{path} is a file; give its folder, {folder.parent}, or a hub id or .gguf file.")
-    return str(folder) if _is_here(path) else path
+    return str(folder) if _is_local(path) else path
 
 
 def open_pretrained(kind: Any, where: str, setting: str, **options: Any) -> Any:
-    """A model, tokenizer or configuration by `kind.from_pretrained`; a model in fp32, from safetensors.
+    """Load a model, tokenizer or configuration by `kind.from_pretrained`; a model in fp32, from safetensors.
 
-    Nothing that lies beside it is run: custom code is refused, and pickled weights are, unless RLHF_ALLOW_PICKLE=1.
+    Refuse what could run a stranger's code: custom code, and pickled weights unless RLHF_ALLOW_PICKLE=1.
     Quantized weights of a .gguf file become fp32.
     """
     safe = os.environ.get("RLHF_ALLOW_PICKLE") != "1"
@@ -179,7 +179,7 @@ def open_pretrained(kind: Any, where: str, setting: str, **options: Any) -> Any:
         if file:
             from transformers import GgufConfig
 
-            options.setdefault("quantization_config", GgufConfig(dequantize=True))  # packed, they could not be trained
+            options.setdefault("quantization_config", GgufConfig(dequantize=True))  # packed weights cannot be trained
     if file:
         options["gguf_file"] = file.name
     with explained(where, setting):
@@ -187,15 +187,15 @@ def open_pretrained(kind: Any, where: str, setting: str, **options: Any) -> Any:
             _check_files(where, setting)
             _check_numbers(where)
         try:
-            # Without the False transformers would ask at the terminal.
+            # Without trust_remote_code=False transformers asks at the terminal.
             opened = kind.from_pretrained(str(file.parent) if file else where, trust_remote_code=False, **options)
             if file:
                 opened.name_or_path = where
             if hasattr(opened, "encode"):
-                opened("a")  # some fields of its files are not looked at before
+                opened("a")  # some errors in a tokenizer's files appear only now
             return opened
         except OSError as error:
-            if safe and "safetensors" in str(error) and (_is_here(where) or not hub_silence()):
+            if safe and "safetensors" in str(error) and (_is_local(where) or not hub_silence()):
                 raise UserError(
                     f"{setting}={where} has no safetensors weights; if you trust it, set RLHF_ALLOW_PICKLE=1."
                 ) from error
@@ -203,21 +203,21 @@ def open_pretrained(kind: Any, where: str, setting: str, **options: Any) -> Any:
 
 
 def _check_files(where: str, setting: str) -> None:
-    """Refuse a pipe, and an index of weights that leads out of its folder. The hub's client keeps to its cache."""
+    """Refuse a pipe, and a weights index that leads out of its folder. The hub's client never leaves its cache."""
     for path in Path(where).glob("*.*"):
         if not path.is_file() and not path.is_dir() and path.exists():
-            raise UserError(f"{setting}={where}: {path.name} is no file; delete it, or give another folder.")
+            raise UserError(f"{setting}={where}: {path.name} is not a regular file; delete it, or give another folder.")
     for index in Path(where).glob("*.index.json"):
         for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values():
             if Path(name).name != name:
                 raise UserError(
-                    f"{setting}={where}: {index.name} names {name}; it may name files in its own folder alone. "
+                    f"{setting}={where}: {index.name} names {name}; it may name only files in its own folder. "
                     "Correct it, or give another folder."
                 )
 
 
 def _check_numbers(where: str) -> None:
-    """Refuse a configuration that is not noticed when a model is made: of parts without end, or with a NaN."""
+    """Refuse a configuration with too many parts or a NaN, because building the model does not fail on it."""
     from transformers import PreTrainedConfig
 
     with suppress(OSError):  # an adapter's folder has none
@@ -226,5 +226,5 @@ def _check_numbers(where: str) -> None:
             for name, value in each.items():
                 if isinstance(value, float) and math.isnan(value):
                     raise ValueError(f"its config.json has NaN for {name}")
-                if re.search("layer|label|head|expert", name) and isinstance(value, int) and value > _MOST:
-                    raise ValueError(f"its config.json has more than {_MOST} for {name}")
+                if re.search("layer|label|head|expert", name) and isinstance(value, int) and value > _MOST_PARTS:
+                    raise ValueError(f"its config.json has more than {_MOST_PARTS} for {name}")

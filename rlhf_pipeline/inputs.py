@@ -1,4 +1,4 @@
-"""Whether what a stage needs is there. Asked before torch is loaded, so that a wrong path is told at once."""
+"""Check that a stage's files and models exist, before torch is loaded, so that a wrong path fails at once."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from rlhf_pipeline.stages import STAGES
 
 
 def check_files(settings: Settings) -> None:
-    """Refuse data whose files are not there, unless a run may yet make them."""
+    """Refuse missing data files, except below `runs`, where an earlier stage may still write them."""
     runs = Path(settings.runs).resolve()
     for choice in (settings.data, settings.ptx):
         for key in ("path", "test_path"):
@@ -24,8 +24,8 @@ def check_files(settings: Settings) -> None:
 
 
 def check_inputs(settings: Settings, out: RunDir) -> None:
-    """Refuse files and models that are not there, and a reward that has no model yet."""
-    if not STAGES[settings.stage].work:  # as chat, which takes what a run recorded
+    """Refuse missing files and models, and a reward whose model is not trained yet."""
+    if not STAGES[settings.stage].work:  # chat, for example, uses what its run recorded
         return
     check_files(settings)
     reward = rewards.trained_part(settings.reward)

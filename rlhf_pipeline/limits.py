@@ -1,4 +1,4 @@
-"""The numbers that a trainer's fields take. Without torch, so that what is out of range is refused in a second."""
+"""The ranges of a trainer's numbers. No torch here, so that a number out of range is refused in a second."""
 
 import math
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ LIMITS = {
 
 
 def check_limits(trainer: Mapping[str, Any]) -> None:
-    """Refuse a number that no trainer can work with; `trainer` are its fields by name."""
+    """Refuse a number that no trainer can work with; `trainer` maps its fields to values."""
     for name, value in trainer.items():
         if not isinstance(value, int | float) or isinstance(value, bool):
             continue

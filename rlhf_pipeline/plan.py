@@ -1,8 +1,8 @@
-"""What a process of PPO needs under each launch: bytes by part, FLOPs and seconds of an update, within some 15 %.
+"""Estimate what a PPO process needs under each launch, within about 15 %: bytes, FLOPs and seconds per update.
 
-A network is built from its configuration without storage, so a model of 7 B parameters takes seconds. What is sharded
-follows ZeRO (arXiv 1910.02054). A token's forward pass takes 2 FLOPs a parameter and 4 x layers x width x length for
-attention, its backward pass twice as many (PaLM, arXiv 2204.02311, app. B). Decoding is bound by memory: each token
+A network is built from its configuration without storage, so a model of 7 B parameters takes seconds. Sharding follows
+ZeRO (arXiv 1910.02054). A token's forward pass takes 2 FLOPs per parameter, and 4 x layers x width x length for
+attention. Its backward pass takes twice as many (PaLM, arXiv 2204.02311, app. B). Decoding is memory-bound: each token
 reads the weights and the cache (arXiv 2211.05102, sec. 2).
 """
 
@@ -26,24 +26,24 @@ from rlhf_pipeline.models.precision import fuse_gelu, store_in_bf16
 from rlhf_pipeline.processes import ZERO
 
 GIB = 2**30
-_FP32, _BF16 = 4, 2  # bytes a number
-# Seconds to launch a layer's kernels from Python, below which no small model's decoding falls. Published figures of
-# GPT-2's 12 layers in transformers are 3.8 ms a token (RTX 5090) to 12 (V100).
+_FP32, _BF16 = 4, 2  # bytes per number
+# Seconds to launch a layer's kernels from Python, which limit the decoding of small models. Published figures for the
+# 12 layers of GPT-2 in transformers are 3.8 ms per token (RTX 5090) to 12 ms (V100).
 _KERNELS = 0.6e-3
-_USABLE = 0.92  # of a device's memory: the allocator's blocks leave gaps
-_NODE, _NETWORK = 8, 50e9  # GPUs with fast links among them; beyond, a card of 400 Gb/s each, in bytes/s one way
+_USABLE = 0.92  # share of a device's memory; the allocator's blocks leave gaps
+_NODE, _NETWORK = 8, 50e9  # GPUs per machine; 400 Gb/s per GPU between machines, as bytes/s one way
 
 
 class Device(NamedTuple):
-    """One accelerator, by its maker's data sheet, or a core of this machine's processor."""
+    """One accelerator, from its data sheet, or one core of this machine's CPU."""
 
     memory: float  # bytes
-    bf16: float  # FLOP/s of dense matrix products, summed up in fp32
-    fp32: float  # FLOP/s of fp32 products without TF32, as PyTorch does them unless told otherwise
+    bf16: float  # FLOP/s of dense matrix products, accumulated in fp32
+    fp32: float  # FLOP/s of fp32 products without TF32, PyTorch's default
     bandwidth: float  # bytes/s of its memory
-    link: float  # bytes/s to another one of the same machine, one way
-    base: float = 0.75 * GIB  # bytes of a process before the networks: on a GPU an allowance for CUDA, not measured
-    slack: float = 0.0  # the share that the allocator holds on top of what is in use
+    link: float  # bytes/s to another device of the same machine, one way
+    base: float = 0.75 * GIB  # bytes of a process without networks; on a GPU an estimate for CUDA, not measured
+    slack: float = 0.0  # share that the allocator holds in addition to the bytes in use
 
 
 DEVICES = {
@@ -55,46 +55,46 @@ DEVICES = {
     "rtx4090": Device(24 * GIB, 165e12, 82.6e12, 1.01e12, 32e9),
     "rtx3090": Device(24 * GIB, 71e12, 35.6e12, 0.936e12, 32e9),
     "l4": Device(24 * GIB, 121e12, 30.3e12, 0.3e12, 32e9),
-    # fp32 by AVX2. Base and slack (glibc's malloc) as tests/benchmarks/plan.py measures them.
+    # fp32 by AVX2. tests/benchmarks/plan.py measures base and slack (glibc's malloc).
     "cpu": Device(16 * GIB, 0.06e12, 0.06e12, 10e9, 5e9, base=0.52 * GIB, slack=0.15),
 }
 
 
 @dataclass(frozen=True)
 class Networks:
-    """Counts of policy and critic; numbers of parameters, unless they say otherwise."""
+    """Counts for policy and critic: numbers of parameters, unless a comment says otherwise."""
 
     policy: int
-    critic: int  # a network of its own, or a value head: a row of weights and a bias
-    trunks: int  # that learn: 2 where the critic has its own
-    adapter: bool  # so that the reference is the policy with its adapter off
-    trained: int  # that the optimizer moves
-    stored: int  # bytes of all parameters; under an adapter in bf16 where that is computed in
+    critic: int  # a separate network, or a value head (a row of weights and a bias)
+    trunks: int  # number of trained trunks: 2 if the critic has its own
+    adapter: bool  # if so, the reference is the policy with its adapter off
+    trained: int  # updated by the optimizer
+    stored: int  # bytes of all parameters; an adapter's base is stored in bf16 if the run computes in bf16
     layers: int
     width: int  # of the hidden states
     vocabulary: int
-    head: int  # the policy's output head, which may be the input embeddings
-    matrices: int  # of a trunk, those that each token is multiplied by
-    cache: int  # numbers that the key-value cache holds a token
-    kept: int  # bytes that a trunk keeps of a row for the backward pass
+    head: int  # the policy's output head, which may be tied to the input embeddings
+    matrices: int  # of one trunk, those that multiply each token
+    cache: int  # numbers in the key-value cache per token
+    kept: int  # bytes that a trunk keeps per row for the backward pass
 
     def forward(self, length: float) -> float:
-        """FLOPs of a trunk, a token of a text of this length."""
+        """Return the FLOPs of a trunk per token, in a text of `length` tokens."""
         return 2 * self.matrices + 4 * self.layers * self.width * length
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one process does in an update."""
+    """The work of one process in an update."""
 
     rows: int  # responses
-    micro: int  # rows of a forward pass that learns
-    minibatches: int  # optimizer steps an epoch
+    micro: int  # rows per training forward pass
+    minibatches: int  # optimizer steps per epoch
     epochs: int
     at_once: int  # rows rolled out together
-    prompt: int  # tokens, the longest
-    response: int  # tokens, the longest
-    length: float  # tokens of a prompt with its response, on average
+    prompt: int  # tokens of the longest prompt
+    response: int  # tokens of the longest response
+    length: float  # mean tokens of a prompt with its response
     bf16: bool
     checkpointing: bool
 
@@ -108,15 +108,15 @@ class Job(NamedTuple):
 
     @property
     def reference_bytes(self) -> int:
-        """A frozen copy of the policy, its matrices in bf16 under autocast."""
+        """Bytes of the frozen copy of the policy; its matrices are bf16 under autocast."""
         return 0 if self.net.adapter else _FP32 * self.net.policy - _BF16 * self.net.matrices * self.work.bf16
 
 
 def count(config: Any, tokens: int, bf16: bool, lora: Any = None, separate: bool = False) -> Networks:
-    """Count a policy and its critic, which may have a `separate` network, as PPO makes them of a configuration.
+    """Count the policy and critic that PPO builds from a configuration. `separate`: the critic has its own network.
 
-    `tokens`: the width of a forward pass. `lora`: peft's LoraConfig, or None. Raises `UserError` if the configuration
-    is not that of a causal language model with attention.
+    `tokens`: tokens per row of a forward pass. `lora`: peft's LoraConfig, or None. Raises `UserError` if the
+    configuration is not that of a causal language model with attention.
     """
     if type(config) not in AutoModelForCausalLM._model_mapping or not hasattr(config, "num_attention_heads"):
         raise UserError(
@@ -134,31 +134,31 @@ def count(config: Any, tokens: int, bf16: bool, lora: Any = None, separate: bool
         store_in_bf16(model)
     body, text, head = trunk(model), text_config(model), language_model(model).get_output_embeddings().weight
     matrices = [module.weight for module in body.modules() if isinstance(module, nn.Linear | Conv1D)]
-    copies = _BF16 * _size(m for m in matrices if m.dtype == torch.float32) if bf16 else 0  # autocast's
+    copies = _BF16 * _parameters(m for m in matrices if m.dtype == torch.float32) if bf16 else 0  # made by autocast
     layers, heads, width = int(text.num_hidden_layers), int(text.num_attention_heads), int(text.hidden_size)
     head_width = getattr(text, "head_dim", None) or width // heads
     value = width + (not separate)
     every = [*model.parameters(), *(body.parameters() if separate else ())]
     return Networks(
-        policy=_size(model.parameters()),
-        critic=_size(body.parameters()) * separate + value,
+        policy=_parameters(model.parameters()),
+        critic=_parameters(body.parameters()) * separate + value,
         trunks=1 + separate,
         adapter=lora is not None,
-        trained=_size(p for p in every if p.requires_grad) + value,
+        trained=_parameters(p for p in every if p.requires_grad) + value,
         stored=sum(p.numel() * p.element_size() for p in every) + _FP32 * value,
         layers=layers,
         width=width,
         vocabulary=language_model(model).get_input_embeddings().weight.shape[0],
         head=head.numel(),
-        matrices=_size(matrices),
+        matrices=_parameters(matrices),
         cache=2 * layers * (getattr(text, "num_key_value_heads", None) or heads) * head_width,
-        kept=_kept(body, tokens, bf16) - copies,  # of which there is one, whatever the rows
+        kept=_kept(body, tokens, bf16) - copies,  # autocast's copies do not grow with the rows
     )
 
 
 def count_classifier(config: Any) -> int:
-    """The number of parameters of a classifier that serves as the reward."""
-    return _size(_without_weights(AutoModelForSequenceClassification, config).parameters())
+    """Return the number of parameters of a reward classifier."""
+    return _parameters(_without_weights(AutoModelForSequenceClassification, config).parameters())
 
 
 def _without_weights(kind: Any, config: Any) -> Any:
@@ -166,13 +166,13 @@ def _without_weights(kind: Any, config: Any) -> Any:
         return kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
 
-def _size(parameters: Iterable[Tensor]) -> int:
+def _parameters(parameters: Iterable[Tensor]) -> int:
     return sum(p.numel() for p in parameters)
 
 
 def _kept(body: nn.Module, tokens: int, bf16: bool) -> int:
-    """Bytes that autograd keeps of a forward pass over one row, without the weights themselves."""
-    found: dict[int, Any] = {}  # holds the storages, or their numbers would be given away again
+    """Return the bytes that autograd keeps from a forward pass over one row, without the weights."""
+    found: dict[int, Any] = {}  # keeps the storages alive, so that no id is used twice
 
     def note(tensor: Tensor) -> Tensor:
         found[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
@@ -191,13 +191,13 @@ def _kept(body: nn.Module, tokens: int, bf16: bool) -> int:
 
 
 def launches(processes: int, job: Job, device: Device, mfu: float) -> list[dict[str, Any]]:
-    """The needs of every launch on so many devices, the simplest first."""
+    """Return the needs of every launch on `processes` devices, the simplest first."""
     names = ("ddp", "zero2", "zero3") if processes > 1 else ("single",)
     return [needs(name, processes, job, device, mfu) for name in names]
 
 
 def needs(launch: str, processes: int, job: Job, device: Device, mfu: float) -> dict[str, Any]:
-    """What a process takes under one launch: bytes at its fullest moment, seconds and FLOPs of an update, by part.
+    """Return what a process needs under one launch: peak bytes, and seconds and FLOPs of an update, by part.
 
     `mfu`: the share of the device's FLOP/s that a forward and backward pass reaches.
     """
@@ -214,28 +214,28 @@ def needs(launch: str, processes: int, job: Job, device: Device, mfu: float) -> 
 
 
 def moments(launch: str, processes: int, job: Job) -> dict[str, dict[str, float]]:
-    """Bytes by part at the moments that can be the fullest, once Adam's states are there."""
+    """Return bytes by part at each moment that can be the peak, after Adam's states exist."""
     net, _, work = job
     number, zero, zero3 = _BF16 if work.bf16 else _FP32, launch in ("zero2", "zero3"), launch == "zero3"
     every = net.policy + net.critic
-    learnt = _FP32 * net.trained / (processes if zero else 1)  # of the gradients, or a copy of the weights
+    learnt = _FP32 * net.trained / (processes if zero else 1)  # bytes of the gradients, or of a copy of the weights
     rows, several = min(work.at_once, work.rows), work.rows // work.minibatches > work.micro
     copies = 0 if net.adapter else _BF16 * work.bf16 * net.trunks * net.matrices / (net.layers if zero3 else 1)
     gathered = _FP32 * min(every, ZERO["stage3_max_live_parameters"]) * zero3
-    head = 0 if net.adapter else _FP32 * net.head  # its gradient, beside that of the embeddings that it is tied to
+    head = 0 if net.adapter else _FP32 * net.head  # its gradient, in addition to the tied embeddings'
     width, kept = work.prompt + work.response, float(net.kept)
-    if work.checkpointing:  # it keeps each layer's input, and one layer
+    if work.checkpointing:  # keeps the input of each layer, and one layer's activations
         kept = kept / net.layers + _FP32 * width * net.layers * net.width
     always = {
         "weights": _FP32 * every / (processes if zero3 else 1) if zero else net.stored,
         "reference": job.reference_bytes,
         "reward": _FP32 * job.reward,
         "Adam": 2 * learnt,
-        "master": learnt * (launch == "zero2"),  # it moves a copy of its share, then the weights by it
+        "master": learnt * (launch == "zero2"),  # the optimizer updates a copy of its shard, then the weights
         "buckets": _FP32 * (ZERO["reduce_bucket_size"] if zero else net.trained * (launch == "ddp")),
     }
     return {
-        "rollout": {  # its last step: the cache and one layer of it again, three tensors of probabilities
+        "rollout": {  # the last step: the cache, a copy of one layer of it, three tensors of probabilities
             **always,
             "KV cache": net.cache * number * rows * width * (1 + 1 / net.layers),
             "logits": rows * net.vocabulary * (3 * _FP32 + _BF16 * work.bf16),
@@ -255,7 +255,7 @@ def moments(launch: str, processes: int, job: Job) -> dict[str, dict[str, float]
 
 
 def flops(job: Job) -> dict[str, float]:
-    """FLOPs of an update in one process, by what they are for. The head sees only what predicts a response."""
+    """Return the FLOPs of an update in one process, by part. The head computes only the response's positions."""
     net, _, work = job
     tokens, head = work.rows * work.length, 2.0 * net.head * work.rows * work.response
     asked = tokens * net.forward(work.length) + head
@@ -269,22 +269,22 @@ def flops(job: Job) -> dict[str, float]:
 
 
 def seconds(launch: str, processes: int, job: Job, device: Device, mfu: float) -> dict[str, float]:
-    """Seconds of an update by what they are for; nothing of what is sent is hidden behind the compute."""
+    """Return the seconds of an update, by part. Communication does not overlap with compute."""
     (net, _, work), counted = job, flops(job)
     number, rate = (_BF16, mfu * device.bf16) if work.bf16 else (_FP32, mfu * device.fp32)
-    # A token's step lasts as long as its bytes take, its products, or the launch of its kernels. Attention reads the
-    # cache, which is read and written as it grows.
+    # A decoding step takes the longest of memory traffic, matrix products and kernel launches. Attention reads the
+    # cache once. Adding a token copies the cache: one more read and one write.
     rows, forward = min(work.at_once, work.rows), net.forward(work.length)
     moved = number * (net.matrices + net.head + 3 * net.cache * rows * (work.prompt + work.response / 2))
     step = max(moved / device.bandwidth, rows * (forward + 2 * net.head) / rate, net.layers * _KERNELS)
     drawn = math.ceil(work.rows / work.at_once) * work.response
     steps = work.epochs * work.minibatches
     passes = steps * math.ceil(work.rows / work.minibatches / work.micro)
-    sent = {  # numbers
+    sent = {  # numbers per update
         "single": 0,
-        "ddp": 2 * net.trained * steps,  # reduced, and gathered
-        "zero2": net.trained * (passes + steps),  # reduced in each pass; the weights that were moved, gathered
-        # The weights are gathered once to sample, and in each pass that learns.
+        "ddp": 2 * net.trained * steps,  # gradients are reduced, then gathered
+        "zero2": net.trained * (passes + steps),  # gradients are reduced in each pass, updated weights gathered
+        # The weights are gathered once for sampling, and in each training pass.
         "zero3": net.trained * passes + (net.policy + net.critic) * (1 + passes * (2 + work.checkpointing)),
     }[launch]
     link = device.link if processes <= _NODE else min(device.link, _NETWORK)

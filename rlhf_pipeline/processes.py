@@ -1,6 +1,6 @@
-"""Several processes on one run, started by torchrun or accelerate launch: what they share, and how they end.
+"""Runs with several processes, started by torchrun or accelerate launch: how they share work and how they exit.
 
-torch and accelerate are imported only where processes meet, so that the command line starts fast.
+torch and accelerate are imported only where processes communicate, so that the command line starts fast.
 """
 
 import atexit
@@ -24,10 +24,10 @@ from rlhf_pipeline.stages import STAGES
 T = TypeVar("T")
 P = ParamSpec("P")
 
-# The fields that, with the number of processes, make the rows of a step. transformers' defaults are 8 and 1.
+# These fields and the number of processes give the rows per step. transformers' defaults are 8 and 1.
 CUT = ("per_device_train_batch_size", "gradient_accumulation_steps")
 ONE_PROCESS_ONLY = ("stage=chat", "stage=plan", "stage=compare", "compare=", "labels=", "sweep=")
-# DeepSpeed's buffers in parameters, a tenth of its own defaults: with those, a GPT-2 would never be sharded.
+# DeepSpeed's buffer sizes in parameters. Its defaults are ten times larger, and would never shard a GPT-2.
 ZERO = {
     "reduce_bucket_size": 50_000_000,
     "stage3_max_live_parameters": 100_000_000,
@@ -39,40 +39,40 @@ ZERO = {
 
 
 def _number(variable: str, default: int) -> int:
-    """What torchrun put into the environment."""
+    """Return a number that torchrun puts into the environment."""
     text = os.environ.get(variable) or str(default)
     if not text.isascii() or not text.isdigit():
-        raise UserError(f"{variable}={text} in the environment is no whole number; torchrun sets it, or unset it.")
+        raise UserError(f"{variable}={text} in the environment is not a whole number; unset it, or start by torchrun.")
     return int(text)
 
 
 def rank() -> int:
-    """This process's number among those that were started together."""
+    """Return this process's rank, from 0."""
     return _number("RANK", 0)
 
 
 def processes() -> int:
-    """How many were started together."""
+    """Return the number of processes of this launch."""
     return _number("WORLD_SIZE", 1)
 
 
 def sharding() -> str | None:
-    """What accelerate launch shards by: zero2, zero3 or fsdp; None where each process holds the whole model."""
+    """Return how accelerate launch shards: zero2, zero3 or fsdp; None if each process holds the whole model."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         return f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"
     return "fsdp" if os.environ.get("ACCELERATE_USE_FSDP") == "true" else None
 
 
 def checkpoints_of(stage: str) -> str | None:
-    """The launch that alone can resume a stage's checkpoints; PPO's are resumed by any."""
+    """Return the only launch that can resume a stage's checkpoints; None if any can, as with PPO."""
     kind = None if stage == "ppo" else sharding()
     return f"{kind} on {processes()} processes" if kind and kind != "fsdp" else kind
 
 
 def check_gpus(visible: int, start: str) -> None:
-    """Refuse several GPUs in one process, over which transformers would split batches by nn.DataParallel.
+    """Refuse several GPUs in one process, because transformers would use nn.DataParallel.
 
-    `start` is the command that starts a process on each.
+    `start` is the command that starts one process per GPU.
     """
     if visible > 1:
         raise UserError(
@@ -82,40 +82,40 @@ def check_gpus(visible: int, start: str) -> None:
 
 
 def check_launch(said: str) -> None:
-    """Refuse what this launch cannot run. `said` is the stage, as on the command line."""
+    """Refuse what this launch cannot run. `said` is the stage with its settings, as on the command line."""
     alone = next((word for word in ONE_PROCESS_ONLY if word in said.split()), None)
     if processes() > 1 and alone:
-        raise UserError(f"{said} runs in one process; start it by python -m rlhf_pipeline.")
+        raise UserError(f"{said} runs in one process; start it with python -m rlhf_pipeline.")
     if (local := _number("LOCAL_WORLD_SIZE", 1)) > 1:
         import torch
 
         if 0 < (gpus := torch.cuda.device_count()) < local:
-            raise UserError(f"{local} processes were started and there are {gpus} GPUs; start as many, PROCS={gpus}.")
+            raise UserError(f"{local} processes were started, but there are {gpus} GPUs; set PROCS={gpus}.")
     if (kind := sharding()) is None:
         return
     # After training, transformers' trainers can only save a sharded model; our PPO gathers ZeRO's shards to sample.
     stages = [f"stage={name}" for name, stage in STAGES.items() if kind in stage.sharded]
     if said not in stages and not (said == "stage=ppo policy.lora=" and "stage=ppo" in stages):
-        fits = f" ({kind} is for {', '.join(stages)}; an adapter goes with stage=ppo alone.)" if stages else ""
-        raise UserError(f"{said} does not run under {kind}; launch it by ddp.{fits}")
+        fits = f" ({kind} is for {', '.join(stages)}; with an adapter, only stage=ppo.)" if stages else ""
+        raise UserError(f"{said} does not run under {kind}; launch it with ddp.{fits}")
     import torch
 
     if not torch.cuda.is_available() and (kind == "fsdp" or os.environ.get("DS_ACCELERATOR") != "cpu"):
-        raise UserError(f"{kind} needs GPUs; launch it by ddp.")
+        raise UserError(f"{kind} needs GPUs; launch the stage with ddp.")
     if kind != "fsdp" and importlib.util.find_spec("deepspeed") is None:
         raise UserError(f"{kind} needs DeepSpeed: pip install 'rlhf_pipeline[gpu]'.")
 
 
 def rows_a_step(trainer: Mapping[str, Any], count: int) -> int:
-    """Rows of an optimizer step, or of a batch of PPO, with `count` processes."""
+    """Return the rows per optimizer step, or per PPO batch, with `count` processes."""
     size, steps = (trainer.get(name) or default for name, default in zip(CUT, (8, 1), strict=True))
     return int(size) * int(steps) * count
 
 
 def same_step(before: Mapping[str, Any], count: int, asked: Mapping[str, Any]) -> dict[str, int] | None:
-    """The fields of CUT with which a run of `count` processes takes as many rows a step on today's; None: it cannot.
+    """Return the fields of CUT with which this launch keeps the rows per step of a run of `count` processes, or None.
 
-    Where the user changed neither field, each process takes more or fewer rows.
+    If the user changed neither field, the rows per process change.
     """
     rows, now = rows_a_step(before, count), processes()
     size = int(asked.get(CUT[0]) or 8)
@@ -130,21 +130,21 @@ def same_step(before: Mapping[str, Any], count: int, asked: Mapping[str, Any]) -
 
 
 def join() -> None:
-    """Meet the other processes, if there are any."""
+    """Connect to the other processes, if there are any."""
     if processes() == 1:
         return
     import torch
     from accelerate import PartialState
 
     if not PartialState._shared_state:
-        # Without an accelerator accelerate must be told so, or it takes each process for one of its own. Who waits
-        # for a process that works alone waits for hours; one that has died is noticed at once.
+        # On a CPU accelerate needs cpu=True, or it treats each process as a separate run. The timeout is long because
+        # processes may wait while one works alone. A process that dies is noticed at once.
         PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=6))
         atexit.register(lambda: torch.distributed.is_initialized() and torch.distributed.destroy_process_group())
 
 
 def agree(decide: Callable[[], T]) -> T:
-    """What rank 0 decides, in all processes. Its `UserError` is raised in all of them."""
+    """Return rank 0's decision in all processes. If rank 0 raises `UserError`, all processes raise it."""
     if processes() == 1:
         return decide()
     from accelerate.utils import broadcast_object_list
@@ -163,12 +163,12 @@ def agree(decide: Callable[[], T]) -> T:
 
 
 def mine(number: int) -> bool:
-    """Whether part `number` of the work is this process's."""
+    """Whether this process does part `number` of the work."""
     return number % processes() == rank()
 
 
 def gathered(own: Mapping[int, T]) -> list[T]:
-    """The results of all processes in the order of their parts."""
+    """Return the results of all processes in the order of their parts."""
     if processes() == 1:
         return list(own.values())
     from accelerate.utils import gather_object
@@ -178,7 +178,7 @@ def gathered(own: Mapping[int, T]) -> list[T]:
 
 
 def by_rank_0(write: Callable[P, None]) -> Callable[P, None]:
-    """Let rank 0 alone do what the function does."""
+    """Make a function run on rank 0 only."""
 
     @functools.wraps(write)
     def guarded(*args: P.args, **options: P.kwargs) -> None:
@@ -193,7 +193,7 @@ def by_rank_0(write: Callable[P, None]) -> Callable[P, None]:
 
 @contextlib.contextmanager
 def rank_output(folder: Path | None = None) -> Iterator[None]:
-    """Leave the screen to rank 0. The others print to `rank<n>.log` of a stage's folder; without one, nowhere."""
+    """Let only rank 0 print to the screen. Others write `rank<n>.log` in `folder`; without a folder, nothing."""
     if rank() == 0:
         yield
         return
@@ -206,24 +206,24 @@ def rank_output(folder: Path | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-    """Leave the block when all processes do. A collective that failed since another one exited: LostProcessError."""
+    """Leave the block when all processes do. Raises LostProcessError if another process exits earlier."""
     try:
         yield
-        agree(lambda: None)  # rank 0 may still be writing what the others would read
+        agree(lambda: None)  # rank 0 may still be writing what the others will read
     except RuntimeError as error:
         from torch.distributed import DistError
 
         if isinstance(error, DistError) or any(word in str(error) for word in ("gloo", "NCCL", "Connection closed by")):
             cause = str(error).strip().splitlines()[0][:300]
-            raise LostProcessError(f"another process has ended ({cause}). The same command resumes the run.") from error
+            raise LostProcessError(f"another process has exited ({cause}). Run the command again to resume.") from error
         raise
 
 
 def leave(message: str, status: int, shared: bool = True) -> NoReturn:
-    """Print a message, whoever has the screen, and exit. A `shared` one is likely found by all: rank 0 is first."""
+    """Print a message and exit, on any rank. If all ranks may raise it (`shared`), rank 0 prints it first."""
     if rank():
         message = f"process {rank()}: {message}"
-        time.sleep(3 if shared else 0)  # then rank 0 has left, and the launcher has ended this process
+        time.sleep(3 if shared else 0)  # by then rank 0 has exited, and the launcher has stopped this process
     if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun shows it at the end of its own report
         Path(report).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")
     print(message, file=sys.__stderr__ if rank() else sys.stderr, flush=True)
@@ -231,7 +231,7 @@ def leave(message: str, status: int, shared: bool = True) -> NoReturn:
 
 
 def end_at_once(run: Callable[[], None]) -> NoReturn:
-    """Run, then exit without taking the interpreter down: gloo's threads, which DDP keeps alive, would abort it."""
+    """Run, then exit without the interpreter's shutdown, which gloo's threads (kept alive by DDP) would abort."""
     status = 0
     try:
         run()
@@ -242,6 +242,6 @@ def end_at_once(run: Callable[[], None]) -> NoReturn:
         status = 1
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # nobody reads it any more
+        with contextlib.suppress(OSError):  # the reader has closed the pipe
             stream.flush()
     os._exit(status)

@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar with rate and time left at a terminal, a line now and then in a log file."""
+"""Progress on stderr: a bar with rate and time left on a terminal, a line every 10 seconds in a log file."""
 
 import contextlib
 import sys
@@ -13,7 +13,7 @@ _LINE = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, 
 
 
 class _Lines:
-    """A log file in which each state of a bar is a line of its own: without carriage returns and cursor movements."""
+    """A log file that shows each state of a bar as a separate line, without control characters."""
 
     def __init__(self, file: IO[str]) -> None:
         self.file, self.flush = file, file.flush
@@ -23,8 +23,8 @@ class _Lines:
             self.file.write(f"{line}\n")
 
 
-class _Above:
-    """Standard output at a terminal with bars: whole lines, above them."""
+class _AboveBars:
+    """Standard output on a terminal with bars: it prints whole lines above the bars."""
 
     def __init__(self, file: IO[str]) -> None:
         self.file, self.begun = file, ""
@@ -41,21 +41,21 @@ class _Above:
 
 
 def _tqdm() -> Any:
-    """The class of bars. Importing it takes as long as reading the command line, so --help does without."""
+    """Return the class of bars. The import takes as long as parsing the command line, so --help avoids it."""
     from tqdm import tqdm
 
     return tqdm
 
 
 def _stderr() -> Any:
-    """The terminal itself: bars move its cursor, which terminal.Stream would escape."""
+    """Return the terminal itself, because terminal.Stream would escape the cursor movements of bars."""
     return getattr(sys.stderr, "raw", sys.stderr)
 
 
 def progress(total: int, title: str, unit: str, initial: int = 0, delay: float = 0.0, leave: bool = True) -> Any:
-    """A bar of `total` units; the first `initial` were done before, and count for no rate. Of several ranks, rank 0's.
+    """Return a bar of `total` units, shown on rank 0. The rate excludes the first `initial`, which were done before.
 
-    It is not shown if all is done within `delay` seconds.
+    The bar is not shown if all is done within `delay` seconds.
     """
     terminal = at_terminal()
     return _tqdm()(
@@ -66,34 +66,34 @@ def progress(total: int, title: str, unit: str, initial: int = 0, delay: float =
 
 
 def parts(rows: S, size: int, title: str, unit: str, delay: float = 1.0) -> Iterator[S]:
-    """The rows by at most `size` at once, with a bar."""
+    """Yield the rows in parts of at most `size`, with a bar."""
     with progress(len(rows), title, unit, delay=delay) as bar:
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
-            yield part  # type: ignore[misc]  # a slice of a sequence is one of its kind
+            yield part  # type: ignore[misc]  # a slice has the type of its sequence
             bar.update(len(part))
 
 
 def at_terminal() -> bool:
-    """Whether somebody sees bars move."""
+    """Whether bars can be drawn."""
     return sys.stderr.isatty()
 
 
 @contextlib.contextmanager
 def screen() -> Iterator[None]:
-    """Keep what is printed above the bars, and leave none open, however the block ends."""
-    out: Any = _Above(sys.stdout) if at_terminal() else sys.stdout
+    """Print above the bars inside the block, and close all bars when it ends."""
+    out: Any = _AboveBars(sys.stdout) if at_terminal() else sys.stdout
     try:
         with contextlib.redirect_stdout(out):
             yield
     finally:
         for bar in list(getattr(_tqdm(), "_instances", ())):
             bar.close()
-        if isinstance(out, _Above) and out.begun:
+        if isinstance(out, _AboveBars) and out.begun:
             out.write("\n")
 
 
 def say_loading() -> None:
-    """Say so before torch and TRL are imported, which takes some ten seconds, unless they have been."""
+    """Announce the import of torch and TRL, which takes about ten seconds, unless it is done."""
     if "torch" not in sys.modules and rank() == 0:
         print("loading PyTorch and TRL", file=sys.stderr, flush=True)

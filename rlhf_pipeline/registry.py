@@ -1,4 +1,4 @@
-"""Names to functions: an entry is a function, its signature is its configuration."""
+"""Registries of functions by name: a function's signature is its configuration."""
 
 import difflib
 import inspect
@@ -38,13 +38,13 @@ class Range:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """`Did you mean 'x'? ` where something is near `word`, else nothing."""
+    """Return `Did you mean 'x'? ` if a known word is similar to `word`, else an empty string."""
     found = difflib.get_close_matches(word, list(known), n=1)
     return f"Did you mean '{found[0]}'? " if found else ""
 
 
 def near(word: str, known: Collection[str]) -> str:
-    """What there is in place of `word`: `Did you mean 'x'? Known: x, y.`"""
+    """Return the words known instead of `word`: `Did you mean 'x'? Known: x, y.`"""
     return f"{suggest(word, known)}Known: {', '.join(known) or 'none'}."
 
 
@@ -55,7 +55,7 @@ _WORDS: dict[Any, str] = {
 
 
 def describe(kind: Any) -> str:
-    """A type in the user's words: `a whole number`, `a number or null`, `'k1' or 'k3'`, `a list (text each)`."""
+    """Describe a type to the user: `a whole number`, `a number or null`, `'k1' or 'k3'`, `a list (text each)`."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         return f"{describe(args[0])} {args[1]}"
@@ -69,12 +69,12 @@ def describe(kind: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as the user would write it."""
+    """Return a value as the user would write it."""
     return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a value from a YAML file may stand where the annotation `kind` does."""
+    """Whether a value from a YAML file has the annotated type `kind`."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return True
@@ -94,13 +94,13 @@ def fits(value: Any, kind: Any) -> bool:
 
 
 def check(setting: str, value: Any, kind: Any) -> None:
-    """Refuse a setting's value that is not of its kind."""
+    """Refuse a setting's value that has the wrong type."""
     if not fits(value, kind):
         raise UserError(f"{setting} is {shown(value)}; it takes {describe(kind)}.")
 
 
 def check_known(prefix: str, values: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    """Refuse settings that are not there, and values of the wrong kind; `known` are the kinds by name."""
+    """Refuse unknown settings and values of the wrong type; `known` maps names to types."""
     for key, value in values.items():
         if key not in known:
             raise UserError(f"there is no setting '{prefix}{key}'. {near(key, known)}")
@@ -109,7 +109,7 @@ def check_known(prefix: str, values: Mapping[str, Any], known: Mapping[str, Any]
 
 @contextmanager
 def said_of(setting: str) -> Iterator[None]:
-    """Name the setting in the refusals of the block."""
+    """Put the setting's name before the errors of the block."""
     try:
         yield
     except UserError as error:
@@ -118,7 +118,7 @@ def said_of(setting: str) -> Iterator[None]:
 
 @contextmanager
 def said_as(setting: str, kind: str) -> Iterator[None]:
-    """Name `setting` where the refusals of the block say `kind`, as labeler=... for a reward that labels."""
+    """Replace `kind` by `setting` in the errors of the block, as labeler=... for a reward that labels."""
     try:
         yield
     except UserError as error:
@@ -126,9 +126,9 @@ def said_as(setting: str, kind: str) -> Iterator[None]:
 
 
 class Registry(Generic[T]):
-    """Functions by name. The arguments after `*` of an entry are what a configuration may set.
+    """Functions by name. A configuration may set a function's keyword-only arguments.
 
-    `common` are fields that every choice may have, whatever its entry: whoever builds the entry reads them.
+    `common` are fields that every choice may have. The caller of `build` reads them, the function does not.
     """
 
     def __init__(self, kind: str, common: Mapping[str, Any] | None = None) -> None:
@@ -142,7 +142,7 @@ class Registry(Generic[T]):
         return function
 
     def fields(self, name: str) -> dict[str, Any]:
-        """What a configuration may set of an entry, and the types; of an entry that is not there, nothing."""
+        """Return the fields that a configuration may set for an entry, and their types; empty for an unknown entry."""
         if name not in self.entries:
             return {}
         parameters = inspect.signature(self.entries[name]).parameters.values()

@@ -1,4 +1,4 @@
-"""What reaches the terminal: text is shown, never obeyed, and a reader that has left stops no work."""
+"""Output to the terminal: control characters are escaped, and a closed pipe does not stop a run."""
 
 import contextlib
 import logging
@@ -11,31 +11,30 @@ from typing import Any
 from rlhf_pipeline.texts import shown
 
 MESSAGE = 600  # characters of an error or a log line
-LOGIN = re.compile(r"://[^/?#\s]*@")  # user and password of an address
+LOGIN = re.compile(r"://[^/?#\s]*@")  # user and password in a URL
 
 
 def one_line(text: str) -> str:
-    """A message in one line of at most `MESSAGE` characters, safe for a terminal; no address shows its login."""
+    """Return a message in one line of at most `MESSAGE` characters, safe for a terminal, without logins of URLs."""
     line = LOGIN.sub("://", shown(" ".join(text.split())))
     return line if len(line) <= MESSAGE else f"{line[: MESSAGE - 4]} ..."
 
 
 class Stream:
-    """Standard output or error as the program writes to it. Progress bars, which move the cursor, write to `raw`."""
+    """Standard output or error with control characters escaped. Progress bars move the cursor, so they use `raw`."""
 
     def __init__(self, raw: Any, keep: str = "\n\t") -> None:
         self.raw, self.keep = raw, keep
         if hasattr(raw, "reconfigure"):
-            raw.reconfigure(errors="backslashreplace")  # of a character that the terminal's encoding lacks
+            raw.reconfigure(errors="backslashreplace")  # for characters that the terminal's encoding lacks
 
     def write(self, text: str) -> int:
-        """Write it, unless nobody reads any more."""
+        """Write the text, unless the reader has closed the pipe."""
         with self._while_read():
             self.raw.write(shown(text, self.keep))
         return len(text)
 
     def flush(self) -> None:
-        """Let others read it."""
         with self._while_read():
             self.raw.flush()
 
@@ -59,7 +58,7 @@ class _Formatter(logging.Formatter):
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """Write to standard output and error through `Stream` until the block is left; a closed one takes everything."""
+    """Wrap standard output and error in `Stream` inside the block. Output to a closed one is discarded."""
     out, error = (stream or open(os.devnull, "w", encoding="utf-8") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     handler = logging.StreamHandler(Stream(error))
     handler.setFormatter(_Formatter())

@@ -1,4 +1,4 @@
-"""What `--help` says, and where the configurations lie. Imports nothing slow: help comes at once."""
+"""The text of `--help`, and the folder of the configurations. Imports nothing slow: help comes at once."""
 
 import sys
 from collections.abc import Sequence
@@ -7,10 +7,10 @@ from pathlib import Path
 from rlhf_pipeline.terminal import guarded
 
 _PACKAGE = Path(__file__).parent
-# In a wheel the configurations lie inside the package, in a checkout beside it.
+# In a wheel the configurations are inside the package, in a checkout next to it.
 CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 _HELP = """\
-rlhf_pipeline: InstructGPT's three steps around a GPT-2.
+rlhf_pipeline: InstructGPT's three steps for a GPT-2.
 
 Choices:
 {choices}
@@ -20,8 +20,8 @@ python -m rlhf_pipeline stage=pipeline                      the demo, offline, i
 python -m rlhf_pipeline stage=ppo trainer.kl_coef=0.1       one stage; trainer.* are TRL's own fields
 python -m rlhf_pipeline stage=chat name=demo                talk to the newest policy of a run
 python -m rlhf_pipeline stage=ppo sweep=kl name=coefs       a sweep: sweep=kl, seeds, optuna (conf/sweeps)
-python -m rlhf_pipeline -m stage=ppo trainer.kl_coef=0.02,0.1 seed=1,2 name=coefs    or of any settings
-python -m rlhf_pipeline stage=sft --cfg job                 the settings; an experiment's deltas under stages
+python -m rlhf_pipeline -m stage=ppo trainer.kl_coef=0.02,0.1 seed=1,2 name=coefs    a sweep over any settings
+python -m rlhf_pipeline stage=sft --cfg job                 print the settings; `stages` has those of the experiment
 """
 
 
@@ -32,7 +32,7 @@ def asks_for_help(argv: Sequence[str]) -> bool:
 
 
 def show_usage() -> None:
-    """Print what there is to choose, and some commands."""
+    """Print the choices of every group and some commands."""
     groups = sorted(folder for folder in CONF.iterdir() if folder.is_dir() and folder.name != "hydra")
     choices = {group.name: sorted(path.stem for path in group.glob("*.yaml")) for group in groups}
     text = _HELP.format(choices="\n".join(f"{name}: {', '.join(found)}" for name, found in choices.items()))

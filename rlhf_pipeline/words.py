@@ -1,4 +1,4 @@
-"""The words of a command line: from what the user types to what Hydra reads, and back."""
+"""Translate the words of a command line from the user's form to Hydra's grammar, and back."""
 
 import os
 import re
@@ -18,23 +18,23 @@ from rlhf_pipeline.settings import SECTIONS, trainer_fields
 from rlhf_pipeline.stages import STAGES
 from rlhf_pipeline.usage import CONF
 
-# Sections that take keys their defaults do not list: Settings checks them, so Hydra need not ask for a '+'.
+# Sections that take keys their defaults do not list. Settings checks the keys, so Hydra need not require a '+'.
 _OPEN = re.compile(rf"^(trainer|policy|reward|data|ptx|labeler|stages|{'|'.join(SECTIONS)})\.[\w.]+=")
-# Settings that are paths or names: what the shell handed over is the value, whatever signs it holds.
+# Settings that are paths or names. Their value is the shell's text, whatever characters it has.
 _PATHS = re.compile(
     r"(?:stages\.\w+\.)?(?:[\w.]*path|name|labels|runs|compare|against|sweep|(?:evaluate|collect)\.policies)"
 )
 _GROUPS = ("stage", "policy", "reward", "data", "labeler", "experiment")
 _ENTRY = re.compile(r"['\"].*|(?!(?:null|true|false|nan|inf)$)[a-z]\w*", re.ASCII | re.IGNORECASE)  # text to Hydra
-_LABELER = "reward@labeler="  # Hydra's form of labeler=: the reward group in another place
+_LABELER = "reward@labeler="  # Hydra's form of labeler=, the reward group under another key
 
 
 def read(argv: Sequence[str]) -> tuple[list[str], Namespace]:
-    """The settings of a command line in Hydra's grammar, and its options.
+    """Return the settings of a command line in Hydra's grammar, and its options.
 
-    `--prompt` is a setting. `sweep=kl` is a multirun over what conf/sweeps/kl.yaml says. Choosing a policy, reward or
-    data drops the demo's experiment, as its learning rates suit the demo's models. `--config-path` is relative to the
-    current folder, not to this package.
+    `--prompt` becomes a setting. `sweep=kl` becomes a multirun over the values in conf/sweeps/kl.yaml. Choosing a
+    policy, reward or data drops the demo's experiment, because its learning rates suit the demo's models.
+    `--config-path` is relative to the current folder, not to this package.
     """
     options = _parsed(_with_prompts(argv))
     shows = bool(options.cfg or options.help or options.info)
@@ -43,7 +43,7 @@ def read(argv: Sequence[str]) -> tuple[list[str], Namespace]:
     keys = [word.lstrip("+").partition("=")[0] for word in settings]
     if twice := next((key for key in keys if keys.count(key) > 1), None):
         raise UserError(f"{twice}= is given {keys.count(twice)} times; give it once.")
-    if options.multirun and shows:  # a sweep is shown as one job, without what is swept
+    if options.multirun and shows:  # a sweep is shown as one job, without the swept settings
         settings = [word for word in settings if not parse(word).is_sweep_override()]
         options.multirun = False
     settings = [f"++{word}" if _OPEN.match(word) else word for word in settings]
@@ -59,13 +59,13 @@ def read(argv: Sequence[str]) -> tuple[list[str], Namespace]:
 
 
 def as_words(options: Namespace) -> list[str]:
-    """Options as Hydra reads them."""
+    """Return options as words for Hydra."""
     given = {f"--{name.replace('_', '-')}": x for name, x in vars(options).items() if x and name != "overrides"}
     return [word for name, value in given.items() for word in ([name] if value is True else [name, value])]
 
 
 def parse(word: str) -> Override:
-    """A setting as Hydra reads it."""
+    """Parse a setting in Hydra's grammar."""
     try:
         return OverridesParser.create().parse_override(word)
     except RecursionError:
@@ -73,7 +73,7 @@ def parse(word: str) -> Override:
 
 
 def _with_prompts(argv: Sequence[str]) -> list[str]:
-    """`--prompt TEXT`, as often as it is said, becomes one setting."""
+    """Turn all `--prompt TEXT` options into one setting."""
     args, prompts, words = [], [], iter(argv)
     for word in words:
         name, joined, text = word.partition("=")
@@ -87,7 +87,7 @@ def _with_prompts(argv: Sequence[str]) -> list[str]:
 
 
 def _parsed(argv: Sequence[str]) -> Namespace:
-    """The options, and the settings as `overrides`."""
+    """Return the options, with the settings as `overrides`."""
 
     def refuse(message: str) -> NoReturn:
         known = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
@@ -100,7 +100,7 @@ def _parsed(argv: Sequence[str]) -> Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-# -- one setting in Hydra's grammar, which takes letters of other languages and most signs only in quotes
+# -- one setting in Hydra's grammar, which takes non-ASCII letters and most punctuation only in quotes
 
 
 def _readable(word: str, swept: bool) -> str:
@@ -108,29 +108,29 @@ def _readable(word: str, swept: bool) -> str:
     name = key.lstrip("+~")
     if not (equals or word.startswith("~")) or not re.fullmatch(r"[\w./@$-]+", name, re.ASCII):
         hint = f"stage={word}" if word in STAGES else "name=demo"
-        raise UserError(f"'{word}' is no setting; a setting is key=value, as in {hint}.")
+        raise UserError(f"'{word}' is not a setting; a setting is key=value, as in {hint}.")
     is_path, is_choice = bool(_PATHS.fullmatch(name)), name in _GROUPS or name.startswith("hydra/")
     if (is_path or is_choice) and value in ("", "''", '""') and word != "~experiment":
-        raise UserError(f"{word} leaves nothing to work with; give a value, as in {name}=<value>.")
+        raise UserError(f"{word} leaves {name} without a value; write {name}=<value>.")
     if is_path:
         return f"{key}={_literal(value, swept)}"
     optional = value == "null" and name not in ("stage", "policy", "reward", "data")
     entries = value.split(",") if swept else [value]
-    if is_choice and equals and not optional and not all(map(_ENTRY.fullmatch, entries)):  # as 2, which is no text
+    if is_choice and equals and not optional and not all(map(_ENTRY.fullmatch, entries)):  # as 2, which is not text
         return f"{key}={_literal(value, swept) if swept and value != 'null' else quoted(value)}"
     if _is_in_grammar(word):
         return word
-    if value.startswith(("{", "[")) and _is_yaml(value):  # YAML takes keys and texts of other letters
+    if value.startswith(("{", "[")) and _is_yaml(value):  # YAML takes non-ASCII keys and texts
         inner = QuotedString(value, Quote.double).with_quotes()
         return f"{key}={QuotedString(f'${{oc.create:{inner}}}', Quote.single).with_quotes()}"
     return f"{key}={quoted(value)}"
 
 
 def _literal(value: str, swept: bool) -> str:
-    """A path or a name, or several, as a setting's value.
+    """Return one or more paths or names as a setting's value.
 
-    If a file has that very name, it is meant. Else lists, quotes and interpolations keep their meaning, and sweeps
-    with -m.
+    If a file has exactly this name, the value is that file. Otherwise lists, quotes and interpolations keep their
+    meaning, and so do sweeps with -m.
     """
     if os.path.lexists(os.path.expanduser(value)):
         return quoted(value)
@@ -161,7 +161,7 @@ def _is_yaml(text: str) -> bool:
 
 
 def _with_sweeps(options: Namespace, shows: bool) -> list[str]:
-    """Add the settings of the named sweeps, where the user gives none. In stage=evaluate, sweep= is a past multirun."""
+    """Add the named sweeps' settings that the user does not give. In stage=evaluate, sweep= is a past multirun."""
     words: list[str] = options.overrides
     said = dict(word.lstrip("+").split("=", 1) for word in words if "=" in word)
     stage, names = said.get("stage"), said.get("sweep", "").strip("[]").split(",")
@@ -174,46 +174,46 @@ def _with_sweeps(options: Namespace, shows: bool) -> list[str]:
         path = CONF / "sweeps" / f"{name}.yaml"
         if not path.is_file():
             known = sorted(file.stem for file in path.parent.glob("*.yaml"))
-            here = "stage=evaluate alone takes a multirun here, by its name or folder."
+            here = "Only stage=evaluate takes a multirun here, by its name or folder."
             raise UserError(f"no sweep is called '{name}'. {near(name, known)} {here}")
         own = yaml.safe_load(path.read_text(encoding="utf-8"))
         fitting = [key for key in own if not key.startswith("trainer.") or key.removeprefix("trainer.") in fields]
         if not fitting:
-            raise UserError(f"sweep={name} varies {', '.join(own)}, which stage={stage} has not.")
+            raise UserError(f"sweep={name} varies {', '.join(own)}, which stage={stage} does not have.")
         words += [f"{key}={own[key]}" for key in fitting if key not in said and not shows]
     return words
 
 
 def _kl_budget(word: str, sweeps: bool) -> str:
-    """`sweep.kl_budget=` as the sweeper's setting; any other word as it is."""
+    """Turn `sweep.kl_budget=` into the sweeper's setting; return any other word unchanged."""
     key, _, value = word.lstrip("+").partition("=")
     if key != "sweep.kl_budget":
         return word
     if not sweeps:
-        raise UserError(f"{word} goes with a sweep of stage=ppo, as in sweep=kl, or with -m and several values.")
+        raise UserError(f"{word} needs a sweep of stage=ppo: add sweep=kl, or -m and several values.")
     number = parse(f"x={value}")
     check(key, value if number.is_sweep_override() else number.value(), Annotated[float, Range(above=0)])
     return f"hydra.sweeper.kl_budget={value}"
 
 
-# -- and back
+# -- from Hydra's grammar to the user's form
 
 
 def quoted(text: str) -> str:
-    """A text as a setting's value, whatever it holds."""
-    # To OmegaConf ${ begins the name of a setting, unless there is an odd number of backslashes before it.
+    """Quote any text as a setting's value."""
+    # OmegaConf interpolates after ${, unless an odd number of backslashes is before it.
     plain = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
     return QuotedString(plain, Quote.single).with_quotes()
 
 
 def typed(key: str, text: str) -> str:
-    """A path or a name as a word of the command line, quoted only where it would be read as something else."""
+    """Return a path or name as a word of the command line, quoted only if it would be read as something else."""
     ambiguous = re.search(r"""^['"[]|\$\{""", text)
     return f"{key}={quoted(text) if ambiguous else text}"
 
 
 def as_typed(override: str) -> str:
-    """A word in Hydra's grammar as the user would say it."""
+    """Return a word in Hydra's grammar as the user would type it."""
     word = override.removeprefix("++").replace(_LABELER, "labeler=")
     key, _, value = word.partition("=")
     text = parse(f"x={value}").value() if value.startswith("'") else None

@@ -1,1 +1,1 @@
-"""Sweeps: their jobs, and what they came to."""
+"""Sweeps: their jobs and results."""

@@ -1,6 +1,6 @@
-"""The jobs of a sweep: each is the run `runs/<sweep>/<job>`, made in a process of its own.
+"""The jobs of a sweep: each is the run `runs/<sweep>/<job>`, in a separate process.
 
-Its job.json holds what sets it apart (stage, settings, seed) and how it ended (status, exit, error).
+Its job.json has what identifies it (stage, settings, seed) and how it ended (status, exit, error).
 """
 
 import contextlib
@@ -22,12 +22,12 @@ from rlhf_pipeline.words import as_typed
 
 JOB = "job.json"
 _ENVIRONMENT = "RLHF_PIPELINE_JOB"  # tells a job's process its folder
-# The settings of a command that do not change its result, and the seed, over which results are averaged.
+# Settings that do not change a job's result, and the seed, over which results are averaged.
 _NOT_WORK = re.compile(r"name|runs|seed|overwrite|hydra[./].*|report[.].*")
 
 
 def job_name(swept: Sequence[str]) -> str:
-    """The folder of a job: the settings that set it apart, with a hash where a folder cannot be called so."""
+    """Return a job's folder: the settings that are swept, with a hash if they are not a valid folder name."""
     typed = ",".join(swept)
     label = re.sub(r"[^\w.,=+-]", "_", typed)
     mark = hashlib.sha256(typed.encode()).hexdigest()[:8]
@@ -36,7 +36,7 @@ def job_name(swept: Sequence[str]) -> str:
 
 
 def settings_of(command: Sequence[str]) -> dict[str, str]:
-    """The settings that make a command's result; jobs that share them differ in their seed alone."""
+    """Return the settings that determine a command's result; jobs that share them differ only in the seed."""
     typed = ("experiment=null" if word == "~experiment" else as_typed(word) for word in command)
     settings = dict(word.lstrip("+").partition("=")[::2] for word in typed)
     return {key: value for key, value in settings.items() if not _NOT_WORK.fullmatch(key)}
@@ -48,7 +48,7 @@ def is_number(objective: float | None) -> bool:
 
 
 def read_job(folder: Path) -> dict[str, Any]:
-    """The job.json of a job; empty where there is none, or it is damaged."""
+    """Read a job's job.json; empty if it is missing or damaged."""
     with contextlib.suppress(UserError):
         return read_json(folder / JOB)
     return {}
@@ -62,14 +62,14 @@ def note(folder: Path, **values: Any) -> None:
 def note_error(message: str) -> None:
     """Add the message to job.json, if this process is a job's."""
     if folder := os.environ.get(_ENVIRONMENT):
-        with contextlib.suppress(OSError):  # as where the disk is full
+        with contextlib.suppress(OSError):  # as when the disk is full
             note(Path(folder), error=message)
 
 
 def run_job(runs: Path, name: str, stage: str, command: Sequence[str]) -> float | None:
-    """Run a job's command; give its objective, None where it failed.
+    """Run a job's command in a new process and return its objective, or None if it failed.
 
-    In one process two trainers would share accelerate's state, and one that was killed could not say so.
+    In one process, trainers would share accelerate's state, and nothing could report a job that was killed.
     """
     folder = runs / name
     print(f"\n== {name}", flush=True)
@@ -78,7 +78,7 @@ def run_job(runs: Path, name: str, stage: str, command: Sequence[str]) -> float 
     with subprocess.Popen(words, env={**os.environ, _ENVIRONMENT: str(folder)}) as process:
         try:
             code = process.wait()
-        except KeyboardInterrupt:  # which the job's process gets, too
+        except KeyboardInterrupt:  # the job's process gets it too
             process.wait()
             code = 130
     if code in (130, -2):

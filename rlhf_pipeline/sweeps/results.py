@@ -1,4 +1,4 @@
-"""The result of a sweep: its jobs, and their means over seeds; as a table, as sweep.json and as a page."""
+"""The results of a sweep: its jobs and their means over seeds, as a table, as sweep.json and as a page."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -17,15 +17,15 @@ from rlhf_pipeline.runs.models import ppo_jobs
 from rlhf_pipeline.stages import STAGES, Stage
 from rlhf_pipeline.sweeps.jobs import JOB, read_job
 
-# The objective of PPO where no prompts are held back, and of a sweep with sweep.kl_budget=.
+# The objective of PPO without validation prompts, and of a sweep with sweep.kl_budget=.
 IN_TRAINING = "reward - selection_kl_coef x KL while training (no validation prompts)"
 AT_BUDGET = "reward within the KL budget, on validation prompts"
 
 
 def report_sweep(folder: Path, stage: str, jobs: Collection[str], kl_budget: float | None = None) -> None:
-    """Write `sweep.json` and `report.html` of a sweep, print its table, and say what may come next.
+    """Write `sweep.json` and `report.html` of a sweep, print its table and the next command.
 
-    Its folder may also hold the jobs of other commands; `jobs` are those of this one.
+    Its folder may also have jobs of other commands; `jobs` are those of this command.
     """
     found = summarise(folder, stage, kl_budget)
     write_json(folder / "sweep.json", found)
@@ -37,9 +37,9 @@ def report_sweep(folder: Path, stage: str, jobs: Collection[str], kl_budget: flo
 
 
 def write_sweep(folder: Path, lang: str | None = None) -> Path:
-    """Write `report.html` of the jobs as they are now, for the stage and the KL budget of `sweep.json`.
+    """Write `report.html` from the current state of the jobs, for the stage and the KL budget of `sweep.json`.
 
-    Its language is by default that of a job's own page.
+    The default language is that of a job's own page.
     """
     before = read_json(folder / "sweep.json")
     noted = [read_job(path.parent) for path in sorted(folder.glob(f"*/{JOB}"))]
@@ -50,15 +50,15 @@ def write_sweep(folder: Path, lang: str | None = None) -> Path:
 
 
 def summarise(folder: Path, stage: str, kl_budget: float | None = None) -> dict[str, Any]:
-    """The jobs of one stage and the groups that differ in their seed alone, both in order: the best first.
+    """Return the jobs of one stage, and their groups over seeds, both with the best first.
 
-    A group shares all settings of its jobs' commands, and is shown by those that not all groups share. Where a KL
-    budget is exceeded by all, the nearest comes first.
+    The jobs of a group share all settings but the seed. A group shows the settings that not all groups share. If all
+    exceed the KL budget, the nearest to it comes first.
     """
     noted = {path.parent: read_job(path.parent) for path in folder.glob(f"*/{JOB}")}
     jobs = sorted((job_result(path, kl_budget) for path, job in noted.items() if job.get("stage") == stage), key=_order)
     groups: dict[frozenset[tuple[str, str]], dict[int, dict[str, Any]]] = {}
-    for job in jobs:  # a seed counts once, done rather than not
+    for job in jobs:  # a seed counts once; a finished job comes first
         groups.setdefault(frozenset(job["settings"].items()), {}).setdefault(job["seed"], job)
     keys = dict.fromkeys(key for job in jobs for key in job["settings"])
     apart = [key for key in keys if len({dict(group).get(key) for group in groups}) > 1]
@@ -77,9 +77,9 @@ def _order(row: dict[str, Any]) -> tuple[bool, float, float, str]:
 
 
 def job_result(folder: Path, kl_budget: float | None) -> dict[str, Any]:
-    """A job as sweep.json has it: worth its objective or, with a KL budget, its reward on the same prompts.
+    """Return a job's entry in sweep.json. With a KL budget, its objective is the reward on the same prompts.
 
-    A job that failed has no result, even where another command has finished the stage in its folder.
+    A job that failed has no result, even if another command has finished the stage in its folder.
     """
     noted = read_job(folder)
     out = RunDir(folder.parent, folder.name, noted["stage"]).newest_round()
@@ -87,7 +87,7 @@ def job_result(folder: Path, kl_budget: float | None) -> dict[str, Any]:
     done = noted["status"] == record.get("status") == "done"
     results = record.get("results", {}) if done else {}
     objective, over_budget = record.get("objective") if done else None, 0.0
-    if objective is not None and kl_budget is not None:  # while training, where no prompts are held back
+    if objective is not None and kl_budget is not None:  # values from training if there are no validation prompts
         objective = results.get("validation_reward", results.get("scores"))
         over_budget = max(results.get("validation_kl", results.get("kl", math.inf)) - kl_budget, 0.0)
     return {
@@ -99,7 +99,7 @@ def job_result(folder: Path, kl_budget: float | None) -> dict[str, Any]:
 
 
 def _means(jobs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The means of jobs that differ in their seed alone; of one there is no standard error."""
+    """Return the means of jobs that differ only in the seed; a single job has no standard error."""
     done = [job for job in jobs if job["objective"] is not None]
     values, ended = [job["objective"] for job in done], [job["status"] for job in jobs]
     keys = dict.fromkeys(key for job in done for key in job["results"])

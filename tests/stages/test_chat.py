@@ -231,7 +231,7 @@ REFUSED = {
     "chat.top_k=3": ["no setting 'chat.top_k'"],
     "policy.size=small": ["has policy.size=tiny, and here it is small"],
     "trainer.temperature=2": ["stage=chat has no trainer"],
-    "-m": ["stage=chat goes with one run"],
+    "-m": ["stage=chat is for one run"],
 }
 
 
@@ -248,8 +248,8 @@ def test_a_prompt_goes_with_a_chat_and_is_not_empty(
     command_line: CommandLine, workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for args, said in (
-        (("stage=sft", "--prompt", "x"), "--prompt goes with stage=chat"),
-        (("stage=sft", "against=ppo"), "against=ppo goes with stage=chat"),
+        (("stage=sft", "--prompt", "x"), "--prompt is only for stage=chat"),
+        (("stage=sft", "against=ppo"), "against=ppo is only for stage=chat"),
         (("stage=chat", "--prompt"), "--prompt takes a text"),
         (("stage=chat", "--prompt", " "), "--prompt is empty"),
     ):

@@ -99,7 +99,7 @@ def test_an_evaluation_without_its_figures_is_said(
 ) -> None:
     (run / "evaluate" / "evaluation.json").unlink()
     assert command_line("stage=evaluate", *ARGS) == 2
-    assert "evaluation.json is gone; overwrite=true" in capsys.readouterr().err
+    assert "evaluation.json is missing; overwrite=true" in capsys.readouterr().err
 
 
 def test_runs_are_compared_where_there_is_no_run_of_that_name(run: Path, command_line: CommandLine) -> None:

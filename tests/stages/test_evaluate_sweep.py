@@ -94,7 +94,7 @@ def test_a_checkpoint_opens_as_the_policy_that_was_trained(sweep: Path) -> None:
     ("asked", "said"),
     [
         (["stage=evaluate", "sweep=nowhere"], "nowhere holds no run of stage=ppo"),
-        (["stage=ppo", "sweep=demo"], "stage=evaluate alone takes a multirun here"),
+        (["stage=ppo", "sweep=demo"], "Only stage=evaluate takes a multirun here"),
         (["stage=evaluate", "sweep=demo", "compare=[demo,demo]"], "drop compare="),
         (["stage=evaluate", "sweep=demo", "evaluate.policies=[sft]"], "drop evaluate.policies="),
         (["stage=evaluate", "sweep=demo", "evaluate.show=[x]"], "drop evaluate.show="),

@@ -57,13 +57,13 @@ def test_a_recorded_function_runs_only_if_the_command_names_it(
     strangers: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command_line("stage=chat", "--prompt", "It was") == 0
-    assert "name it: reward.path=evil.py:score" in capsys.readouterr().out
+    assert "to run it, add reward.path=evil.py:score" in capsys.readouterr().out
     for asked in (
         ["stage=evaluate", "sweep=demo", "name=other"],
         ["--config-path", "runs/demo/ppo", "--config-name", "config", "name=other"],
     ):
         assert command_line(*asked) == 2
-        assert "name it: reward.path=evil.py:score" in capsys.readouterr().err
+        assert "to run it, add reward.path=evil.py:score" in capsys.readouterr().err
     assert command_line("--config-path", "runs/demo/ppo", "--config-name", "config", "name=x", "++reward.scale=1") == 2
     assert command_line("stage=chat", "name=demo", "--prompt", "It was", "reward=python") == 2
     assert not Path("executed").exists()

@@ -258,14 +258,14 @@ def test_a_pipeline_waits_for_people_and_goes_on_from_there(
     fill_in(collect / "sheet.csv", ["2", "1", "3", "3"], end=6)
     assert command_line("stage=pipeline", *SMALL, "collect.enough=0.75") == 2
     said = capsys.readouterr()
-    assert "sheet.csv has been filled in; it counts once labels= brings it in" in said.out
+    assert "sheet.csv has been filled in but not read yet; read it with labels=" in said.out
     assert said.err.endswith("0 of 12 labelled; run again when done.\n")
     assert command_line(*shlex.split(in_a_sheet)[3:]) == 0
     assert "5 of 12 labelled" in capsys.readouterr().out
     assert command_line("stage=pipeline", *SMALL, "collect.enough=0.75") == 2
     said = capsys.readouterr()
     assert said.err.endswith(
-        "5 of 12 labelled; run again when done, or with collect.enough=0.416 to go on with these.\n"
+        "5 of 12 labelled; run again when done, or add collect.enough=0.416 to continue with these.\n"
     )
     assert "has been filled in" not in said.out
 
@@ -485,9 +485,9 @@ def test_candidates_come_from_several_policies_and_temperatures(with_people: Pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("stage=pipeline", "experiment=demo", "rounds=2"), "which this experiment lacks"),
+        (("stage=pipeline", "experiment=demo", "rounds=2"), "but this experiment has no collect"),
         (("stage=collect", "labels=pull"), "run stage=collect without labels= first"),
-        (("stage=sft", "labels=pull"), "labels=pull goes with stage=collect"),
+        (("stage=sft", "labels=pull"), "labels=pull is only for stage=collect"),
         (("stage=collect",), "there is no policy to answer yet"),
         (("stage=collect", "collect.policies=[reward]"), "has made no policy reward"),
         (("stage=collect", "labeler.noise=1"), "labeler has fields but no name; add labeler=<reward>."),

@@ -63,7 +63,7 @@ def test_a_judge_labels_and_rewards(
         assert command_line("stage=chat", "name=judged", "--prompt", "I saw") == 0
         before = len(server.asked)
         printed = capfd.readouterr()
-        assert f"name it: reward.url={server.url}" in printed.out + printed.err
+        assert f"to run it, add reward.url={server.url}" in printed.out + printed.err
         assert len(server.asked) == before
     files = [path for path in workplace.rglob("*") if path.is_file()]
     assert workplace / "cache" / "rlhf_pipeline" / "judge.sqlite" in files

@@ -210,7 +210,7 @@ def test_what_the_user_can_mend_is_said_once(workplace: Path) -> None:
     """All processes find the same fault; the launcher, which has a report of its own, ends with it."""
     done = on_two("stage=sft", "experiment=demo", "trainer.learning_rat=1")
     assert done.returncode == 1, "the launcher's"
-    message = "error: trainer.learning_rat is no field of SFTConfig"
+    message = "error: trainer.learning_rat is not a field of SFTConfig"
     assert done.stderr.startswith(message)
     said = [line for line in done.stderr.splitlines() if message in line]
     assert len(said) == 2

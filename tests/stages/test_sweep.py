@@ -48,7 +48,7 @@ def test_a_failed_job_stops_no_other_and_is_done_when_the_sweep_is_run_again(run
         done = sweep(*words)
     assert done.returncode == 2, done.stderr
     table = done.stdout[done.stdout.rindex("coefs (ppo)") :]
-    assert "failed: trainer.kl_coef=0.1,seed=1: runs/coefs/trainer.kl_coef=0.1,seed=1/ppo is being made by" in (
+    assert "failed: trainer.kl_coef=0.1,seed=1: runs/coefs/trainer.kl_coef=0.1,seed=1/ppo is in use by" in (
         table.replace("\n", " ").replace("  ", " ")
     )
     ended, seeds = found_in(folder)
@@ -96,7 +96,7 @@ def test_submitit_runs_each_job_in_a_process_of_its_own(runs: Path) -> None:
     done = sweep(*words, HF_TOKEN="hf_a_token_of_mine")
     assert done.returncode == 2, done.stderr
     assert "failed: trainer.num_mini_batches=3: a batch of 8 rows does not divide" in done.stdout.replace("\n", " ")
-    assert "2 jobs are with submitit; what they print is below runs/cluster/.submitit." in done.stdout
+    assert "2 jobs were submitted by submitit; their output is below runs/cluster/.submitit." in done.stdout
     folder = runs / "cluster"
     assert found_in(folder)[0] == {"trainer.num_mini_batches=3": "failed", "trainer.num_mini_batches=1": "done"}
     assert len(list(folder.glob(".submitit/**/*_log.out"))) == 2

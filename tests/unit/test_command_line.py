@@ -20,18 +20,18 @@ from rlhf_pipeline.words import as_typed
 REFUSED = {
     "stage=sfd": ["no stage is called 'sfd'", "Did you mean 'sft'", "pretrain"],
     "stage=sft policy=gpt3": ["no policy is called 'gpt3'", "Did you mean 'gpt2'"],
-    "stage=sft trainer.learning_rat=1": ["trainer.learning_rat is no field of SFTConfig", "'learning_rate'"],
+    "stage=sft trainer.learning_rat=1": ["trainer.learning_rat is not a field of SFTConfig", "'learning_rate'"],
     "stage=sft trainer.learning_rate=fast": ["trainer.learning_rate is 'fast'", "takes a number"],
     "stage=ppo trainer.kl_estimator=k2": ["trainer.kl_estimator is 'k2'", "'k1' or 'k3'"],
     "stage=ppo trainer.bf16=maybe": ["trainer.bf16 is 'maybe'", "true or false or 'auto' or null"],
-    "stage=sft trainer.output_dir=x": ["trainer.output_dir is not yours to set", "name="],
-    "stage=sft compare=[a,b]": ["compare= goes with stage=evaluate"],
+    "stage=sft trainer.output_dir=x": ["trainer.output_dir cannot be set", "name="],
+    "stage=sft compare=[a,b]": ["compare= is only for stage=evaluate"],
     "stage=evaluate compare=a": ["compare is 'a'", "list"],
     "stage=evaluate compare=[a]": ["2 to 8 different runs", "compare=[run1,run2]"],
     "stage=evaluate compare=[a,b]": ["holds no stage that has run"],
     "stage=sft report.lang=fr": ["report.lang is 'fr'", "'en' or 'zh'"],
     "stage=evaluate trainer.learning_rate=1": ["stage=evaluate has no trainer"],
-    "stage=pipeline trainer.learning_rate=1": ["say stages.<stage>.trainer.learning_rate="],
+    "stage=pipeline trainer.learning_rate=1": ["set stages.<stage>.trainer.learning_rate="],
     "stage=sft policy.sise=tiny": ["policy=gpt2_scratch: there is no setting 'policy.sise'", "Did you mean 'size'"],
     "stage=sft policy.size=huge": ["policy.size is 'huge'", "'tiny'"],
     "stage=sft data=text": ["data.path is not set"],
@@ -40,36 +40,36 @@ REFUSED = {
     "stage=evaluate evaluate.promts=9": ["no setting 'evaluate.promts'", "'prompts'"],
     "stage=evaluate evaluate.batch_size=0": ["evaluate.batch_size is 0; it takes a whole number of at least 1"],
     "stage=sft data.limit=-1": ["data.limit is -1;", "of at least 1"],
-    "stage=sft trainer.hub_token=hf_secret": ["trainer.hub_token is not yours to set", "HF_TOKEN"],
-    "stage=sft hub.push=nobody": ["hub.push=nobody is no repository of the hub", "user/name"],
+    "stage=sft trainer.hub_token=hf_secret": ["trainer.hub_token cannot be set", "HF_TOKEN"],
+    "stage=sft hub.push=nobody": ["hub.push=nobody is not a repository of the hub", "user/name"],
     "stage=evaluate hub.push=a/b": ["stage=evaluate makes no model", "ppo"],
     "stage=sft nam=x": ["no setting 'nam'", "Did you mean 'name'"],
     "stage=sft +kl.taget=6": ["no setting 'kl'"],
     "stage=ppo trainer.total_episodes=0": ["trainer.total_episodes is 0; it takes a number of at least 1"],
     "stage=ppo trainer.temperature=0.0": ["trainer.temperature is 0.0; it takes a number above 0"],
     "stage=sft seed=one": ["seed is 'one'", "takes a whole number"],
-    "stage=sft name=../x": ["is no run name"],
-    "stage=sft stages.sfd.trainer.seed=1": ["stages.sfd is no stage"],
+    "stage=sft name=../x": ["is not a run name"],
+    "stage=sft stages.sfd.trainer.seed=1": ["stages.sfd is not a stage"],
     "--foo": ["there is no option --foo", "Did you mean '--info'", "--config-path"],
     "--cfg x stage=sft": ["--cfg/-c: invalid choice: 'x'"],
     "--config-name": ["--config-name/-cn: expected one argument"],
     "--config-path nix --config-name config": ["--config-path: there is no folder", "nix"],
     "--config-path . --config-name nix": ["there is no configuration 'nix'"],
-    "sft": ["'sft' is no setting", "stage=sft"],
-    "stage=sft 数据=3": ["'数据=3' is no setting"],
+    "sft": ["'sft' is not a setting", "stage=sft"],
+    "stage=sft 数据=3": ["'数据=3' is not a setting"],
     "stage=sft data=文本": ["no data is called '文本'", "Known: dialogue"],
     "stage=sft labeler=lengt": ["no reward is called 'lengt'", "Did you mean 'length'"],
     "stage=sft hydra/launcher=foo": ["no hydra/launcher is called 'foo'", "Known: basic"],
-    "stage=sft data=text data.path=": ["data.path= leaves nothing", "data.path=<value>"],
-    "stage=sft policy=": ["policy= leaves nothing"],
-    "stage=sft ~policy": ["~policy leaves nothing"],
-    "stage=sft +policy=gpt2": ["+policy= would be a second choice"],
-    "stage=sft trainer=5": ["trainer=5 is no section"],
-    "stage=sft stages.sft=3": ["stages.sft=3 is no section", "stages.sft.<setting>="],
+    "stage=sft data=text data.path=": ["data.path= leaves data.path without a value", "data.path=<value>"],
+    "stage=sft policy=": ["policy= leaves policy without a value"],
+    "stage=sft ~policy": ["~policy leaves policy without a value"],
+    "stage=sft +policy=gpt2": ["+policy= would add a second choice"],
+    "stage=sft trainer=5": ["trainer=5 is not valid"],
+    "stage=sft stages.sft=3": ["stages.sft=3 is not valid", "stages.sft.<key>="],
     "stage=sft seed=-1": ["seed is -1", "from 0 to 4294967295"],
     "stage=sft seed=1 seed=2": ["seed= is given 2 times"],
     "stage=sft policy=null": ["no policy is called 'null'"],
-    "stage=ppo rounds=2": ["rounds= goes with stage=pipeline"],
+    "stage=ppo rounds=2": ["rounds= is only for stage=pipeline"],
     f"stage=sft policy.x={'[' * 200}{']' * 200}": ["nested too deeply"],
     f"stage=sft name={'n' * 300}": ["is too long for a folder", "200 bytes"],
     "stage=sft runs=/etc/hostname": ["/etc/hostname is a file"],
@@ -92,9 +92,9 @@ REFUSED = {
     "stage=null -m trainer.max_steps=1": ["no stage is called 'null'"],
     "stage=sft policy=2,1.5 -m": ["no policy is called '2'"],
     "stage=1": ["no stage is called '1'"],
-    "stage=sft stages=[a]": ["stages=[a] is no section of settings"],
-    "": ["say which stage: stage=<pretrain|"],
-    "stage=pipeline policy=gpt2": ["choose one, as in experiment=demo"],
+    "stage=sft stages=[a]": ["stages is a section of settings, so stages=[a] is not valid"],
+    "": ["choose a stage: stage=<pretrain|"],
+    "stage=pipeline policy=gpt2": ["choose an experiment, as in experiment=demo"],
 }
 
 
@@ -255,7 +255,7 @@ def test_what_one_process_must_do_is_refused_to_several(
         assert command_line(*asked) == 2
         assert "runs in one process" in capsys.readouterr().err
     assert command_line("-m", "stage=ppo", "seed=0,1") == 2
-    assert "a sweep starts a process a job" in capsys.readouterr().err
+    assert "a sweep starts one process per job" in capsys.readouterr().err
 
 
 def test_the_name_is_the_experiments_unless_given() -> None:
@@ -269,7 +269,7 @@ def test_a_stage_may_have_another_choice_which_stands_alone() -> None:
     reward = settings_of("stage=reward", *asked, "stages.reward.data.path=b.csv").data
     assert reward == {"name": "sentiment", "path": "b.csv", "limit": 9}
     assert settings_of("stage=ppo", *asked).data["path"] == "a.jsonl"
-    with pytest.raises(UserError, match=r"stages\.reward\.data\.path is not set; say stages\.reward\.data\.path="):
+    with pytest.raises(UserError, match=r"stages\.reward\.data\.path is not set; add stages\.reward\.data\.path="):
         settings_of("stage=reward", *asked)
     own = settings_of("stage=reward", *asked, "data=preferences")
     assert own.data == {"name": "preferences", "path": "a.jsonl", "limit": 9}

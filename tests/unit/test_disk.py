@@ -99,7 +99,7 @@ def test_links_are_not_followed_and_a_pipe_is_not_waited_for(tmp_path: Path) -> 
         pass
     assert other.read_text() == "mine"
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match="pipe is no file"):
+    with pytest.raises(UserError, match="pipe is not a regular file"):
         read_json(tmp_path / "pipe")
 
 

@@ -113,7 +113,7 @@ def silent() -> Iterator[str]:
 def check_unreachable(lines: list[str], home: Path, endpoint: str, why: str, seconds: float) -> None:
     announced, result = lines
     said, took, silence, offline = json.loads(result)
-    assert announced == f"{silence}: only what is in the cache ({home}) can be opened."
+    assert announced == f"{silence}; only the cache ({home}) is used."
     assert silence.startswith(f"the hub at {endpoint} cannot be reached (")
     assert why in silence
     assert offline == "1"
@@ -194,7 +194,7 @@ def test_a_hub_or_mirror_that_answers_is_used(filled: tuple[Path, list[str]], hu
 def test_a_filled_cache_does_without_a_hub(filled: tuple[Path, list[str]], offline: dict[str, str]) -> None:
     home = filled[0]
     lines = run(OPEN, home, DEAD, **offline)
-    why = "the hub is not asked while HF_HUB_OFFLINE is set" if offline else f"the hub at {DEAD} cannot be reached"
+    why = "HF_HUB_OFFLINE is set, so the hub is not used" if offline else f"the hub at {DEAD} cannot be reached"
     if not offline:
         assert lines.pop(0).startswith(why)
     assert lines[:3] == OPENED
@@ -209,9 +209,9 @@ def test_a_path_is_not_asked_of_the_hub(workplace: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("HOME", str(workplace))
     (workplace / "runs" / "demo" / "sft").mkdir(parents=True)
     for path, near in {
-        "runs/demo/sfd": " (near it: runs/demo/sft)",
-        "./runs/dmeo": " (near it: runs/demo)",
-        "rnus/demo/sft": " (near it: runs)",
+        "runs/demo/sfd": " (similar: runs/demo/sft)",
+        "./runs/dmeo": " (similar: runs/demo)",
+        "rnus/demo/sft": " (similar: runs)",
         "/nowhere/at/all": "",
         "~/no-such-folder-here": "",
         "~no-such-user/model": "",

@@ -231,7 +231,7 @@ REFUSED = {
     "stage=plan plan.gpus=2 plan.launch=single": ["plan.launch=single goes with plan.gpus=1"],
     "stage=plan plan.launch=zero3": ["every other launch with more"],
     "stage=plan plan.gpuz=2": ["no setting 'plan.gpuz'", "Known: gpus, gpu, "],
-    "stage=plan trainer.learning_rat=1": ["trainer.learning_rat is no field of PPOConfig"],
+    "stage=plan trainer.learning_rat=1": ["trainer.learning_rat is not a field of PPOConfig"],
     "stage=plan policy=causal_lm policy.path=./nowhere reward=length": ["there is no folder ./nowhere"],
     "stage=plan policy.path=x/y/z": ["there is no folder x/y/z"],
     "stage=plan policy=gpt2_scratch reward=length trainer.response_length=300": ["has 256 positions"],

@@ -265,10 +265,10 @@ LEADING_OUT = ["../x.safetensors", "/tmp/x.safetensors", "a/../../x.safetensors"
         *((name, each, "could not be opened .*; if a file in") for name in ODD_FILES for each in ODD_FILES[name]),
         *(("config.json", json.dumps(each), f"has more than 10000 for {[*each][1]}") for each in HUGE),
         *(
-            ("model.safetensors.index.json", f'{{"weight_map": {{"wte": "{place}"}}}}', "in its own folder alone")
+            ("model.safetensors.index.json", f'{{"weight_map": {{"wte": "{place}"}}}}', "only files in its own folder")
             for place in LEADING_OUT
         ),
-        ("generation_config.json", None, "generation_config.json is no file"),  # a pipe, which is not waited for
+        ("generation_config.json", None, "generation_config.json is not a regular file"),  # a pipe: nobody waits for it
     ],
 )
 def test_an_odd_file_is_one_line_that_names_the_folder(

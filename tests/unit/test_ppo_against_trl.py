@@ -521,5 +521,5 @@ def test_the_defaults_work_without_a_gpu_and_outputs_are_no_inputs(tmp_path: Pat
     assert PPOConfig(output_dir=str(tmp_path)).bf16 in (True, False)
     theirs = trl_trainer(tmp_path, parts(), batch_size=999)
     assert theirs.args.batch_size == 8
-    with pytest.raises(Exception, match="batch_size is not yours to set"):
+    with pytest.raises(Exception, match="batch_size cannot be set"):
         our_trainer(tmp_path, parts(), batch_size=999)

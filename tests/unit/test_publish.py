@@ -140,7 +140,7 @@ def test_failures_are_plain(sft: RunDir, hub: FakeHub) -> None:
     check_plain(run(push, hub.url, token=f"{TOKEN}\x0bx"), sft, "")  # which no header takes
     dead = "http://127.0.0.1:9"
     check_plain(run(push, dead), sft, f"the hub at {dead} cannot be reached (")
-    check_plain(run(push, dead, HF_HUB_OFFLINE="1"), sft, "the hub is not asked while HF_HUB_OFFLINE is set")
+    check_plain(run(push, dead, HF_HUB_OFFLINE="1"), sft, "HF_HUB_OFFLINE is set, so the hub is not used")
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "README.md", "extra/more", "."])

@@ -512,5 +512,5 @@ def test_rewards_say_what_they_cannot_judge(folders: dict[str, str]) -> None:
     assert both.unfit(english) is None
     for name, options in {"preference_model": {}, "classifier": {"label": "LABEL_0"}}.items():
         reward = built(name, path=folders["preference_model"], **options)
-        assert "the texts are Chinese, and only" in str(reward.unfit(chinese))
+        assert "the texts are Chinese, but only" in str(reward.unfit(chinese))
         assert reward.unfit(english) is None

@@ -247,7 +247,7 @@ def test_a_stage_is_stale_once_something_newer_could_be_taken(workplace: Path) -
 
 def test_a_directory_in_use_is_left_alone(workplace: Path) -> None:
     out = RunDir.of(settings())
-    with out.held(), pytest.raises(UserError, match="is being made by another process"), RunDir.of(settings()).held():
+    with out.held(), pytest.raises(UserError, match="is in use by another process"), RunDir.of(settings()).held():
         pass
     with out.held():
         pass

@@ -95,26 +95,26 @@ def test_every_sweep_that_is_shipped_can_be_read() -> None:
 
 
 REFUSED = {
-    "-m stage=sft name=a,b": "name= is the whole sweep's, and takes one value",
-    "-m stage=sft,ppo name=a": "stage= is the whole sweep's",
+    "-m stage=sft name=a,b": "name= applies to the whole sweep; give it one value",
+    "-m stage=sft,ppo name=a": "stage= applies to the whole sweep",
     "-m stage=sft seed=1,2 trainer.learning_rate=fast": "trainer.learning_rate is 'fast'",
-    "-m stage=sft seed=1,2 trainer.hub_token=hf_secret": "trainer.hub_token is not yours to set",
+    "-m stage=sft seed=1,2 trainer.hub_token=hf_secret": "trainer.hub_token cannot be set",
     "-m stage=chat seed=1,2": "drop -m",
     "-m stage=sft seed=1,2 hub.push=me/x": "the jobs of a sweep would push to one place",
-    "-m stage=sft seed=1,2 hydra/sweeper=basic hydra.sweep.dir=.": "-m goes with hydra/sweeper=grid or optuna",
-    "-m stage=sft trainer.learning_rate=interval(0.1,0.2)": "trainer.learning_rate=interval(...) has no end of values",
-    "-m stage=sft seed=1,2 name=/abs/x": "name='/abs/x/seed=1' is no run name: it is a folder below runs/.",
+    "-m stage=sft seed=1,2 hydra/sweeper=basic hydra.sweep.dir=.": "-m takes hydra/sweeper=grid or optuna",
+    "-m stage=sft trainer.learning_rate=interval(0.1,0.2)": "learning_rate=interval(...) has infinitely many values",
+    "-m stage=sft seed=1,2 name=/abs/x": "name='/abs/x/seed=1' is not a run name; give a folder below runs/.",
     "-m stage=sft seed=1,2 hydra.sweeper.max_batch_size=-1": "max_batch_size is -1; it takes a whole number from 1.",
-    "-m stage=evaluate seed=1,2 compare=[a,b]": "compare= goes with one run",
-    "-m stage=collect seed=1,2 labels=pull": "labels= goes with one run",
-    "-m stage=evaluate seed=1,2 sweep=coefs": "sweep= goes with one run",
-    "-m stage=sft seed=1,2 sweep.kl_budget=3": "sweep.kl_budget= goes with stage=ppo",
-    "stage=ppo sweep.kl_budget=3": "sweep.kl_budget=3 goes with a sweep of stage=ppo",
-    "stage=evaluate sweep=coefs sweep.kl_budget=3": "sweep.kl_budget=3 goes with a sweep of stage=ppo",
+    "-m stage=evaluate seed=1,2 compare=[a,b]": "compare= is for one run",
+    "-m stage=collect seed=1,2 labels=pull": "labels= is for one run",
+    "-m stage=evaluate seed=1,2 sweep=coefs": "sweep= is for one run",
+    "-m stage=sft seed=1,2 sweep.kl_budget=3": "sweep.kl_budget= needs jobs of stage=ppo",
+    "stage=ppo sweep.kl_budget=3": "sweep.kl_budget=3 needs a sweep of stage=ppo",
+    "stage=evaluate sweep=coefs sweep.kl_budget=3": "sweep.kl_budget=3 needs a sweep of stage=ppo",
     **{f"stage=ppo sweep=kl sweep.kl_budget={budget}": "it takes a number above 0"
        for budget in ("much", "0", "nan", "1,2")},
     "-m stage=sft seed=1,2 hydra/launcher=submitit_no": "pip install 'rlhf_pipeline[slurm]'",
-    "stage=sft sweep=kl": "sweep=kl varies trainer.kl_coef, which stage=sft has not",
+    "stage=sft sweep=kl": "sweep=kl varies trainer.kl_coef, which stage=sft does not have",
     "stage=ppo sweep=k": "no sweep is called 'k'. Did you mean 'kl'?",
     "stage=evaluate sweep=kl": "kl holds no run of stage=ppo with a checkpoint",
 }  # fmt: skip
@@ -192,7 +192,7 @@ def test_a_job_that_did_not_say_how_it_ended_was_killed_and_one_that_was_interru
     ends = iter(("done", "waiting", "interrupted"))
     monkeypatch.setattr(cli, "run_job", lambda runs, name, *_: jobs.note(runs / name, status=next(ends)))
     assert command_line("-m", "stage=sft", "seed=1,2,3") == 1
-    assert "failed: seed=2: never began, or was killed from outside" in " ".join(capsys.readouterr().out.split())
+    assert "failed: seed=2: never started, or was killed from outside" in " ".join(capsys.readouterr().out.split())
     (row,) = json.loads((workplace / "runs" / "demo" / "sweep.json").read_text())["rows"]
     assert (row["failed"], row["left"]) == (1, 1)
 

@@ -63,5 +63,5 @@ def test_an_environment_that_is_no_launchers_is_named(variable: str) -> None:
                           env={**os.environ, name: value})  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        f"error: {variable} in the environment is no whole number; torchrun sets it, or unset it."
+        f"error: {variable} in the environment is not a whole number; unset it, or start by torchrun."
     ]
