@@ -165,7 +165,6 @@ def run_stage(settings: Settings) -> float | None:
         folders = [folder_of(runs, name) for name in settings.compare]
         print(f"{compare(folders, runs / settings.name / 'compare.html', settings.report.lang)} shows the runs")
     elif settings.stage in ("chat", "plan"):  # they write nothing, so they need no lock
-        say_loading()
         work(settings, out)
     elif settings.labels:
         _take_labels(settings, out.newest_round())
@@ -183,6 +182,8 @@ def run_stage(settings: Settings) -> float | None:
 
 def work(settings: Settings, out: RunDir) -> None:
     """Run the stage's module, which loads torch and trl."""
+    check_inputs(settings, out)
+    say_loading()
     trackers.ready(settings.trainer.get("report_to"))
     with Observers(out.path) if out.leads else contextlib.nullcontext(Observer()) as out.observer:
         importlib.import_module(f"rlhf_pipeline.stages.{settings.stage}").run(settings, out)
@@ -217,8 +218,6 @@ def _run_held(settings: Settings, out: RunDir, done: bool) -> None:
 
             evaluation_table(files.read_json(out.path / "evaluation.json"))
     else:
-        check_inputs(settings, out)
-        say_loading()
         try:
             with screen():
                 work(settings, out)

@@ -87,8 +87,9 @@ def screen() -> Iterator[None]:
         with contextlib.redirect_stdout(out):
             yield
     finally:
-        for bar in list(getattr(_tqdm(), "_instances", ())):
-            bar.close()
+        if "tqdm" in sys.modules:  # else there are no bars
+            for bar in list(getattr(_tqdm(), "_instances", ())):
+                bar.close()
         if isinstance(out, _AboveBars) and out.begun:
             out.write("\n")
 
