@@ -45,7 +45,7 @@ def write_cards(folder: Path) -> None:
     """Write the card of a stage's model. stage=evaluate writes the cards of all models of the run that it judged."""
     for place in [folder.parent / stage for stage in POLICIES] if folder.name == "evaluate" else [folder]:
         if (place / "model").is_dir() and ((found := _gather(place))["evaluation"] or place == folder):
-            temporary = place / f".card.{os.getpid()}"  # outside model/, so that a killed process leaves no extra file there
+            temporary = place / f".card.{os.getpid()}"  # not in model/: a killed process must leave no extra file there
             temporary.write_text(_rendered(found), encoding="utf-8")
             os.replace(temporary, place / "model" / CARD)
 
@@ -73,7 +73,7 @@ def _gather(folder: Path) -> dict[str, Any]:
         "run": run, "stage": stage, "about": FOLDERS[stage].model if stage in FOLDERS else "",
         "model": str(model), "settings": settings, "data": data,
         "results": members(run.get("results")), "source": hub_set(data) or data.get("path"),
-        "config": {**members(own_config.get("trunk")), **own_config},  # a reward model's own values override its trunk's
+        "config": {**members(own_config.get("trunk")), **own_config},  # a reward model's values override its trunk's
         "causal": stage in POLICIES, "own_class": own_config.get("model_type") == "rlhf_reward_model",
         "parameters": _parameters(model), "vocabulary": only(model / "tokenizer.json"),
         "tokenizer": only(model / "tokenizer_config.json"), "template": (model / "chat_template.jinja").exists(),

@@ -12,7 +12,8 @@ from rlhf_pipeline.report.page import write_page
 from rlhf_pipeline.report.words import Words
 from rlhf_pipeline.stages import FOLDERS
 
-_OWN = ("name", "runs", "stage", "hydra", "defaults", "overwrite", "report", "hub", "stages")  # settings that do not affect the work
+# Settings that do not affect the work.
+_OWN = ("name", "runs", "stage", "hydra", "defaults", "overwrite", "report", "hub", "stages")
 Row = dict[str, Any]
 
 

@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 
 def by_round(runs: Path, name: str) -> list[Row]:
-    """Return one row per round; round 0 is the initial policy, on the same held-out prompts. Missing figures are None."""
+    """Return a row per round. Round 0 is the initial policy on the same held-out prompts. Missing figures are None."""
     rows: list[Row] = []
     of_all = only(runs / name / "evaluate" / "evaluation.json")  # all rounds, judged by the newest reward model
     one_judge = {policy: members(row).get("reward_mean") for policy, row in members(of_all.get("metrics")).items()}

@@ -54,7 +54,7 @@ def lineage(folder: Path, run: Mapping[str, Any], known: dict[Path, bool]) -> It
     """Yield (stage, run, data, parents as text) for a stage's ancestors, oldest first, then for the stage itself."""
     known[folder] = True
     depth = len(Path(str(run.get("name") or "")).parts)
-    starts = [Path(), *(path.parent for path in folder.parents[depth : depth + 1])]  # the path as recorded; the path next to this run's `runs`
+    starts = [Path(), *(path.parent for path in folder.parents[depth : depth + 1])]  # as recorded; next to this `runs`
     taken = []
     for role, made in members(run.get("parents")).items():
         where = members(made).get("path", made)

@@ -149,7 +149,7 @@ def plan_table(plan: dict[str, Any]) -> None:
     """Print the computed sizes, then a column of needs per launch, then the simplest launch that fits."""
     count, work = plan["parameters"], plan["work"]
     critic = f"a critic of {count['critic']:,}" if count["critic"] else f"a value head of {count['value_head']:,}"
-    own = "the policy, its adapter off"
+    own = "the policy with its adapter off"
     reference = f"{count['reference']:,}, {plan['reference_bytes'] / 2**30:.2f} GiB" if count["reference"] else own
     bf16 = "bf16 with fp32 master weights" if work["bf16"] else "fp32"
     machine = f"{plan['gpus']} x {plan['gpu']} of {plan['memory'] / 2**30:.0f} GiB, MFU {plan['mfu']:.0%}"

@@ -153,7 +153,7 @@ def test_what_a_link_points_to_is_not_uploaded(sft: RunDir, workplace: Path, nam
         secret.mkdir() if name == "extra/more" else secret.write_text("mine alone")
         link.unlink(missing_ok=True)
     link.symlink_to(secret)
-    with pytest.raises(UserError, match=f"hub.push=me/tiny: {re.escape(str(link))} is a link"):
+    with pytest.raises(UserError, match=f"hub.push=me/tiny: {re.escape(str(link))} is a symbolic link"):
         publish(sft, Hub("me/tiny"))
 
 
