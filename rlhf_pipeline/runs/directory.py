@@ -209,7 +209,7 @@ class RunDir:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Lock this directory against other launches until the block ends, even if the process is killed.
+        """Lock this directory against other launches until the block ends. A killed process also frees the lock.
 
         Work that was moved aside is put back if the new work was refused or ended without a result. Rank 0 holds the
         lock for all ranks.

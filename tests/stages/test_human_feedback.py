@@ -218,7 +218,7 @@ def test_where_each_round_has_its_own_judge_one_can_judge_all(
     for name in ("sft", "round1", "round2"):
         assert f"<td>{evaluation['metrics'][name]['reward_mean']:.4g}</td>" in page
     chinese = write_rounds(workplace / "runs", "human_feedback", "zh").read_text()
-    assert "各轮由自己的奖励模型评判" in chinese
+    assert "每一轮由该轮的奖励模型评判" in chinese
     assert "held-out prompts" not in chinese
 
 
