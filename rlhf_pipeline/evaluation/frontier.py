@@ -226,10 +226,9 @@ def fits(starts: Sequence[Row], points: Sequence[Row]) -> list[Row]:
 
 
 def compare_points(points: Sequence[Row], best_of: Mapping[str, Sequence[Row]]) -> None:
-    """Set each policy's `frontier` and `best_of`, in place.
+    """Set each policy's `frontier` (no policy with its start has as much reward at no more KL) and `best_of`.
 
-    `frontier`: no policy with the same start has at least its reward at no more KL. `best_of`: the smallest n for which
-    best of n of the start's answers reaches its reward; None if there is none.
+    `best_of` is the smallest n for which best of n of the start's answers reaches its reward; None if no n does.
     """
     for row in points:
         reward, kl = row["reward_mean"], row["kl"]
