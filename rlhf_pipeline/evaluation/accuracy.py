@@ -1,4 +1,4 @@
-"""Accuracy as a module of `evaluate`, defined here, so it needs no network. It is slow to import."""
+"""Accuracy as a module of `evaluate`. It is defined here, so it needs no network. It is slow to import."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Accuracy(evaluate.Metric):
-    """Share of predictions equal to their reference. The hub's module of that name is fetched as code; this is not."""
+    """Share of predictions equal to their reference. `evaluate` would download its own accuracy module from the hub."""
 
     def _info(self) -> evaluate.MetricInfo:
         features = datasets.Features({part: datasets.Value("int32") for part in ("predictions", "references")})

@@ -1,4 +1,4 @@
-"""Algorithms compared: the policies in frontier.json as means over seeds, with gains over where all started."""
+"""Compare algorithms: means over seeds of the measured policies, and their gains over the common start."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -14,10 +14,10 @@ _MEANS = ("reward_mean", "kl", "length", "distinct_2")
 def over_seeds(
     start: Row, points: Sequence[Row], runs: Mapping[str, Mapping[str, Row]], draws: int, seed: int
 ) -> dict[str, Any]:
-    """The figures of comparison.json.
+    """Return the figures of comparison.json.
 
-    `runs` are what each run of an algorithm cost, by the run's name. A gain is over the answers of `start`; its 95 %
-    interval, of `draws` resamplings, is over prompts and seeds. `points` become the means over seeds at each step.
+    `runs` has the cost of each run by algorithm and run name. Gains are over the answers of `start`. Their 95 %
+    intervals, from `draws` resamplings, are over prompts and seeds. `points` are averaged over seeds at each step.
     """
     best = {f"best of {row['n']}": row["drawn"] for row in start["best_of"] if "drawn" in row}
     algorithms = {"SFT": _means([start])} | {name: _judged(start, [row], draws, seed) for name, row in best.items()}
@@ -34,14 +34,14 @@ def over_seeds(
 
 
 def _means(rows: Sequence[Row]) -> Row:
-    """The means of policies that differ in their seed alone."""
+    """Return the means of policies that differ only in their seed."""
     rewards = {name: {"reward_mean": fmean(row["rewards"][name]["reward_mean"] for row in rows)}
                for name in rows[0]["rewards"]}  # fmt: skip
     return {**{key: fmean(row[key] for row in rows) for key in _MEANS}, "rewards": rewards}
 
 
 def _judged(start: Row, rows: Sequence[Row], draws: int, seed: int) -> Row:
-    """The means, with the gain by each reward; the main one is first among the values."""
+    """Return the means with the gain by each reward. The first of `start["values"]` is the main reward."""
     found, (main, *others) = _means(rows), start["values"]
     gains = {
         name: paired_gain(start["values"][name], [row["values"][name] for row in rows], draws, seed)

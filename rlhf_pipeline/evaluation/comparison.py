@@ -1,4 +1,4 @@
-"""What policies answer to the same prompts, and what that comes to: rewards, KL, perplexities, gains, examples."""
+"""Compare policies on the same prompts: answers, rewards, KL, perplexities, gains, examples."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -21,43 +21,43 @@ from rlhf_pipeline.models.sampling import Sampling, make_batch, sample, uniform_
 from rlhf_pipeline.processes import gathered, mine
 from rlhf_pipeline.progress import progress
 
-_TEXTS = 16  # held-out rows tokenized at once: a file of code may be all that is needed
-_WINDOW = 128  # tokens of a held-out text that are read: a policy from scratch may have learnt no later positions
+_TEXTS = 16  # held-out rows tokenized at once; few, because one code file may have enough tokens
+_WINDOW = 128  # tokens read of a held-out text; a policy trained from scratch may not have learnt later positions
 T = TypeVar("T")
 Ids = Sequence[list[int]]
 
 
 class Answers(NamedTuple):
-    """One policy's answers to all prompts: texts, rewards by reward, what was measured of them, and their tokens."""
+    """One policy's answers to all prompts: texts, scores by reward, figures, and token ids."""
 
     responses: list[str]
     rewards: dict[str, list[float]]
     figures: dict[str, float | None]
-    ids: Ids = ()  # in the policy's own tokens
+    ids: Ids = ()  # by the policy's own tokenizer
 
 
 @dataclass(frozen=True)
 class Task:
-    """What all policies are asked, and what their answers are compared with."""
+    """The prompts for all policies, and what their answers are measured with."""
 
-    questions: Sequence[Question]  # in the tokens of the first policy
-    limits: torch.Tensor  # (prompts,): tokens of each response
+    questions: Sequence[Question]  # tokenized by the first policy's tokenizer
+    limits: torch.Tensor  # (prompts,): the response length of each prompt, in tokens
     rewards: dict[str, Reward]  # by name, the main one first
-    first: Policy  # the policy under which every answer's perplexity is measured
+    first: Policy  # the policy that measures every answer's perplexity
     reference: Sampler
     batch_size: int
     seed: int
-    held_out: Ids = ()  # texts in the first policy's tokens, for the held-out perplexity
-    tick: Callable[[int], Any] = lambda _: None  # told how many prompts have been answered
+    held_out: Ids = ()  # texts tokenized by the first policy's tokenizer, for the held-out perplexity
+    tick: Callable[[int], Any] = lambda _: None  # called with the number of prompts answered since the last call
 
     @cached_property
     def prompts(self) -> list[str]:
-        """The prompts as rewards and people see them, the same for all policies."""
+        """The prompts as text, for rewards and people; the same for all policies."""
         ids = [question.ids for question in self.questions]
         return list(self.first.tokenizer.batch_decode(ids, skip_special_tokens=True)) if ids else []
 
     def score(self, part: slice, answers: Sequence[str]) -> list[list[float]]:
-        """What each reward gives to answers to a part of the prompts."""
+        """Return the scores of each reward for answers to a part of the prompts: (rewards, answers)."""
         columns = {name: column[part] for name, column in self.columns.items()}
         return [reward(self.prompts[part], answers, **columns) for reward in self.rewards.values()]
 
@@ -70,7 +70,7 @@ class Task:
 def shared_out(
     count: int, size: int, work: Callable[[slice], T], tick: Callable[[int], Any] = lambda _: None
 ) -> list[T]:
-    """What `work` makes of each batch of `count` rows; every process takes its share, and gets all results."""
+    """Apply `work` to each batch of `count` rows. Every process does its share, and returns all results."""
     own: dict[int, T] = {}
     for number, start in enumerate(range(0, count, size)):
         if mine(number):
@@ -80,7 +80,7 @@ def shared_out(
 
 
 def draw(who: Sampler, task: Task, number: int = 0) -> Answers:
-    """A policy's answer to each prompt; draw `number` is from the same random numbers for every policy."""
+    """Sample a policy's answer to each prompt. Draw `number` uses the same random numbers for every policy."""
     asked = asked_of(who.policy, task.first, task.questions)
     generator = torch.Generator().manual_seed(task.seed + number)
     uniforms = [uniform_draws(limits, generator) for limits in task.limits.split(task.batch_size)]
@@ -99,14 +99,14 @@ def draw(who: Sampler, task: Task, number: int = 0) -> Answers:
 
 
 def measure(who: Sampler, task: Task, drawn: Sequence[Answers] = ()) -> Answers:
-    """A policy's answers, or the best of n `drawn`, with their figures; None where another vocabulary allows none.
+    """Return a policy's answers, or the best of n `drawn`, with figures. Figures are None if vocabularies differ.
 
     The KL of the best of n to the policy itself is at most log n - (n - 1) / n (Stiennon et al. 2020, app. G.3).
     """
     reference, size = task.reference, task.batch_size
     tries = drawn or [draw(who, task)]
     n = len(tries)
-    best = np.argmax([one.rewards[next(iter(task.rewards))] for one in tries], axis=0)  # of each prompt, which try
+    best = np.argmax([one.rewards[next(iter(task.rewards))] for one in tries], axis=0)  # (prompts,): the best try
     texts, ids = ([tries[at][part][row] for row, at in enumerate(best)] for part in (0, 3))
     rewards = {name: [tries[at].rewards[name][row] for row, at in enumerate(best)] for name in task.rewards}
 
@@ -129,7 +129,7 @@ def log_p(
     policy: Policy, sampling: Sampling, prompts: Ids, responses: Ids, batch_size: int,
     tick: Callable[[int], Any] = lambda _: None,
 ) -> float:  # fmt: skip
-    """log p of all responses together under a policy's sampling distribution, in nats; `tick` is told of each part."""
+    """Return log p of all responses together under a policy's sampling distribution, in nats."""
 
     def summed(part: slice) -> float:
         batch = make_batch(prompts[part], responses[part]).to(policy.model.device)
@@ -141,29 +141,29 @@ def log_p(
 def perplexity(
     policy: Policy, prompts: Ids, responses: Ids, batch_size: int, tick: Callable[[int], Any] = lambda _: None
 ) -> float | None:
-    """A policy's perplexity per token of the responses; None if there are none."""
+    """Return a policy's perplexity per response token; None if there are no tokens."""
     tokens = sum(map(len, responses))
     return math.exp(-log_p(policy, Sampling(), prompts, responses, batch_size, tick) / tokens) if tokens else None
 
 
 def held_out_texts(rows: Sequence[Row], policies: Sequence[Sampler], tokens: int) -> list[list[int]]:
-    """The beginnings of held-out texts in the first policy's tokens, about `tokens` in all; of comparisons none."""
+    """Return token ids of the starts of held-out texts, about `tokens` in all; [] if the rows are comparisons."""
     window = min(_WINDOW, *(positions(each.policy.model) for each in policies))
     found: list[list[int]] = []
     for start in range(0, 0 if isinstance(rows[0], Preference | Ranking) else len(rows), _TEXTS):
         if sum(map(len, found)) >= tokens:
             break
         found += [ids[:window] for ids in documents(rows[start : start + _TEXTS], policies[0].policy.tokenizer)]
-    return sorted((ids for ids in found if len(ids) > 1), key=len)  # of like length, so that little is padding
+    return sorted((ids for ids in found if len(ids) > 1), key=len)  # sorted by length, for less padding
 
 
 def judge(
     values: Mapping[str, Sequence[float]], reward: Reward, reference: str, bootstrap: int, seed: int
 ) -> dict[str, Any]:
-    """What one reward makes of every policy, from its `values` of the same prompts by policy.
+    """Return the figures of every policy by one reward. `values` has its scores by policy, on the same prompts.
 
-    Gains are paired: of every policy over the first one and over the reference. `moved` is how far a policy's mean is
-    from the reference's, in standard deviations of the reference's answers; None if these do not vary.
+    Gains are paired: every policy over the first one and over the reference. `moved` is the difference of a policy's
+    mean from the reference's, in standard deviations of the reference's scores; None if these do not vary.
     """
     scores = {name: np.asarray(own, float) for name, own in values.items()}
     first, start = next(iter(scores)), scores[reference]
@@ -183,16 +183,16 @@ def judge(
         "paired_gain": {
             f"{after} - {before}": metrics.paired_gain(scores[before], scores[after], bootstrap, seed)
             for after, before in pairs
-            if (after, before) != (first, reference)  # the same pair, the other way round
+            if (after, before) != (first, reference)  # the same pair in reverse
         },
         "moved": {name: float(own.mean() - start.mean()) / spread if spread else None for name, own in scores.items()},
     }
 
 
 def traded(judged: Mapping[str, dict[str, Any]], trained: str, reference: str) -> list[str]:
-    """A warning for each policy that gained of the `trained` reward over the reference and lost of another.
+    """Return a warning for each policy whose `trained` reward rose over the reference while another reward fell.
 
-    Both by more than chance: the 95 % intervals are on either side of 0.
+    Both changes are significant: one 95 % interval is above 0, the other below.
     """
 
     def amount(reward: str, name: str) -> str:
@@ -212,7 +212,7 @@ def traded(judged: Mapping[str, dict[str, Any]], trained: str, reference: str) -
 
 
 def sample_rows(prompts: Sequence[str], answers: Mapping[str, Answers], main: str) -> list[dict[str, Any]]:
-    """Each prompt with every policy's answer and main reward."""
+    """Return each prompt with every policy's answer and its main reward."""
     return [
         {
             "prompt": prompt,
@@ -227,10 +227,10 @@ def compare(
     answers: Mapping[str, Answers], last: str, reference: str, rewards: Mapping[str, Reward], trained: str,
     prompts: Sequence[str], *, examples: int, bootstrap: int, seed: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """The figures of `evaluation.json` from all answers; of `rewards` the main one is first.
+    """Return the figures of `evaluation.json` from all answers. The first of `rewards` is the main reward.
 
-    `trained` is the reward that PPO learnt from, `bootstrap` the resamplings of an interval. So many `examples` of each
-    kind are chosen by how the main reward changed from the first policy to `last`; typical ones changed as the median.
+    `trained` is the reward that PPO learnt from; `bootstrap` is the number of resamplings of an interval. `examples` of
+    each kind are chosen by the main reward of `last` and its change from the first policy; typical: near the median.
     """
     main, *others = rewards
     judged = {

@@ -1,7 +1,7 @@
-"""Reward against KL over the jobs of a sweep and their checkpoints, next to the best of n answers without training.
+"""Reward against KL for the checkpoints of a sweep's jobs, and for best of n without training.
 
-As Gao et al. 2022 (arXiv 2210.10760) judge a policy: by the reward that it reaches at a distance from where it started.
-Where a reward that nothing learnt from falls while the other still rises, the policies over-optimise.
+Gao et al. 2022 (arXiv 2210.10760) judge a policy by its reward at a KL distance from its start. If a reward that no
+model learnt from falls while the trained reward still rises, the policies over-optimise.
 """
 
 import itertools
@@ -28,26 +28,26 @@ from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.runs.models import ppo_jobs
 
 _SHOWN = 8  # prompts whose answers are kept for the page
-_FEW = 4  # the n of a second best of n whose answers are measured, beside the largest
-_ENOUGH = 4  # policies on a way that two parameters are fitted to
+_FEW = 4  # answers of the best of this n are measured, too, not only those of the largest n
+_ENOUGH = 4  # the fewest policies of a run to fit two parameters to
 Row = dict[str, Any]
 
 
 class Point(NamedTuple):
-    """A policy on its way: the result of a job, or one of its checkpoints."""
+    """A policy of a sweep: the result of a job, or one of its checkpoints."""
 
     run: str
-    step: int | None  # None: a result that is not the last step's
-    began: str  # when the job was started, which tells it from another of the same name
-    start: str  # as JSON, where it started, its seed and how it samples: points that share it are compared
+    step: int | None  # None: a final model that is not the last step's
+    began: str  # when the job was started; distinguishes jobs of the same name
+    start: str  # JSON of initial policy, seed and sampling; points with the same start are compared
     where: Path
     job: RunDir
 
 
 def points_of(folder: Path, asked: Mapping[str, Any]) -> list[Point]:
-    """The policies of every PPO run below a folder: whole checkpoints in order, then the result.
+    """Return the policies of every PPO run below a folder: complete checkpoints in order, then the result.
 
-    They sample as their PPO did, except for what is `asked`.
+    They sample with the settings of their PPO. `asked` overrides these.
     """
     found: list[Point] = []
     for job in ppo_jobs(folder):
@@ -56,7 +56,7 @@ def points_of(folder: Path, asked: Mapping[str, Any]) -> list[Point]:
         name = folder.resolve().name if below == "." else below
         places = places_of(job)
         if not places or started_from(str(job.model)) is None:
-            why = "started from an untrained policy" if places else "has left no whole checkpoint"
+            why = "started from an untrained policy" if places else "has no complete checkpoint"
             print(f"warning: {name} {why}, so it is left out", flush=True)
             continue
         start = start_of(record["parents"]["policy"], config["seed"], config["trainer"], asked)
@@ -67,9 +67,9 @@ def points_of(folder: Path, asked: Mapping[str, Any]) -> list[Point]:
 
 
 def start_of(parent: Mapping[str, Any], seed: int, trainer: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """A `Point.start`: a policy as run.json names it, a seed, and how PPO with the settings `trainer` samples.
+    """Return a `Point.start`: a policy as recorded in run.json, a seed, and the sampling settings of `trainer`.
 
-    What is `asked` and not None goes before them.
+    Values of `asked` that are not None override the settings.
     """
     sampling = {key: value for key, value in trainer.items() if key in PPO_SAMPLING}
     sampling |= {key: value for key, value in asked.items() if value is not None}
@@ -77,11 +77,11 @@ def start_of(parent: Mapping[str, Any], seed: int, trainer: Mapping[str, Any], a
 
 
 def places_of(job: RunDir) -> dict[int | None, Path]:
-    """A job's policies by step: PPO's whole checkpoints, then the result, which need not be the last step's: None."""
+    """Return a job's policies by step: complete checkpoints, then the result (None if it is not the last step's)."""
     found: dict[int | None, Path] = {}
     for checkpoint in sealed(job.checkpoints) if job.stage == "ppo" else ():
         if fault := fault_of(checkpoint):
-            print(f"warning: {checkpoint} is damaged ({fault}), and is left out", flush=True)
+            print(f"warning: {checkpoint} is damaged ({fault}) and is left out", flush=True)
         else:
             found[step_of(checkpoint)] = checkpoint
     if job.record["status"] == "done" and job.model.is_dir():
@@ -91,9 +91,9 @@ def places_of(job: RunDir) -> dict[int | None, Path]:
 
 
 def check_jobs(jobs: Sequence[RunDir], reward: dict[str, Any], data: dict[str, Any]) -> None:
-    """Refuse to judge by the reward of one job what others learnt from another, and warn of jobs with other data.
+    """Refuse `reward` if some jobs learnt from it and others from another reward; warn of jobs with other data.
 
-    A reward that no job learnt from may judge all of them.
+    A reward that no job learnt from can judge all jobs.
     """
     configs = {job.name: job.config() for job in jobs}
     paths = (str(job.record["parents"].get("reward", {}).get("path")) for job in jobs)
@@ -104,18 +104,18 @@ def check_jobs(jobs: Sequence[RunDir], reward: dict[str, Any], data: dict[str, A
             "judges all of them: another reward=, or reward.path= with one of these."
         )
     if other := sorted(name for name, own in configs.items() if own["data"] != data):
-        print(f"warning: {', '.join(other)} learnt from other data settings, and may know the prompts asked here")
+        print(f"warning: {', '.join(other)} learnt with other data settings and may have trained on these prompts")
 
 
 def is_known(point: Point, known: Sequence[Row]) -> bool:
-    """Whether a policy is among the rows of those that have been measured."""
+    """Return whether a policy is among the measured rows."""
     return any(point[:4] == tuple(row.get(key) for key in Point._fields[:4]) for row in known)
 
 
 def start_row(start: str, own: Answers, task: Task, most: int, draws: int) -> Row:
-    """Where jobs started: its figures, and those of the best of up to `most` of its answers.
+    """Return the figures of an initial policy, and of the best of n of its answers, for n up to `most`.
 
-    The answers of the best of a few and of `most` are measured as a policy's are, as `drawn`.
+    For two values of n, _FEW and `most`, the best answers are also measured like a policy's, under `drawn`.
     """
     tries = [draw(task.reference, task, number) for number in range(1, most + 1)]
     rewards = {name: np.array([one.rewards[name] for one in tries]).T for name in own.rewards}
@@ -128,14 +128,14 @@ def start_row(start: str, own: Answers, task: Task, most: int, draws: int) -> Ro
 
 
 def point_row(point: Point, own: Answers, task: Task, draws: int) -> Row:
-    """A policy's figures and its gain over where it started; `draws` are the resamplings of an interval."""
+    """Return a policy's figures and its gain over its start. `draws` is the number of resamplings of an interval."""
     answers = measure(Sampler("point", open_point(point), task.reference.sampling), task)
     about = {"run": point.run, "step": point.step, "began": point.began, "start": point.start, "path": str(point.where)}
     return {**about, **_figures({"start": own, "point": answers}, task, draws)}
 
 
 def _figures(answers: Mapping[str, Answers], task: Task, draws: int) -> Row:
-    """The figures of the last of one or two policies, as stage=evaluate compares them."""
+    """Return the figures of the last of one or two policies, computed as in stage=evaluate."""
     name, main = [*answers][-1], next(iter(task.rewards))
     found = compare(
         answers, name, "start", task.rewards, main, task.prompts, examples=0, bootstrap=draws, seed=task.seed
@@ -151,9 +151,9 @@ def _figures(answers: Mapping[str, Answers], task: Task, draws: int) -> Row:
 
 
 def laid_out(known: Sequence[Row], points: Sequence[Point]) -> dict[str, list[Row]]:
-    """`starts`, `points` and `fits` of frontier.json: what has been measured so far, in the order of the jobs.
+    """Return `starts`, `points` and `fits` of frontier.json: the figures measured so far, in the order of the jobs.
 
-    A checkpoint that was measured and has been deleted since still counts for its job.
+    A checkpoint that was deleted after it was measured still counts.
     """
     jobs = list(dict.fromkeys((point.run, point.began, point.start) for point in points))
 
@@ -168,7 +168,7 @@ def laid_out(known: Sequence[Row], points: Sequence[Point]) -> dict[str, list[Ro
 
 
 def open_point(point: Point) -> Policy:
-    """A job's result as it lies there; of a checkpoint the weights that were trained, in the policy it started from."""
+    """Open a job's final model, or its initial policy with the trained weights of a checkpoint."""
     choice, whole = point.job.config()["policy"], point.where == point.job.model
     policy = policy_at(choice, str(point.where) if whole else json.loads(point.start)["path"])
     if whole:
@@ -185,15 +185,15 @@ def open_point(point: Point) -> Policy:
 
 
 def best_of_n(values: Mapping[str, NDArray[Any]], main: str) -> list[Row]:
-    """What the best of n = 1, 2, ... N answers by the main reward is worth to each reward; `values` are (prompts, N).
+    """Return each reward of the best of n answers by the main reward, for n = 1 ... N; `values` are (prompts, N).
 
-    Over all choices of n among the N, not one of them: an unbiased estimate of less variance (Nakano et al. 2021, app.
-    I). Its KL to where it was drawn from is at most log n - (n - 1) / n, and just that where no two answers tie.
+    It averages over all choices of n among the N: unbiased, and with less variance than one choice (Nakano et al. 2021,
+    app. I). The KL to the sampled policy is at most log n - (n - 1) / n, with equality if no two answers tie.
     """
     order = values[main].argsort(1, kind="stable")
     most, found = order.shape[1], []
     for n in range(1, most + 1):
-        # The answer of rank i is the best of n where the others are among the i - 1 below it.
+        # The answer of index i is the best of n if the other n - 1 are among the i answers below it.
         weights = np.array([math.comb(i, n - 1) / math.comb(most, n) for i in range(most)])
         rewards = {}
         for name, own in values.items():
@@ -204,10 +204,10 @@ def best_of_n(values: Mapping[str, NDArray[Any]], main: str) -> list[Row]:
 
 
 def fits(starts: Sequence[Row], points: Sequence[Row]) -> list[Row]:
-    """Gao et al.'s forms of each reward on each way from a start: best of n, and each run; if it has enough policies.
+    """Fit Gao et al.'s curves to each reward of best of n and of each run that has enough policies.
 
-    With d = sqrt(KL), the reward rises over the start's by d (alpha - beta d) for the best of n, and by
-    d (alpha - beta log d) for RL; alpha and beta are by least squares. `to` is the greatest d.
+    With d = sqrt(KL), the gain in reward over the start is d (alpha - beta d) for best of n and d (alpha - beta log d)
+    for RL. alpha and beta are fitted by least squares. `to` is the greatest d.
     """
     found = []
     for start in starts:
@@ -226,9 +226,9 @@ def fits(starts: Sequence[Row], points: Sequence[Row]) -> list[Row]:
 
 
 def compare_points(points: Sequence[Row], best_of: Mapping[str, Sequence[Row]]) -> None:
-    """Mark the policies that no policy with the same start beats in reward at no more KL, and find each one's best_of.
+    """Set each policy's `frontier` (no policy with its start has as much reward at no more KL) and `best_of`.
 
-    `best_of` is the smallest n whose best of n answers of the start is worth as much.
+    `best_of` is the smallest n for which best of n of the start's answers reaches its reward; None if no n does.
     """
     for row in points:
         reward, kl = row["reward_mean"], row["kl"]

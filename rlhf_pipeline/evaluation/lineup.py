@@ -1,4 +1,4 @@
-"""Which policies are compared, what each of them is asked, and how it samples: as PPO did."""
+"""Choose the policies to compare, tokenize their prompts, and set their sampling as in PPO."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ PPO_SAMPLING = (*SAMPLING, "min_response_length", "temperature")  # PPO's settin
 
 @dataclass(frozen=True)
 class Sampler:
-    """A policy with a name, how its answers are drawn, and the longest and shortest limit of an answer in tokens."""
+    """A named policy, how it samples, and the range of its response lengths in tokens."""
 
     name: str
     policy: Policy
@@ -34,7 +34,7 @@ class Sampler:
 
 
 def sampler(name: str, policy: Policy, trained: dict[str, Any], **asked: Any) -> Sampler:
-    """A policy that samples as PPO with the settings `trained` did, except for what is `asked` and not None.
+    """Return a policy that samples as PPO with the settings `trained` did. Values of `asked` that are not None win.
 
     Without a response length, an answer takes at most half of the policy's positions.
     """
@@ -49,41 +49,41 @@ def sampler(name: str, policy: Policy, trained: dict[str, Any], **asked: Any) ->
 
 
 def same_vocabulary(first: Policy, second: Policy) -> bool:
-    """Whether a token id means the same to both."""
+    """Return whether each token id means the same to both policies."""
     return first is second or first.tokenizer.get_vocab() == second.tokenizer.get_vocab()
 
 
 def asked_of(policy: Policy, first: Policy, questions: Sequence[Question]) -> list[list[int]]:
-    """The token ids that a policy is asked with; the questions hold those of the first policy."""
+    """Return the prompts' token ids for a policy. The questions hold those of the first policy."""
     if same_vocabulary(policy, first):
         return [question.ids for question in questions]
     return encode(policy.tokenizer, [written(policy.tokenizer, question.prompt) for question in questions])
 
 
 def with_room(questions: Sequence[Question], policies: Sequence[Policy], longest: int) -> list[Question]:
-    """The questions, in the tokens of the first policy, that leave every policy room for an answer of `longest` tokens.
+    """Return the questions that leave every policy room for an answer of `longest` tokens.
 
-    Raises `UserError` if there is none; a warning counts those that are left out.
+    Raises UserError if there is none. Prints how many are left out.
     """
     room = min(room_for_prompts(policy.model, longest) for policy in policies)
     asked = zip(*(asked_of(policy, policies[0], questions) for policy in policies), strict=True)
     kept = [each for each, ids in zip(questions, asked, strict=True) if all(1 <= len(own) <= room for own in ids)]
-    why = f"longer than the {room} tokens that the policies have room for, or empty for one of them"
+    why = f"longer than {room} tokens (the limit for all policies), or empty for one of the policies"
     if not kept:
         raise UserError(
             f"no prompt leaves room for an answer of {longest} tokens: all {len(questions)} are {why}; lower "
             "response_length or data.prompt_tokens."
         )
     if left_out := len(questions) - len(kept):
-        print(f"warning: {left_out} of {len(questions)} prompts are {why}, and are left out", flush=True)
+        print(f"warning: {left_out} of {len(questions)} prompts are {why}; they are left out", flush=True)
     return kept
 
 
 def lineup(run: RunDir, names: Sequence[str], policy: dict[str, Any]) -> tuple[dict[str, str], str]:
-    """Where the compared policies lie by name, and the name of the reference: the one that PPO or DPO started from.
+    """Return the paths of the compared policies by name, and the reference's name: the policy PPO or DPO started from.
 
-    Without `names` they are all that the run has made from `policy`; the base is then what PPO started from elsewhere,
-    or what was chosen by hand. If none of them started from another, the first is the reference.
+    Without `names`, all policies that the run made from `policy` are compared; `base` is then the policy that PPO
+    started from, if it is outside the run. If no policy started from another, the first is the reference.
     """
     paths = {name: find(name, run) for name in names} or models(run, policy)
     if not names:
@@ -102,17 +102,17 @@ def lineup(run: RunDir, names: Sequence[str], policy: dict[str, Any]) -> tuple[d
 
 
 def policy_at(choice: dict[str, Any], path: str) -> Policy:
-    """A model that lies somewhere, opened as `choice` says, on the accelerator."""
+    """Open the model at `path` with the settings `choice`, on the GPU if there is one."""
     policy, _ = load_policy({**choice, "path": path}, None, [], 0)
     policy.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     return policy
 
 
 def open_all(paths: Sequence[tuple[str, str]], run: RunDir, choice: dict[str, Any], **asked: Any) -> list[Sampler]:
-    """The policies by name and place, opened as `choice` says.
+    """Open the policies in `paths`, pairs of name and path, with the settings `choice`.
 
-    They sample as the run's newest PPO did, else as that of the first policy that has one, except for what is `asked`.
-    To a policy with another vocabulary than the first, tokens mean nothing: its own PPO's settings name them.
+    They sample as the run's newest PPO did, else as the first policy's PPO that is found. `asked` overrides this. If a
+    policy's vocabulary differs from the first one's, its own PPO's settings give the token settings.
     """
     homes = (run, *(run_of(path) for _, path in paths))
     trained = next((own for home in homes if (own := ppo_settings(home))), {})
@@ -128,12 +128,12 @@ def open_all(paths: Sequence[tuple[str, str]], run: RunDir, choice: dict[str, An
 
 
 def same_place(one: str, other: str) -> bool:
-    """Whether two paths, or hub ids, name the same model."""
+    """Return whether two paths, or hub ids, name the same model."""
     return Path(one).resolve() == Path(other).resolve()
 
 
 def started_from(model: str) -> str | None:
-    """The policy that PPO or DPO made a model from; None if neither made it, or it began as a new, untrained policy."""
+    """Return the policy that PPO or DPO started from; None if neither made the model, or it started untrained."""
     home = run_of(model)
     start = str(home.record["parents"]["policy"]["path"]) if home and home.stage in ("dpo", "ppo") else None
     return None if start and start.endswith(", untrained") else start

@@ -16,29 +16,29 @@ def _grams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
 
 
 def variety(texts: Sequence[str]) -> dict[str, float | None]:
-    """How varied a policy's answers are: distinct n-grams, repeated answers, how alike they are."""
+    """Return the diversity of answers: distinct n-grams, share of repeated answers, self-BLEU."""
     grams: dict[str, float | None] = {f"distinct_{n}": distinct(texts, n) for n in (1, 2, 3)}
     return {**grams, "repeated": repeated(texts), "self_bleu": self_bleu(texts)}
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
-    """Different word n-grams over all word n-grams of `texts`, an ideograph being a word; 0 if there are none."""
+    """Return distinct word n-grams over all word n-grams of `texts`; 0 if there are none. An ideograph is a word."""
     grams = [gram for text in texts for gram in _grams(words_of(text), n)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def repeated(texts: Sequence[str]) -> float:
-    """Share of texts that occur more than once, blanks around them apart; 0 if there are none."""
+    """Return the share of texts that occur more than once, ignoring outer whitespace; 0 if there are no texts."""
     counts = Counter(text.strip() for text in texts)
     return sum(count for count in counts.values() if count > 1) / max(len(texts), 1)
 
 
 def self_bleu(texts: Sequence[str], most: int = 200) -> float | None:
-    """Mean BLEU-4 of each text with all others as its references (Zhu et al. 2018, arXiv 1802.01886), from 0 to 1.
+    """Return the mean BLEU-4 of each text against all others (Zhu et al. 2018, arXiv 1802.01886), from 0 to 1.
 
     None if fewer than two texts have words. Only the first `most` texts count: self-BLEU grows with their number, so
-    compare equal numbers. An order of n-grams without a match counts as a tenth of a match (Chen and Cherry 2014,
-    method 1); an order that a text is too short for does not count.
+    compare equal numbers. An n-gram order without a match counts as 0.1 matches (Chen and Cherry 2014, method 1). If a
+    text is too short for an order, that order does not count.
     """
     said = [words for text in texts[:most] if (words := words_of(text))]
     if len(said) < 2:
@@ -46,12 +46,12 @@ def self_bleu(texts: Sequence[str], most: int = 200) -> float | None:
     precisions: list[list[float]] = [[] for _ in said]
     for n in range(1, 5):
         counts = [Counter(_grams(words, n)) for words in said]
-        highest: dict[tuple[str, ...], list[int]] = {}  # of each n-gram, the two highest counts in a text
+        highest: dict[tuple[str, ...], list[int]] = {}  # for each n-gram, the two highest counts in one text
         for own in counts:
             for gram, count in own.items():
                 highest[gram] = sorted([*highest.get(gram, [0, 0]), count])[1:]
         for found, own in zip(precisions, counts, strict=True):
-            # In the other texts it occurs at most as often as the highest count, or the second if this text has that.
+            # The highest count in the other texts is the highest of all, or the second if this text has the highest.
             matched = sum(min(count, highest[gram][count < highest[gram][1]]) for gram, count in own.items())
             if own:
                 found.append(math.log((matched or 0.1) / own.total()))
@@ -65,13 +65,13 @@ def self_bleu(texts: Sequence[str], most: int = 200) -> float | None:
 
 
 def correlation(first: ArrayLike, second: ArrayLike) -> float | None:
-    """Pearson's correlation; None if either does not vary."""
+    """Return Pearson's correlation; None if either input is constant."""
     a, b = np.asarray(first, float), np.asarray(second, float)
     return float(np.corrcoef(a, b)[0, 1]) if a.std() > 0 and b.std() > 0 else None
 
 
 def calibration(probability: NDArray[Any], truth: NDArray[Any], bins: int = 10) -> tuple[list[dict[str, float]], float]:
-    """Predicted against observed share of positives in equal bins, and the expected calibration error."""
+    """Return predicted and observed share of positives in bins of equal width, and the expected calibration error."""
     index = np.minimum((probability * bins).astype(int), bins - 1)
     every = [(probability[index == number], truth[index == number]) for number in np.unique(index)]
     rows = [{"predicted": float(p.mean()), "observed": float(t.mean()), "count": len(p)} for p, t in every]
@@ -79,18 +79,18 @@ def calibration(probability: NDArray[Any], truth: NDArray[Any], bins: int = 10) 
 
 
 def standard_error(values: ArrayLike) -> float:
-    """Standard error of the mean of independent values; 0 for a single one, which says nothing of it."""
+    """Return the standard error of the mean of independent values; 0 for a single value."""
     own = np.asarray(values, float)
     return float(own.std(ddof=1) / math.sqrt(len(own))) if len(own) > 1 else 0.0
 
 
 def paired_gain(before: ArrayLike, after: ArrayLike, draws: int, seed: int) -> dict[str, float]:
-    """Mean of `after - before` over the same prompts, its 95 % bootstrap interval, and how often `after` wins.
+    """Return the mean of `after - before` over the same prompts, its 95 % bootstrap interval, and the win rate.
 
-    A tie is half a win. `after` is (prompts,), or (seeds, prompts) of as many trainings. Then both are resampled, for
-    all trainings answer the same prompts, which makes the two crossed: n prompts of n, and s - 1 trainings of s, since
-    s of s would make the variance of a mean over few trainings too small by (s - 1) / s (Rao and Wu 1988). The
-    interval cannot reach beyond the trainings that were seen: with three it is too short where they differ much.
+    A tie is half a win. `after` is (prompts,), or (seeds, prompts) for several trainings. Then prompts and seeds are
+    both resampled, because they are crossed: all trainings answer the same prompts. It draws n of n prompts, but s - 1
+    of s trainings: s of s would make the variance too small by (s - 1) / s (Rao and Wu 1988). The interval cannot
+    extend beyond the observed trainings; with three that differ much it is too short.
     """
     gain = np.atleast_2d(np.asarray(after, float) - np.asarray(before, float))
     (seeds, prompts), rng, of_seeds = gain.shape, np.random.default_rng(seed), np.random.default_rng([seed, 1])

@@ -1,4 +1,4 @@
-"""Draws the pages of a run again: `python -m rlhf_pipeline.report runs/demo [en|zh]`."""
+"""Draw the pages of a run again: `python -m rlhf_pipeline.report runs/demo [en|zh]`."""
 
 import re
 import sys
@@ -11,8 +11,8 @@ from rlhf_pipeline.report.words import LANGUAGES
 
 
 def rebuild(folder: Path, lang: str | None = None) -> list[Path]:
-    """Draw every page below a folder: of stages, rounds and sweeps; None keeps the language each was made in."""
-    # They stand above this package, and only a command needs them.
+    """Draw the pages of all stages, rounds and sweeps below a folder. `lang=None` keeps each page's language."""
+    # Imported here: these modules are of a higher layer, and only this command needs them.
     from rlhf_pipeline.report.rounds import write_rounds
     from rlhf_pipeline.sweeps.jobs import JOB, read_job
     from rlhf_pipeline.sweeps.results import write_sweep
@@ -21,7 +21,7 @@ def rebuild(folder: Path, lang: str | None = None) -> list[Path]:
         raise UserError(f"no report language is called '{lang}'; choose one of: {', '.join(LANGUAGES)}.")
     folder = folder.resolve() if folder == Path() else folder  # the current folder has no name
     stages = stages_below(folder) if folder.is_dir() else []
-    # The runs of a comparison have a job.json too; its page is that of its stage.
+    # The runs of a comparison have a job.json too, but without a stage; its page is the page of stage=compare.
     sweeps = sorted({path.parent.parent for path in folder.rglob(JOB) if read_job(path.parent).get("stage")})
     if not stages and not sweeps:
         raise UserError(f"{folder} holds no run; name a folder such as runs/demo or runs/demo/ppo.")
@@ -32,7 +32,7 @@ def rebuild(folder: Path, lang: str | None = None) -> list[Path]:
 
 
 def main(arguments: list[str]) -> int:
-    """The exit status: 0 done, 2 the user can mend it."""
+    """Return the exit status: 0 for success, 2 for an error that the user can fix."""
     if not 1 <= len(arguments) <= 2 or arguments[0].startswith("-"):
         print(__doc__, file=sys.stderr)
         return 2

@@ -1,7 +1,6 @@
-"""Model cards: what a stage's files say about its model, as the README.md that the hub reads and shows.
+"""Model cards: the README.md that the hub reads and shows, made from a stage's files with templates/card.md.
 
-The template is templates/card.md. Every value becomes Markdown that marks up nothing: names, paths and generated text
-can end no table, no block and no metadata.
+Every value is escaped for Markdown, so names, paths and generated text cannot end a table, a block or the metadata.
 """
 
 import json
@@ -24,57 +23,57 @@ from rlhf_pipeline.stages import FOLDERS, POLICIES
 from rlhf_pipeline.texts import shown
 
 CARD = "README.md"
-# Of config.yaml, what determines a stage's work.
+# The keys of config.yaml that a card repeats, because they determine the stage's work.
 _WORK = ("defaults", "hydra", "stage", "name", "experiment", "seed", "runs", "overwrite", "policy", "reward", "data",
          "trainer", "ptx", "stages")  # fmt: skip
-# Figures for the hub, by their names in `results` and in evaluation.json, and the hub's metrics.
+# Figures for the hub: their names in `results` and in evaluation.json, and the hub's names for these metrics.
 _HELD_OUT = {"eval_loss": "loss", "eval_perplexity": "perplexity", "accuracy": "accuracy",
              "prompt_accuracy": "accuracy", "calibration_error": "calibration_error",
              "length_correlation": "pearsonr"}  # fmt: skip
 _COMPARED = {"reward_mean": "mean_reward", "kl": "kl", "perplexity": "perplexity", "distinct_2": "distinct_2"}
-# What marks up a line of Markdown; a character reference shows it as itself (CommonMark 0.31, section 2.5).
+# Markdown's special characters; a character reference shows them literally (CommonMark 0.31, section 2.5).
 _MARKS = {ord(mark): f"&#{ord(mark)};" for mark in "\\`*[]|~$"}
-_UNDERSCORE = re.compile(r"(?<![^\W_])_|_(?![^\W_])")  # inside a word it marks up nothing
+_UNDERSCORE = re.compile(r"(?<![^\W_])_|_(?![^\W_])")  # an underscore inside a word has no effect
 
 
 def card(folder: Path) -> str:
-    """The card of the model in `runs/<name>/<stage>`."""
+    """Return the card of the model in `runs/<name>/<stage>`."""
     return _rendered(_gather(folder))
 
 
 def write_cards(folder: Path) -> None:
-    """Write the card of a stage's model; of stage=evaluate, those of the same run's models that it judged."""
+    """Write the card of a stage's model. stage=evaluate writes the cards of all models of the run that it judged."""
     for place in [folder.parent / stage for stage in POLICIES] if folder.name == "evaluate" else [folder]:
         if (place / "model").is_dir() and ((found := _gather(place))["evaluation"] or place == folder):
-            temporary = place / f".card.{os.getpid()}"  # not in the model's folder, to which a kill must not add a file
+            temporary = place / f".card.{os.getpid()}"  # not in model/: a killed process must leave no extra file there
             temporary.write_text(_rendered(found), encoding="utf-8")
             os.replace(temporary, place / "model" / CARD)
 
 
 def named(card: str, repository: str) -> str:
-    """A card whose code opens the model by its id on the hub."""
+    """Return the card with code that opens the model by its hub id."""
     line = f"model_id = {_literal(repository)}"
     return re.sub(r'^model_id = ".*"$', lambda _: line, card, count=1, flags=re.MULTILINE)
 
 
 def _gather(folder: Path) -> dict[str, Any]:
-    """What a card shows of the model in `folder`; nothing is escaped yet."""
+    """Return the unescaped values that the card of the model in `folder` shows."""
     run, judge = (_without_home(only(place / "run.json")) for place in (folder, folder.parent / "evaluate"))
     model, stage = folder / "model", str(run.get("stage"))
-    # A policy by the name under which it was compared. One made after that, in the place of another, was not judged.
+    # `row` is the policy's name in the comparison. A policy that was trained after the comparison was not judged.
     own = (*Path(str(run.get("name"))).parts, stage, "model")
     paths = {role: Path(str(members(made).get("path"))) for role, made in members(judge.get("parents")).items()}
     row = next((role for role, path in paths.items() if path.parts[-len(own) :] == own), None)
     earlier = str(run.get("finished")) <= str(judge.get("started"))
     compared = judge.get("status") == "done" and earlier and stage in POLICIES and row
     evaluation = _without_home(only(folder.parent / "evaluate" / "evaluation.json")) if compared else {}
-    settings = _without_home(config(folder))  # as they are, with Hydra's escapes, for the card repeats them
+    settings = _without_home(config(folder))  # with Hydra's escapes, because the card repeats the settings
     own_config, data = only(model / "config.json"), members(run.get("data"))
     return {
         "run": run, "stage": stage, "about": FOLDERS[stage].model if stage in FOLDERS else "",
         "model": str(model), "settings": settings, "data": data,
         "results": members(run.get("results")), "source": hub_set(data) or data.get("path"),
-        "config": {**members(own_config.get("trunk")), **own_config},  # a reward model's, over that of its trunk
+        "config": {**members(own_config.get("trunk")), **own_config},  # a reward model's values override its trunk's
         "causal": stage in POLICIES, "own_class": own_config.get("model_type") == "rlhf_reward_model",
         "parameters": _parameters(model), "vocabulary": only(model / "tokenizer.json"),
         "tokenizer": only(model / "tokenizer_config.json"), "template": (model / "chat_template.jinja").exists(),
@@ -87,7 +86,7 @@ def _gather(folder: Path) -> dict[str, Any]:
 
 
 def _parameters(model: Path) -> int:
-    """Of the weights that from_pretrained opens; tied weights are stored, and counted, once."""
+    """Count the parameters in the files that from_pretrained opens. Tied weights are stored, and counted, once."""
     from safetensors import safe_open
 
     opened: list[Any] = [safe_open(path, "np") for path in model.glob("model*.safetensors")]
@@ -95,7 +94,7 @@ def _parameters(model: Path) -> int:
 
 
 def _metadata(found: dict[str, Any]) -> str:
-    """The head of a card, in YAML. Ids are checked by their form; names are reduced to one plain line."""
+    """Return the card's metadata as YAML. Ids are checked by their form; names become one plain line."""
     task, results, stage = "text-generation" if found["causal"] else "text-classification", [], _label(found["stage"])
     compared = members(members(found["evaluation"].get("metrics")).get(found["row"]))
     for data, figures, known in (found["data"], found["results"], _HELD_OUT), (found["judged_on"], compared, _COMPARED):
@@ -107,7 +106,7 @@ def _metadata(found: dict[str, Any]) -> str:
             results.append({"task": {"type": task}, "dataset": dataset, "metrics": metrics})
     sets = [hub_set(choice) for choice in (found["data"], members(found["settings"].get("ptx"))) if choice]
     head: dict[str, Any] = {
-        "library_name": "rlhf_pipeline" if found["own_class"] else "transformers",  # with which the model is opened
+        "library_name": "rlhf_pipeline" if found["own_class"] else "transformers",  # the library that opens the model
         "pipeline_tag": task, "tags": ["rlhf_pipeline", "rlhf", "trl", "reward-model" if stage == "reward" else stage],
         "base_model": _base_model(found["run"]), "datasets": [name for name in dict.fromkeys(sets) if name],
         "model-index": results and [{"name": f"{_label(found['run'].get('name'))} {stage}", "results": results}],
@@ -116,7 +115,7 @@ def _metadata(found: dict[str, Any]) -> str:
 
 
 def _base_model(run: dict[str, Any], generations: int = 20) -> str | None:
-    """The hub's model that a run's lineage goes back to, if it does."""
+    """Return the hub id of the model that a run's lineage begins with, if it is on the hub."""
     parents = members(run.get("parents"))
     start = members(parents.get("policy")) or members(parents.get("start"))
     where = start.get("path")
@@ -128,12 +127,12 @@ def _base_model(run: dict[str, Any], generations: int = 20) -> str | None:
 
 
 def _label(value: object) -> str:
-    """A value as one short line without characters that hide, for metadata."""
+    """Return a value as one short line without invisible characters, for metadata."""
     return " ".join("".join(c for c in str(value) if c.isspace() or shown(c) == c).split())[:100]
 
 
 def _without_home(value: Any) -> Any:
-    """Paths in the home folder begin with `~`: cards are published, and the user's name is private."""
+    """Replace the home folder in paths by `~`: cards are published, and the user's name is private."""
     home = os.path.expanduser("~").rstrip("/") + "/"
     if isinstance(value, str):
         return "~/" + value.removeprefix(home) if len(home) > 1 and value.startswith(home) else value
@@ -143,7 +142,7 @@ def _without_home(value: Any) -> Any:
 
 
 def as_markdown(value: object) -> Markup:
-    """A value as one line of Markdown that marks up nothing, also in a table. What is Markdown already stays."""
+    """Return a value as one escaped line of Markdown, safe in a table. `Markup` values are not changed."""
     if isinstance(value, Markup):
         return value
     if isinstance(value, list):
@@ -155,13 +154,13 @@ def as_markdown(value: object) -> Markup:
 
 
 def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> Markup:
-    """A table in Markdown."""
+    """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return Markup("\n".join(f"| {' | '.join(map(as_markdown, line))} |" for line in lines))
 
 
 def _by_row(corner: str, found: object, names: dict[str, str] | None = None) -> Markup:
-    """Rows by name, with the columns that are named, or all."""
+    """Return a Markdown table of the rows by name, with the columns in `names`, or all columns."""
     rows = members(found)
     heads = names or {key: page.ENGLISH.name(key) for key in columns(rows.values())}
     cells = [[name, *(members(row).get(key) for key in heads)] for name, row in rows.items()]
@@ -169,14 +168,14 @@ def _by_row(corner: str, found: object, names: dict[str, str] | None = None) -> 
 
 
 def _yaml(values: dict[str, Any]) -> Markup:
-    """A block of YAML, in a fence longer than any in it; characters that hide are written as escapes."""
+    """Return a fenced block of YAML. The fence is longer than any inside; invisible characters are escaped."""
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=not _hides(values), width=110)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return Markup(f"{fence}yaml\n{text}{fence}")
 
 
 def _literal(text: str) -> Markup:
-    """A string as Python writes it, on one line."""
+    """Return a string as a Python literal on one line."""
     return Markup(json.dumps(text, ensure_ascii=_hides(text)))
 
 

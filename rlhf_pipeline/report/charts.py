@@ -1,4 +1,4 @@
-"""Charts as inline SVG, all by one `plot`. A line never goes through a value that is not finite."""
+"""Charts as inline SVG, all made by `plot`. Values that are not finite are left out of a line."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -9,9 +9,9 @@ from rlhf_pipeline.report.page import ENGLISH, plain
 from rlhf_pipeline.report.words import OTHER, Words, grouped
 from rlhf_pipeline.report.words import table as words_of
 
-CHARTS, BUCKETS = 32, 150  # the most charts that one page shows; stretches that a line is thinned to
-CLOCKS = ("epoch", "seconds", "episode", "num_tokens", "eps")  # they only say how far a run is
-COLOURS, RUNS, ROWS = 8, 24, 40  # c0 to c7 in chart.css; runs of a frontier and rows of a sweep that are drawn
+CHARTS, BUCKETS = 32, 150  # the most charts on one page; the parts that a long line is divided into
+CLOCKS = ("epoch", "seconds", "episode", "num_tokens", "eps")  # measures of progress only, not drawn
+COLOURS, RUNS, ROWS = 8, 24, 40  # c0 to c7 in chart.css; the most runs of a frontier and rows of a sweep that are drawn
 FITTED = 24  # points of a fitted curve
 TOP, BELOW, RIGHT = 8, 39, 16  # margins in a chart's viewBox
 SMALL, WIDE, SQUARE = (62, 250, 104), (52, 350, 220), (44, 240, 240)  # left margin, width and height of the plot
@@ -22,7 +22,7 @@ Row = Mapping[str, Any]
 
 
 class Line(NamedTuple):
-    """One line of a chart: its label in the key, its classes in chart.css, its points, and dots as (x, y, radius)."""
+    """One line of a chart: label in the legend, CSS classes of chart.css, points, and dots as (x, y, radius)."""
 
     label: str
     kind: str
@@ -35,14 +35,14 @@ def plot(
     title: str, lines: Sequence[Line], x_ticks: Sequence[Tick], y_ticks: Sequence[Tick], *,
     size: tuple[int, int, int] = WIDE, scale: Callable[[float], float] = float, **labels: str,
 ) -> Chart:  # fmt: skip
-    """Lines and dots over two axes, which span all points and ticks; `scale` is that of x, macros.html has `labels`."""
+    """Return a chart whose axes span all points and ticks. `scale` applies to x; macros.html draws `labels`."""
     left, wide, high = size
     points = [dot[:2] for line in lines for dot in (*line.points, *line.dots)]
     xs = [scale(x) for x in (*(x for x, _ in points), *(x for x, _ in x_ticks))]
     ys = [*(y for _, y in points), *(y for y, _ in y_ticks)]
 
     def fraction(value: float, values: Sequence[float]) -> float:
-        low, span = min(values) / 2, max(values) / 2 - min(values) / 2  # halves, so that no float overflows
+        low, span = min(values) / 2, max(values) / 2 - min(values) / 2  # halved, so that the difference cannot overflow
         return (value / 2 - low) / (span or 1.0)
 
     def across(x: float) -> str:
@@ -64,7 +64,7 @@ def plot(
 
 
 def gather(rows: Iterable[Row]) -> dict[str, dict[str, list[Point]]]:
-    """Numeric series by measure, then by train or eval; a row without a step follows on."""
+    """Return numeric series by measure, then by train or eval. A row without a step gets the next step."""
     groups: dict[str, dict[str, list[Point]]] = {}
     same, at = words_of("measures")["same"], -1.0
     for row in rows:
@@ -78,7 +78,7 @@ def gather(rows: Iterable[Row]) -> dict[str, dict[str, list[Point]]]:
 
 
 def thin(points: Sequence[Point]) -> list[Point]:
-    """The finite points by step; of a long line both ends and the extremes of each stretch, so that spikes stay."""
+    """Return the finite points by step. A long line keeps both ends and each part's extremes, so that spikes stay."""
     kept = sorted((point for point in points if math.isfinite(point[1])), key=lambda point: point[0])
     if len(kept) <= 2 * BUCKETS:
         return kept
@@ -88,7 +88,7 @@ def thin(points: Sequence[Point]) -> list[Point]:
 
 
 def small(name: str, lines: Sequence[Line], words: Words = ENGLISH, key: str = "", unit: str = "step") -> Chart:
-    """One measure as a small chart, with the last value of each line and the ends of both axes."""
+    """Return a small chart of one measure, with the last value of each line and the ends of both axes."""
     drawn = []
     for line in lines:
         kept = thin(line.points)
@@ -102,9 +102,9 @@ def small(name: str, lines: Sequence[Line], words: Words = ENGLISH, key: str = "
 
 
 def curves(runs: Mapping[str, Iterable[Row]], words: Words) -> dict[str, Any]:
-    """Small charts of the measures that change, in groups, and the names of those that are not drawn.
+    """Return small charts of the measures that change, in groups, and the names of the measures that are not drawn.
 
-    A colour per run, or for training and held-out data if there is one run; held-out data is dashed.
+    Each run has a colour. If there is one run, training and held-out data have one each. Held-out data is dashed.
     """
     measures: dict[str, list[Line]] = {}
     for place, (run, rows) in enumerate(runs.items()):
@@ -124,7 +124,7 @@ def curves(runs: Mapping[str, Iterable[Row]], words: Words) -> dict[str, Any]:
 
 
 def calibration(value: object, words: Words) -> Chart | None:
-    """How often a reward is right against how sure it is, a dot per bin."""
+    """Return a chart of the observed frequency against the predicted probability, with a dot per bin."""
     bins = [(as_number(row.get("predicted")), as_number(row.get("observed"))) for row in items(value)]
     points = sorted((p, o) for p, o in bins if p is not None and o is not None and 0 <= p <= 1 and 0 <= o <= 1)
     if not points:
@@ -132,11 +132,11 @@ def calibration(value: object, words: Words) -> Chart | None:
     lines = [Line("", "soft dashed", [(0, 0), (1, 1)]), Line("", "train", points, [(*point, 4.0) for point in points])]
     ends, note = [(0.0, "0"), (1.0, "1")], words("Dashed line: perfect calibration.")
     return plot(words("Calibration"), lines, ends, ends, size=SQUARE, style="square", note=note,
-                x_label=words("how sure it is"), y_label=words("how often it is right"))  # fmt: skip
+                x_label=words("predicted probability"), y_label=words("observed frequency"))  # fmt: skip
 
 
 def frontier_charts(found: Row, words: Words) -> list[Chart]:
-    """Reward against KL of a sweep's policies, one chart per reward: a line per run, best of n, and what is fitted."""
+    """Return charts of reward against KL, one per reward, with a line per run, best of n, and the fitted curves."""
     starts, rows = items(found.get("starts")), items(found.get("points"))
     runs: dict[str, list[Row]] = {}
     for row in rows:
@@ -155,7 +155,7 @@ def frontier_charts(found: Row, words: Words) -> list[Chart]:
 
 
 def _fitted(fit: Row, starts: Sequence[Row], kinds: Mapping[str, str]) -> Iterator[Line]:
-    """A fitted form from its start on: dashed in the colour of its run; of best of n, whose line is dashed, whole."""
+    """Yield a fitted curve: dashed in the colour of its run, or solid for best of n, whose own line is dashed."""
     start = next((start for start in starts if start.get("key") == fit.get("start")), {})
     own = members(members(start.get("rewards")).get(str(fit.get("reward")))) if fit.get("reward") else start
     numbers = [finite(value) for value in (own.get("reward_mean"), *map(fit.get, ("alpha", "beta", "to")))]
@@ -171,7 +171,7 @@ def _fitted(fit: Row, starts: Sequence[Row], kinds: Mapping[str, str]) -> Iterat
 def _against_kl(
     reward: str, ways: Sequence[tuple[str, str, list[Row]]], fitted: Sequence[Line], words: Words
 ) -> Chart | None:
-    """The chart of one reward; the main one has no name."""
+    """Return the chart of one reward. The main reward has the name ''."""
     lines = []
     for name, kind, rows in ways:
         points = []
@@ -190,7 +190,7 @@ def _against_kl(
 
 
 def sweep_chart(rows: Sequence[Row], words: Words) -> Chart | None:
-    """The objective of each row of a sweep, the best at the top: its mean, its standard error and its seeds."""
+    """Return a chart of each row's objective, the best at the top: its mean, standard error and single seeds."""
     known = [row for row in rows if finite(row.get("objective")) is not None][:ROWS]
     if len(known) < 2:
         return None
@@ -205,11 +205,11 @@ def sweep_chart(rows: Sequence[Row], words: Words) -> Chart | None:
 
 
 def short(row: Row) -> str:
-    """What sets a row of a sweep apart, by the last word of each setting: kl_coef=0.05."""
+    """Return the settings of a sweep's row, each by the last part of its name: kl_coef=0.05."""
     return ", ".join(f"{key.split('.')[-1]}={value}" for key, value in members(row.get("settings")).items()) or "all"
 
 
 def even_ticks(values: Sequence[float]) -> list[Tick]:
-    """Five values from the least to the greatest."""
+    """Return five evenly spaced ticks from the least to the greatest value."""
     low, span = min(values), max(values) - min(values)
     return [(low + span * part / 4, f"{low + span * part / 4:.3g}") for part in range(5)]

@@ -1,4 +1,4 @@
-"""Several runs on one page: the same measures over each other, results and answers side by side."""
+"""The page that compares several runs: shared charts, and results and answers side by side."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,12 +12,13 @@ from rlhf_pipeline.report.page import write_page
 from rlhf_pipeline.report.words import Words
 from rlhf_pipeline.stages import FOLDERS
 
-_OWN = ("name", "runs", "stage", "hydra", "defaults", "overwrite", "report", "hub", "stages")  # not about the work
+# Settings that do not affect the work.
+_OWN = ("name", "runs", "stage", "hydra", "defaults", "overwrite", "report", "hub", "stages")
 Row = dict[str, Any]
 
 
 def compare(folders: Sequence[Path], target: Path, lang: str = "en") -> Path:
-    """Write one page of several runs; each folder is a run, a round of one or a stage of one."""
+    """Write the page of several runs. Each folder is a run, a round or a stage."""
     if len({folder.resolve() for folder in folders}) < max(2, len(folders)) or len(folders) > COLOURS:
         raise UserError(f"a comparison takes 2 to {COLOURS} different runs: compare=[run1,run2].")
     words, notes, stages = Words(lang), list[str](), dict[str, dict[str, Path]]()
@@ -51,7 +52,7 @@ def _result(run: Row, words: Words) -> Row:
 
 
 def _answers(judged: Mapping[str, Row]) -> list[Row]:
-    """The answers of each run's last policy to prompts that several runs were asked."""
+    """Return the answers of each run's last policy to the prompts that several runs share."""
     rows: dict[str, Row] = {}
     for name, evaluation in judged.items():
         last = [key for key in members(evaluation.get("metrics")) if not key.startswith("best of")][-1:]
@@ -64,7 +65,7 @@ def _answers(judged: Mapping[str, Row]) -> list[Row]:
 
 
 def _differences(settings: Mapping[str, Row]) -> dict[str, Row]:
-    """The settings of a stage that are not the same in all runs."""
+    """Return the settings of a stage that differ between runs."""
     keys = [key for key in columns(settings.values()) if key.split(".")[0] not in _OWN]
     rows = {key: {name: own.get(key) for name, own in settings.items()} for key in keys}
     return {key: row for key, row in rows.items() if len({repr(value) for value in row.values()}) > 1}

@@ -1,4 +1,4 @@
-"""The tables of figures that terminal, page, card and trackers show: of an evaluation, a frontier and a sweep."""
+"""Tables of the figures of an evaluation, a frontier and a sweep, for pages, terminal, model cards and trackers."""
 
 import math
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ Found = Mapping[str, Any]
 
 
 class Table(NamedTuple):
-    """Figures by row name and column key; title, corner and keys are English."""
+    """Figures by row name and column key. Title, corner (the first heading) and keys are English."""
 
     title: str
     corner: str
@@ -23,7 +23,7 @@ class Table(NamedTuple):
 
 
 def evaluation_tables(evaluation: Found) -> list[Table]:
-    """What evaluation.json holds of each policy by each reward, and of the pairs that were compared."""
+    """Return the tables of evaluation.json: each policy by each reward, and the compared pairs."""
     others = {name: members(judged) for name, judged in members(evaluation.get("rewards")).items()}
     moved = {name: members(row) for name, row in members(evaluation.get("moved")).items()}
     own = next((row for name, row in moved.items() if name not in others), {})
@@ -42,7 +42,7 @@ def evaluation_tables(evaluation: Found) -> list[Table]:
     }
     found = (
         Table("Before and after", "Policy", {name: _of(row, _FIRST) for name, row in policies.items()}),
-        Table("The answers' texts, and how far their reward moved", "Policy", rest),
+        Table("Answer diversity and reward shift", "Policy", rest),
         Table("By other rewards", "Policy", judged),
         Table("Paired gain", "Pair", gains),
     )  # fmt: skip
@@ -50,7 +50,7 @@ def evaluation_tables(evaluation: Found) -> list[Table]:
 
 
 def frontier_tables(frontier: Found) -> list[Table]:
-    """What frontier.json holds: the policies of a sweep, and the best of n answers of where they started."""
+    """Return the tables of frontier.json: the sweep's policies, and best of n of the policies they started from."""
     starts, points = items(frontier.get("starts")), items(frontier.get("points"))
     policies = {name_of(row): _point(row) for row in points}
     best = {}
@@ -64,7 +64,7 @@ def frontier_tables(frontier: Found) -> list[Table]:
 
 
 def fit_tables(found: Found) -> list[Table]:
-    """The forms that were fitted to the ways of a frontier, of each start by its place."""
+    """Return the table of the curves fitted to each run and to best of n."""
     starts = items(found.get("starts"))
     places = {str(start.get("key")): f" · {start.get('path')} · {start.get('seed')}" for start in starts}
     rows = {}
@@ -73,11 +73,11 @@ def fit_tables(found: Found) -> list[Table]:
         reward = f" · {fit['reward']}" if fit.get("reward") else ""
         form = "d (α - β d)" if fit.get("way") == "best of n" else "d (α - β log d)"
         rows[f"{fit.get('way')}{reward}{place}"] = {"form": form, **_of(fit, ("alpha", "beta", "points"))}
-    return [Table("Fitted forms, d = √KL", "Curve", rows)] if rows else []
+    return [Table("Fitted curves, d = √KL", "Curve", rows)] if rows else []
 
 
 def comparison_tables(comparison: Found) -> list[Table]:
-    """What comparison.json holds: each algorithm's means over seeds by every reward, and its gains over SFT."""
+    """Return the tables of comparison.json: each algorithm's means over seeds by every reward, and gains over SFT."""
     algorithms = {name: members(row) for name, row in members(comparison.get("algorithms")).items()}
     figures, gains = {}, {}
     for name, row in algorithms.items():
@@ -91,18 +91,18 @@ def comparison_tables(comparison: Found) -> list[Table]:
                 gains[f"{name} · {reward}" if reward else name] = {key: gain.get(old) for old, key in _GAIN.items()}
     tables = (
         Table("Algorithms, means over seeds", "Algorithm", figures),
-        Table("Paired gain over SFT, by prompts and seeds", "Algorithm", gains),
+        Table("Paired gain over SFT, intervals over prompts and seeds", "Algorithm", gains),
     )
     return [*(table for table in tables if table.rows), *(fit_tables(comparison) if algorithms else [])]
 
 
 def name_of(point: Found) -> str:
-    """A policy of a sweep by its run and step; a run's result need not be its last step."""
+    """Name a policy of a sweep by its run and step; `result` is a final model that is not the last step's."""
     return f"{point.get('run')} · {'result' if point.get('step') is None else point['step']}"
 
 
 def _other_rewards(row: Found) -> dict[str, Any]:
-    """The means by further rewards, such as the truth."""
+    """Return the mean of every other reward, such as the true reward."""
     return {str(name): members(other).get("reward_mean") for name, other in members(row.get("rewards")).items()}
 
 
@@ -119,7 +119,7 @@ def _point(row: Found) -> dict[str, Any]:
 
 
 def sweep_figures(row: Found) -> dict[str, Any]:
-    """One row of sweep.json: its objective over seeds, how its jobs ended, and the means of their results."""
+    """Return the figures of a row of sweep.json: objective over seeds, how its jobs ended, means of their results."""
     ended = {key: row.get(key) or None for key in ("failed", "left")}
     over = {OVER: row["over_budget"]} if as_number(row.get("over_budget")) else {}
     whole = {"objective": row.get("objective"), "± s.e.": row.get("stderr"), "seeds": row.get("seeds")}

@@ -1,4 +1,4 @@
-"""Reads a run directory as far as it can be read: whatever a file holds, a page can be made of it."""
+"""Read a run directory. Damaged or missing files give empty values, so that a page can always be made."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ import yaml
 
 
 def stages_below(folder: Path) -> list[Path]:
-    """Every stage's folder of a run, its rounds and a sweep's jobs included; links in it are not followed."""
+    """Return all stage folders of a run, including its rounds and a sweep's jobs. Symbolic links are not followed."""
     if (folder / "run.json").is_file():
         return [folder]
     inside = (path for path in sorted(folder.glob("[!.]*")) if path.is_dir() and not path.is_symlink())
@@ -19,7 +19,7 @@ def stages_below(folder: Path) -> list[Path]:
 
 
 def as_number(value: object) -> float | None:
-    """The float of a JSON number, infinite where it is too large for one, and None for anything else."""
+    """Return a JSON number as a float (infinity if it is too large), or None for anything else."""
     try:
         return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
     except OverflowError:
@@ -27,30 +27,30 @@ def as_number(value: object) -> float | None:
 
 
 def finite(value: object) -> float | None:
-    """The float of a finite JSON number, and None for anything else."""
+    """Return a finite JSON number as a float, or None for anything else."""
     number = as_number(value)
     return number if number is not None and math.isfinite(number) else None
 
 
 def members(value: object) -> dict[str, Any]:
-    """The object itself, or an empty one where a file holds something else."""
+    """Return the value if it is a dict, else an empty dict."""
     return value if isinstance(value, dict) else {}
 
 
 def items(value: object) -> list[dict[str, Any]]:
-    """The objects in a list, whatever else the file holds there."""
+    """Return the dicts in a list; [] if the value is not a list."""
     return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
 def columns(rows: Iterable[object]) -> list[str]:
-    """The keys that have a value in any object, in the order in which keys first appear."""
+    """Return the keys that have a value in any row, in the order in which keys first appear."""
     known = list(map(members, rows))
     keys = dict.fromkeys(key for row in known for key in row)
     return [key for key in keys if any(row.get(key) is not None for row in known)]
 
 
 def read(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one per line in .jsonl; the notes count what cannot be read."""
+    """Return the JSON objects of a file (one per line in .jsonl). Unreadable ones are counted in `notes`."""
     text = path.read_bytes().decode("utf-8-sig", "replace") if path.is_file() else ""
     pieces = [piece for piece in (text.split("\n") if path.suffix == ".jsonl" else [text]) if piece.strip()]
     rows: list[dict[str, Any]] = []
@@ -63,19 +63,19 @@ def read(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 
 def only(path: Path, notes: list[str] | None = None) -> dict[str, Any]:
-    """The one object of a file, empty where there is none."""
+    """Return the first JSON object of a file, or an empty dict."""
     return (read(path, [] if notes is None else notes) or [{}])[0]
 
 
 def config(folder: Path) -> dict[str, Any]:
-    """The settings of a stage: its config.yaml, empty where it cannot be read."""
+    """Return a stage's config.yaml, or an empty dict if it cannot be read."""
     with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
         return members(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
     return {}
 
 
 def flat(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Nested settings as pairs of a dotted name and a value."""
+    """Yield nested settings as pairs of dotted name and value."""
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from flat(inner, f"{prefix}.{key}".lstrip("."))

@@ -1,4 +1,4 @@
-"""Pages from the templates: whatever a file holds is shown as text, and a page loads nothing from the network."""
+"""Make pages from the templates. All values are shown as text, and a page loads nothing from the network."""
 
 import base64
 import hashlib
@@ -12,13 +12,13 @@ from rlhf_pipeline.report.files import as_number, columns, finite, items, member
 from rlhf_pipeline.report.words import Words
 from rlhf_pipeline.texts import shown
 
-LONGEST = 4000  # characters of one text that are shown
+LONGEST = 4000  # the most characters of one text that are shown
 ENGLISH = Words()
 _HERE = Path(__file__).parent
 
 
 def plain(value: object, words: Words = ENGLISH) -> str:
-    """One JSON value as text: whole numbers whole, others to four digits, a dash for null."""
+    """Return a JSON value as text: integers in full, floats to four digits, a dash for null."""
     if isinstance(value, dict):
         return " · ".join(f"{key} {plain(inner, words)}" for key, inner in value.items()) or "–"
     if isinstance(value, list):
@@ -32,7 +32,7 @@ def plain(value: object, words: Words = ENGLISH) -> str:
 
 
 def lasted(seconds: object) -> str | None:
-    """A time in the two largest units that it has; None for what is no finite number."""
+    """Return a time in its two largest units; None if it is not a finite number."""
     if (time := finite(seconds)) is None:
         return None
     minutes, rest = divmod(round(time), 60)
@@ -42,7 +42,7 @@ def lasted(seconds: object) -> str | None:
 
 
 def environment(show: Callable[[Any], str]) -> Any:
-    """Jinja2's templates: each value is shown by `show`, then escaped; what is missing counts as None."""
+    """Return the Jinja2 environment. `show` makes a value text, which is then escaped; a missing value is None."""
     from jinja2 import ChainableUndefined, Environment, FileSystemLoader
     from markupsafe import Markup
 
@@ -78,11 +78,11 @@ def _pages(lang: str) -> Any:
 
 
 def write_page(target: Path, template: str, words: Words, **values: Any) -> Path:
-    """Write a page by its template's name, whole or not at all; give where it is."""
+    """Write a page from the named template, atomically. Returns `target`."""
     write_atomic(target, _pages(str(words.lang)).get_template(f"{template}.html").render(**values))
     return target
 
 
 def picture(charts: Sequence[Mapping[str, Any]], words: Words = ENGLISH) -> str:
-    """Charts of a page side by side as one SVG file, light or dark as the reader's system is."""
+    """Return charts side by side as one SVG file, light or dark as the reader's system."""
     return str(_pages(str(words.lang)).get_template("picture.svg").render(charts=charts))

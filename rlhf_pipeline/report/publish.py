@@ -1,4 +1,4 @@
-"""Uploading a finished model to the hub, with its card."""
+"""Upload a finished model to the hub, with its card."""
 
 import shlex
 import sys
@@ -11,20 +11,20 @@ from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.settings import Hub, Settings
 from rlhf_pipeline.stages import TRAINED
 
-# By the status of the hub's answer; the token itself is never shown.
+# Messages by HTTP status. The token itself is never shown.
 _REFUSED = {
-    401: "the hub does not know the token; set HF_TOKEN to another, or run hf auth login",
-    403: "the token may not write to {}; use one that may, or another name",
+    401: "the hub rejects the token; set HF_TOKEN to a valid one, or run hf auth login",
+    403: "the token has no write access to {}; use a token that has, or another name",
 }
 
 
 def publish(out: RunDir, to: Hub) -> None:
-    """Upload the model of a finished stage. Any failure is a `UserError` with the command that tries again."""
+    """Upload the model of a finished stage. Any failure raises UserError with the command to try again."""
     if not out.model.is_dir():
         raise UserError(f"{out.path} has no model to push; use hub.push= with a stage that makes one.")
     try:
         address = _upload(out, str(to.push), to.private)
-    except Exception as error:  # the client raises what its server, its transport and its own checks raise
+    except Exception as error:  # the client raises errors of many types
         status = getattr(getattr(error, "response", None), "status_code", None)
         reason = _REFUSED[status].format(to.push) if status in _REFUSED else reason_of(error, 300).rstrip(".")
         words = [out.record["command"], shlex.quote(f"hub.push={to.push}")] + ["hub.private=false"] * (not to.private)
@@ -35,7 +35,7 @@ def publish(out: RunDir, to: Hub) -> None:
 
 
 def last_model(every: Sequence[Settings]) -> Settings:
-    """The stage whose model a pipeline pushes: the policy that is trained last, else the reward."""
+    """Return the settings of the stage whose model a pipeline pushes: the last trained policy, else the reward."""
     trained = [settings for settings in every if settings.stage in TRAINED]
     if not trained:
         raise UserError("no stage of this pipeline makes a model, so there is nothing for hub.push= to upload.")
@@ -43,14 +43,14 @@ def last_model(every: Sequence[Settings]) -> Settings:
 
 
 def _upload(out: RunDir, repository: str, private: bool) -> str:
-    """Commit the model's files and its card together; returns the address, in words."""
+    """Upload the model's files and its card in one commit; returns the address as text to print."""
     from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     own = out.model / CARD
     for path in [out.model, *sorted(out.model.rglob("*"))]:
         if path.is_symlink():
-            raise UserError(f"{path} is a link, and what it points to is not uploaded; replace it with the file itself")
+            raise UserError(f"{path} is a symbolic link, which is not uploaded; replace it with the file itself")
     if silence := why_unreachable():
         raise UserError(silence)
     if not (token := get_token()):
@@ -62,7 +62,7 @@ def _upload(out: RunDir, repository: str, private: bool) -> str:
     is_private = bool(hub.model_info(repository).private)
     if private and not is_private:
         raise UserError("it exists already and is public; add hub.private=false, or choose another name")
-    # Not upload_folder: the card differs from the folder's, and a model must not be there without it.
+    # Not upload_folder: the uploaded card differs from the local one, and both must be in one commit.
     text = named(own.read_text(encoding="utf-8") if own.is_file() else card(out.path), repository)
     files = [path for path in sorted(out.model.rglob("*")) if path.is_file() and path != own]
     operations = [CommitOperationAdd(path.relative_to(out.model).as_posix(), path) for path in files]

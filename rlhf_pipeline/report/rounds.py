@@ -1,4 +1,4 @@
-"""Rounds of human feedback side by side: the labels of each, its reward model and its policy."""
+"""The page of rounds of human feedback: each round's labels, reward model and policy, side by side."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from rlhf_pipeline.report.tables import rounds_table
 from rlhf_pipeline.report.words import Words
 from rlhf_pipeline.runs.directory import RunDir
 
-# What is drawn by round, with its title. Rewards by different judges do not compare, so then `one_judge` is drawn.
+# Charts by round, with their titles. Rewards of different judges are not comparable, so then `one_judge` is drawn.
 _CHARTS = {
     "reward_accuracy": "reward model: held-out accuracy",
     "reward_mean": "policy: reward on held-out prompts",
@@ -23,9 +23,9 @@ Row = dict[str, Any]
 
 
 def by_round(runs: Path, name: str) -> list[Row]:
-    """One row per round; round 0 is the policy before any, on the same held-out prompts. Missing figures are None."""
+    """Return a row per round. Round 0 is the initial policy on the same held-out prompts. Missing figures are None."""
     rows: list[Row] = []
-    of_all = only(runs / name / "evaluate" / "evaluation.json")  # every round, by the newest one's reward model
+    of_all = only(runs / name / "evaluate" / "evaluation.json")  # all rounds, judged by the newest reward model
     one_judge = {policy: members(row).get("reward_mean") for policy, row in members(of_all.get("metrics")).items()}
     for number, folder in _rounds(runs, name).items():
         records = [only(folder / stage / "run.json").get("results") for stage in ("collect", "reward", "ppo")]
@@ -53,15 +53,15 @@ def _figures(labels: Row, reward: Row, ppo: Row, policy: Row) -> Row:
 
 
 def _rounds(runs: Path, name: str) -> dict[int, Path]:
-    """The folder of each round in which any stage has run, in order; a deleted round leaves a gap."""
+    """Return the folders of the rounds in which any stage has run, in order. A deleted round leaves a gap."""
     found = {out.round or 0: out.path.parent for out in reversed(RunDir(runs, name, "collect").rounds())}
     return {number: path for number, path in found.items() if any(path.glob("*/run.json"))}
 
 
 def write_rounds(runs: Path, name: str, lang: str | None = None, show: bool = False) -> Path:
-    """Write `rounds.json` and `report.html` of a run from what its rounds have left; `show` prints the table, too.
+    """Write a run's `rounds.json` and `report.html` from the files of its rounds. `show` prints the table, too.
 
-    The page is by default in the first round's language.
+    The default language is that of the first round.
     """
     folder, rows, rounds = runs / name, by_round(runs, name), _rounds(runs, name)
     write_json(folder / "rounds.json", rows)

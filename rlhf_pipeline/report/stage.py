@@ -1,4 +1,4 @@
-"""The page of one stage: what ran and from what, its results, curves and samples, and how to repeat it."""
+"""The page of one stage: what ran, from which models, results, curves, samples, and how to reproduce it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
@@ -11,12 +11,12 @@ from rlhf_pipeline.report.files import as_number, config, items, members, only, 
 from rlhf_pipeline.report.page import lasted, plain, write_page
 from rlhf_pipeline.report.words import Words
 
-TILES, SAMPLES = 12, 100  # figures that are seen first; samples from the start of a training, and from its end
+TILES, SAMPLES = 12, 100  # the most figures at the top; the most samples from the start and from the end of training
 Row = dict[str, Any]
 
 
 def write_report(folder: Path, lang: str | None = None) -> Path:
-    """Write folder/report.html from whatever files the stage has left, by default in the language it was made in."""
+    """Write folder/report.html from the files that exist. The default language is that of the stage's settings."""
     words, notes = Words(lang or members(config(folder).get("report")).get("lang")), list[str]()
     logs = ("metrics", "samples", "warnings", "candidates", "labels")
     metrics, samples, warnings, asked, labels = (read(folder / f"{name}.jsonl", notes) for name in logs)
@@ -51,10 +51,10 @@ def write_report(folder: Path, lang: str | None = None) -> Path:
 
 
 def lineage(folder: Path, run: Mapping[str, Any], known: dict[Path, bool]) -> Iterator[tuple[str, str, str, list[str]]]:
-    """Each stage after those it was made from: its stage, its run, its data, and what it took from where."""
+    """Yield (stage, run, data, parents as text) for a stage's ancestors, oldest first, then for the stage itself."""
     known[folder] = True
     depth = len(Path(str(run.get("name") or "")).parts)
-    starts = [Path(), *(path.parent for path in folder.parents[depth : depth + 1])]  # as written; beside this run
+    starts = [Path(), *(path.parent for path in folder.parents[depth : depth + 1])]  # as recorded; next to this `runs`
     taken = []
     for role, made in members(run.get("parents")).items():
         where = members(made).get("path", made)
@@ -67,13 +67,13 @@ def lineage(folder: Path, run: Mapping[str, Any], known: dict[Path, bool]) -> It
 
 
 def start_and_end(samples: Sequence[Row]) -> list[tuple[Row | None, Row | None]]:
-    """Samples from the start of a training beside the newest; each once."""
+    """Return pairs of an early and a late sample of a training. No sample appears twice."""
     half = min(SAMPLES, -(-len(samples) // 2))
     return list(zip_longest(samples[:half], samples[half:][::-1][:SAMPLES]))
 
 
 def _ranked(candidates: Sequence[Row], labels: Sequence[Row]) -> list[Row]:
-    """The answers that people compare, as they are shown, each with the ranks that it was given."""
+    """Return the answers that people compare, as displayed, each with the ranks people gave it."""
     ranks: dict[tuple[str, str], list[Any]] = {}
     for row in labels:
         answers, given = (row[key] if isinstance(row.get(key), list) else [] for key in ("responses", "ranks"))
@@ -88,7 +88,7 @@ def _ranked(candidates: Sequence[Row], labels: Sequence[Row]) -> list[Row]:
 
 
 def _last_answers(start: Row, frontier: Row, words: Words) -> list[Row]:
-    """What the last policy of each run that began at a place said to the same prompts."""
+    """Return the answers, to the same prompts, of a start and of the last policy of each run from it."""
     own = [row for row in items(frontier.get("points")) if row.get("start") == start.get("key")]
     last = {words("before"): start, **{str(row.get("run")): row for row in own}}
     said = {name: items(row.get("answers")) for name, row in list(last.items())[:RUNS]}

@@ -1,4 +1,4 @@
-"""How a stage ended, in a few lines: its result, its time, where its files are, what to run next."""
+"""The printed summary of a stage: its result, its time, where its files are, what to run next."""
 
 import itertools
 import shlex
@@ -21,13 +21,13 @@ _RUN = "python -m rlhf_pipeline"
 
 
 def say(label: str, text: str | None) -> None:
-    """One line of a summary, if there is something to say."""
+    """Print one line of a summary, unless the text is empty."""
     if text:
         print(f"{label:<9}{shown(text)}", flush=True)
 
 
 def say_done(out: RunDir) -> None:
-    """A stage's result, time and place, all from its files; where it waits for people, how they label."""
+    """Print a stage's result, time and files. If the stage waits for labels, also print how to label."""
     say(out.stage, outcome(out))
     say("time", ", ".join([_time(out.record), *_rates(out)]))
     made = [f"{name}/" if (out.path / name).is_dir() else name for name in _MADE if (out.path / name).exists()]
@@ -40,13 +40,13 @@ def say_done(out: RunDir) -> None:
 
 
 def say_done_before(out: RunDir) -> None:
-    """One line of a stage that was done already."""
+    """Print one line for a stage that was finished before."""
     when = f"{out.record.get('finished')}, in {_time(out.record)}"
     print(f"{out.path} is done already: {shown(f'{outcome(out)} ({when})')}", flush=True)
 
 
 def say_all_done(every: Sequence[RunDir], folder: Path, seconds: float) -> None:
-    """A pipeline's time, of all its stages, and its pages."""
+    """Print the total time of a pipeline and its pages."""
     whole = sum(out.record.get("seconds", 0.0) for out in every)
     now = f", {lasted(seconds)} of it now" if seconds < 0.9 * whole else ""
     print()
@@ -57,10 +57,10 @@ def say_all_done(every: Sequence[RunDir], folder: Path, seconds: float) -> None:
 
 
 def next_command(settings: Settings, order: Sequence[str], overrides: Sequence[str] | None) -> str | None:
-    """The command that goes on after a stage: the next of the experiment's `order`, with what the user said for all.
+    """Return the command of the next stage in the experiment's `order`, with the user's settings that apply to it.
 
-    Where the order ends: PPO after a reward, the evaluation after PPO, else a chat. `overrides` are the user's own;
-    None where a recorded configuration was run again, which says nothing of the other stages.
+    At the end of the order: PPO after a reward model, the evaluation after PPO, else a chat. `overrides` are those of
+    the command line; None if a recorded configuration was run again, which has no settings for other stages.
     """
     stage = settings.stage
     after = dict(itertools.pairwise(order)).get(stage) or STAGES[stage].then
@@ -73,19 +73,19 @@ def next_command(settings: Settings, order: Sequence[str], overrides: Sequence[s
 
 
 def command(stage: str, runs: str, **said: str | None) -> str:
-    """A stage's command line with settings that are paths or names; those that are None are left out."""
+    """Return a stage's command line with settings that are paths or names. Values of None are left out."""
     said |= {"runs": runs} if runs != "runs" else {}
     words = (typed(key, value) for key, value in said.items() if value)
     return shlex.join([*_RUN.split(), f"stage={stage}", *words])
 
 
 def _for_others(settings: Settings, overrides: Sequence[str]) -> list[str]:
-    """Of what the user said to one stage, what goes for the others; what it started from gives way to what it made."""
+    """Return the overrides that also apply to later stages. The path a stage started from becomes the path it made."""
     stage = settings.stage
     own = ("stage=", "labels=", "overwrite=", "hub.", "trainer.", f"stages.{stage}.", "policy.lora", "policy.quantize")
     made = {"sft": "policy.path", "reward": "reward.path"}.get(stage, "")
     said = [word for o in overrides if not (word := as_typed(o)).startswith(own)]
-    if "~experiment" in said:  # added to a choice of the user's own, or said as such
+    if "~experiment" in said:  # it was added for the user's own policy, reward or data, or typed by the user
         chosen = any(o.startswith(("policy=", "reward=", "data=")) for o in said)
         said = [o for o in said if o != "~experiment"] + ([] if chosen else ["experiment=null"])
     place = RunDir.of(settings).path
@@ -93,14 +93,14 @@ def _for_others(settings: Settings, overrides: Sequence[str]) -> list[str]:
 
 
 def outcome(out: RunDir) -> str:
-    """A stage's result in a few words, from its files."""
+    """Return a stage's result in a few words, from its files."""
     results = out.record.get("results", {})
     try:
         if out.stage in _OUTCOMES:
             return _OUTCOMES[out.stage](out, results)
         if line := FOLDERS[out.stage].outcome:
             return line.format_map({"pairs": results.get("rows"), **results})
-    except (KeyError, TypeError, ValueError, IndexError):  # of another version, or by another hand
+    except (KeyError, TypeError, ValueError, IndexError):  # files of another version, or edited by hand
         pass
     return ", ".join(f"{k} {v:.4g}" for k, v in [*results.items()][:3] if isinstance(v, int | float))
 
@@ -133,7 +133,7 @@ _OUTCOMES = {"collect": _collected, "ppo": _improved, "evaluate": _evaluated}
 
 
 def how_far(results: dict[str, Any]) -> str:
-    """How many tasks people are through with."""
+    """Return how many tasks people have finished."""
     skipped = f" ({results['skipped']} skipped)" if results["skipped"] else ""
     return f"{results['labelled'] + results['skipped']} of {results['prompts']} labelled{skipped}"
 
@@ -144,7 +144,7 @@ def _time(record: dict[str, Any]) -> str:
 
 
 def _rates(out: RunDir) -> list[str]:
-    """How fast it was: updates, steps or tokens in the stage's whole time."""
+    """Return the speed over the stage's whole time: updates, steps or tokens."""
     record = out.record
     if speed := record.get("results", {}).get("speed"):
         return ["{tokens_per_second:.0f} tokens/s, {prompts_per_second:.1f} prompts/s".format(**speed)]

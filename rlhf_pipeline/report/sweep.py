@@ -13,7 +13,7 @@ from rlhf_pipeline.report.words import Words
 
 
 def sweep_page(target: Path, found: Mapping[str, Any], words: Words) -> Path:
-    """Write the page of what sweep.json holds; give where it is."""
+    """Write the page of a sweep; `found` is the content of sweep.json. Returns `target`."""
     rows, jobs = items(found.get("rows")), items(found.get("jobs"))
     names = [", ".join(f"{k}={v}" for k, v in members(row.get("settings")).items()) or "all" for row in rows]
     failed = sum(job.get("status") == "failed" for job in jobs)

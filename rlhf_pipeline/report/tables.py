@@ -1,4 +1,4 @@
-"""Tables on the terminal. What models and people wrote is shown as it is, never as markup."""
+"""Tables on the terminal. Text by models and people is shown literally, never as markup."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ from rlhf_pipeline.report.files import columns
 from rlhf_pipeline.report.words import Words
 from rlhf_pipeline.texts import shown
 
-_ABREAST = 4  # policies whose answers can be read side by side
+_ABREAST = 4  # the most policies whose answers are shown side by side
 _FORMS = {"positive": ".1%", "win_rate": ".1%", "kl": ".2f", "perplexity": ".2f", "held_out_perplexity": ".2f",
           "length": ".1f", "moved": ".2f", "validation_kl": ".2f", "time": ".0f", "gain": "+.3f", "95 % from": "+.3f",
           "95 % to": "+.3f", "sampled_tokens": ",.0f"}  # fmt: skip
@@ -29,7 +29,7 @@ _AGAINST_KL = ("reward_mean", "reward_stderr", "kl", "gain", "95 % from", "95 % 
 
 
 def _console() -> Console:
-    """The terminal; where there is none, as in a log file, wide enough for the tables."""
+    """Return the console. Without a terminal (in a log file), it is 100 columns wide, enough for the tables."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=100)
 
@@ -39,7 +39,7 @@ def _say(text: str, style: str = "") -> None:
 
 
 def _figures(title: str, rows: Rows) -> None:
-    """Names by row, and a column for every key that any row fills; a long name is folded, a figure is not."""
+    """Print a row per name and a column per key that any row has. Long names are wrapped, figures are not."""
     table = Table(title=Text(shown(title)), title_justify="left")
     table.add_column("", overflow="fold")
     keys = columns(rows.values())
@@ -52,12 +52,12 @@ def _figures(title: str, rows: Rows) -> None:
 
 
 def figure(key: str, value: Any) -> str:
-    """A figure of a table as its column shows it; a dash for none."""
+    """Format a figure as its column shows it; a dash for None."""
     return f"{value:{_FORMS.get(key, '.3f')}}" if isinstance(value, float) else "-" if value is None else str(value)
 
 
 def evaluation_table(evaluation: dict[str, Any]) -> None:
-    """The tables of an evaluation that its page shows too, what it warns of, and some answers."""
+    """Print the tables of an evaluation, as on its page, its warnings and some answers."""
     known, count = evaluation.get("prompts_in_training"), evaluation["prompts"]
     about = f" ({known} of {count} also begin training texts)" if known is not None else ""
     _say(f"{count} held-out prompts{about}; reward: {evaluation['reward']}; KL to {evaluation['reference']}")
@@ -68,15 +68,15 @@ def evaluation_table(evaluation: dict[str, Any]) -> None:
     names = list(evaluation["metrics"])
     extremes = [{**rows[0], "prompt": f"{kind}: {rows[0]['prompt']}"}
                 for kind, rows in evaluation.get("extremes", {}).items() if rows]  # fmt: skip
-    # Of many policies those that matter, or no column could be read; the file has them all.
+    # With many policies the columns get too narrow, so show three; evaluation.json has all.
     few = names if len(names) <= _ABREAST else list(dict.fromkeys((names[0], evaluation["reference"], names[-1])))
     _answers("Typical answers", evaluation["examples"], few)
     _answers(f"Best and worst of {names[-1]}, and most changed from {names[0]}", extremes, few)
-    _answers("Answers to your own", evaluation.get("shown"), names)
+    _answers("Answers to your own prompts", evaluation.get("shown"), names)
 
 
 def _answers(title: str, rows: Sequence[dict[str, Any]] | None, policies: Sequence[str]) -> None:
-    """Prompts by row, those of the policies that have answered by column."""
+    """Print a row per prompt, and a column per policy that has answers."""
     if rows:
         names = [name for name in policies if name in rows[0]["responses"]]
         cells = [[row["prompt"], *(f"{row['responses'][name].rstrip()} ({row['rewards'][name]:.2f})" for name in names)]
@@ -85,14 +85,14 @@ def _answers(title: str, rows: Sequence[dict[str, Any]] | None, policies: Sequen
 
 
 def side_by_side(answers: Sequence[tuple[str, str, float | None]]) -> None:
-    """Names, answers and rewards by column, which share the terminal's width."""
+    """Print names, answers and rewards in columns, which share the terminal's width."""
     texts = [text.strip() for _, text, _ in answers]
     rewards = [f"reward {reward:.3f}" for _, _, reward in answers if reward is not None]
     _texts([name for name, _, _ in answers], list(filter(None, (texts, rewards))), show_edge=False, expand=True)
 
 
 def _texts(heads: Sequence[str], rows: Sequence[Sequence[str]], **style: Any) -> None:
-    """What models wrote, as it is: no markup, and escapes that do nothing."""
+    """Print texts literally: no markup, and escape sequences have no effect."""
     table = Table(**style)
     for head in heads:
         table.add_column(Text(shown(head)), ratio=1 if style.get("expand") else None, overflow="fold")
@@ -102,7 +102,7 @@ def _texts(heads: Sequence[str], rows: Sequence[Sequence[str]], **style: Any) ->
 
 
 def frontier_table(frontier: dict[str, Any]) -> None:
-    """The tables of a sweep's policies that its page shows too, without the figures that a terminal has no room for."""
+    """Print the tables of a sweep's policies, as on its page but with fewer columns."""
     _say(f"{frontier['sweep']}; reward: {frontier['reward']}")
     policies, *others = frontier_tables(frontier)
     few = {name: {key: row.get(key) for key in _AGAINST_KL} for name, row in policies.rows.items()}
@@ -111,7 +111,7 @@ def frontier_table(frontier: dict[str, Any]) -> None:
 
 
 def comparison_table(comparison: dict[str, Any]) -> None:
-    """The tables of a comparison that its page shows too."""
+    """Print the tables of a comparison, as on its page."""
     start = comparison["starts"][0]
     _say(f"{start['prompts']} held-out prompts ({start['prompts_in_training']} also begin training texts); "
          f"reward: {comparison['reward']}; KL to SFT")  # fmt: skip
@@ -120,9 +120,9 @@ def comparison_table(comparison: dict[str, Any]) -> None:
 
 
 def sweep_table(found: dict[str, Any], own: Collection[str]) -> None:
-    """The settings of a sweep by row, the best objective first; then which of a command's own jobs failed."""
+    """Print a sweep's settings by row, the best objective first; then the failed jobs among `own`, this command's."""
     rows = {short(row): sweep_figures(row) for row in found["rows"]}
-    validated = any("validation_kl" in row for row in rows.values())  # else in training
+    validated = any("validation_kl" in row for row in rows.values())  # else the figures of training
     judged = ("validation_reward", "validation_kl") if validated else ("scores", "kl")
     keys = ("objective", "± s.e.", *judged, OVER, "seeds", "failed", "left", "time")
     about = f"; objective: {found['objective']}" if found["objective"] else ""
@@ -140,16 +140,16 @@ def sweep_table(found: dict[str, Any], own: Collection[str]) -> None:
 
 
 def rounds_table(rows: Rows, judges: Sequence[str]) -> None:
-    """Rounds of human feedback by row: labels, reward model, policy; an accuracy with the number of its pairs."""
+    """Print a row per round of human feedback: labels, reward model, policy."""
     of = judges[0] if len(judges) == 1 else "each round's own reward model, so compare within a round"
     _figures(f"by round; reward: {of}", rows)
 
 
 def plan_table(plan: dict[str, Any]) -> None:
-    """What a launch needs, a column each; before it what was counted, after it which fits. All of it is computed."""
+    """Print the computed sizes, then a column of needs per launch, then the simplest launch that fits."""
     count, work = plan["parameters"], plan["work"]
     critic = f"a critic of {count['critic']:,}" if count["critic"] else f"a value head of {count['value_head']:,}"
-    own = "the policy, its adapter off"
+    own = "the policy with its adapter off"
     reference = f"{count['reference']:,}, {plan['reference_bytes'] / 2**30:.2f} GiB" if count["reference"] else own
     bf16 = "bf16 with fp32 master weights" if work["bf16"] else "fp32"
     machine = f"{plan['gpus']} x {plan['gpu']} of {plan['memory'] / 2**30:.0f} GiB, MFU {plan['mfu']:.0%}"
@@ -159,7 +159,7 @@ def plan_table(plan: dict[str, Any]) -> None:
         f"update     {work['rows']} responses a process, up to {work['prompt']} + {work['response']} tokens, "
         f"{work['epochs']} epochs of {work['minibatches']} steps, {work['micro']} rows at a time, "
         f"{bf16}{', checkpointed' if work['checkpointing'] else ''}",
-        f"computed   not measured: what each process takes on {machine}",
+        f"computed   not measured: the needs of each process on {machine}",
     ):
         _say(line)
     parts = [columns(launch[key] for launch in plan["launches"]) for key in ("parts", "seconds")]
@@ -170,7 +170,7 @@ def plan_table(plan: dict[str, Any]) -> None:
 
 
 def _launch(launch: dict[str, Any], parts: list[str], times: list[str]) -> dict[str, str | None]:
-    """One column: memory by part, then time by part; None where a launch has no such part."""
+    """Return one column: memory by part, then time by part; None for a part that the launch does not have."""
 
     def told(value: float | None, form: str, unit: float = 1) -> str | None:
         return None if value is None else format(value / unit, form)

@@ -1,4 +1,4 @@
-"""Trackers beside metrics.jsonl: TensorBoard, Trackio, Weights & Biases, SwanLab."""
+"""Experiment trackers: TensorBoard, Trackio, Weights & Biases, SwanLab."""
 
 import contextlib
 import hashlib
@@ -17,30 +17,30 @@ from rlhf_pipeline.report.files import only
 from rlhf_pipeline.report.page import plain
 from rlhf_pipeline.texts import shown
 
-# The fields of `trainer` that say where figures are shown. Every stage but chat takes them; its work is the same.
+# The fields of `trainer` that set the tracking. Every stage but chat takes them. They do not affect its work.
 FIELDS = ("report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
 PROJECT = "rlhf_pipeline"
-_STEP = "train/global_step"  # as transformers calls it in trackers that count rows instead
-# What may mark up a line of Markdown or HTML, line ends, and the blanks that HTML drops.
+_STEP = "train/global_step"  # transformers' name for the step in trackers that count rows themselves
+# Special characters of Markdown and HTML, line ends, and the spaces that HTML drops.
 _MARKS = re.compile(r"\n|(?:(?<=\s)|^) |[^\w ]|_")
 _REFERENCES = {"\n": "<br>", " ": "&#160;"}
 Cells = Sequence[Sequence[Any]]
 
 
 def chosen(report_to: Any) -> list[str]:
-    """The trackers that `report_to` names; none for null and `none`."""
+    """Return the trackers that `report_to` names; [] for null and `none`."""
     words = report_to if isinstance(report_to, list) else [report_to]
     return [word for word in dict.fromkeys(str(word) for word in words if word is not None) if word != "none"]
 
 
 def check(report_to: Any) -> None:
-    """Refuse what is no tracker of ours or is not installed."""
+    """Refuse a tracker that is unknown or not installed."""
     for word in chosen(report_to):
         if word not in KINDS:
             takes = f"It takes none, {', '.join(KINDS)}, or a list: trainer.report_to=[{','.join(KINDS)}]."
             raise UserError(f"trainer.report_to={word} is not a supported tracker. {suggest(word, KINDS)}{takes}")
         found = importlib.util.find_spec(word)
-        if found is None or found.origin is None:  # a mere folder of that name
+        if found is None or found.origin is None:  # only a folder of that name, not a package
             raise UserError(
                 f"trainer.report_to={word} needs {word}, which is not installed: pip install 'rlhf_pipeline[{word}]', "
                 f"or choose one of: {', '.join(['none', *(kind for kind in KINDS if kind != word)])}."
@@ -48,7 +48,7 @@ def check(report_to: Any) -> None:
 
 
 def ready(report_to: Any) -> None:
-    """Refuse Weights & Biases and SwanLab where they would prompt for a key: in a script nobody answers."""
+    """Refuse Weights & Biases and SwanLab without a login: they would prompt for a key, and a script would hang."""
     for tracker, logged_in in (("wandb", _wandb_logged_in), ("swanlab", _swanlab_logged_in)):
         if tracker in chosen(report_to) and not logged_in():
             raise UserError(
@@ -59,10 +59,10 @@ def ready(report_to: Any) -> None:
 
 
 def _wandb_logged_in() -> bool:
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its reports to its makers
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # no crash reports to the maker
     import wandb
 
-    with contextlib.suppress(Exception):  # whether the network is up is not asked
+    with contextlib.suppress(Exception):  # verify=False: no request over the network
         online = wandb.setup().settings.mode in ("online", "run", "shared")
         return not online or bool(wandb.login(prompt=False, verify=False))
     return False
@@ -76,7 +76,7 @@ def _swanlab_logged_in() -> bool:
 
 
 def naming(config: Mapping[str, Any], tracker: str = "trackio") -> dict[str, str]:
-    """The name and the project of a stage's run; `config` are the resolved settings."""
+    """Return the name and the project of a tracker's run; `config` are the resolved settings."""
     asked = config["trainer"]
     return {
         "run_name": asked.get("run_name") or f"{config['name']}/{config['stage']}",
@@ -87,20 +87,20 @@ def naming(config: Mapping[str, Any], tracker: str = "trackio") -> dict[str, str
 class Run(NamedTuple):
     """A tracker's run of one stage."""
 
-    log: Callable[[Mapping[str, float], int], None]  # figures by name, and the step
-    table: Callable[[str, Sequence[str], Cells, int], None]  # a name, heads, cells, and the step
-    close: Callable[[bool], None]  # whether the stage failed
+    log: Callable[[Mapping[str, float], int], None]  # (figures by name, step)
+    table: Callable[[str, Sequence[str], Cells, int], None]  # (name, headings, cells, step)
+    close: Callable[[bool], None]  # (whether the stage failed)
 
 
 def _tensorboard(config: dict[str, Any], folder: Path, step: int) -> Run:
-    """Event files in the run directory, or below TENSORBOARD_LOGGING_DIR; those after `step` are hidden."""
+    """Write event files to the run directory, or below TENSORBOARD_LOGGING_DIR. Events after `step` are hidden."""
     from torch.utils.tensorboard import SummaryWriter
 
     root = os.environ.get("TENSORBOARD_LOGGING_DIR")
     place = Path(root).expanduser() / naming(config)["run_name"] if root else folder / "tensorboard"
     writer: Any = SummaryWriter(str(place), purge_step=step + 1)
     settings = json.dumps(config, indent=2, ensure_ascii=True)
-    writer.add_text("settings", textwrap.indent(settings, "    "), step)  # indented: a code block
+    writer.add_text("settings", textwrap.indent(settings, "    "), step)  # indented, so Markdown shows a code block
 
     def log(values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
@@ -115,14 +115,14 @@ def _tensorboard(config: dict[str, Any], folder: Path, step: int) -> Run:
 
 
 def _trackio(config: dict[str, Any], folder: Path, step: int) -> Run:
-    """A run in Trackio's own folder on this machine, or in the Space that the user names."""
+    """Open a run in Trackio's own folder on this machine, or in the Space that the user names."""
     import trackio
 
     asked, named = config["trainer"], naming(config, "trackio")
     private = asked.get("hub_private_repo")
     trackio.init(
         project=named["project"], name=named["run_name"], group=config["name"], embed=False, private=private,
-        resume="allow" if step else "never",  # a run of that name may belong to a folder that was deleted
+        resume="allow" if step else "never",  # never: a run of that name may belong to a deleted folder
         space_id=asked.get("trackio_space_id"), bucket_id=asked.get("trackio_bucket_id"),
     )  # fmt: skip
     trackio.config["settings"] = config
@@ -137,7 +137,7 @@ def _trackio(config: dict[str, Any], folder: Path, step: int) -> Run:
 
 
 def _wandb(config: dict[str, Any], folder: Path, step: int) -> Run:
-    """A run of Weights & Biases, which with WANDB_MODE=offline lies in the run directory."""
+    """Open a run of Weights & Biases. With WANDB_MODE=offline its files are in the run directory."""
     import wandb
 
     named = naming(config, "wandb")
@@ -152,7 +152,7 @@ def _wandb(config: dict[str, Any], folder: Path, step: int) -> Run:
 
 
 def _swanlab(config: dict[str, Any], folder: Path, step: int) -> Run:
-    """A run of SwanLab, which with SWANLAB_MODE=offline or local lies in the run directory."""
+    """Open a run of SwanLab. With SWANLAB_MODE=offline or local its files are in the run directory."""
     import swanlab
 
     named = naming(config, "swanlab")
@@ -172,13 +172,13 @@ def _swanlab(config: dict[str, Any], folder: Path, step: int) -> Run:
 
 
 def _key(folder: Path, named: Mapping[str, str]) -> str:
-    """The same run if the stage is resumed under the same name, another once it is started over."""
+    """Return the id of the tracker's run: the same for a resumed stage, a new one for a stage that starts over."""
     began = only(folder / "run.json").get("started", "")
     return hashlib.sha256(json.dumps([began, *named.values()]).encode()).hexdigest()[:12]
 
 
 def _in_rows(api: Any, close: Callable[[bool], None], **more: bool) -> Run:
-    """Where the step is a figure like others."""
+    """Return a `Run` for a tracker that takes the step as a figure like any other."""
 
     def table(name: str, heads: Sequence[str], cells: Cells, step: int) -> None:
         api.log({name: api.Table(columns=heads, data=cells, **more), _STEP: step})
@@ -190,5 +190,5 @@ KINDS = {"tensorboard": _tensorboard, "trackio": _trackio, "wandb": _wandb, "swa
 
 
 def literal(value: Any) -> str:
-    """A value for a cell of a table in Markdown, marking up nothing: generated text is data."""
+    """Escape a value for a cell of a Markdown table, because generated text may contain markup."""
     return _MARKS.sub(lambda mark: _REFERENCES.get(mark[0]) or f"&#{ord(mark[0])};", shown(plain(value)))

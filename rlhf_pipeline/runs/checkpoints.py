@@ -1,4 +1,4 @@
-"""Checkpoint folders: sealed once they are whole, checked before they are used."""
+"""Checkpoint folders. They are sealed when complete, and checked before use."""
 
 import json
 import os
@@ -10,14 +10,14 @@ from pathlib import Path
 
 from rlhf_pipeline.files import write_json
 
-SEAL = "complete"  # the file that says what a whole checkpoint holds
+SEAL = "complete"  # the file that lists the files of a complete checkpoint
 
 
 def seal(folder: Path) -> None:
-    """Note the size of every file once it is on the disk; from here on the folder counts as whole."""
+    """Sync every file to disk and record its size. After this the checkpoint is complete."""
     held = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != SEAL):
-        with path.open("r+b") as file:  # Windows syncs no file that is only read
+        with path.open("r+b") as file:  # Windows cannot sync a file that is open for reading only
             os.fsync(file.fileno())
         held[str(path.relative_to(folder))] = {"bytes": path.stat().st_size}
     write_json(folder / SEAL, held)
@@ -25,7 +25,7 @@ def seal(folder: Path) -> None:
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """An empty hidden folder to fill, which then takes the place of `folder`; what is there goes when it stands."""
+    """Yield an empty hidden folder to fill. At the end it replaces `folder`, whose old content is then deleted."""
     new, old = (folder.with_name(f".{folder.name}.{what}") for what in ("new", "old"))
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -38,19 +38,19 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 
 def step_of(folder: Path) -> int:
-    """The step of `checkpoint-<step>`; -1 for another name."""
+    """Return the step of `checkpoint-<step>`; -1 for another name."""
     number = folder.name.rpartition("-")[2]
     return int(number) if number.isdigit() else -1
 
 
 def sealed(parent: Path) -> list[Path]:
-    """The checkpoints below `parent` that were sealed, the oldest first."""
+    """Return the sealed checkpoints below `parent`, the oldest first."""
     there = [path for path in parent.glob("checkpoint-*") if step_of(path) >= 0 and (path / SEAL).exists()]
     return sorted(there, key=step_of)
 
 
 def newest_whole(parent: Path) -> Path | None:
-    """The newest checkpoint below `parent` that holds all it was sealed with. One that does not is named and left."""
+    """Return the newest undamaged checkpoint below `parent`. Damaged ones are reported and skipped."""
     for folder in reversed(sealed(parent)):
         if (fault := fault_of(folder)) is None:
             return folder
@@ -59,13 +59,13 @@ def newest_whole(parent: Path) -> Path | None:
 
 
 def drop_old(parent: Path, keep: int | None) -> None:
-    """Delete all but the newest `keep` whole checkpoints; None keeps all."""
+    """Delete all but the newest `keep` sealed checkpoints; None keeps all."""
     for old in sealed(parent)[: -max(keep, 1)] if keep else []:
         shutil.rmtree(old)
 
 
 def fault_of(folder: Path) -> str | None:
-    """What is wrong with a checkpoint that was sealed; of one that was not, nothing is known."""
+    """Return what is wrong with a sealed checkpoint; None if nothing is wrong, or if it was not sealed."""
     if not (folder / SEAL).exists():
         return None
     try:

@@ -1,4 +1,4 @@
-"""Run directories, the only state between stages: lineage, atomic files, resuming, metric and sample logs."""
+"""Run directories, the only state between stages: lineage, atomic files, resuming, logs of metrics and samples."""
 
 import contextlib
 import errno
@@ -29,10 +29,10 @@ _ROUND = re.compile(r"round([1-9][0-9]*)")
 
 
 class Observer:
-    """Whoever watches a stage; this one makes nothing of what happens.
+    """The default observer of a stage, which ignores all events.
 
-    started(config, step): training begins, or goes on. logged(step, values), sampled(step, samples): rows were logged.
-    evaluated(config, evaluation): policies were compared. added(): a file has grown. ended(): run.json says how.
+    started(config, step): training starts or resumes. logged(step, values), sampled(step, samples): rows were logged.
+    evaluated(config, evaluation): policies were compared. added(): a file has grown. ended(): run.json has the status.
     """
 
     def __getattr__(self, event: str) -> Callable[..., None]:
@@ -40,29 +40,29 @@ class Observer:
 
 
 class RunDir:
-    """`runs/<name>/<stage>/`. A name with a slash is a job of a sweep: what it lacks, its parents may have."""
+    """`runs/<name>/<stage>/`. A name with a slash is a sweep's job or a round; it can use models of its parent runs."""
 
     def __init__(self, runs: Path, name: str, stage: str, experiment: str | None = None) -> None:
         self.runs, self.name, self.stage, self.experiment = runs, name, stage, experiment
-        self.leads = rank() == 0  # of several processes, the one that writes
+        self.leads = rank() == 0  # rank 0 writes the files
         self.path = runs / name / stage
         self.checkpoints, self.model = self.path / "checkpoints", self.path / "model"
-        self._started, self._before = time.monotonic(), 0.0  # seconds of the sessions before this one
+        self._started, self._before = time.monotonic(), 0.0  # _before: seconds of earlier sessions
         self._record: dict[str, Any] = {}
         self.observer: Any = Observer()
-        self._old = runs / name / f".{stage}.old"  # what is being overwritten, until the new work has begun
+        self._old = runs / name / f".{stage}.old"  # the work that is being overwritten, kept until there is new work
 
     @classmethod
     def of(cls, settings: Settings) -> "RunDir":
-        """The directory of one stage of one run; of a sweep's evaluation, frontier/."""
+        """Return the directory of a stage of a run. The evaluation of a sweep has the directory frontier/."""
         stage = "frontier" if settings.sweep else settings.stage
         return cls(Path(settings.runs), settings.name, stage, settings.experiment)
 
-    # -- what is there already
+    # -- existing work
 
     @property
     def record(self) -> dict[str, Any]:
-        """`run.json`, empty where there is none."""
+        """The content of `run.json`; empty if there is no such file."""
         found = files.read_json(self.path / "run.json")
         for key, kind in _RECORD.items():
             if not isinstance(found.get(key, kind()), kind):
@@ -70,9 +70,9 @@ class RunDir:
         return found
 
     def finished(self, settings: Settings, look: bool = False) -> bool:
-        """Whether this very work is done. Other work in this place is a `UserError`, unless it may be overwritten.
+        """Return whether this same work is done. Raises UserError for other work, unless it may be overwritten.
 
-        What came to nothing, or is to be overwritten, is moved aside, unless this is but a `look`.
+        Work that left nothing to resume, or that is overwritten, is moved aside, unless `look` is True.
         """
         record = self.record
         if not record:
@@ -87,7 +87,7 @@ class RunDir:
             if not settings.overwrite:
                 raise UserError(
                     f"{self.path} holds other work ({'; '.join(differences[:4])}). "
-                    "Choose another name=, or say overwrite=true."
+                    "Choose another name=, or add overwrite=true."
                 )
             if why := self._peoples_work():
                 if not differences:
@@ -98,7 +98,7 @@ class RunDir:
         return False
 
     def _peoples_work(self) -> str | None:
-        """What people did here, which no run could do again; None where there is nothing of theirs."""
+        """Return a description of work by people, which no run can reproduce; None if there is none."""
         if any(row.get("source") for row in files.read_jsonl(self.path / LABELS)):
             return f"{self.path / LABELS} holds labels by people"
         if (self.path / PROJECT).exists():
@@ -107,18 +107,18 @@ class RunDir:
 
     @property
     def filled_in(self) -> bool:
-        """Whether people filled in the sheet where it lies."""
+        """Whether people have filled in the sheet in this directory."""
         sheet, offered = self.path / SHEET, self.record.get("sheet_sha256")
         return bool(offered) and sheet.exists() and file_hash(sheet) != offered
 
     @property
     def _begun(self) -> bool:
-        """Whether there is anything but a model that a run of this stage could go on from."""
+        """Whether there is anything, apart from a model, from which a run of this stage can resume."""
         made = any((self.path / name).exists() for name in (CANDIDATES, CANDIDATES_SO_FAR, FRONTIER))
         return made or self.last_checkpoint() is not None
 
     def _check_model(self) -> None:
-        """Refuse a stage that is done and whose model has been deleted: an older one would pass for it."""
+        """Raise UserError if the stage is done but its model was deleted: an older model would be used instead."""
         if FOLDERS[self.stage].makes and not self.model.is_dir():
             raise UserError(
                 f"{self.path} is done, but its model/ is gone. Make it again: stage={self.stage} name={self.name} "
@@ -126,16 +126,16 @@ class RunDir:
             )
 
     def objective(self) -> float | None:
-        """The one number that a sweep compares."""
+        """Return the number that a sweep compares."""
         return self.record.get("objective")
 
     def upstream(
         self, *stages: str, policy: dict[str, Any] | None = None, reward: dict[str, Any] | None = None
     ) -> Path | None:
-        """The model of the first of these stages that this run has finished, or a sweep's parent run.
+        """Return the model of the first of these stages that is finished in this run or in a parent run.
 
-        With a `policy` or `reward`, only one that was made from that entry: another is not meant. The same entry
-        made otherwise (in another size, say) is a `UserError`.
+        With a `policy` or `reward`, models of other registry entries are skipped. Raises UserError if a model has the
+        same entry but other settings (for example, another size).
         """
         names = [self.name, *(str(p) for p in Path(self.name).parents if str(p) != ".")]
         if len(names) > 1 and self.experiment and not self.round:
@@ -154,7 +154,7 @@ class RunDir:
                 for key in sorted({*own, *choice} - {"path", "lora", "quantize"}) if choice else ():
                     if own.get(key) != choice.get(key):
                         there, here = own.get(key), choice.get(key)
-                        raise UserError(f"{other.path} has policy.{key}={there}, and here it is {here}; make them one.")
+                        raise UserError(f"{other.path} has policy.{key}={there}, but here it is {here}; use one value.")
                 return other.model
         return None
 
@@ -162,33 +162,33 @@ class RunDir:
 
     @property
     def round(self) -> int | None:
-        """Which round this directory belongs to, by its name; None where it belongs to none."""
+        """The number of the round that this directory belongs to, from its name; None if it belongs to no round."""
         path = Path(self.name)
         found = _ROUND.fullmatch(path.name) if path.parent.name else None
         return int(found[1]) if found else None
 
     def in_round(self, number: int) -> "RunDir":
-        """The same stage in another round."""
+        """Return the same stage in another round."""
         return RunDir(self.runs, str(Path(self.name).parent / f"round{number}"), self.stage, self.experiment)
 
     def newest_round(self) -> "RunDir":
-        """The same stage where it ran last: in this very run, else in the newest of its rounds."""
+        """Return the same stage in this run if it ran here, else in the newest round where it ran."""
         return next((out for out in (self, *self.rounds()) if out.record), self)
 
     def rounds(self) -> list["RunDir"]:
-        """The same stage in each round of this run, the newest first."""
+        """Return the same stage in each round of this run, the newest first."""
         names = [path.name for path in (self.runs / self.name).glob("*") if _ROUND.fullmatch(path.name)]
         newest_first = sorted(names, key=lambda name: int(name.removeprefix("round")), reverse=True)
         return [RunDir(self.runs, f"{self.name}/{name}", self.stage, self.experiment) for name in newest_first]
 
     def labels(self) -> list[Path]:
-        """What stage=collect of this run has brought, of every round up to this one; the newest last."""
+        """Return the label files of stage=collect, for every round up to this one; the newest last."""
         own = self.beside("collect")
         rounds = [own.in_round(number) for number in range(1, self.round + 1)] if self.round else [own]
         return [path for collect in rounds if (path := collect.path / LABELS).exists()]
 
     def config(self) -> dict[str, Any]:
-        """`config.yaml`, empty where there is none."""
+        """Return the content of `config.yaml`; empty if there is no such file."""
         found = files.read_yaml(self.path / "config.yaml")
         for key in ("policy", "reward", "data", "trainer") if found else ():
             if not isinstance(found.setdefault(key, {}), dict):
@@ -196,23 +196,23 @@ class RunDir:
         return found
 
     def made_with(self) -> dict[str, Any]:
-        """`config.yaml` of a stage that has run; a `UserError` where it is gone."""
+        """Return the content of `config.yaml` of a stage that has run. Raises UserError if the file is missing."""
         if found := self.config():
             return found
         raise UserError(f"{self.path / 'config.yaml'} is gone; restore it, or move {self.path} away.")
 
     def beside(self, stage: str) -> "RunDir":
-        """Another stage of the same run."""
+        """Return another stage of the same run."""
         return RunDir(self.runs, self.name, stage, self.experiment)
 
     # -- one run of the stage
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Keep other processes out of this directory until the block is left, however the process ends.
+        """Lock this directory against other launches until the block ends. A killed process also frees the lock.
 
-        Work that was moved aside comes back where the new work was refused, or ended before it had anything to show.
-        Of several processes, rank 0 holds it for all.
+        Work that was moved aside is put back if the new work was refused or ended without a result. Rank 0 holds the
+        lock for all ranks.
         """
         if not self.leads:
             yield
@@ -230,7 +230,7 @@ class RunDir:
                 self._settle()
 
     def _settle(self) -> None:
-        """Delete the old work once there is new work, else put it back. Either can be gone on with after a kill."""
+        """Delete the old work if there is new work, else put it back. After a kill, the next call completes either."""
         if not self.leads or not self._old.exists():
             return
         trained = any(row.get("step", 0) > 0 for row in files.read_log(self.path / "metrics.jsonl"))
@@ -239,24 +239,24 @@ class RunDir:
             return
         shutil.rmtree(self.path, ignore_errors=True)
         os.replace(self._old, self.path)
-        print(f"{self.path} is as it was before", flush=True)
+        print(f"{self.path}: the earlier work is restored", flush=True)
 
     @by_rank_0
     def begin(self, settings: Settings, parents: dict[str, str], fingerprint: dict[str, Any] | None) -> None:
-        """Write down what is about to happen and from what; `parents` maps a role to a folder or a hub id."""
+        """Write config.yaml and run.json before the work starts. `parents` maps a role to a folder or a hub id."""
         before = self.record if self._begun else {}
         found = {role: parent(where) for role, where in parents.items()}
         if before:
             same_work.check_resumed(self, before, found, fingerprint)
-        meant_for = processes()  # the settings; if others go on, they still take as many rows a step
+        meant_for = processes()  # the process count that fits the settings; a resumed run keeps its rows per step
         if before and settings.trainer:
             rows = rows_a_step(self.config()["trainer"], before.get("processes", 1))
             meant_for = rows // rows_a_step(settings.trainer, 1)
         logging = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}, "_self_"]
         config = {"defaults": logging, "hydra": {"run": {"dir": "."}, "output_subdir": None}, **settings.to_dict()}
-        once = {"overwrite": False, "hub": {}}  # who repeats the run has not asked for these
+        once = {"overwrite": False, "hub": {}}  # for this launch only, not for a repeated run
         files.write_yaml(self.path / "config.yaml", config | once)
-        # Of a session that was killed, what its log says.
+        # A killed session did not record its time in run.json, but its log has it.
         logged = files.read_log(self.path / "metrics.jsonl")[-1:] if before else []
         self._before = max([before.get("seconds", 0.0), *(row.get("seconds", 0.0) for row in logged)])
         again = f"python -m rlhf_pipeline --config-path {shlex.quote(str(self.path))} --config-name config"
@@ -272,7 +272,7 @@ class RunDir:
         files.write_json(self.path / "run.json", self._record)
 
     def reopen(self, settings: Settings) -> None:
-        """Go on with a stage as it was recorded; of the settings, only what changes nothing of its work is news."""
+        """Continue a recorded stage. Only settings that do not affect its work are taken from `settings`."""
         self._record = self.record
         self._before = self._record.get("seconds", 0.0)
         config = self.config()
@@ -283,14 +283,14 @@ class RunDir:
             files.write_yaml(self.path / "config.yaml", config)
 
     def offer_sheet(self, content: str) -> None:
-        """Write the sheet that people fill in, and note how it was before they did."""
+        """Write the sheet that people fill in, and record its hash, to detect later whether they did."""
         files.write_atomic(self.path / SHEET, content)
         self._record["sheet_sha256"] = file_hash(self.path / SHEET)
         files.write_json(self.path / "run.json", self._record)
 
     @by_rank_0
     def finish(self, results: dict[str, Any], objective: float | None = None, status: str = "done") -> None:
-        """Mark the stage done, or waiting for people, with its results."""
+        """Record the results and the status: done, or waiting for people."""
         self._record |= {"status": status, "finished": _now(), "seconds": round(self._seconds, 1)}
         self._record |= {"results": results, "objective": objective}
         files.write_json(self.path / "run.json", self._record)
@@ -298,27 +298,27 @@ class RunDir:
 
     @by_rank_0
     def failed(self, error: BaseException) -> None:
-        """Note that the stage was cut off by an error; it can be resumed. What is done stays done."""
+        """Record that an error ended the stage, which can be resumed. The record of a finished stage stays."""
         if self._record and self._record["status"] == "running":
             kind = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             self._record |= {"status": kind, "error": f"{type(error).__name__}: {error}"[:500]}
             self._record["seconds"] = round(self._seconds, 1)
-            if isinstance(error, DiskError):  # what was being written is of no use, and the record needs room
+            if isinstance(error, DiskError):  # delete incomplete files to make room for the record
                 for folder in (*self.path.glob(".model.new"), *self.path.glob("checkpoints/*checkpoint-*")):
                     if not (folder / SEAL).exists():
                         shutil.rmtree(folder, ignore_errors=True)
-            with contextlib.suppress(OSError):  # there may be no room for it, and the error itself is worth more
+            with contextlib.suppress(OSError):  # the disk may be full; the original error matters more
                 files.write_json(self.path / "run.json", self._record)
             self.observer.ended()
 
     @property
     def _seconds(self) -> float:
-        """What the stage has taken so far, all sessions together."""
+        """Seconds that the stage has taken so far, over all sessions."""
         return time.monotonic() - self._started + self._before
 
     def save_model(self, save: Callable[[Path], None]) -> None:
-        """Let `save` fill a folder, then put it in the place of `model/` at once."""
-        if not self.leads:  # saving takes all processes
+        """Call `save` with a temporary folder, then replace `model/` by it atomically."""
+        if not self.leads:  # all ranks take part in saving
             return save(self.model)
         with replacing(self.model) as new:
             save(new)
@@ -326,12 +326,12 @@ class RunDir:
     # -- checkpoints and logs
 
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint that is whole."""
+        """Return the newest complete checkpoint."""
         return newest_whole(self.checkpoints)
 
     @by_rank_0
     def rewind(self, step: int) -> None:
-        """Drop log rows after `step`: a resumed run takes those steps again."""
+        """Delete log rows after `step`, because a resumed run repeats those steps."""
         for name in ("metrics.jsonl", "samples.jsonl", "warnings.jsonl"):
             if (path := self.path / name).exists():
                 files.write_jsonl(path, [row for row in files.read_log(path) if row["step"] <= step])
@@ -344,7 +344,7 @@ class RunDir:
             self._settle()
 
     def warn(self, step: int, warning: str) -> None:
-        """Keep in `warnings.jsonl` what the user was told, for the page to show."""
+        """Add a warning to `warnings.jsonl`, for the page."""
         self.add("warnings.jsonl", [{"step": step, "warning": warning}])
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:

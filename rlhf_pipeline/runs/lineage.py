@@ -1,4 +1,4 @@
-"""Where a run came from: content hashes of its parents, versions, hardware, the state of the checkout."""
+"""The provenance of a run: hashes of its parents, versions, hardware, git state."""
 
 import hashlib
 import os
@@ -16,9 +16,9 @@ _PACKAGES = ("rlhf_pipeline", "torch", "transformers", "trl", "accelerate", "dat
 
 
 def content_hash(folder: Path) -> str:
-    """SHA-256 over the names and bytes of a folder's files, but for the README.md beside them.
+    """Return the SHA-256 over the names and bytes of a folder's files, except the top README.md.
 
-    That is a model's card: stage=evaluate writes it anew, and people do; the model stays what it was.
+    The README.md is the model card. stage=evaluate and people rewrite it, which does not change the model.
     """
     digest = hashlib.sha256()
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / "README.md")
@@ -28,13 +28,13 @@ def content_hash(folder: Path) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def parent(where: str) -> dict[str, str | None]:
-    """A parent by where it is: a folder, a file, a function in a file; of a hub's id there is no hash."""
+    """Return path and hash of a parent: a folder, a file or a function in a file. A hub id has the hash None."""
     folder, source = Path(where), Path(where.rpartition(":")[0] or where)  # my_rewards.py:enthusiasm
     if source.is_file():
         return {"path": where, "sha256": file_hash(source)}
@@ -42,7 +42,7 @@ def parent(where: str) -> dict[str, str | None]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that matter."""
+    """Return the versions of Python and of the main packages."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -53,7 +53,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """What this process runs on."""
+    """Return the hardware of this process."""
     import torch
 
     info = Path("/proc/cpuinfo")
@@ -64,7 +64,7 @@ def hardware() -> dict[str, Any]:
 
 
 def git() -> dict[str, Any] | None:
-    """The state of this checkout, where it is one."""
+    """Return commit and dirty flag of this checkout; None outside a git checkout."""
     here = Path(__file__).parents[2]
     if not (here / ".git").exists():
         return None

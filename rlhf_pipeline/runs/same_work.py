@@ -1,4 +1,4 @@
-"""Whether a run directory holds the work that is asked for: the one place that decides."""
+"""Decide whether a run directory holds the requested work. No other module decides this."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,13 +15,13 @@ from rlhf_pipeline.stages import FOLDERS
 if TYPE_CHECKING:
     from rlhf_pipeline.runs.directory import RunDir
 
-# Settings of a stage's work that change nothing of what it makes.
+# Settings that may change between sessions, because they do not affect the result.
 MAY_DIFFER = ("collect.enough", "collect.annotators", "collect.batch_size")
 _FREE = {*MAY_DIFFER, *(f"trainer.{name}" for name in (*FIELDS, *CUT))}
 
 
 def differences(out: "RunDir", settings: Settings) -> list[str]:
-    """What sets the work that is asked for apart from what the directory holds: settings, parents, earlier stages."""
+    """Return the differences between the requested work and the directory's: settings, parents, earlier stages."""
     record, stage = out.record, FOLDERS[out.stage]
     before, after = dict(flat(out.config())), dict(flat(settings.to_dict()))
     changed = [
@@ -33,18 +33,18 @@ def differences(out: "RunDir", settings: Settings) -> list[str]:
         rows = rows_a_step(out.config()["trainer"], record.get("processes", 1))
         asked = rows_a_step(settings.trainer, processes())
         sizes = " x ".join(f"trainer.{name}" for name in CUT)
-        changed.append(f"a step takes {rows} rows there and {asked} here: {sizes} x processes")
+        changed.append(f"a step takes {rows} rows there and {asked} here ({sizes} x processes)")
     parents = record.get("parents", {})
     for role, before_it in parents.items():
         if (now := parent(before_it["path"])["sha256"]) and now != before_it["sha256"]:
             changed.append(f"its {role} {before_it['path']} has changed since")
     taken = {str(Path(other["path"])) for other in parents.values()}
-    for other, of in could_take(out):  # newer than this work, which would take them now
+    for other, of in could_take(out):  # finished after this work, and would be used now
         by_hand = (settings.reward if of == "reward" else settings.policy).get("path")
         if by_hand or (out.stage == "evaluate" and of != "reward" and settings.evaluate.policies):
             continue
         finished, there = str(other.record.get("finished")), record.get("there")
-        # Older records do not say what was there, only when they were begun.
+        # Records of older versions have no `there`; compare with their start time instead.
         old = finished <= record.get("started", "") if there is None else there.get(str(other.path)) == finished
         if not old and str(other.model) not in taken:
             changed.append(f"{other.path} has been made since")
@@ -52,7 +52,7 @@ def differences(out: "RunDir", settings: Settings) -> list[str]:
 
 
 def could_take(out: "RunDir") -> Iterator[tuple["RunDir", str]]:
-    """The finished stages whose model this one could take, and the name of each; an evaluation takes every round's."""
+    """Yield the finished stages whose models this stage could use, with stage names. evaluate uses all rounds."""
     for stage in FOLDERS[out.stage].takes:
         own = out.beside(stage)
         for other in (own, *(own.rounds() if out.stage == "evaluate" else [])):
@@ -61,7 +61,7 @@ def could_take(out: "RunDir") -> Iterator[tuple["RunDir", str]]:
 
 
 def batch_of(out: "RunDir", settings: Settings) -> dict[str, int] | None:
-    """How this launch takes as many rows a step as the run that was begun; as asked, where there is none."""
+    """Return batch settings that keep the existing run's rows per step, or those requested; None if impossible."""
     record = out.record
     before = out.config().get("trainer") if record else None
     if before is None:
@@ -72,11 +72,11 @@ def batch_of(out: "RunDir", settings: Settings) -> dict[str, int] | None:
 def check_resumed(
     out: "RunDir", before: dict[str, Any], parents: dict[str, Any], fingerprint: dict[str, Any] | None
 ) -> None:
-    """Refuse to go on with work that was begun from other models or data, or whose checkpoints cannot be read."""
+    """Refuse to resume work that began with other models or data, or whose checkpoints this launch cannot read."""
     if before["parents"] != parents or before["data"] != fingerprint:
         raise UserError(
-            f"{out.path} was begun with other data or from other models, so it cannot go on with these. "
-            "Say overwrite=true to begin anew, or choose another name=."
+            f"{out.path} was started with other data or models, so it cannot be resumed with these. "
+            "Add overwrite=true to start over, or choose another name=."
         )
     if (then := before.get("sharded")) != (now := checkpoints_of(out.stage)):
         raise UserError(

@@ -229,7 +229,7 @@ REFUSED = {
     "chat.response_length=64": ["the policy has 64 positions"],
     "chat.mode=talk": ["chat.mode is 'talk'", "'chat' or 'complete' or null"],
     "chat.top_k=3": ["no setting 'chat.top_k'"],
-    "policy.size=small": ["has policy.size=tiny, and here it is small"],
+    "policy.size=small": ["has policy.size=tiny, but here it is small"],
     "trainer.temperature=2": ["stage=chat has no trainer"],
     "-m": ["stage=chat is for one run"],
 }

@@ -206,19 +206,19 @@ def test_where_each_round_has_its_own_judge_one_can_judge_all(
         judge = f"runs/human_feedback/round{number}/reward/model"
         path.write_text(json.dumps({**json.loads(path.read_text()), "reward": judge}))
     page = html.unescape(write_rounds(Path("runs"), "human_feedback").read_text())
-    assert "rewards compare within a round only" in page
-    words = page.partition("To have the newest judge all rounds: ")[2].partition("</p>")[0]
+    assert "compare rewards only within a round" in page
+    words = page.partition("To judge all rounds with the newest reward model: ")[2].partition("</p>")[0]
     small = [arg for arg in SMALL if "stages" not in arg and "experiment" not in arg]
     assert "policy: reward on held-out prompts" not in page
     assert command_line(*shlex.split(words)[3:], *small) == 0
     page = html.unescape((run / "report.html").read_text())
     evaluation = json.loads((run / "evaluate" / "evaluation.json").read_text())
-    assert "One judge: runs/human_feedback/round2/reward/model." in page
+    assert "Common judge: runs/human_feedback/round2/reward/model." in page
     assert "policy: reward on held-out prompts" in page
     for name in ("sft", "round1", "round2"):
         assert f"<td>{evaluation['metrics'][name]['reward_mean']:.4g}</td>" in page
     chinese = write_rounds(workplace / "runs", "human_feedback", "zh").read_text()
-    assert "各轮由自己的奖励模型评判" in chinese
+    assert "每一轮由该轮的奖励模型评判" in chinese
     assert "held-out prompts" not in chinese
 
 

@@ -98,7 +98,7 @@ LINES = f"""# demo, ppo
 | base | 0.125 | 0.01 | 0.2 | 0.5 | 1.5 | 20 | 0.75 | 9 |
 | ppo - base | 0.125 | 0.1 | 0.15 | 0.7 |
 | This film | bad | good |
-- During training, the KL to the initial policy ran away.
+- During training, the KL to the initial policy grew very fast.
 - During training, most answers were given to more than one prompt.
 model_id = "runs/demo/ppo/model\""""
 

@@ -137,8 +137,8 @@ def test_tokens_of_another_vocabulary_are_those_that_its_own_ppo_names(tmp_path:
 def test_prompts_without_room_in_every_policy_are_left_out_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
     every = [Question("a", [1] * length) for length in (1, 2, 3)]
     assert with_room(every, [policy(), policy(seed=1)], 62) == every[:2]  # of 64 positions
-    assert "warning: 1 of 3 prompts are longer than the 2 tokens" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"no prompt leaves room .*: all 1 are longer than the 2 tokens"):
+    assert "warning: 1 of 3 prompts are longer than 2 tokens" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"no prompt leaves room .*: all 1 are longer than 2 tokens"):
         with_room(every[2:], [policy()], 62)
     assert with_room([Question("plot", [5]), Question("", [6])], [policy(), policy(280)], 9) == [Question("plot", [5])]
 

@@ -131,9 +131,9 @@ def test_the_command_that_a_failure_names_tries_again(sft: RunDir, hub: FakeHub)
 
 def test_failures_are_plain(sft: RunDir, hub: FakeHub) -> None:
     push = f"{REPEAT} hub.push=me/tiny"
-    check_plain(run(push, hub.url, token="hf_another"), sft, "the hub does not know the token; set HF_TOKEN to another")
+    check_plain(run(push, hub.url, token="hf_another"), sft, "the hub rejects the token; set HF_TOKEN to a valid one")
     hub.read_only = True
-    check_plain(run(push, hub.url), sft, "the token may not write to me/tiny; use one that may")
+    check_plain(run(push, hub.url), sft, "the token has no write access to me/tiny; use a token that has")
     hub.read_only, hub.metadata_fault = False, '"tags" must be an array'
     check_plain(run(push, hub.url), sft, 'Invalid metadata in README.md. - "tags" must be an array')
     assert hub.files == {}
@@ -153,14 +153,14 @@ def test_what_a_link_points_to_is_not_uploaded(sft: RunDir, workplace: Path, nam
         secret.mkdir() if name == "extra/more" else secret.write_text("mine alone")
         link.unlink(missing_ok=True)
     link.symlink_to(secret)
-    with pytest.raises(UserError, match=f"hub.push=me/tiny: {re.escape(str(link))} is a link"):
+    with pytest.raises(UserError, match=f"hub.push=me/tiny: {re.escape(str(link))} is a symbolic link"):
         publish(sft, Hub("me/tiny"))
 
 
 def test_secrets_are_not_quoted(sft: RunDir, hub: FakeHub, workplace: Path) -> None:
     mirror = hub.url.replace("://", "://me:s3cret%40@")
     done = run(f"{REPEAT} hub.push=me/tiny", mirror)  # whose login stands where the token would
-    check_plain(done, sft, "the hub does not know the token")
+    check_plain(done, sft, "the hub rejects the token")
     hub.metadata_fault = f"Bearer {TOKEN} of {TOKEN}, and s3cret@"
     check_plain(run(f"{REPEAT} hub.push=me/tiny", hub.url), sft, "Invalid metadata in README.md. - Bearer *** of ***")
     dead = run(f"{REPEAT} hub.push=me/tiny", "http://me:s3cret%40@127.0.0.1:9")

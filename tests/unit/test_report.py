@@ -284,7 +284,7 @@ def test_the_language_is_the_runs_own_or_the_one_asked_for(tmp_path: Path) -> No
     assert '<html lang="en">' in made(tmp_path)
     (tmp_path / "config.yaml").write_text("report: {lang: zh}\n")
     chinese = made(tmp_path)
-    for said in ('<html lang="zh-CN">', "<h2>运行内容</h2>", "训练 2.429", "评估 2.625", "<b>损失</b>"):
+    for said in ('<html lang="zh-CN">', "<h2>运行概况</h2>", "训练 2.429", "评估 2.625", "<b>损失</b>"):
         assert said in chinese
     assert "What ran" not in chinese
     assert "What ran" in write_report(tmp_path, "en").read_text(encoding="utf-8")
@@ -343,7 +343,7 @@ def test_several_runs_on_one_page(tmp_path: Path) -> None:
     assert re.findall(r'<polyline class="([^"]*)"', loss) == ["c0", "c0 dashed", "c1", "c1 dashed"]
     assert "mild train 2.429" in loss
     assert "strict eval 2.625" in loss
-    answers = source[source.index("last policy said") :]
+    answers = source[source.index("last policy to the same prompts") :]
     assert re.search(r"I am mild.*I am strict", answers[: answers.index("</table>")], re.DOTALL)
     assert page.tags.count("script") == 1
 

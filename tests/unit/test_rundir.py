@@ -184,7 +184,7 @@ def test_a_job_of_a_sweep_takes_from_the_sweep_then_from_the_experiment(workplac
     assert job.upstream("sft", "pretrain") == own.model
     assert job.upstream("sft", policy={"name": "gpt2"}) is None
     assert job.upstream("sft", policy={"name": "gpt2_scratch"}) == demo.model
-    with pytest.raises(UserError, match=r"has policy\.size=None, and here it is small"):
+    with pytest.raises(UserError, match=r"has policy\.size=None, but here it is small"):
         job.upstream("sft", policy={"name": "gpt2_scratch", "size": "small"})
     assert RunDir(Path("runs"), "other", "ppo", "demo").upstream("sft") is None
 
@@ -227,7 +227,7 @@ def test_a_run_that_was_cut_off_does_not_go_on_from_other_models_or_data(workpla
     parent, asked = finish(settings("pretrain")), settings()
     child = begin(asked, {"policy": str(parent.model)}, checkpoints=(1,))
     assert not child.finished(asked)
-    with pytest.raises(UserError, match="was begun with other data or from other models"):
+    with pytest.raises(UserError, match="was started with other data or models"):
         child.begin(asked, {"policy": str(parent.model)}, {"sha256": "y"})
     child.begin(asked, {"policy": str(parent.model)}, None)
     (parent.model / "config.json").write_text("[]")
