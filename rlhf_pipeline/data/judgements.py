@@ -39,7 +39,7 @@ _PROMPTS = ("prompt", "instruction", "question", "query", "input", "context", "m
 _ABOUT = ("id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "agreement", "history", "task")
 _COMPARE = {"selected", "ranker"}  # keys that the tags Pairwise and Ranker write
 _UNSORTED = "_"  # the bucket of answers that nobody has sorted
-_BUCKETS = ("best", "better", "good", _UNSORTED, "neutral", "bad", "worse", "worst")  # without data.buckets=
+_BUCKETS = ("best", "better", "good", _UNSORTED, "neutral", "bad", "worse", "worst")  # the default order
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class _Label:
     """One person's label of one task, and whether it is used. If several have the same `key`, the latest counts."""
 
     kind: Literal["judged", "rejected", "skipped", "unlabelled"]
-    row: Fields  # as the file has it
+    row: Fields  # as in the file
     task: str | None = None
     annotator: str | None = None
     judgement: Judgement | None = None
@@ -193,7 +193,7 @@ def _of_row(row: Fields, reading: _Reading) -> list[_Label]:
         raise RowError(f"no label among the columns {', '.join(row)[:200] or '(none)'}; {_ALLOWED}")
     if all(rank is None for rank in ranks):
         return [_Label("unlabelled", row, task, who)]
-    # `task` may be a kind of task and `annotator` the same in every row, so the answers are part of the key.
+    # Many rows may have the same `task` (a category) and `annotator`, so the answers are part of the key.
     key = (task, who, prompt, frozenset(answers)) if task and who else None
     margin = _number("margin", row.get("margin"))
     return [_Label("judged", row, task, who, _judgement(prompt, answers, ranks, task, who, margin), key=key)]
@@ -269,7 +269,7 @@ def _answer(row: Fields, key: str) -> str:
 
 
 def _of_task(row: Fields, reading: _Reading) -> list[_Label]:
-    """Every annotation of a task."""
+    """Return the labels of all annotations of a task."""
     data: Fields = fields.value_of(row, "data", dict)
     if not fields.holds(row, "annotations"):
         return [_Label("unlabelled", row, _task(row, data))]

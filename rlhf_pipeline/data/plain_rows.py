@@ -21,7 +21,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 # Most bytes are valid GB18030, so a text that looks more like another of these encodings is refused.
 _ENCODINGS = ["gb18030", "big5", "euc_kr", "shift_jis", "cp1251", "latin_1"]
 
-# Exceptions of the readers for a damaged file.
+# Exceptions that the readers raise for a damaged file.
 BROKEN = (EOFError, zlib.error, OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError)
 LARGEST_FILE = 1 << 30  # bytes, unpacked; a few kilobytes may unpack to more than the memory
 LARGEST_ROW = 1 << 23  # characters, as in several novels; a tokenizer needs 300 bytes for each
@@ -89,7 +89,7 @@ def _object(pairs: list[tuple[str, Any]]) -> Fields:
     return found if len(found) == len(pairs) else _RepeatedKey(found)
 
 
-from_json = json.JSONDecoder(object_pairs_hook=_object).decode  # use `checked` on the value
+from_json = json.JSONDecoder(object_pairs_hook=_object).decode  # `checked` finds repeated keys
 
 
 def checked(value: Any) -> tuple[int, str | None]:

@@ -76,7 +76,7 @@ def functions(source: str) -> list[tuple[str, str]]:
     head + body is the file's own text, and parses. Functions are left out if their head has more than 1,000 characters,
     if their body does nothing, or if they are on one line.
     """
-    source = source.replace("\r\n", "\n").replace("\r", "\n")  # `ast` counts lines that end in "\n"
+    source = source.replace("\r\n", "\n").replace("\r", "\n")  # `ast` ends a line only at "\n"
     tree = _parsed(source)
     lines = [line + "\n" for line in source.split("\n")]
     nodes = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)] if tree else []
@@ -125,7 +125,7 @@ def goes_on(prompt: str, completion: str) -> bool:
         prompt, completion = f"{prompt}\n", completion[1:]
     if _parsed(prompt) is None and _parsed(f"{prompt}    pass\n"):
         return parses(prompt, completion)
-    if prompt.rstrip().endswith(('"""', "'''")) and re.match(r"(async )?def ", prompt):  # a docstring parses alone
+    if prompt.rstrip().endswith(('"""', "'''")) and re.match(r"(async )?def ", prompt):  # its body is a docstring
         return parses(prompt, completion)
     before = prompt if _parsed(prompt) else ""
     lines = completion[: completion.rfind("\n") + 1]

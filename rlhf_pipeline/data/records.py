@@ -1,4 +1,4 @@
-"""Typed rows, which the readers of files and the generators return. Code that uses rows knows no file formats."""
+"""Typed rows, which the readers of files and the generators return. Only the readers know file formats."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

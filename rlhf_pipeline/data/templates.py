@@ -80,7 +80,7 @@ def _limits() -> Iterator[None]:
 
     before = signal.signal(signal.SIGALRM, stop)
     bounds = resource.getrlimit(resource.RLIMIT_AS)
-    with contextlib.suppress(OSError, ValueError):  # the system does not tell, or the limit is already lower
+    with contextlib.suppress(OSError, ValueError):  # no /proc, or the limit is already lower
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, bounds[1]))
     signal.setitimer(signal.ITIMER_REAL, SECONDS, 1)  # again each second: jinja's compiler swallows exceptions

@@ -135,12 +135,12 @@ class LabelStudio:
 
     def __init__(self, url: str, token: str) -> None:
         self.url, self._token = url.strip().rstrip("/"), token.strip()
-        if not re.fullmatch(r"https?://[^\s/@\[\]]+(/[^\s@]*)?", self.url):  # nor a password in it
+        if not re.fullmatch(r"https?://[^\s/@\[\]]+(/[^\s@]*)?", self.url):  # a password is refused too
             raise UserError(f"{URL} is not a plain http:// or https:// address, like https://labels.example.org.")
         if not re.fullmatch("[!-~]+", self._token):
             raise UserError(f"{KEY} holds no token; copy one from Account & Settings at {self.url} into it.")
         self._session = requests.Session()
-        self._session.trust_env = urlsplit(self.url).hostname not in ("127.0.0.1", "localhost")  # there without a proxy
+        self._session.trust_env = urlsplit(self.url).hostname not in ("127.0.0.1", "localhost")  # here without a proxy
 
     def check(self) -> None:
         """Check that Label Studio answers and accepts the token."""

@@ -48,7 +48,7 @@ def take(settings: Settings, out: RunDir) -> None:
     if settings.labels == "serve":
         try:
             serve(out.path, out.name, out.runs, collect.annotators)
-        except KeyboardInterrupt:  # the way to stop it
+        except KeyboardInterrupt:  # this is how the user stops it
             print("\nLabel Studio has stopped; its labels are kept.", flush=True)
         return
     if settings.labels == "push":
@@ -140,7 +140,7 @@ def label_row(row: dict[str, Any], judgement: Judgement) -> dict[str, Any] | Non
 
 
 def note_progress(collect: Collection, out: RunDir) -> None:
-    """Record how many candidates are labelled. The stage is done if they are enough for the next, else waiting."""
+    """Record how many candidates are labelled. The stage is done if `collect.enough` is reached, else waiting."""
     tasks = {row["task"] for row in read_jsonl(out.path / CANDIDATES)}
     rows = read_jsonl(out.path / LABELS)
     annotators: dict[str, set[str]] = defaultdict(set)  # of each task

@@ -480,7 +480,7 @@ def test_a_cell_of_messages_that_was_cut_off_is_no_text(tmp_path: Path, caplog: 
     assert "1 of 2 rows skipped ('completion' begins like a list of messages, and cannot be read as one)" in caplog.text
     deep = f'[{{"role": "user", "content": {"[" * 100_000}'
     path = sheet(tmp_path / "a.csv", {"prompt": "p", "completion": deep})
-    with pytest.raises(UserError, match="line 1: nested too deeply"):
+    with pytest.raises(UserError, match="line 2: nested too deeply"):
         read_demonstrations(path)
 
 
