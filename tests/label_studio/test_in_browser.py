@@ -105,7 +105,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         await_text(process, folder / "first.txt", "Ctrl-C stops the server", 300)
         second = start(folder, "pairs", folder / "second.txt")
         assert second.wait(120) == 0, (folder / "second.txt").read_text()
-        assert "running already" in (folder / "second.txt").read_text()
+        assert "already running" in (folder / "second.txt").read_text()
         yield Served(process, folder / "runs", folder / "first.txt")
     finally:
         process.send_signal(signal.SIGINT)

@@ -347,7 +347,7 @@ def test_two_that_serve_at_once_share_one_server_which_outlives_a_kill(
     _await(lambda: any(process.poll() is not None for process in both))
     ended, owner = sorted(both, key=lambda process: process.poll() is None)
     assert ended.returncode == 0
-    assert "running already" in ended.communicate()[0]
+    assert "already running" in ended.communicate()[0]
     assert owner.poll() is None
     owner.kill()
     assert "Ctrl-C stops the server" in owner.communicate()[0]
