@@ -1,4 +1,4 @@
-"""Data: the sets that settings choose from, the records they hold, the files they are read from, and their tokens."""
+"""Data sets: the registry, the typed rows, the readers of files, and tokenization."""
 
 from rlhf_pipeline.data.sets import Splits, begun_by, check_kind, fingerprint, kind, load_data, registry, texts
 

@@ -20,15 +20,15 @@ _BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
 
 
 def read_acl_imdb(path: Path) -> dict[str, list[Labelled]]:
-    """The reviews of "train" and "test" in the original aclImdb layout, a folder or a tar archive of it.
+    """Return the reviews of "train" and "test" in the original aclImdb layout, from a folder or a tar archive.
 
-    Links that lead out of the folder, links of an archive and what is no file are left out, and counted.
+    Links that lead out of the folder, links in an archive and entries that are not files are skipped and counted.
     """
     if not path.is_dir() and not path.is_file():
         raise missing(path, "file or folder")
     if path.is_file() and not path.name.lower().endswith(_ARCHIVES):
         raise UserError(
-            f"{path} is not an aclImdb; allowed are a folder and {', '.join(_ARCHIVES)}, laid out {_LAYOUT}."
+            f"{path} is not an aclImdb folder or archive ({', '.join(_ARCHIVES)}); the layout must be {_LAYOUT}."
         )
     found: dict[str, dict[tuple[int, ...], str]] = {"train": {}, "test": {}}
     left_out = 0
@@ -44,15 +44,15 @@ def read_acl_imdb(path: Path) -> dict[str, list[Labelled]]:
             text = ""
         if not known or not text:
             raise UserError(
-                f"{path}: {short} does not fit: <id>_<rating>.txt with rating 1..4 in neg and 7..10 in pos, and a text "
-                "in UTF-8."
+                f"{path}: {short} is not a review; it must be called <id>_<rating>.txt with rating 1..4 in neg and "
+                "7..10 in pos, and hold a text in UTF-8."
             )
         key = (int(side == "pos"), *(int(number) for number in known.groups() if number))
         if key in found[split]:
             raise UserError(f"{path}: {short} occurs twice; each review needs its own id.")
         found[split][key] = text
     if left_out:
-        _LOG.warning("%s: %d links and other entries that are no files are left out", path, left_out)
+        _LOG.warning("%s: %d links and other entries that are not files are skipped", path, left_out)
     for split, texts in found.items():
         for label, side in enumerate(("neg", "pos")):
             if all(key[0] != label for key in texts):
@@ -71,22 +71,22 @@ def _folder_files(path: Path) -> Iterator[tuple[re.Match[str], bytes | None]]:
 
 
 def _archive_files(path: Path) -> Iterator[tuple[re.Match[str], bytes | None]]:
-    """Reviews straight from the archive: nothing is written to disk, so no member can land outside a folder."""
+    """Yield reviews from an archive. Nothing is written to disk, so no member can be unpacked outside a folder."""
     try:
         raw = io.BytesIO(content(path))
         with tarfile.open(fileobj=raw, mode="r:") as archive:
             for member in archive:
-                if member.size < 0:  # from which tarfile would go back, and never end
-                    raise tarfile.ReadError(f"{member.name} has less than no bytes")
+                if member.size < 0:  # tarfile would seek backwards and loop forever
+                    raise tarfile.ReadError(f"{member.name} has a negative size")
                 if member.issparse():
                     raise UserError(f"{path}: {member.name} is a sparse file; pack the archive without --sparse.")
                 review = _REVIEW.fullmatch(str(PurePosixPath(member.name)))
                 if review and not member.isdir():
                     file = archive.extractfile(member) if member.isfile() else None
                     yield review, file.read() if file else None
-            # tarfile takes a damaged header for the end. The true end is zeros; reading it also checks gzip's CRC.
+            # tarfile takes a damaged header as the end. The true end is zeros. Reading it also checks gzip's CRC.
             end = raw.read()
             if not end or end.strip(b"\0"):
-                raise tarfile.ReadError("no end-of-archive mark where one should be")
+                raise tarfile.ReadError("the end-of-archive mark is missing")
     except (*BROKEN, tarfile.TarError) as error:
         raise broken(path, error) from error

@@ -1,4 +1,4 @@
-"""Judgements of the same answers become one row to learn from; and how far people agree."""
+"""Combine judgements of the same answers into one row to learn from, and measure how far people agree."""
 
 import itertools
 from collections import Counter, defaultdict
@@ -14,20 +14,20 @@ _Pair = tuple[Prompt, str, str]  # two answers to a prompt, in the order of thei
 
 @dataclass(frozen=True)
 class Labels:
-    """What is known of the labels in a data set: counts and agreement, and the rows that were set aside."""
+    """The labels of a data set: counts and agreement, and the rows that were set aside."""
 
     summary: dict[str, Any]
     rejected: list[dict[str, Any]]
 
 
 def settle(judgements: Sequence[Judgement]) -> tuple[list[Preference | Ranking], dict[str, Any]]:
-    """Rows to learn from, in the order of the judgements, and a summary of what was judged.
+    """Return the rows to learn from, in the order of the judgements, and a summary of the judgements.
 
-    Judgements of the same answers to a prompt become one row, by their mean ranks (Borda); equal means tie.
+    Judgements of the same answers to a prompt become one row, ordered by mean rank (Borda). Equal means tie.
     """
     ranks = [_ranks(judgement) for judgement in judgements]
     alike: dict[tuple[Prompt, frozenset[str]], list[int]] = defaultdict(list)
-    verdicts: dict[_Pair, list[tuple[str | None, int]]] = defaultdict(list)  # who, and 1: the first is better; 0: a tie
+    verdicts: dict[_Pair, list[tuple[str | None, int]]] = defaultdict(list)  # annotator; 1: first is better, 0: tie
     for number, (judgement, own) in enumerate(zip(judgements, ranks, strict=True)):
         alike[judgement.prompt, frozenset(own)].append(number)
         for pair in _pairs(judgement.prompt, own):
@@ -59,14 +59,14 @@ def _row(prompt: Prompt, mean: Mapping[str, float], margins: Sequence[float | No
     ranks = tuple(mean[answer] for answer in answers)
     if len(answers) == 2:
         known = [margin for margin in margins if margin is not None]
-        # A margin is known if all agree, and each says by how much.
+        # The row has a margin only if all annotators agree and each gives one.
         margin = fmean(known) if ranks[0] == 1 and len(known) == len(margins) else None
         return Preference(prompt, answers[0], answers[1], margin)
     return Ranking(prompt, tuple(answers), () if ranks == tuple(range(1, len(ranks) + 1)) else ranks)
 
 
 def _ranks(judgement: Judgement) -> dict[str, float]:
-    """Each different answer's rank from 1; those that tie share the mean of their ranks, and so do equal texts."""
+    """Rank each different answer from 1. Tied answers share the mean of their ranks, and so do equal texts."""
     given: dict[str, list[float]] = defaultdict(list)
     for answer, rank in zip(judgement.answers, _averaged(judgement.ranks), strict=True):
         given[answer].append(rank)
@@ -78,14 +78,14 @@ def _averaged(ranks: Sequence[float]) -> list[float]:
 
 
 def _pairs(prompt: Prompt, answers: Iterable[str]) -> Iterator[_Pair]:
-    """All pairs of answers, by their texts: the order in which they were shown or judged plays no part."""
+    """Return all pairs of answers, sorted by text. The order in which they were shown or judged does not matter."""
     return ((prompt, first, second) for first, second in itertools.combinations(sorted(answers), 2))
 
 
 def _agreement(verdicts: Iterable[Sequence[tuple[str | None, int]]]) -> tuple[float | None, float | None]:
-    """How far people agree: the share of their pairs of verdicts that are the same, and Krippendorff's alpha.
+    """Return the share of pairs of annotators that give the same verdict, and Krippendorff's alpha.
 
-    The share leaves ties out; to alpha (nominal) a tie is a verdict of its own. None if nothing can be said.
+    The share leaves ties out. Alpha (nominal) counts a tie as a third verdict. None: there is nothing to compare.
     """
     own = [Counter({who: better for who, better in given if who is not None}.values()) for given in verdicts]
     counts = [[each[1], each[0], each[-1]] for each in own if each.total() > 1]
@@ -93,7 +93,7 @@ def _agreement(verdicts: Iterable[Sequence[tuple[str | None, int]]]) -> tuple[fl
     both = sum((a + b) * (a + b - 1) for a, _, b in counts)
     alpha = None
     if sum(map(any, zip(*counts, strict=True))) > 1:
-        import krippendorff  # and numpy with it: slow to import, and few data sets have several annotators
+        import krippendorff  # imports numpy, which is slow, and few data sets have several annotators
 
         alpha = float(krippendorff.alpha(value_counts=counts, level_of_measurement="nominal"))
     return same / both if both else None, alpha

@@ -20,9 +20,9 @@ _ROLES: dict[str, Role] = {
     "assistant": "assistant", "gpt": "assistant", "bot": "assistant",
 }  # fmt: skip
 _TOOLS = ("tool", "function", "observation", "function_call", "tool_call", "tool_calls", "tool_response", "ipython")
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # a model's, before its answer: not read
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # a model's thoughts before its answer; they are not read
 _SIDES = ("user", "assistant")
-TOO_DEEP = "lists in lists, too deep to be read"
+TOO_DEEP = "nested too deeply"
 _LIKE_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|from)["']""")
 
 
@@ -32,7 +32,7 @@ def blank(value: Any) -> bool:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, which may be written as text; None for anything else."""
+    """Return a finite number, which may be written as text; None for anything else."""
     try:
         found = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -41,22 +41,22 @@ def number(value: Any) -> float | None:
 
 
 def name(value: Any) -> str | None:
-    """An id or a name: a whole number, or a text that is not empty. Beside nulls, pandas writes 7 as 7.0."""
+    """Return an id or name: a whole number, or a non-empty text. In a column with nulls, pandas writes 7 as 7.0."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return (str(value).strip() or None) if isinstance(value, int | str) and not isinstance(value, bool) else None
 
 
 def decoded(cell: Any) -> Any:
-    """A cell of a CSV; lists and objects in it are written as JSON, or as Python writes them.
+    """Parse the list or object in a CSV cell, written as JSON or as Python.
 
-    A cell stays text if what it holds cannot be used, as where a key occurs twice.
+    The cell stays text if its content cannot be used, for example if a key occurs twice.
     """
     if isinstance(cell, str) and cell.lstrip().startswith(("[", "{")):
         for read in (from_json, _from_python):
             with (
                 contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError),
-                warnings.catch_warnings(action="ignore"),  # of backslashes in what is no Python
+                warnings.catch_warnings(action="ignore"),  # about backslashes in a text that is not Python
             ):
                 value = read(cell.strip())
                 return cell if checked(value)[1] else value
@@ -72,14 +72,14 @@ def _from_python(text: str) -> Any:
 
 
 def renamed(row: Fields, columns: Mapping[str, str]) -> Fields:
-    """A row with the reader's names of columns in place of the file's (columns: {ours: theirs})."""
+    """Return a row with the reader's column names instead of the file's (columns: {ours: theirs})."""
     for ours, theirs in columns.items():
         if theirs not in row:
             raise RowError(
                 f"data.columns.{ours}={theirs} names no column here; there are {', '.join(row)[:200] or 'none'}"
             )
     names = {theirs: ours for ours, theirs in columns.items()}
-    # A column that already has one of our names is dropped.
+    # If another column already has one of our names, it is dropped.
     return {names.get(key, key): cell for key, cell in row.items() if key in names or key not in columns}
 
 
@@ -96,7 +96,7 @@ def value_of(row: Fields, key: str, kind: type) -> Any:
 
 
 def text(row: Fields, key: str) -> str:
-    """A text; a null is an empty one."""
+    """Return a column's text. A null is an empty text."""
     return "" if key in row and blank(row[key]) else str(value_of(row, key, str))
 
 
@@ -105,7 +105,7 @@ def chat(row: Fields) -> str | None:
 
 
 def answer(row: Fields, key: str) -> str:
-    """A text, or messages of which the last is the answer; empty where there is none."""
+    """Return a column's text, or the text of its last message. Empty if there is none."""
     if not holds(row, key):
         return ""
     if not messages(row, key):
@@ -115,9 +115,9 @@ def answer(row: Fields, key: str) -> str:
 
 
 def prompt(row: Fields, key: str = "prompt") -> Prompt:
-    """The prompt in a column, as text or messages; if it is blank, Alpaca's instruction and input, or a question.
+    """Return a column's prompt, as text or messages. If it is blank: Alpaca's instruction and input, or a question.
 
-    Alpaca's `system` and `history` go before it.
+    Alpaca's `system` and `history` come before it.
     """
     ask = next((ask for ask in ("instruction", "question") if holds(row, ask)), None)
     asked: Prompt
@@ -130,7 +130,7 @@ def prompt(row: Fields, key: str = "prompt") -> Prompt:
 
 
 def messages(row: Fields, key: str) -> list[Any] | None:
-    """The messages in a column: a list of them, one alone, or a cell in which they are written; None for a text."""
+    """Return a column's messages: a list, a single message, or a cell that contains them as text. None: a text."""
     cell = row[key]
     found = decoded(cell)
     items = [found] if isinstance(found, dict) else found
@@ -142,7 +142,7 @@ def messages(row: Fields, key: str) -> list[Any] | None:
 
 
 def turns(row: Fields, key: str) -> tuple[Turn, ...]:
-    """A conversation as a list of messages, in any of the forms known here; without blank turns of a system."""
+    """Return the turns of a conversation, from messages in any known form. Blank system turns are left out."""
     found = []
     for message in messages(row, key) or ([] if blank(row[key]) else [row[key]]):
         form = _form(message)
@@ -172,7 +172,7 @@ def _calls_tools(held: Any) -> bool:
 
 
 def before(row: Fields) -> tuple[Turn, ...]:
-    """The turns before an instruction: Alpaca's `system` and `history`, which is pairs or messages."""
+    """Return the turns before an instruction: Alpaca's `system` and `history` (pairs or messages)."""
     found = [Turn("system", text(row, "system"))] if holds(row, "system") else []
     past = decoded(row.get("history"))
     if isinstance(past, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in past):
@@ -181,7 +181,7 @@ def before(row: Fields) -> tuple[Turn, ...]:
 
 
 def unread(row: Fields) -> set[str]:
-    """Content of a row that is not read: a model's thoughts, and a history that is no list."""
+    """Name the content of a row that is not read: a model's thoughts, and a history that is not a list."""
     held = [row, *(item for cell in row.values() if isinstance(cell, list) for item in cell if isinstance(item, dict))]
     found = {key for each in held for key in _THOUGHTS if holds(each, key)}
     return found | ({"history"} if holds(row, "history") and not isinstance(decoded(row["history"]), list) else set())

@@ -1,8 +1,8 @@
-"""Files of human judgements: pairs, ranked lists, sheets, and exports of Label Studio. Each row shows which it is.
+"""Read human judgements: pairs, ranked lists, sheets, and exports of Label Studio. A row's columns show its kind.
 
 A row that cannot be used is set aside with the reason, and the others are read. Label Studio exports JSON (tasks with
-annotations), and JSON_MIN, CSV and TSV (an annotation a row); answers are compared by its tags Pairwise ("left" or
-"right") and Ranker (one list, or lists in buckets). Predictions and drafts are no labels.
+annotations), and JSON_MIN, CSV and TSV (one annotation per row). People compare answers with its tags Pairwise ("left"
+or "right") and Ranker (one list, or lists in buckets). Predictions and drafts are not labels.
 """
 
 import json
@@ -28,23 +28,23 @@ _RANK = re.compile(r"rank(0|[1-9][0-9]{0,8})")
 _PAIR = {"chosen", "selected", "rejected", "rejected_response"}
 _ALLOWED = (
     "allowed are prompt, chosen, rejected; prompt, responses; a sheet's prompt, answer1, rank1, ..; exports of Label "
-    "Studio; data.columns={chosen: ..} says what they are called here"
+    "Studio; if this file has other names, set data.columns={chosen: ..}"
 )
-# Of Label Studio's exports: names of the two answers and of the prompt in a task's data.
+# Label Studio's exports: possible names of the two answers and of the prompt in a task's data.
 _STEMS = ("answer", "response", "completion", "output", "text")
 _SIDES = [(f"{stem}{gap}{a}", f"{stem}{gap}{b}") for stem in _STEMS for gap in ("", "_") for a, b in ("12", "ab")]
 _SIDES += [("left", "right"), ("a", "b")]
 _PROMPTS = ("prompt", "instruction", "question", "query", "input", "context", "messages", "conversation", "dialogue")
 # Columns that JSON_MIN, CSV and TSV add to the data and the label; `task` is our own.
 _ABOUT = ("id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "agreement", "history", "task")
-_COMPARE = {"selected", "ranker"}  # what the tags Pairwise and Ranker write
-_UNSORTED = "_"  # the answers that were put into no bucket
-_BUCKETS = ("best", "better", "good", _UNSORTED, "neutral", "bad", "worse", "worst")  # unless data.buckets= says
+_COMPARE = {"selected", "ranker"}  # keys that the tags Pairwise and Ranker write
+_UNSORTED = "_"  # the bucket of answers that nobody has sorted
+_BUCKETS = ("best", "better", "good", _UNSORTED, "neutral", "bad", "worse", "worst")  # the default order
 
 
 @dataclass(frozen=True)
 class Judged:
-    """The judgements of files; the rows set aside, as rejected.jsonl has them; and how many of each kind there were."""
+    """The judgements of files, the rows set aside (as in rejected.jsonl), and the number of rows of each kind."""
 
     judgements: list[Judgement]
     rejected: list[dict[str, Any]]
@@ -55,11 +55,11 @@ class Judged:
 class _Reading:
     """How the labels of a file are read."""
 
-    columns: Mapping[str, str]  # our names of columns to the file's
-    label: str | None  # the control that counts, where an annotation holds several
-    buckets: Sequence[str] | None  # a Ranker's, best first
-    untouched_seconds: float  # an annotation submitted sooner, as it was shown, is set aside
-    unnamed: str | None  # who filled in a sheet that names nobody
+    columns: Mapping[str, str]  # our column names to the file's
+    label: str | None  # the control to read if an annotation has several
+    buckets: Sequence[str] | None  # a Ranker's buckets, best first
+    untouched_seconds: float  # an annotation submitted unchanged before this time is set aside
+    unnamed: str | None  # the annotator of a sheet that names nobody
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class _Label:
     """One person's label of one task, and whether it is used. If several have the same `key`, the latest counts."""
 
     kind: Literal["judged", "rejected", "skipped", "unlabelled"]
-    row: Fields  # as the file has it
+    row: Fields  # as in the file
     task: str | None = None
     annotator: str | None = None
     judgement: Judgement | None = None
@@ -82,11 +82,11 @@ def read_judgements(
     paths: Path | Sequence[Path], columns: Mapping[str, str] | None = None, buckets: Sequence[str] | None = None,
     untouched_seconds: float = 5.0,
 ) -> Judged:  # fmt: skip
-    """Judgements of answers: pairs, ranked lists, a sheet, or an export of Label Studio.
+    """Read judgements of answers: pairs, ranked lists, a sheet, or an export of Label Studio.
 
     `buckets` names a Ranker's buckets, best first. An annotation submitted as shown in less than `untouched_seconds` is
-    set aside. If someone judges the same answers twice, the later judgement wins, also across files. Several sheets
-    count as one annotator each, unless they name theirs. A file without any judgement is an error.
+    set aside. If someone judges the same answers twice, the later judgement wins, also across files. In a list of
+    files, each sheet without names counts as one annotator. Raises UserError if a file has no judgement.
     """
     if buckets is not None and (len(buckets) < 2 or len(set(buckets)) < len(buckets)):
         raise UserError(f"data.buckets is {buckets}; it takes two or more different names, best first.")
@@ -115,7 +115,7 @@ def read_judgements(
 
 
 def _judged(found: Sequence[_Label]) -> Judged:
-    last: dict[Hashable, int] = {}  # by key, the place of the latest label
+    last: dict[Hashable, int] = {}  # key to the index of the latest label
     for place, label in enumerate(found):
         if label.key and (label.key not in last or found[last[label.key]].when <= label.when):
             last[label.key] = place
@@ -134,7 +134,7 @@ def _judged(found: Sequence[_Label]) -> Judged:
 
 
 def _set_aside(label: _Label) -> dict[str, Any]:
-    """A row of rejected.jsonl, in values that JSON and in characters that UTF-8 can hold."""
+    """Return a row of rejected.jsonl, with only values that JSON can hold and characters that UTF-8 can hold."""
     about = {key: getattr(label, key) for key in ("file", "where", "task", "annotator", "why")}
     try:
         text = json.dumps({**about, "row": label.row}, ensure_ascii=False, default=str)
@@ -144,7 +144,7 @@ def _set_aside(label: _Label) -> dict[str, Any]:
 
 
 def _labels(row: Fields | RowError, reading: _Reading) -> list[_Label]:
-    """The labels that a row holds: of a task several, of an empty line of a sheet none."""
+    """Return the labels of a row: a task can have several, and an empty line of a sheet has none."""
     held: Fields = row.args[1] if isinstance(row, RowError) else row
     try:
         if isinstance(row, RowError):
@@ -164,11 +164,11 @@ def _judgement(
     prompt: Prompt, answers: Sequence[str], ranks: Sequence[float | None], task: str | None, annotator: str | None,
     margin: float | None = None,
 ) -> Judgement:  # fmt: skip
-    """A judgement of the answers that have a rank, at least two."""
+    """Return the judgement of the answers that have a rank. Raises RowError if fewer than two have one."""
     kept = [(answer, rank) for answer, rank in zip(answers, ranks, strict=True) if rank is not None]
     if len(kept) < 2:
-        raise RowError(f"{len(kept)} of {len(answers)} answers ranked; it takes two or more")
-    # A conversation of no turns is no prompt.
+        raise RowError(f"{len(kept)} of {len(answers)} answers ranked; two or more are needed")
+    # A conversation without turns counts as no prompt.
     return Judgement(prompt or "", tuple(a for a, _ in kept), tuple(rank for _, rank in kept), task, annotator, margin)
 
 
@@ -186,14 +186,14 @@ def _of_row(row: Fields, reading: _Reading) -> list[_Label]:
     elif "responses" in row or "ranked" in row:
         prompt, answers, ranks = _ranking(row)
     elif "winner" in row:  # each answer is in a column named after its author; `winner` names the better one
-        prompt, *answers = _won(row)
+        prompt, *answers = _winner(row)
     elif _PAIR & row.keys():
         prompt, *answers = _pair(row)
     else:
         raise RowError(f"no label among the columns {', '.join(row)[:200] or '(none)'}; {_ALLOWED}")
     if all(rank is None for rank in ranks):
         return [_Label("unlabelled", row, task, who)]
-    # `task` may be a kind of work and `annotator` a constant, so the answers are part of the key.
+    # Many rows may have the same `task` (a category) and `annotator`, so the answers are part of the key.
     key = (task, who, prompt, frozenset(answers)) if task and who else None
     margin = _number("margin", row.get("margin"))
     return [_Label("judged", row, task, who, _judgement(prompt, answers, ranks, task, who, margin), key=key)]
@@ -206,7 +206,7 @@ def _number(key: str, value: object) -> float | None:
 
 
 def _sheet(row: Fields, numbers: Sequence[int]) -> tuple[Prompt, list[str], Sequence[float | None]]:
-    """rank1 belongs to answer1 and so on: 1 is the best, equal numbers are ties."""
+    """Return a sheet's answers and ranks. rank1 belongs to answer1: 1 is the best, equal numbers are ties."""
     ranks = [_number(f"rank{n}", row[f"rank{n}"]) for n in numbers]
     answers = [unmarked(fields.text(row, f"answer{n}")) for n in numbers]
     for n, rank, words in zip(numbers, ranks, answers, strict=True):
@@ -216,7 +216,7 @@ def _sheet(row: Fields, numbers: Sequence[int]) -> tuple[Prompt, list[str], Sequ
 
 
 def _ranking(row: Fields) -> tuple[Prompt, list[str], Sequence[float | None]]:
-    """Answers with their ranks, else best first."""
+    """Return the answers and their ranks. Without ranks, the answers are best first."""
     key = "ranked" if "ranked" in row else "responses"
     answers, given = fields.decoded(row[key]), fields.decoded(row["ranks"]) if fields.holds(row, "ranks") else None
     if not isinstance(answers, list) or len(answers) < 2 or not all(isinstance(answer, str) for answer in answers):
@@ -224,16 +224,16 @@ def _ranking(row: Fields) -> tuple[Prompt, list[str], Sequence[float | None]]:
     if not fields.blank(given) and (not isinstance(given, list) or len(given) != len(answers)):
         raise RowError(f"'ranks' is not a list of {len(answers)} numbers, one to each response")
     question = "" if key == "ranked" else fields.prompt(row)
-    if "context" in row and isinstance(question, str):  # Open Assistant: what was said before the prompt
+    if "context" in row and isinstance(question, str):  # Open Assistant: the turns before the prompt
         question = (*fields.turns(row, "context"), Turn("user", question))
     return question, answers, [_number("ranks", rank) for rank in given] if given else range(1, len(answers) + 1)
 
 
-def _won(row: Fields) -> tuple[Prompt, str, str]:
+def _winner(row: Fields) -> tuple[Prompt, str, str]:
     winner = _answer(row, "winner")
     others = [key for key in row if key not in ("winner", "prompt", "margin", "task", "annotator", "id", winner)]
     if len(others) != 1:
-        raise RowError(f"beside '{winner[:40]}' there is not one other answer but {', '.join(others) or 'none'}")
+        raise RowError(f"winner '{winner[:40]}' needs one other answer column; there are {', '.join(others) or 'none'}")
     better, worse = (fields.value_of(row, key, str) for key in (winner, *others))
     return fields.text(row, "prompt") if "prompt" in row else "", better, worse
 
@@ -244,16 +244,16 @@ def _pair(row: Fields) -> tuple[Prompt, str, str]:
         return fields.turns(row, chat)[:-1], _answer(row, chat), _answer(row, "rejected_response")
     key = "selected" if "selected" in row and "chosen" not in row else "chosen"
     better, worse = _answer(row, key), _answer(row, "rejected")
-    if len(fields.messages(row, key) or ()) > 1:  # the whole conversation on either side
+    if len(fields.messages(row, key) or ()) > 1:  # both columns hold the whole conversation
         return (*fields.before(row), *fields.turns(row, key)[:-1]), better, worse
     if chat:
         return (*fields.before(row), *fields.turns(row, chat)), better, worse
     if {"prompt", "instruction"} & row.keys():
         return fields.prompt(row), better, worse
-    shared = os.path.commonprefix([better, worse])  # noqa: RUF071  # Anthropic's HH: dialogues that begin alike
+    shared = os.path.commonprefix([better, worse])  # noqa: RUF071  # Anthropic's HH: dialogues with a common beginning
     cut = shared.rfind(_ASSISTANT) + len(_ASSISTANT)
     if not shared.startswith("\n\nHuman:") or cut < len(_ASSISTANT):
-        raise RowError("'prompt' is missing, and chosen and rejected are not dialogs that begin alike")
+        raise RowError("'prompt' is missing, and chosen and rejected are not dialogues with a common beginning")
     return better[:cut], better[cut:], worse[cut:]
 
 
@@ -269,17 +269,17 @@ def _answer(row: Fields, key: str) -> str:
 
 
 def _of_task(row: Fields, reading: _Reading) -> list[_Label]:
-    """Every annotation of a task."""
+    """Return the labels of all annotations of a task."""
     data: Fields = fields.value_of(row, "data", dict)
     if not fields.holds(row, "annotations"):
         return [_Label("unlabelled", row, _task(row, data))]
     notes = fields.value_of(row, "annotations", list)
-    # A label's row is the task with this annotation alone: if it is set aside, it can be mended and read again.
+    # A label's row is the task with only this annotation. If it is set aside, it can be corrected and read again.
     return [_annotated({**row, "annotations": [note]}, data, note, reading) for note in notes if isinstance(note, dict)]
 
 
 def _of_annotation(row: Fields, reading: _Reading) -> list[_Label]:
-    """The annotation that a row of JSON_MIN, CSV or TSV holds, with its task's data beside it."""
+    """Return the annotation in a row of JSON_MIN, CSV or TSV. The row also contains its task's data."""
     if not fields.holds(row, "annotation_id"):
         return [_Label("unlabelled", row, _task(row, row))]
     cells = {key: fields.decoded(cell) for key, cell in row.items() if key not in _ABOUT}
@@ -299,10 +299,10 @@ def _task(row: Fields, data: Fields) -> str | None:
 
 
 def _annotated(row: Fields, data: Fields, note: Fields, reading: _Reading) -> _Label:
-    """The label of an annotation. `note` has its results, its author and its time; `data` has the answers."""
+    """Return the label of an annotation. `note` has its results, author and time; `data` has the answers."""
     by, task = note.get("completed_by"), _task(row, data)
     who = fields.name((by.get("email") or by.get("id")) if isinstance(by, dict) else by)
-    # All times are UTC; a fraction of 0 is left out.
+    # Times are UTC and are compared as text. A time without a fraction would sort wrongly because of its Z.
     when = str(note.get("updated_at") or note.get("created_at") or "").removesuffix("Z")
     label = _Label("skipped", row, task, who, when=when)
     try:
@@ -311,7 +311,7 @@ def _annotated(row: Fields, data: Fields, note: Fields, reading: _Reading) -> _L
         items = _items(data)
         prompt = _prompt(data, {*sides, *items, *_ABOUT})
         if who and (known := fields.name(row.get("id")) or task):
-            # Every server counts its tasks and its people from 1, so the answers are part of the key.
+            # Every server numbers its tasks and users from 1, so the answers are part of the key.
             label = replace(label, key=(known, who, prompt, repr((items, [data[side] for side in sides]))))
         if note.get("was_cancelled"):
             return label
@@ -330,21 +330,21 @@ def _annotated(row: Fields, data: Fields, note: Fields, reading: _Reading) -> _L
         as_shown = not pairwise and lists == [[item] for item in items]
         predicted = result.get("origin") == "prediction"
         if seconds is not None and seconds < reading.untouched_seconds and (as_shown or predicted):
-            what = "the order as shown" if as_shown else "the prediction as it stood"
-            raise RowError(f"untouched: {what}, after {seconds:.1f} s")
+            what = "the order as shown" if as_shown else "the prediction unchanged"
+            raise RowError(f"untouched: submitted with {what} after {seconds:.1f} s")
     except RowError as fault:
         return replace(label, kind="rejected", why=fault.args[0])
     return replace(label, kind="judged", judgement=judgement)
 
 
 def _result(note: Fields, label: str | None) -> Fields:
-    """The one result that is the label: its `value` is {"selected": "left"} or {"ranker": ids}."""
+    """Return the result that is the label. Its `value` is {"selected": "left"} or {"ranker": ids}."""
     results = [part for part in fields.value_of(note, "result", list) if isinstance(part, dict)]
     found = [part for part in results if isinstance(part.get("value"), dict) and _COMPARE & part["value"].keys()]
     found = [part for part in found if label in (None, str(part.get("from_name")))]
     if len(found) > 1:
         controls = ", ".join(sorted({str(part.get("from_name")) for part in found}))
-        raise RowError(f"{len(found)} labels in one, by {controls}; data.columns.label=NAME says which one counts")
+        raise RowError(f"{len(found)} labels in one annotation ({controls}); choose one with data.columns.label=NAME")
     if not found:
         by = f"'{label}' (data.columns.label)" if label else "the tag Pairwise or Ranker"
         raise RowError(f"nothing selected by {by}")
@@ -356,13 +356,13 @@ def _pairwise(selected: object, sides: Sequence[str]) -> list[list[str]]:
     if selected not in ("left", "right"):
         raise RowError("'selected' is neither left nor right")
     if not sides:
-        raise RowError("no answers such as answer1 and answer2; data.columns={answer1: .., answer2: ..} names them")
+        raise RowError("no answers such as answer1 and answer2; set data.columns={answer1: .., answer2: ..}")
     return [[side] for side in (sides if selected == "left" else reversed(sides))]
 
 
 def _ranker(ranker: Any, buckets: Sequence[str] | None) -> list[list[str]]:
-    """The names of the answers, best first; those that tie together."""
-    # A Ranker with buckets writes empty ones too, so a single list is one without buckets.
+    """Return lists of the answers' names, best first. Tied answers are in the same list."""
+    # A Ranker with buckets also writes empty buckets, so a single list has no buckets.
     if isinstance(ranker, dict) and len(ranker) == 1 and not buckets:
         (ranker,) = ranker.values()
     if isinstance(ranker, list):
@@ -370,20 +370,20 @@ def _ranker(ranker: Any, buckets: Sequence[str] | None) -> list[list[str]]:
     if not isinstance(ranker, dict) or not all(isinstance(items, list) for items in ranker.values()):
         raise RowError("'ranker' is neither a list of ids nor lists of ids by name")
     if not any(items for bucket, items in ranker.items() if bucket != _UNSORTED):
-        raise RowError("nothing selected: all is left unsorted")
+        raise RowError("nothing selected: all answers are left unsorted")
     order = [bucket.lower() for bucket in buckets or _BUCKETS]
     named = {bucket.strip().lower(): items for bucket, items in ranker.items()}
     if len(named) < len(ranker):
         raise RowError("a bucket occurs twice")
     if not set(named) <= {*order, _UNSORTED}:
         names = ", ".join(bucket[:40] for bucket in ranker)
-        raise RowError(f"no order is known of the buckets {names}; say data.buckets=[..], best first")
-    # Unsorted answers get no rank from data.buckets=, unless it names '_'.
+        raise RowError(f"the order of the buckets {names} is unknown; set data.buckets=[..], best first")
+    # With data.buckets=, unsorted answers get no rank, unless it contains '_'.
     return [[str(item) for item in named[bucket]] for bucket in order if bucket in named]
 
 
 def _items(data: Fields) -> Fields:
-    """The objects of a list by their ids, as they are shown."""
+    """Return the objects of a list by id, in the order in which they are shown."""
     for key in sorted(data, key=lambda key: key != "items"):
         cell = None if key in _PROMPTS or key in _ABOUT else fields.decoded(data[key])
         if isinstance(cell, list) and cell and all(isinstance(item, dict) and "id" in item for item in cell):
@@ -395,11 +395,11 @@ def _items(data: Fields) -> Fields:
 
 
 def _text(held: object, item: str) -> str:
-    """The text of an answer: that of a list's object, or a column's."""
+    """Return the text of an answer, which is an object of a list or a column."""
     texts = [held.get(part) for part in ("body", "html", "title")] if isinstance(held, dict) else [held]
     found = next((text for text in texts if isinstance(text, str)), None)
     if found is None:
-        raise RowError(f"'{item[:40]}' is the id of no answer with a text")
+        raise RowError(f"no answer with a text has the id '{item[:40]}'")
     return found
 
 
@@ -407,5 +407,5 @@ def _prompt(data: Fields, known: set[str]) -> Prompt:
     if key := next((key for key in _PROMPTS if key in data), None):
         return fields.prompt({key: data[key]}, key)
     if others := [key for key, cell in data.items() if isinstance(cell, str) and key not in known]:
-        raise RowError(f"no prompt among {', '.join(others)[:200]}; data.columns={{prompt: ..}} names it")
+        raise RowError(f"no prompt among the columns {', '.join(others)[:200]}; set data.columns={{prompt: ..}}")
     return ""

@@ -1,4 +1,4 @@
-"""Files to rows of plain values: JSON, JSON lines, CSV, TSV, Parquet and text, each also gzipped."""
+"""Read files into rows of plain values: JSON, JSON lines, CSV, TSV, Parquet and text, each also gzipped."""
 
 import codecs
 import csv
@@ -17,34 +17,34 @@ from rlhf_pipeline.errors import UserError
 
 _LOG = logging.getLogger("rlhf_pipeline")
 _JSON = "allowed are one object a line, or one list of them"
-_HALF = re.compile("[\ud800-\udfff]")
-# Most bytes are valid GB18030. A text that looks more like another of these encodings is refused.
+_SURROGATE = re.compile("[\ud800-\udfff]")
+# Most bytes are valid GB18030, so a text that looks more like another of these encodings is refused.
 _ENCODINGS = ["gb18030", "big5", "euc_kr", "shift_jis", "cp1251", "latin_1"]
 
-# What a damaged file makes the readers raise.
+# Exceptions that the readers raise for a damaged file.
 BROKEN = (EOFError, zlib.error, OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError)
-LARGEST_FILE = 1 << 30  # bytes, unpacked: a few kilobytes may unpack to more than any memory holds
-LARGEST_ROW = 1 << 23  # characters, as several novels have; a tokenizer needs 300 bytes for each
-_LARGEST_JSON = 1 << 26  # values: one of two bytes in a file takes 70 in memory
+LARGEST_FILE = 1 << 30  # bytes, unpacked; a few kilobytes may unpack to more than the memory
+LARGEST_ROW = 1 << 23  # characters, as in several novels; a tokenizer needs 300 bytes for each
+_LARGEST_JSON = 1 << 26  # values; one takes 2 bytes in the file and 70 in memory
 
 Fields = dict[str, Any]
 
 
 class RowError(Exception):
-    """Why one row cannot be used, and what it holds instead of fields. Whoever reads the file adds the place."""
+    """One row cannot be used. `args`: the reason, and from `read_rows` the row's content. The reader adds the place."""
 
 
 class SkippedRowError(RowError):
     """A valid row with nothing to read."""
 
 
-_Rows = Iterator[tuple[str, Any]]  # "line 3" or "row 3", and what is there; a RowError stands for a broken row
+_Rows = Iterator[tuple[str, Any]]  # "line 3" or "row 3", and the row; a RowError for a broken row
 
 
 def read_rows(path: Path, blocks: bool = False) -> Iterator[tuple[str, Fields | RowError]]:
-    """Each row with its place: its fields, or the error that stands for a row that cannot be read.
+    """Yield each row's place, and its fields, or a RowError if the row cannot be read.
 
-    With `blocks`, a row of a .txt is {"conversation": lines}, up to a blank line; else it is {"text": line}.
+    A row of a .txt is {"text": line}. With `blocks` it is {"conversation": lines}, up to a blank line.
     """
     readers: dict[str, Callable[[Path], _Rows]] = {
         ".jsonl": _json_rows, ".json": _json_rows, ".csv": _csv_rows, ".tsv": _csv_rows, ".parquet": _parquet_rows,
@@ -63,7 +63,7 @@ def read_rows(path: Path, blocks: bool = False) -> Iterator[tuple[str, Fields | 
             empty = False
             if isinstance(row, dict):
                 size, why = checked(row)
-                if (room := room - size) < 0:  # Parquet holds a text once, however often it occurs
+                if (room := room - size) < 0:  # Parquet stores a repeated text once
                     raise too_large(path, f"{room_for(path):,} characters")
                 row = RowError(why, row) if why else row
             elif not isinstance(row, RowError):
@@ -80,28 +80,28 @@ def kind_of(value: Any) -> str:
     return "nothing" if value is None else kinds.get(type(value), "neither text nor a number")
 
 
-class _Twice(Fields):
-    """An object of JSON in which a key occurs twice."""
+class _RepeatedKey(Fields):
+    """A JSON object in which a key occurs twice."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Fields:
     found = dict(pairs)
-    return found if len(found) == len(pairs) else _Twice(found)
+    return found if len(found) == len(pairs) else _RepeatedKey(found)
 
 
-from_json = json.JSONDecoder(object_pairs_hook=_object).decode  # `checked` says whether a value can be used
+from_json = json.JSONDecoder(object_pairs_hook=_object).decode  # `checked` finds repeated keys
 
 
 def checked(value: Any) -> tuple[int, str | None]:
-    """How many characters a value has, and why it cannot be used, however deep the reason lies in it."""
+    """Return a value's number of characters, and why it cannot be used. Checks nested values too."""
     size, why, left = 0, None, [value]
     while left:
         part = left.pop()
-        if isinstance(part, _Twice):
+        if isinstance(part, _RepeatedKey):
             why = f"a key occurs twice in an object of {', '.join(part)[:200]}"
         if isinstance(part, str):
             size += len(part)
-            if not part.isascii() and _HALF.search(part):
+            if not part.isascii() and _SURROGATE.search(part):
                 why = "half a character (a lone surrogate) in a text"
         if isinstance(part, dict):
             left += [*part, *part.values()]
@@ -124,7 +124,7 @@ def missing(path: Path, kind: str) -> UserError:
 
 def broken(path: Path, error: Exception) -> UserError:
     return UserError(
-        f"{path} cannot be read to its end ({_said(error)}): cut short, damaged or misnamed; fetch it again."
+        f"{path} cannot be read to its end ({_reason(error)}). It is cut short, damaged or misnamed; download it again."
     )
 
 
@@ -137,13 +137,13 @@ def suffix(path: Path) -> str:
 
 
 def room_for(path: Path) -> int:
-    """Bytes or characters that a file may unpack to. Texts are packed to a third or a tenth, bombs to a thousandth."""
+    """Return how many bytes or characters a file may unpack to. Text packs to 1/3 or 1/10, a zip bomb to 1/1000."""
     return max(LARGEST_FILE, 100 * path.stat().st_size)
 
 
 def content(path: Path, at_most: int | None = None) -> bytes:
-    """All bytes of a file, unpacked, of at most so many."""
-    if not path.is_file():  # opening a pipe would never end
+    """Return all bytes of a file, unpacked. Raises UserError if there are more than `at_most`."""
+    if not path.is_file():  # opening a pipe would block forever
         raise missing(path, "file")
     found, at_most = bytearray(), at_most or room_for(path)
     with gzip.open(path) if path.name.lower().endswith((".gz", ".tgz")) else path.open("rb") as file:
@@ -155,13 +155,13 @@ def content(path: Path, at_most: int | None = None) -> bytes:
 
 
 def _text(path: Path) -> str:
-    """A text in UTF-8, in UTF-16 with its mark (Excel's Unicode text), or in GB18030 (GBK), common in China."""
+    """Read a text in UTF-8, UTF-16 with a byte order mark (Excel's Unicode text), or GB18030 (GBK, common in China)."""
     data = content(path)
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
-        import charset_normalizer  # requests brings it
+        import charset_normalizer  # a dependency of requests
 
         guess = charset_normalizer.from_bytes(data, cp_isolation=_ENCODINGS, threshold=0.6).best()
         if guess is None or guess.encoding != "gb18030":
@@ -181,7 +181,7 @@ def _txt_rows(path: Path) -> _Rows:
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, with their numbers. They end at "\n" alone: U+2028 stays inside a text."""
+    """Yield the non-blank lines with their numbers. Only "\n" ends a line, so U+2028 stays inside a text."""
     for number, line in enumerate(io.StringIO(text, newline="\n"), start=1):
         if not line.isspace():
             yield number, line.removesuffix("\n")
@@ -195,7 +195,7 @@ def _txt_blocks(path: Path) -> _Rows:
 
 
 def _json_rows(path: Path) -> _Rows:
-    """Objects one a line, or a list of them: the first character tells, since suffixes are used for either."""
+    """Read one object per line, or one list. The first character decides, because each suffix is used for both."""
     text = _text(path)
     if sum(map(text.count, "[{,")) > _LARGEST_JSON:
         raise too_large(path, f"{_LARGEST_JSON:,} values")
@@ -204,32 +204,32 @@ def _json_rows(path: Path) -> _Rows:
             rows = from_json(text)
         except (ValueError, RecursionError) as error:
             line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-            raise UserError(f"{path}{line}: not JSON ({_said(error)}); {_JSON}.") from None
+            raise UserError(f"{path}{line}: not JSON ({_reason(error)}); {_JSON}.") from None
         yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
         return
     for number, line in _lines(text):
         try:
             row = from_json(line)
         except (ValueError, RecursionError) as error:
-            row = RowError(f"not JSON ({_said(error)}); {_JSON}", {"text": line})
+            row = RowError(f"not JSON ({_reason(error)}); {_JSON}", {"text": line})
         yield f"line {number}", row
 
 
-def _said(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
 
 
 def _csv_rows(path: Path) -> _Rows:
     text = _text(path)
-    # A spreadsheet writes ; where the comma stands in decimal numbers, and tabs as what it calls text.
+    # A spreadsheet separates cells by ; if the decimal mark is a comma, and by tabs if it saves as text.
     first = text.partition("\n")[0]
     delimiter = "\t" if suffix(path) == ".tsv" else next((mark for mark in ",;\t" if mark in first), ",")
-    csv.field_size_limit(LARGEST_ROW)  # answers may be longer than the 131,072 characters it allows otherwise
+    csv.field_size_limit(LARGEST_ROW)  # an answer may be longer than the default of 131,072 characters
     reader = csv.reader(_csv_lines(path, text), delimiter=delimiter, strict=True)
     start = 1
     try:
         header = next(filter(None, reader), [])
-        named = [name for name in header if name.strip()]  # columns without a name are left over in sheets
+        named = [name for name in header if name.strip()]  # sheets may have columns without a name
         if len(set(named)) < len(named):
             raise UserError(f"{path}, line 1: a column name occurs twice in {header}; each needs its own.")
         start = reader.line_num + 1
@@ -239,10 +239,10 @@ def _csv_rows(path: Path) -> _Rows:
             elif cells:
                 why = f"{len(cells)} fields; the header has {len(header)} ({', '.join(header)[:200]})"
                 yield f"line {start}", RowError(why, {"fields": cells})
-            start = reader.line_num + 1  # a quoted cell may hold line breaks: a row is known by its first line
+            start = reader.line_num + 1  # a quoted cell may hold line breaks; the place is the first line
     except csv.Error as error:
         raise UserError(
-            f"{path}, line {start}: not CSV ({error}); quotes in a field are doubled and the field is quoted."
+            f"{path}, line {start}: not CSV ({error}); if a field has quotes, double them and quote the field."
         ) from None
 
 
@@ -261,7 +261,7 @@ def _parquet_rows(path: Path) -> _Rows:
         names = file.schema_arrow.names
         if len(set(names)) < len(names):
             raise UserError(f"{path}: a column name occurs twice in {names}; each needs its own.")
-        rows = (  # one by one: a batch may unpack to much more than its bytes in the file
+        rows = (  # one by one, because a batch may unpack to much more than its bytes in the file
             {name: column[place].as_py() for name, column in zip(names, batch.columns, strict=True)}
             for batch in file.iter_batches(batch_size=256)
             for place in range(batch.num_rows)

@@ -1,6 +1,6 @@
-"""Files to records: texts, labelled texts, demonstrations, dialogues.
+"""Read files into records: texts, labelled texts, demonstrations, dialogues.
 
-`columns` maps a reader's names of columns to the file's. Rows with nothing to read are skipped and counted in the log.
+`columns` maps a reader's column names to the file's. Rows with nothing to read are skipped, and the log counts them.
 """
 
 import logging
@@ -20,14 +20,14 @@ T = TypeVar("T")
 _LOG = logging.getLogger("rlhf_pipeline")
 _TEXT_COLUMNS = ("text", "review", "sentence", "content")
 _LABEL_COLUMNS = ("label", "sentiment")
-_ASKED = {"prompt", "instruction", "question", "input", *fields.CHATS}
+_PROMPTS = {"prompt", "instruction", "question", "input", *fields.CHATS}
 _ANSWERS = ("completion", "output", "answer")
-_TOLD = {"prompt", "prompts", "completion", "completions", *fields.CHATS}  # a reward has these otherwise
+_NOT_KEPT = {"prompt", "prompts", "completion", "completions", *fields.CHATS}  # a reward gets these in another form
 _LABELS = {"0": 0, "1": 1, "neg": 0, "pos": 1, "negative": 0, "positive": 1}
 
 
 def read_texts(path: Path, column: str = "text", columns: Mapping[str, str] | None = None) -> list[Text]:
-    """Plain texts: one a line, or one a row."""
+    """Read plain texts: one per line, or one per row."""
 
     def parse(row: Fields) -> Text:
         words = fields.text(row, column)
@@ -41,9 +41,9 @@ def read_texts(path: Path, column: str = "text", columns: Mapping[str, str] | No
 def read_labelled(
     path: Path, columns: Mapping[str, str] | None = None, labels: Mapping[Any, int] | None = None
 ) -> list[Labelled]:
-    """Texts with label 0 or 1. `labels` are the file's own names of labels, each with 0 or 1."""
+    """Read texts with label 0 or 1. `labels` maps the file's own label names to 0 or 1."""
     known = _LABELS if labels is None else {_label(name): label for name, label in labels.items()}
-    hint = "; data.labels={good: 1, bad: 0} gives others a meaning" if labels is None else " (data.labels)"
+    hint = "; for other labels, set data.labels={good: 1, bad: 0}" if labels is None else " (data.labels)"
 
     def parse(row: Fields) -> Labelled:
         text_key, label_key = _first(row, _TEXT_COLUMNS), _first(row, _LABEL_COLUMNS)
@@ -63,25 +63,25 @@ def read_labelled(
 def _first(row: Fields, keys: tuple[str, ...]) -> str:
     found = next((key for key in keys if key in row), None)
     if found is None:
-        raise RowError(f"'{'|'.join(keys)}' is missing among {', '.join(row) or 'no columns'}")
+        raise RowError(f"'{'|'.join(keys)}' is missing; the columns are {', '.join(row) or '(none)'}")
     return found
 
 
 def _label(value: Any) -> str:
-    return str(value).strip().lower().removesuffix(".0")  # 1.0: integers beside nulls, by way of pandas
+    return str(value).strip().lower().removesuffix(".0")  # in a column with nulls, pandas writes 1 as 1.0
 
 
 def read_demonstrations(path: Path, columns: Mapping[str, str] | None = None) -> list[Demonstration | Dialogue]:
-    """Prompts, conversations, and the good answers to them; a prompt alone has an empty completion.
+    """Read prompts or conversations with their good answers. A prompt alone gets an empty completion.
 
-    A prompt that is text is taken as it stands; an instruction or a question is one turn of a conversation, which the
-    policy's template puts into words. Columns that are neither prompt nor completion nor messages stay with the row.
+    A text prompt is used unchanged. An instruction or a question is one turn of a conversation, which the policy's
+    template formats. The row keeps all columns except prompt, completion and messages.
     """
 
     def parse(row: Fields) -> Demonstration | Dialogue:
         if chat := fields.chat(row):
             return _dialogue(row, chat)
-        if _ASKED & row.keys() and not any(fields.holds(row, key) for key in (*_ASKED, *_ANSWERS)):
+        if _PROMPTS & row.keys() and not any(fields.holds(row, key) for key in (*_PROMPTS, *_ANSWERS)):
             raise SkippedRowError("the prompt is empty")
         prompt = fields.prompt(row)
         said = next((said for key in _ANSWERS if (said := fields.answer(row, key))), "")
@@ -92,16 +92,16 @@ def read_demonstrations(path: Path, columns: Mapping[str, str] | None = None) ->
     needs = "a demonstration row needs prompt, completion (or instruction, output; question, answer; messages)"
 
     def parse_whole(row: Fields) -> Demonstration | Dialogue:
-        others = {name: cell for name, cell in row.items() if name not in _TOLD}
+        others = {name: cell for name, cell in row.items() if name not in _NOT_KEPT}
         return replace(parse(row), columns=others)
 
     return _read(path, needs, parse_whole, columns)
 
 
 def read_dialogues(path: Path, columns: Mapping[str, str] | None = None) -> list[Dialogue]:
-    """Utterances of two people in turn, or messages with their roles.
+    """Read dialogues: utterances of two people in turn, or messages with their roles.
 
-    In a .txt an utterance is a line, and a blank line ends a dialogue.
+    In a .txt each line is an utterance, and a blank line ends a dialogue.
     """
     needs = 'a dialogue row needs conversation: [{"utterance": ...}, ...] (or messages with role and content)'
 
@@ -112,7 +112,7 @@ def read_dialogues(path: Path, columns: Mapping[str, str] | None = None) -> list
 
 
 def _dialogue(row: Fields, key: str) -> Dialogue:
-    """A conversation up to its last words, which may be a question; a blank turn at its end is none."""
+    """Return a conversation without blank turns at its end. Its last turn may be a question."""
     items = fields.decoded(row[key])
     first = items[0] if isinstance(items, list) and items else None
     both = isinstance(first, str) or (isinstance(first, dict) and "utterance" in first)
@@ -135,7 +135,7 @@ def _dialogue(row: Fields, key: str) -> Dialogue:
 def _read(
     path: Path, needs: str, parse: Callable[[Fields], T], columns: Mapping[str, str] | None, blocks: bool = False
 ) -> list[T]:
-    """Every row of a file, parsed."""
+    """Parse every row of a file, and log skipped rows and content that is not read."""
     kept: list[T] = []
     skipped, left_out = Counter[str](), Counter[str]()
     for where, row in read_rows(path, blocks):

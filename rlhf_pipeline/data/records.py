@@ -1,4 +1,4 @@
-"""Typed rows: what a file or a generator holds, once it has been read. File formats stop here."""
+"""Typed rows, which the readers of files and the generators return. Only the readers know file formats."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,13 +9,13 @@ Role = Literal["system", "user", "assistant"]
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one speaker of a conversation says at once."""
+    """One message of a conversation."""
 
     role: Role
     text: str
 
 
-# A prompt as it stands, or a conversation that the policy's template puts into words.
+# A text that is used unchanged, or a conversation that the policy's template formats.
 Prompt = str | tuple[Turn, ...]
 
 
@@ -28,7 +28,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """A file of Python source: to learn from as a whole; its functions' heads are the prompts."""
+    """A file of Python source. The language model learns the whole file; prompts are the heads of its functions."""
 
     text: str
 
@@ -46,8 +46,8 @@ class Demonstration:
     """A prompt and the answer that a person would like to see."""
 
     prompt: Prompt
-    completion: str  # empty: a prompt alone
-    columns: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # the row's others, for rewards
+    completion: str  # empty if the row is only a prompt
+    columns: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # other columns, for rewards
 
     @property
     def answered(self) -> bool:
@@ -57,15 +57,15 @@ class Demonstration:
 
 @dataclass(frozen=True, slots=True)
 class Dialogue:
-    """Turns of a conversation in order. Replies are learnt; with `both`, every turn but the first."""
+    """Turns of a conversation in order. Replies are learnt; with `both`, every turn except the first."""
 
     turns: tuple[Turn, ...]
     both: bool = False
-    columns: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # the row's others, for rewards
+    columns: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # other columns, for rewards
 
     @property
     def replies(self) -> list[int]:
-        """The places of the turns that are learnt: a blank one is not."""
+        """The indexes of the turns that are learnt. Blank turns are left out."""
         spoken = [(i, turn) for i, turn in enumerate(self.turns) if i and turn.text.strip()]
         return [i for i, turn in spoken if self.both or turn.role == "assistant"]
 
@@ -77,7 +77,7 @@ class Dialogue:
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """Two answers to one prompt, of which a person preferred the first, by `margin` where that is known."""
+    """Two answers to one prompt. A person preferred the first, by `margin` if that is known."""
 
     prompt: Prompt
     chosen: str
@@ -87,7 +87,7 @@ class Preference:
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """Several answers to one prompt, best first; `ranks`, where given, never fall and are equal where they tie."""
+    """Several answers to one prompt, best first. `ranks`, if given, never decrease; equal ranks are ties."""
 
     prompt: Prompt
     responses: tuple[str, ...]
@@ -96,14 +96,14 @@ class Ranking:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """How one annotator ordered the answers of one task: a label as it was given, before any is believed."""
+    """How one annotator ordered the answers of one task: the label as given, before labels are combined."""
 
     prompt: Prompt
     answers: tuple[str, ...]  # as they were shown
-    ranks: tuple[float, ...]  # of each answer, lowest best; equal: no difference was seen
+    ranks: tuple[float, ...]  # one per answer; the lowest is best, equal ranks are ties
     task: str | None = None
     annotator: str | None = None
-    margin: float | None = None  # of two answers: by how much, where that is known
+    margin: float | None = None  # for two answers: how much better one is, if known
 
 
 Prompted = Demonstration | Dialogue | Preference | Ranking  # rows with a prompt of their own
@@ -121,12 +121,12 @@ def teaches(row: Row) -> bool:
 
 
 def plain(prompt: Prompt) -> str:
-    """A prompt's words without a template."""
+    """Return a prompt as text, without a template."""
     return prompt if isinstance(prompt, str) else "\n\n".join(turn.text for turn in prompt)
 
 
 def answers(row: Row) -> tuple[str, ...]:
-    """The answers to a row's prompt, the best first; of a row without a prompt, its text."""
+    """Return the answers to a row's prompt, best first. If a row has no prompt, return its text."""
     match row:
         case Demonstration(completion=completion):
             return (completion,)
@@ -138,7 +138,7 @@ def answers(row: Row) -> tuple[str, ...]:
 
 
 def whole(row: Row) -> str:
-    """All words of a row."""
+    """Return all text of a row."""
     match row:
         case Demonstration() | Preference() | Ranking():
             return "\n\n".join((plain(row.prompt), *answers(row)))

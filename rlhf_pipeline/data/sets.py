@@ -29,22 +29,22 @@ S = TypeVar("S")
 
 _LOG = logging.getLogger("rlhf_pipeline")
 IMDB = "stanfordnlp/imdb"  # on the hub
-_PARTS = 5  # with fewer, one part would be too large a share of a prompt to hold out
+_MIN_PARTS = 5  # of one prompt's rows; with fewer parts, one part would be too many rows to hold out
 
 
 @dataclass(frozen=True)
 class Splits(Generic[S]):
-    """Rows to learn from, and held-out rows."""
+    """Training rows and held-out rows."""
 
     train: list[S]
     test: list[S]
-    labels: Labels | None = None  # where people judged the answers
-    share: float | None = None  # of the rows to hold out, where none are held out yet
+    labels: Labels | None = None  # if people judged the answers
+    share: float | None = None  # share of the rows to hold out, if none are held out yet
 
 
-# `limit` cuts both splits, `test_limit` the held-out one alone.
-# `prompt_tokens`: how many tokens of a text are the prompt, drawn per row from first to last, both included; of code,
-# the tokens that a function's head may have. `prompt_turns`: how many turns of a dialogue are the prompt.
+# `limit` cuts both splits, `test_limit` only the held-out one.
+# `prompt_tokens`: how many tokens of a text are the prompt, drawn per row from first to last, both included; for code,
+# how many tokens a function's head may have. `prompt_turns`: how many turns of a dialogue are the prompt.
 registry: Registry[Splits[Any]] = Registry(
     "data",
     {
@@ -61,7 +61,7 @@ registry: Registry[Splits[Any]] = Registry(
 def toy_reviews(seed: int, *, train: int = 20_000, test: int = 2_000) -> Splits[Labelled]:
     """Short movie reviews from our own grammar: the demo's data. They do not depend on the run's seed.
 
-    Held-out reviews begin with other words, so their prompts are new to a policy that learnt from the training reviews.
+    Held-out reviews begin with other words, so their prompts are new to a policy trained on the training reviews.
     """
     from rlhf_pipeline.data.toy_reviews import toy_reviews as draw
 
@@ -72,7 +72,7 @@ def toy_reviews(seed: int, *, train: int = 20_000, test: int = 2_000) -> Splits[
 def toy_arithmetic(seed: int, *, largest: Annotated[int, Range(1, 999)] = 99) -> Splits[Demonstration]:
     """All sums of two numbers up to `largest`: 12 + 7 =, the completion 19, and 19 in the column `answer`.
 
-    About a tenth is held out, 12 + 7 together with 7 + 12: no question of the test is learnt from either way round.
+    About a tenth is held out. 12 + 7 and 7 + 12 are in the same split, so no held-out sum is learnt in either order.
     """
     splits: Splits[Demonstration] = Splits([], [])
     for one, other in itertools.product(range(largest + 1), repeat=2):
@@ -84,7 +84,7 @@ def toy_arithmetic(seed: int, *, largest: Annotated[int, Range(1, 999)] = 99) ->
 
 @registry.register
 def imdb(seed: int, *, path: str = IMDB) -> Splits[Labelled]:
-    """The Large Movie Review Dataset (Maas et al. 2011): the hub's, or the original aclImdb as a folder or .tar.gz."""
+    """The Large Movie Review Dataset (Maas et al. 2011), from the hub or from aclImdb as a folder or .tar.gz."""
     where = Path(path).expanduser()
     if where.exists() or path.endswith((".tar.gz", ".tgz", ".tar")):
         read = read_acl_imdb(where)
@@ -103,7 +103,7 @@ def imdb(seed: int, *, path: str = IMDB) -> Splits[Labelled]:
 
 
 # Entries that read a file: `test_path` is a second file to hold out; without it, `test_share` of the rows is held out.
-# `columns` maps the names that the entry knows to those of the file (columns: {text: review_body}).
+# `columns` maps the entry's column names to those of the file (columns: {text: review_body}).
 
 
 @registry.register
@@ -113,7 +113,7 @@ def sentiment(
 ) -> Splits[Labelled]:  # fmt: skip
     """Labelled texts from a file: JSONL, CSV, TSV or parquet with a text and a label.
 
-    `labels` says what the file's labels mean: 0 is bad, 1 is good (labels: {正面: 1, 负面: 0}).
+    `labels` maps the file's labels to 0 (bad) or 1 (good), as in labels: {正面: 1, 负面: 0}.
     """
     for name, label in (labels or {}).items():
         if type(label) is not int or label not in (0, 1):
@@ -127,15 +127,15 @@ def preferences(
     buckets: list[str] | None = None, untouched_seconds: float = 5.0, test_path: str | None = None,
     test_share: float = 0.1,
 ) -> Splits[Preference | Ranking]:  # fmt: skip
-    """What people preferred: pairs, ranked lists, sheets and exports of Label Studio, from one file or several.
+    """Human preferences: pairs, ranked lists, sheets and exports of Label Studio, from one file or several.
 
     Judgements of the same answers are combined into one row. The train/test split is by prompt. `buckets` names a
-    Ranker's buckets, best first. An annotation submitted as shown within `untouched_seconds` is not a label.
+    Ranker's buckets, best first. An annotation submitted as shown within `untouched_seconds` is not used.
     """
     if not path:
         raise UserError(
-            "data=preferences has no file; give data.path=. (stage=reward with reward=preference_model takes what "
-            "this run's stage=collect brought, once it has.)"
+            "data=preferences has no file; give data.path=. (stage=reward with reward=preference_model uses the labels "
+            "of this run's stage=collect, if there are any.)"
         )
 
     def read(*paths: str) -> tuple[list[Preference | Ranking], Labels]:
@@ -154,10 +154,10 @@ def preferences(
     if test_path is None:
         return Splits(rows, [], labels, test_share)
     held_out, test_labels = read(test_path)
-    learnt = Counter(map(_question, rows))
+    learnt = Counter(map(_split_key, rows))
     known = {prompt for prompt, count in learnt.items() if 2 * count <= len(rows)}  # not one that most rows share
-    if again := sum(_question(row) in known for row in held_out):
-        _LOG.warning("%d of the %d rows in %s have a prompt that is learnt from too", again, len(held_out), test_path)
+    if again := sum(_split_key(row) in known for row in held_out):
+        _LOG.warning("%d of the %d rows in %s have a prompt that is also trained on", again, len(held_out), test_path)
     return Splits(rows, held_out, Labels(labels.summary, labels.rejected + test_labels.rejected))
 
 
@@ -192,9 +192,9 @@ def text(
 def python_code(
     seed: int, *, path: str | None = None, column: str = "content", rows: int = 100_000, test_share: float = 0.1
 ) -> Splits[Code]:
-    """Python source: the running interpreter's standard library, a folder, or a set of the hub such as codeparrot's.
+    """Python source: the running interpreter's standard library, a folder, or a hub data set such as codeparrot's.
 
-    A hub's set is streamed: `column` of its first `rows` rows. Such sets are larger than disks.
+    A hub data set is streamed, because it may be larger than the disk: `column` of its first `rows` rows is read.
     """
     if path is None or Path(path).expanduser().is_dir() or path.startswith((".", "/", "~")):
         files = source_files(Path(path).expanduser() if path else None)
@@ -208,12 +208,12 @@ def python_code(
     if 0 < len(found) < len(every):
         _LOG.warning("%s: %d of %d rows skipped (the text is empty)", path, len(every) - len(found), len(every))
     if not found or not all(isinstance(source, str) for source in found):
-        raise UserError(f"data.path={path} has no column of text '{column}'; say data.column=.")
+        raise UserError(f"data.path={path} has no text column '{column}'; set data.column=.")
     return Splits([Code(source) for source in dict.fromkeys(found)], [], share=test_share)
 
 
 def kind(name: str) -> Any:
-    """The type of row that a data set holds, by its entry's return annotation; a union where it holds several."""
+    """Return a data set's type of row, from its entry's return annotation; a union if it has several."""
     return typing.get_args(typing.get_type_hints(registry.entries[name])["return"])[0]
 
 
@@ -230,8 +230,8 @@ def check_kind(name: str, stage: str) -> None:
 def load_data(choice: dict[str, Any], seed: int, answers: bool = False) -> Splits[Any]:
     """Read the chosen data, shuffle it by `seed`, and cut it to `limit` rows a split.
 
-    A training row whose text is also held out is dropped, so that no figure is measured on what was learnt. With
-    `answers`, rows without an answer are dropped too, and counted.
+    A training row whose text is also held out is dropped, so that no metric is measured on learnt text. With `answers`,
+    rows without an answer are dropped too, and the log counts them.
     """
     splits, name = registry.build(choice, seed), choice["name"]
     train, test = splits.train, splits.test
@@ -252,19 +252,17 @@ def load_data(choice: dict[str, Any], seed: int, answers: bool = False) -> Split
     held_out = {records.whole(row) for row in test}
     every, train = len(train), [row for row in train if records.whole(row) not in held_out]
     if both := every - len(train):
-        _LOG.warning("data=%s: %d of %d rows to learn from are also held out, and are left out", name, both, every)
+        _LOG.warning("data=%s: %d of %d training rows are also held out, and are dropped", name, both, every)
     train, test = ([row for row in rows if len(records.whole(row)) >= shortest] for rows in (train, test))
     for rows in (train, test):
         random.Random(f"rows {seed}").shuffle(rows)
     if not train or not test:
-        raise UserError(
-            f"data={name} has {len(train)} rows to learn from and {len(test)} to hold out; both are needed."
-        )
+        raise UserError(f"data={name} has {len(train)} training rows and {len(test)} held-out rows; both are needed.")
     return Splits(train[:limit], test[:limit][: choice.get("test_limit")], splits.labels)
 
 
 def fingerprint(choice: dict[str, Any], splits: Splits[Any]) -> dict[str, Any]:
-    """What identifies the rows: their number and a hash over all of them, in order."""
+    """Identify the rows by their number and a hash over all of them, in order."""
     digest = hashlib.sha256()
     for row in (*splits.train, *splits.test):
         digest.update(repr((row, row.columns) if getattr(row, "columns", None) else row).encode())
@@ -282,40 +280,40 @@ def hub_set(choice: Mapping[str, Any]) -> str | None:
 
 
 def texts(rows: Sequence[Row]) -> list[str]:
-    """The rows as plain text: for a tokenizer to be trained on, or a classifier to read."""
+    """Return the rows as plain text, for training a tokenizer or for a classifier."""
     return [records.whole(row) for row in rows]
 
 
 def begun_by(prompts: Sequence[Prompt], rows: Sequence[Row]) -> int:
-    """How many of the prompts also begin a row, as a few words may even where their whole text differs from all rows.
+    """Count the prompts that also begin a row. A short one may do so even if its own row differs from all of these.
 
-    Not telling for code: its prompts are heads of functions, which do not begin a file.
+    The count is useless for code, because its prompts are heads of functions, which do not begin a file.
     """
     known = sorted(texts(rows))
     places = [(bisect_left(known, prompt), prompt) for prompt in map(records.plain, prompts)]
     return sum(place < len(known) and known[place].startswith(prompt) for place, prompt in places)
 
 
-def _question(row: Row) -> str:
-    """What the split is by: the prompt, the turns up to the user's first, else the row itself."""
+def _split_key(row: Row) -> str:
+    """Return the text that the split goes by: the prompt, the turns up to the user's first, else the whole row."""
     match row:
         case Demonstration(prompt=prompt) | Preference(prompt=prompt) | Ranking(prompt=prompt) if prompt:
             return records.plain(prompt)
         case Dialogue(turns=turns):
             first = next((i for i, turn in enumerate(turns) if turn.role == "user"), 0)
-            return records.plain(turns[: first + 1])  # a system's words before it are no question
+            return records.plain(turns[: first + 1])  # a system message alone is not a question
     return records.whole(row)
 
 
 def _groups(rows: Sequence[Row], share: float) -> list[str]:
-    """The group that each row is held out with, by name; "" for a row that is never held out.
+    """Return the name of each row's group, which is held out as a whole; "" for a row that is never held out.
 
-    A group is the rows of one prompt. Rows without a prompt, and those of a prompt with more than `share` of all rows,
-    are divided by the answers that they share, if that makes several parts. A part with more than half of them is never
-    held out.
+    A group is the rows of one prompt. Rows without a prompt are grouped by the answers that they share. So are the rows
+    of a prompt that has more than `share` of all rows, if that makes several groups. A group with more than half of
+    such rows is never held out.
     """
     first: dict[str, str] = {}  # prompts that differ only in white space are the same
-    names = [first.setdefault(" ".join(name.split()), name) for name in map(_question, rows)]
+    names = [first.setdefault(" ".join(name.split()), name) for name in map(_split_key, rows)]
     holding: dict[str, list[int]] = defaultdict(list)
     for number, (row, name) in enumerate(zip(rows, names, strict=True)):
         holding[name if getattr(row, "prompt", True) else ""].append(number)
@@ -325,9 +323,9 @@ def _groups(rows: Sequence[Row], share: float) -> list[str]:
         heads = joined([prompt] * len(numbers), [rows[number] for number in numbers])
         size = Counter(heads)
         if len(size) == 1 < len(numbers) == len(rows):
-            _LOG.warning("all %d rows share answers, so held-out answers may also be learnt from", len(rows))
+            _LOG.warning("all %d rows share answers, so held-out answers may also be training answers", len(rows))
             return [records.whole(row) for row in rows]
-        if prompt and len(numbers) < len(rows) and len(size) < _PARTS:
+        if prompt and len(numbers) < len(rows) and len(size) < _MIN_PARTS:
             continue
         for number, head in zip(numbers, heads, strict=True):
             names[number] = "" if 2 * size[head] > len(numbers) > 1 else records.whole(rows[numbers[head]])
@@ -335,8 +333,8 @@ def _groups(rows: Sequence[Row], share: float) -> list[str]:
 
 
 def joined(prompts: Sequence[Prompt], rows: Sequence[Row]) -> list[int]:
-    """For every row, the first row connected to it by answers to the same prompt, directly or through other rows."""
-    from networkx.utils import UnionFind  # type: ignore[import-untyped]  # torch brings it
+    """Return for each row the first row that shares an answer to the same prompt, directly or through other rows."""
+    from networkx.utils import UnionFind  # type: ignore[import-untyped]  # a dependency of torch
 
     holding: dict[tuple[Prompt, str], list[int]] = defaultdict(list)
     for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
@@ -350,9 +348,9 @@ def joined(prompts: Sequence[Prompt], rows: Sequence[Row]) -> list[int]:
 
 
 def _split(rows: list[R], share: float) -> tuple[list[R], list[R]]:
-    """Hold out a share of the rows' groups, by a hash: the split does not depend on the seed.
+    """Hold out a share of the rows' groups. A hash decides, so the split does not depend on the seed.
 
-    At least one of several groups is held out: a few labels are enough.
+    If there are several groups, at least one is held out, so that a few labels are enough.
     """
     if not 0 < share < 1:
         raise UserError(f"data.test_share is {share}; it takes a number between 0 and 1.")

@@ -1,4 +1,4 @@
-"""Conversations as a policy reads them: turns to text with its special tokens, by the tokenizer's chat template."""
+"""Format conversations as a policy reads them: turns to text with special tokens, by the tokenizer's chat template."""
 
 import contextlib
 import os
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SECONDS = 10.0  # that a template may take for a conversation
-MEMORY = 2 << 30  # bytes that it may take
+MEMORY = 2 << 30  # bytes that it may use
 LENGTH = 10_000_000  # bytes that it may write
 
-# For tokenizers that bring none. The template travels with the tokenizer from stage to stage.
+# For tokenizers without a template. The template is saved with the tokenizer from stage to stage.
 TEMPLATES = {
-    # GPT2-chitchat's form: [CLS] first [SEP] second [SEP]; where there is no [SEP], the end of a text parts the turns.
+    # GPT2-chitchat's format: [CLS] first [SEP] second [SEP]. If the tokenizer has no [SEP], EOS ends each turn.
     "dialogue": (
         "{{ cls_token or '' }}"
         "{% for message in messages %}{{ message['content'] }}{{ sep_token or eos_token }}{% endfor %}"
@@ -37,7 +37,7 @@ TEMPLATES = {
 
 
 def template_of(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The tokenizer's own template, else the one that its special tokens suggest."""
+    """Return the tokenizer's own template, else the built-in one that its special tokens suggest."""
     own = tokenizer.chat_template
     if isinstance(own, dict):
         own = own.get("default")
@@ -47,7 +47,7 @@ def template_of(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def render(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn], reply_follows: bool) -> str:
-    """The text of a conversation, special tokens written out; `reply_follows`: up to where a reply begins."""
+    """Return the text of a conversation with special tokens. With `reply_follows`, it ends where a reply begins."""
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]
     try:
         with _limits():
@@ -55,13 +55,13 @@ def render(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn], reply_fo
                 messages, chat_template=template_of(tokenizer), tokenize=False, add_generation_prompt=reply_follows
             )
         if (length := len(str(text).encode())) > LENGTH:
-            raise ValueError(f"it writes {length} bytes")
-    except Exception as error:  # a template raises what it likes
+            raise ValueError(f"its output has {length} bytes")
+    except Exception as error:  # a template may raise anything
         roles = ", ".join(turn.role for turn in turns[:8])
         own = Path(tokenizer.name_or_path, "chat_template.jinja")
         raise UserError(
-            f"the chat template of {own if own.exists() else tokenizer.name_or_path} cannot write a conversation of "
-            f"{roles} ({str(error)[:200] or 'it takes too much memory'}); change the data, or say "
+            f"the chat template of {own if own.exists() else tokenizer.name_or_path} cannot format a conversation of "
+            f"{roles} ({str(error)[:200] or 'it uses too much memory'}); change the data, or set "
             "policy.template=dialogue or instruction."
         ) from error
     return str(text)
@@ -69,7 +69,7 @@ def render(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn], reply_fo
 
 @contextlib.contextmanager
 def _limits() -> Iterator[None]:
-    """Stop a template that takes too long or too much memory, where the system and the thread allow it."""
+    """Stop a template that takes too much time or memory, if the system and the thread allow it."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
@@ -80,10 +80,10 @@ def _limits() -> Iterator[None]:
 
     before = signal.signal(signal.SIGALRM, stop)
     bounds = resource.getrlimit(resource.RLIMIT_AS)
-    with contextlib.suppress(OSError, ValueError):  # where the system does not say, or the bound is lower already
+    with contextlib.suppress(OSError, ValueError):  # no /proc, or the limit is already lower
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, bounds[1]))
-    signal.setitimer(signal.ITIMER_REAL, SECONDS, 1)  # again each second: jinja swallows what its compiler meets
+    signal.setitimer(signal.ITIMER_REAL, SECONDS, 1)  # again each second: jinja's compiler swallows exceptions
     try:
         yield
     finally:
@@ -93,21 +93,21 @@ def _limits() -> Iterator[None]:
 
 
 def written(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> str:
-    """A prompt as the policy is asked it, special tokens written out."""
+    """Return a prompt as the policy reads it, with special tokens."""
     return prompt if isinstance(prompt, str) else render(tokenizer, prompt, reply_follows=True)
 
 
 def visible(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> str:
-    """A prompt as rewards and people see it: as the policy is asked it, without special tokens."""
+    """Return a prompt as rewards and people see it: as the policy reads it, without special tokens."""
     ids: Any = tokenizer(written(tokenizer, prompt), add_special_tokens=False)["input_ids"]
     return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def pieces(tokenizer: "PreTrainedTokenizerBase", row: Prompted) -> list[tuple[str, bool]]:
-    """The text of a dialogue, or of a prompt with its best answer, in parts, each with whether it is learnt.
+    """Return a row's text in parts, each with whether it is learnt: a dialogue, or a prompt with its best answer.
 
-    A template that writes a turn otherwise once another follows (some leave out what was thought) cannot be cut so;
-    of such a dialogue the last reply alone is learnt.
+    Some templates write a turn differently once another follows (for example without the thoughts). Such a dialogue
+    cannot be cut into parts, so only its last reply is learnt.
     """
     if not isinstance(row, Dialogue):
         return [(written(tokenizer, row.prompt), False), (answers(row)[0], True)]
@@ -116,9 +116,9 @@ def pieces(tokenizer: "PreTrainedTokenizerBase", row: Prompted) -> list[tuple[st
     for index in row.replies:
         before = render(tokenizer, row.turns[:index], reply_follows=row.turns[index].role == "assistant")
         after = render(tokenizer, row.turns[: index + 1], reply_follows=False)
-        # Some templates end the prompt of a reply to come with more (an empty thought) than they write before one
-        # that is there. The reply then begins where the two part, as in TRL.
-        shared = os.path.commonprefix([before, after])  # noqa: RUF071  # of characters
+        # Before a reply that is still to come, some templates write more (an empty thought) than before a given reply.
+        # The reply then begins where the two texts differ, as in TRL.
+        shared = os.path.commonprefix([before, after])  # noqa: RUF071  # by characters
         if shared != before and not shared.startswith(render(tokenizer, row.turns[:index], reply_follows=False)):
             found, so_far = [], ""
             continue

@@ -1,4 +1,4 @@
-"""Rows to token ids, with the tokenizer and the template of the policy."""
+"""Convert rows to token ids, with the policy's tokenizer and template."""
 
 import bisect
 import itertools
@@ -21,14 +21,14 @@ _PART = 100  # rows tokenized at once: some are whole files of code
 
 
 class Lesson(NamedTuple):
-    """Token ids to learn from, and a mask: 1 for those that are learnt, 0 for the prompt."""
+    """Token ids to learn from, and a mask: 1 for tokens that are learnt, 0 for the prompt."""
 
     ids: list[int]
     learnt: list[int]
 
 
 class Question(NamedTuple):
-    """A prompt as a record (turns or text), and as token ids; with the other columns of its row."""
+    """A prompt as a record (turns or text) and as token ids, with the other columns of its row."""
 
     prompt: Prompt
     ids: list[int]
@@ -36,13 +36,13 @@ class Question(NamedTuple):
 
 
 def columns_of(asked: Sequence[Question]) -> dict[str, list[Any]]:
-    """The columns of the prompts' rows by name, None where a row has no such column."""
+    """Return the columns of the prompts' rows by name; None if a row has no such column."""
     names = dict.fromkeys(name for question in asked for name in question.columns)
     return {name: [question.columns.get(name) for question in asked] for name in names}
 
 
 def documents(rows: Sequence[Row], tokenizer: "Tokenizer") -> list[list[int]]:
-    """Token ids of whole rows, each with an EOS at its end, unless the row is a prompt alone."""
+    """Return the token ids of whole rows. Each ends with an EOS, unless the row is only a prompt."""
     end = int(tokenizer.eos_token_id)
     found: list[list[int]] = []
     for part in parts(rows, _PART, "tokenize", "text"):
@@ -53,27 +53,27 @@ def documents(rows: Sequence[Row], tokenizer: "Tokenizer") -> list[list[int]]:
 
 
 def _language(row: Row, tokenizer: "Tokenizer") -> str:
-    """A row's text as a language model reads it; of judged answers the best."""
+    """Return a row's text for a language model. If a row has several answers, the best one is used."""
     if isinstance(row, Dialogue):
         return render(tokenizer, row.turns, reply_follows=False)
     return written(tokenizer, row.prompt) + answers(row)[0] if isinstance(row, Prompted) else whole(row)
 
 
 def demonstrations(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any], seed: int) -> list[Lesson]:
-    """Prompts with their answers, of those that were compared the best; they end with the tokenizer's EOS."""
+    """Return prompts with their answers, each with an EOS at its end. Of several answers the best one is used."""
     end = int(tokenizer.eos_token_id)
     if rows and isinstance(rows[0], Prompted):
         bar = itertools.chain.from_iterable(parts(rows, _PART, "tokenize", "text"))
         cut = (pieces(tokenizer, row) for row in bar if isinstance(row, Prompted))
         every = (lesson(tokenizer, said) for said in cut if said)
     else:
-        begun = _begun(rows, tokenizer, choice, seed)
+        begun = _continuations(rows, tokenizer, choice, seed)
         every = (Lesson(prompt + rest, [0] * len(prompt) + [1] * len(rest)) for prompt, rest in begun)
     found = [each for each in every if any(each.learnt)]
     if rows and not found:
         raise UserError(
-            f"data={choice['name']} gives nothing to learn: no row goes on after its prompt (data.prompt_tokens is how "
-            "many tokens of a text are its prompt)."
+            f"data={choice['name']} gives nothing to learn: each row ends within its prompt (data.prompt_tokens sets "
+            "how many tokens of a text are its prompt)."
         )
     return [x if x.ids[-1] == end else Lesson([*x.ids, end], [*x.learnt, 1]) for x in found]
 
@@ -81,10 +81,10 @@ def demonstrations(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str
 def shortened(
     splits: Sequence[list[Lesson]], tokenizer: "Tokenizer", longest: int, apart: bool = True
 ) -> list[list[Lesson]]:
-    """The lessons of each split cut to at most `longest` tokens; a warning counts what is lost.
+    """Cut the lessons of each split to at most `longest` tokens, and print a warning that counts the losses.
 
-    A prompt loses its beginning, so that its answer stays whole. An answer that does not fit by itself loses its end,
-    and so does a text that is prompt and answer at once (not `apart`): the prompt then keeps up to half of the tokens.
+    A prompt loses its beginning, so that its answer stays whole. An answer that alone does not fit loses its end, and
+    so does a text that is both prompt and answer (not `apart`). The prompt then keeps up to half of the tokens.
     """
     lost = Counter({"rows": 0, "prompts lose their beginning": 0, "answers lose their end": 0})
 
@@ -113,12 +113,12 @@ def shortened(
 
 
 def questions(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any], seed: int) -> list[Question]:
-    """Prompts: a row's own, a dialogue's first turns, the first tokens of a text, the heads of functions.
+    """Return the prompts: a row's own, a dialogue's first turns, the first tokens of a text, the heads of functions.
 
-    A row of code gives as many as it has functions; one without a prompt gives none.
+    A row of code gives one prompt per function. A row without a prompt gives none.
     """
     if rows and isinstance(rows[0], Prompted):
-        every = [(row, *_asked(row, tokenizer, choice.get("prompt_turns"))) for row in rows]
+        every = [(row, *_prompt_of(row, tokenizer, choice.get("prompt_turns"))) for row in rows]
         asked = [(row, prompt, string) for row, prompt, string in every if string]
         encoded = encode(tokenizer, [string for _, _, string in asked])
         pairs = zip(asked, encoded, strict=True)
@@ -126,27 +126,27 @@ def questions(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any
         if found and len(found) < len(rows):
             print(f"warning: {len(rows) - len(found)} of {len(rows)} rows have no prompt, and are left out", flush=True)
     else:
-        heads = [head for head, _ in _begun(rows, tokenizer, choice, seed)]
+        heads = [head for head, _ in _continuations(rows, tokenizer, choice, seed)]
         decoded = tokenizer.batch_decode(heads, skip_special_tokens=True) if heads else []
         found = list(map(Question, decoded, heads))
     if rows and not found:
         raise UserError(
-            f"data={choice['name']} gives no prompts: none of {len(rows)} rows has one (data.prompt_tokens is how many "
-            "tokens of a text are its prompt, or a function's head may have)."
+            f"data={choice['name']} gives no prompts: none of {len(rows)} rows has one (data.prompt_tokens sets how "
+            "many tokens of a text are its prompt, or how many a function's head may have)."
         )
     return found
 
 
-def _asked(row: Any, tokenizer: "Tokenizer", turns: int | None) -> tuple[Prompt, str]:
-    """A row's prompt, as a record and as a policy is asked it."""
+def _prompt_of(row: Any, tokenizer: "Tokenizer", turns: int | None) -> tuple[Prompt, str]:
+    """Return a row's prompt, as a record and as the text that the policy reads."""
     if not isinstance(row, Dialogue):
         return row.prompt, written(tokenizer, row.prompt)
-    # Of two people's talk the first turn; of a chat all that stands before its last reply, or all if the user has the
-    # last word.
+    # For a dialogue of two people: the first turn. For a chat: all turns before its last reply, or all turns if the
+    # user speaks last.
     ends = row.turns[-1].role == "assistant" or (row.both and len(row.turns) > 1)
     last = len(row.turns) - ends
     if not (count := min(turns or (1 if row.both else last), last)):
-        return "", ""  # the assistant alone has spoken
+        return "", ""  # only the assistant speaks
     reply_follows = count == len(row.turns) or row.turns[count].role == "assistant"
     return row.turns[:count], render(tokenizer, row.turns[:count], reply_follows)
 
@@ -157,11 +157,11 @@ def conversational(rows: Sequence[Row]) -> bool:
 
 
 def encode(tokenizer: "Tokenizer", strings: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts; of special tokens those that stand in the text, for templates write out what belongs.
+    """Return the token ids of texts. No special tokens are added, because templates write them out.
 
-    Where the tokenizer begins every text with a BOS, as Llama's does, so does each row here.
+    The exception: if the tokenizer begins every text with a BOS, as Llama's does, so does each row here.
     """
-    bos = _beginning(tokenizer)
+    bos = _bos(tokenizer)
     return [ids if ids[:1] == bos else bos + ids for ids in _plain_ids(tokenizer, strings)]
 
 
@@ -169,22 +169,22 @@ def _plain_ids(tokenizer: "Tokenizer", strings: Sequence[str]) -> list[list[int]
     return [list(ids) for ids in tokenizer(list(strings), add_special_tokens=False)["input_ids"]] if strings else []
 
 
-def _beginning(tokenizer: "Tokenizer") -> list[int]:
+def _bos(tokenizer: "Tokenizer") -> list[int]:
     first = tokenizer("a")["input_ids"][:1]
     return list(first) if first == [tokenizer.bos_token_id] else []
 
 
 def lesson(tokenizer: "Tokenizer", parts: Sequence[tuple[str, bool]]) -> Lesson:
-    """A text in parts as token ids, with those of the learnt parts marked.
+    """Tokenize a text that is given in parts, and mark the tokens of the learnt parts.
 
-    As one text, where its first part then has the tokens that it is asked with; else part by part. A vocabulary that
-    begins each text with a blank would put one before every part.
+    The text is tokenized as a whole if its first part then has the same tokens as a prompt alone; else part by part.
+    Part by part is worse: a vocabulary that begins each text with a blank puts one before every part.
     """
     (asked,) = encode(tokenizer, [parts[0][0]])
     if tokenizer.is_fast:
         text = tokenizer("".join(part for part, _ in parts), add_special_tokens=False, return_offsets_mapping=True)
         ids, starts = list(text["input_ids"]), [start for start, _ in text["offset_mapping"]]
-        bos = [] if ids[:1] == asked[:1] else _beginning(tokenizer)
+        bos = [] if ids[:1] == asked[:1] else _bos(tokenizer)
         ids, starts = bos + ids, [0] * len(bos) + starts
         ends = list(itertools.accumulate(len(part) for part, _ in parts))
         learnt = [int(parts[min(bisect.bisect_right(ends, start), len(parts) - 1)][1]) for start in starts]
@@ -195,18 +195,18 @@ def lesson(tokenizer: "Tokenizer", parts: Sequence[tuple[str, bool]]) -> Lesson:
     return Lesson(list(itertools.chain(*rows)), list(itertools.chain(*masks)))
 
 
-def _begun(
+def _continuations(
     rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any], seed: int
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """The tokens of each prompt and of its continuation: of functions, or of texts cut after a few tokens."""
+    """Yield the tokens of each prompt and its continuation, from functions or from texts cut after a few tokens."""
     of_code = bool(rows) and isinstance(rows[0], Code)
     first, last = choice.get("prompt_tokens", (1, 64) if of_code else (2, 8))
     if not 1 <= first <= last:
         raise UserError(f"data.prompt_tokens is [{first}, {last}]; it takes two numbers, 1 <= first <= last.")
     if of_code:
-        # As in a file: methods stay in their class, and the line break is one token with the body's indent.
+        # Methods are left out. The body begins with the line break, because that is one token with the indent.
         found = [pair for text in texts(rows) for pair in functions(text)]
-        random.Random(f"functions {seed}").shuffle(found)  # a file's functions are much alike
+        random.Random(f"functions {seed}").shuffle(found)  # functions of one file are similar
         heads = encode(tokenizer, [head.removesuffix("\n") for head, _ in found])
         bodies = _plain_ids(tokenizer, [f"\n{body}" for _, body in found])
         yield from ((head, body) for head, body in zip(heads, bodies, strict=True) if len(head) <= last)

@@ -1,4 +1,4 @@
-"""A grammar of short English movie reviews whose sentiment is known: the data that the demo carries with it."""
+"""A grammar of short English movie reviews with known sentiment: the demo's built-in data."""
 
 import functools
 import math
@@ -18,7 +18,7 @@ RULES: dict[str, list[str]] = _GRAMMAR["rules"]
 
 
 def _roles() -> dict[str, float | str]:
-    """What each phrase that matters does: a number says something, a word changes what the others say."""
+    """Return the role of each phrase: a number is its sentiment, a word says how it changes other phrases."""
     roles: dict[str, float | str] = {}
     for symbol in ("adj", "verb", "verdict", "opinion", "better"):
         for value, phrases in zip((-1.0, 1.0), SIGNED[symbol], strict=True):
@@ -36,7 +36,7 @@ _PATTERN = re.compile(rf"\b(?:{_PHRASES})\b|[.,;!?]")
 
 
 def _expand(template: str, sign: int, rng: random.Random, used: set[str]) -> str:
-    """Fills a template in, without saying anything twice where there is a choice."""
+    """Fill in a template. No phrase is repeated if there is another choice."""
 
     def draw(match: re.Match[str]) -> str:
         relative, symbol = match.groups()
@@ -50,14 +50,14 @@ def _expand(template: str, sign: int, rng: random.Random, used: set[str]) -> str
 
 
 def _is_held_out(opening: str) -> bool:
-    """By the first two words, so that no prompt of two words or more begins reviews of both sides."""
+    """Decide by the first two words, so that no prompt of two or more words begins reviews of both splits."""
     return zlib.crc32(" ".join(opening.lower().split()[:2]).encode()) % 6 == 0
 
 
 def _review(sign: int, rng: random.Random, held_out: bool) -> str:
     while _is_held_out(opening := _expand("<opening> ", sign, rng, set())) != held_out:
         pass
-    while True:  # draws the rest again, and only the rest, so that an opening stays independent of the sentiment
+    while True:  # redraw only the rest, so that the opening stays independent of the sentiment
         text = opening + _expand("<+review><+tail>", sign, rng, set())
         if MIN_WORDS <= len(text.split()) <= MAX_WORDS:
             break
@@ -69,7 +69,7 @@ def _review(sign: int, rng: random.Random, held_out: bool) -> str:
 def toy_reviews(count: int, seed: int, held_out: bool = False) -> tuple[Labelled, ...]:
     """`count` reviews, about half of them positive (1). A longer draw with the same seed begins with a shorter one.
 
-    Reviews that are `held_out` begin with other words than all others: no pair of first words is on both sides.
+    Reviews that are `held_out` begin with other words than all others: no pair of first words is in both splits.
     """
     rng = random.Random(seed)
     labels = (rng.randrange(2) for _ in range(count))
@@ -77,8 +77,8 @@ def toy_reviews(count: int, seed: int, held_out: bool = False) -> tuple[Labelled
 
 
 def true_sentiment(text: str) -> float:
-    """How likely any text is positive by the rules of the grammar: 0.5 where it says nothing."""
-    said: dict[str, float] = {}  # by phrase, so that repeating oneself does not count
+    """Return the probability that a text is positive, by the rules of the grammar; 0.5 if it has no sentiment."""
+    said: dict[str, float] = {}  # by phrase, so that a repeated phrase counts once
     sentence: dict[str, float] = {}
     sign, aside, reported = 1.0, False, 0.0
     for phrase in _PATTERN.findall(text.lower()):
@@ -96,7 +96,7 @@ def true_sentiment(text: str) -> float:
             elif role == "stop":
                 said |= sentence
                 sentence.clear()
-        elif aside:  # a concession, an expectation, another's opinion: counts only if one agrees with it
+        elif aside:  # a concession, expectation or another's opinion counts if a later phrase agrees or disagrees
             reported = sign * role
         else:
             sentence[phrase] = sign * role

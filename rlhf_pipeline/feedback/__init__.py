@@ -1,6 +1,6 @@
-"""Answers to compare, and the labels that people, or a reward in their place, give them.
+"""Sample answers to compare, and collect their labels from people or from a reward.
 
 candidates     several different answers to each prompt
-labelling      labels from Label Studio, a file or a reward into the run
-label_studio   tasks and labels between a run and Label Studio; the server on this machine
+labelling      labels from Label Studio, a file or a reward
+label_studio   exchange of tasks and labels with Label Studio; the server on this machine
 """

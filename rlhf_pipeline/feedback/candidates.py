@@ -1,4 +1,4 @@
-"""Several different answers to each prompt: what there is for people to compare."""
+"""Sample several different answers to each prompt, for people to compare."""
 
 import hashlib
 import itertools
@@ -21,22 +21,22 @@ from rlhf_pipeline.processes import gathered, mine, processes
 from rlhf_pipeline.settings import Collection
 from rlhf_pipeline.texts import words_of
 
-_TRIES = 5  # draws of one answer until it differs from the others
+_TRIES = 5  # attempts to draw an answer that differs from the others
 
 
 @dataclass(frozen=True)
 class Asker:
-    """Draws the answers to each prompt from policies and temperatures in turn; near-duplicates are drawn again."""
+    """Draws answers to each prompt with policies and temperatures in turn. Near-duplicates are drawn again."""
 
-    policies: Mapping[str, Policy]  # by where each came from; the questions are in the tokens of the first
-    sampling: Mapping[str, Sampling]  # of each, at temperature 1
+    policies: Mapping[str, Policy]  # by source; the questions have the tokens of the first policy
+    sampling: Mapping[str, Sampling]  # of each policy, at temperature 1
     collect: Collection
     seed: str
 
     def rows(self, questions: Sequence[Question], first: int = 0) -> Iterator[list[dict[str, Any]]]:
-        """Rows of `candidates.jsonl` by batches of prompts, from prompt number `first`, shared out to the processes.
+        """Yield a list of rows of `candidates.jsonl` per batch of prompts, from prompt number `first`.
 
-        A prompt without two answers that differ has no row.
+        The processes share the batches. A prompt without two different answers has no row.
         """
         starts = range(first, len(questions), self.collect.batch_size)
         for place in range(0, len(starts), processes()):
@@ -50,30 +50,30 @@ class Asker:
 
     def _row(self, number: int, question: Question, answers: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
         prompt = question.prompt
-        random.Random(f"order {self.seed} {number}").shuffle(answers)  # the place must not tell the source
+        random.Random(f"order {self.seed} {number}").shuffle(answers)  # the order must not reveal the policy
         texts = [answer["text"] for answer in answers]
         name = hashlib.sha256(repr((self.seed, number, prompt, texts)).encode()).hexdigest()[:10]
         return {
-            "task": f"t{name}",  # with a letter, or spreadsheets take some for numbers
+            "task": f"t{name}",  # with a letter, because spreadsheets read some hashes as numbers
             "number": number,
             "prompt": prompt if isinstance(prompt, str) else [{"role": t.role, "content": t.text} for t in prompt],
             "shown_prompt": visible(next(iter(self.policies.values())).tokenizer, prompt),
             "answers": [{"id": f"answer{n}", **answer} for n, answer in enumerate(answers, 1)],
             "sampled_tokens": tokens,
-            # What is no JSON, as a date of Parquet, becomes text.
+            # Values that JSON cannot hold, such as a date from Parquet, become text.
             **({"columns": json.loads(json.dumps({**question.columns}, default=str))} if question.columns else {}),
         }
 
     def _answers(self, asked: Mapping[int, Question]) -> tuple[dict[int, list[dict[str, Any]]], Counter[int]]:
-        """Up to K answers to each numbered prompt, no two of them more alike than `similarity`, and all tokens drawn.
+        """Return up to K answers to each prompt, and how many tokens were sampled for it, by prompt number.
 
-        Each has what it takes to draw it again: policy, temperature and seed.
+        No two answers are more alike than `similarity`. Each has its policy, temperature and seed, to draw it again.
         """
         tokens: Counter[int] = Counter()
         sources = list(itertools.product(self.collect.temperatures, self.policies))
         found: dict[int, dict[int, dict[str, Any]]] = {number: {} for number in asked}
         for attempt, (place, (temperature, where)) in itertools.product(range(_TRIES), enumerate(sources)):
-            # The next prompt begins with the next source, so that each has its turn if there are more than K.
+            # Each prompt begins with the next source, so that all are used even if there are more than K.
             wanted = [
                 (number, slot)
                 for number, got in found.items()
@@ -95,7 +95,7 @@ class Asker:
     def _draw(
         self, where: str, temperature: float, questions: Sequence[Question], seeds: Sequence[int]
     ) -> list[tuple[str, int]]:
-        """One answer to each prompt with its tokens, each from its own seed: its batch does not matter."""
+        """Return an answer and its number of tokens per prompt. Each has its own seed, so its batch does not matter."""
         policy, length = self.policies[where], self.collect.response_length
         ids = asked_of(policy, next(iter(self.policies.values())), questions)
         check_positions(policy.model, ids, length)
@@ -106,6 +106,6 @@ class Asker:
 
 
 def alike(first: str, second: str, similarity: float) -> bool:
-    """Whether two texts say nearly the same, word by word. Equal ones always do."""
+    """Return whether two texts are nearly the same, word by word. Equal texts always are."""
     one, other = (words_of(text.lower()) for text in (first, second))
     return one == other or SequenceMatcher(None, one, other, autojunk=False).ratio() > similarity

@@ -1,6 +1,6 @@
-"""Labels of what stage=collect has asked for: to where people give them, back again, and by a reward in their place.
+"""Label the candidates of stage=collect: send tasks to people, bring their labels back, or label by a reward.
 
-Loads no torch: people run `labels=pull` again and again.
+This module does not load torch, because people run `labels=pull` often.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ _REJECTED, _SKIPPED, _EXPORT = "rejected.jsonl", "skipped.jsonl", "export.json"
 
 
 def offer(out: RunDir, rows: Sequence[dict[str, Any]], lang: str) -> None:
-    """Write what people label: tasks for Label Studio with their page, and a sheet."""
+    """Write the files for labelling: tasks for Label Studio with their page, and a sheet."""
     tasks = label_studio_tasks(rows)
     write_json(out.path / "tasks.json", tasks)
     most = max(len(row["answers"]) for row in rows)
@@ -38,22 +38,22 @@ def offer(out: RunDir, rows: Sequence[dict[str, Any]], lang: str) -> None:
 
 
 def take(settings: Settings, out: RunDir) -> None:
-    """Do what `labels=` asks for: bring labels in, or the tasks to where people label them."""
+    """Do what `labels=` asks for: read labels, or send the tasks to Label Studio."""
     if not (out.path / CANDIDATES).exists():
         raise NotFinishedError(f"{out.path} has no {CANDIDATES} yet; run stage=collect without labels= first.")
-    # The collection stays as it was made, but for these two where they are set now.
+    # The collection keeps its settings, except these two if they are set now.
     now, default = settings.collect, Collection()
     new = {key: getattr(now, key) for key in ("annotators", "enough") if getattr(now, key) != getattr(default, key)}
     collect = Collection(**{**out.config().get("collect", {}), **new})
     if settings.labels == "serve":
         try:
             serve(out.path, out.name, out.runs, collect.annotators)
-        except KeyboardInterrupt:  # the way to end it
-            print("\nLabel Studio has ended; its labels are kept.", flush=True)
+        except KeyboardInterrupt:  # this is how the user stops it
+            print("\nLabel Studio has stopped; its labels are kept.", flush=True)
         return
     if settings.labels == "push":
         print(f"tasks    {push(connect(out.runs), out.path, out.name, collect.annotators)}", flush=True)
-        print("labels=pull fetches what is labelled", flush=True)
+        print("labels=pull fetches the labels", flush=True)
         return
     if settings.labels == "pull":
         bring_pulled(out)
@@ -66,7 +66,7 @@ def take(settings: Settings, out: RunDir) -> None:
 
 
 def bring_pulled(out: RunDir) -> None:
-    """Replace the labels from Label Studio by what is labelled there now."""
+    """Replace the run's labels from Label Studio by the labels that are there now."""
     tasks = pull(out.path, out.runs)
     write_json(out.path / _EXPORT, tasks)
     known = read_json(out.path / PROJECT)
@@ -86,10 +86,10 @@ _Rows = list[dict[str, Any]]
 
 
 def _read(out: RunDir, path: Path, source: str) -> tuple[_Rows, _Rows]:
-    """A file's labels as rows of `labels.jsonl`, and those set aside: not usable, or of no candidate of this run."""
+    """Return a file's labels as rows of `labels.jsonl`, and rows set aside: unusable or for no candidate of the run."""
     found = read_judgements(path)
     candidates = {row["task"]: row for row in read_jsonl(out.path / CANDIDATES)}
-    # Everybody's sheet is called sheet.csv.
+    # All annotators' sheets are called sheet.csv.
     others = {row["annotator"] for row in read_jsonl(out.path / LABELS) if row.get("source") != source}
     unnamed = path.stem if path.stem not in others else f"{path.resolve().parent.name}/{path.stem}"
     new, rejected = [], [{**row, "source": source} for row in found.rejected]
@@ -109,7 +109,7 @@ def _read(out: RunDir, path: Path, source: str) -> tuple[_Rows, _Rows]:
 
 
 def _replace(out: RunDir, source: str, labels: _Rows, rejected: _Rows, skips: Sequence[dict[str, Any]] = ()) -> None:
-    """Replace what is from the same source, and the labels of the same annotators on the same tasks."""
+    """Replace all rows from the same source, and labels of the same tasks by the same annotators."""
     judged = {(row["task"], row["annotator"]) for row in labels}
     for name, rows in ((LABELS, labels), (_REJECTED, rejected), (_SKIPPED, skips)):
         kept = [row for row in read_jsonl(out.path / name) if row.get("source") != source]
@@ -122,9 +122,9 @@ def _replace(out: RunDir, source: str, labels: _Rows, rejected: _Rows, skips: Se
 
 
 def label_row(row: dict[str, Any], judgement: Judgement) -> dict[str, Any] | None:
-    """A judgement as a row of `labels.jsonl`, with the answers as they were sampled; None if it is of other answers.
+    """Return a judgement as a row of `labels.jsonl`, with the answers as sampled; None if it judges other answers.
 
-    A spreadsheet may change blanks, and one answer, as 007 to 7, if all others are in their places.
+    White space may differ, because spreadsheets change it. One answer may differ (007 becomes 7) if all others match.
     """
     data = label_studio_tasks([row])[0]["data"]
     names = [" ".join(data[answer["id"]].split()) for answer in row["answers"]]
@@ -140,7 +140,7 @@ def label_row(row: dict[str, Any], judgement: Judgement) -> dict[str, Any] | Non
 
 
 def note_progress(collect: Collection, out: RunDir) -> None:
-    """Finish the stage with how far the candidates are labelled: done if that is enough to go on, else waiting."""
+    """Record how many candidates are labelled. The stage is done if `collect.enough` is reached, else waiting."""
     tasks = {row["task"] for row in read_jsonl(out.path / CANDIDATES)}
     rows = read_jsonl(out.path / LABELS)
     annotators: dict[str, set[str]] = defaultdict(set)  # of each task
@@ -158,10 +158,10 @@ def note_progress(collect: Collection, out: RunDir) -> None:
 
 
 def rank(rows: Sequence[dict[str, Any]], reward: Reward, noise: float, seed: str) -> tuple[list[dict[str, Any]], float]:
-    """A reward's labels of candidates, and the share of pairs that it ranks as it would without `noise`.
+    """Return a reward's labels of candidates, and the share of pairs that it ranks as it would without `noise`.
 
-    `noise`, in standard deviations of all scores, is the scale of Gumbel noise on each score, so that a better answer
-    comes first with the probability of Bradley and Terry (1952): close pairs are confused, clear ones hardly ever.
+    `noise` is the scale of Gumbel noise on each score, in standard deviations of all scores. A better answer comes
+    first with the probability of Bradley and Terry (1952): close pairs are often swapped, clear pairs rarely.
     """
     asked = [(row, answer["text"]) for row in rows for answer in row["answers"]]
     names = {name for row in rows for name in row.get("columns", {})}
@@ -181,7 +181,7 @@ def rank(rows: Sequence[dict[str, Any]], reward: Reward, noise: float, seed: str
         found.append({**label, "annotator": reward.name, "scores": own})
     if not same:
         raise UserError(
-            f"labeler={reward.name} gives all answers to each prompt the same score, so it prefers none; take another "
-            "labeler=, or a policy that has learnt more."
+            f"labeler={reward.name} gives all answers to each prompt the same score, so it prefers none; use another "
+            "labeler=, or a policy that is trained more."
         )
     return found, statistics.mean(same)

@@ -102,10 +102,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     make_runs(folder / "runs")
     process = start(folder, "ranks", folder / "first.txt")
     try:
-        await_text(process, folder / "first.txt", "Ctrl-C ends it", 300)
+        await_text(process, folder / "first.txt", "Ctrl-C stops the server", 300)
         second = start(folder, "pairs", folder / "second.txt")
         assert second.wait(120) == 0, (folder / "second.txt").read_text()
-        assert "running already" in (folder / "second.txt").read_text()
+        assert "already running" in (folder / "second.txt").read_text()
         yield Served(process, folder / "runs", folder / "first.txt")
     finally:
         process.send_signal(signal.SIGINT)
@@ -324,7 +324,7 @@ def test_labels_and_login_survive_a_restart(served: Served, annotator: Annotator
     assert not (served.home / "server.json").exists()
     served.process = start(served.runs.parent, "ranks", served.output)
     try:
-        await_text(served.process, served.output, "Ctrl-C ends it", 300)
+        await_text(served.process, served.output, "Ctrl-C stops the server", 300)
         assert "0 tasks added, 5 were there" in served.output.read_text()
         assert served.login == login
         assert judged(served, "ranks", tmp_path) == before

@@ -504,7 +504,7 @@ def test_candidates_come_from_several_policies_and_temperatures(with_people: Pat
         (("stage=reward", "reward=preference_model"), "preference_model does not learn from them"),
         (
             ("stage=reward", "reward=preference_model", "data=preferences"),
-            "this run's stage=collect brought",
+            "the labels of this run's stage=collect",
         ),
     ],
 )

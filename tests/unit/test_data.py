@@ -49,7 +49,7 @@ def test_a_training_text_that_is_held_out_too_is_dropped_and_counted(
     rows = data.load_data({"name": "imdb", "path": str(tmp_path)}, seed=0)
     assert len(rows.test) == 6
     assert len(rows.train) == 4
-    assert "data=imdb: 2 of 6 rows to learn from are also held out, and are left out" in caplog.text
+    assert "data=imdb: 2 of 6 training rows are also held out, and are dropped" in caplog.text
 
 
 def test_prompts_that_also_begin_training_texts_are_counted() -> None:
@@ -129,7 +129,7 @@ def test_labels_held_out_in_a_file_of_their_own(tmp_path: Path, caplog: pytest.L
     rows = data.load_data({"name": "preferences", "path": learnt, "test_path": held_out}, seed=0)
     assert len(rows.train) == 5
     assert sorted(rows.test, key=repr) == [Preference("p 0", "x", "y"), Ranking("q", ("b", "a", "c"), (1, 2.5, 2.5))]
-    assert f"1 of the 2 rows in {held_out} have a prompt that is learnt from too" in caplog.text
+    assert f"1 of the 2 rows in {held_out} have a prompt that is also trained on" in caplog.text
 
 
 def sides(path: str, share: float = 0.3) -> tuple[list[Any], list[Any]]:

@@ -86,13 +86,13 @@ def test_every_form_of_a_pair_and_a_ranking(tmp_path: Path, row: dict[str, Any],
           for empty in (None, "  ", float("nan"), [], [{"role": "system", "content": ""}])),
         ({"messages": [{"role": "system", "content": ""}], "rejected_response": "r"}, "'messages' is blank"),
         ({"prompt": "p", "chosen": json.dumps(CHAT)[:-5], "rejected": "r"}, "'chosen' begins like a list of messages"),
-        ({"winner": "x", "x": "c", "y": "r", "source": "s"}, "beside 'x' there is not one other answer but y, source"),
-        ({"winner": "x", "x": "c"}, "beside 'x' there is not one other answer but none"),
+        ({"winner": "x", "x": "c", "y": "r", "source": "s"}, "winner 'x' needs one other answer column; there are y, "),
+        ({"winner": "x", "x": "c"}, "winner 'x' needs one other answer column; there are none"),
         ({"winner": "x", "x": None, "y": "r"}, "'x' is nothing, not text"),
         ({"winner": "x", "x": 3, "y": "r"}, "'x' is a number, not text"),
         ({"winner": None, "x": "c", "y": "r"}, "'winner' is blank"),
         ({"Prompt": "p", "Rank1": 1}, "no label among the columns Prompt, Rank1; allowed are prompt, chosen,"),
-        ({"chosen": "c", "rejected": "r"}, "'prompt' is missing, and chosen and rejected are not dialogs"),
+        ({"chosen": "c", "rejected": "r"}, "'prompt' is missing, and chosen and rejected are not dialogues"),
         ({"conversations": [{"from": "human"}], "chosen": "c", "rejected": "r"}, "'conversations' is not a list"),
         ({"prompt": "p", "responses": ["x", "y"], "ranks": [1]}, "'ranks' is not a list of 2 numbers, one to each"),
         ({"prompt": "p", "responses": ["x", "y"], "ranks": [1, float("inf")]}, "'ranks' is 'inf', not a number"),
@@ -211,18 +211,18 @@ def test_items_are_looked_up_by_id_then_body_then_title_then_in_the_data(tmp_pat
     [
         (task(annotation()), "nothing selected"),
         (task(annotation(control({"choices": ["x"]}), control({"rating": 4}))), "nothing selected by the tag Pairwise"),
-        (task(annotation(ranker({"better": [], "_": ["answer1", "answer2"]}))), "nothing selected: all is left"),
+        (task(annotation(ranker({"better": [], "_": ["answer1", "answer2"]}))), "nothing selected: all answers"),
         (task(annotation(control({"selected": "both"}))), "'selected' is neither left nor right"),
-        (task(annotation(LEFT, control({"selected": "right"}, name="safety"))), "2 labels in one, by choice, safety"),
-        (task(annotation(ranker(["answer1", "answer9"]))), "'answer9' is the id of no answer"),
-        (task(annotation(ranker(["answer1"]))), "1 of 1 answers ranked; it takes two or more"),
+        (task(annotation(LEFT, control({"selected": "right"}, name="safety"))), "2 labels in one annotation (choice, "),
+        (task(annotation(ranker(["answer1", "answer9"]))), "no answer with a text has the id 'answer9'"),
+        (task(annotation(ranker(["answer1"]))), "1 of 1 answers ranked; two or more are needed"),
         (task(annotation(ranker({"better": "answer1", "worse": ["answer2"]}))), "'ranker' is neither a list of ids"),
         (task(annotation(ranker({"ads": ["answer1"], "useful": ["answer3"]}))),
-         "no order is known of the buckets ads, useful; say data.buckets=[..], best first"),
-        (task(annotation(LEFT), data={**DATA, "answer2": 3}), "'answer2' is the id of no answer with a text"),
+         "the order of the buckets ads, useful is unknown; set data.buckets=[..], best first"),
+        (task(annotation(LEFT), data={**DATA, "answer2": 3}), "no answer with a text has the id 'answer2'"),
         (task(annotation(LEFT), data={"prompt": "p", "one": "a", "two": "b"}), "no answers such as answer1"),
         (task(annotation(LEFT), data={"poem": "p", "answer1": "a", "answer2": "b"}),
-         "no prompt among poem; data.columns"),
+         "no prompt among the columns poem; set data.columns"),
         (task(annotation(LEFT), data=["answer1"]), "'data' is a list, not an object"),
         (task(annotation(LEFT), data={**DATA, "prompt": "\ud800"}), "half a character"),
         (task(annotation(ranker(["answer1", "answer2", "answer1"]))), "an answer is ranked twice"),
@@ -334,8 +334,8 @@ def test_what_was_submitted_at_once_as_it_was_shown_is_no_label(
     if kept:
         assert read(tmp_path, row).rejected == []
     else:
-        what = "the order as shown" if "ranker" in result["value"] else "the prediction as it stood"
-        assert why(tmp_path, row) == f"untouched: {what}, after 1.9 s"
+        what = "the order as shown" if "ranker" in result["value"] else "the prediction unchanged"
+        assert why(tmp_path, row) == f"untouched: submitted with {what} after 1.9 s"
         assert read(tmp_path, row, untouched_seconds=1.5).rejected == []
 
 
@@ -565,7 +565,7 @@ def test_real_exports_of_label_studio(shared: Path) -> None:
         ("10", ("first answer", "second answer"), (1, 2))
     ]
     assert [(row["task"], row["why"]) for row in pairs.rejected] == [
-        ("11", "untouched: the prediction as it stood, after 2.2 s"),
+        ("11", "untouched: submitted with the prediction unchanged after 2.2 s"),
         ("14", NOTHING),
     ]
     ranked = read_judgements(real(shared, "ls_export_ranker.json"))

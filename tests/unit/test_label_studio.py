@@ -347,10 +347,10 @@ def test_two_that_serve_at_once_share_one_server_which_outlives_a_kill(
     _await(lambda: any(process.poll() is not None for process in both))
     ended, owner = sorted(both, key=lambda process: process.poll() is None)
     assert ended.returncode == 0
-    assert "running already" in ended.communicate()[0]
+    assert "already running" in ended.communicate()[0]
     assert owner.poll() is None
     owner.kill()
-    assert "Ctrl-C ends it" in owner.communicate()[0]
+    assert "Ctrl-C stops the server" in owner.communicate()[0]
     assert command_line(*LABEL, "labels=pull") == 0
     os.kill(json.loads((collected.parents[1] / ".label_studio" / "server.json").read_text())["pid"], signal.SIGKILL)
     _await(lambda: command_line(*LABEL, "labels=pull") == 2)
@@ -404,4 +404,4 @@ def test_serve_tells_what_is_missing(
     (home / "login.json").unlink()
     assert "login.json is gone" in serve()
     monkeypatch.setenv("LABEL_STUDIO_URL", "http://127.0.0.1:9")
-    assert "names a server of your own; say labels=push" in serve()
+    assert "names a server of your own; use labels=push" in serve()

@@ -162,7 +162,7 @@ def test_what_cannot_be_read_is_counted(tmp_path: Path, caplog: pytest.LogCaptur
     (tmp_path / "h.py").write_text("# coding: unicode_escape\nh = '\\ud83d'\n")
     (tmp_path / "i.py").write_bytes(b"i = 1\n" * 2_000_000)
     assert [name for name, _ in source_files(tmp_path)] == ["d.py"]
-    assert "8 files cannot be read and are left out, as a.py" in caplog.text
+    assert "8 files cannot be read and are skipped, such as a.py" in caplog.text
     (tmp_path / "d.py").unlink()
     with pytest.raises(UserError, match="no Python source that can be read"):
         list(source_files(tmp_path))

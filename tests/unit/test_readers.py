@@ -121,7 +121,7 @@ def test_acl_imdb_takes_nothing_from_hostile_members(tmp_path: Path, caplog: pyt
     read = read_acl_imdb(write_folder(tmp_path / "a", REVIEWS))
     assert read_acl_imdb(write_archive(tmp_path / "a.tar.gz", REVIEWS, *hostile)) == read
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.tar.gz"]
-    assert "a.tar.gz: 4 links and other entries that are no files are left out" in caplog.text
+    assert "a.tar.gz: 4 links and other entries that are not files are skipped" in caplog.text
 
 
 def test_acl_imdb_follows_no_link_out_of_its_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -132,7 +132,7 @@ def test_acl_imdb_follows_no_link_out_of_its_folder(tmp_path: Path, caplog: pyte
         (root / f"train/pos/{number}_9.txt").symlink_to(target)
     os.mkfifo(root / "train/pos/80_9.txt")
     assert read_acl_imdb(root) == read
-    assert "a: 4 links and other entries that are no files are left out" in caplog.text
+    assert "a: 4 links and other entries that are not files are skipped" in caplog.text
     (root / "train/pos").rename(tmp_path / "elsewhere")
     (root / "train/pos").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="no reviews in train/pos"):
@@ -143,7 +143,7 @@ def test_acl_imdb_follows_no_link_out_of_its_folder(tmp_path: Path, caplog: pyte
     ("headers", "message"),
     [
         ({"GNU.sparse.map": "0,0", "GNU.sparse.size": str(10**11)}, r"train/pos/7_7\.txt is a sparse file; pack"),
-        ({"size": "-512"}, "has less than no bytes"),
+        ({"size": "-512"}, "has a negative size"),
         ({"size": str(2**80)}, "cannot be read to its end"),
     ],
 )
@@ -377,7 +377,7 @@ def test_labelled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("row", "options", "message"),
     [
-        ({"body": "b", "y": 1}, {}, r"'text\|review\|sentence\|content' is missing among body, y"),
+        ({"body": "b", "y": 1}, {}, r"'text\|review\|sentence\|content' is missing; the columns are body, y"),
         ({"body": "b", "y": 1}, {"columns": {"text": "body", "label": "star"}},
          r"data\.columns\.label=star names no column here; there are bo"),
         ({"text": "b", "label": 5}, {}, r"'label' is 5; allowed are 0, 1, neg.*data\.labels=\{good"),
@@ -480,7 +480,7 @@ def test_a_cell_of_messages_that_was_cut_off_is_no_text(tmp_path: Path, caplog: 
     assert "1 of 2 rows skipped ('completion' begins like a list of messages, and cannot be read as one)" in caplog.text
     deep = f'[{{"role": "user", "content": {"[" * 100_000}'
     path = sheet(tmp_path / "a.csv", {"prompt": "p", "completion": deep})
-    with pytest.raises(UserError, match="lists in lists, too deep"):
+    with pytest.raises(UserError, match="line 2: nested too deeply"):
         read_demonstrations(path)
 
 
