@@ -76,7 +76,7 @@ def summed_losses(states: Tensor, weight: Tensor, bias: Tensor | None, targets: 
 
 
 class _SumOfLosses(torch.autograd.Function):
-    """The sum of -log p over tokens. The forward pass also makes its gradient, so only a piece of the logits exists.
+    """The sum of -log p over tokens. The forward pass also computes the gradient, one piece of the logits at a time.
 
     Logits are not rounded to 16 bits. The matrix products of the gradient use autocast's format.
     """
@@ -127,8 +127,8 @@ def _rows_of_a_piece(logits: Tensor) -> int:
 def _probabilities_(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Return the probabilities (tokens, vocabulary) of logits, and log(sum(exp(logits))), (tokens, 1).
 
-    The logits are first shifted in place, so that the largest is 0. The largest probability is then 1 / sum. torch's
-    `exp` takes ten times as long for numbers that underflow, such as those of suppressed tokens; its softmax does not.
+    The logits are first shifted in place, so that the largest is 0. Its probability is then 1 / sum, so no `exp` is
+    needed: torch's takes ten times as long for numbers that underflow, such as those of suppressed tokens.
     """
     logits.sub_(logits.amax(-1, keepdim=True))
     p = logits.softmax(-1)

@@ -104,8 +104,8 @@ class Batch:
         return Batch(self.tokens[index, : int((prompts + responses).max())], prompts, responses)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on another device, with its mask and places: there they would have to be read from lengths."""
-        wait = torch.device(device).type == "cpu"  # or its memory could be read before the copy is there
+        """Copy the batch to another device, with its mask and places: computing them on a GPU would stall it."""
+        wait = torch.device(device).type == "cpu"  # otherwise the CPU could read it before the copy is done
         parts = (self.tokens, self.prompt_lengths, self.response_lengths, self.response_mask, *self.places)
         tokens, prompts, responses, mask, row, time = (part.to(device, non_blocking=not wait) for part in parts)
         batch = Batch(tokens, prompts, responses)

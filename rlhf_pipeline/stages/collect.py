@@ -41,7 +41,7 @@ def run(settings: Settings, out: RunDir) -> None:
         found, agreement = rank(read_jsonl(out.path / CANDIDATES), reward, noise, seed)
         people = [row for row in read_jsonl(out.path / LABELS) if row.get("source")]
         write_jsonl(out.path / LABELS, found + people)
-        print(f"{judge} ranked the answers; {agreement:.1%} of the pairs are as without noise", flush=True)
+        print(f"{judge} ranked the answers; {agreement:.1%} of the pairs are in the order without noise", flush=True)
     elif (out.path / PROJECT).exists():
         try:
             bring_pulled(out)

@@ -137,7 +137,7 @@ def _overrides(command: str, about: Sequence[str], rest: Sequence[str]) -> list[
 def run_all(trials: Sequence[Trial], settings: Settings) -> None:
     """Run the commands that are not done, each in a process of its own. If one fails, the other runs continue."""
     count = settings.comparison.at_once
-    if count > 1:  # or several runs with a thread per core would slow each other down
+    if count > 1:  # otherwise the threads of several runs wait for each other
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
 
     def work(trial: Trial) -> None:

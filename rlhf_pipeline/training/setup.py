@@ -60,7 +60,7 @@ def trainer_args(kind: type[A], settings: Settings, out: RunDir) -> A:
     """Return the stage's TRL config. Raises UserError if TRL refuses a setting, before any model is loaded."""
     quiet()
     use_threads(out)
-    # An earlier stage of this process may have other settings.
+    # An earlier stage of this process may have left other settings.
     AcceleratorState._reset_state(reset_partial_state=False)
     values = {"disable_tqdm": True, "logging_first_step": True, **settings.trainer}
     cut = agree(lambda: batch_of(out, settings) or {})
@@ -81,7 +81,7 @@ def trainer_args(kind: type[A], settings: Settings, out: RunDir) -> A:
         values["save_total_limit"] = 2  # the older one is deleted before the newer is known to be complete
     if not torch.accelerator.is_available():
         values.setdefault("use_cpu", True)  # without it, transformers refuses bf16 on a CPU
-    if values.get("fsdp") and sharding() != "fsdp":  # or transformers would set it in the environment
+    if values.get("fsdp") and sharding() != "fsdp":  # otherwise transformers sets it in the environment
         raise UserError("trainer.fsdp is set by the launcher; use make sft LAUNCH=fsdp PROCS=2.")
     if processes() > 1 and values.get("average_tokens_across_devices") is False:
         raise UserError(
