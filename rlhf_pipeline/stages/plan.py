@@ -81,7 +81,7 @@ def _prepare(settings: Settings, config: Any, reward: int) -> tuple[PPOConfig, J
 
 
 def _prompt_lengths(settings: Settings, config: Any, response: int) -> tuple[int, float]:
-    """Return the longest and the mean prompt in tokens, from plan.prompt_tokens, or from the data, or 256 if there is room."""
+    """Return the longest and the mean prompt, in tokens, of plan.prompt_tokens, else of the data, else at most 256."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
     asked = settings.plan.prompt_tokens
     first, last = (asked, asked) if asked else settings.data.get("prompt_tokens") or (_LONGEST_PROMPT,) * 2
