@@ -1,1 +1,1 @@
-"""Policies, rewards, and what computes with them."""
+"""Policies, rewards, sampling and likelihoods."""

@@ -1,4 +1,4 @@
-"""Sequence classifiers of any family: as scorers of text, and as reward models with other heads and poolings."""
+"""Sequence classifiers of any family. They score text; as reward models they can have other heads and poolings."""
 
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar, Literal
@@ -26,13 +26,13 @@ Pooling = Literal["last", "mean"]
 
 
 class RewardModelConfig(PreTrainedConfig):
-    """The trunk's own configuration, and what stands on it."""
+    """The trunk's own configuration, with the head and the pooling."""
 
     model_type = "rlhf_reward_model"
     sub_configs: ClassVar = {"trunk": AutoConfig}
 
     def __init__(self, trunk: Any = None, head: Head = "linear", pooling: Pooling = "last", **options: Any) -> None:
-        values = {"model_type": "gpt2"} if trunk is None else trunk  # transformers makes a default one to compare with
+        values = {"model_type": "gpt2"} if trunk is None else trunk  # transformers compares with a default one
         self.trunk: Any = AutoConfig.for_model(**values) if isinstance(values, dict) else values
         self.head, self.pooling = head, pooling
         super().__init__(**{"num_labels": 1, **options})
@@ -43,10 +43,10 @@ class RewardModelConfig(PreTrainedConfig):
 
 
 class RewardModel(PreTrainedModel):
-    """Any trunk, the last token or the mean over a text, and a linear head or one with a hidden layer.
+    """Any trunk, pooled at the last token or by a mean, with a linear head or an MLP of one hidden layer.
 
-    The mean weighs token t of T by t / (1 + ... + T) (Muennighoff 2022, arXiv 2202.08904, section 3.1): the later ones
-    of a causal trunk have read more.
+    The mean weighs token t of T by t / (1 + ... + T), because later tokens of a causal trunk have read more
+    (Muennighoff 2022, arXiv 2202.08904, section 3.1).
     """
 
     config_class = RewardModelConfig
@@ -64,9 +64,9 @@ class RewardModel(PreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
-        """Scores (batch, 1) as `.logits`, of ids (batch, time) padded on either side; without a mask all of it counts.
+        """Score ids (batch, time), padded on either side; `.logits` is (batch, 1). Without a mask every token counts.
 
-        Each row is moved to begin at the first position: a trunk counts positions from the left, padding and all.
+        Each row is shifted to begin at position 0, because a trunk counts positions from the left, padding included.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         order = mask.argsort(dim=1, descending=True, stable=True)
@@ -91,10 +91,10 @@ def register() -> None:
 
 
 def with_head(model: PreTrainedModel, head: Head, pooling: Pooling) -> PreTrainedModel:
-    """A sequence classifier of one label as the reward model that is asked for.
+    """Return a sequence classifier of one label with this head and this pooling.
 
-    With a linear head on the last token (an encoder's class has its own pooling) it stays the plain class of its
-    family, which opens anywhere. Otherwise its trunk gets a new head.
+    With a linear head on the last token, it stays the plain class of its family, which any program can open (an
+    encoder's class has its own pooling). Otherwise its trunk gets a new head.
     """
     if isinstance(model, RewardModel):
         own = (model.config.head, model.config.pooling)
@@ -102,7 +102,7 @@ def with_head(model: PreTrainedModel, head: Head, pooling: Pooling) -> PreTraine
             return model
         raise UserError(
             f"{model.name_or_path} is a reward model with reward.head={own[0]} and reward.pooling={own[1]}, "
-            f"not {head} and {pooling}; say so, or start from a language model."
+            f"not {head} and {pooling}; change these settings, or start from a language model."
         )
     if (head, pooling) == ("linear", "last"):
         return model
@@ -114,12 +114,12 @@ def with_head(model: PreTrainedModel, head: Head, pooling: Pooling) -> PreTraine
 
 
 def score_offset(model: PreTrainedModel) -> float:
-    """What a reward model's scores are less than its logits, so that demonstrations score 0 on average."""
+    """Return the number subtracted from a reward model's logits, so that demonstrations score 0 on average."""
     return float(getattr(model.config, "score_offset", 0.0)) if model.config.num_labels == 1 else 0.0
 
 
 def shift_scores(model: PreTrainedModel, by: float) -> None:
-    """Add a number to all scores of a reward model: its configuration keeps it, and goes where the model goes."""
+    """Add a number to all scores of a reward model. The number is saved in the model's configuration."""
     model.config.score_offset = score_offset(model) - by
 
 
@@ -129,7 +129,7 @@ def open_classifier(path: str, **options: Any) -> tuple[Any, Any]:
     where = model_folder(path)
     tokenizer = open_pretrained(AutoTokenizer, where, "reward.path")
     model = open_pretrained(AutoModelForSequenceClassification, where, "reward.path", **options)
-    with said_of(f"reward.path={where}, config.json"):  # what stage=reward adds to it
+    with said_of(f"reward.path={where}, config.json"):  # fields that stage=reward adds
         check("score_offset", getattr(model.config, "score_offset", 0.0), float)
         cut = getattr(model.config, "trained_cut", {})
         check("trained_cut", cut, dict)
@@ -138,9 +138,10 @@ def open_classifier(path: str, **options: Any) -> tuple[Any, Any]:
 
 
 def settle_padding(model: Any, tokenizer: Any, reads_eos: bool = True) -> None:
-    """Let model and tokenizer agree on a pad token; a model that reads an EOS at the end of each text has its own.
+    """Make model and tokenizer agree on a pad token. With `reads_eos` it is not EOS.
 
-    transformers' classes read a text at its last token that is not the pad token: where EOS pads, never at its EOS.
+    transformers' classes read a text at its last token that is not the pad token. If EOS were the pad token, they would
+    not read the EOS at the end of a text.
     """
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -155,8 +156,8 @@ def settle_padding(model: Any, tokenizer: Any, reads_eos: bool = True) -> None:
 class Scorer:
     """A sequence classifier of any family, with its own tokenizer: texts in, scores out.
 
-    A text longer than `max_length` tokens is cut on the `truncation_side`. None: as stage=reward trained the model;
-    other models read the last 512 tokens. With `append_eos` every text ends with EOS, as TRL's RewardTrainer has it.
+    A text longer than `max_length` tokens is cut on the `truncation_side`. None: as in training by stage=reward; other
+    models read the last 512 tokens. With `append_eos` every text ends with EOS, as in TRL's RewardTrainer.
     """
 
     def __init__(
@@ -174,19 +175,19 @@ class Scorer:
 
     @classmethod
     def open(cls, path: str, *options: Any, **more: Any) -> "Scorer":
-        """Open a classifier from a folder or the hub, on the GPU where there is one."""
+        """Open a classifier from a folder or the hub, on the GPU if there is one."""
         model, tokenizer = open_classifier(path)
         return cls(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, *options, **more)
 
     @torch.no_grad()
     def logits(self, texts: Sequence[str], tick: Callable[[int], Any] = lambda _: None) -> Tensor:
-        """(len(texts), classes), a reward model's `score_offset` taken off. Texts of like length share a batch.
+        """Return logits (len(texts), classes), minus a reward model's `score_offset`.
 
-        `tick` is told how many of a batch are done.
+        Texts of similar length share a batch. `tick` is called with the number of texts in each finished batch.
         """
         room = self.max_length - len(self.ending)
         ids = self.tokenizer(list(texts), truncation=True, max_length=room)["input_ids"] if texts else []
-        # A text of no tokens still gets a score: that of the token that ends one.
+        # A text without tokens is scored as an end token alone.
         eos, sep = self.tokenizer.eos_token_id, self.tokenizer.sep_token_id
         ids = [row + self.ending or [sep if eos is None else eos] for row in ids]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))

@@ -1,4 +1,4 @@
-"""A language model at an address as a judge: OpenAI's chat completions, a few at once, with replies kept on disk."""
+"""A language model as a judge, by OpenAI's chat completions API: parallel requests, and replies cached on disk."""
 
 import hashlib
 import json
@@ -21,19 +21,19 @@ import urllib3
 
 from rlhf_pipeline.errors import UserError
 
-LARGEST = 1 << 20  # bytes of a reply
-PAUSE = 1.0  # seconds before the second try; every further pause is twice as long
+LARGEST = 1 << 20  # bytes of a reply, at most
+PAUSE = 1.0  # seconds before the second try; each later pause is twice as long
 _LONGEST_PAUSE = 60.0
-_LATER = (408, 409, 425, 429)  # statuses that may change by themselves, as those from 500 on
+_LATER = (408, 409, 425, 429)  # statuses worth another try, besides those from 500 on
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Asks the model at `url` (as https://api.openai.com/v1) one question a conversation.
+    """Asks the model at `url` (such as https://api.openai.com/v1). Each question is a conversation of its own.
 
-    `options` are more fields of the request. The key comes from the environment variable `variable`, if it is set, and
-    goes into nothing but the request. `cache` is one SQLite file for all processes: a reply is in it whole or not at
-    all, under a hash of the address, the model, the options and the question.
+    `options` are additional fields of the request. The key comes from the environment variable `variable`, if it is
+    set; it is used in the request only and never stored. `cache` is one SQLite file that all processes share. It holds
+    complete replies only, under a hash of the address, the model, the options and the question.
     """
 
     url: str
@@ -48,13 +48,13 @@ class Judge:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", self.url):
             raise UserError("reward.url takes an address without a login, as in reward.url=https://api.openai.com/v1.")
-        if not re.fullmatch("[A-Z_][A-Z0-9_]*", self.variable):  # or it is the key itself, which is not to be shown
-            raise UserError("reward.key_variable takes the name of an environment variable, as OPENAI_API_KEY.")
+        if not re.fullmatch("[A-Z_][A-Z0-9_]*", self.variable):  # it may be the key itself, so it is not shown
+            raise UserError("reward.key_variable takes the name of an environment variable, such as OPENAI_API_KEY.")
 
     def replies(self, questions: Sequence[str], readable: Callable[[str], bool]) -> list[str]:
-        """The model's reply to each question, from the cache where it is there.
+        """Return the model's reply to each question, from the cache if it is there.
 
-        A reply that is not `readable` is a `UserError`, as is a server that fails. What was answered by then is kept.
+        Raises UserError if a reply is not `readable` or the server fails. The cache keeps the replies received so far.
         """
         bodies = {question: self._body(question) for question in questions}
         keys = {q: hashlib.sha256(f"{self.url}\n{body}".encode()).hexdigest() for q, body in bodies.items()}
@@ -103,16 +103,16 @@ class Judge:
             ) from error
 
     def _ask(self, body: str, readable: Callable[[str], bool], stop: threading.Event) -> str:
-        """One reply; a server that is busy or away is asked again, each time after a longer pause."""
+        """Return one reply. A busy or unreachable server is asked again, each time after a longer pause."""
         fault, pause = "was not asked", 0.0
         for attempt in range(self.tries):
             if stop.wait(min(pause, _LONGEST_PAUSE)):
                 break
-            pause = PAUSE * 2**attempt * random.Random().uniform(0.5, 1.0)  # not all threads at the same moment
+            pause = PAUSE * 2**attempt * random.Random().uniform(0.5, 1.0)  # threads must not retry together
             try:
                 status, text, wait = self._post(body)
             except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-                fault = f"does not answer ({type(error).__name__})"  # whose own words may quote the request
+                fault = f"does not answer ({type(error).__name__})"  # its own text may quote the request
                 continue
             if status == 200:
                 return self._reply(text, readable)
@@ -121,26 +121,26 @@ class Judge:
                 break
             pause = max(pause, float(wait) if wait.isdecimal() else 0.0)
         hint = "" if self._key() else f"; {self.variable} holds no key"
-        raise UserError(f"reward=judge: {self.url} {fault}{hint}. What it answered so far is kept: run it again.")
+        raise UserError(f"reward=judge: {self.url} {fault}{hint}. Its replies so far are kept: run it again.")
 
     def _post(self, body: str) -> tuple[int, str, str]:
-        """Status, text without the key, and for how many seconds to wait, from one request."""
+        """Send one request. Return its status, its text without the key, and the header Retry-After."""
         key = self._key()
         if not (key.isascii() and key.isprintable()):
-            raise UserError(f"reward=judge: the environment variable {self.variable} holds what is no key.")
+            raise UserError(f"reward=judge: the environment variable {self.variable} holds no valid key.")
 
         def authorize(request: requests.PreparedRequest) -> requests.PreparedRequest:
-            """Set the header here: given as one of `headers`, a login in ~/.netrc would replace it."""
+            """Set the header here, because a login in ~/.netrc would replace one in `headers`."""
             request.headers.update({"Authorization": f"Bearer {key}"} if key else {})
             return request
 
         address, headers = f"{self.url.rstrip('/')}/chat/completions", {"Content-Type": "application/json"}
-        headers |= {"Accept-Encoding": "identity"}  # what is packed may unpack to more than any memory holds
+        headers |= {"Accept-Encoding": "identity"}  # a compressed reply may unpack to more than fits in memory
         with requests.Session() as session:
-            session.trust_env = urlsplit(self.url).hostname not in ("127.0.0.1", "localhost")  # no proxy in between
+            session.trust_env = urlsplit(self.url).hostname not in ("127.0.0.1", "localhost")  # no proxy
             with session.post(
                 address, data=body, headers=headers, auth=authorize, timeout=(10, self.timeout), stream=True,
-                allow_redirects=False,  # which could lead the key elsewhere
+                allow_redirects=False,  # a redirect could send the key to another server
             ) as answer:  # fmt: skip
                 found, end = b"", time.monotonic() + self.timeout
                 while part := answer.raw.read1(1 << 16, decode_content=False):
@@ -165,13 +165,13 @@ class Judge:
         except (ValueError, LookupError, TypeError, RecursionError):
             reply = None
         if not isinstance(reply, str):
-            raise UserError(f"reward=judge: {self.url} sends what is no chat completion: {text!r:.200}.")
-        # Half a character could not be kept. JSON may have spelt the key otherwise.
+            raise UserError(f"reward=judge: {self.url} did not send a chat completion: {text!r:.200}.")
+        # A lone surrogate cannot be stored. An escape in the JSON may have hidden the key until now.
         reply = self._without_key(reply.encode("utf-8", "replace").decode())
         if not readable(reply):
             raise UserError(
                 f"reward=judge: {self.model} replied {reply!r:.200}, in which reward.pattern finds no score; ask for "
-                "less in reward.template, or say reward.otherwise=<score>."
+                "less in reward.template, or set reward.otherwise=<score>."
             )
         return reply
 

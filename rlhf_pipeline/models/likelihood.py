@@ -1,4 +1,4 @@
-"""log p of tokens and the entropy of their distributions, without holding all logits at a time."""
+"""log p of tokens and the entropy of their distributions, without all logits in memory at once."""
 
 from typing import Any, NamedTuple
 
@@ -8,29 +8,29 @@ from torch import Tensor, nn
 from rlhf_pipeline.models.networks import head_logits, matrix_head, project, trunk
 from rlhf_pipeline.models.sampling import Batch, Sampling
 
-# Rows of the vocabulary are worked on in pieces that stay in a core's cache; on a GPU in pieces that keep it busy.
+# Logits in one piece of work: few enough for a CPU core's cache, or enough to keep a GPU busy.
 _PIECE, _PIECE_ON_GPU = 2**20, 2**24
-# No more logits than these exist at a time, beside the probabilities that a backward pass needs.
+# At most this many logits exist at once, in addition to the probabilities that a backward pass needs.
 _SCRATCH = 2**24
-# Tokens whose logits exist at a time where no probabilities are kept.
+# Without kept probabilities, the logits of at most this many tokens exist at once.
 _AT_ONCE = 256
 
 
 def response_states(body: nn.Module, batch: Batch) -> Tensor:
-    """The last hidden states that predict the responses' tokens, row after row: (tokens, hidden)."""
+    """Return the last hidden states that predict the responses' tokens, row after row: (tokens, hidden)."""
     row, time = batch.places
-    # Nothing is predicted from the last column.
+    # The last column predicts no token.
     states: Tensor = body(input_ids=batch.tokens[:, :-1], use_cache=False).last_hidden_state
     return states[row, batch.prompt_lengths[row] + time - 1]
 
 
 def token_likelihood(model: Any, states: Tensor, batch: Batch, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """log p of each response token under the sampling distribution and that distribution's entropy, in nats.
+    """Return log p of each response token under the sampling distribution, and that distribution's entropy, in nats.
 
-    `states` as `response_states` gives them; both results are (batch, longest response), 0 beyond a response's end.
+    `states` come from `response_states`. Both results are (batch, longest response), 0 beyond a response's end.
     """
     targets, times, head = batch.chosen, batch.places[1], matrix_head(model)
-    if head is None:  # the definition, by autograd, with several copies of the logits
+    if head is None:  # the plain definition; autograd keeps several copies of the logits
         every = sampling.adjust_(head_logits(model, states).clone(), times).log_softmax(-1)
         found = every.gather(-1, targets[:, None])[:, 0], -(every.exp() * every).sum(-1)
     elif torch.is_grad_enabled():
@@ -45,16 +45,16 @@ def token_likelihood(model: Any, states: Tensor, batch: Batch, sampling: Samplin
 
 @torch.no_grad()
 def log_probs(model: Any, batch: Batch, sampling: Sampling) -> Tensor:
-    """`token_likelihood` from the tokens alone: log p (batch, longest response)."""
+    """Return log p (batch, longest response), as `token_likelihood` does, from the tokens alone."""
     return token_likelihood(model, response_states(trunk(model), batch), batch, sampling)[0]
 
 
 class Losses(NamedTuple):
-    """How well a language model predicts tokens, summed over them."""
+    """How well a language model predicts tokens, as sums over them."""
 
-    loss: Tensor  # -log p of the tokens, in nats: the one that has a gradient
+    loss: Tensor  # -log p of the tokens, in nats; the only field with a gradient
     entropy: Tensor  # of the predicted distributions, in nats
-    right: Tensor  # how many were the likeliest
+    right: Tensor  # how many had the highest probability
     tokens: Tensor  # how many there were
 
 
@@ -76,9 +76,9 @@ def summed_losses(states: Tensor, weight: Tensor, bias: Tensor | None, targets: 
 
 
 class _SumOfLosses(torch.autograd.Function):
-    """-log p of tokens, summed. Its gradient is made along with it, so no more logits exist than one piece of them.
+    """The sum of -log p over tokens. The forward pass also computes the gradient, one piece of the logits at a time.
 
-    Logits are not rounded to 16 bits; the products of the gradient are in autocast's format.
+    Logits are not rounded to 16 bits. The matrix products of the gradient use autocast's format.
     """
 
     @staticmethod
@@ -102,7 +102,7 @@ class _SumOfLosses(torch.autograd.Function):
                 chosen = z.gather(-1, target[:, None])
                 log_p = chosen - log_total
                 sums += torch.stack([-log_p.sum(), log_total.sum() - z.mul_(p).sum(), (chosen == 0).sum()])
-                z.copy_(p).scatter_(-1, target[:, None], log_p.expm1())  # the gradient by the logits
+                z.copy_(p).scatter_(-1, target[:, None], log_p.expm1())  # the gradient with respect to the logits
             slope = logits.to(narrow)
             if by_states is not None:
                 by_states[some] = slope @ factor
@@ -125,10 +125,10 @@ def _rows_of_a_piece(logits: Tensor) -> int:
 
 
 def _probabilities_(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities (tokens, vocabulary) of logits, and the log of the sum of exp(logits), (tokens, 1).
+    """Return the probabilities (tokens, vocabulary) of logits, and log(sum(exp(logits))), (tokens, 1).
 
-    The logits are shifted in place first, so that the largest is 0; its probability is then 1 over the sum. torch's
-    `exp` takes ten times as long for numbers that underflow, as those of suppressed tokens do. Its softmax does not.
+    The logits are first shifted in place, so that the largest is 0. Its probability is then 1 / sum, so no `exp` is
+    needed: torch's takes ten times as long for numbers that underflow, such as those of suppressed tokens.
     """
     logits.sub_(logits.amax(-1, keepdim=True))
     p = logits.softmax(-1)
@@ -138,11 +138,11 @@ def _probabilities_(logits: Tensor) -> tuple[Tensor, Tensor]:
 def _likelihood(
     states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, times: Tensor, sampling: Sampling, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """log p and entropy (tokens,); with `keep` the probabilities (tokens, vocabulary) too, in autocast's format."""
+    """Return log p and entropy, (tokens,); with `keep` also probabilities (tokens, vocabulary) in autocast's format."""
     device = states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
     kept = weight.new_empty(len(states) if keep else 0, len(weight), dtype=dtype)
-    in_place = keep and dtype.itemsize >= 4  # else the logits are wider than what is kept of them
+    in_place = keep and dtype.itemsize >= 4  # else the logits are wider than the kept probabilities
     log_p, entropy = [], []
     at_once = max(_SCRATCH // len(weight), 1)
     for start in range(0, len(states), at_once):
@@ -188,7 +188,7 @@ class _TokenLikelihood(torch.autograd.Function):
                 log_piece = piece.clamp(min=torch.finfo(piece.dtype).tiny).log()
                 slope = slope - by_entropy[part, None] * (log_piece + entropy[part, None])
             p[part] = piece.mul_(slope)
-        # At the target itself from log p: in bf16 the difference of 1 and a p near it would be lost.
+        # The target's gradient comes from log p, because bf16 would lose the difference between 1 and a p near 1.
         at_target = torch.zeros_like(log_p) if by_log_p is None else by_log_p * -log_p.expm1()
         if by_entropy is not None:
             at_target = at_target - by_entropy * log_p.exp() * (log_p + entropy)

@@ -27,22 +27,22 @@ class Policy:
     tokenizer: "PreTrainedTokenizerBase"
 
     def save(self, folder: Path, weights: dict[str, Any] | None = None) -> None:
-        """Write both so that AutoModel... and AutoTokenizer open them; `weights` where the model has a shard."""
+        """Write both for AutoModel... and AutoTokenizer; give `weights` if the model holds only a shard."""
         self.model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a policy's model lies (`path`); without a path it is made from scratch, a GPT-2 of this `shape`."""
+    """The `path` of a policy's model. Without a path, a GPT-2 of this `shape` is made from scratch."""
 
     path: str | None
     tokenizer: Literal["bytes", "characters"] = "bytes"
     shape: dict[str, Any] = field(default_factory=dict)  # fields of GPT2Config
 
 
-# With `lora`, fields of peft's LoraConfig, a stage trains an adapter; with `quantize`, on quantized weights (QLoRA).
-# `template` is how conversations are written; null: the tokenizer's own, else by its special tokens.
+# `lora` has fields of peft's LoraConfig, to train an adapter; with `quantize` its base is quantized (QLoRA).
+# `template` is the chat template; null: the tokenizer's own, or one made of its special tokens.
 registry: Registry[Source] = Registry(
     "policy",
     common={
@@ -52,7 +52,7 @@ registry: Registry[Source] = Registry(
     },
 )
 
-# From small on, GPT-2's own (Radford et al. 2019, table 2). Below, its vocabulary would be most of the parameters.
+# small and larger are GPT-2's sizes (Radford et al. 2019, table 2). In smaller models its vocabulary would dominate.
 _SHAPE = ("n_layer", "n_embd", "n_head", "vocab_size", "n_positions")
 SIZES = {
     "tiny": (4, 144, 4, 4096, 256),
@@ -105,20 +105,20 @@ registry.entries |= {
 
 
 def policy_folder(choice: dict[str, Any], upstream: Path | None) -> str | None:
-    """The policy chosen by `path`, else the one an earlier stage made, else the entry's own; None: it is to be made."""
+    """Return the policy at `path`, else the one that an earlier stage made, else the entry's own; None: make one."""
     where = choice.get("path") or upstream or registry.build(choice).path
     return None if where is None else model_folder(str(where))
 
 
 def load_policy(choice: dict[str, Any], upstream: Path | None, texts: Sequence[str], seed: int) -> tuple[Policy, str]:
-    """The policy in `policy_folder`, else a new one; and where it came from."""
+    """Load the policy in `policy_folder`, or make one. Return it with its origin."""
     if (where := policy_folder(choice, upstream)) is None:
         return make_policy(choice, texts, seed), f"{choice['name']}, untrained"
     return _with_template(open_policy(where, choice.get("quantize")), choice), where
 
 
 def policy_config(choice: dict[str, Any], upstream: Path | None) -> tuple[Any, str]:
-    """The configuration of what `load_policy` would give, and where it lies; no weights are read."""
+    """Return the configuration of the policy that `load_policy` would return, and its origin, without its weights."""
     if (where := policy_folder(choice, upstream)) is not None:
         return open_config(where, "policy.path"), where
     from transformers import GPT2Config
@@ -138,8 +138,8 @@ def make_policy(choice: dict[str, Any], texts: Sequence[str], seed: int) -> Poli
     source = registry.build(choice)
     if source.path is not None:
         raise UserError(
-            f"stage=pretrain makes a policy from scratch, and {source.path} is trained already. Use "
-            "policy=gpt2_scratch without policy.path, or go on from it with stage=sft."
+            f"stage=pretrain makes a policy from scratch, but {source.path} is already trained. Use "
+            "policy=gpt2_scratch without policy.path, or train it further with stage=sft."
         )
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -192,7 +192,7 @@ def quantization(bits: str) -> Any:
 
 
 def lora_config(choice: dict[str, Any]) -> Any:
-    """peft's configuration from `policy.lora`; None where there is none."""
+    """peft's configuration from `policy.lora`; None if it is not set."""
     if not (asked := choice.get("lora")):
         return None
     from peft import LoraConfig
@@ -204,10 +204,10 @@ def lora_config(choice: dict[str, Any]) -> Any:
 
 
 def merged(model: Any) -> "PreTrainedModel":
-    """A new model in fp32 and in main memory: the base of a peft model with the adapter merged in.
+    """Return a new model in fp32 and in main memory: a peft model's base with the adapter merged in.
 
-    A base that is kept in fewer bits, quantized or in bf16, is read again from where it lies. If it lies nowhere, its
-    rounded weights are used.
+    A base in fewer bits (quantized or bf16) is read again from its folder or the hub. Without such a place, its rounded
+    weights are used.
     """
     import torch
     from peft import PeftModel
@@ -217,7 +217,7 @@ def merged(model: Any) -> "PreTrainedModel":
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             return PeftModel.from_pretrained(open_policy(base.name_or_path).model, folder).merge_and_unload()
-    # Weight by weight, for the device may have no room for a second model.
+    # Weight by weight, because the device may have no room for a second model.
     copies: dict[int, Any] = {
         id(p): torch.nn.Parameter(p.detach().to("cpu", torch.float32, copy=True), p.requires_grad)
         for p in model.parameters()
@@ -226,7 +226,7 @@ def merged(model: Any) -> "PreTrainedModel":
 
 
 def without_adapter(trained: Any, policy: Policy) -> Policy:
-    """A trained policy as a model that stands alone: the next stage may put its own adapter in."""
+    """Return a trained policy as a standalone model, so that the next stage can add its own adapter."""
     from peft import PeftModel
 
     return Policy(merged(trained), policy.tokenizer) if isinstance(trained, PeftModel) else policy
@@ -236,8 +236,8 @@ def settle_special_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokeni
     """Make model and tokenizer agree on BOS, EOS, pad and the number of tokens.
 
     A token that the tokenizer does not name is taken from the configuration, if its id is in the vocabulary. Otherwise
-    EOS is [SEP], and pad is EOS: masks come from lengths. Tokens that only the tokenizer has get embeddings. Embeddings
-    beyond the tokenizer's tokens stay, and are never sampled.
+    EOS is [SEP], and pad is EOS; masks come from lengths. Tokens that only the tokenizer has get embeddings. Embeddings
+    beyond the tokenizer's tokens stay, but are never sampled.
     """
     config = model.config
     for name, otherwise in (("eos", "sep_token"), ("pad", "eos_token"), ("bos", "bos_token")):
@@ -247,7 +247,7 @@ def settle_special_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokeni
             token = tokenizer.convert_ids_to_tokens(known[0]) if known else getattr(tokenizer, otherwise)
             setattr(tokenizer, f"{name}_token", token)
     if tokenizer.eos_token_id is None:
-        raise UserError(f"{model.name_or_path} names no token that ends a text; its tokenizer needs an eos_token.")
+        raise UserError(f"{model.name_or_path} has no token that ends a text; set eos_token in its tokenizer.")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     for each in (config, model.generation_config):
@@ -257,7 +257,7 @@ def settle_special_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokeni
 
 
 def settle_ideographs(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Let a BERT vocabulary write Chinese without spaces, and read punctuation that it lacks as what it has."""
+    """Make a BERT tokenizer decode Chinese without spaces, and replace punctuation that its vocabulary lacks."""
     from tokenizers import Regex, decoders, models, normalizers
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -278,15 +278,15 @@ def settle_ideographs(tokenizer: "PreTrainedTokenizerBase") -> None:
 def train_tokenizer(
     texts: Sequence[str], vocabulary: int, positions: int, characters: bool = False
 ) -> "PreTrainedTokenizerBase":
-    """A byte-level BPE as GPT-2 has it, with a pad token of its own.
+    """Train a byte-level BPE tokenizer like GPT-2's, with a pad token of its own.
 
-    With `characters`, a BERT tokenizer: each ideograph is a token, other words are cut into pieces; all is lower case.
+    With `characters`, it is a BERT tokenizer in lower case: an ideograph is a token, other words are cut into pieces.
     """
     from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     if vocabulary < 258 and not characters:
-        raise UserError(f"policy.vocabulary is {vocabulary}; 256 bytes and two special tokens take at least 258.")
+        raise UserError(f"policy.vocabulary is {vocabulary}; it takes at least 258: 256 bytes and two special tokens.")
     backend: Any = ByteLevelBPETokenizer()
     special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
     options: dict[str, Any] = {}
@@ -294,7 +294,7 @@ def train_tokenizer(
         backend, options = BertWordPieceTokenizer(lowercase=True), {"limit_alphabet": vocabulary - 5}
         special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
         special |= {"bos_token": "[CLS]", "eos_token": "[SEP]"}
-    read = itertools.chain.from_iterable(parts(texts, 100, "read", "text"))  # with a bar
+    read = itertools.chain.from_iterable(parts(texts, 100, "read", "text"))  # shows a bar
     options |= {"special_tokens": list(dict.fromkeys(special.values())), "show_progress": False, "length": len(texts)}
     backend.train_from_iterator(read, vocabulary, min_frequency=0, **options)
     tokenizer = PreTrainedTokenizerFast(

@@ -1,4 +1,4 @@
-"""Number formats: where bf16 pays, what computes and what is stored in it; attention and GELU in fast kernels."""
+"""Number formats: when bf16 is faster, and what is computed and stored in it. Fast kernels for attention and GELU."""
 
 from contextlib import AbstractContextManager
 from typing import Any
@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 
 def native_bf16() -> bool:
-    """Whether this machine multiplies bf16 itself: CUDA from Ampere on, CPUs with AMX or AVX512-BF16.
+    """Return whether this machine multiplies bf16 natively: CUDA from Ampere on, CPUs with AMX or AVX512-BF16.
 
     Elsewhere bf16 is emulated, and slower than fp32.
     """
@@ -23,7 +23,7 @@ def native_bf16() -> bool:
 
 
 def choose_bf16(asked: bool | str | None) -> tuple[bool, str]:
-    """`True`, `False` or `auto` (also None) to whether bf16 is used, and a line that says so."""
+    """Turn `True`, `False` or `auto` (also None) into whether bf16 is used, and a line that says why."""
     native = native_bf16()
     if asked in ("auto", None):
         chosen, why = native, f"this machine {'multiplies bf16 natively' if native else 'has no native bf16'}"
@@ -34,17 +34,17 @@ def choose_bf16(asked: bool | str | None) -> tuple[bool, str]:
 
 
 def autocast(bf16: bool, device: torch.device) -> AbstractContextManager[None]:
-    """A context that multiplies matrices in bf16 and keeps the weights as they are; with `bf16` off, nothing."""
+    """A context that multiplies matrices in bf16 and keeps the weights as they are; without `bf16` it does nothing."""
     context: AbstractContextManager[None] = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     return context
 
 
 def store_in_bf16(model: Any) -> None:
-    """Keep in bf16 the frozen weights that autocast would round to it for each product anyway: half the memory.
+    """Store frozen weights in bf16 if autocast would round them for each product anyway. This halves their memory.
 
-    What is computed under autocast stays the same number by number.
+    Results under autocast stay exactly the same.
     """
-    # The output head is multiplied on its own, a critic's in its own precision.
+    # Heads are left out: they are multiplied outside autocast or in their own precision.
     heads = {model.get_output_embeddings()}
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
@@ -58,10 +58,10 @@ def store_in_bf16(model: Any) -> None:
 
 
 def fuse_gelu(model: nn.Module) -> None:
-    """Put GPT-2's GELU in the place of its op-by-op twin.
+    """Replace GPT-2's op-by-op GELU, `gelu_new`, by `gelu_pytorch_tanh`.
 
-    `gelu_new` and `gelu_pytorch_tanh` are one formula, the second in a single kernel that keeps one activation
-    for the backward pass in place of six. The configuration is left as it is.
+    Both compute the same formula. The second is a single kernel, which keeps one activation for the backward pass
+    instead of six. The configuration does not change.
     """
     for module in model.modules():
         for name, child in module.named_children():
@@ -89,11 +89,11 @@ def attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, *more, **options)
     if attention_mask is not None and attention_mask.is_floating_point():
         attention_mask = attention_mask.float()
-    with torch.autocast("cpu", enabled=False):  # which would have it in bf16 again
+    with torch.autocast("cpu", enabled=False):  # autocast would convert to bf16 again
         found, _ = sdpa_attention_forward(
             module, query.float(), key.float(), value.float(), attention_mask, *more, **options
         )
     return found.to(kind), None
 
 
-AttentionInterface.register("sdpa", attention)  # for all models: nothing else knows which of them will be trained
+AttentionInterface.register("sdpa", attention)  # for all models, because it is not known here which are trained

@@ -28,9 +28,9 @@ T = TypeVar("T")
 Count = Annotated[int, Range(1)]
 NotNegative = Annotated[float, Range(0)]
 Combine = Callable[[Sequence[float]], float]
-Function = Callable[..., Sequence[float]]  # of prompts, completions, and the columns that it names
+Function = Callable[..., Sequence[float]]  # takes prompts, completions, and the columns that it names
 
-# For rewards without probes of their own: something for every taste.
+# For rewards without probes of their own: varied texts, so that most rewards give them different scores.
 PROBES = (
     "Could you please help me? Thank you very much.",
     "Shut up, you stupid fool!",
@@ -44,14 +44,14 @@ PROBES = (
     "no no no no no no no no",
     "It was a quiet morning by the river. " * 8,
 )
-_PROMPT = "So "  # short, for a reward that reads few tokens has to reach the probe
+_PROMPT = "So "  # short, because a reward that reads few tokens must reach the probe
 
 
 @dataclass(frozen=True)
 class Reward:
-    """Scores texts: more is better, `neutral` is neither good nor bad.
+    """Scores texts: higher is better, and `neutral` is neither good nor bad.
 
-    `unfit(texts)` says in a few words why it cannot judge such texts, or None. `probes` are texts whose scores differ.
+    `unfit(texts)` returns a short reason why it cannot judge such texts, or None. `probes` have different scores.
     """
 
     function: Function
@@ -60,20 +60,20 @@ class Reward:
     unfit: Callable[[Sequence[str]], str | None] = lambda texts: None
     probes: Sequence[str] = PROBES
     parts: Sequence[str] = ()  # of a sum or an ensemble: where each part came from
-    scorer: "Scorer | None" = None  # the classifier that judges, where one does
-    readout: Sequence[float] = ()  # the weights that make its logits the score; empty where that is not linear
-    needs: Sequence[str] = ()  # columns of the data without which it cannot judge
+    scorer: "Scorer | None" = None  # the classifier that computes the score, if one does
+    readout: Sequence[float] = ()  # the score's weight for each logit; empty if the score is not linear in them
+    needs: Sequence[str] = ()  # columns of the data that it requires
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str], /, **columns: Any) -> list[float]:
-        """One finite number a completion; anything else is a `UserError` that names the reward.
+        """Return one finite number per completion. Raises UserError for any other result.
 
-        `columns` are those of the data's rows, each as long as `completions`; the function gets those that it names.
+        `columns` are the data's columns, each as long as `completions`. The function gets those that it names.
         """
         self.check_columns(columns)
         given: Any = self.function(list(prompts), list(completions), **accepted(self.function, columns))
         try:
             scores = [float(score) for score in given]
-        except (TypeError, ValueError, RuntimeError) as error:  # the last is torch's, of a matrix
+        except (TypeError, ValueError, RuntimeError) as error:  # torch raises the last for a matrix
             got = " ".join(repr(given).split())
             raise UserError(f"reward={self.name} must give a list of numbers: it gave {got:.200}.") from error
         if len(scores) != len(completions):
@@ -85,7 +85,7 @@ class Reward:
         return scores
 
     def check_columns(self, known: Collection[str], of: str = "the data") -> None:
-        """Refuse data without a column that the reward needs; `known` are the names of those that it has."""
+        """Refuse data without a column that the reward needs; `known` are the names of the data's columns."""
         if missing := [name for name in self.needs if name not in known]:
             raise UserError(
                 f"reward={self.name} needs the column {', '.join(missing)}; besides prompts and completions {of} has "
@@ -95,7 +95,7 @@ class Reward:
 
 registry: Registry[Reward] = Registry("reward")
 
-# What stage=reward can train; the first two have no other model.
+# The rewards that stage=reward can train. The first two have no model on the hub.
 TRAINABLE = ("classifier", "preference_model", "imdb_sentiment", "dianping_sentiment")
 
 Scale = Literal["logit", "probability", "log_odds"]
@@ -119,18 +119,18 @@ def classifier(
     lm_coef: NotNegative = 0.0,
     examples: list[str] = [],  # noqa: B006 (never changed)
 ) -> Reward:
-    """A text classifier's score of the class *named* `label`, whatever its index or case.
+    """A text classifier's score for the class named `label`, whatever its index; case is ignored.
 
-    A text longer than `max_length` tokens loses its `truncation_side`. By default it is cut to the length that the
-    model was trained on (else 512 tokens), on the left; a response alone, on the right. Without a `path`, stage=reward
-    trains the language model of this run with a head (as GPT-1; `lm_coef` weighs its language-model loss), or an
-    encoder from scratch of this `size`, and scores `examples` at its end.
+    A text longer than `max_length` tokens is cut on its `truncation_side`. The default length is the one of training,
+    or 512. The default side is the left; for a response alone, the right. Without a `path`, stage=reward trains this
+    run's language model with a head (as in GPT-1; `lm_coef` weighs its language-model loss), or an encoder of this
+    `size` from scratch. At its end it scores `examples`.
     """
     side = truncation_side or ("right" if text == "response" else None)
     scorer = _scorer("classifier", path or where, batch_size, max_length, side)
     index = class_named(scorer.model.config.id2label, label, scorer.where)
     if scorer.labels == 1 and scale != "logit":
-        raise UserError(f"{scorer.where} has one class, so reward.scale={scale} means nothing; say reward.scale=logit.")
+        raise UserError(f"{scorer.where} has one class, so reward.scale={scale} means nothing; use reward.scale=logit.")
 
     def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
         logits = scorer.logits(answers) if text == "response" else scorer.pairs(prompts, answers)
@@ -158,7 +158,7 @@ def _scorer(name: str, where: str | None, *options: Any, **more: Any) -> "Scorer
 
 
 def class_named(labels: dict[int, str], wanted: str, where: str) -> int:
-    """The index of the class with this name; case is ignored, and pos and neg are understood."""
+    """Return the index of the class with this name. Case is ignored; pos is positive, neg is negative."""
 
     def plain(name: str) -> str:
         return {"pos": "positive", "neg": "negative"}.get(name.lower(), name.lower())
@@ -181,7 +181,7 @@ def _on_the_hub(hub_id: str, seen: Seen) -> Callable[..., Reward]:
 ON_THE_HUB: dict[str, tuple[str, Seen]] = {
     # The DistilBERT of TRL's classic demo: the raw logit of POSITIVE for query and response.
     "imdb_sentiment": ("lvwerra/distilbert-imdb", "prompt_response"),
-    # A Chinese RoBERTa trained on Dianping reviews, of the response alone.
+    # A Chinese RoBERTa trained on Dianping reviews. It scores the response alone.
     "dianping_sentiment": ("liam168/c2-roberta-base-finetuned-dianping-chinese", "response"),
 }
 registry.entries |= {name: _on_the_hub(*entry) for name, entry in ON_THE_HUB.items()}
@@ -201,12 +201,12 @@ def preference_model(
     demonstrations: dict[str, Any] | None = None,
     examples: list[str] = [],  # noqa: B006 (never changed)
 ) -> Reward:
-    """A reward model trained on preferences by stage=reward: the scalar of its head.
+    """A reward model trained on preferences by stage=reward. Its score is the scalar of its head.
 
-    A text longer than `max_length` tokens loses its `truncation_side`; by default it is cut as in training, else to the
-    last 512 tokens, for the answer stands at the end. `head`, `pooling` (the last token, or the mean weighted by
-    position) and `margin` (per rank) say how it is trained. `demonstrations` (name and path, as data) score 0 on
-    average; null: the best answers of the training data do.
+    A text longer than `max_length` tokens is cut on its `truncation_side`. By default it is cut as in training, else to
+    its last 512 tokens, because the answer is at the end. `head`, `pooling` (the last token, or the mean weighted by
+    position) and `margin` (per rank) are used in training. `demonstrations` (name and path, as for data) score 0 on
+    average; null: the best answers of the training data.
     """
     scorer = _scorer("preference_model", path or where, batch_size, max_length, truncation_side, append_eos=True)
     if scorer.labels != 1:
@@ -239,7 +239,7 @@ def _rule(name: str, score: Callable[[str, str], float], neutral: float, probes:
 
 @registry.register
 def regex(where: str | None, *, pattern: str, probes: list[str] | None = None) -> Reward:
-    """How many times a response matches a regular expression; `(?i)` before it ignores case."""
+    """How many times a response matches a regular expression; `(?i)` at its start ignores case."""
     sought = _compiled(pattern)
     return _rule("regex", lambda _, answer: float(len([*sought.finditer(answer)])), 0.5, probes or PROBES)
 
@@ -251,8 +251,8 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         raise UserError(f"reward.pattern={pattern!r} is no regular expression: {error}.") from error
 
 
-def _last(pattern: str) -> Callable[[str], str | None]:
-    """What the first group of a pattern, or the whole, matches last in a text; None where it does not."""
+def _last_match(pattern: str) -> Callable[[str], str | None]:
+    """Return a function that finds a pattern's last match (its first group, if it has one) in a text, or None."""
     sought = _compiled(pattern)
     group = min(1, sought.groups)
 
@@ -265,13 +265,13 @@ def _last(pattern: str) -> Callable[[str], str | None]:
 
 @registry.register
 def length(where: str | None, *, target: Count = 20) -> Reward:
-    """Closeness of a response's length to `target` words: 0 at the target, -1 where it is missed by all of it."""
+    """Closeness of a response's length to `target` words: 0 at the target, -1 at a distance of `target` words."""
     return _rule("length", lambda _, a: -abs(len(words_of(a)) - target) / target, -0.5, ["", "word " * target])
 
 
 @registry.register
 def keywords(where: str | None, *, words: list[str]) -> Reward:
-    """How many of `words` a response holds, case ignored."""
+    """How many of `words` a response contains; case is ignored."""
     if not all(words) or not words:
         raise UserError(f"reward.words is {words}; it takes one word or more, none of them empty.")
     sought = {word.lower() for word in words}
@@ -290,7 +290,7 @@ def keywords(where: str | None, *, words: list[str]) -> Reward:
 
 @registry.register
 def repetition(where: str | None, *, n: Count = 3) -> Reward:
-    """Minus the share of a response's word n-grams that occur in it before."""
+    """Minus the share of a response's word n-grams that repeat an earlier one."""
 
     def repeated(_: str, answer: str) -> float:
         said = words_of(answer)
@@ -302,12 +302,12 @@ def repetition(where: str | None, *, n: Count = 3) -> Reward:
 
 @registry.register
 def exact(where: str | None, *, column: str = "answer", pattern: str | None = None) -> Reward:
-    """1 where a response is what the `column` of its row holds, else 0; blanks around either do not count.
+    """1 if a response equals its row's `column`, else 0; spaces around either are ignored.
 
-    With a `pattern`, the answer is its first group where it matches last, as in '#### (.+)' of GSM8K; a column in which
-    it does not match is the answer as it stands.
+    With a `pattern`, the answer is the first group of its last match, as with '#### (.+)' for GSM8K. If the column has
+    no match, the whole column is the answer.
     """
-    answer_in = _last(pattern or "(?s).+")
+    answer_in = _last_match(pattern or "(?s).+")
 
     def score(prompts: Sequence[str], answers: Sequence[str], /, **columns: Any) -> list[float]:
         wanted = ["" if cell is None else str(cell).strip() for cell in columns[column]]
@@ -321,7 +321,7 @@ def exact(where: str | None, *, column: str = "answer", pattern: str | None = No
 
 @registry.register
 def toy_sentiment(where: str | None) -> Reward:
-    """The sentiment of a toy review by the rules of its grammar: the truth that a trained reward only estimates."""
+    """The true sentiment of a toy review, by the rules of its grammar. A trained reward only estimates it."""
     from rlhf_pipeline.data.toy_reviews import toy_reviews, true_sentiment
 
     probes = [row.text for row in toy_reviews(8, seed=0)]
@@ -330,7 +330,7 @@ def toy_sentiment(where: str | None) -> Reward:
 
 @registry.register
 def python_syntax(where: str | None) -> Reward:
-    """1 where a response continues the prompt as valid Python (a function's body, or more lines), else 0."""
+    """1 if a response continues the prompt as valid Python (a function's body, or more lines), else 0."""
     return _rule("python_syntax", lambda prompt, answer: float(goes_on(prompt, answer)), 0.5, ["= 1\n", "= =\n"])
 
 
@@ -339,7 +339,7 @@ RATE = """Rate the response to the prompt from 1 (bad) to 10 (excellent). Reply 
 Prompt: {prompt}
 
 Response: {response}"""
-_NUMBER = r"(-?\d+(?:\.\d+)?)(?:\s*/\s*\d+)?"  # of 7/10 the 7
+_NUMBER = r"(-?\d+(?:\.\d+)?)(?:\s*/\s*\d+)?"  # finds 7 in 7/10
 _GAP = re.compile(r"\{(\w+)\}")
 
 
@@ -361,23 +361,24 @@ def judge(
     cache_path: str | None = None,
     probes: list[str] | None = None,
 ) -> Reward:
-    """A language model that is asked about each response, at an address that speaks OpenAI's chat completions.
+    """A language model that judges each response, through OpenAI's chat completions API at `url`.
 
-    `template` is what it is asked, with {prompt}, {response} and columns of the data. Its score is what `pattern` (its
-    first group, or the whole) finds last in the reply: a number, or a key of `scores`, as {A: 1, B: 0}. A reply without
-    one has the score `otherwise`; null: it is an error. `options` are more fields of a request, `timeout` is seconds.
-    The key is in the environment variable `key_variable`. `cache_path` is a file; null: one in the user's cache folder.
+    `template` is the question, with {prompt}, {response} and columns of the data. The score is the last match of
+    `pattern` (its first group, if it has one) in the reply: a number, or a key of `scores`, such as {A: 1, B: 0}. A
+    reply without a match scores `otherwise`; null: it is an error. `options` are additional fields of the request.
+    `timeout` is in seconds. The environment variable `key_variable` holds the key. `cache_path` is a file; null: one in
+    the user's cache folder.
     """
     from rlhf_pipeline.models.judge import Judge
 
     gaps = _GAP.findall(template)
     if "response" not in gaps:
-        raise UserError("reward.template has no {response}, so all responses would get the same score; put it in.")
+        raise UserError("reward.template has no {response}, so all responses would get the same score; add it.")
     values = {str(key): value for key, value in (scores or {}).items()}
     if not all(fits(value, float) and math.isfinite(value) for value in values.values()):
         raise UserError(f"reward.scores is {scores}; it takes a number for each choice, as in {{A: 1, B: 0}}.")
     choices = "|".join(map(re.escape, sorted(values, key=len, reverse=True)))
-    last = _last(pattern or (rf"(?<!\w)(?:{choices})(?!\w)" if values else _NUMBER))
+    last = _last_match(pattern or (rf"(?<!\w)(?:{choices})(?!\w)" if values else _NUMBER))
     home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rlhf_pipeline" / "judge.sqlite"
     cache = Path(cache_path).expanduser() if cache_path else home
     asks = Judge(url, model, options or {}, key_variable, threads, tries, timeout, cache)
@@ -402,8 +403,8 @@ def judge(
 
 @registry.register
 def sum(where: str | None, *, parts: list[dict[str, Any]]) -> Reward:
-    """Several rewards at once: each of `parts` is a name with its fields, and a `weight` (1 where none is given)."""
-    return _of_parts(where, parts, math.fsum, " + ", "{}")
+    """A weighted sum of rewards. Each of `parts` is a name with its fields and a `weight` (default 1)."""
+    return _combined(where, parts, math.fsum, " + ", "{}")
 
 
 @registry.register
@@ -414,21 +415,21 @@ def ensemble(
     mode: Literal["mean", "min", "mean_minus_std"] = "mean_minus_std",
     coef: NotNegative = 1.0,
 ) -> Reward:
-    """Rewards that would each be over-optimised alone (Gao et al. 2022) as one (Coste et al. 2023, arXiv 2310.02743).
+    """Several rewards as one (Coste et al. 2023, arXiv 2310.02743): each alone is over-optimised (Gao et al. 2022).
 
-    The score is the mean of the parts', the least, or the mean less `coef` x their standard deviation. `parts` are as
-    of a sum; with a `weight`, a part's scores are multiplied by it first.
+    The score is the mean of the parts' scores, their minimum, or their mean minus `coef` x their standard deviation.
+    `parts` are as in `sum`: a part's scores are first multiplied by its `weight`.
     """
 
     def cautious(scores: Sequence[float]) -> float:
         return statistics.fmean(scores) - coef * statistics.pstdev(scores)
 
     modes: dict[str, Combine] = {"mean": statistics.fmean, "min": min, "mean_minus_std": cautious}
-    return _of_parts(where, parts, modes[mode], ", ", f"{mode} of {{}}")
+    return _combined(where, parts, modes[mode], ", ", f"{mode} of {{}}")
 
 
-def _of_parts(where: str | None, parts: list[dict[str, Any]], combine: Combine, joint: str, title: str) -> Reward:
-    """The reward whose score is made of its parts' weighted scores. Its name is `title` with the parts' names."""
+def _combined(where: str | None, parts: list[dict[str, Any]], combine: Combine, joint: str, title: str) -> Reward:
+    """Return a reward that combines its parts' weighted scores. Its name is `title` with the parts' names."""
     trained = trained_part({"parts": parts})
 
     def made(part: dict[str, Any], weight: float) -> tuple[float, Reward]:
@@ -446,13 +447,13 @@ def _of_parts(where: str | None, parts: list[dict[str, Any]], combine: Combine, 
 
     name = textwrap.shorten(title.format(joint.join(f"{weight:g} x {part.name}" for weight, part in every)), 200)
     neutral = combine([weight * part.neutral for weight, part in every])
-    probes.append(" ".join(probes))  # all parts find something in it
+    probes.append(" ".join(probes))  # in this probe, all parts find something
     needs = [column for _, part in every for column in part.needs]
     return Reward(score, name, neutral, unfit, probes, names, needs=needs)
 
 
 def _each_part(parts: Sequence[Mapping[str, Any]], work: Callable[[dict[str, Any], Any], T]) -> list[T]:
-    """What `work` makes of each part, without its weight, and of the weight. An error names the part."""
+    """Return `work(part without its weight, weight)` for each part. An error names the part."""
     found = []
     for number, part in enumerate(parts):
         own = dict(part)
@@ -476,11 +477,11 @@ def check_choice(choice: Mapping[str, Any]) -> None:
             raise UserError("reward.parts is empty; it takes rewards, as in [{name: length, target: 12, weight: 0.5}].")
         _each_part(choice["parts"], check_part)
     elif choice["name"] in ("keywords", "regex", "exact", "judge"):
-        registry.build(choice, None)  # these are made at once, and refuse what they cannot use
+        registry.build(choice, None)  # these are cheap to build, and check their fields
 
 
 def trained_part(choice: dict[str, Any]) -> dict[str, Any]:
-    """The reward whose model stage=reward trains: the choice itself, or the part that needs it most."""
+    """Return the reward that stage=reward trains: the choice, or its first part in TRAINABLE's order without a path."""
     if "parts" not in choice:
         return choice
     parts = [trained_part(part) for part in choice["parts"]]
@@ -489,7 +490,7 @@ def trained_part(choice: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_made(choice: Mapping[str, Any], upstream: Path | None) -> None:
-    """Refuse a reward without a model: it has no path, the run has made none (`upstream`), and the hub has none."""
+    """Refuse a reward without a model: it has no path, the run has none (`upstream`), and the hub has none."""
     for part in choice.get("parts") or [choice]:
         if "parts" in part:
             check_made(part, upstream)
@@ -502,16 +503,16 @@ def _without_model(name: str) -> NotFinishedError:
 
 
 def load_reward(choice: dict[str, Any], upstream: Path | None) -> tuple[Reward, str]:
-    """The reward chosen by hand, else the one stage=reward made, else the entry's own; and where it came from."""
+    """Load the reward at its path, else the one of stage=reward, else the entry's own. Return it with its origin."""
     check_choice(choice)
     reward = _tested(choice, str(upstream) if upstream else None)
     return reward, reward.name
 
 
 def _tested(choice: Mapping[str, Any], where: str | None) -> Reward:
-    """Make a reward, and check that its probes get finite numbers, one per text, that are not all the same.
+    """Make a reward, and check that its probes get finite numbers, one per text, which are not all the same.
 
-    A reward that needs columns of the data cannot be tried without them.
+    A reward that needs columns of the data is not tried, because the probes have none.
     """
     reward = registry.build(choice, where)
     if reward.needs:
@@ -523,7 +524,7 @@ def _tested(choice: Mapping[str, Any], where: str | None) -> Reward:
         raise UserError(f"{error} It was tried on: {tried}.") from error
     if len(set(scores)) == 1:
         own = "probes" in registry.fields(choice["name"])
-        fix = "name texts that it tells apart: reward.probes=['...', '...']" if own else "choose another"
+        fix = "list texts with different scores: reward.probes=['...', '...']" if own else "choose another"
         raise UserError(
             f"reward={reward.name} gave {scores[0]:g} for all of {len(scores)} texts ({tried}), so nothing can be "
             f"learned from it; {fix}."

@@ -1,7 +1,7 @@
-"""Sampling from a policy: one distribution, used alike to roll out, to learn and to measure.
+"""Sampling from a policy. Rollout, update and evaluation use the same distribution.
 
-A GPU works off a queue, and reading a number or a shape from it waits until the queue is empty. So nothing here reads
-one per token or micro-batch where it can be avoided.
+A GPU works off a queue, and reading a number or a shape from it waits until the queue is empty. So this module avoids
+such reads per token and per micro-batch.
 """
 
 import math
@@ -31,8 +31,8 @@ class Sampling:
         """Turn logits (tokens, vocabulary) into those of the sampling distribution, in place; at least fp32.
 
         `times` (tokens,) is the place of each token in its response, from 0. Rollout, update and reference all use this
-        function, or the ratio would not start at 1 nor the KL at 0. A token that cannot be drawn gets a finite number
-        so low that its probability is 0: then 0 x log 0 is 0.
+        function; otherwise the ratio would not start at 1, nor the KL at 0. A token that cannot be drawn gets a finite
+        number so low that its probability is 0: then 0 x log 0 is 0.
         """
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.temperature != 1:
@@ -104,8 +104,8 @@ class Batch:
         return Batch(self.tokens[index, : int((prompts + responses).max())], prompts, responses)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on another device, with its mask and places: there they would have to be read from lengths."""
-        wait = torch.device(device).type == "cpu"  # or its memory could be read before the copy is there
+        """Copy the batch to another device, with its mask and places: computing them on a GPU would stall it."""
+        wait = torch.device(device).type == "cpu"  # otherwise the CPU could read it before the copy is done
         parts = (self.tokens, self.prompt_lengths, self.response_lengths, self.response_mask, *self.places)
         tokens, prompts, responses, mask, row, time = (part.to(device, non_blocking=not wait) for part in parts)
         batch = Batch(tokens, prompts, responses)
@@ -115,7 +115,7 @@ class Batch:
     def texts(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
         """Prompts and responses as text, without special tokens.
 
-        A response is what it adds to its prompt: decoded by itself, some tokenizers drop the blank it begins with.
+        A response is decoded with its prompt, because some tokenizers drop the leading space of a text.
         """
         starts = self.prompt_lengths.tolist()
         ends = (self.prompt_lengths + self.response_lengths).tolist()
@@ -148,7 +148,7 @@ def length_mask(lengths: Tensor, width: int) -> Tensor:
 
 
 def room_for_prompts(model: PreTrainedModel, response_length: int) -> int:
-    """How many tokens of a prompt a model has positions for, before a response."""
+    """Return how many prompt tokens a model has positions for, before a response."""
     places = positions(model)
     if places <= response_length:
         raise UserError(
@@ -183,7 +183,7 @@ def sample(
     """Draw one response to each prompt, of at most `limits` (batch,) tokens, from `uniforms` (time, batch) in [0, 1).
 
     Tokens are drawn by inverting the cumulative distribution, with the model's own key-value cache. Rows that have
-    ended leave the cache once they are a quarter of it. `tell` is given the tokens of each step, (rows in the cache,).
+    ended leave the cache once they are a quarter of it. `tell` is called with each step's tokens, (rows in the cache,).
     """
     device = next(model.parameters()).device
     count, width, longest = len(prompts), max(map(len, prompts)), int(limits.max())
@@ -191,7 +191,7 @@ def sample(
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     mask: Tensor | None = None
     position_ids: Tensor | None = None
-    if min(map(len, prompts)) < width:  # padded left, so that all go on from the same column
+    if min(map(len, prompts)) < width:  # padded left, so that all rows continue at the same column
         mask = length_mask(prompt_lengths, width).flip(1).long()
         position_ids = (mask.cumsum(1) - 1).clamp(min=0)
     limits, uniforms = limits.to(device), uniforms.to(device)
@@ -202,7 +202,7 @@ def sample(
     running = torch.ones_like(rows, dtype=torch.bool)
     body, cache = trunk(model), DynamicCache(config=model.config)
     cached = {cache_argument(body): cache, "use_cache": True}
-    mass = torch.zeros((), device=device)  # of all that is drawn from; one number that is not finite makes it so, too
+    mass = torch.zeros((), device=device)  # the sum of all probabilities: not finite if one of them is not
     for time in range(longest):
         output = body(input_ids=inputs, attention_mask=mask, position_ids=position_ids, **cached)
         logits = head_logits(model, output.last_hidden_state[:, -1])
@@ -236,7 +236,7 @@ def sample(
 
 
 def check_mass(model: PreTrainedModel, mass: Tensor) -> None:
-    """Refuse to sample from what is no distribution; `mass` is a sum of probabilities."""
+    """Refuse to sample if `mass`, a sum of probabilities, is not finite."""
     if not math.isfinite(float(mass)):
         raise UserError(
             f"the probabilities of {model.name_or_path or 'the policy'} are not finite numbers, so nothing can be "
@@ -245,14 +245,14 @@ def check_mass(model: PreTrainedModel, mass: Tensor) -> None:
 
 
 def tokens_between_looks(device: torch.device, tell: object) -> int:
-    """How often to check whether rows have ended: a GPU has to stop for it. It changes no draw."""
+    """Return after how many tokens to check for ended rows. The check stalls a GPU; it does not change the samples."""
     return 8 if device.type == "cuda" and tell is None else 1
 
 
 def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """One token a row from logits (batch, vocabulary), by the inverse of the cumulative distribution: (batch,).
+    """Draw one token per row from logits (batch, vocabulary), by inverting the cumulative distribution: (batch,).
 
-    With it come the totals of the probabilities, (batch, 1): 1 but for rounding, or not finite where a logit is not.
+    Also return the sums of the probabilities, (batch, 1): 1 up to rounding, or not finite if a logit is not.
     """
     probabilities = logits.softmax(-1)
     cumulative = probabilities.cumsum(-1)
@@ -260,7 +260,7 @@ def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     # Staying below the total keeps a token of probability 0 from being drawn.
     height = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
     found = torch.searchsorted(cumulative, height.to(cumulative.dtype), right=True)
-    found.clamp_(max=logits.shape[1] - 1)  # beyond it where the total is not finite
-    # A parallel sum, as on CUDA, need not rise from term to term; a token of probability 0 is not drawn then, either.
+    found.clamp_(max=logits.shape[1] - 1)  # it is beyond the end if the total is not finite
+    # A parallel cumsum, as on CUDA, may decrease between terms. Even then, a token of probability 0 is not drawn.
     possible = probabilities.gather(-1, found) > 0
     return torch.where(possible, found, probabilities.argmax(-1, keepdim=True))[:, 0], total

@@ -1,4 +1,4 @@
-"""A reward function in a file or package of the user's own: found by its path, its failures said with their line."""
+"""Load a reward function from a file or package of the user, and report its errors with file and line."""
 
 import importlib
 import importlib.util
@@ -20,7 +20,7 @@ Texts = Sequence[str]
 
 
 def accepted(function: Callable[..., Any], named: Mapping[str, Any], placed: int = 2) -> dict[str, Any]:
-    """The arguments that a function takes by name, after so many by place; all others, if it takes any keyword."""
+    """Return the part of `named` that a function takes by keyword, if its first `placed` parameters go by position."""
     parameters = [*inspect.signature(function).parameters.values()]
     filled = {p.name for p in parameters[:placed] if p.kind is p.POSITIONAL_OR_KEYWORD}
     any_name = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -29,13 +29,13 @@ def accepted(function: Callable[..., Any], named: Mapping[str, Any], placed: int
 
 
 def reward_at(path: str) -> tuple[Callable[..., Any], list[str]]:
-    """The reward function that `path` names, as f(prompts, completions, **columns), and the columns that it needs.
+    """Return the reward function at `path`, as f(prompts, completions, **columns), and the columns that it needs.
 
     A function that names `completions`, or takes any keyword, is called by keyword, as TRL's GRPO and RLOO do. If it
     cannot read strings, it gets messages, TRL's conversational form. Any other function gets prompts and completions
     by position. All its other arguments are columns of the data set.
     """
-    function = _found(path)
+    function = _function_at(path)
     with plainly(f"reward.path={path}"):
         signature = inspect.signature(function)
     parameters, given = signature.parameters, ["prompts", "completions", "completion_ids"]
@@ -49,8 +49,8 @@ def reward_at(path: str) -> tuple[Callable[..., Any], list[str]]:
         given = [*parameters][:2]
     elif "completions" not in parameters and not any_name:
         raise UserError(
-            f"reward.path={path} takes {signature}, and no completions; write def f(prompts, completions), or "
-            "def f(completions, **kwargs) as for TRL's GRPO and RLOO."
+            f"reward.path={path} has the signature {signature}, without completions; write "
+            "def f(prompts, completions), or def f(completions, **kwargs) as for TRL's GRPO and RLOO."
         )
     own = [p for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     needs = [p.name for p in own if p.default is p.empty and p.name not in given]
@@ -71,7 +71,7 @@ def reward_at(path: str) -> tuple[Callable[..., Any], list[str]]:
         asked = [[{"role": "user", "content": text}] for text in prompts]
         return ask(asked, [[{"role": "assistant", "content": text}] for text in completions], columns)
 
-    # Until the first call shows which one it reads.
+    # The first call shows which form the function reads.
     forms = [ask] if by_place else [ask, ask_in_messages]
 
     def call(prompts: Texts, completions: Texts, /, **columns: Any) -> Any:
@@ -79,8 +79,8 @@ def reward_at(path: str) -> tuple[Callable[..., Any], list[str]]:
             try:
                 found = forms[0](prompts, completions, columns)
                 del forms[1:]
-            except (TypeError, AttributeError, LookupError):  # the last of an empty answer
-                with suppress(Exception):  # the first error is the one to tell
+            except (TypeError, AttributeError, LookupError):  # the last: it indexed an empty answer
+                with suppress(Exception):  # if both fail, the first error is reported
                     found = forms[1](prompts, completions, columns)
                     del forms[0]
                     return found
@@ -90,12 +90,12 @@ def reward_at(path: str) -> tuple[Callable[..., Any], list[str]]:
     return call, needs
 
 
-def _found(path: str) -> Callable[..., Any]:
-    """What `file.py:function` or `package.module:function` names."""
+def _function_at(path: str) -> Callable[..., Any]:
+    """Return the function at `file.py:function` or `package.module:function`."""
     place, _, name = path.rpartition(":")
     if not place or not name:
         raise UserError(f"reward.path={path} names no function; write it as my_rewards.py:f or my_package.my_module:f.")
-    if str(Path.cwd()) not in sys.path:  # a console script does not look there
+    if str(Path.cwd()) not in sys.path:  # a console script does not have it there
         sys.path.append(str(Path.cwd()))
     with plainly(f"reward.path={path}"):
         module = _from_file(Path(place).expanduser()) if place.endswith(".py") else importlib.import_module(place)
@@ -107,29 +107,29 @@ def _found(path: str) -> Callable[..., Any]:
 
 
 def _from_file(source: Path) -> ModuleType:
-    name = f"reward_path_{source.stem}"  # so that a file may be called random.py
+    name = f"reward_path_{source.stem}"  # the prefix lets a file be called random.py
     spec: Any = importlib.util.spec_from_file_location(name, source)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # as an import would: dataclasses in it look there
+    sys.modules[name] = module  # as an import does: its dataclasses look there
     spec.loader.exec_module(module)
     return module
 
 
 @contextmanager
 def plainly(what: str) -> Iterator[None]:
-    """Make what goes wrong in the user's code a `UserError` that names the exception and the line."""
+    """Turn errors in the user's code into a `UserError` that names the exception and the line."""
     try:
         yield
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        said = error.msg if isinstance(error, SyntaxError) else str(error)  # str() has the place too
+        said = error.msg if isinstance(error, SyntaxError) else str(error)  # str() would repeat the place
         reason = textwrap.shorten(f"{type(error).__name__}: {said}", 300).rstrip(":")
         raise UserError(f"{what} raised {reason}{_line_of(error)}.") from error
 
 
 def _line_of(error: BaseException) -> str:
-    """The last line of the user's own code that an exception came through, as ` (file, line 3)`; or nothing."""
+    """Return the last line of the user's own code in an exception's traceback, as ` (file, line 3)`, or nothing."""
     if isinstance(error, SyntaxError) and error.filename and Path(error.filename).is_file():
         return f" ({error.filename}, line {error.lineno})"
     others = (str(Path(__file__).parent), sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<frozen")

@@ -1,4 +1,4 @@
-"""The stages: `STAGES` is what the rest of the program knows of each; a stage's work is in the module of its name."""
+"""`STAGES` describes each stage to the rest of the program. The module of the same name does the stage's work."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,20 +10,20 @@ _COMPARED = ("Preference", "Ranking")
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage takes and makes."""
+    """A stage's inputs and outputs."""
 
     config: str | None = None  # the trainer's configuration class, whose fields are trainer.*
-    makes: Literal["policy", "reward"] | None = None  # in model/
+    makes: Literal["policy", "reward"] | None = None  # the kind of model that it saves in model/
     takes: tuple[str, ...] = ()  # stages of the same run whose models it starts from, if they are done
     work: tuple[str, ...] = ()  # the settings that define its work; the others may differ when it is run again
     rows: tuple[str, ...] = ()  # the kinds of rows it learns from; see data/records.py
-    collected: bool = False  # whether the labels that stage=collect brought will do in place of data=
+    collected: bool = False  # whether it can learn from the labels of stage=collect instead of data=
     adapter: bool = False  # whether it takes policy.lora
-    sharded: tuple[str, ...] = ()  # the launchers that split a model over processes and are right for it
-    objective: str = ""  # what a sweep compares: more is better, and it is not measured on training data
+    sharded: tuple[str, ...] = ()  # the launchers that it supports to split a model over processes
+    objective: str = ""  # what a sweep compares: higher is better, and it is not measured on training data
     outcome: str = ""  # its results in a line
-    then: str | None = None  # what to run after it, where no experiment says
-    model: str = ""  # what its model is, on the card
+    then: str | None = None  # what to run after it, unless an experiment sets it
+    model: str = ""  # describes its model on the model card
 
 
 # In the order of a pipeline. A new stage is a row here, rlhf_pipeline/stages/<name>.py and conf/stage/<name>.yaml.
@@ -108,7 +108,7 @@ STAGES = {
     "plan": Stage("PPOConfig", rows=(*_LANGUAGE, *_COMPARED), adapter=True),
     "pipeline": Stage(adapter=True),
 }
-# The folders of a run: evaluate with sweep= has one of its own.
+# The folders of a run: evaluate with sweep= has its own.
 FOLDERS = {
     **STAGES,
     "frontier": Stage(
@@ -117,5 +117,5 @@ FOLDERS = {
     ),
 }
 POLICIES = tuple(name for name, stage in STAGES.items() if stage.makes == "policy")
-# The stages that make a model. A run is known by the last of them.
+# The stages that make a model. The last of them gives a pipeline's result.
 TRAINED = ("reward", *POLICIES)

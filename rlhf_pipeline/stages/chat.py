@@ -1,4 +1,4 @@
-"""Talk to a policy in the terminal, or to two side by side; or ask from a script, by --prompt or a pipe.
+"""Chat with a policy in the terminal, or with two side by side. A script can use --prompt or a pipe.
 
 python -m rlhf_pipeline stage=chat
 """
@@ -30,32 +30,32 @@ from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.texts import shown
 from rlhf_pipeline.training.setup import quiet, say_taken
 
-HELP = {"/reset": "begin a new conversation", "/help": "this list", "/quit": "leave; so do Ctrl-D and Ctrl-C"}
+HELP = {"/reset": "begin a new conversation", "/help": "show this list", "/quit": "leave (or Ctrl-D, Ctrl-C)"}
 
 
 class Growing(TextStreamer):
-    """An answer at the terminal as it grows."""
+    """Prints an answer in the terminal while it is sampled."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Print what is new; a model wrote it: control characters become escapes."""
+        """Print the new text. Control characters become escapes, because a model wrote them."""
         print(shown(text), end="\n" if stream_end else "", flush=True)
 
 
 @dataclass
 class Talk:
-    """The conversations of one or two policies with the same person; or, unless it `converses`, texts continued."""
+    """A user's conversations with one or two policies. Unless it `converses`, the policies continue texts."""
 
     policies: list[Sampler]
-    length: int  # of an answer, at most, in tokens
+    length: int  # of an answer, in tokens, at most
     converses: bool
     reward: Reward | None
     generator: torch.Generator
-    turns: dict[int, tuple[Turn, ...]] = field(default_factory=dict)  # by the place of the policy
+    turns: dict[int, tuple[Turn, ...]] = field(default_factory=dict)  # by the policy's index
 
     def ask(self, text: str, grows: bool = False) -> list[tuple[str, str, float | None]]:
-        """Each policy's name, its answer from the same random numbers, and the answer's reward if there is one.
+        """Return each policy's name, answer and reward (if there is one). The policies use the same random numbers.
 
-        With `grows` the answers are printed as they are drawn.
+        With `grows` the answers are printed while they are sampled.
         """
         asked = [self._ids(place, text) for place in range(len(self.policies))]
         uniforms, limits = torch.rand(self.length, 1, generator=self.generator), torch.tensor([self.length])
@@ -69,23 +69,23 @@ class Talk:
         prompts, answers = map(list, zip(*said, strict=True))
         for place, answer in enumerate(answers):
             self.turns[place] = (*self.turns.get(place, ()), Turn("user", text), Turn("assistant", answer))
-        with contextlib.redirect_stdout(sys.stderr):  # what a user's own reward prints is no answer
+        with contextlib.redirect_stdout(sys.stderr):  # a user's own reward may print
             scores = self.reward(prompts, answers) if self.reward else [None] * len(answers)
         return list(zip([who.name for who in self.policies], answers, scores, strict=True))
 
     def _ids(self, place: int, text: str) -> list[int]:
-        """The token ids that a policy is asked with; if a conversation no longer fits, its oldest turns are dropped."""
+        """Return the token ids of a policy's prompt. If a conversation no longer fits, its oldest turns are dropped."""
         name, policy = self.policies[place].name, self.policies[place].policy
         room, turns = room_for_prompts(policy.model, self.length), self.turns.get(place, ())
-        for dropped in range(0, len(turns) + 1, 2):  # a question with its answer: templates want the user first
+        for dropped in range(0, len(turns) + 1, 2):  # a question with its answer: templates begin with the user
             prompt = (*turns[dropped:], Turn("user", text)) if self.converses else text
             ids = encode(policy.tokenizer, [written(policy.tokenizer, prompt)])[0]
             if len(ids) <= room:
                 break
         if not 1 <= len(ids) <= room:
             raise UserError(
-                f"that takes {len(ids)} tokens, and {name} has room for 1 to {room} before an answer of {self.length}; "
-                "use fewer words, or lower chat.response_length."
+                f"the prompt takes {len(ids)} tokens, and {name} has room for 1 to {room} before an answer of "
+                f"{self.length}; use fewer words, or lower chat.response_length."
             )
         if dropped:
             note(f"{name}: the conversation no longer fits, so its oldest turns are dropped")
@@ -94,9 +94,9 @@ class Talk:
 
 
 def run(settings: Settings, out: RunDir) -> None:
-    """Open the policies, then answer the prompts that were given, else what is typed or piped in."""
+    """Open the policies, then answer the prompts of --prompt, else the lines that are typed or piped in."""
     quiet()
-    for stream in (sys.stdin, sys.stdout):  # neither bytes that are no text nor a narrow terminal end a conversation
+    for stream in (sys.stdin, sys.stdout):  # no character that cannot be decoded or shown ends a conversation
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace" if stream is sys.stdin else "backslashreplace")
     terminal = not settings.chat.prompt and sys.stdin.isatty() and sys.stdout.isatty()
@@ -116,12 +116,12 @@ def run(settings: Settings, out: RunDir) -> None:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # whoever read the answers has left; without this, Python would complain as it leaves, too
+    except BrokenPipeError:  # the pipe's reader has ended; without this, Python would print another error at its exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def prompts(talk: Talk, terminal: bool) -> Iterator[str]:
-    """The lines that are typed or piped in and are neither empty nor commands, which are obeyed."""
+    """Yield the lines that are neither empty nor commands, and run the commands."""
     for line in typed() if terminal else sys.stdin:
         word = line.strip()
         if word == "/quit":
@@ -138,7 +138,7 @@ def prompts(talk: Talk, terminal: bool) -> Iterator[str]:
 
 
 def typed() -> Iterator[str]:
-    """Lines from the terminal, with a history and editing where the standard library has them."""
+    """Yield lines from the terminal, with history and editing if the standard library has readline."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (input() uses it)
     with contextlib.suppress(EOFError):
@@ -148,7 +148,7 @@ def typed() -> Iterator[str]:
 
 
 def show(answers: list[tuple[str, str, float | None]], terminal: bool, printed: bool) -> None:
-    """Print the answers on stdout: one as it stands, two side by side, or in a script two lines; then the rewards."""
+    """Print the answers on stdout, then the rewards. Two answers are side by side, or two lines in a script."""
     if terminal and len(answers) > 1:
         return side_by_side(answers)
     for name, answer, reward in answers:
@@ -165,7 +165,7 @@ def note(text: str) -> None:
 
 
 def open_talk(settings: Settings, out: RunDir) -> Talk:
-    """The policies, how they are asked and sample, and the reward; one line each for where they came from."""
+    """Open the policies and the reward, and print a line with the origin of each."""
     first = registry.build(settings.policy).path
     if first is None:
         raise NotFinishedError(
@@ -189,7 +189,7 @@ def open_talk(settings: Settings, out: RunDir) -> Talk:
 
 
 def _converses(run: RunDir | None, policy: Policy, seed: int) -> bool:
-    """Whether a policy was taught conversations rather than texts: by its run's data, else by its tokenizer."""
+    """Return whether a policy was trained on conversations. Its run's data decides, or else its tokenizer."""
     if run is not None:
         choice = run.config()["data"]
         if (kind := data.kind(choice["name"])) in (Text, Code, Labelled, Dialogue):
@@ -200,7 +200,7 @@ def _converses(run: RunDir | None, policy: Policy, seed: int) -> bool:
 
 
 def _judge(settings: Settings, home: RunDir) -> Reward | None:
-    """The reward that was asked for, else the run's, where it has one."""
+    """Return the chosen reward, else the run's reward, if it has one."""
     if settings.chat.reward is False:
         return None
     try:
@@ -209,7 +209,7 @@ def _judge(settings: Settings, home: RunDir) -> Reward | None:
     except UserError as error:
         if settings.chat.reward:
             raise
-        if not isinstance(error, NotFinishedError):  # a run without a reward is nothing to speak of
+        if not isinstance(error, NotFinishedError):  # a run without a reward needs no note
             note(f"no reward is shown: {error}")
         return None
     say_taken("reward", shown(where))

@@ -1,4 +1,4 @@
-"""Step 2, first half: answers to compare, and the labels that people, or a reward in their place, give them.
+"""Step 2, first half: sample answers to compare. People, or a reward in their place, label them.
 
 python -m rlhf_pipeline stage=collect
 """
@@ -27,7 +27,7 @@ from rlhf_pipeline.training.setup import quiet, say_taken, take_data
 
 
 def run(settings: Settings, out: RunDir) -> None:
-    """Draw the candidates, unless they are there, then note how far they are labelled."""
+    """Sample the candidates, unless they exist, then record how many are labelled."""
     quiet()
     reward, judge = _labeler(settings, out)
     if not agree(lambda: (out.path / CANDIDATES).exists() and bool(out.record)):
@@ -41,17 +41,17 @@ def run(settings: Settings, out: RunDir) -> None:
         found, agreement = rank(read_jsonl(out.path / CANDIDATES), reward, noise, seed)
         people = [row for row in read_jsonl(out.path / LABELS) if row.get("source")]
         write_jsonl(out.path / LABELS, found + people)
-        print(f"{judge} ranked the answers; {agreement:.1%} of the pairs as it would without noise", flush=True)
+        print(f"{judge} ranked the answers; {agreement:.1%} of the pairs are in the order without noise", flush=True)
     elif (out.path / PROJECT).exists():
         try:
             bring_pulled(out)
-        except UserError as error:  # the server need not be running
-            print(f"note: nothing new from Label Studio: {error}", flush=True)
+        except UserError as error:  # the server may not be running
+            print(f"note: no new labels from Label Studio: {error}", flush=True)
     note_progress(settings.collect, out)
 
 
 def _labeler(settings: Settings, out: RunDir) -> tuple[Reward | None, str]:
-    """The reward in the place of people, if there is to be one, and where it came from."""
+    """Return the reward that labels in place of people, if there is one, and its origin."""
     choice = settings.labelling_reward
     if choice is None:
         return None, ""
@@ -60,7 +60,7 @@ def _labeler(settings: Settings, out: RunDir) -> tuple[Reward | None, str]:
 
 
 def _collect(settings: Settings, out: RunDir, reward: Reward | None, judge: dict[str, str]) -> None:
-    """Draw the candidates. Batches of prompts that an earlier run finished are kept."""
+    """Sample the candidates. Batches of prompts that an earlier run finished are kept."""
     collect, number, rows = settings.collect, out.round or 1, take_data(settings.data, settings.seed)
     places = _policies(settings, out)
     for where in places:
@@ -86,25 +86,25 @@ def _collect(settings: Settings, out: RunDir, reward: Reward | None, judge: dict
     if not out.leads:
         return
     if not kept:
-        (out.path / CANDIDATES_SO_FAR).unlink()  # or other settings would be refused as other work
+        (out.path / CANDIDATES_SO_FAR).unlink()  # otherwise other settings would be refused as different work
         raise UserError(
-            f"none of {len(asked)} prompts brought two answers that differ; raise collect.temperatures, or "
+            f"none of {len(asked)} prompts got two different answers; raise collect.temperatures, or "
             "collect.similarity."
         )
     few = sum(len(row["answers"]) < collect.answers for row in kept)
     for count, lack in ((len(asked) - len(kept), "no two"), (few, f"fewer than {collect.answers}")):
         if count:
-            print(f"{count} of {len(asked)} prompts brought {lack} different answers", flush=True)
+            print(f"{count} of {len(asked)} prompts got {lack} different answers", flush=True)
     offer(out, kept, settings.report.lang)
     os.replace(out.path / CANDIDATES_SO_FAR, out.path / CANDIDATES)
 
 
 def _policies(settings: Settings, out: RunDir) -> list[str]:
-    """Where the policies that answer lie: `collect.policies`, else the newest that the run has made."""
+    """Return the paths of the policies that answer: `collect.policies`, else the run's newest policy."""
     later = (out.round or 1) > 1
     names = [name for name in settings.collect.policies if name != "ppo" or out.round != 1]
     if len(names) < len(settings.collect.policies):
-        print("note: collect.policies names ppo, which there is from round 2 on", flush=True)
+        print("note: collect.policies names ppo, which exists from round 2 on", flush=True)
     if names or later:
         before = out.in_round(out.round - 1) if out.round and later else out
         return [find(name, before if name == "ppo" else out) for name in names or ["ppo"]]
@@ -115,19 +115,19 @@ def _policies(settings: Settings, out: RunDir) -> list[str]:
 
 
 def choose(every: Sequence[Question], count: int, number: int) -> list[Question]:
-    """`count` different prompts for round `number`, which goes on where the round before ended.
+    """Return `count` different prompts for round `number`, which continues where the round before it ended.
 
-    If there are too few, the first ones are asked again, for other answers.
+    If there are too few, the first prompts are used again, to get other answers.
     """
     different = list({repr(question.prompt): question for question in every}.values())
     first = (number - 1) * count
     if len(different) < first + count:
-        print(f"the data has {len(different)} different prompts: some are asked again, for other answers", flush=True)
+        print(f"the data has {len(different)} different prompts: some are used again, to get other answers", flush=True)
     return [different[place % len(different)] for place in range(first, first + count)]
 
 
 def _finished(out: RunDir, size: int) -> tuple[list[dict[str, Any]], int]:
-    """The rows of the batches that are whole, and the prompt to go on with; the last batch may have been cut off."""
+    """Return the rows of the complete batches, and the number of the next prompt. The last batch may be incomplete."""
     kept = read_jsonl(out.path / CANDIDATES_SO_FAR)
     begun = max((row["number"] for row in kept), default=0) // size * size
     kept = [row for row in kept if row["number"] < begun]

@@ -1,4 +1,4 @@
-"""Algorithms side by side: each with several seeds, from one SFT policy, by one reward, on the same held-out prompts.
+"""Compare algorithms: each with several seeds, from one SFT policy, with one reward, on the same held-out prompts.
 
 python -m rlhf_pipeline stage=pipeline experiment=compare
 """
@@ -37,28 +37,28 @@ class Trial(NamedTuple):
 
     @property
     def folders(self) -> list[RunDir]:
-        """Of each command's stage."""
+        """The run directory of each command's stage."""
         return [RunDir.of(stage) for stage in self.stages]
 
     @property
     def run(self) -> str:
-        """Its folder below the comparison's."""
+        """The name of its folder inside the comparison's."""
         return self.name.rpartition("/")[2]
 
     @property
     def done(self) -> bool:
-        """Whether all that its commands ask for is there."""
+        """Whether all its stages are done."""
         return all(out.record.get("status") == "done" for out in self.folders)
 
     @property
     def cost(self) -> dict[str, float]:
-        """The tokens that it sampled to learn from, and its time."""
+        """The tokens that it sampled to learn from, and its time in seconds."""
         seconds = sum(out.record["seconds"] for out in self.folders)
         return {"sampled_tokens": sum(map(sampled, self.folders)), "seconds": seconds}
 
 
 def run(settings: Settings, out: RunDir) -> None:
-    """Run what is not done, measure every policy, then give each algorithm's means over seeds and its gain over SFT."""
+    """Run the trials that are not done, measure every policy, then compute each algorithm's means and gain over SFT."""
     quiet()
     upstream = out.upstream("sft", "pretrain", policy=settings.policy)
     if not (found := settings.policy.get("path") or upstream):
@@ -79,7 +79,7 @@ def run(settings: Settings, out: RunDir) -> None:
     failed = [trial.name for trial in trials if not trial.done]
     errors = "; ".join(f"{name}: {read_job(out.runs / name).get('error')}" for name in failed)
     if not points:
-        raise UserError(f"no run of the comparison is done: {errors}")
+        raise UserError(f"no run of the comparison has finished: {errors}")
     parents = {"policy": start, **judged_by}
     whole, news = measure_points(settings, out, points, rewards, parents, out.path.parent)
     names = dict.fromkeys(trial.algorithm for trial in done)
@@ -96,16 +96,16 @@ def run(settings: Settings, out: RunDir) -> None:
         out.finish({"policies": len(points), "runs": len(done), "best": best, "kl_coef": coef, **figures})
     comparison_table(comparison)
     if failed:
-        raise UserError(f"{len(failed)} of {len(trials)} runs failed; the same command tries them again. {errors}")
+        raise UserError(f"{len(failed)} of {len(trials)} runs failed; run the same command to retry them. {errors}")
 
 
 def plan(settings: Settings, start: str) -> list[Trial]:
-    """The runs of every algorithm and seed, all from one policy; what cannot be run is refused before any begins."""
+    """Return the trials of all algorithms and seeds, from one policy. Raises UserError if one of them cannot be run."""
     asked, found = settings.comparison, list[Trial]()
     algorithms = {name: said for name, said in asked.algorithms.items() if said}
     if not algorithms or not asked.seeds:
         raise UserError(
-            "comparison.algorithms or comparison.seeds is empty, so there is nothing to compare; say "
+            "comparison.algorithms or comparison.seeds is empty, so there is nothing to compare; use "
             "experiment=compare, or comparison.algorithms.<name>='stage=ppo trainer.advantage=rloo'."
         )
     for seed in dict.fromkeys(asked.seeds):
@@ -116,18 +116,18 @@ def plan(settings: Settings, start: str) -> list[Trial]:
             about += ["overwrite=true"] * settings.overwrite
             every = [said] if isinstance(said, str) else said
             try:
-                commands = [_words(command, about, asked.typed) for command in every]
+                commands = [_overrides(command, about, asked.typed) for command in every]
                 stages = [settings_of(read(command)[0]) for command in commands]
                 for stage in stages:
-                    RunDir.of(stage).finished(stage, look=True)  # refuses other work in its place
+                    RunDir.of(stage).finished(stage, look=True)  # refuses a folder with different work
             except UserError as error:
                 raise type(error)(f"comparison.algorithms.{algorithm}: {error}") from error
             found.append(Trial(algorithm, name, commands, stages))
     return found
 
 
-def _words(command: str, about: Sequence[str], rest: Sequence[str]) -> list[str]:
-    """An algorithm's words and its run's, then what the user said of the rest: nothing of a group that it chooses."""
+def _overrides(command: str, about: Sequence[str], rest: Sequence[str]) -> list[str]:
+    """Join the overrides of an algorithm, of its run and of the user, except the user's for the algorithm's groups."""
     own = [*shlex.split(command), *about]
     keys = {word.lstrip("+~").partition("=")[0] for word in own}
     said = {word: word.lstrip("+~").partition("=")[0] for word in rest}
@@ -135,9 +135,9 @@ def _words(command: str, about: Sequence[str], rest: Sequence[str]) -> list[str]
 
 
 def run_all(trials: Sequence[Trial], settings: Settings) -> None:
-    """Run the commands that are not done, each in a process of its own; where one fails, the other runs go on."""
+    """Run the commands that are not done, each in a process of its own. If one fails, the other runs continue."""
     count = settings.comparison.at_once
-    if count > 1:  # threads of several runs would wait for each other
+    if count > 1:  # otherwise the threads of several runs wait for each other
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
 
     def work(trial: Trial) -> None:
@@ -156,7 +156,7 @@ def run_all(trials: Sequence[Trial], settings: Settings) -> None:
 
 
 def sampled(out: RunDir) -> int:
-    """How many tokens a stage has sampled to learn from."""
+    """Return how many tokens a stage has sampled to learn from."""
     rows = [row for row in read_log(out.path / "metrics.jsonl") if "val/response_length" in row]
     before = [0, *(row["episode"] for row in rows)]
     learnt = sum(row["val/response_length"] * (row["episode"] - n) for n, row in zip(before, rows, strict=False))

@@ -27,7 +27,7 @@ from rlhf_pipeline.training.setup import building, fit_length, say_taken, take_d
 
 
 def run(settings: Settings, out: RunDir) -> None:
-    """Raise preferred answers over the others, held near the policy that it starts from, the reference."""
+    """Train the policy to prefer the better answers, but to stay near its start, the reference."""
     args = trainer_args(DPOConfig, settings, out)
     source = preferences_of(out, settings.data)
     rows = take_data(source, settings.seed)
@@ -60,7 +60,7 @@ def run(settings: Settings, out: RunDir) -> None:
 
 
 class PairTrainer(Ordered, DPOTrainer):
-    """TRL's DPOTrainer on rows that are token ids already, in an order that a resumed run meets again."""
+    """TRL's DPOTrainer on rows of token ids, in an order that a resumed run repeats."""
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
         return dataset
@@ -70,7 +70,7 @@ class PairTrainer(Ordered, DPOTrainer):
 
 
 def pairs(rows: Sequence[Preference | Ranking], policy: Policy) -> Dataset:
-    """Token ids of prompts with their better and worse answers; each answer ends with EOS."""
+    """Return token ids of prompts with their better and worse answers. Each answer ends with EOS."""
     columns: dict[str, list[Any]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "length": []}
     for row in itertools.chain.from_iterable(parts(compare(rows), 100, "tokenize", "prompt")):
         prompt = written(policy.tokenizer, row.prompt)
@@ -83,5 +83,5 @@ def pairs(rows: Sequence[Preference | Ranking], policy: Policy) -> Dataset:
             for column, value in zip(columns.values(), (asked, ends[better], ends[worse], length), strict=True):
                 column.append(value)
     if not columns["prompt_ids"]:
-        raise UserError("the data has no two different answers to a prompt on both sides of the split; it needs some.")
+        raise UserError("training and held-out data each need a prompt with two different answers; add preferences.")
     return Dataset.from_dict(columns)

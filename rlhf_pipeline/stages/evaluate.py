@@ -1,4 +1,4 @@
-"""Before and after: every policy of the run on the same held-out prompts, by the same rewards.
+"""Evaluate every policy of the run on the same held-out prompts, with the same rewards.
 
 python -m rlhf_pipeline stage=evaluate
 python -m rlhf_pipeline stage=evaluate sweep=<a multirun>   (reward against KL for all of its policies)
@@ -30,11 +30,11 @@ from rlhf_pipeline.runs.models import run_of
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.training.setup import check_languages, judges, quiet, say_taken, take_data
 
-_BEST_OF = 16  # answers to a prompt that a sweep's best of n is estimated from, unless evaluate.best_of says
+_BEST_OF = 16  # answers per prompt to estimate a sweep's best of n, unless evaluate.best_of is set
 
 
 def run(settings: Settings, out: RunDir) -> None:
-    """Sample from each policy, then measure rewards, KL to the reference, perplexity, and what the texts are like."""
+    """Sample from each policy, then measure rewards, KL to the reference, perplexity, and statistics of the texts."""
     quiet()
     if settings.sweep:
         measure_sweep(settings, out, Path(settings.sweep))
@@ -96,12 +96,12 @@ def run(settings: Settings, out: RunDir) -> None:
 
 
 def asked_sampling(settings: Settings) -> dict[str, Any]:
-    """What the user asks of sampling; None: as PPO did."""
+    """Return the sampling settings of stage=evaluate. None means PPO's value."""
     return {"response_length": settings.evaluate.response_length, "temperature": settings.evaluate.temperature}
 
 
 def measure_sweep(settings: Settings, out: RunDir, folder: Path) -> None:
-    """Measure every policy of a sweep that is not measured yet, and the best of n of where each started."""
+    """Measure every policy of a sweep that is not measured yet, and best of n of the policies that they start from."""
     points = frontier.points_of(folder, asked_sampling(settings))
     jobs = list({point.job.path: point.job for point in points}.values())
     frontier.check_jobs(jobs, settings.labelling_reward or settings.reward, settings.data)
@@ -123,7 +123,7 @@ def measure_points(
     settings: Settings, out: RunDir, points: Sequence[frontier.Point], rewards: dict[str, Reward],
     parents: dict[str, str], folder: Path,
 ) -> tuple[dict[str, Any], bool]:  # fmt: skip
-    """`frontier.json` with all `points`, each written as soon as it is measured; and whether anything in it is new."""
+    """Measure `points`, and write each to `frontier.json` at once. Return its content, and whether any of it is new."""
     place = out.path / FRONTIER
     before = read_json(place)
     known = [*before.get("starts", []), *before.get("points", [])]
@@ -148,7 +148,7 @@ def measure_points(
 def frontier_rows(
     settings: Settings, left: Sequence[frontier.Point], known: Sequence[frontier.Row], rewards: dict[str, Reward]
 ) -> Iterator[frontier.Row]:
-    """A row for each policy of a sweep that is `left`, and before them for where they started, if it is not known."""
+    """Yield a row for each point in `left`; before them, one for the policy that they started from, if not `known`."""
     most = settings.evaluate.best_of or _BEST_OF
     for start in dict.fromkeys(point.start for point in left):
         points, about = [point for point in left if point.start == start], json.loads(start)
@@ -168,15 +168,15 @@ def frontier_rows(
             for point in points:
                 try:
                     yield frontier.point_row(point, own, task, settings.evaluate.bootstrap)
-                except FileNotFoundError:  # a job that goes on keeps only its newest
+                except FileNotFoundError:  # a job that still runs keeps only its newest checkpoints
                     print(f"warning: {point.where} has been deleted by now, and is left out", flush=True)
 
 
 def load_rewards(settings: Settings, out: RunDir) -> tuple[dict[str, Reward], dict[str, str]]:
-    """The reward that judges, first, and those of `evaluate.rewards`, by name; and where they came from, by role.
+    """Return the main reward, first, and those of `evaluate.rewards`, by name; and their origins, by role.
 
-    Names that repeat are told apart by their fields. A reward that labels in place of people judges too: it is what
-    they would say.
+    Rewards with the same name get their fields in the name. A reward that labels in place of people is the main one,
+    because it stands for their judgement.
     """
     choices = [settings.labelling_reward or settings.reward, *settings.evaluate.rewards]
     names = [choice["name"] for choice in choices]
@@ -199,7 +199,7 @@ def load_rewards(settings: Settings, out: RunDir) -> tuple[dict[str, Reward], di
 
 
 def learnt_from(paths: Sequence[str], rewards: dict[str, Reward]) -> str:
-    """The reward that the newest of PPO's policies learnt from, if it is one of these; else the main one."""
+    """Return the reward that the newest PPO policy learned from, if it is one of these; else the main one."""
     homes = [home for path in paths if (home := run_of(path)) and home.stage == "ppo"]
     where = str(homes[-1].record["parents"].get("reward", {}).get("path")) if homes else ""
     own = (name for name, reward in rewards.items() if lineup.same_place(reward.name, where))
@@ -209,7 +209,7 @@ def learnt_from(paths: Sequence[str], rewards: dict[str, Reward]) -> str:
 def make_task(
     settings: Settings, policies: Sequence[Sampler], reference: Sampler, rows: Splits[Row], rewards: dict[str, Reward]
 ) -> Task:
-    """The held-out prompts that every policy has room for, in the tokens of the first, and what judges the answers."""
+    """Return the held-out prompts that every policy has room for, in the first one's tokens, with the rewards."""
     asked, first, (main, *others) = settings.evaluate, policies[0].policy, rewards.items()
     check_languages(main[1], first.tokenizer, texts(rows.test))
     for name, reward in others:

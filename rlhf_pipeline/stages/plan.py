@@ -1,4 +1,4 @@
-"""What PPO would take on given machines, of memory, FLOPs and time: computed from configurations, in seconds.
+"""The memory, FLOPs and time that PPO needs on given machines, computed from configurations within seconds.
 
 python -m rlhf_pipeline stage=plan policy=gpt2_scratch policy.size=xl plan.gpus=8 plan.gpu=a100
 """
@@ -21,11 +21,11 @@ from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.training.setup import quiet
 
-_LONGEST_PROMPT = 256  # tokens, where neither the data nor the user says
+_LONGEST_PROMPT = 256  # tokens, if neither the data nor the user sets it
 
 
 def run(settings: Settings, out: RunDir) -> None:
-    """Count the networks, compute each launch, name the simplest that fits; print it."""
+    """Count the networks' parameters, compute each launch, choose the simplest that fits, and print the plan."""
     asked, gpus, mfu = settings.plan, settings.plan.gpus, settings.plan.mfu
     if asked.launch and (asked.launch == "single") != (gpus == 1):
         raise UserError("plan.launch=single goes with plan.gpus=1, and every other launch with more.")
@@ -58,7 +58,7 @@ def run(settings: Settings, out: RunDir) -> None:
 
 
 def _prepare(settings: Settings, config: Any, reward: int) -> tuple[PPOConfig, Job]:
-    """PPO's settings, its networks and what a process does in an update; `reward`: the reward's parameters."""
+    """Return PPO's settings, and its networks with a process's work per update. `reward` counts its parameters."""
     values = {key: value for key, value in settings.trainer.items() if key not in ("bf16", "report_to")}
     try:
         args = PPOConfig(output_dir="unused", bf16=False, report_to="none", **{"use_cpu": True, **values})
@@ -81,7 +81,7 @@ def _prepare(settings: Settings, config: Any, reward: int) -> tuple[PPOConfig, J
 
 
 def _prompt_lengths(settings: Settings, config: Any, response: int) -> tuple[int, float]:
-    """The longest prompt and the mean, in tokens: as asked, as the data draws them, or 256 if there is room."""
+    """Return the longest and the mean prompt, in tokens, of plan.prompt_tokens, else of the data, else at most 256."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
     asked = settings.plan.prompt_tokens
     first, last = (asked, asked) if asked else settings.data.get("prompt_tokens") or (_LONGEST_PROMPT,) * 2
@@ -95,7 +95,7 @@ def _prompt_lengths(settings: Settings, config: Any, response: int) -> tuple[int
 
 
 def _count_reward(choice: dict[str, Any], upstream: Path | None) -> tuple[int, str]:
-    """How many parameters the reward has, and which model was counted; a rule has none."""
+    """Return the reward's number of parameters, and which model was counted. A rule has none."""
     if "parts" in choice:
         counts, names = zip(*(_count_reward(part, upstream) for part in choice["parts"]), strict=True)
         return sum(counts), " + ".join(names)
@@ -103,6 +103,6 @@ def _count_reward(choice: dict[str, Any], upstream: Path | None) -> tuple[int, s
         return 0, f"{choice['name']}, without parameters of its own"
     path = choice.get("path") or upstream or ON_THE_HUB.get(choice["name"], (None,))[0]
     if path is None:
-        return 0, f"{choice['name']}, not trained yet: counted as none"
+        return 0, f"{choice['name']}, not trained yet: counted as 0 parameters"
     register()
     return count_classifier(open_config(str(path), "reward.path")), str(path)

@@ -1,4 +1,4 @@
-"""Step 3: PPO. The policy samples answers, the reward judges them, a KL penalty keeps it near where it began.
+"""Step 3: PPO. The policy samples responses, the reward scores them, a KL penalty keeps the policy near its start.
 
 python -m rlhf_pipeline stage=ppo
 """
@@ -33,8 +33,8 @@ def run(settings: Settings, out: RunDir) -> None:
     adapter = lora_config(settings.policy)
     if adapter is not None and str(start := adapter.init_lora_weights).startswith(("pissa", "olora", "loftq", "corda")):
         raise UserError(
-            f"policy.lora.init_lora_weights={start} moves the base, which with the adapter off is PPO's reference; "
-            "leave it at its default."
+            f"policy.lora.init_lora_weights={start} changes the base model, which without the adapter is PPO's "
+            "reference; leave it at its default."
         )
     reward, judge = load_reward(settings.reward, out.upstream("reward", reward=trained_part(settings.reward)))
     rows = take_data(settings.data, settings.seed)
@@ -46,7 +46,7 @@ def run(settings: Settings, out: RunDir) -> None:
     )
     say_taken("policy", where)
     if where.endswith(", untrained"):
-        print("warning: the policy has learnt nothing yet; run stage=pretrain or stage=sft first, or give policy.path=")
+        print("warning: the policy is untrained; run stage=pretrain or stage=sft first, or give policy.path=")
     say_taken("reward", judge)
     check_languages(reward, policy.tokenizer, texts(rows.train))
     print(f"computing in {args.precision_choice}", flush=True)
@@ -58,7 +58,7 @@ def run(settings: Settings, out: RunDir) -> None:
         why = f"a batch of {batch} takes all {len(asked)} prompts, so none are held back as validation prompts"
         if args.eval_strategy != "no":
             raise UserError(f"trainer.eval_strategy needs some: {why}; lower trainer.per_device_train_batch_size.")
-        print(f"warning: {why}; the run is judged by its reward while training", flush=True)
+        print(f"warning: {why}; the run's result is its reward in training", flush=True)
     known = fingerprint(settings.data, rows)
     parents = {"policy": where, **judges(reward, judge)}
     pretraining = rows
@@ -82,7 +82,7 @@ def run(settings: Settings, out: RunDir) -> None:
     trainer.add_callback(SampleLog(trainer, out))
     trainer.on_warning = out.warn
     trainer.train(watch(trainer, out))
-    # First: what may yet go wrong takes no training with it.
+    # Save first, so that a later error does not lose the training.
     out.save_model(lambda folder: trainer.save_model(str(folder), merge=True))
     last = [row for row in read_jsonl(out.path / "metrics.jsonl") if "objective/scores" in row][-10:]
     results = {name: sum(row[f"objective/{name}"] for row in last) / len(last) for name in ("scores", "kl")}
@@ -100,10 +100,10 @@ def run(settings: Settings, out: RunDir) -> None:
 def hold_back(
     asked: Sequence[Question], most: int | None, spare: int, seed: int
 ) -> tuple[list[Question], list[Question]]:
-    """Split training prompts into those that PPO learns from and validation prompts, by which policies are chosen.
+    """Split training prompts into those that PPO learns from, and validation prompts, which serve to choose policies.
 
     About `most` prompts are held back, at most about a tenth, and never more than `spare`. Prompts with the same tokens
-    stay together. The test split is left to stage=evaluate, so that nothing is chosen on the prompts that it reports.
+    stay together. Only stage=evaluate uses the test split, so that no policy is chosen by the prompts that it reports.
     """
     count = min(most or len(asked), -(-len(asked) // 10))
     repeats = Counter(tuple(question.ids) for question in asked)
@@ -119,14 +119,14 @@ def hold_back(
 
 
 def _prompts(asked: Sequence[Question]) -> list[Any]:
-    """Prompts as the trainer takes them: token ids, in rows where they have other columns."""
+    """Return prompts as the trainer takes them: token ids, or rows if they have other columns."""
     if not any(question.columns for question in asked):
         return [question.ids for question in asked]
     return [{**q.columns, "input_ids": q.ids, "attention_mask": [1] * len(q.ids)} for q in asked]
 
 
 class SampleLog(TrainerCallback):
-    """Keeps some of what the policy said, with its reward, whenever metrics are logged."""
+    """Logs some of the policy's responses with their rewards, whenever metrics are logged."""
 
     def __init__(self, trainer: PPOTrainer, out: RunDir) -> None:
         self.trainer, self.out = trainer, out
@@ -135,7 +135,7 @@ class SampleLog(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
         logs: dict[str, Any] | None = None, **_: Any,
     ) -> None:  # fmt: skip
-        """The first rows of the batch: it is in random order."""
+        """Log the first rows of the batch, which is in random order."""
         rollout = self.trainer.last_rollout
         if rollout is None or not isinstance(args, PPOConfig) or "objective/scores" not in (logs or {}):
             return

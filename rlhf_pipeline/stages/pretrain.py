@@ -1,4 +1,4 @@
-"""Step 0: a language model from scratch. The tokenizer is trained on the texts, then the model to continue them.
+"""Step 0: a language model from scratch. Its tokenizer is trained on the texts, then the model itself.
 
 python -m rlhf_pipeline stage=pretrain
 """
@@ -31,7 +31,7 @@ def run(settings: Settings, out: RunDir) -> None:
     )
     train, test = (documents(split, policy.tokenizer) for split in (rows.train, rows.test))
     longer = sum(len(ids) > args.max_length for ids in (*train, *test))
-    if longer and (not args.packing or args.packing_strategy == "bfd"):  # the others lose nothing
+    if longer and (not args.packing or args.packing_strategy == "bfd"):  # other strategies lose nothing
         said = f"{longer} of {len(train) + len(test)} texts lose what is beyond {args.max_length} tokens"
         print(f"warning: {said}; trainer.packing_strategy=wrapped loses nothing", flush=True)
     with building():

@@ -1,4 +1,4 @@
-"""Step 2: the reward. From labelled texts a classifier, from preferences a scalar model; ends with its quality.
+"""Step 2: train a classifier on labelled texts, or a scalar reward model on preferences, and measure its quality.
 
 python -m rlhf_pipeline stage=reward
 """
@@ -49,7 +49,7 @@ _DEMONSTRATIONS = 1000  # enough for a mean
 
 
 def run(settings: Settings, out: RunDir) -> None:
-    """Train on what the data holds, then measure on the held-out split."""
+    """Train on the labelled texts or preferences, then measure on the held-out split."""
     args, choice = trainer_args(RewardConfig, settings, out), settings.reward
     source = preferences_of(out, settings.data) if choice["name"] == "preference_model" else settings.data
     labelled = kind(source["name"]) is Labelled
@@ -87,7 +87,7 @@ def run(settings: Settings, out: RunDir) -> None:
     weights = sharded_weights(trainer)
     if not out.leads:
         return
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # scored as others will: in fp32
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # scored in fp32, as later
     if weights:
         model.float().load_state_dict(weights, strict=False)
     scorer = Scorer(model, tokenizer, args.per_device_eval_batch_size, longest, tokenizer.truncation_side, not labelled)
@@ -113,7 +113,7 @@ def run(settings: Settings, out: RunDir) -> None:
 
 
 def _say_labels(labels: Labels, out: RunDir) -> None:
-    """What was judged, how far people agree, and what was set aside: on the screen in a line, whole in two files."""
+    """Print what was judged, how far people agree, and what was set aside, in short; write all of it to two files."""
     write_json(out.path / "labels.json", labels.summary)
     write_jsonl(out.path / "rejected.jsonl", labels.rejected)
     figures = {key: value for key, value in labels.summary.items() if value or isinstance(value, float)}
@@ -126,13 +126,13 @@ def _say_labels(labels: Labels, out: RunDir) -> None:
 
 
 def _check(choice: dict[str, Any], data: str, labelled: bool) -> None:
-    """Refuse what does not go together, before anything is loaded."""
+    """Refuse settings that do not go together, before anything is loaded."""
     if labelled == (choice["name"] == "preference_model"):
         holds, fits = ("labelled texts", "classifier") if labelled else ("preferences", "preference_model")
-        raise UserError(f"data={data} holds {holds}; reward={choice['name']} does not learn from them, {fits} does.")
+        raise UserError(f"data={data} holds {holds}; reward={choice['name']} does not learn from them; use {fits}.")
     if choice.get("lm_coef") and choice.get("base") == "encoder":
         raise UserError(
-            "reward.lm_coef weighs the loss of a language model, and an encoder is none; "
+            "reward.lm_coef weighs a language-model loss, and an encoder has none; "
             "use reward.base=policy, or reward.lm_coef=0."
         )
 
@@ -142,7 +142,7 @@ def _trainer(model: Any, tokenizer: Any, args: RewardConfig, rows: Splits[Any], 
         compared = [compare(split, choice.get("margin", 0.0)) for split in (rows.train, rows.test)]
         if not all(compared):
             raise UserError(
-                "the data has no two different answers to a prompt on both sides of the split; it needs some."
+                "training and held-out data each need a prompt with two different answers; add preferences."
             )
         return ComparisonTrainer(model, args, tokenizer, *compared)
     train, test = (tokenized(split, tokenizer, args.max_length) for split in (rows.train, rows.test))
@@ -152,7 +152,7 @@ def _trainer(model: Any, tokenizer: Any, args: RewardConfig, rows: Splits[Any], 
 
 
 def _start(settings: Settings, out: RunDir, strings: Sequence[str], labels: int) -> tuple[Any, Any, str]:
-    """The model to begin with: `reward.path`, an encoder from scratch, or this run's language model with a new head."""
+    """Return the model to train: `reward.path`, a new encoder, or this run's language model with a new head."""
     names: dict[str, Any] = {"num_labels": labels}
     if labels == 2:
         names |= {"id2label": LABELS, "label2id": {name: index for index, name in LABELS.items()}}
@@ -161,12 +161,12 @@ def _start(settings: Settings, out: RunDir, strings: Sequence[str], labels: int)
     if path is None and choice.get("base") == "encoder":
         tokenizer = policies.load_policy(policy, upstream, strings, seed)[0].tokenizer
         size = choice.get("size", "tiny")
-        torch.manual_seed(seed)  # for all of it
+        torch.manual_seed(seed)  # for all weights
         return _encoder(tokenizer, size, names), tokenizer, f"an encoder from scratch ({size})"
     if where := model_folder(path) if path else policies.policy_folder(policy, upstream):
         torch.manual_seed(seed)  # for the head
         model, tokenizer = open_classifier(where, ignore_mismatched_sizes=True, **names)
-        if labels == 2 and _turned(policies.open_config(where, "reward.path").id2label):
+        if labels == 2 and _reversed(policies.open_config(where, "reward.path").id2label):
             head = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
             for weight in head.parameters():
                 weight.data = weight.data.flip(0)
@@ -177,9 +177,9 @@ def _start(settings: Settings, out: RunDir, strings: Sequence[str], labels: int)
         model = AutoModelForSequenceClassification.from_config(config)
     if policy.get("template") and path is None:
         tokenizer.chat_template = TEMPLATES[policy["template"]]
-    # Of a conversation that is too long its end, the answer, stays.
+    # A conversation that is too long keeps its end, the answer.
     tokenizer.truncation_side = choice.get("truncation_side") or ("left" if labels == 1 else "right")
-    tokenizer.padding_side = "right"  # positions are counted from the left, padding and all; so are they in scoring
+    tokenizer.padding_side = "right"  # as in scoring: positions are counted from the left, padding included
     torch.manual_seed(seed)
     settle_padding(model, tokenizer, reads_eos=labels == 1)
     if labels == 1:
@@ -187,14 +187,14 @@ def _start(settings: Settings, out: RunDir, strings: Sequence[str], labels: int)
     return model, tokenizer, where
 
 
-def _turned(classes: dict[int, str]) -> bool:
-    """Whether the classes of a head are positive and negative, in this order: that of LABELS is the other one."""
+def _reversed(classes: dict[int, str]) -> bool:
+    """Return whether a head's classes are positive and negative, in this order, which is not that of LABELS."""
     first, second = (str(classes.get(number)).lower() for number in (0, 1))
     return len(classes) == 2 and first.startswith(("pos", "正", "积极")) and second.startswith(("neg", "负", "消极"))
 
 
 def _encoder(tokenizer: Any, size: str, names: dict[str, Any]) -> Any:
-    """A small ModernBERT (arXiv 2412.13663) that pools the mean: with little data it learns faster so."""
+    """Make a small ModernBERT (arXiv 2412.13663) with mean pooling, with which it learns faster from little data."""
     layers, width, heads = ENCODERS[size]
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "eos", "bos")}
     config = ModernBertConfig(

@@ -39,19 +39,19 @@ def run(settings: Settings, out: RunDir) -> None:
     compared = kind(settings.data["name"]) == Preference | Ranking
     source = preferences_of(out, settings.data) if compared else settings.data
     rows = take_data(source, settings.seed, answers=True)
-    # The best answers of a policy are for this policy to learn.
+    # Rejection sampling trains the policy that gave the answers.
     upstream = out.upstream(*(["sft"] if compared else []), "pretrain", policy=settings.policy)
     policy, where = load_policy(settings.policy, upstream, texts(rows.train), settings.seed)
     say_taken("policy", where)
     if conversational(rows.train):
-        policy.tokenizer.chat_template = template_of(policy.tokenizer)  # whoever opens the model asks it likewise
+        policy.tokenizer.chat_template = template_of(policy.tokenizer)  # saved with the model, for all who use it
     fit_length(args, policy.model)
     fuse_gelu(policy.model)
     lessons = [
         demonstrations(split, policy.tokenizer, settings.data, settings.seed + number)
         for number, split in enumerate((rows.train, rows.test))
     ]
-    if not args.packing or args.packing_strategy == "bfd":  # the others go on with the rest in the next block
+    if not args.packing or args.packing_strategy == "bfd":  # other strategies continue in the next block
         apart = compared or isinstance(rows.train[0], Demonstration | Dialogue)
         lessons = shortened(lessons, policy.tokenizer, args.max_length, apart)
     train, test = (
@@ -75,7 +75,7 @@ def run(settings: Settings, out: RunDir) -> None:
         )
     checkpoint = watch(trainer, out)
     logged = [row for row in read_log(out.path / "metrics.jsonl") if row["step"] == 0]
-    args.eval_on_start = not logged  # not evaluate(): accelerate would take the model for one that is prepared to train
+    args.eval_on_start = not logged  # not evaluate(): accelerate would then treat the model as prepared for training
     trainer.train(resume_from_checkpoint=checkpoint)
     before = next(row["eval_loss"] for row in logged or trainer.state.log_history if "eval_loss" in row)
     loss = trainer.evaluate()["eval_loss"]

@@ -1,1 +1,1 @@
-"""What the stages' trainers share."""
+"""Code that the stages' trainers share."""

@@ -1,4 +1,4 @@
-"""Batches of rows of like length, so that little of a batch is padding, in an order that a resumed run meets again."""
+"""Batches of rows of similar length, to need little padding, in an order that a resumed run repeats."""
 
 import functools
 import random
@@ -20,16 +20,16 @@ from rlhf_pipeline.models.likelihood import Losses, next_token_losses
 from rlhf_pipeline.models.networks import language_model, trunk
 from rlhf_pipeline.processes import sharding
 
-# Rows are drawn into pools at random and only then sorted, so that an epoch's batches are not the last one's:
-# pools of 50 batches, of fewer where that would make fewer than 4 pools, but of at least 8.
+# Rows are drawn into random pools and then sorted within each pool, so that each epoch has other batches.
+# A pool has 50 batches. It has fewer if there would be fewer than 4 pools, but at least 8.
 _POOL, _POOLS, _SMALLEST = 50, 4, 8
 
 
 class EpochSampler(Sampler[int]):
-    """Every row once, in an order that depends on `seed` and `epoch` alone, each `batch` of rows of like length.
+    """Yields every row once. Each `batch` has rows of similar length. The order depends on `seed` and `epoch` alone.
 
-    With equal lengths the order is a plain shuffle. transformers' own sampler draws from the global generator, which
-    is not where it was when a run goes on in a later epoch.
+    With equal lengths the order is a plain shuffle. transformers' own sampler draws from the global generator, whose
+    state is different when a run resumes in a later epoch.
     """
 
     def __init__(self, lengths: Sequence[int], batch: int, seed: int, epoch: Callable[[], int]) -> None:
@@ -42,7 +42,7 @@ class EpochSampler(Sampler[int]):
         draw = random.Random(f"batches {self.seed} {self.epoch()}")
         order = list(range(len(self)))
         draw.shuffle(order)
-        count = len(self) // self.batch  # of whole batches; the rows left over come last, as the loader cuts them off
+        count = len(self) // self.batch  # of whole batches; the other rows come last, as the loader's smaller batch
         pool = min(_POOL, max(_SMALLEST, count // _POOLS)) * self.batch
         pools = [order[i : min(i + pool, count * self.batch)] for i in range(0, count * self.batch, pool)]
         alike = [row for rows in pools for row in sorted(rows, key=self.lengths.__getitem__)]
@@ -52,9 +52,9 @@ class EpochSampler(Sampler[int]):
 
 
 class Shares(BatchSampler):
-    """Of every batch of all processes the rows of one: each row goes to one process, and none is repeated.
+    """One process's rows of each batch of all processes. Every row goes to exactly one process.
 
-    So of the last batch, which may be smaller, a process may get nothing.
+    The last batch may be smaller, so a process may get no rows of it.
     """
 
     def __init__(self, rows: Sampler[int], batch: int, drop_last: bool, rank: int, processes: int) -> None:
@@ -67,7 +67,7 @@ class Shares(BatchSampler):
 
 
 def row_lengths(rows: Dataset) -> list[int]:
-    """Tokens of each row, of a pair's longer side; the column `length` where there is one."""
+    """Return the tokens of each row, for a pair of its longer side; from the column `length` if there is one."""
     if "length" in rows.column_names:
         return list(rows["length"])
     columns = [name for name in ("input_ids", "chosen_ids", "rejected_ids") if name in rows.column_names]
@@ -78,10 +78,10 @@ def row_lengths(rows: Dataset) -> list[int]:
 
 
 class Ordered(Trainer):
-    """A trainer that after a resume, in whatever epoch, goes on as if it had never been cut off.
+    """A trainer that after a resume, in any epoch, continues as if it had not stopped.
 
-    A step's loss is a mean over all rows of the step, or all their tokens, and the held-out loss one over all that is
-    held out: how it is cut, into micro-batches or for several processes, changes neither.
+    A step's loss is the mean over all rows or all tokens of the step. The held-out loss is the mean over all held-out
+    rows or tokens. Neither depends on the number of micro-batches or processes.
     """
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
@@ -91,7 +91,7 @@ class Ordered(Trainer):
             return super()._get_train_sampler(rows)
         lengths = row_lengths(rows) if strategy == "group_by_length" else [0] * len(rows)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        # The trainer's own count, not `set_epoch`: accelerate does not hand that down on resuming on several processes.
+        # The trainer's own epoch, because accelerate does not pass on `set_epoch` when several processes resume.
         epoch = lambda: int(self.state.epoch or 0)  # noqa: E731
         step = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         return EpochSampler(lengths, step, seed, epoch)
@@ -102,7 +102,7 @@ class Ordered(Trainer):
         return EpochSampler(row_lengths(eval_dataset), self.args.eval_batch_size * self.args.world_size, 0, lambda: 0)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """As Trainer's; of several processes each gets its share."""
+        """Return Trainer's loader; with several processes, each gets its own rows."""
         args = self.args
         if args.world_size == 1 or args.train_sampling_strategy == "batch_rebalance":
             return super().get_train_dataloader()
@@ -110,14 +110,14 @@ class Ordered(Trainer):
         return self._shared(self.train_dataset, order, args.train_batch_size, args.dataloader_drop_last)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """As Trainer's; of several processes each gets its share."""
+        """Return Trainer's loader; with several processes, each gets its own rows."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         if self.args.world_size == 1 or not isinstance(rows, Dataset):
             return super().get_eval_dataloader(eval_dataset)
         return self._shared(rows, self._get_eval_sampler(rows) or range(len(rows)), self.args.eval_batch_size, False)
 
     def _shared(self, rows: Dataset, order: Any, size: int, drop_last: bool) -> DataLoader[Any]:
-        """accelerate would fill the last batch up with rows that have had their turn."""
+        """Return a loader without accelerate, which would fill the last batch up with repeated rows."""
         args, world = self.args, self.args.world_size
 
         def collate(own: list[dict[str, Any]]) -> dict[str, Any]:
@@ -134,26 +134,26 @@ class Ordered(Trainer):
         )
 
     def _uncounted(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch for a process that has no row left: all take part in a step, and this one adds nothing to it."""
+        """Return a batch that adds nothing to the loss: a process without rows must still take part in the step."""
         for name in ("labels", "shift_labels"):
             if name in batch:
                 batch[name] = torch.full_like(batch[name], -100)
         return batch
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's. Dropout differs by process."""
+        """Train as Trainer does, with different dropout on each process."""
         if self.args.world_size > 1:
             set_seed(self.args.seed, device_specific=True)
         return super().train(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Measure, and leave the generators as they were: a run resumed after an evaluation does not repeat it."""
+        """Evaluate, and restore the random state: a run that resumes after an evaluation does not repeat it."""
         device = self.args.device
         with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
             return super().evaluate(*args, **kwargs)
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
-        """The loss of a batch of all processes, noted with what it is a mean over."""
+        """Return the loss of a batch of all processes, and record it with its number of rows or tokens."""
         inputs = self._prepare_inputs(inputs)
         count = self._get_num_items_in_batch([inputs], self.args.device)
         if count is None:
@@ -165,7 +165,7 @@ class Ordered(Trainer):
         return loss, None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """As Trainer's, but for the mean: transformers takes that of the batches' means."""
+        """Weigh each batch's loss by its rows or tokens; transformers takes the mean of the batches' means."""
         self.measured: list[tuple[float, float]] = []
         found = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if total := sum(count for _, count in self.measured):
@@ -174,42 +174,42 @@ class Ordered(Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(*args, **kwargs)
-        self.accelerator.wait_for_everyone()  # each process adds its generators; what follows finds a whole folder
+        self.accelerator.wait_for_everyone()  # each process adds its random state; only then is the folder complete
 
 
 class Counted(Ordered):
-    """A trainer whose loss is a sum over rows, divided by all rows of the step; so are the figures that it logs."""
+    """A trainer whose loss is a sum over rows, divided by all rows of the step. Its metrics are computed likewise."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.loss_is_scaled_for_ga = True
-        self.noted: dict[str, list[Tensor]] = defaultdict(list)  # by figure, of each batch its sum and count
+        self.noted: dict[str, list[Tensor]] = defaultdict(list)  # by metric, each batch's sum and count
 
     def _counts(self, batch: dict[str, Any]) -> Tensor:
-        """What the sums over a batch are divided by, the number of rows first: (sums,)."""
+        """Return the divisors of the sums over a batch, the number of rows first: (sums,)."""
         raise NotImplementedError
 
     def _get_num_items_in_batch(self, batch_samples: Sequence[dict[str, Any]], device: torch.device) -> Tensor:
-        """The counts of all micro-batches of a step, of all processes."""
+        """Return the counts, summed over all micro-batches of a step and all processes."""
         counts = torch.stack([self._counts(batch) for batch in batch_samples]).sum(0).to(device)
         return self.accelerator.reduce(counts, "sum")
 
     def _counts_of(self, inputs: dict[str, Any], step: Tensor | None) -> Tensor:
-        """The counts of the step that a batch is part of, by process: their gradients are averaged."""
+        """Return the counts of a batch's step, divided by the processes, because their gradients are averaged."""
         return (self._counts(inputs) if step is None else step) / self.accelerator.num_processes
 
     @property
     def mode(self) -> str:
-        """What the names of the figures begin with now."""
+        """The prefix of the metrics' names: `eval_` during evaluation."""
         return "" if self.model.training else "eval_"
 
     def note(self, figures: dict[str, tuple[Tensor, Tensor]]) -> None:
-        """Keep figures of a batch for the next log, each as a sum and what it is divided by."""
+        """Keep a batch's metrics for the next log, each as a sum and its divisor."""
         for name, (total, count) in figures.items():
             self.noted[self.mode + name].append(torch.stack([total.detach().float(), count.float()]))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the figures, over the batches of all processes since the last log."""
+        """Add the metrics, averaged over the batches of all processes since the last log."""
         for name in [name for name in self.noted if name.startswith("eval_") == bool(self.mode)]:
             total, count = self.accelerator.reduce(torch.stack(self.noted.pop(name)).sum(0), "sum").tolist()
             logs[name] = total / max(count, 1)
@@ -217,19 +217,19 @@ class Counted(Ordered):
 
 
 class OrderedSFTTrainer(Ordered, SFTTrainer):
-    """TRL's SFTTrainer in such an order, its loss a mean over the tokens that are predicted.
+    """TRL's SFTTrainer in this order. Its loss is the mean over the predicted tokens.
 
-    The head is applied to these tokens alone, and their logits are not kept. TRL 1.16 does so on a GPU only.
+    The head is applied to these tokens alone, and their logits are not kept. TRL 1.16 does this on a GPU only.
     """
 
     def __init__(self, model: Any, args: SFTConfig, **options: Any) -> None:
         if args.label_smoothing_factor and args.loss_type == "chunked_nll":
-            args.loss_type = "nll"  # TRL 1.12's chunked loss, its default, knows no smoothing
+            args.loss_type = "nll"  # TRL 1.12's default loss, chunked_nll, does not support smoothing
         super().__init__(model, args, **options)
-        # Nothing predicts a row's first token. transformers tells by the class's name whether that is so, and
-        # "GPT2LMHeadModel" has no "ForCausalLM" in it.
+        # A row's first token is not predicted. transformers looks for "ForCausalLM" in the class's name to know this,
+        # and "GPT2LMHeadModel" does not contain it.
         self._loss_shifts_labels = True
-        # Weights in shards are whole only inside the model's own forward pass, which TRL's loss goes through.
+        # Sharded weights are complete only inside the model's own forward pass, which TRL's loss uses.
         other = args.loss_type == "dft" or args.use_liger_kernel or self.label_smoother or self.compute_loss_func
         self.fused = not (other or self.aux_loss_enabled) and sharding() not in ("zero3", "fsdp")
         if self.fused:
@@ -239,7 +239,7 @@ class OrderedSFTTrainer(Ordered, SFTTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:  # fmt: skip
-        """-log p a token, over the tokens of the step."""
+        """Return the mean -log p over the tokens of the step."""
         if not self.fused or return_outputs or "labels" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         sums: Losses = model(**inputs, losses=True)
@@ -249,13 +249,13 @@ class OrderedSFTTrainer(Ordered, SFTTrainer):
         kept["mean_token_accuracy"].append(right / max(count, 1))
         if num_items_in_batch is None:
             return sums.loss / sums.tokens.clamp(min=1)
-        return sums.loss / num_items_in_batch * self.accelerator.num_processes  # processes are averaged
+        return sums.loss / num_items_in_batch * self.accelerator.num_processes  # gradients are averaged
 
 
 def add_losses(model: Any) -> None:
-    """Let `model(..., labels=labels, losses=True)` give `Losses`; labels (batch, time) are -100 where none is told.
+    """Make `model(..., labels=labels, losses=True)` return `Losses`. Labels (batch, time) are -100 at ignored tokens.
 
-    Inside the model's own forward pass, so that DDP and an adapter around it take part.
+    The losses are computed inside the model's forward pass, so that DDP and an adapter around it take part.
     """
     own = model.forward
 

@@ -1,4 +1,4 @@
-"""Labelled texts, as classifiers learn them; with the language-model loss beside, as GPT-1 has it."""
+"""Train classifiers on labelled texts, optionally with a language-model loss, as in GPT-1."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,7 @@ from rlhf_pipeline.training.batching import Counted
 
 
 def tokenized(rows: Sequence[Labelled], tokenizer: Any, longest: int) -> Dataset:
-    """Token ids and class of each row, at most `longest` tokens."""
+    """Return the token ids (at most `longest`) and the class of each row."""
     ids: list[list[int]] = []
     for part in parts([row.text for row in rows], 200, "tokenize", "text"):
         ids += tokenizer(part, truncation=True, max_length=longest)["input_ids"]
@@ -25,10 +25,10 @@ def tokenized(rows: Sequence[Labelled], tokenizer: Any, longest: int) -> Dataset
 
 
 class ClassifierTrainer(Counted):
-    """A classifier's trainer that logs how often it is right, as TRL's RewardTrainer does.
+    """Trains a classifier and logs its accuracy, as TRL's RewardTrainer does.
 
-    With `lm_coef` λ its trunk goes on learning language (Radford et al. 2018, section 3.2, L3 = L2 + λ L1). L1 is the
-    mean over a step's tokens, each told from those before it, by the input embedding as the head.
+    With `lm_coef` λ its trunk also learns language (Radford et al. 2018, section 3.2, L3 = L2 + λ L1). L1 is the mean
+    over a step's tokens, each predicted from those before it; the head is the input embedding.
     """
 
     def __init__(self, *args: Any, lm_coef: float = 0.0, **options: Any) -> None:
@@ -43,7 +43,7 @@ class ClassifierTrainer(Counted):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:  # fmt: skip
-        """The mean over rows of the classes' cross-entropy; the second loss from the same pass."""
+        """Return the mean cross-entropy over rows, plus the language-model loss from the same forward pass."""
         labels, smoothing = inputs["labels"], self.args.label_smoothing_factor
         given = {name: value for name, value in inputs.items() if name != "labels"}
         outputs = model(**given, output_hidden_states=bool(self.lm_coef))
@@ -63,15 +63,15 @@ class ClassifierTrainer(Counted):
 
 
 def told(mask: Tensor) -> Tensor:
-    """Which tokens are told from one before them: (batch, time) to (batch, time - 1)."""
+    """Return which tokens are predicted from the token before: (batch, time) to (batch, time - 1)."""
     return mask[:, 1:].bool() & mask[:, :-1].bool()
 
 
 def check_language_model(model: Any) -> None:
-    """Refuse `lm_coef` for what is no language model whose head is its input embedding."""
+    """Refuse `lm_coef` unless the model is a causal language model whose head is its input embedding."""
     if looks_ahead(model) or not model.config.tie_word_embeddings:
         raise UserError(
-            "reward.lm_coef needs a language model that reads from left to right and whose head is its input "
-            f"embedding, as GPT-2's; {model.name_or_path or type(model).__name__} is none. Use another policy= or "
-            "reward.path=, or reward.lm_coef=0."
+            "reward.lm_coef needs a causal language model whose head is its input embedding, such as GPT-2; "
+            f"{model.name_or_path or type(model).__name__} is not one. Use another policy= or reward.path=, or "
+            "reward.lm_coef=0."
         )

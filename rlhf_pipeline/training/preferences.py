@@ -1,4 +1,4 @@
-"""Comparisons of answers, as reward models learn them: answers to a prompt that were compared are one row."""
+"""Comparisons of answers, to train reward models. The compared answers to a prompt are one row."""
 
 import itertools
 import math
@@ -24,12 +24,12 @@ from rlhf_pipeline.training.batching import Counted
 
 _COLUMNS = ("texts", "better", "worse", "margin", "length")
 _PART = 200  # rows tokenized at once
-_MOST = 16  # answers of pairs that are one example
+_MOST = 16  # answers in one example of pairs, at most
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One prompt with its different answers, and what was preferred to what: (better, worse, margin), by place."""
+    """One prompt, its different answers, and the preferences: (better, worse, margin), as indices of `answers`."""
 
     prompt: Prompt
     answers: tuple[str, ...]
@@ -37,7 +37,7 @@ class Comparison:
 
     @property
     def best(self) -> str:
-        """The answer that was preferred most often, less often rejected."""
+        """The answer with the most preferences minus rejections."""
         worth = Counter(better for better, _, _ in self.pairs)
         worth.subtract(worse for _, worse, _ in self.pairs)
         return self.answers[max(range(len(self.answers)), key=lambda place: worth[place])]
@@ -49,9 +49,9 @@ class Comparison:
 
 
 def preferences_of(out: RunDir, choice: dict[str, Any]) -> dict[str, Any]:
-    """The data to learn preferences from: a file chosen by hand, else the labels that stage=collect brought.
+    """Return the data to learn preferences from: the file in data.path, else the labels from stage=collect.
 
-    In rounds of human feedback, the labels of all rounds so far.
+    In rounds of human feedback, these are the labels of all rounds so far.
     """
     if kind(choice["name"]) == Preference | Ranking and choice.get("path"):
         return choice
@@ -63,11 +63,11 @@ def preferences_of(out: RunDir, choice: dict[str, Any]) -> dict[str, Any]:
 
 
 def compare(rows: Sequence[Preference | Ranking], margin: float = 0.0) -> list[Comparison]:
-    """All C(K, 2) pairs of a ranking as one example, and all pairs that share answers to a prompt; ties make no pair.
+    """Make one example of all C(K, 2) pairs of a ranking, and one of all pairs that share answers to a prompt.
 
-    Pairs whose answers are unconnected are examples of their own, whatever their prompt. So are pairs that together
-    have more than 16 answers, as where one answer is in all of them: a batch would be too large, a pair's weight too
-    small. The margin is a pair's own, else `margin` for every rank between the two.
+    Ties make no pair. Pairs without shared answers become separate examples, even with the same prompt. So do pairs
+    that share answers but have more than 16 answers in total: the batch would be too large, and each pair's weight too
+    small. The margin is the pair's own, or else `margin` for every rank between the two.
     """
     heads = joined([row.prompt for row in rows], rows)
     together: dict[tuple[str, int], list[tuple[str, str, float]]] = {}
@@ -95,7 +95,7 @@ def _comparison(prompt: Prompt, found: Sequence[tuple[str, str, float]]) -> Comp
 
 
 def shown(row: Row | Comparison, tokenizer: Any) -> str:
-    """A row as a demonstration: its prompt and the answer that one would like to see; plain text as it stands."""
+    """Return a row as a demonstration: its prompt and its best answer, or its plain text."""
     match row:
         case Comparison():
             return visible(tokenizer, row.prompt) + row.best
@@ -107,10 +107,10 @@ def shown(row: Row | Comparison, tokenizer: Any) -> str:
 
 
 def encode(texts: Sequence[str], tokenizer: Any, longest: int) -> list[list[int]]:
-    """Token ids of each text and EOS, at most `longest`, cut on the tokenizer's `truncation_side`.
+    """Return the token ids of each text and EOS, at most `longest`, cut on the tokenizer's `truncation_side`.
 
-    On the left, as the stage sets it, a prompt that is too long loses its beginning, and the answer stays. A tokenizer
-    without an EOS ends texts in its own way.
+    The stage sets it to left by default: a long prompt loses its beginning, and the answer stays. A tokenizer without
+    an EOS ends texts in its own way.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids = tokenizer(list(texts), truncation=True, max_length=longest - len(end))["input_ids"]
@@ -120,10 +120,10 @@ def encode(texts: Sequence[str], tokenizer: Any, longest: int) -> list[list[int]
 def tokenized(
     rows: Sequence[Comparison], tokenizer: Any, longest: int, name: str = "train"
 ) -> tuple[Dataset, list[Comparison], int]:
-    """Rows for `Collator`: a prompt's `texts`, its pairs as places among them, and the length of the longest text.
+    """Return rows for `Collator`, their comparisons, and the number of pairs that are left out.
 
-    Pairs whose answers are the same tokens once cut to `longest` are left out. With the rows come the comparisons that
-    they are of, and how many pairs were left out. `name` is that of the split, train or eval.
+    A row has a prompt's `texts`, its pairs as indices of them, and the length of the longest text. Pairs whose answers
+    are the same tokens once cut to `longest` are left out. `name` is the split, train or eval.
     """
     kept, made, count = list[Comparison](), list[Dataset](), sum(len(row.pairs) for row in rows)
     for part in parts(rows, _PART, "tokenize", "prompt"):
@@ -139,8 +139,8 @@ def tokenized(
         if values:
             made.append(Dataset.from_list([dict(zip(_COLUMNS, row, strict=True)) for row in values]))
     same = count - sum(len(row.pairs) for row in kept)
-    what = "to learn from" if name == "train" else "to hold out"
-    cut = f"{same} of {count} pairs {what} are the same tokens once cut to {longest}"
+    what = "training" if name == "train" else "held-out"
+    cut = f"{same} of {count} {what} pairs have identical answers once cut to {longest} tokens"
     if not made:
         raise UserError(
             f"{cut}, so nothing is left; raise trainer.max_length (up to the model's positions), or cut the other "
@@ -153,13 +153,13 @@ def tokenized(
 
 @dataclass(frozen=True)
 class Collator:
-    """Rows to one batch: all texts below each other, (texts, time), and the pairs as places among them, (pairs,)."""
+    """Turns rows into one batch: all texts, (texts, time), and the pairs as indices of them, (pairs,)."""
 
     padding: int
     multiple: int | None = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """`weight` is 1 / pairs of the row: all pairs of a row count as one example."""
+        """`weight` is 1 / pairs of the row, so that all pairs of a row count as one example."""
         texts = [torch.tensor(ids) for row in rows for ids in row["texts"]]
         first = list(itertools.accumulate((len(row["texts"]) for row in rows), initial=0))
         places = {
@@ -176,10 +176,10 @@ class Collator:
 
 
 class ComparisonTrainer(Counted, RewardTrainer):
-    """TRL's RewardTrainer for any number of answers a prompt (Ouyang et al. 2022, section 3.5).
+    """TRL's RewardTrainer for any number of answers per prompt (Ouyang et al. 2022, section 3.5).
 
-    Each answer goes through the model once, and all pairs of a row come from its scores, in one batch, as one example:
-    as single pairs the answers would be trained on many times over, and overfitted.
+    Each answer goes through the model once. All pairs of a row come from its scores, in one batch, as one example. As
+    separate pairs, the model would train on each answer many times and overfit.
     """
 
     def __init__(
@@ -193,7 +193,7 @@ class ComparisonTrainer(Counted, RewardTrainer):
         self.data_collator = Collator(tokenizer.pad_token_id, args.pad_to_multiple_of)
 
     def _prepare_dataset(self, dataset: Dataset, tokenizer: Any, args: RewardConfig, name: str) -> Dataset:
-        """The rows of that name, once TRL has settled the tokenizer. TRL itself would drop what is too long."""
+        """Tokenize the split `name`, after TRL has set up the tokenizer. TRL would drop rows that are too long."""
         found, self.rows[name], self.left_out[name] = tokenized(self.rows[name], tokenizer, args.max_length, name)
         return found
 
@@ -210,7 +210,7 @@ class ComparisonTrainer(Counted, RewardTrainer):
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:  # fmt: skip
-        """Mean over rows of the mean over their pairs of -log sigmoid(r_better - r_worse - margin)."""
+        """Return the mean over rows of the mean over their pairs of -log sigmoid(r_better - r_worse - margin)."""
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         scores = outputs.logits.squeeze(-1).float()
         better, worse, weight = scores[inputs["better"]], scores[inputs["worse"]], inputs["weight"]
@@ -223,7 +223,7 @@ class ComparisonTrainer(Counted, RewardTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _note(self, scores: Tensor, inputs: dict[str, Tensor], difference: Tensor) -> None:
-        """Keep TRL's figures for the next log; a process without rows takes part and adds nothing."""
+        """Keep TRL's metrics for the next log. A process without rows takes part but adds nothing."""
         prompts = self._counts(inputs)[0]
         weighted = {"accuracy": difference > 0, "margin": difference}
         figures = {name: ((inputs["weight"] * value).sum(), prompts) for name, value in weighted.items()}

@@ -1,4 +1,4 @@
-"""How far a reward can be trusted: measured on prompts and texts that it was not trained on."""
+"""Measure how far a reward can be trusted, on held-out prompts and texts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,13 +16,13 @@ from rlhf_pipeline.training.preferences import Comparison
 
 
 def scores(strings: Sequence[str], scorer: Scorer, title: str = "quality") -> torch.Tensor:
-    """(strings, classes), with a bar."""
+    """Return logits (strings, classes), and show a bar."""
     with progress(len(strings), title, "text") as bar:
         return torch.cat([scorer.logits(strings[i : i + 512], bar.update) for i in range(0, len(strings), 512)])
 
 
 def labelled_quality(rows: Sequence[Labelled], scorer: Scorer) -> dict[str, Any]:
-    """A classifier's."""
+    """Measure a classifier on held-out rows."""
     texts, truth = [row.text for row in rows], np.array([row.label for row in rows])
     logits = scores(texts, scorer).numpy()
     score = logits[:, 1] - logits[:, 0]  # log odds of positive
@@ -31,7 +31,7 @@ def labelled_quality(rows: Sequence[Labelled], scorer: Scorer) -> dict[str, Any]
 
 
 def preference_quality(rows: Sequence[Comparison], scorer: Scorer) -> dict[str, Any]:
-    """A reward model's: how often, and by how much, it prefers what people preferred. A tie counts as wrong."""
+    """Measure how often, and by how much, a reward model prefers what people preferred. A tie counts as wrong."""
     texts = [row.texts(scorer.tokenizer) for row in rows]
     every = [text for row in texts for text in row]
     score = scores(every, scorer)[:, 0].numpy()
@@ -56,7 +56,7 @@ def _quality(
     found: NDArray[Any], truth: NDArray[Any], margin: NDArray[Any], score: NDArray[Any], log_odds: NDArray[Any],
     happened: NDArray[Any], texts: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
-    """Accuracy, what scores depend on, and calibration: whether what has these `log_odds` has happened."""
+    """Return accuracy, statistics of the scores, and calibration: how well `log_odds` predict what `happened`."""
     calibration, error = metrics.calibration(1 / (1 + np.exp(-log_odds.astype(np.float64))), happened)
     return {
         **Accuracy().compute(predictions=found, references=truth),
@@ -70,7 +70,7 @@ def _quality(
 
 
 def example_rows(texts: Sequence[str], scorer: Scorer) -> list[dict[str, Any]]:
-    """What a reward makes of texts: the probability of each class by its name, or the score."""
+    """Return each text with the probability of each class by its name, or with its score."""
     logits = scorer.logits(texts)
     if scorer.labels == 1:
         return [{"text": text, "score": float(row[0])} for text, row in zip(texts, logits, strict=True)]

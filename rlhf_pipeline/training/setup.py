@@ -1,4 +1,4 @@
-"""What the stages share: a trainer's settings, its log and its progress bar."""
+"""Code that the stages share: a trainer's settings, its log and its progress bar."""
 
 import math
 import sys
@@ -31,9 +31,9 @@ from rlhf_pipeline.texts import mismatch
 
 A = TypeVar("A", bound=TrainingArguments)
 
-# Of a Trainer's log rows, what depends on the clock (`RunDir.log` adds the time itself) or restarts with a resumed run.
+# Fields dropped from a Trainer's log rows: they depend on the clock (`RunDir.log` adds the time) or restart on resume.
 _LEFT_OUT = ("runtime", "per_second", "preparation_time", "total_flos", "num_tokens")
-# What the bar shows of a Trainer's log rows.
+# Fields of a Trainer's log rows that the bar shows, and under which name.
 _BAR = {
     "loss": "loss",
     "accuracy": "accuracy",
@@ -47,7 +47,7 @@ _BAR = {
 
 @contextmanager
 def building() -> Iterator[None]:
-    """What transformers and peft find wrong with the settings only when the trainer is built is a `UserError`."""
+    """Turn errors in the settings that transformers and peft raise while the trainer is built into a `UserError`."""
     try:
         yield
     except (ImportError, ValueError, TypeError, AttributeError, KeyError, OSError) as error:
@@ -57,35 +57,35 @@ def building() -> Iterator[None]:
 
 
 def trainer_args(kind: type[A], settings: Settings, out: RunDir) -> A:
-    """The stage's TRL config. What TRL refuses is a `UserError` before any model is loaded."""
+    """Return the stage's TRL config. Raises UserError if TRL refuses a setting, before any model is loaded."""
     quiet()
     use_threads(out)
-    # An earlier stage of this process may have chosen otherwise.
+    # An earlier stage of this process may have left other settings.
     AcceleratorState._reset_state(reset_partial_state=False)
     values = {"disable_tqdm": True, "logging_first_step": True, **settings.trainer}
     cut = agree(lambda: batch_of(out, settings) or {})
     if said := [f"trainer.{name}={value}" for name, value in cut.items() if values.get(name, 1) != value]:
-        print(f"{', '.join(said)}: as many rows a step as before, on {processes()} process(es)", flush=True)
+        print(f"{', '.join(said)}: the same rows per step as before, on {processes()} process(es)", flush=True)
     values |= cut
     values["report_to"] = []  # trackers follow the run directory's log
     floats = {name for name, kind in trainer_fields(settings.stage).items() if kind is float}
     values |= {name: float(values[name]) for name in floats & {*values} if values[name] is not None}
-    if settings.stage != "ppo":  # which settles these itself, and has no loader
-        values["logging_nan_inf_filter"] = False  # it would show a loss of 0 in the place of NaN
+    if settings.stage != "ppo":  # PPO sets these itself, and has no loader
+        values["logging_nan_inf_filter"] = False  # it would show a loss of 0 instead of NaN
         if not torch.cuda.is_available():
             values.setdefault("dataloader_pin_memory", False)
         if not values.get("fp16"):
             values["bf16"], chosen = choose_bf16(values.get("bf16", "auto"))
             print(f"computing in {chosen}", flush=True)
     if values.get("save_total_limit") == 1:
-        values["save_total_limit"] = 2  # the older one is deleted before the newer is known to be whole
+        values["save_total_limit"] = 2  # the older one is deleted before the newer is known to be complete
     if not torch.accelerator.is_available():
-        values.setdefault("use_cpu", True)  # transformers takes no bf16 on a CPU that it only happens to find
-    if values.get("fsdp") and sharding() != "fsdp":  # or transformers would note it in the environment
+        values.setdefault("use_cpu", True)  # without it, transformers refuses bf16 on a CPU
+    if values.get("fsdp") and sharding() != "fsdp":  # otherwise transformers sets it in the environment
         raise UserError("trainer.fsdp is set by the launcher; use make sft LAUNCH=fsdp PROCS=2.")
     if processes() > 1 and values.get("average_tokens_across_devices") is False:
         raise UserError(
-            "trainer.average_tokens_across_devices=false would weigh a token by the process that has it; leave it out."
+            "trainer.average_tokens_across_devices=false would weigh tokens differently on each process; leave it out."
         )
     try:
         args = kind(output_dir=str(out.checkpoints), seed=settings.seed, **values)
@@ -97,7 +97,7 @@ def trainer_args(kind: type[A], settings: Settings, out: RunDir) -> A:
 
 
 def use_threads(out: RunDir) -> None:
-    """A resumed stage computes on as many threads as it began with: how a sum is cut decides how it rounds."""
+    """Resume with the number of threads that the stage began with: the split of a sum decides its rounding."""
     before = out.record if out.last_checkpoint() else {}
     threads = (before.get("hardware") or {}).get("threads")
     if threads and threads != torch.get_num_threads() and before.get("processes", 1) == processes():
@@ -106,25 +106,25 @@ def use_threads(out: RunDir) -> None:
 
 
 def fit_length(args: Any, model: Any) -> int:
-    """Cut `max_length` to the model's positions, in tokens: beyond them there is nothing to look up."""
+    """Limit `max_length`, in tokens, to the model's positions."""
     places = positions(model)
     args.max_length = min(args.max_length or (512 if places == sys.maxsize else places), places)
     return int(args.max_length)
 
 
 def quiet() -> None:
-    """Silence the libraries' progress bars and the warnings that are not the user's to act on."""
+    """Silence the libraries' progress bars and the warnings that a user cannot act on."""
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    # TRL's deprecations name the module that makes its trainer, which is ours.
+    # TRL's deprecation warnings name the module that makes its trainer, which is ours.
     chatty = "torch|transformers|trl|datasets|accelerate|peft|multiprocess|rlhf_pipeline"
     warnings.filterwarnings("ignore", module=f"({chatty})")
 
 
 def watch(trainer: transformers.Trainer, out: RunDir) -> str | None:
-    """Log a trainer's rows to the run directory, show a bar, and give the checkpoint to resume from."""
-    if out.stage != "ppo":  # which has no loader
+    """Log a trainer's rows to the run directory, show a bar, and return the checkpoint to resume from."""
+    if out.stage != "ppo":  # PPO has no loader
         with building():
             trainer.get_train_dataloader()
     trainer.remove_callback(PrinterCallback)
@@ -141,7 +141,7 @@ def watch(trainer: transformers.Trainer, out: RunDir) -> str | None:
 
 
 def sharded_weights(trainer: transformers.Trainer) -> dict[str, Any] | None:
-    """All weights of a model that the processes have shards of, in the first one; None where each has the whole."""
+    """Gather the weights of a sharded model on the first process; None if each process has the whole model."""
     if not (kind := sharding()):
         return None
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -152,27 +152,27 @@ def sharded_weights(trainer: transformers.Trainer) -> dict[str, Any] | None:
 
     weights = {}
     for name, parameter in model.named_parameters():  # the model itself may be in bf16
-        weight = safe_get_full_fp32_param(parameter)  # all take part
+        weight = safe_get_full_fp32_param(parameter)  # all processes take part
         if trainer.is_world_process_zero():
             weights[name] = weight.cpu().clone()
     return weights
 
 
 def check_finite(model: Any, when: str) -> None:
-    """Refuse to keep weights that are not finite."""
+    """Refuse to save weights that are not finite."""
     if model is not None and not all(bool(torch.isfinite(weight).all()) for weight in model.parameters()):
         raise UserError(f"the weights are not finite {when}, and are not saved; lower trainer.learning_rate.")
 
 
 class RunLog(TrainerCallback):
-    """Writes `metrics.jsonl`, and marks a checkpoint once it is whole."""
+    """Writes `metrics.jsonl`, and marks a checkpoint once it is complete."""
 
     def __init__(self, out: RunDir) -> None:
         self.out = out
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                logs: dict[str, Any] | None = None, **_: Any) -> None:  # fmt: skip
-        """One row a log. A loss that is not finite ends the training at the last good checkpoint."""
+        """Write one row per log. A loss that is not finite ends the training at the last good checkpoint."""
         for name in ("loss", "eval_loss"):
             if not math.isfinite(value := float((logs or {}).get(name, 0.0))):
                 raise UserError(
@@ -185,7 +185,7 @@ class RunLog(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                 model: Any = None, **_: Any) -> None:  # fmt: skip
-        """The checkpoint is whole from now on."""
+        """Mark the checkpoint as complete."""
         check_finite(model, f"at step {state.global_step}")
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and not (folder / SEAL).exists():
@@ -193,7 +193,7 @@ class RunLog(TrainerCallback):
 
 
 class Bar(TrainerCallback):
-    """A bar of training steps with the last figures, and one of batches while it is measured."""
+    """A bar of training steps with the latest metrics, and a bar of batches during evaluation."""
 
     def __init__(self, title: str, unit: str) -> None:
         self.title, self.unit, self.shown = title, unit, dict[str, float]()
@@ -201,27 +201,26 @@ class Bar(TrainerCallback):
         self.measured: Any = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Start where the training starts, which need not be 0."""
+        """Start at the training's first step, which after a resume is not 0."""
         self.bar = progress(state.max_steps, self.title, self.unit, initial=state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """One step on."""
         self.bar.update(state.global_step - self.bar.n)
 
     def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                            eval_dataloader: Any = None, **_: Any) -> None:  # fmt: skip
-        """One batch measured; after the last the bar is gone."""
+        """Count one evaluated batch. After the last, remove the bar."""
         if self.measured is None:
             self.measured = progress(len(eval_dataloader), "held-out", "batch", delay=1, leave=False)
         self.measured.update()
         if self.measured.n >= self.measured.total:
-            self.measured.clear()  # a printed line may have drawn it within its delay, and then close() leaves it there
+            self.measured.clear()  # close() leaves a bar that a printed line drew within its delay
             self.measured.close()
             self.measured = None
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                logs: dict[str, Any] | None = None, **_: Any) -> None:  # fmt: skip
-        """Show the newest figures; in a log file they stand in the next line."""
+        """Show the latest metrics; in a log file they are in the next line."""
         found = {key: float(value) for key, value in (logs or {}).items() if key in _BAR}
         self.shown = {key: value for key in _BAR if (value := found.get(key, self.shown.get(key))) is not None}
         if self.bar is not None:
@@ -234,24 +233,24 @@ class Bar(TrainerCallback):
 
 
 def judges(reward: Reward, where: str, role: str = "reward") -> dict[str, str]:
-    """A reward's place in a run's lineage, and that of each part of a sum."""
+    """Return the origin of a reward and of each of its parts, for a run's lineage."""
     return {role: where, **{f"{role}.parts[{number}]": part for number, part in enumerate(reward.parts)}}
 
 
 def check_languages(reward: Reward, tokenizer: Any, strings: Sequence[str]) -> None:
-    """Warn, in one line each, of a policy or a reward that was made for texts in another script."""
+    """Warn, in one line each, if the policy or the reward was made for texts in another script."""
     for what, reason in (("policy", mismatch(tokenizer, strings)), ("reward", reward.unfit(strings))):
         if reason:
             print(f"warning: {what}: {reason}", flush=True)
 
 
 def take_data(choice: dict[str, Any], seed: int, answers: bool = False) -> Splits[Any]:
-    """Read the chosen data; a line says so beforehand, for large files take their time."""
+    """Print a line and read the chosen data. The line comes first, because large files take time."""
     path = choice.get("path") or ""
     say_taken("data", f"{choice['name']} {path if isinstance(path, str) else ', '.join(path)}".rstrip())
     return load_data(choice, seed, answers)
 
 
 def say_taken(role: str, where: str) -> None:
-    """One line for what a stage took."""
+    """Print one line for an input of the stage."""
     print(f"{role:<7} {where}", flush=True)

@@ -188,7 +188,7 @@ def test_chinese_is_asked_turn_by_turn_between_its_special_tokens(
         talk.ask("今天天气真好")
     assert "its oldest turns are dropped" in capsys.readouterr().err
     assert max(len(turns) for turns in talk.turns.values()) < 2 * 8
-    with pytest.raises(UserError, match="that takes 62 tokens, and ppo has room for 1 to 26"):
+    with pytest.raises(UserError, match="the prompt takes 62 tokens, and ppo has room for 1 to 26"):
         talk.ask("好" * 60)
 
 

@@ -418,7 +418,7 @@ def test_a_task_is_through_when_all_annotators_have_labelled_or_skipped_it(
     ("setting", "message"),
     [
         ("data.prompt_tokens=[60,62]", "no prompt leaves room for an answer"),
-        ("collect.temperatures=[0.000001]", "none of 12 prompts brought two answers that differ"),
+        ("collect.temperatures=[0.000001]", "none of 12 prompts got two different answers"),
     ],
 )
 def test_a_collection_of_nothing_is_refused(

@@ -219,10 +219,13 @@ def test_pairs_that_are_the_same_once_cut_are_counted_and_left_out(
     assert learnt + quality["pairs"] == 60
     assert 0 < quality["same_once_cut"] < 40
     for what, same, kept in (
-        ("to learn from", 40 - quality["same_once_cut"], learnt),
-        ("to hold out", quality["same_once_cut"], quality["pairs"]),
+        ("training", 40 - quality["same_once_cut"], learnt),
+        ("held-out", quality["same_once_cut"], quality["pairs"]),
     ):
-        assert f"{same} of {same + kept} pairs {what} are the same tokens once cut to 20 (trainer.max_length" in said
+        assert (
+            f"{same} of {same + kept} {what} pairs have identical answers once cut to 20 tokens (trainer.max_length"
+            in said
+        )
 
 
 def test_where_all_pairs_are_the_same_once_cut_nothing_is_trained(
@@ -232,7 +235,7 @@ def test_where_all_pairs_are_the_same_once_cut_nothing_is_trained(
     args = options(policy, "preferences", write(workplace / "pairs.jsonl", cut_pairs(40)), "reward=preference_model")
     assert command_line(*args, "trainer.max_length=20") == 2
     error = capsys.readouterr().err.strip().split("\n")[-1]
-    assert "pairs to learn from are the same tokens once cut to 20" in error
+    assert "training pairs have identical answers once cut to 20 tokens" in error
     assert "trainer.max_length" in error
     assert "reward.truncation_side=right" in error
     assert not Path("runs/r/reward/run.json").exists()

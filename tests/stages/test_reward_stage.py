@@ -318,7 +318,7 @@ def test_a_reward_model_from_rankings_scores_demonstrations_0_on_average(
 @pytest.mark.parametrize(
     ("args", "complaint"),
     [
-        (["reward=classifier", "reward.base=encoder", "reward.lm_coef=0.5", "data=sentiment"], "an encoder is none"),
+        (["reward=classifier", "reward.base=encoder", "reward.lm_coef=0.5", "data=sentiment"], "an encoder has none"),
         (["reward=preference_model", "data=sentiment"], "data=sentiment holds labelled texts"),
         (["reward=classifier", "data=preferences"], "data=preferences holds preferences"),
     ],

@@ -100,7 +100,7 @@ def test_a_server_that_is_busy_is_asked_again(server: FakeJudge, choice: dict[st
     assert built(choice)(["a"], ["b"]) == [3.0]
     assert len(server.asked) == 5
     server.wrong = [BUSY] * 9
-    with pytest.raises(UserError, match=r"v1 answers 503: 'busy'\. What it answered so far is kept"):
+    with pytest.raises(UserError, match=r"v1 answers 503: 'busy'\. Its replies so far are kept"):
         built(choice, tries=3)(["a"], ["c"])
     assert len(server.asked) == 8
 
@@ -122,19 +122,19 @@ def test_what_was_answered_is_kept(server: FakeJudge, choice: dict[str, Any]) ->
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ((200, {}, b"<html>"), "sends what is no chat completion: '<html>'"),
-        ((200, {}, b'{"choices": []}'), "sends what is no chat completion"),
-        ((200, {}, b"[" * 100_000), "sends what is no chat completion"),
-        ((200, {}, b"\xff\x00\x1b[2J"), "sends what is no chat completion"),
-        ((200, {}, completion(None)), "sends what is no chat completion"),
-        ((200, {}, completion(["7"])), "sends what is no chat completion"),
+        ((200, {}, b"<html>"), "did not send a chat completion: '<html>'"),
+        ((200, {}, b'{"choices": []}'), "did not send a chat completion"),
+        ((200, {}, b"[" * 100_000), "did not send a chat completion"),
+        ((200, {}, b"\xff\x00\x1b[2J"), "did not send a chat completion"),
+        ((200, {}, completion(None)), "did not send a chat completion"),
+        ((200, {}, completion(["7"])), "did not send a chat completion"),
         (
             (200, {}, completion("I\x1b[J will not \ud83d say.\n")),
             r"replied 'I\\x1b\[J will not \? say.\\n', in which",
         ),
         ((200, {}, completion("9" * 9000)), "replied '9999"),
         ((200, {}, b" " * (judge.LARGEST + 1)), "sends more than 1 MiB"),
-        ((200, {"Content-Encoding": "gzip"}, b"\x1f\x8b"), "sends what is no chat completion"),
+        ((200, {"Content-Encoding": "gzip"}, b"\x1f\x8b"), "did not send a chat completion"),
         ((400, {}, f"bad {KEY}".encode()), r"answers 400: 'bad \*\*\*'"),
         ((401, {}, KEY.encode() * 99), r"answers 401: '\*\*\*"),
         ((200, {}, completion(f"Your key is {KEY}.").replace(b"/", b"\\/")), r"replied 'Your key is \*\*\*\.'"),
@@ -158,7 +158,7 @@ def test_an_odd_answer_is_one_line_without_the_key(
 
 def test_a_server_that_is_not_there_is_one_line(choice: dict[str, Any], server: FakeJudge) -> None:
     server.wrong = [None, None]
-    with pytest.raises(UserError, match=r"v1 does not answer \(ConnectionError\)\. What"):
+    with pytest.raises(UserError, match=r"v1 does not answer \(ConnectionError\)\. Its"):
         built(choice, tries=2)(["a"], ["b"])
 
 
@@ -166,7 +166,7 @@ def test_a_key_may_be_missing_or_none(
     server: FakeJudge, choice: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OTHER_KEY", KEY + "\nX-Evil: 1")
-    with pytest.raises(UserError, match="the environment variable OTHER_KEY holds what is no key") as refused:
+    with pytest.raises(UserError, match="the environment variable OTHER_KEY holds no valid key") as refused:
         built(choice, key_variable="OTHER_KEY")(["a"], ["b"])
     assert KEY not in str(refused.value)
     monkeypatch.delenv("OPENAI_API_KEY")

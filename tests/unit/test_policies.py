@@ -134,7 +134,7 @@ def test_the_end_comes_from_the_configuration_where_the_tokenizer_names_none(tmp
     policy = open_policy(saved(tmp_path / "a", gpt2(eos_token_id=[999, 0], bos_token_id=None), tokenizer))
     assert policy.tokenizer.eos_token == "<|endoftext|>"
     assert policy.model.config.eos_token_id == 0
-    with pytest.raises(UserError, match="names no token that ends a text"):
+    with pytest.raises(UserError, match="has no token that ends a text"):
         open_policy(saved(tmp_path / "b", gpt2(eos_token_id=None, bos_token_id=None), tokenizer))
 
 
@@ -194,7 +194,7 @@ def test_a_scratch_policys_tables_follow_its_size() -> None:
     [
         ({"positions": -5}, "positions is -5; it takes a whole number of at least 1 or null"),
         ({"vocabulary": 3, "tokenizer": "characters"}, "vocabulary is 3; it takes a whole number of at least 6 "),
-        ({"vocabulary": 100}, "vocabulary is 100; 256 bytes and two special tokens take at least 258"),
+        ({"vocabulary": 100}, "vocabulary is 100; it takes at least 258: 256 bytes and two special tokens"),
         ({"dropout": 3.0}, "dropout is 3.0; it takes a number from 0 to 1"),
     ],
 )

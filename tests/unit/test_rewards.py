@@ -168,7 +168,7 @@ def test_a_file_may_have_the_name_of_a_module(tmp_path: Path) -> None:
             "def f(completions, **kwargs):\n    return [len(x) / kwargs['answer'] for x in completions]\n",
             r"raised KeyError: 'answer' \(.*mine.py, line 2\)",
         ),
-        ("def f(c):\n    return [1.0]\n", r"mine.py:f takes \(c\), and .*write def f\(prompts, completions\)"),
+        ("def f(c):\n    return [1.0]\n", r"mine.py:f has the signature \(c\), .*write def f\(prompts, completions\)"),
         (
             "def f(completions, completion_ids, **kwargs):\n    return [len(x) for x in completion_ids]\n",
             r"raised TypeError: .*NoneType.* \(.*mine.py, line 2\)",

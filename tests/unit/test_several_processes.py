@@ -167,7 +167,7 @@ def test_tokens_weigh_the_same_in_every_process(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rlhf_pipeline.training.setup.processes", lambda: 2)
         assert command_line("stage=sft", "experiment=demo", "trainer.average_tokens_across_devices=false") == 2
-    assert "would weigh a token by the process that has it" in capsys.readouterr().err
+    assert "would weigh tokens differently on each process" in capsys.readouterr().err
 
 
 def test_a_pipeline_that_cannot_be_sharded_does_not_begin(
