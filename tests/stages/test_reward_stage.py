@@ -326,7 +326,8 @@ def test_a_reward_model_from_rankings_scores_demonstrations_0_on_average(
 def test_what_does_not_go_together_is_refused(
     args: list[str], complaint: str, workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command_line("stage=reward", "name=x", "data.path=none.jsonl", *args) == 2
+    Path("empty.jsonl").touch()
+    assert command_line("stage=reward", "name=x", "data.path=empty.jsonl", *args) == 2
     assert complaint in capsys.readouterr().err
 
 
