@@ -1,6 +1,7 @@
 """Read files into rows of plain values: JSON, JSON lines, CSV, TSV, Parquet and text, each also gzipped."""
 
 import codecs
+import contextlib
 import csv
 import difflib
 import gzip
@@ -164,7 +165,7 @@ def _text(path: Path) -> str:
         import charset_normalizer  # a dependency of requests
 
         guess = charset_normalizer.from_bytes(data, cp_isolation=_ENCODINGS, threshold=0.6).best()
-        if guess is None or guess.encoding != "gb18030":
+        if not _has_little_chinese(data) and (guess is None or guess.encoding != "gb18030"):
             line = data.count(b"\n", 0, error.start) + 1
             raise UserError(
                 f"{path}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8 (in a spreadsheet: CSV "
@@ -174,6 +175,19 @@ def _text(path: Path) -> str:
     if encoding != "utf-8-sig":
         _LOG.warning("%s is not UTF-8; read as %s", path, encoding)
     return text
+
+
+def _has_little_chinese(data: bytes) -> bool:
+    """Return whether at most a tenth of the bytes are not ASCII, too few to guess by statistics, and they are GB2312.
+
+    GB2312 has pairs of such bytes, so the single accented letters of Latin-1 are not taken for Chinese.
+    """
+    if 10 * len(data.translate(None, bytes(range(128)))) > len(data):
+        return False
+    with contextlib.suppress(UnicodeDecodeError):
+        data.decode("gb2312")
+        return True
+    return False
 
 
 def _txt_rows(path: Path) -> _Rows:

@@ -64,6 +64,8 @@ def next_command(settings: Settings, order: Sequence[str], overrides: Sequence[s
     """
     stage = settings.stage
     after = dict(itertools.pairwise(order)).get(stage) or STAGES[stage].then
+    if stage == "dpo" and after == "evaluate" and not RunDir.of(settings).beside("reward").model.is_dir():
+        after = None  # DPO needs no reward, so there may be none to evaluate by
     if after and overrides is not None:
         return shlex.join([*_RUN.split(), f"stage={after}", *_for_others(settings, overrides)])
     run = RunDir(Path(settings.runs), settings.name, "chat", settings.experiment)

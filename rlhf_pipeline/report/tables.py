@@ -1,6 +1,6 @@
 """Tables on the terminal. Text by models and people is shown literally, never as markup."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -39,16 +39,29 @@ def _say(text: str, style: str = "") -> None:
 
 
 def _figures(title: str, rows: Rows) -> None:
-    """Print a row per name and a column per key that any row has. Long names are wrapped, figures are not."""
+    """Print a row per name and a column per key that any row has; turned by 90 degrees if only that fits."""
+    console, keys = _console(), columns(rows.values())
+    cells = {name: [figure(key, row.get(key)) for key in keys] for name, row in rows.items()}
+    heads = [Words().name(key) for key in keys]
+    heads_in_lines = [head.replace(" ", "\n") if len(head) > 10 else head for head in heads]
+    table = _grid(title, heads_in_lines, cells)
+    figures = _grid("", heads_in_lines, {f"{at:4}": own for at, own in enumerate(cells.values())})  # names are wrapped
+    wide = console.measure(figures, options=console.options.update(max_width=10_000)).maximum > console.width
+    if wide and len(rows) < len(keys):
+        turned = {head: [own[at] for own in cells.values()] for at, head in enumerate(heads)}
+        table = _grid(title, list(map(shown, cells)), turned)
+    console.print(table)
+
+
+def _grid(title: str, heads: Sequence[str], rows: Mapping[str, Sequence[str]]) -> Table:
+    """Return a table of figures. Long names are wrapped, figures are not."""
     table = Table(title=Text(shown(title)), title_justify="left")
     table.add_column("", overflow="fold")
-    keys = columns(rows.values())
-    for key in keys:
-        head = Words().name(key)
-        table.add_column(head.replace(" ", "\n") if len(head) > 10 else head, justify="right", no_wrap=True)
+    for head in heads:
+        table.add_column(Text(head), justify="right", no_wrap=True)
     for name, row in rows.items():
-        table.add_row(Text(shown(name)), *(Text(figure(key, row.get(key))) for key in keys))
-    _console().print(table)
+        table.add_row(Text(shown(name)), *map(Text, row))
+    return table
 
 
 def figure(key: str, value: Any) -> str:

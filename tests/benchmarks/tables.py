@@ -57,6 +57,13 @@ SENTENCES = {
         "took": "全部阶段用时 {}。",
         "unknown": "未知",
         "gap": "",
+        "real": {
+            "policy": "策略模型",
+            "reward (logit)": "奖励（logit）",
+            "judge, P(positive)": "另一分类器 P(正面)",
+            "perplexity": "困惑度",
+            "length": "长度",
+        },
     },
 }
 Kept = Mapping[str, Any]
@@ -109,8 +116,13 @@ def real(kept: Sequence[Kept], words: Words) -> str:
     """Each judge's scores of real.py's policies, and how they were measured."""
     from real import table as policies  # beside this file
 
-    parts = [(policies(one["evaluation"]), _wrapped([measured(one, words), _took(one, words)], words)) for one in kept]
-    return "\n\n".join(itertools.chain.from_iterable(parts))
+    parts = []
+    for one in kept:
+        header, rest = policies(one["evaluation"]).split("\n", 1)
+        for name, said in SENTENCES[str(words.lang)].get("real", {}).items():
+            header = header.replace(f"| {name} ", f"| {said} ")
+        parts += [f"{header}\n{rest}", _wrapped([measured(one, words), _took(one, words)], words)]
+    return "\n\n".join(parts)
 
 
 def speed(kept: Sequence[Kept], words: Words) -> str:

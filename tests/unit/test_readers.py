@@ -244,6 +244,16 @@ def test_encodings_used_in_china(tmp_path: Path, encoding: str, caplog: pytest.L
         assert (f"{name} is not UTF-8; read as" in caplog.text) == (not encoding.startswith("utf-8"))
 
 
+def test_a_few_chinese_words_among_english_ones_are_read(tmp_path: Path) -> None:
+    rows = [f"A film that nobody needs to see twice, number {number}" for number in range(30)]
+    rows[7] += "，张伟说"
+    (tmp_path / "a.txt").write_bytes("\n".join(rows).encode("gbk"))
+    assert read_texts(tmp_path / "a.txt") == [Text(row) for row in rows]
+    (tmp_path / "a.txt").write_bytes("\n".join(rows).replace("，张伟说", " na\u00efve caf\u00e9").encode("latin-1"))
+    with pytest.raises(UserError, match=r"a\.txt, line 8: not UTF-8"):
+        read_texts(tmp_path / "a.txt")
+
+
 @pytest.mark.parametrize(
     ("encoding", "text"),
     [

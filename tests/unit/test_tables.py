@@ -7,7 +7,7 @@ import pytest
 from rlhf_pipeline.evaluation.comparison import Answers, compare
 from rlhf_pipeline.evaluation.metrics import variety
 from rlhf_pipeline.models.rewards import Reward
-from rlhf_pipeline.report.tables import evaluation_table
+from rlhf_pipeline.report.tables import evaluation_table, rounds_table
 
 PROMPTS = [f"prompt {number}" for number in range(8)]
 
@@ -25,6 +25,16 @@ def evaluation(names: list[str], said: str = "an answer") -> dict:
     rewards = {key: Reward(lambda _, texts: [0.0] * len(texts), *about[key]) for key in about}
     found = compare(answers, names[-1], names[1], rewards, "classifier", PROMPTS, examples=3, bootstrap=50, seed=0)
     return {"prompts": 8, "prompts_in_training": 3, "reward": "runs/demo/reward/model", "reference": names[1], **found}
+
+
+def test_a_table_with_many_columns_is_turned(capsys: pytest.CaptureFixture[str]) -> None:
+    keys = [f"a_long_figure_{number}" for number in range(9)]
+    rounds_table({str(number): dict.fromkeys(keys, number + 0.25) for number in (1, 2, 3)}, ["length"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    cells = [[cell.strip() for cell in line.strip("│┃").replace("┃", "│").split("│")] for line in lines]
+    assert ["", "1", "2", "3"] in cells
+    assert all([key, "1.250", "2.250", "3.250"] in cells for key in keys)
 
 
 def test_many_policies_are_readable_at_100_columns(capsys: pytest.CaptureFixture[str]) -> None:
