@@ -392,7 +392,7 @@ class Lifecycle(ParentTrainer):
                     table.add_row(Text(shown(query)), Text(shown(response)), f"{score:.3f}")  # Text: not markup
         if self.is_world_process_zero():
             with tqdm.external_write_mode():  # above the progress bar if there is one
-                Console().print(table)
+                Console(color_system=None).print(table)  # the command line would escape its codes
 
     # -- checkpoints: each is complete or absent
 

@@ -8,7 +8,7 @@ from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.report.charts import COLOURS, curves
 from rlhf_pipeline.report.figures import evaluation_tables
 from rlhf_pipeline.report.files import as_number, columns, config, flat, items, members, only, read, stages_below
-from rlhf_pipeline.report.page import write_page
+from rlhf_pipeline.report.page import lasted, write_page
 from rlhf_pipeline.report.words import Words
 from rlhf_pipeline.stages import FOLDERS
 
@@ -48,7 +48,7 @@ def compare(folders: Sequence[Path], target: Path, lang: str = "en") -> Path:
 
 def _result(run: Row, words: Words) -> Row:
     numbers = {key: value for key, value in members(run.get("results")).items() if as_number(value) is not None}
-    return {"status": words(str(run.get("status"))), **numbers, "time": run.get("seconds")}
+    return {"status": words(str(run.get("status"))), **numbers, "time": lasted(run.get("seconds"))}
 
 
 def _answers(judged: Mapping[str, Row]) -> list[Row]:

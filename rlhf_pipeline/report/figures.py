@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from rlhf_pipeline.report.files import as_number, columns, items, members
+from rlhf_pipeline.report.page import lasted
 
 _FIRST = ("reward_mean", "reward_stderr", "reward_median", "positive", "kl", "perplexity", "distinct_2", "length")
 _GAIN = {"mean": "gain", "low": "95 % from", "high": "95 % to"}
@@ -82,7 +83,8 @@ def comparison_tables(comparison: Found) -> list[Table]:
     figures, gains = {}, {}
     for name, row in algorithms.items():
         others = {reward: members(own) for reward, own in members(row.get("rewards")).items()}
-        cost = {"seeds": row.get("seeds"), "sampled_tokens": row.get("sampled_tokens"), "time": row.get("seconds")}
+        time = lasted(row.get("seconds"))
+        cost = {"seeds": row.get("seeds"), "sampled_tokens": row.get("sampled_tokens"), "time": time}
         truth = {reward: own.get("reward_mean") for reward, own in others.items()}
         own_figures = {"reward_mean": row.get("reward_mean"), **truth}
         figures[name] = {**own_figures, **_of(row, ("kl", "length", "distinct_2")), **cost}
@@ -123,7 +125,7 @@ def sweep_figures(row: Found) -> dict[str, Any]:
     ended = {key: row.get(key) or None for key in ("failed", "left")}
     over = {OVER: row["over_budget"]} if as_number(row.get("over_budget")) else {}
     whole = {"objective": row.get("objective"), "± s.e.": row.get("stderr"), "seeds": row.get("seeds")}
-    return {**whole, **ended, **over, "time": row.get("seconds"), **members(row.get("results"))}
+    return {**whole, **ended, **over, "time": lasted(row.get("seconds")), **members(row.get("results"))}
 
 
 def _of(row: object, keys: tuple[str, ...]) -> dict[str, Any]:

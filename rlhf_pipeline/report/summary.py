@@ -150,6 +150,6 @@ def _rates(out: RunDir) -> list[str]:
     record = out.record
     if speed := record.get("results", {}).get("speed"):
         return ["{tokens_per_second:.0f} tokens/s, {prompts_per_second:.1f} prompts/s".format(**speed)]
-    steps = max((row["step"] for row in read_log(out.path / "metrics.jsonl")), default=0)
+    steps = record.get("steps") or max((row["step"] for row in read_log(out.path / "metrics.jsonl")), default=0)
     unit = "updates" if out.stage == "ppo" else "steps"
     return [f"{steps} {unit}, {60 * steps / max(record['seconds'], 0.1):.0f}/min"] if steps else []

@@ -22,7 +22,7 @@ from rlhf_pipeline.texts import shown
 
 _ABREAST = 4  # the most policies whose answers are shown side by side
 _FORMS = {"positive": ".1%", "win_rate": ".1%", "kl": ".2f", "perplexity": ".2f", "held_out_perplexity": ".2f",
-          "length": ".1f", "moved": ".2f", "validation_kl": ".2f", "time": ".0f", "gain": "+.3f", "95 % from": "+.3f",
+          "length": ".1f", "moved": ".2f", "validation_kl": ".2f", "gain": "+.3f", "95 % from": "+.3f",
           "95 % to": "+.3f", "sampled_tokens": ",.0f"}  # fmt: skip
 
 _AGAINST_KL = ("reward_mean", "reward_stderr", "kl", "gain", "95 % from", "95 % to", "as good as best of", "frontier")
@@ -30,8 +30,9 @@ _AGAINST_KL = ("reward_mean", "reward_stderr", "kl", "gain", "95 % from", "95 % 
 
 def _console() -> Console:
     """Return the console. Without a terminal (in a log file), it is 100 columns wide, enough for the tables."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=100)
+    # Without colours and bold: their codes would be escaped, as those in the texts of models are.
+    plain: Any = {"highlight": False, "color_system": None}
+    return console if (console := Console(**plain)).is_terminal else Console(**plain, width=100)
 
 
 def _say(text: str, style: str = "") -> None:

@@ -50,6 +50,7 @@ class RunDir:
         self._started, self._before = time.monotonic(), 0.0  # _before: seconds of earlier sessions
         self._record: dict[str, Any] = {}
         self.observer: Any = Observer()
+        self.steps: int | None = None  # of the training, once it has ended
         self._old = runs / name / f".{stage}.old"  # the work that is being overwritten, kept until there is new work
 
     @classmethod
@@ -87,7 +88,7 @@ class RunDir:
             if not settings.overwrite:
                 raise UserError(
                     f"{self.path} holds other work ({'; '.join(differences[:4])}). "
-                    "Choose another name=, or add overwrite=true."
+                    "Choose another name=, or run this stage with overwrite=true."
                 )
             if why := self._peoples_work():
                 if not differences:
@@ -292,7 +293,7 @@ class RunDir:
     def finish(self, results: dict[str, Any], objective: float | None = None, status: str = "done") -> None:
         """Record the results and the status: done, or waiting for people."""
         self._record |= {"status": status, "finished": _now(), "seconds": round(self._seconds, 1)}
-        self._record |= {"results": results, "objective": objective}
+        self._record |= {"results": results, "objective": objective, **({"steps": self.steps} if self.steps else {})}
         files.write_json(self.path / "run.json", self._record)
         self.observer.ended()
 

@@ -3,7 +3,9 @@
 python -m rlhf_pipeline stage=reward
 """
 
+import math
 import random
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,14 @@ def run(settings: Settings, out: RunDir) -> None:
     results = {key: value for key, value in quality.items() if not isinstance(value, list)}
     out.finish(results, objective=quality["accuracy"])
     print(", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in results.items() if v is not None))
+    positive = statistics.fmean(row.label for row in test) if labelled else 0.5
+    chance = max(positive, 1 - positive)
+    if quality["accuracy"] < chance + math.sqrt(0.25 / quality["rows"]):  # within a standard error
+        print(
+            f"warning: the reward is hardly better than chance ({chance:.0%} of {quality['rows']}), so PPO would learn "
+            "little from it; add rows, or raise trainer.num_train_epochs or trainer.learning_rate",
+            flush=True,
+        )
     for row in quality["examples"]:
         values = row.get("probabilities") or {"score": row["score"]}
         print(", ".join(f"{k} {v:.3f}" for k, v in values.items()) + f": {' '.join(row['text'].split())}")

@@ -183,6 +183,10 @@ class RunLog(TrainerCallback):
         if row and "train_loss" not in row:
             self.out.log(state.global_step, row)
 
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Keep the number of steps for the record: the last may not have been logged."""
+        self.out.steps = state.global_step
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                 model: Any = None, **_: Any) -> None:  # fmt: skip
         """Mark the checkpoint as complete."""

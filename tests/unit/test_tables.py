@@ -8,6 +8,7 @@ from rlhf_pipeline.evaluation.comparison import Answers, compare
 from rlhf_pipeline.evaluation.metrics import variety
 from rlhf_pipeline.models.rewards import Reward
 from rlhf_pipeline.report.tables import evaluation_table, rounds_table
+from rlhf_pipeline.terminal import guarded
 
 PROMPTS = [f"prompt {number}" for number in range(8)]
 
@@ -70,3 +71,14 @@ def test_an_evaluation_from_before_there_were_more_rewards_is_shown(capsys: pyte
             del row[key]
     evaluation_table(found)
     assert "Typical answers" in capsys.readouterr().out
+
+
+def test_at_a_terminal_a_table_has_no_codes(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes the output for a terminal
+    monkeypatch.setenv("COLUMNS", "150")
+    with guarded():
+        evaluation_table(evaluation(["base", "sft", "ppo"]))
+    said = capfd.readouterr().out
+    assert "reward" in said
+    assert "\x1b" not in said
+    assert "\\u001b" not in said
