@@ -79,5 +79,5 @@ def test_a_short_last_batch_counts_by_its_rows(tmp_path: Path, tokenizer: PreTra
 def test_lm_coef_is_refused_without_a_language_model_with_tied_head() -> None:
     check_language_model(tiny_model())
     for other in (llama(), distilbert()):
-        with pytest.raises(UserError, match=f"{type(other).__name__} is none"):
+        with pytest.raises(UserError, match=f"{type(other).__name__} is not one"):
             check_language_model(other)
