@@ -284,7 +284,10 @@ def serving(collected: Path) -> Iterator[tuple["subprocess.Popen[str]", int, str
     """`labels=serve` in a process of its own, the number of the server's, and what was printed when all was ready."""
     call = [sys.executable, "-m", "rlhf_pipeline", *LABEL, "labels=serve"]
     runs = collected.parents[1]
-    with subprocess.Popen(call, cwd=runs.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        call, cwd=runs.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    ) as process:  # fmt: skip
         assert process.stdout is not None
         printed = ""
         while "Ctrl-C" not in printed and (line := process.stdout.readline()):
