@@ -186,7 +186,7 @@ def check_config(args: PPOConfig, script: bool = True) -> int:
         if each.name in unread and not settled.get(each.name) and getattr(args, each.name) not in (default, None, []):
             raise UserError(f"trainer.{each.name} has no effect in PPO; leave it out.")
         if each.name in _OUTPUTS and getattr(args, each.name) is not None:
-            raise UserError(f"trainer.{each.name} is not yours to set: it follows from the other settings.")
+            raise UserError(f"trainer.{each.name} cannot be set: it follows from the other settings.")
     check_limits(vars(args))
     for name, choices in {
         "critic": ("shared", "separate"), "critic_init": ("policy", "reward"), "kl_estimator": ("k1", "k3"),
