@@ -106,7 +106,7 @@ def frontier(kept: Sequence[Kept], words: Words) -> str:
 def quality(kept: Sequence[Kept], words: Words) -> str:
     """Reward models by their training data, and how each was measured."""
     found = {Path(one["data"]["path"] or one["data"]["name"]).name: one["quality"] for one in kept}
-    keys = ("accuracy", "rows", "length_correlation")
+    keys = ("accuracy", "rows", "pairs", "length_correlation")
     rows = [[as_markdown(name), *(figure(key, own.get(key)) for key in keys)] for name, own in found.items()]
     about = dict.fromkeys(measured(one, words) for one in kept)
     return f"{table(['', *map(words.name, keys)], rows)}\n\n{_wrapped(list(about), words)}"
