@@ -1,12 +1,15 @@
 """The printed summary of a stage: its result, its time, where its files are, what to run next."""
 
+import contextlib
 import itertools
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_pipeline.errors import NotFinishedError
 from rlhf_pipeline.files import read_jsonl, read_log
+from rlhf_pipeline.models.rewards import check_made, trained_part
 from rlhf_pipeline.report.files import only
 from rlhf_pipeline.report.page import lasted
 from rlhf_pipeline.runs.directory import CANDIDATES, COMPARISON, FRONTIER, LABELS, SHEET, RunDir
@@ -64,14 +67,22 @@ def next_command(settings: Settings, order: Sequence[str], overrides: Sequence[s
     """
     stage = settings.stage
     after = dict(itertools.pairwise(order)).get(stage) or STAGES[stage].then
-    if stage == "dpo" and after == "evaluate" and not RunDir.of(settings).beside("reward").model.is_dir():
-        after = None  # DPO needs no reward, so there may be none to evaluate by
+    if stage == "dpo" and after == "evaluate" and not _has_reward(settings):
+        after = None  # DPO learns without a reward
     if after and overrides is not None:
         return shlex.join([*_RUN.split(), f"stage={after}", *_for_others(settings, overrides)])
     run = RunDir(Path(settings.runs), settings.name, "chat", settings.experiment)
     if stage == "collect" or newest_policy(run) is None:
         return None
     return command("chat", settings.runs, name=settings.name)
+
+
+def _has_reward(settings: Settings) -> bool:
+    made = RunDir.of(settings).upstream("reward", reward=trained_part(settings.reward))
+    with contextlib.suppress(NotFinishedError):
+        check_made(settings.reward, made)
+        return True
+    return False
 
 
 def command(stage: str, runs: str, **said: str | None) -> str:

@@ -3,9 +3,7 @@
 python -m rlhf_pipeline stage=reward
 """
 
-import math
 import random
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,7 @@ from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.training.classifier import ClassifierTrainer, check_language_model, tokenized
 from rlhf_pipeline.training.preferences import ComparisonTrainer, compare, preferences_of, shown
-from rlhf_pipeline.training.quality import example_rows, labelled_quality, preference_quality, scores
+from rlhf_pipeline.training.quality import example_rows, is_near_chance, labelled_quality, preference_quality, scores
 from rlhf_pipeline.training.setup import (
     building,
     fit_length,
@@ -109,12 +107,10 @@ def run(settings: Settings, out: RunDir) -> None:
     results = {key: value for key, value in quality.items() if not isinstance(value, list)}
     out.finish(results, objective=quality["accuracy"])
     print(", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in results.items() if v is not None))
-    positive = statistics.fmean(row.label for row in test) if labelled else 0.5
-    chance = max(positive, 1 - positive)
-    if quality["accuracy"] < chance + math.sqrt(0.25 / quality["rows"]):  # within a standard error
+    if is_near_chance(quality, [row.label for row in test] if labelled else []):
         print(
-            f"warning: the reward is hardly better than chance ({chance:.0%} of {quality['rows']}), so PPO would learn "
-            "little from it; add rows, or raise trainer.num_train_epochs or trainer.learning_rate",
+            "warning: the reward is hardly better than chance, so PPO would learn little from it; add rows, or raise "
+            "trainer.num_train_epochs or trainer.learning_rate",
             flush=True,
         )
     for row in quality["examples"]:

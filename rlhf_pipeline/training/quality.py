@@ -1,6 +1,7 @@
 """Measure how far a reward can be trusted, on held-out prompts and texts."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,15 @@ def scores(strings: Sequence[str], scorer: Scorer, title: str = "quality") -> to
     """Return logits (strings, classes), and show a bar."""
     with progress(len(strings), title, "text") as bar:
         return torch.cat([scorer.logits(strings[i : i + 512], bar.update) for i in range(0, len(strings), 512)])
+
+
+def is_near_chance(quality: Mapping[str, Any], labels: Sequence[int]) -> bool:
+    """Return whether an accuracy is less than a standard error above chance.
+
+    Chance is the share of the more frequent of the held-out `labels`; one half for pairs, which have none.
+    """
+    positive = sum(labels) / len(labels) if labels else 0.5
+    return bool(quality["accuracy"] < max(positive, 1 - positive) + math.sqrt(0.25 / quality["rows"]))
 
 
 def labelled_quality(rows: Sequence[Labelled], scorer: Scorer) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def frontier(kept: Sequence[Kept], words: Words) -> str:
 
 def quality(kept: Sequence[Kept], words: Words) -> str:
     """Reward models by their training data, and how each was measured."""
-    found = {Path(one["data"]["path"] or one["data"]["name"]).name: one["quality"] for one in kept}
+    found = {one["data"]: one["quality"] for one in kept}
     keys = ("accuracy", "rows", "pairs", "length_correlation")
     rows = [[as_markdown(name), *(figure(key, own.get(key)) for key in keys)] for name, own in found.items()]
     about = dict.fromkeys(measured(one, words) for one in kept)
@@ -222,7 +222,7 @@ def gather(run: Path, commit: str | None = None) -> tuple[dict[str, Any], list[d
             **{key: versions[key] for key in ("python", "torch", "trl")},
         },
         "seconds": round(sum(stage["seconds"] for stage in stages), 1),
-        **({"data": record["data"]} if stage == "reward" else {}),
+        **({"data": Path(record["data"]["path"] or record["data"]["name"]).name} if stage == "reward" else {}),
         what: _without_answers(found, stage),
     }  # fmt: skip
     log = read_jsonl(run / "ppo" / "metrics.jsonl")

@@ -31,7 +31,7 @@ from rlhf_pipeline.models.classifiers import Scorer
 from rlhf_pipeline.models.policies import train_tokenizer
 from rlhf_pipeline.models.rewards import load_reward
 from rlhf_pipeline.training.preferences import Comparison, ComparisonTrainer, compare, encode, shown, tokenized
-from rlhf_pipeline.training.quality import preference_quality
+from rlhf_pipeline.training.quality import is_near_chance, preference_quality
 
 RANKING = Ranking("Which film?", (" the good one", " any one", " the bad one", " no"))
 PAIR = Preference("Was it good? ", "yes it was", "no")
@@ -329,6 +329,14 @@ def test_what_does_not_go_together_is_refused(
     Path("empty.jsonl").touch()
     assert command_line("stage=reward", "name=x", "data.path=empty.jsonl", *args) == 2
     assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "labels", "near"),
+    [(0.52, [], True), (0.56, [], False), (0.76, [1, 1, 1, 0], True), (0.81, [0, 0, 0, 1], False)],
+)
+def test_a_reward_near_chance_is_known(accuracy: float, labels: list[int], near: bool) -> None:
+    assert is_near_chance({"accuracy": accuracy, "rows": 100}, labels) is near
 
 
 # -- on real data

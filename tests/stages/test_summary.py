@@ -50,6 +50,11 @@ def test_a_summary_says_what_the_files_hold(run: Path, capsys: pytest.CaptureFix
 def test_the_next_command_of_each_stage_is_the_next_stages(
     run: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for stage in STAGES[:-1]:
+        assert (
+            json.loads((run / stage / "run.json").read_text())["steps"]
+            >= read_jsonl(run / stage / "metrics.jsonl")[-1]["step"]
+        )
     for stage, after in zip(STAGES, [*STAGES[1:], "chat"], strict=True):
         assert command_line(f"stage={stage}", *MINIATURE) == 0
         said = capsys.readouterr().out
@@ -69,6 +74,9 @@ NEXT = {
         "ppo reward=classifier data=sentiment data.path=a.csv policy=gpt2",
     "stage=ppo experiment=null name=x overwrite=true": "evaluate name=x experiment=null",
     "stage=pretrain stages.pretrain.trainer.max_steps=1 'evaluate.show=[it is]'": "sft 'evaluate.show=[it is]'",
+    "stage=dpo name=x data=preferences data.path=a.jsonl": None,
+    "stage=dpo name=x data=preferences data.path=a.jsonl reward=length":
+        "evaluate name=x data=preferences data.path=a.jsonl reward=length",
     "stage=evaluate name=nobody": None,
 }  # fmt: skip
 
