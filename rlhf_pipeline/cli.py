@@ -24,24 +24,31 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_pipeline import files, processes
-from rlhf_pipeline.composition import check_functions, compose, expand, explained, settings_of, settle
+from rlhf_pipeline.composition import check_functions, compose, expand, explain_hydra_error, settings_of, to_settings
 from rlhf_pipeline.errors import UserError, WaitingError
 from rlhf_pipeline.inputs import check_files, check_inputs
 from rlhf_pipeline.models import rewards
-from rlhf_pipeline.progress import say_loading, screen
+from rlhf_pipeline.progress import print_above_bars, print_loading
 from rlhf_pipeline.report import trackers
-from rlhf_pipeline.report.compare import compare
+from rlhf_pipeline.report.compare import write_comparison
 from rlhf_pipeline.report.observers import Observers
 from rlhf_pipeline.report.publish import last_model, publish
-from rlhf_pipeline.report.summary import how_far, next_command, say, say_all_done, say_done, say_done_before
+from rlhf_pipeline.report.summary import (
+    labelling_progress,
+    next_command,
+    print_all_done,
+    print_done,
+    print_done_before,
+    print_line,
+)
 from rlhf_pipeline.runs.directory import LABELS, SHEET, Observer, RunDir
 from rlhf_pipeline.runs.models import folder_of, recover
 from rlhf_pipeline.settings import Hub, Settings
 from rlhf_pipeline.stages import TRAINED
-from rlhf_pipeline.sweeps.jobs import is_number, note_error, run_job
-from rlhf_pipeline.terminal import guarded, one_line
+from rlhf_pipeline.sweeps.jobs import is_number, record_error, run_job
+from rlhf_pipeline.terminal import one_line, safe_output
 from rlhf_pipeline.usage import CONF
-from rlhf_pipeline.words import as_words, read
+from rlhf_pipeline.words import as_words, read_command_line
 
 sys.path.append(str(Path(__file__).parent / "plugins"))  # Hydra finds plugins in the package hydra_plugins
 _LIBRARIES = ("transformers", "trl", "peft", "accelerate", "datasets")  # their ValueErrors are shown in one line
@@ -51,11 +58,11 @@ NO_STAGES = "stage=pipeline runs an experiment's stages; choose an experiment, a
 
 def main() -> None:
     """Run the command line. Exit status: 0 done, 2 an error that the user can fix, 130 interrupted."""
-    with guarded(), processes.rank_output():
+    with safe_output(), processes.rank_output():
         _be_quiet()
         try:
             with _errors_in_one_line():
-                words, options = read(sys.argv[1:])
+                words, options = read_command_line(sys.argv[1:])
                 # A sweep, a recorded configuration, or a request to print the configuration.
                 if as_words(options) or any(re.match(r"[+~]*hydra\b", word) for word in words):
                     _by_hydra(words, options)
@@ -89,7 +96,7 @@ def _run(cfg: DictConfig, words: Sequence[str] | None) -> float | None:
     """Run a composed configuration. `words` is the command line; None for a recorded configuration."""
     recover(Path(str(cfg.runs)))
     order = in_order(cfg.stages) if OmegaConf.is_dict(cfg.stages) else []
-    settings = settle(cfg)
+    settings = to_settings(cfg)
     if settings.stage == "pipeline":
         return _pipeline(settings, words or [])
     objective = run_stage(settings)
@@ -106,7 +113,7 @@ def _show_next(settings: Settings, order: Sequence[str], words: Sequence[str] | 
         from rlhf_pipeline.report.rounds import write_rounds
 
         write_rounds(out.runs, out.name, settings.report.lang)  # this evaluation scored all rounds by the same reward
-    say("next", next_command(settings, order, words))
+    print_line("next", next_command(settings, order, words))
 
 
 @contextlib.contextmanager
@@ -117,7 +124,7 @@ def _errors_in_one_line() -> Iterator[None]:
     except UserError as error:
         _leave(error)
     except (HydraException, OmegaConfBaseException) as error:
-        _leave(UserError(explained(error)))
+        _leave(UserError(explain_hydra_error(error)))
     except Exception as error:
         if (fault := files.disk_error(error) or _fixable(error)) is None:
             raise
@@ -147,8 +154,8 @@ def _fixable(error: Exception) -> UserError | None:
 
 
 def _leave(error: UserError) -> NoReturn:
-    note_error(str(error))
-    processes.leave(one_line(f"{error.kind}{error}"), 2, error.shared)
+    record_error(str(error))
+    processes.exit_with(one_line(f"{error.kind}{error}"), 2, error.shared)
 
 
 # -- one stage
@@ -163,16 +170,18 @@ def run_stage(settings: Settings) -> float | None:
     if settings.compare:  # it only compares finished runs
         runs = Path(settings.runs)
         folders = [folder_of(runs, name) for name in settings.compare]
-        print(f"{compare(folders, runs / settings.name / 'compare.html', settings.report.lang)} shows the runs")
+        print(
+            f"{write_comparison(folders, runs / settings.name / 'compare.html', settings.report.lang)} shows the runs"
+        )
     elif settings.stage in ("chat", "plan"):  # they write nothing, so they need no lock
-        work(settings, out)
+        run_module(settings, out)
     elif settings.labels:
         _take_labels(settings, out.newest_round())
     else:
         if processes.processes() > 1:
-            say_loading()
+            print_loading()
         may_grow = bool(settings.sweep) or settings.stage == "compare"
-        with processes.ending_together(), out.held():
+        with processes.ending_together(), out.locked():
             done = processes.agree(lambda: out.finished(settings)) and not may_grow
             with processes.rank_output(out.path):
                 _run_held(settings, out, done)
@@ -180,11 +189,11 @@ def run_stage(settings: Settings) -> float | None:
     return None
 
 
-def work(settings: Settings, out: RunDir) -> None:
+def run_module(settings: Settings, out: RunDir) -> None:
     """Run the stage's module, which loads torch and trl."""
     check_inputs(settings, out)
-    say_loading()
-    trackers.ready(settings.trainer.get("report_to"))
+    print_loading()
+    trackers.check_logins(settings.trainer.get("report_to"))
     with Observers(out.path) if out.leads else contextlib.nullcontext(Observer()) as out.observer:
         importlib.import_module(f"rlhf_pipeline.stages.{settings.stage}").run(settings, out)
 
@@ -198,29 +207,29 @@ def _launch_words(settings: Settings) -> str:
 
 def _take_labels(settings: Settings, out: RunDir) -> None:
     """Serve, push or read labels of the newest collection, whatever its settings. An error leaves it unchanged."""
-    from rlhf_pipeline.feedback.labelling import take  # without torch: users run this often
+    from rlhf_pipeline.feedback.labelling import handle_labels  # without torch: users run this often
 
     served = settings.labels in ("serve", "push")
     out.observer = Observers(out.path)
-    with contextlib.nullcontext() if served else out.held():
-        take(settings, out)
+    with contextlib.nullcontext() if served else out.locked():
+        handle_labels(settings, out)
     if not served:
-        say_done(out)
+        print_done(out)
 
 
 def _run_held(settings: Settings, out: RunDir, done: bool) -> None:
     if done:
         if settings.stage == "evaluate" and not (out.path / "evaluation.json").exists():
             raise UserError(f"{out.path} is done, but its evaluation.json is missing; overwrite=true makes it again.")
-        say_done_before(out)
+        print_done_before(out)
         if settings.stage == "evaluate":
             from rlhf_pipeline.report.tables import evaluation_table
 
             evaluation_table(files.read_json(out.path / "evaluation.json"))
     else:
         try:
-            with screen():
-                work(settings, out)
+            with print_above_bars():
+                run_module(settings, out)
         except BaseException as error:
             fault = files.disk_error(error, out.path)
             out.failed(fault or error)
@@ -228,7 +237,7 @@ def _run_held(settings: Settings, out: RunDir, done: bool) -> None:
                 raise fault from None
             raise
         if out.leads:
-            say_done(out)
+            print_done(out)
     if settings.hub.push and out.leads:
         publish(out, settings.hub)
 
@@ -253,7 +262,9 @@ def _pipeline(whole: Settings, words: Sequence[str]) -> float | None:
             check_files(settings)
         if settings.hub == whole.hub:  # push once, at the end, unless the stage has its own repository
             each[stage] = dataclasses.replace(settings, hub=Hub())
-    every = [dataclasses.replace(each[stage], name=name) for stage, name in plan(order, whole.name, whole.rounds)]
+    every = [
+        dataclasses.replace(each[stage], name=name) for stage, name in pipeline_runs(order, whole.name, whole.rounds)
+    ]
     last = last_model(every) if whole.hub.push else None
     started, result = time.monotonic(), None
     for number, settings in enumerate(every, 1):
@@ -271,10 +282,10 @@ def _pipeline(whole: Settings, words: Sequence[str]) -> float | None:
     if processes.rank():
         return result
     folders = [RunDir.of(settings) for settings in every]
-    say_all_done(folders, Path(whole.runs) / whole.name, time.monotonic() - started)
+    print_all_done(folders, Path(whole.runs) / whole.name, time.monotonic() - started)
     if last:  # at the end, so that the model card has the results
         publish(RunDir.of(last), whole.hub)
-    say("next", next_command(dataclasses.replace(every[-1], name=whole.name), [], rest))
+    print_line("next", next_command(dataclasses.replace(every[-1], name=whole.name), [], rest))
     return result
 
 
@@ -284,7 +295,7 @@ def in_order(stages: Iterable[str]) -> list[str]:
     return order[: order.index("compare") + 1] if "compare" in order else order
 
 
-def plan(order: Sequence[str], name: str, rounds: int | None) -> list[tuple[str, str]]:
+def pipeline_runs(order: Sequence[str], name: str, rounds: int | None) -> list[tuple[str, str]]:
     """Return a pipeline's stages and run names. Each round repeats collect and the later stages in its own folder."""
     if rounds is None:
         return [(stage, name) for stage in order]
@@ -310,7 +321,7 @@ def _wait_for_people(collect: RunDir) -> None:
             print(f"note: {sheet} has been filled in but not read yet; read it with labels={sheet}")
         so_far = math.floor(1000 * results["labelled"] / results["prompts"]) / 1000
         early = f", or add collect.enough={so_far:g} to continue with these" if so_far else ""
-        raise WaitingError(f"{how_far(results)}; run again when done{early}.")
+        raise WaitingError(f"{labelling_progress(results)}; run again when done{early}.")
 
 
 # -- a job of a sweep

@@ -21,9 +21,9 @@ from omegaconf._utils import get_yaml_loader
 from rlhf_pipeline import data
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.models import policies, rewards
-from rlhf_pipeline.registry import Registry, near, shown
+from rlhf_pipeline.registry import Registry, alternatives, as_written
 from rlhf_pipeline.runs.directory import RunDir
-from rlhf_pipeline.runs.models import choices, sweep
+from rlhf_pipeline.runs.models import recorded_choices, sweep_choices
 from rlhf_pipeline.settings import SAMPLING, SECTIONS, Settings, check_sections
 from rlhf_pipeline.stages import STAGES
 from rlhf_pipeline.usage import CONF
@@ -56,7 +56,7 @@ OmegaConf.register_new_resolver("oc.env", _no_environment, replace=True)
 
 def settings_of(words: Sequence[str]) -> Settings:
     """Return the settings of the stage that `words` ask for; see `words.read`."""
-    return settle(compose(words))
+    return to_settings(compose(words))
 
 
 def compose(words: Sequence[str]) -> DictConfig:
@@ -85,7 +85,7 @@ def expand(words: Sequence[str], folder: str | None = None) -> list[str]:
     check_sections(key.split(".")[1] for key in said if key.startswith("stages."))
     for key, override in said.items():
         if key.startswith("stages.") and key.count(".") == 1 and not override.is_delete():
-            raise UserError(_NO_SECTION.format(key, shown(override.value())))
+            raise UserError(_NO_SECTION.format(key, as_written(override.value())))
     if "rounds" in said and stage != "pipeline" and said["rounds"].value() is not None:
         raise UserError(f"rounds= is only for stage=pipeline, not for stage={stage}; drop it.")
     of = "ppo" if stage == "plan" else str(stage)
@@ -157,7 +157,7 @@ def _as_its_run(
     runs, name, more = Path(str(value.get("runs", "runs"))), value.get("name"), list[str]()
     if stage == "evaluate":
         afresh = value.get("overwrite") is True
-        found, folder, opened = sweep(runs, str(value["sweep"]), str(name) if name else None, afresh)
+        found, folder, opened = sweep_choices(runs, str(value["sweep"]), str(name) if name else None, afresh)
         more = [f"name={quoted(found)}", f"sweep={quoted(folder)}"]
         if "reward@labeler" in said:
             opened.pop("labeler", None)
@@ -165,7 +165,9 @@ def _as_its_run(
         experiments = experiment.get("experiment")
         run = RunDir(runs, str(name or experiments or "default"), "chat", experiments)
         opened = dict(
-            choices(run, {key.removeprefix("policy."): x for key, x in value.items() if key.startswith("policy.")})
+            recorded_choices(
+                run, {key.removeprefix("policy."): x for key, x in value.items() if key.startswith("policy.")}
+            )
         )
         if "chat.reward" not in said and any(key.partition(".")[0] == "reward" for key in said):
             more = ["++chat.reward=true"]
@@ -203,12 +205,12 @@ def check_functions(recorded: Mapping[str, Any], values: Iterable[str]) -> None:
         every += choice.get("parts") or []
 
 
-def settle(cfg: DictConfig) -> Settings:
+def to_settings(cfg: DictConfig) -> Settings:
     """Return a composed configuration as settings."""
     OmegaConf.set_struct(cfg, False)
     for key in ("policy", "reward", "data", "trainer", "ptx", "stages", *SECTIONS):
         if key in cfg and not OmegaConf.is_dict(cfg[key]):
-            raise UserError(_NO_SECTION.format(key, shown(cfg[key])))
+            raise UserError(_NO_SECTION.format(key, as_written(cfg[key])))
     check_sections(map(str, cfg.stages))
     for key in sorted(key for key in OmegaConf.missing_keys(cfg) if not key.startswith("stages.")):
         kind = key.partition(".")[0]
@@ -240,7 +242,7 @@ _EXPLAINED = {
 }  # fmt: skip
 
 
-def explained(error: Exception) -> str:
+def explain_hydra_error(error: Exception) -> str:
     """Return a message of Hydra or OmegaConf in one line, without the terms that only a Hydra user knows."""
     lines = [line.rstrip() for line in str(error).replace("++", "").splitlines() if line.strip()]
     text = " ".join(line for line in lines if not re.match(r"\s*(full_key|object_type|set_struct|To append)", line))
@@ -249,7 +251,7 @@ def explained(error: Exception) -> str:
             return message.format(*found.groups())
     if found := re.search(r"Could not find '([\w/]+)/([^/']*)'", text):
         known = [line.strip() for line in lines[2:] if line[0] == "\t" and "provider=" not in line]
-        return f"no {found[1]} is called '{found[2]}'. {near(found[2], known)}"
+        return f"no {found[1]} is called '{found[2]}'. {alternatives(found[2], known)}"
     if found := re.search(r"Could not override '([^']+)'", text):
-        return f"there is no setting '{found[1]}'. {near(found[1], Settings.__dataclass_fields__)}"
+        return f"there is no setting '{found[1]}'. {alternatives(found[1], Settings.__dataclass_fields__)}"
     return text

@@ -147,7 +147,7 @@ def _read(path: Path, parse: Callable[[str], Any], empty: Any, errors: str = "st
 
 
 @contextmanager
-def held(lock: Path, work: Path) -> Iterator[None]:
+def lock_folder(lock: Path, work: Path) -> Iterator[None]:
     """Lock a folder for this process until the block ends, however it ends. Raises UserError if it is locked."""
     from filelock import FileLock, Timeout  # imports asyncio, which would slow down --help
 

@@ -28,7 +28,7 @@ _FIX = (
 
 
 @contextmanager
-def explained(what: str, setting: str) -> Iterator[None]:
+def explain_failures(what: str, setting: str) -> Iterator[None]:
     """Turn any failure to open a path or hub id into a one-line UserError.
 
     If there is no such file or folder, the hub is used. If the hub does not answer, the local cache is used.
@@ -182,7 +182,7 @@ def open_pretrained(kind: Any, where: str, setting: str, **options: Any) -> Any:
             options.setdefault("quantization_config", GgufConfig(dequantize=True))  # packed weights cannot be trained
     if file:
         options["gguf_file"] = file.name
-    with explained(where, setting):
+    with explain_failures(where, setting):
         if not file:
             _check_files(where, setting)
             _check_numbers(where)

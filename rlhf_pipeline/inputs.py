@@ -6,7 +6,7 @@ from rlhf_pipeline.data.plain_rows import missing
 from rlhf_pipeline.data.sets import hub_set
 from rlhf_pipeline.models import rewards
 from rlhf_pipeline.runs.directory import RunDir
-from rlhf_pipeline.runs.models import locate
+from rlhf_pipeline.runs.models import locate_model
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.stages import STAGES
 
@@ -31,6 +31,6 @@ def check_inputs(settings: Settings, out: RunDir) -> None:
     reward = rewards.trained_part(settings.reward)
     for choice in (settings.policy, reward if reward["name"] in rewards.TRAINABLE else {}):
         if path := choice.get("path"):
-            locate(str(path))
+            locate_model(str(path))
     if settings.stage in ("ppo", "compare"):
-        rewards.check_made(settings.reward, out.upstream("reward", reward=reward))
+        rewards.check_has_model(settings.reward, out.upstream("reward", reward=reward))

@@ -25,7 +25,7 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 # These fields and the number of processes give the rows per step. transformers' defaults are 8 and 1.
-CUT = ("per_device_train_batch_size", "gradient_accumulation_steps")
+BATCH_FIELDS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 ONE_PROCESS_ONLY = ("stage=chat", "stage=plan", "stage=compare", "compare=", "labels=", "sweep=")
 # DeepSpeed's buffer sizes in parameters. Its defaults are ten times larger, and would never shard a GPT-2.
 ZERO = {
@@ -106,9 +106,9 @@ def check_launch(said: str) -> None:
         raise UserError(f"{kind} needs DeepSpeed: pip install 'rlhf_pipeline[gpu]'.")
 
 
-def rows_a_step(trainer: Mapping[str, Any], count: int) -> int:
+def rows_per_step(trainer: Mapping[str, Any], count: int) -> int:
     """Return the rows per optimizer step, or per PPO batch, with `count` processes."""
-    size, steps = (trainer.get(name) or default for name, default in zip(CUT, (8, 1), strict=True))
+    size, steps = (trainer.get(name) or default for name, default in zip(BATCH_FIELDS, (8, 1), strict=True))
     return int(size) * int(steps) * count
 
 
@@ -117,19 +117,19 @@ def same_step(before: Mapping[str, Any], count: int, asked: Mapping[str, Any]) -
 
     If the user changed neither field, the rows per process change.
     """
-    rows, now = rows_a_step(before, count), processes()
-    size = int(asked.get(CUT[0]) or 8)
-    if rows_a_step(asked, now) != rows:
-        if any(before.get(name) != asked.get(name) for name in CUT) or rows % now:
+    rows, now = rows_per_step(before, count), processes()
+    size = int(asked.get(BATCH_FIELDS[0]) or 8)
+    if rows_per_step(asked, now) != rows:
+        if any(before.get(name) != asked.get(name) for name in BATCH_FIELDS) or rows % now:
             return None
         size = math.gcd(size, rows // now)
-    return {CUT[0]: size, CUT[1]: rows // (size * now)}
+    return {BATCH_FIELDS[0]: size, BATCH_FIELDS[1]: rows // (size * now)}
 
 
 # -- working together
 
 
-def join() -> None:
+def connect() -> None:
     """Connect to the other processes, if there are any."""
     if processes() == 1:
         return
@@ -149,7 +149,7 @@ def agree(decide: Callable[[], T]) -> T:
         return decide()
     from accelerate.utils import broadcast_object_list
 
-    join()
+    connect()
     found: list[Any] = [None]
     if rank() == 0:
         try:
@@ -162,18 +162,18 @@ def agree(decide: Callable[[], T]) -> T:
     return found[0]
 
 
-def mine(number: int) -> bool:
+def is_own_part(number: int) -> bool:
     """Whether this process does part `number` of the work."""
     return number % processes() == rank()
 
 
-def gathered(own: Mapping[int, T]) -> list[T]:
+def gather_parts(own: Mapping[int, T]) -> list[T]:
     """Return the results of all processes in the order of their parts."""
     if processes() == 1:
         return list(own.values())
     from accelerate.utils import gather_object
 
-    join()
+    connect()
     return [found for _, found in sorted(gather_object(list(own.items())), key=lambda pair: pair[0])]
 
 
@@ -219,7 +219,7 @@ def ending_together() -> Iterator[None]:
         raise
 
 
-def leave(message: str, status: int, shared: bool = True) -> NoReturn:
+def exit_with(message: str, status: int, shared: bool = True) -> NoReturn:
     """Print a message and exit, on any rank. If all ranks may raise it (`shared`), rank 0 prints it first."""
     if rank():
         message = f"process {rank()}: {message}"

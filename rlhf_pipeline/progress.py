@@ -80,7 +80,7 @@ def at_terminal() -> bool:
 
 
 @contextlib.contextmanager
-def screen() -> Iterator[None]:
+def print_above_bars() -> Iterator[None]:
     """Print above the bars inside the block, and close all bars when it ends."""
     out: Any = _AboveBars(sys.stdout) if at_terminal() else sys.stdout
     try:
@@ -94,7 +94,7 @@ def screen() -> Iterator[None]:
             out.write("\n")
 
 
-def say_loading() -> None:
+def print_loading() -> None:
     """Announce the import of torch and TRL, which takes about ten seconds, unless it is done."""
     if "torch" not in sys.modules and rank() == 0:
         print("loading PyTorch and TRL", file=sys.stderr, flush=True)

@@ -37,15 +37,15 @@ class Range:
         return f"{low}, at most {self.most:.10g}" if self.most is not None else low
 
 
-def suggest(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `Did you mean 'x'? ` if a known word is similar to `word`, else an empty string."""
     found = difflib.get_close_matches(word, list(known), n=1)
     return f"Did you mean '{found[0]}'? " if found else ""
 
 
-def near(word: str, known: Collection[str]) -> str:
+def alternatives(word: str, known: Collection[str]) -> str:
     """Return the words known instead of `word`: `Did you mean 'x'? Known: x, y.`"""
-    return f"{suggest(word, known)}Known: {', '.join(known) or 'none'}."
+    return f"{did_you_mean(word, known)}Known: {', '.join(known) or 'none'}."
 
 
 _WORDS: dict[Any, str] = {
@@ -60,7 +60,7 @@ def describe(kind: Any) -> str:
     if origin is Annotated:
         return f"{describe(args[0])} {args[1]}"
     if origin is typing.Literal:
-        return " or ".join(map(shown, args))
+        return " or ".join(map(as_written, args))
     if origin in (types.UnionType, typing.Union):
         return " or ".join(map(describe, args))
     if origin in (list, tuple):
@@ -68,47 +68,47 @@ def describe(kind: Any) -> str:
     return _WORDS.get(origin or kind, "any value")
 
 
-def shown(value: Any) -> str:
+def as_written(value: Any) -> str:
     """Return a value as the user would write it."""
     return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
-def fits(value: Any, kind: Any) -> bool:
+def has_type(value: Any, kind: Any) -> bool:
     """Whether a value from a YAML file has the annotated type `kind`."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return True
     if origin is Annotated:
-        return fits(value, args[0]) and args[1].holds(value)
+        return has_type(value, args[0]) and args[1].holds(value)
     if origin is typing.Literal:
         return value in args
     if origin in (types.UnionType, typing.Union):
-        return any(fits(value, part) for part in args)
+        return any(has_type(value, part) for part in args)
     if origin is list:
-        return isinstance(value, list) and all(fits(item, args[0]) for item in value)
+        return isinstance(value, list) and all(has_type(item, args[0]) for item in value)
     if origin is tuple:
-        return isinstance(value, list | tuple) and len(value) == len(args) and all(map(fits, value, args))
+        return isinstance(value, list | tuple) and len(value) == len(args) and all(map(has_type, value, args))
     if kind in (int, float):
         return isinstance(value, int | kind) and not isinstance(value, bool)
     return isinstance(value, origin or kind)
 
 
-def check(setting: str, value: Any, kind: Any) -> None:
+def check_value(setting: str, value: Any, kind: Any) -> None:
     """Refuse a setting's value that has the wrong type."""
-    if not fits(value, kind):
-        raise UserError(f"{setting} is {shown(value)}; it takes {describe(kind)}.")
+    if not has_type(value, kind):
+        raise UserError(f"{setting} is {as_written(value)}; it takes {describe(kind)}.")
 
 
-def check_known(prefix: str, values: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+def check_settings(prefix: str, values: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     """Refuse unknown settings and values of the wrong type; `known` maps names to types."""
     for key, value in values.items():
         if key not in known:
-            raise UserError(f"there is no setting '{prefix}{key}'. {near(key, known)}")
-        check(f"{prefix}{key}", value, known[key])
+            raise UserError(f"there is no setting '{prefix}{key}'. {alternatives(key, known)}")
+        check_value(f"{prefix}{key}", value, known[key])
 
 
 @contextmanager
-def said_of(setting: str) -> Iterator[None]:
+def prefix_errors(setting: str) -> Iterator[None]:
     """Put the setting's name before the errors of the block."""
     try:
         yield
@@ -117,7 +117,7 @@ def said_of(setting: str) -> Iterator[None]:
 
 
 @contextmanager
-def said_as(setting: str, kind: str) -> Iterator[None]:
+def rename_in_errors(setting: str, kind: str) -> Iterator[None]:
     """Replace `kind` by `setting` in the errors of the block, as labeler=... for a reward that labels."""
     try:
         yield
@@ -153,9 +153,9 @@ class Registry(Generic[T]):
         """Refuse an unknown name, an unknown field, or a value of the wrong type."""
         name = choice.get("name")
         if name not in self.entries:
-            raise UserError(f"no {self.kind} is called '{name}'. {near(str(name), sorted(self.entries))}")
-        with said_of(f"{self.kind}={name}"):
-            check_known(f"{self.kind}.", {key: x for key, x in choice.items() if key != "name"}, self.fields(name))
+            raise UserError(f"no {self.kind} is called '{name}'. {alternatives(str(name), sorted(self.entries))}")
+        with prefix_errors(f"{self.kind}={name}"):
+            check_settings(f"{self.kind}.", {key: x for key, x in choice.items() if key != "name"}, self.fields(name))
             for parameter in inspect.signature(self.entries[name]).parameters.values():
                 needed = parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
                 if needed and parameter.name not in choice:

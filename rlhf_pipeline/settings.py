@@ -15,7 +15,15 @@ from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import is_hub_id
 from rlhf_pipeline.limits import check_limits
 from rlhf_pipeline.models import policies, rewards
-from rlhf_pipeline.registry import Range, check, check_known, near, said_as, said_of, suggest
+from rlhf_pipeline.registry import (
+    Range,
+    alternatives,
+    check_settings,
+    check_value,
+    did_you_mean,
+    prefix_errors,
+    rename_in_errors,
+)
 from rlhf_pipeline.report import trackers
 from rlhf_pipeline.stages import STAGES
 
@@ -179,11 +187,11 @@ class Settings:
     def of(cls, values: dict[str, Any]) -> "Settings":
         """Check a resolved configuration and return its settings. Unknown keys and wrong types raise `UserError`."""
         known = {f.name: f.type for f in fields(cls)}
-        check_known("", {key: x for key, x in values.items() if key not in SECTIONS}, known)
+        check_settings("", {key: x for key, x in values.items() if key not in SECTIONS}, known)
         sections: dict[str, Any] = {}
         for name, section in SECTIONS.items():
             given = values.get(name) or {}
-            check_known(f"{name}.", given, {f.name: f.type for f in fields(section)})
+            check_settings(f"{name}.", given, {f.name: f.type for f in fields(section)})
             sections[name] = section(**given)
         settings = cls(**{**values, **sections})
         settings._check()
@@ -192,7 +200,7 @@ class Settings:
     def _check(self) -> None:
         """Refuse settings that do not go together."""
         if self.stage not in STAGES:
-            raise UserError(f"no stage is called '{self.stage}'. {near(self.stage, STAGES)}")
+            raise UserError(f"no stage is called '{self.stage}'. {alternatives(self.stage, STAGES)}")
         check_name(self.name, self.runs)
         self._check_choices()
         check_trainer(self.stage, self.trainer)
@@ -228,14 +236,14 @@ class Settings:
                 "stages.sft.policy.lora.r=8."
             )
         if self.policy.get("lora"):
-            check_known("policy.lora.", self.policy["lora"], _declared(*_LORA))
+            check_settings("policy.lora.", self.policy["lora"], _declared(*_LORA))
             if not STAGES[self.stage].adapter:
                 raise UserError(
                     f"stage={self.stage} trains no adapter; set stages.ppo.policy.lora.r= or stages.sft.policy.lora.r=."
                 )
         for what, choice in (("ptx", self.ptx), ("reward.demonstrations", self.reward.get("demonstrations"))):
             if choice:
-                with said_of(what):
+                with prefix_errors(what):
                     data.registry.check(choice)
         learns = self.stage != "reward" or self.reward["name"] == "preference_model"
         if not (STAGES[self.stage].collected and learns):  # else this run's labels can replace data=
@@ -244,13 +252,13 @@ class Settings:
             fitting = ", ".join(rewards.TRAINABLE)
             raise UserError(f"reward={self.reward['name']} cannot be trained; choose one of: {fitting}.")
         for number, choice in enumerate(self.evaluate.rewards):
-            with said_of(f"evaluate.rewards[{number}]"):
+            with prefix_errors(f"evaluate.rewards[{number}]"):
                 rewards.check_choice(choice)
         if self.labeler is not None:
             if "name" not in self.labeler:
                 raise UserError("labeler has fields but no name; add labeler=<reward>.")
-            check("labeler.noise", self.labeler.get("noise", 0.0), Annotated[float, Range(0)])
-            with said_as("labeler", "reward"):
+            check_value("labeler.noise", self.labeler.get("noise", 0.0), Annotated[float, Range(0)])
+            with rename_in_errors("labeler", "reward"):
                 rewards.check_choice(self.labelling_reward or {})
 
     @property
@@ -281,7 +289,7 @@ def check_sections(stages: Iterable[str]) -> None:
     known = [name for name in STAGES if name != "pipeline"]
     for section in stages:
         if section not in known:
-            raise UserError(f"stages.{section} is not a stage. {near(section, known)}")
+            raise UserError(f"stages.{section} is not a stage. {alternatives(section, known)}")
 
 
 # -- the fields of a stage's trainer
@@ -305,12 +313,12 @@ def check_trainer(stage: str, values: dict[str, Any]) -> None:
             raise UserError(f"trainer.{key} cannot be set: {_RESERVED[key]}.")
         if key not in known:
             raise UserError(
-                f"trainer.{key} is not a field of {config} (stage={stage}). {suggest(key, known)}"
+                f"trainer.{key} is not a field of {config} (stage={stage}). {did_you_mean(key, known)}"
                 f"'python -m rlhf_pipeline --cfg job stage={stage}' shows what is set."
             )
-        check(f"trainer.{key}", value, known[key])
+        check_value(f"trainer.{key}", value, known[key])
     check_limits(values)
-    trackers.check(values.get("report_to"))
+    trackers.check_trackers(values.get("report_to"))
 
 
 def trainer_fields(stage: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from rlhf_pipeline.texts import shown
+from rlhf_pipeline.texts import printable
 
 MESSAGE = 600  # characters of an error or a log line
 LOGIN = re.compile(r"://[^/?#\s]*@")  # user and password in a URL
@@ -16,7 +16,7 @@ LOGIN = re.compile(r"://[^/?#\s]*@")  # user and password in a URL
 
 def one_line(text: str) -> str:
     """Return a message in one line of at most `MESSAGE` characters, safe for a terminal, without logins of URLs."""
-    line = LOGIN.sub("://", shown(" ".join(text.split())))
+    line = LOGIN.sub("://", printable(" ".join(text.split())))
     return line if len(line) <= MESSAGE else f"{line[: MESSAGE - 4]} ..."
 
 
@@ -31,7 +31,7 @@ class Stream:
     def write(self, text: str) -> int:
         """Write the text, unless the reader has closed the pipe."""
         with self._while_read():
-            self.raw.write(shown(text, self.keep))
+            self.raw.write(printable(text, self.keep))
         return len(text)
 
     def flush(self) -> None:
@@ -57,7 +57,7 @@ class _Formatter(logging.Formatter):
 
 
 @contextlib.contextmanager
-def guarded() -> Iterator[None]:
+def safe_output() -> Iterator[None]:
     """Wrap standard output and error in `Stream` inside the block. Output to a closed one is discarded."""
     out, error = (stream or open(os.devnull, "w", encoding="utf-8") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     handler = logging.StreamHandler(Stream(error))

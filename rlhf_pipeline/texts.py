@@ -17,7 +17,7 @@ _JOINERS = "\u200c\u200d"  # hidden characters that Persian, Hindi and emoji nee
 _TEXTS, _CHARACTERS, _TOKENS = 200, 1000, 20_000
 
 
-def shown(text: str, keep: str = "\n\t") -> str:
+def printable(text: str, keep: str = "\n\t") -> str:
     """Return a text for a terminal or page: characters that hide, control or reorder text become \\u escapes."""
     kept = keep + _JOINERS
     return "".join(c if c in kept or unicodedata.category(c) not in _HIDDEN else f"\\u{ord(c):04x}" for c in text)

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf_pipeline.terminal import guarded
+from rlhf_pipeline.terminal import safe_output
 
 _PACKAGE = Path(__file__).parent
 # In a wheel the configurations are inside the package, in a checkout next to it.
@@ -37,7 +37,7 @@ def show_usage() -> None:
     choices = {group.name: sorted(path.stem for path in group.glob("*.yaml")) for group in groups}
     text = _HELP.format(choices="\n".join(f"{name}: {', '.join(found)}" for name, found in choices.items()))
     try:
-        with guarded():
+        with safe_output():
             print(text, flush=True)
     except OSError as error:
         print(f"error: the help cannot be written: {error.strerror}.", file=sys.stderr)

@@ -13,7 +13,7 @@ from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.registry import Range, check, near
+from rlhf_pipeline.registry import Range, alternatives, check_value
 from rlhf_pipeline.settings import SECTIONS, trainer_fields
 from rlhf_pipeline.stages import STAGES
 from rlhf_pipeline.usage import CONF
@@ -29,7 +29,7 @@ _ENTRY = re.compile(r"['\"].*|(?!(?:null|true|false|nan|inf)$)[a-z]\w*", re.ASCI
 _LABELER = "reward@labeler="  # Hydra's form of labeler=, the reward group under another key
 
 
-def read(argv: Sequence[str]) -> tuple[list[str], Namespace]:
+def read_command_line(argv: Sequence[str]) -> tuple[list[str], Namespace]:
     """Return the settings of a command line in Hydra's grammar, and its options.
 
     `--prompt` becomes a setting. `sweep=kl` becomes a multirun over the values in conf/sweeps/kl.yaml. Choosing a
@@ -92,7 +92,7 @@ def _parsed(argv: Sequence[str]) -> Namespace:
     def refuse(message: str) -> NoReturn:
         known = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
         if found := re.match(r"unrecognized arguments: (\S+)", message):
-            raise UserError(f"there is no option {found[1]}. {near(found[1], ['--prompt', *known])}")
+            raise UserError(f"there is no option {found[1]}. {alternatives(found[1], ['--prompt', *known])}")
         raise UserError(f"{message.removeprefix('argument ')}.")
 
     parser = get_args_parser()
@@ -175,7 +175,7 @@ def _with_sweeps(options: Namespace, shows: bool) -> list[str]:
         if not path.is_file():
             known = sorted(file.stem for file in path.parent.glob("*.yaml"))
             here = "Only stage=evaluate takes a multirun here, by its name or folder."
-            raise UserError(f"no sweep is called '{name}'. {near(name, known)} {here}")
+            raise UserError(f"no sweep is called '{name}'. {alternatives(name, known)} {here}")
         own = yaml.safe_load(path.read_text(encoding="utf-8"))
         fitting = [key for key in own if not key.startswith("trainer.") or key.removeprefix("trainer.") in fields]
         if not fitting:
@@ -192,7 +192,7 @@ def _kl_budget(word: str, sweeps: bool) -> str:
     if not sweeps:
         raise UserError(f"{word} needs a sweep of stage=ppo: add sweep=kl, or -m and several values.")
     number = parse(f"x={value}")
-    check(key, value if number.is_sweep_override() else number.value(), Annotated[float, Range(above=0)])
+    check_value(key, value if number.is_sweep_override() else number.value(), Annotated[float, Range(above=0)])
     return f"hydra.sweeper.kl_budget={value}"
 
 
@@ -206,13 +206,13 @@ def quoted(text: str) -> str:
     return QuotedString(plain, Quote.single).with_quotes()
 
 
-def typed(key: str, text: str) -> str:
+def setting_word(key: str, text: str) -> str:
     """Return a path or name as a word of the command line, quoted only if it would be read as something else."""
     ambiguous = re.search(r"""^['"[]|\$\{""", text)
     return f"{key}={quoted(text) if ambiguous else text}"
 
 
-def as_typed(override: str) -> str:
+def as_user_types(override: str) -> str:
     """Return a word in Hydra's grammar as the user would type it."""
     word = override.removeprefix("++").replace(_LABELER, "labeler=")
     key, _, value = word.partition("=")
@@ -222,5 +222,5 @@ def as_typed(override: str) -> str:
     if text.startswith(created := "${oc.create:"):
         yaml_text = text.removeprefix(created).removesuffix("}")
         return f"{key}={parse(f'x={yaml_text}').value()}"
-    plain = typed(key, text)
+    plain = setting_word(key, text)
     return plain if text and _readable(plain, False) == word else word

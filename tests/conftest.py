@@ -35,9 +35,9 @@ def benchmark(name: str) -> ModuleType:
 
 def read_words(*typed: str) -> list[str]:
     """Return a command line in Hydra's grammar: settings first, then options."""
-    from rlhf_pipeline.words import as_words, read
+    from rlhf_pipeline.words import as_words, read_command_line
 
-    settings, options = read(typed)
+    settings, options = read_command_line(typed)
     return [*settings, *as_words(options)]
 
 

@@ -10,12 +10,12 @@ import torch
 from peft import LoraConfig
 from tiny import tiny_tokenizer, trainer
 
-from rlhf_pipeline.processes import agree, end_at_once, join
+from rlhf_pipeline.processes import agree, connect, end_at_once
 
 
 def main() -> None:
     """Train; process 0 writes the weights, the log and the model to the folder."""
-    join()
+    connect()
     asked: dict[str, Any] = json.loads(sys.argv[1])
     folder = Path(asked["folder"])
     given: dict[str, Any] = {}

@@ -11,7 +11,7 @@ from transformers import DataCollatorWithPadding, GPT2ForSequenceClassification,
 from trl import SFTConfig
 
 from rlhf_pipeline.models.policies import train_tokenizer
-from rlhf_pipeline.processes import agree, end_at_once, join, processes, rank
+from rlhf_pipeline.processes import agree, connect, end_at_once, processes, rank
 from rlhf_pipeline.training.batching import OrderedSFTTrainer
 from rlhf_pipeline.training.classifier import ClassifierTrainer
 from rlhf_pipeline.training.preferences import Comparison, ComparisonTrainer
@@ -84,7 +84,7 @@ _SHARED = ("gradient_checkpointing", "dataloader_pin_memory", "bf16", "report_to
 def main() -> None:
     """Train; process 0 writes the results to the folder."""
     folder = Path(sys.argv[1])
-    join()
+    connect()
     found = results(folder, processes())
     if rank() == 0:
         torch.save(found, folder / "results.pt")

@@ -20,7 +20,7 @@ class Labels:
     rejected: list[dict[str, Any]]
 
 
-def settle(judgements: Sequence[Judgement]) -> tuple[list[Preference | Ranking], dict[str, Any]]:
+def combine_judgements(judgements: Sequence[Judgement]) -> tuple[list[Preference | Ranking], dict[str, Any]]:
     """Return the rows to learn from, in the order of the judgements, and a summary of the judgements.
 
     Judgements of the same answers to a prompt become one row, ordered by mean rank (Borda). Equal means tie.

@@ -110,7 +110,7 @@ Prompted = Demonstration | Dialogue | Preference | Ranking  # rows with a prompt
 Row = Text | Code | Labelled | Prompted
 
 
-def teaches(row: Row) -> bool:
+def is_learnable(row: Row) -> bool:
     """Whether a row holds something to learn: a prompt alone does not."""
     match row:
         case Demonstration():
@@ -120,7 +120,7 @@ def teaches(row: Row) -> bool:
     return True
 
 
-def plain(prompt: Prompt) -> str:
+def prompt_text(prompt: Prompt) -> str:
     """Return a prompt as text, without a template."""
     return prompt if isinstance(prompt, str) else "\n\n".join(turn.text for turn in prompt)
 
@@ -134,14 +134,14 @@ def answers(row: Row) -> tuple[str, ...]:
             return chosen, rejected
         case Ranking(responses=responses):
             return responses
-    return (whole(row),)
+    return (whole_text(row),)
 
 
-def whole(row: Row) -> str:
+def whole_text(row: Row) -> str:
     """Return all text of a row."""
     match row:
         case Demonstration() | Preference() | Ranking():
-            return "\n\n".join((plain(row.prompt), *answers(row)))
+            return "\n\n".join((prompt_text(row.prompt), *answers(row)))
         case Dialogue(turns=turns):
             return "\n".join(turn.text for turn in turns)
     return row.text

@@ -15,12 +15,12 @@ from typing import Annotated, Any, Generic, TypeVar
 
 from rlhf_pipeline.data import readers, records
 from rlhf_pipeline.data.acl_imdb import read_acl_imdb
-from rlhf_pipeline.data.agreement import Labels, settle
+from rlhf_pipeline.data.agreement import Labels, combine_judgements
 from rlhf_pipeline.data.judgements import read_judgements
 from rlhf_pipeline.data.python_code import source_files
 from rlhf_pipeline.data.records import Code, Demonstration, Dialogue, Labelled, Preference, Prompt, Ranking, Row, Text
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.hub import explained, is_hub_id
+from rlhf_pipeline.hub import explain_failures, is_hub_id
 from rlhf_pipeline.registry import Range, Registry
 from rlhf_pipeline.stages import STAGES
 
@@ -91,7 +91,7 @@ def imdb(seed: int, *, path: str = IMDB) -> Splits[Labelled]:
         return Splits(read["train"], read["test"])
     import datasets
 
-    with explained(path, "data.path"):
+    with explain_failures(path, "data.path"):
         splits = datasets.load_dataset(path)
     try:
         train, test = ([Labelled(r["text"], int(r["label"])) for r in splits[s]] for s in ("train", "test"))
@@ -141,7 +141,7 @@ def preferences(
     def read(*paths: str) -> tuple[list[Preference | Ranking], Labels]:
         files = [Path(file).expanduser() for file in dict.fromkeys(paths)]
         found = read_judgements(files, columns, buckets, untouched_seconds)
-        rows, summary = settle(found.judgements)
+        rows, summary = combine_judgements(found.judgements)
         if not rows:
             raise UserError(
                 f"{', '.join(paths)}: {summary['judgements']} judgements, and none prefers one answer to a different "
@@ -199,7 +199,7 @@ def python_code(
     if path is None or Path(path).expanduser().is_dir() or path.startswith((".", "/", "~")):
         files = source_files(Path(path).expanduser() if path else None)
         return Splits([Code(text) for _, text in files], [], share=test_share)
-    with explained(path, "data.path"):
+    with explain_failures(path, "data.path"):
         import datasets
 
         stream = datasets.load_dataset(path, split="train", streaming=True).take(rows)
@@ -212,14 +212,14 @@ def python_code(
     return Splits([Code(source) for source in dict.fromkeys(found)], [], share=test_share)
 
 
-def kind(name: str) -> Any:
+def row_type(name: str) -> Any:
     """Return a data set's type of row, from its entry's return annotation; a union if it has several."""
     return typing.get_args(typing.get_type_hints(registry.entries[name])["return"])[0]
 
 
 def check_kind(name: str, stage: str) -> None:
     """Refuse data that a stage cannot use."""
-    kinds = {entry: typing.get_args(kind(entry)) or (kind(entry),) for entry in registry.entries}
+    kinds = {entry: typing.get_args(row_type(entry)) or (row_type(entry),) for entry in registry.entries}
     takes = STAGES[stage].rows if stage in STAGES else ()
     fitting = [entry for entry, held in kinds.items() if not takes or {row.__name__ for row in held} & {*takes}]
     if name not in fitting:
@@ -237,7 +237,7 @@ def load_data(choice: dict[str, Any], seed: int, answers: bool = False) -> Split
     train, test = splits.train, splits.test
     if answers:
         total = len(train) + len(test)
-        train, test = ([row for row in rows if records.teaches(row)] for rows in (train, test))
+        train, test = ([row for row in rows if records.is_learnable(row)] for rows in (train, test))
         if not train + test:
             raise UserError(
                 f"data={name}: none of {total} rows has an answer to learn (completion, output, answer, or an "
@@ -249,11 +249,11 @@ def load_data(choice: dict[str, Any], seed: int, answers: bool = False) -> Split
     if splits.share is not None:
         train, test = _split(train, splits.share)
     shortest, limit = choice.get("min_characters", 0), choice.get("limit")
-    held_out = {records.whole(row) for row in test}
-    every, train = len(train), [row for row in train if records.whole(row) not in held_out]
+    held_out = {records.whole_text(row) for row in test}
+    every, train = len(train), [row for row in train if records.whole_text(row) not in held_out]
     if both := every - len(train):
         _LOG.warning("data=%s: %d of %d training rows are also held out, and are dropped", name, both, every)
-    train, test = ([row for row in rows if len(records.whole(row)) >= shortest] for rows in (train, test))
+    train, test = ([row for row in rows if len(records.whole_text(row)) >= shortest] for rows in (train, test))
     for rows in (train, test):
         random.Random(f"rows {seed}").shuffle(rows)
     if not train or not test:
@@ -281,16 +281,16 @@ def hub_set(choice: Mapping[str, Any]) -> str | None:
 
 def texts(rows: Sequence[Row]) -> list[str]:
     """Return the rows as plain text, for training a tokenizer or for a classifier."""
-    return [records.whole(row) for row in rows]
+    return [records.whole_text(row) for row in rows]
 
 
-def begun_by(prompts: Sequence[Prompt], rows: Sequence[Row]) -> int:
+def count_known_prompts(prompts: Sequence[Prompt], rows: Sequence[Row]) -> int:
     """Count the prompts that also begin a row. A short one may do so even if its own row differs from all of these.
 
     The count is useless for code, because its prompts are heads of functions, which do not begin a file.
     """
     known = sorted(texts(rows))
-    places = [(bisect_left(known, prompt), prompt) for prompt in map(records.plain, prompts)]
+    places = [(bisect_left(known, prompt), prompt) for prompt in map(records.prompt_text, prompts)]
     return sum(place < len(known) and known[place].startswith(prompt) for place, prompt in places)
 
 
@@ -298,11 +298,11 @@ def _split_key(row: Row) -> str:
     """Return the text that the split goes by: the prompt, the turns up to the user's first, else the whole row."""
     match row:
         case Demonstration(prompt=prompt) | Preference(prompt=prompt) | Ranking(prompt=prompt) if prompt:
-            return records.plain(prompt)
+            return records.prompt_text(prompt)
         case Dialogue(turns=turns):
             first = next((i for i, turn in enumerate(turns) if turn.role == "user"), 0)
-            return records.plain(turns[: first + 1])  # a system message alone is not a question
-    return records.whole(row)
+            return records.prompt_text(turns[: first + 1])  # a system message alone is not a question
+    return records.whole_text(row)
 
 
 def _groups(rows: Sequence[Row], share: float) -> list[str]:
@@ -320,19 +320,19 @@ def _groups(rows: Sequence[Row], share: float) -> list[str]:
     for prompt, numbers in holding.items():
         if prompt and len(numbers) <= share * len(rows):
             continue
-        heads = joined([prompt] * len(numbers), [rows[number] for number in numbers])
+        heads = group_by_shared_answers([prompt] * len(numbers), [rows[number] for number in numbers])
         size = Counter(heads)
         if len(size) == 1 < len(numbers) == len(rows):
             _LOG.warning("all %d rows share answers, so held-out answers may also be training answers", len(rows))
-            return [records.whole(row) for row in rows]
+            return [records.whole_text(row) for row in rows]
         if prompt and len(numbers) < len(rows) and len(size) < _MIN_PARTS:
             continue
         for number, head in zip(numbers, heads, strict=True):
-            names[number] = "" if 2 * size[head] > len(numbers) > 1 else records.whole(rows[numbers[head]])
+            names[number] = "" if 2 * size[head] > len(numbers) > 1 else records.whole_text(rows[numbers[head]])
     return names
 
 
-def joined(prompts: Sequence[Prompt], rows: Sequence[Row]) -> list[int]:
+def group_by_shared_answers(prompts: Sequence[Prompt], rows: Sequence[Row]) -> list[int]:
     """Return for each row the first row that shares an answer to the same prompt, directly or through other rows."""
     from networkx.utils import UnionFind  # type: ignore[import-untyped]  # a dependency of torch
 

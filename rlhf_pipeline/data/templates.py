@@ -92,25 +92,25 @@ def _limits() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, bounds)
 
 
-def written(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> str:
+def format_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> str:
     """Return a prompt as the policy reads it, with special tokens."""
     return prompt if isinstance(prompt, str) else render(tokenizer, prompt, reply_follows=True)
 
 
-def visible(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> str:
+def visible_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> str:
     """Return a prompt as rewards and people see it: as the policy reads it, without special tokens."""
-    ids: Any = tokenizer(written(tokenizer, prompt), add_special_tokens=False)["input_ids"]
+    ids: Any = tokenizer(format_prompt(tokenizer, prompt), add_special_tokens=False)["input_ids"]
     return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
-def pieces(tokenizer: "PreTrainedTokenizerBase", row: Prompted) -> list[tuple[str, bool]]:
+def learnt_parts(tokenizer: "PreTrainedTokenizerBase", row: Prompted) -> list[tuple[str, bool]]:
     """Return a row's text in parts, each with whether it is learnt: a dialogue, or a prompt with its best answer.
 
     Some templates write a turn differently once another follows (for example without the thoughts). Such a dialogue
     cannot be cut into parts, so only its last reply is learnt.
     """
     if not isinstance(row, Dialogue):
-        return [(written(tokenizer, row.prompt), False), (answers(row)[0], True)]
+        return [(format_prompt(tokenizer, row.prompt), False), (answers(row)[0], True)]
     found: list[tuple[str, bool]] = []
     so_far = ""
     for index in row.replies:

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf_pipeline.data.python_code import functions
-from rlhf_pipeline.data.records import Code, Dialogue, Prompt, Prompted, Row, answers, whole
+from rlhf_pipeline.data.records import Code, Dialogue, Prompt, Prompted, Row, answers, whole_text
 from rlhf_pipeline.data.sets import texts
-from rlhf_pipeline.data.templates import pieces, render, written
+from rlhf_pipeline.data.templates import format_prompt, learnt_parts, render
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.progress import parts
 
@@ -56,7 +56,7 @@ def _language(row: Row, tokenizer: "Tokenizer") -> str:
     """Return a row's text for a language model. If a row has several answers, the best one is used."""
     if isinstance(row, Dialogue):
         return render(tokenizer, row.turns, reply_follows=False)
-    return written(tokenizer, row.prompt) + answers(row)[0] if isinstance(row, Prompted) else whole(row)
+    return format_prompt(tokenizer, row.prompt) + answers(row)[0] if isinstance(row, Prompted) else whole_text(row)
 
 
 def demonstrations(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any], seed: int) -> list[Lesson]:
@@ -64,7 +64,7 @@ def demonstrations(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str
     end = int(tokenizer.eos_token_id)
     if rows and isinstance(rows[0], Prompted):
         bar = itertools.chain.from_iterable(parts(rows, _PART, "tokenize", "text"))
-        cut = (pieces(tokenizer, row) for row in bar if isinstance(row, Prompted))
+        cut = (learnt_parts(tokenizer, row) for row in bar if isinstance(row, Prompted))
         every = (lesson(tokenizer, said) for said in cut if said)
     else:
         begun = _continuations(rows, tokenizer, choice, seed)
@@ -140,7 +140,7 @@ def questions(rows: Sequence[Row], tokenizer: "Tokenizer", choice: dict[str, Any
 def _prompt_of(row: Any, tokenizer: "Tokenizer", turns: int | None) -> tuple[Prompt, str]:
     """Return a row's prompt, as a record and as the text that the policy reads."""
     if not isinstance(row, Dialogue):
-        return row.prompt, written(tokenizer, row.prompt)
+        return row.prompt, format_prompt(tokenizer, row.prompt)
     # For a dialogue of two people: the first turn. For a chat: all turns before its last reply, or all turns if the
     # user speaks last.
     ends = row.turns[-1].role == "assistant" or (row.both and len(row.turns) > 1)

@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from rlhf_pipeline.evaluation.frontier import fits
+from rlhf_pipeline.evaluation.frontier import fit_curves
 from rlhf_pipeline.evaluation.metrics import paired_gain
 
 Row = dict[str, Any]
 _MEANS = ("reward_mean", "kl", "length", "distinct_2")
 
 
-def over_seeds(
+def means_over_seeds(
     start: Row, points: Sequence[Row], runs: Mapping[str, Mapping[str, Row]], draws: int, seed: int
 ) -> dict[str, Any]:
     """Return the figures of comparison.json.
@@ -30,7 +30,7 @@ def over_seeds(
         for at in zip(*own, strict=False):  # the same step of each seed
             about = {"run": algorithm, "step": at[0]["step"], "start": start["key"]}
             curves.append({**_means(at), **about})
-    return {"algorithms": algorithms, "starts": [start], "points": curves, "fits": fits([start], curves)}
+    return {"algorithms": algorithms, "starts": [start], "points": curves, "fits": fit_curves([start], curves)}
 
 
 def _means(rows: Sequence[Row]) -> Row:

@@ -12,13 +12,13 @@ import torch
 from rlhf_pipeline.data.records import Preference, Ranking, Row
 from rlhf_pipeline.data.tokenization import Question, columns_of, documents
 from rlhf_pipeline.evaluation import metrics
-from rlhf_pipeline.evaluation.lineup import Sampler, asked_of, same_vocabulary
+from rlhf_pipeline.evaluation.lineup import Sampler, prompt_ids_for, same_vocabulary
 from rlhf_pipeline.models.likelihood import log_probs
 from rlhf_pipeline.models.networks import positions
 from rlhf_pipeline.models.policies import Policy
 from rlhf_pipeline.models.rewards import Reward
 from rlhf_pipeline.models.sampling import Sampling, make_batch, sample, uniform_draws
-from rlhf_pipeline.processes import gathered, mine
+from rlhf_pipeline.processes import gather_parts, is_own_part
 from rlhf_pipeline.progress import progress
 
 _TEXTS = 16  # held-out rows tokenized at once; few, because one code file may have enough tokens
@@ -67,21 +67,21 @@ class Task:
         return columns_of(self.questions)
 
 
-def shared_out(
+def map_batches(
     count: int, size: int, work: Callable[[slice], T], tick: Callable[[int], Any] = lambda _: None
 ) -> list[T]:
     """Apply `work` to each batch of `count` rows. Every process does its share, and returns all results."""
     own: dict[int, T] = {}
     for number, start in enumerate(range(0, count, size)):
-        if mine(number):
+        if is_own_part(number):
             own[number] = work(slice(start, start + size))
         tick(min(size, count - start))
-    return gathered(own)
+    return gather_parts(own)
 
 
-def draw(who: Sampler, task: Task, number: int = 0) -> Answers:
+def sample_answers(who: Sampler, task: Task, number: int = 0) -> Answers:
     """Sample a policy's answer to each prompt. Draw `number` uses the same random numbers for every policy."""
-    asked = asked_of(who.policy, task.first, task.questions)
+    asked = prompt_ids_for(who.policy, task.first, task.questions)
     generator = torch.Generator().manual_seed(task.seed + number)
     uniforms = [uniform_draws(limits, generator) for limits in task.limits.split(task.batch_size)]
 
@@ -93,24 +93,24 @@ def draw(who: Sampler, task: Task, number: int = 0) -> Answers:
         judged = zip(*task.score(part, texts), strict=True)
         return list(zip(texts, ids, map(list, judged), strict=True))
 
-    rows = [row for batch in shared_out(len(asked), task.batch_size, sampled, task.tick) for row in batch]
+    rows = [row for batch in map_batches(len(asked), task.batch_size, sampled, task.tick) for row in batch]
     rewards = {name: [row[2][at] for row in rows] for at, name in enumerate(task.rewards)}
     return Answers([row[0] for row in rows], rewards, {}, [row[1] for row in rows])
 
 
-def measure(who: Sampler, task: Task, drawn: Sequence[Answers] = ()) -> Answers:
+def measure_policy(who: Sampler, task: Task, drawn: Sequence[Answers] = ()) -> Answers:
     """Return a policy's answers, or the best of n `drawn`, with figures. Figures are None if vocabularies differ.
 
     The KL of the best of n to the policy itself is at most log n - (n - 1) / n (Stiennon et al. 2020, app. G.3).
     """
     reference, size = task.reference, task.batch_size
-    tries = drawn or [draw(who, task)]
+    tries = drawn or [sample_answers(who, task)]
     n = len(tries)
     best = np.argmax([one.rewards[next(iter(task.rewards))] for one in tries], axis=0)  # (prompts,): the best try
     texts, ids = ([tries[at][part][row] for row, at in enumerate(best)] for part in (0, 3))
     rewards = {name: [tries[at].rewards[name][row] for row, at in enumerate(best)] for name in task.rewards}
 
-    asked = asked_of(who.policy, task.first, task.questions)
+    asked = prompt_ids_for(who.policy, task.first, task.questions)
     kl = math.log(n) - (n - 1) / n if n > 1 else None
     if n == 1 and same_vocabulary(who.policy, reference.policy):
         theirs = log_p(reference.policy, reference.sampling, asked, ids, size)
@@ -135,7 +135,7 @@ def log_p(
         batch = make_batch(prompts[part], responses[part]).to(policy.model.device)
         return float(log_probs(policy.model, batch, sampling).sum())
 
-    return sum(shared_out(len(responses), batch_size, summed, tick))
+    return sum(map_batches(len(responses), batch_size, summed, tick))
 
 
 def perplexity(
@@ -157,7 +157,7 @@ def held_out_texts(rows: Sequence[Row], policies: Sequence[Sampler], tokens: int
     return sorted((ids for ids in found if len(ids) > 1), key=len)  # sorted by length, for less padding
 
 
-def judge(
+def figures_by_reward(
     values: Mapping[str, Sequence[float]], reward: Reward, reference: str, bootstrap: int, seed: int
 ) -> dict[str, Any]:
     """Return the figures of every policy by one reward. `values` has its scores by policy, on the same prompts.
@@ -189,7 +189,7 @@ def judge(
     }
 
 
-def traded(judged: Mapping[str, dict[str, Any]], trained: str, reference: str) -> list[str]:
+def hacking_warnings(judged: Mapping[str, dict[str, Any]], trained: str, reference: str) -> list[str]:
     """Return a warning for each policy whose `trained` reward rose over the reference while another reward fell.
 
     Both changes are significant: one 95 % interval is above 0, the other below.
@@ -223,7 +223,7 @@ def sample_rows(prompts: Sequence[str], answers: Mapping[str, Answers], main: st
     ]
 
 
-def compare(
+def evaluation_figures(
     answers: Mapping[str, Answers], last: str, reference: str, rewards: Mapping[str, Reward], trained: str,
     prompts: Sequence[str], *, examples: int, bootstrap: int, seed: int,
 ) -> dict[str, Any]:  # fmt: skip
@@ -234,7 +234,9 @@ def compare(
     """
     main, *others = rewards
     judged = {
-        key: judge({name: own.rewards[key] for name, own in answers.items()}, reward, reference, bootstrap, seed)
+        key: figures_by_reward(
+            {name: own.rewards[key] for name, own in answers.items()}, reward, reference, bootstrap, seed
+        )
         for key, reward in rewards.items()
     }
     samples = sample_rows(prompts, answers, main)
@@ -252,7 +254,7 @@ def compare(
         "paired_gain": judged[main]["paired_gain"],
         "moved": {key: own["moved"] for key, own in judged.items()},
         "rewards": {key: {part: judged[key][part] for part in ("reward", "metrics", "paired_gain")} for key in others},
-        "warnings": traded(judged, trained, reference),
+        "warnings": hacking_warnings(judged, trained, reference),
         "samples": samples,
         "examples": shown.pop("typical"),
         "extremes": shown,

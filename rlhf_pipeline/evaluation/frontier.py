@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.evaluation import metrics
-from rlhf_pipeline.evaluation.comparison import Answers, Task, compare, draw, measure
+from rlhf_pipeline.evaluation.comparison import Answers, Task, evaluation_figures, measure_policy, sample_answers
 from rlhf_pipeline.evaluation.lineup import PPO_SAMPLING, Sampler, policy_at, started_from
 from rlhf_pipeline.files import read_log
 from rlhf_pipeline.models.policies import Policy, lora_config
@@ -54,19 +54,19 @@ def points_of(folder: Path, asked: Mapping[str, Any]) -> list[Point]:
         record, config = job.record, job.made_with()
         below = os.path.relpath(job.path.parent.resolve(), folder.resolve())
         name = folder.resolve().name if below == "." else below
-        places = places_of(job)
+        places = policies_by_step(job)
         if not places or started_from(str(job.model)) is None:
             why = "started from an untrained policy" if places else "has no complete checkpoint"
             print(f"warning: {name} {why}, so it is left out", flush=True)
             continue
-        start = start_of(record["parents"]["policy"], config["seed"], config["trainer"], asked)
+        start = start_key(record["parents"]["policy"], config["seed"], config["trainer"], asked)
         found += [Point(name, step, record["started"], start, place, job) for step, place in places.items()]
     if not found:
         raise NotFinishedError(f"{folder} has no checkpoint and no result yet that can be measured.")
     return found
 
 
-def start_of(parent: Mapping[str, Any], seed: int, trainer: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+def start_key(parent: Mapping[str, Any], seed: int, trainer: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     """Return a `Point.start`: a policy as recorded in run.json, a seed, and the sampling settings of `trainer`.
 
     Values of `asked` that are not None override the settings.
@@ -76,7 +76,7 @@ def start_of(parent: Mapping[str, Any], seed: int, trainer: Mapping[str, Any], a
     return json.dumps({**parent, "seed": seed, "sampling": sampling}, sort_keys=True)
 
 
-def places_of(job: RunDir) -> dict[int | None, Path]:
+def policies_by_step(job: RunDir) -> dict[int | None, Path]:
     """Return a job's policies by step: complete checkpoints, then the result (None if it is not the last step's)."""
     found: dict[int | None, Path] = {}
     for checkpoint in sealed(job.checkpoints) if job.stage == "ppo" else ():
@@ -117,11 +117,11 @@ def start_row(start: str, own: Answers, task: Task, most: int, draws: int) -> Ro
 
     For two values of n, _FEW and `most`, the best answers are also measured like a policy's, under `drawn`.
     """
-    tries = [draw(task.reference, task, number) for number in range(1, most + 1)]
+    tries = [sample_answers(task.reference, task, number) for number in range(1, most + 1)]
     rewards = {name: np.array([one.rewards[name] for one in tries]).T for name in own.rewards}
     best = best_of_n(rewards, next(iter(rewards)))
     for n in {min(_FEW, most), most}:
-        answers = measure(task.reference, task, tries[:n])
+        answers = measure_policy(task.reference, task, tries[:n])
         best[n - 1]["drawn"] = _figures({"start": own, "best": answers}, task, draws)
     about = {"key": start, "path": json.loads(start)["path"], "seed": task.seed, "asked": task.prompts[:_SHOWN]}
     return {**about, **_figures({"start": own}, task, 1), "best_of": best}
@@ -129,7 +129,7 @@ def start_row(start: str, own: Answers, task: Task, most: int, draws: int) -> Ro
 
 def point_row(point: Point, own: Answers, task: Task, draws: int) -> Row:
     """Return a policy's figures and its gain over its start. `draws` is the number of resamplings of an interval."""
-    answers = measure(Sampler("point", open_point(point), task.reference.sampling), task)
+    answers = measure_policy(Sampler("point", open_point(point), task.reference.sampling), task)
     about = {"run": point.run, "step": point.step, "began": point.began, "start": point.start, "path": str(point.where)}
     return {**about, **_figures({"start": own, "point": answers}, task, draws)}
 
@@ -137,7 +137,7 @@ def point_row(point: Point, own: Answers, task: Task, draws: int) -> Row:
 def _figures(answers: Mapping[str, Answers], task: Task, draws: int) -> Row:
     """Return the figures of the last of one or two policies, computed as in stage=evaluate."""
     name, main = [*answers][-1], next(iter(task.rewards))
-    found = compare(
+    found = evaluation_figures(
         answers, name, "start", task.rewards, main, task.prompts, examples=0, bootstrap=draws, seed=task.seed
     )
 
@@ -150,7 +150,7 @@ def _figures(answers: Mapping[str, Answers], task: Task, draws: int) -> Row:
     return {**judged(found), "rewards": rewards, "answers": shown, "values": values}
 
 
-def laid_out(known: Sequence[Row], points: Sequence[Point]) -> dict[str, list[Row]]:
+def frontier_content(known: Sequence[Row], points: Sequence[Point]) -> dict[str, list[Row]]:
     """Return `starts`, `points` and `fits` of frontier.json: the figures measured so far, in the order of the jobs.
 
     A checkpoint that was deleted after it was measured still counts.
@@ -164,7 +164,7 @@ def laid_out(known: Sequence[Row], points: Sequence[Point]) -> dict[str, list[Ro
     rows = [dict(row) for row in known if job_of(row) in jobs]
     compare_points(rows, {row["key"]: row["best_of"] for row in starts})
     rows.sort(key=lambda row: (jobs.index(job_of(row)), row["step"] or math.inf))
-    return {"starts": starts, "points": rows, "fits": fits(starts, rows)}
+    return {"starts": starts, "points": rows, "fits": fit_curves(starts, rows)}
 
 
 def open_point(point: Point) -> Policy:
@@ -203,7 +203,7 @@ def best_of_n(values: Mapping[str, NDArray[Any]], main: str) -> list[Row]:
     return found
 
 
-def fits(starts: Sequence[Row], points: Sequence[Row]) -> list[Row]:
+def fit_curves(starts: Sequence[Row], points: Sequence[Row]) -> list[Row]:
     """Fit Gao et al.'s curves to each reward of best of n and of each run that has enough policies.
 
     With d = sqrt(KL), the gain in reward over the start is d (alpha - beta d) for best of n and d (alpha - beta log d)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rlhf_pipeline.data.templates import written
+from rlhf_pipeline.data.templates import format_prompt
 from rlhf_pipeline.data.tokenization import Question, encode
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.hub import model_folder
@@ -16,7 +16,7 @@ from rlhf_pipeline.models.policies import Policy, load_policy
 from rlhf_pipeline.models.sampling import Sampling, room_for_prompts
 from rlhf_pipeline.ppo.config import PPOConfig, make_sampling
 from rlhf_pipeline.runs.directory import RunDir
-from rlhf_pipeline.runs.models import find, models, ppo_settings, run_of
+from rlhf_pipeline.runs.models import find_policy, policies_of, ppo_settings, run_of
 from rlhf_pipeline.settings import SAMPLING, TOKENS
 
 PPO_SAMPLING = (*SAMPLING, "min_response_length", "temperature")  # PPO's settings that decide how it samples
@@ -33,7 +33,7 @@ class Sampler:
     shortest: int = 0
 
 
-def sampler(name: str, policy: Policy, trained: dict[str, Any], **asked: Any) -> Sampler:
+def make_sampler(name: str, policy: Policy, trained: dict[str, Any], **asked: Any) -> Sampler:
     """Return a policy that samples as PPO with the settings `trained` did. Values of `asked` that are not None win.
 
     Without a response length, an answer takes at most half of the policy's positions.
@@ -53,11 +53,11 @@ def same_vocabulary(first: Policy, second: Policy) -> bool:
     return first is second or first.tokenizer.get_vocab() == second.tokenizer.get_vocab()
 
 
-def asked_of(policy: Policy, first: Policy, questions: Sequence[Question]) -> list[list[int]]:
+def prompt_ids_for(policy: Policy, first: Policy, questions: Sequence[Question]) -> list[list[int]]:
     """Return the prompts' token ids for a policy. The questions hold those of the first policy."""
     if same_vocabulary(policy, first):
         return [question.ids for question in questions]
-    return encode(policy.tokenizer, [written(policy.tokenizer, question.prompt) for question in questions])
+    return encode(policy.tokenizer, [format_prompt(policy.tokenizer, question.prompt) for question in questions])
 
 
 def with_room(questions: Sequence[Question], policies: Sequence[Policy], longest: int) -> list[Question]:
@@ -66,7 +66,7 @@ def with_room(questions: Sequence[Question], policies: Sequence[Policy], longest
     Raises UserError if there is none. Prints how many are left out.
     """
     room = min(room_for_prompts(policy.model, longest) for policy in policies)
-    asked = zip(*(asked_of(policy, policies[0], questions) for policy in policies), strict=True)
+    asked = zip(*(prompt_ids_for(policy, policies[0], questions) for policy in policies), strict=True)
     kept = [each for each, ids in zip(questions, asked, strict=True) if all(1 <= len(own) <= room for own in ids)]
     why = f"longer than {room} tokens (the limit for all policies), or empty for one of the policies"
     if not kept:
@@ -85,7 +85,7 @@ def lineup(run: RunDir, names: Sequence[str], policy: dict[str, Any]) -> tuple[d
     Without `names`, all policies that the run made from `policy` are compared; `base` is then the policy that PPO
     started from, if it is outside the run. If no policy started from another, the first is the reference.
     """
-    paths = {name: find(name, run) for name in names} or models(run, policy)
+    paths = {name: find_policy(name, run) for name in names} or policies_of(run, policy)
     if not names:
         after = {name: path for name, path in paths.items() if name not in ("pretrain", "sft")}
         start = started_from([*after.values()][-1]) if after else policy.get("path")
@@ -123,7 +123,7 @@ def open_all(paths: Sequence[tuple[str, str]], run: RunDir, choice: dict[str, An
             own = ppo_settings(run_of(path))
             how = {key: value for key, value in trained.items() if key not in TOKENS}
             how |= {key: own[key] for key in TOKENS if key in own}
-        found.append(sampler(name, policy, how, **asked))
+        found.append(make_sampler(name, policy, how, **asked))
     return found
 
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from rlhf_pipeline.data.templates import visible
+from rlhf_pipeline.data.templates import visible_prompt
 from rlhf_pipeline.data.tokenization import Question
-from rlhf_pipeline.evaluation.lineup import asked_of
+from rlhf_pipeline.evaluation.lineup import prompt_ids_for
 from rlhf_pipeline.models.policies import Policy
 from rlhf_pipeline.models.sampling import Sampling, check_positions, sample
-from rlhf_pipeline.processes import gathered, mine, processes
+from rlhf_pipeline.processes import gather_parts, is_own_part, processes
 from rlhf_pipeline.settings import Collection
 from rlhf_pipeline.texts import words_of
 
@@ -41,7 +41,9 @@ class Asker:
         starts = range(first, len(questions), self.collect.batch_size)
         for place in range(0, len(starts), processes()):
             turn = enumerate(starts[place : place + processes()])
-            yield from gathered({number: self._batch(questions, start) for number, start in turn if mine(number)})
+            yield from gather_parts(
+                {number: self._batch(questions, start) for number, start in turn if is_own_part(number)}
+            )
 
     def _batch(self, questions: Sequence[Question], start: int) -> list[dict[str, Any]]:
         asked = dict(enumerate(questions[start : start + self.collect.batch_size], start))
@@ -57,7 +59,7 @@ class Asker:
             "task": f"t{name}",  # with a letter, because spreadsheets read some hashes as numbers
             "number": number,
             "prompt": prompt if isinstance(prompt, str) else [{"role": t.role, "content": t.text} for t in prompt],
-            "shown_prompt": visible(next(iter(self.policies.values())).tokenizer, prompt),
+            "shown_prompt": visible_prompt(next(iter(self.policies.values())).tokenizer, prompt),
             "answers": [{"id": f"answer{n}", **answer} for n, answer in enumerate(answers, 1)],
             "sampled_tokens": tokens,
             # Values that JSON cannot hold, such as a date from Parquet, become text.
@@ -97,7 +99,7 @@ class Asker:
     ) -> list[tuple[str, int]]:
         """Return an answer and its number of tokens per prompt. Each has its own seed, so its batch does not matter."""
         policy, length = self.policies[where], self.collect.response_length
-        ids = asked_of(policy, next(iter(self.policies.values())), questions)
+        ids = prompt_ids_for(policy, next(iter(self.policies.values())), questions)
         check_positions(policy.model, ids, length)
         draws = [torch.rand(length, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         sampling = replace(self.sampling[where], temperature=temperature)

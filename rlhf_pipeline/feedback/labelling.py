@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline.data.agreement import settle
+from rlhf_pipeline.data.agreement import combine_judgements
 from rlhf_pipeline.data.judgements import read_judgements
 from rlhf_pipeline.data.records import Judgement
 from rlhf_pipeline.data.sheets import label_studio_tasks, sheet
@@ -28,7 +28,7 @@ from rlhf_pipeline.settings import Collection, Settings
 _REJECTED, _SKIPPED, _EXPORT = "rejected.jsonl", "skipped.jsonl", "export.json"
 
 
-def offer(out: RunDir, rows: Sequence[dict[str, Any]], lang: str) -> None:
+def write_label_files(out: RunDir, rows: Sequence[dict[str, Any]], lang: str) -> None:
     """Write the files for labelling: tasks for Label Studio with their page, and a sheet."""
     tasks = label_studio_tasks(rows)
     write_json(out.path / "tasks.json", tasks)
@@ -37,7 +37,7 @@ def offer(out: RunDir, rows: Sequence[dict[str, Any]], lang: str) -> None:
     out.offer_sheet(sheet(tasks))
 
 
-def take(settings: Settings, out: RunDir) -> None:
+def handle_labels(settings: Settings, out: RunDir) -> None:
     """Do what `labels=` asks for: read labels, or send the tasks to Label Studio."""
     if not (out.path / CANDIDATES).exists():
         raise NotFinishedError(f"{out.path} has no {CANDIDATES} yet; run stage=collect without labels= first.")
@@ -56,7 +56,7 @@ def take(settings: Settings, out: RunDir) -> None:
         print("labels=pull fetches the labels", flush=True)
         return
     if settings.labels == "pull":
-        bring_pulled(out)
+        pull_labels(out)
     else:
         path = Path(str(settings.labels)).expanduser()
         source = str(path.resolve())
@@ -65,7 +65,7 @@ def take(settings: Settings, out: RunDir) -> None:
     note_progress(collect, out)
 
 
-def bring_pulled(out: RunDir) -> None:
+def pull_labels(out: RunDir) -> None:
     """Replace the run's labels from Label Studio by the labels that are there now."""
     tasks = pull(out.path, out.runs)
     write_json(out.path / _EXPORT, tasks)
@@ -151,13 +151,15 @@ def note_progress(collect: Collection, out: RunDir) -> None:
     labelled = through & {row["task"] for row in rows}
     results: dict[str, Any] = {"prompts": len(tasks), "labelled": len(labelled), "skipped": len(through - labelled)}
     if rows:
-        results |= settle(read_judgements(out.path / LABELS).judgements)[1]
+        results |= combine_judgements(read_judgements(out.path / LABELS).judgements)[1]
     results["rejected"] = len(read_jsonl(out.path / _REJECTED))
     enough = labelled and len(through) >= collect.enough * len(tasks)
     out.finish(results, status="done" if enough else "waiting")
 
 
-def rank(rows: Sequence[dict[str, Any]], reward: Reward, noise: float, seed: str) -> tuple[list[dict[str, Any]], float]:
+def rank_by_reward(
+    rows: Sequence[dict[str, Any]], reward: Reward, noise: float, seed: str
+) -> tuple[list[dict[str, Any]], float]:
     """Return a reward's labels of candidates, and the share of pairs that it ranks as it would without `noise`.
 
     `noise` is the scale of Gumbel noise on each score, in standard deviations of all scores. A better answer comes

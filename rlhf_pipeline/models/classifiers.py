@@ -18,7 +18,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import model_folder, open_pretrained
 from rlhf_pipeline.models.networks import positions, text_config
-from rlhf_pipeline.registry import Range, check, check_known, said_of
+from rlhf_pipeline.registry import Range, check_settings, check_value, prefix_errors
 
 Side = Literal["left", "right"]
 Head = Literal["linear", "mlp"]
@@ -129,11 +129,11 @@ def open_classifier(path: str, **options: Any) -> tuple[Any, Any]:
     where = model_folder(path)
     tokenizer = open_pretrained(AutoTokenizer, where, "reward.path")
     model = open_pretrained(AutoModelForSequenceClassification, where, "reward.path", **options)
-    with said_of(f"reward.path={where}, config.json"):  # fields that stage=reward adds
-        check("score_offset", getattr(model.config, "score_offset", 0.0), float)
+    with prefix_errors(f"reward.path={where}, config.json"):  # fields that stage=reward adds
+        check_value("score_offset", getattr(model.config, "score_offset", 0.0), float)
         cut = getattr(model.config, "trained_cut", {})
-        check("trained_cut", cut, dict)
-        check_known("trained_cut.", cut, {"max_length": Annotated[int, Range(1)], "truncation_side": Side | None})
+        check_value("trained_cut", cut, dict)
+        check_settings("trained_cut.", cut, {"max_length": Annotated[int, Range(1)], "truncation_side": Side | None})
     return model, tokenizer
 
 

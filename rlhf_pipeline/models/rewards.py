@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from rlhf_pipeline.data.python_code import goes_on
 from rlhf_pipeline.errors import NotFinishedError, UserError
-from rlhf_pipeline.models.user_function import accepted, reward_at
-from rlhf_pipeline.registry import Range, Registry, fits, said_of
+from rlhf_pipeline.models.user_function import accepted_arguments, load_function
+from rlhf_pipeline.registry import Range, Registry, has_type, prefix_errors
 from rlhf_pipeline.texts import mismatch, script_of, words_of
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Reward:
         `columns` are the data's columns, each as long as `completions`. The function gets those that it names.
         """
         self.check_columns(columns)
-        given: Any = self.function(list(prompts), list(completions), **accepted(self.function, columns))
+        given: Any = self.function(list(prompts), list(completions), **accepted_arguments(self.function, columns))
         try:
             scores = [float(score) for score in given]
         except (TypeError, ValueError, RuntimeError) as error:  # torch raises the last for a matrix
@@ -99,7 +99,7 @@ registry: Registry[Reward] = Registry("reward")
 TRAINABLE = ("classifier", "preference_model", "imdb_sentiment", "dianping_sentiment")
 
 Scale = Literal["logit", "probability", "log_odds"]
-Seen = Literal["response", "prompt_response"]
+TextRead = Literal["response", "prompt_response"]
 Side = Literal["left", "right"]
 
 
@@ -110,7 +110,7 @@ def classifier(
     path: str | None = None,
     label: str = "positive",
     scale: Scale = "logit",
-    text: Seen = "prompt_response",
+    text: TextRead = "prompt_response",
     batch_size: Count = 64,
     max_length: Count | None = None,
     truncation_side: Side | None = None,
@@ -170,7 +170,7 @@ def class_named(labels: dict[int, str], wanted: str, where: str) -> int:
     raise UserError(f"{where} has no class named '{wanted}'; reward.label= takes one of: {known}.")
 
 
-def _on_the_hub(hub_id: str, seen: Seen) -> Callable[..., Reward]:
+def _on_the_hub(hub_id: str, seen: TextRead) -> Callable[..., Reward]:
     @functools.wraps(classifier)
     def entry(where: str | None, **options: Any) -> Reward:
         return classifier(where or hub_id, **{"text": seen, **options})
@@ -178,7 +178,7 @@ def _on_the_hub(hub_id: str, seen: Seen) -> Callable[..., Reward]:
     return entry
 
 
-ON_THE_HUB: dict[str, tuple[str, Seen]] = {
+ON_THE_HUB: dict[str, tuple[str, TextRead]] = {
     # The DistilBERT of TRL's classic demo: the raw logit of POSITIVE for query and response.
     "imdb_sentiment": ("lvwerra/distilbert-imdb", "prompt_response"),
     # A Chinese RoBERTa trained on Dianping reviews. It scores the response alone.
@@ -225,7 +225,7 @@ def python(where: str | None, *, path: str, probes: list[str] | None = None) -> 
 
     `path` is `my_rewards.py:enthusiasm` or `my_package.my_module:enthusiasm`.
     """
-    function, needs = reward_at(path)
+    function, needs = load_function(path)
     return Reward(function, path, probes=probes or PROBES, needs=needs)
 
 
@@ -375,7 +375,7 @@ def judge(
     if "response" not in gaps:
         raise UserError("reward.template has no {response}, so all responses would get the same score; add it.")
     values = {str(key): value for key, value in (scores or {}).items()}
-    if not all(fits(value, float) and math.isfinite(value) for value in values.values()):
+    if not all(has_type(value, float) and math.isfinite(value) for value in values.values()):
         raise UserError(f"reward.scores is {scores}; it takes a number for each choice, as in {{A: 1, B: 0}}.")
     choices = "|".join(map(re.escape, sorted(values, key=len, reverse=True)))
     last = _last_match(pattern or (rf"(?<!\w)(?:{choices})(?!\w)" if values else _NUMBER))
@@ -458,7 +458,7 @@ def _each_part(parts: Sequence[Mapping[str, Any]], work: Callable[[dict[str, Any
     for number, part in enumerate(parts):
         own = dict(part)
         weight = own.pop("weight", 1.0)
-        with said_of(f"reward.parts[{number}]"):
+        with prefix_errors(f"reward.parts[{number}]"):
             found.append(work(own, weight))
     return found
 
@@ -468,7 +468,7 @@ def check_choice(choice: Mapping[str, Any]) -> None:
     registry.check(choice)
 
     def check_part(part: dict[str, Any], weight: Any) -> None:
-        if not fits(weight, float) or not math.isfinite(weight):
+        if not has_type(weight, float) or not math.isfinite(weight):
             raise UserError(f"weight is {weight!r}; it takes a number.")
         check_choice(part)
 
@@ -489,11 +489,11 @@ def trained_part(choice: dict[str, Any]) -> dict[str, Any]:
     return min(parts, key=lambda part: len(rank) if part.get("path") else rank.get(part["name"], len(rank)))
 
 
-def check_made(choice: Mapping[str, Any], upstream: Path | None) -> None:
+def check_has_model(choice: Mapping[str, Any], upstream: Path | None) -> None:
     """Refuse a reward without a model: it has no path, the run has none (`upstream`), and the hub has none."""
     for part in choice.get("parts") or [choice]:
         if "parts" in part:
-            check_made(part, upstream)
+            check_has_model(part, upstream)
         elif part["name"] in TRAINABLE and part["name"] not in ON_THE_HUB and not (part.get("path") or upstream):
             raise _without_model(part["name"])
 

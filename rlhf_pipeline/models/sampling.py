@@ -134,7 +134,7 @@ def make_batch(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[in
     return Batch(tokens, torch.tensor([len(p) for p in prompts]), torch.tensor([len(r) for r in responses]))
 
 
-def join(batches: Sequence[Batch]) -> Batch:
+def join_batches(batches: Sequence[Batch]) -> Batch:
     """The rows of several batches as one."""
     width = max(batch.tokens.shape[1] for batch in batches)
     tokens = [torch.nn.functional.pad(batch.tokens, (0, width - batch.tokens.shape[1])) for batch in batches]
@@ -195,7 +195,7 @@ def sample(
         mask = length_mask(prompt_lengths, width).flip(1).long()
         position_ids = (mask.cumsum(1) - 1).clamp(min=0)
     limits, uniforms = limits.to(device), uniforms.to(device)
-    pause = tokens_between_looks(device, tell)
+    pause = steps_between_checks(device, tell)
     drawn = torch.zeros(count, len(uniforms), dtype=torch.long, device=device)
     lengths = limits.clone()
     rows = torch.arange(count, device=device)  # those still in the cache
@@ -207,7 +207,7 @@ def sample(
         output = body(input_ids=inputs, attention_mask=mask, position_ids=position_ids, **cached)
         logits = head_logits(model, output.last_hidden_state[:, -1])
         logits = sampling.adjust_(logits, torch.full_like(rows, time))
-        tokens, totals = draw(logits, uniforms[time, rows])
+        tokens, totals = draw_tokens(logits, uniforms[time, rows])
         mass = mass + totals.sum()
         drawn[rows, time] = tokens
         if tell is not None:
@@ -244,12 +244,12 @@ def check_mass(model: PreTrainedModel, mass: Tensor) -> None:
         )
 
 
-def tokens_between_looks(device: torch.device, tell: object) -> int:
+def steps_between_checks(device: torch.device, tell: object) -> int:
     """Return after how many tokens to check for ended rows. The check stalls a GPU; it does not change the samples."""
     return 8 if device.type == "cuda" and tell is None else 1
 
 
-def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+def draw_tokens(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Draw one token per row from logits (batch, vocabulary), by inverting the cumulative distribution: (batch,).
 
     Also return the sums of the probabilities, (batch, 1): 1 up to rounding, or not finite if a logit is not.

@@ -14,12 +14,12 @@ from types import ModuleType
 from typing import Any
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.registry import suggest
+from rlhf_pipeline.registry import did_you_mean
 
 Texts = Sequence[str]
 
 
-def accepted(function: Callable[..., Any], named: Mapping[str, Any], placed: int = 2) -> dict[str, Any]:
+def accepted_arguments(function: Callable[..., Any], named: Mapping[str, Any], placed: int = 2) -> dict[str, Any]:
     """Return the part of `named` that a function takes by keyword, if its first `placed` parameters go by position."""
     parameters = [*inspect.signature(function).parameters.values()]
     filled = {p.name for p in parameters[:placed] if p.kind is p.POSITIONAL_OR_KEYWORD}
@@ -28,7 +28,7 @@ def accepted(function: Callable[..., Any], named: Mapping[str, Any], placed: int
     return {name: value for name, value in named.items() if name not in filled and (any_name or name in names)}
 
 
-def reward_at(path: str) -> tuple[Callable[..., Any], list[str]]:
+def load_function(path: str) -> tuple[Callable[..., Any], list[str]]:
     """Return the reward function at `path`, as f(prompts, completions, **columns), and the columns that it needs.
 
     A function that names `completions`, or takes any keyword, is called by keyword, as TRL's GRPO and RLOO do. If it
@@ -36,7 +36,7 @@ def reward_at(path: str) -> tuple[Callable[..., Any], list[str]]:
     by position. All its other arguments are columns of the data set.
     """
     function = _function_at(path)
-    with plainly(f"reward.path={path}"):
+    with explain_user_errors(f"reward.path={path}"):
         signature = inspect.signature(function)
     parameters, given = signature.parameters, ["prompts", "completions", "completion_ids"]
     any_name = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -57,10 +57,10 @@ def reward_at(path: str) -> tuple[Callable[..., Any], list[str]]:
 
     def ask(prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Any]) -> Any:
         if by_place:
-            found = function(prompts, completions, **accepted(function, columns))
+            found = function(prompts, completions, **accepted_arguments(function, columns))
         else:
             named = {**columns, "prompts": prompts, "completions": completions, "completion_ids": None}
-            found = function(**accepted(function, named, placed=0))
+            found = function(**accepted_arguments(function, named, placed=0))
         if inspect.iscoroutine(found):
             import asyncio  # slow to import, and few functions need it
 
@@ -75,7 +75,7 @@ def reward_at(path: str) -> tuple[Callable[..., Any], list[str]]:
     forms = [ask] if by_place else [ask, ask_in_messages]
 
     def call(prompts: Texts, completions: Texts, /, **columns: Any) -> Any:
-        with plainly(f"reward=python reward.path={path}"):
+        with explain_user_errors(f"reward=python reward.path={path}"):
             try:
                 found = forms[0](prompts, completions, columns)
                 del forms[1:]
@@ -97,13 +97,15 @@ def _function_at(path: str) -> Callable[..., Any]:
         raise UserError(f"reward.path={path} names no function; write it as my_rewards.py:f or my_package.my_module:f.")
     if str(Path.cwd()) not in sys.path:  # a console script does not have it there
         sys.path.append(str(Path.cwd()))
-    with plainly(f"reward.path={path}"):
+    with explain_user_errors(f"reward.path={path}"):
         module = _from_file(Path(place).expanduser()) if place.endswith(".py") else importlib.import_module(place)
     function: Any = getattr(module, name, None)
     if callable(function):
         return function
     known = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
-    raise UserError(f"{place} has no function '{name}'. {suggest(name, known)}It has: {', '.join(known) or 'none'}.")
+    raise UserError(
+        f"{place} has no function '{name}'. {did_you_mean(name, known)}It has: {', '.join(known) or 'none'}."
+    )
 
 
 def _from_file(source: Path) -> ModuleType:
@@ -116,7 +118,7 @@ def _from_file(source: Path) -> ModuleType:
 
 
 @contextmanager
-def plainly(what: str) -> Iterator[None]:
+def explain_user_errors(what: str) -> Iterator[None]:
     """Turn errors in the user's code into a `UserError` that names the exception and the line."""
     try:
         yield

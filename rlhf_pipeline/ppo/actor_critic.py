@@ -20,7 +20,7 @@ from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.processes import sharding
 
 
-class Seen(NamedTuple):
+class Outputs(NamedTuple):
     """Outputs of policy and critic for a batch. Each is (batch, longest response), and 0 after a response's end."""
 
     log_probs: Tensor  # of the sampled tokens, under the sampling distribution
@@ -54,7 +54,7 @@ class ActorCritic(nn.Module):
         """Whether there is a critic. Without one all values are 0."""
         return self.value_head is not None or self.value_model is not None
 
-    def forward(self, batch: Batch, sampling: Sampling, values: bool = True) -> Seen:
+    def forward(self, batch: Batch, sampling: Sampling, values: bool = True) -> Outputs:
         """Run the policy on a batch's responses, and also the critic if there is one and `values` is True."""
         with autocast(self.bf16, batch.tokens.device):
             states = response_states(trunk(self.policy), batch)
@@ -63,7 +63,7 @@ class ActorCritic(nn.Module):
             if values and self.has_critic:
                 flat = self._values(states, batch).squeeze(-1)
                 found = found.index_put(batch.places, flat.to(found.dtype))
-        return Seen(log_probs, entropy, found)
+        return Outputs(log_probs, entropy, found)
 
     def _values(self, states: Tensor, batch: Batch) -> Tensor:
         if self.value_model is not None:

@@ -31,20 +31,20 @@ from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.evaluation.metrics import distinct
 from rlhf_pipeline.models.networks import language_model
 from rlhf_pipeline.models.precision import autocast
-from rlhf_pipeline.models.sampling import Batch, Sampling, check_positions, join, sample, uniform_draws
+from rlhf_pipeline.models.sampling import Batch, Sampling, check_positions, join_batches, sample, uniform_draws
 from rlhf_pipeline.ppo.actor_critic import ActorCritic, Reference, prepare_networks
 from rlhf_pipeline.ppo.checks import check_head
 from rlhf_pipeline.ppo.config import PPOConfig, check_config, make_sampling
 from rlhf_pipeline.ppo.learner import check_sharding, make_learner
 from rlhf_pipeline.ppo.objective import Moments
 from rlhf_pipeline.ppo.prompts import Prompts, derive_seed, read_prompts
-from rlhf_pipeline.ppo.rollout import Rollout, TextReward, make_judge, merge
+from rlhf_pipeline.ppo.rollout import Rollout, TextReward, make_batch_reward, merge
 from rlhf_pipeline.ppo.storage import WEIGHTS, load_weights, save_policy, save_weights
 from rlhf_pipeline.ppo.trl_parent import ParentTrainer
 from rlhf_pipeline.ppo.watch import CollapseWatch
 from rlhf_pipeline.processes import check_gpus
 from rlhf_pipeline.runs.checkpoints import drop_old, fault_of, newest_whole, replacing, seal
-from rlhf_pipeline.texts import shown
+from rlhf_pipeline.texts import printable
 
 P = ParamSpec("P")
 # Keywords of TRL 0.12 to 0.14, and their names today.
@@ -126,7 +126,9 @@ class Lifecycle(ParentTrainer):
         known = language_model(model).get_input_embeddings().num_embeddings
         self.sampling: Sampling = make_sampling(args, processing_class, known)
         rows_at_once = args.local_rollout_forward_batch_size
-        self.judge: Any = reward_model and make_judge(reward_model, min(len(processing_class), known), rows_at_once)
+        self.batch_reward: Any = reward_model and make_batch_reward(
+            reward_model, min(len(processing_class), known), rows_at_once
+        )
         for network in (reward_model, ref_model):
             if isinstance(network, nn.Module):
                 network.to(self.accelerator.device)
@@ -294,16 +296,18 @@ class Lifecycle(ParentTrainer):
         with self._whole():
             with autocast(self.model.bf16, self.accelerator.device):
                 parts = [slice(start, start + size) for start in range(0, len(limits), size)]
-                batch = join(
+                batch = join_batches(
                     [sample(self.policy_model, prompts.ids[p], limits[p], sampling, uniforms[:, p]) for p in parts]
                 )
             texts = batch.texts(self.processing_class)
             with torch.no_grad():
-                scores = self.judge(batch, *texts, prompts.columns).to(self.accelerator.device)
-            return self.observed(batch, texts, scores, sampling)
+                scores = self.batch_reward(batch, *texts, prompts.columns).to(self.accelerator.device)
+            return self.run_networks(batch, texts, scores, sampling)
 
     @torch.no_grad()
-    def observed(self, batch: Batch, texts: tuple[list[str], list[str]], scores: Tensor, sampling: Sampling) -> Rollout:
+    def run_networks(
+        self, batch: Batch, texts: tuple[list[str], list[str]], scores: Tensor, sampling: Sampling
+    ) -> Rollout:
         """Run all networks on this process's prompts and responses. Returns the merged rollout of all processes."""
         if scores.shape != (len(batch.tokens),):
             count, responses = tuple(scores.shape), len(batch.tokens)
@@ -389,7 +393,7 @@ class Lifecycle(ParentTrainer):
         for found in self._answers(prompts, near_greedy, "completions"):
             for query, response, score in zip(found.prompts, found.responses, found.scores.tolist(), strict=True):
                 if table.row_count < 5:
-                    table.add_row(Text(shown(query)), Text(shown(response)), f"{score:.3f}")  # Text: not markup
+                    table.add_row(Text(printable(query)), Text(printable(response)), f"{score:.3f}")  # Text: not markup
         if self.is_world_process_zero():
             with tqdm.external_write_mode():  # above the progress bar if there is one
                 Console(color_system=None).print(table)  # the command line would escape its codes

@@ -9,11 +9,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.models.networks import trunk
-from rlhf_pipeline.models.sampling import Batch, join, length_mask
-from rlhf_pipeline.models.user_function import accepted
+from rlhf_pipeline.models.sampling import Batch, join_batches, length_mask
+from rlhf_pipeline.models.user_function import accepted_arguments
 
 TextReward = Callable[..., Sequence[float]]
-Judge = Callable[[Batch, list[str], list[str], dict[str, list[Any]]], Tensor]
+BatchReward = Callable[[Batch, list[str], list[str], dict[str, list[Any]]], Tensor]
 _PER_TOKEN = ("log_probs", "ref_log_probs", "values", "entropy")
 
 
@@ -51,11 +51,11 @@ def merge(parts: Sequence[Rollout]) -> Rollout:
     }
     whole |= {name: [text for part in parts for text in getattr(part, name)] for name in ("prompts", "responses")}
     scores = torch.cat([part.scores for part in parts])
-    stacked = Rollout(batch=join([part.batch for part in parts]), scores=scores, **whole)
+    stacked = Rollout(batch=join_batches([part.batch for part in parts]), scores=scores, **whole)
     return stacked.rows(torch.arange(len(scores)).view(len(parts), -1).t().flatten())
 
 
-def make_judge(reward: nn.Module | TextReward, vocabulary: int, rows_at_once: int) -> Judge:
+def make_batch_reward(reward: nn.Module | TextReward, vocabulary: int, rows_at_once: int) -> BatchReward:
     """Return a function that scores a batch, (batch,), by a text reward or a model that reads the policy's tokens.
 
     A text reward gets prompts and completions, and the other columns of the data set that its parameters name.
@@ -64,12 +64,14 @@ def make_judge(reward: nn.Module | TextReward, vocabulary: int, rows_at_once: in
         return _model_judge(reward, vocabulary, rows_at_once)
 
     def judge(batch: Batch, prompts: list[str], responses: list[str], columns: dict[str, list[Any]]) -> Tensor:
-        return torch.tensor([float(score) for score in reward(prompts, responses, **accepted(reward, columns))])
+        return torch.tensor(
+            [float(score) for score in reward(prompts, responses, **accepted_arguments(reward, columns))]
+        )
 
     return judge
 
 
-def _model_judge(model: nn.Module, vocabulary: int, rows_at_once: int) -> Judge:
+def _model_judge(model: nn.Module, vocabulary: int, rows_at_once: int) -> BatchReward:
     """Score as TRL does: by the `score` head at the response's last token. Other classifiers score by their logit."""
     config: Any = getattr(model, "config", None)
     if getattr(config, "vocab_size", vocabulary) < vocabulary:

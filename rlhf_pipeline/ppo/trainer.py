@@ -57,7 +57,7 @@ class PPOTrainer(Lifecycle):
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> None:
         """Run PPO until `total_episodes`, from a checkpoint if one is given; `True` takes the newest."""
-        if self.train_dataset is None or self.judge is None:
+        if self.train_dataset is None or self.batch_reward is None:
             raise UserError("train() needs a reward_model and a train_dataset; without them call step().")
         self.begin(resume_from_checkpoint)
         while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
@@ -109,7 +109,7 @@ class PPOTrainer(Lifecycle):
         judged = torch.tensor([float(score) for score in scores], device=self.accelerator.device)
         self.model.eval()
         with self._whole():
-            rollout = self.observed(batch, batch.texts(self.processing_class), judged, self.sampling)
+            rollout = self.run_networks(batch, batch.texts(self.processing_class), judged, self.sampling)
         check_drawable(rollout, self.sampling)
         return self._learn(rollout, start)
 

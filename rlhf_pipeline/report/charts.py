@@ -4,10 +4,10 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rlhf_pipeline.report.files import as_number, columns, finite, items, members
-from rlhf_pipeline.report.page import ENGLISH, plain
+from rlhf_pipeline.report.files import as_dict, as_number, columns, dicts_in, finite
+from rlhf_pipeline.report.page import ENGLISH, display
 from rlhf_pipeline.report.words import OTHER, Words, grouped
-from rlhf_pipeline.report.words import table as words_of
+from rlhf_pipeline.report.words import load_yaml as words_of
 
 CHARTS, BUCKETS = 32, 150  # the most charts on one page; the parts that a long line is divided into
 CLOCKS = ("epoch", "seconds", "episode", "num_tokens", "eps")  # measures of progress only, not drawn
@@ -15,7 +15,7 @@ COLOURS, RUNS, ROWS = 8, 24, 40  # c0 to c7 in chart.css; the most runs of a fro
 FITTED = 24  # points of a fitted curve
 TOP, BELOW, RIGHT = 8, 39, 16  # margins in a chart's viewBox
 SMALL, WIDE, SQUARE = (62, 250, 104), (52, 350, 220), (44, 240, 240)  # left margin, width and height of the plot
-Point = tuple[float, float]
+Coordinates = tuple[float, float]
 Tick = tuple[float, str]
 Chart = dict[str, Any]
 Row = Mapping[str, Any]
@@ -26,7 +26,7 @@ class Line(NamedTuple):
 
     label: str
     kind: str
-    points: Sequence[Point]
+    points: Sequence[Coordinates]
     dots: Sequence[tuple[float, float, float]] = ()
     lost: int = 0  # points that are not finite
 
@@ -63,9 +63,9 @@ def plot(
     }  # fmt: skip
 
 
-def gather(rows: Iterable[Row]) -> dict[str, dict[str, list[Point]]]:
+def gather(rows: Iterable[Row]) -> dict[str, dict[str, list[Coordinates]]]:
     """Return numeric series by measure, then by train or eval. A row without a step gets the next step."""
-    groups: dict[str, dict[str, list[Point]]] = {}
+    groups: dict[str, dict[str, list[Coordinates]]] = {}
     same, at = words_of("measures")["same"], -1.0
     for row in rows:
         step = finite(row.get("step"))
@@ -77,7 +77,7 @@ def gather(rows: Iterable[Row]) -> dict[str, dict[str, list[Point]]]:
     return groups
 
 
-def thin(points: Sequence[Point]) -> list[Point]:
+def thin(points: Sequence[Coordinates]) -> list[Coordinates]:
     """Return the finite points by step. A long line keeps both ends and each part's extremes, so that spikes stay."""
     kept = sorted((point for point in points if math.isfinite(point[1])), key=lambda point: point[0])
     if len(kept) <= 2 * BUCKETS:
@@ -87,16 +87,16 @@ def thin(points: Sequence[Point]) -> list[Point]:
     return kept[:1] + [p for part in parts for p in sorted({min(part)[::-1], max(part)[::-1]})] + kept[-1:]
 
 
-def small(name: str, lines: Sequence[Line], words: Words = ENGLISH, key: str = "", unit: str = "step") -> Chart:
+def small_chart(name: str, lines: Sequence[Line], words: Words = ENGLISH, key: str = "", unit: str = "step") -> Chart:
     """Return a small chart of one measure, with the last value of each line and the ends of both axes."""
     drawn = []
     for line in lines:
         kept = thin(line.points)
-        label = f"{line.label} {plain(kept[-1][1] if kept else None)}"
+        label = f"{line.label} {display(kept[-1][1] if kept else None)}"
         lost = sum(not math.isfinite(y) for _, y in line.points)
         drawn.append(Line(label, line.kind, kept, [(*point, 2.6) for point in kept[-1:]], lost))
     xs, ys = zip(*(point for line in drawn for point in line.points), strict=True)
-    x_ticks, y_ticks = ([(value, plain(value)) for value in sorted({min(each), max(each)})] for each in (xs, ys))
+    x_ticks, y_ticks = ([(value, display(value)) for value in sorted({min(each), max(each)})] for each in (xs, ys))
     own = key if key != name else ""
     return plot(name, drawn, x_ticks, y_ticks, size=SMALL, style="", key=own, x_label=words(unit))
 
@@ -117,15 +117,15 @@ def curves(runs: Mapping[str, Iterable[Row]], words: Words) -> dict[str, Any]:
               if any(len({y for _, y in line.points if math.isfinite(y)}) > 1 for line in lines)]  # fmt: skip
     groups = grouped(moving)
     order = [key for keys in groups.values() for key in keys][:CHARTS]
-    charts = {group: [small(words.measure(key), drawn[key], words, key) for key in keys if key in order]
+    charts = {group: [small_chart(words.measure(key), drawn[key], words, key) for key in keys if key in order]
               for group, keys in groups.items()}  # fmt: skip
     rest = [key for key in drawn if key not in order]
     return {"groups": charts, "folded": [OTHER] if len(groups) > 1 else [], "rest": rest}
 
 
-def calibration(value: object, words: Words) -> Chart | None:
+def calibration_chart(value: object, words: Words) -> Chart | None:
     """Return a chart of the observed frequency against the predicted probability, with a dot per bin."""
-    bins = [(as_number(row.get("predicted")), as_number(row.get("observed"))) for row in items(value)]
+    bins = [(as_number(row.get("predicted")), as_number(row.get("observed"))) for row in dicts_in(value)]
     points = sorted((p, o) for p, o in bins if p is not None and o is not None and 0 <= p <= 1 and 0 <= o <= 1)
     if not points:
         return None
@@ -137,18 +137,18 @@ def calibration(value: object, words: Words) -> Chart | None:
 
 def frontier_charts(found: Row, words: Words) -> list[Chart]:
     """Return charts of reward against KL, one per reward, with a line per run, best of n, and the fitted curves."""
-    starts, rows = items(found.get("starts")), items(found.get("points"))
+    starts, rows = dicts_in(found.get("starts")), dicts_in(found.get("points"))
     runs: dict[str, list[Row]] = {}
     for row in rows:
         runs.setdefault(str(row.get("run")), []).append(row)
     ways: list[tuple[str, str, list[Row]]]
-    ways = [(words("best of n"), "soft dashed", [*items(start.get("best_of"))]) for start in starts]
+    ways = [(words("best of n"), "soft dashed", [*dicts_in(start.get("best_of"))]) for start in starts]
     for at, (run, own) in enumerate(list(runs.items())[:RUNS]):
         begun = [start for start in starts if start.get("key") == own[0].get("start")]
         ways.append((run, f"c{at % COLOURS}", begun + [row for row in own if row.get("step") is not None]))
     kinds = {name: kind for name, kind, _ in ways[len(starts) :]}
     rewards = ["", *columns(row.get("rewards") for row in rows)]
-    fitted = {reward: [line for fit in items(found.get("fits")) if fit.get("reward") == reward
+    fitted = {reward: [line for fit in dicts_in(found.get("fits")) if fit.get("reward") == reward
                        for line in _fitted(fit, starts, kinds)] for reward in rewards}  # fmt: skip
     charts = (_against_kl(reward, ways, fitted[reward], words) for reward in rewards)
     return [chart for chart in charts if chart]
@@ -157,7 +157,7 @@ def frontier_charts(found: Row, words: Words) -> list[Chart]:
 def _fitted(fit: Row, starts: Sequence[Row], kinds: Mapping[str, str]) -> Iterator[Line]:
     """Yield a fitted curve: dashed in the colour of its run, or solid for best of n, whose own line is dashed."""
     start = next((start for start in starts if start.get("key") == fit.get("start")), {})
-    own = members(members(start.get("rewards")).get(str(fit.get("reward")))) if fit.get("reward") else start
+    own = as_dict(as_dict(start.get("rewards")).get(str(fit.get("reward")))) if fit.get("reward") else start
     numbers = [finite(value) for value in (own.get("reward_mean"), *map(fit.get, ("alpha", "beta", "to")))]
     known = [value for value in numbers if value is not None]
     kind = "soft" if fit.get("way") == "best of n" else f"{kinds.get(str(fit.get('way')), '')} dashed"
@@ -176,7 +176,7 @@ def _against_kl(
     for name, kind, rows in ways:
         points = []
         for row in rows:
-            own = members(members(row.get("rewards")).get(reward)) if reward else row
+            own = as_dict(as_dict(row.get("rewards")).get(reward)) if reward else row
             if (kl := finite(row.get("kl"))) is not None and (mean := finite(own.get("reward_mean"))) is not None:
                 points.append((max(kl, 0.0), mean))
         lines += [Line(name, kind, points, [(*point, 2.4) for point in points])] if points else []
@@ -199,14 +199,14 @@ def sweep_chart(rows: Sequence[Row], words: Words) -> Chart | None:
         mean, error, y = float(row["objective"]), as_number(row.get("stderr")) or 0.0, -float(place)
         lines.append(Line("", "soft", [], [(value, y, 1.6) for value in row.get("values") or []]))
         lines.append(Line("", "c0", [(mean - error, y), (mean + error, y)], [(mean, y, 3.0)]))
-        names.append((y, name if len(name := short(row)) <= 28 else f"…{name[-27:]}"))
+        names.append((y, name if len(name := settings_text(row)) <= 28 else f"…{name[-27:]}"))
     xs = [point[0] for line in lines for point in (*line.points, *line.dots)]
     return plot(words("objective"), lines, even_ticks(xs), names, size=(190, 215, 24 * len(known)))
 
 
-def short(row: Row) -> str:
+def settings_text(row: Row) -> str:
     """Return the settings of a sweep's row, each by the last part of its name: kl_coef=0.05."""
-    return ", ".join(f"{key.split('.')[-1]}={value}" for key, value in members(row.get("settings")).items()) or "all"
+    return ", ".join(f"{key.split('.')[-1]}={value}" for key, value in as_dict(row.get("settings")).items()) or "all"
 
 
 def even_ticks(values: Sequence[float]) -> list[Tick]:

@@ -10,7 +10,7 @@ from typing import Any
 from rlhf_pipeline.report import trackers
 from rlhf_pipeline.report.cards import write_cards
 from rlhf_pipeline.report.figures import evaluation_tables
-from rlhf_pipeline.report.files import columns, members, only
+from rlhf_pipeline.report.files import as_dict, columns, read_object
 from rlhf_pipeline.report.stage import write_report
 
 SECONDS, SHARE = 5.0, 50.0  # least time between two drawings: in seconds, and as a multiple of the last drawing's time
@@ -31,7 +31,7 @@ class Observers:
     def started(self, config: dict[str, Any], step: int) -> None:
         """Open the trackers that the resolved settings name. Training continues from `step`."""
         config = {key: value for key, value in config.items() if key not in ("defaults", "hydra")}
-        for name in trackers.chosen(members(config.get("trainer")).get("report_to")):
+        for name in trackers.chosen_trackers(as_dict(config.get("trainer")).get("report_to")):
             with self._trying(name):
                 self.open[name] = trackers.KINDS[name](config, self.folder, step)
 
@@ -64,7 +64,7 @@ class Observers:
 
     def ended(self) -> None:
         """Draw the page, and write the card if the stage is done. run.json holds the status."""
-        if only(self.folder / "run.json").get("status") == "done":
+        if read_object(self.folder / "run.json").get("status") == "done":
             with self._trying("the card"):
                 write_cards(self.folder)
         self._draw()

@@ -8,21 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.files import write_atomic
-from rlhf_pipeline.report.files import as_number, columns, finite, items, members
+from rlhf_pipeline.report.files import as_dict, as_number, columns, dicts_in, finite
 from rlhf_pipeline.report.words import Words
-from rlhf_pipeline.texts import shown
+from rlhf_pipeline.texts import printable
 
 LONGEST = 4000  # the most characters of one text that are shown
 ENGLISH = Words()
 _HERE = Path(__file__).parent
 
 
-def plain(value: object, words: Words = ENGLISH) -> str:
+def display(value: object, words: Words = ENGLISH) -> str:
     """Return a JSON value as text: integers in full, floats to four digits, a dash for null."""
     if isinstance(value, dict):
-        return " · ".join(f"{key} {plain(inner, words)}" for key, inner in value.items()) or "–"
+        return " · ".join(f"{key} {display(inner, words)}" for key, inner in value.items()) or "–"
     if isinstance(value, list):
-        return ", ".join(plain(inner, words) for inner in value) or "–"
+        return ", ".join(display(inner, words) for inner in value) or "–"
     if isinstance(value, float):
         value = value or 0.0  # without the sign of -0.0
         return f"{value:.0f}" if abs(value) < 1e15 and (value.is_integer() or abs(value) >= 1e4) else f"{value:.4g}"
@@ -53,7 +53,7 @@ def environment(show: Callable[[Any], str]) -> Any:
         loader=FileSystemLoader(_HERE / "templates"), autoescape=True, finalize=finalize, undefined=ChainableUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    made.filters |= {"members": members, "rows": items, "columns": columns, "number": as_number}
+    made.filters |= {"members": as_dict, "rows": dicts_in, "columns": columns, "number": as_number}
     return made
 
 
@@ -64,12 +64,12 @@ def _pages(lang: str) -> Any:
     words = Words(lang)
 
     def show(value: object) -> str:
-        text = plain(value, words)
+        text = display(value, words)
         text = text[:LONGEST] + (" …" if len(text) > LONGEST else "")
-        return text if text.isprintable() else shown(text)
+        return text if text.isprintable() else printable(text)
 
     made = environment(show)
-    made.globals |= {"_": words, "plain": lambda value: plain(value, words)}
+    made.globals |= {"_": words, "plain": lambda value: display(value, words)}
     for name, files in (("lines", ["chart.css"]), ("style", ["chart.css", "page.css"]), ("script", ["search.js"])):
         content = "".join((_HERE / file).read_text(encoding="utf-8") for file in files)
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import endpoint, reason_of, why_unreachable
-from rlhf_pipeline.report.cards import CARD, card, named
+from rlhf_pipeline.report.cards import CARD, model_card, with_model_id
 from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.settings import Hub, Settings
 from rlhf_pipeline.stages import TRAINED
@@ -63,7 +63,7 @@ def _upload(out: RunDir, repository: str, private: bool) -> str:
     if private and not is_private:
         raise UserError("it exists already and is public; add hub.private=false, or choose another name")
     # Not upload_folder: the uploaded card differs from the local one, and both must be in one commit.
-    text = named(own.read_text(encoding="utf-8") if own.is_file() else card(out.path), repository)
+    text = with_model_id(own.read_text(encoding="utf-8") if own.is_file() else model_card(out.path), repository)
     files = [path for path in sorted(out.model.rglob("*")) if path.is_file() and path != own]
     operations = [CommitOperationAdd(path.relative_to(out.model).as_posix(), path) for path in files]
     hub.create_commit(

@@ -9,54 +9,54 @@ from typing import Any
 
 from rlhf_pipeline.errors import NotFinishedError
 from rlhf_pipeline.files import read_jsonl, read_log
-from rlhf_pipeline.models.rewards import check_made, trained_part
-from rlhf_pipeline.report.files import only
+from rlhf_pipeline.models.rewards import check_has_model, trained_part
+from rlhf_pipeline.report.files import read_object
 from rlhf_pipeline.report.page import lasted
 from rlhf_pipeline.runs.directory import CANDIDATES, COMPARISON, FRONTIER, LABELS, SHEET, RunDir
 from rlhf_pipeline.runs.models import newest_policy
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.stages import FOLDERS, STAGES
-from rlhf_pipeline.texts import shown
-from rlhf_pipeline.words import as_typed, typed
+from rlhf_pipeline.texts import printable
+from rlhf_pipeline.words import as_user_types, setting_word
 
 _MADE = ("model", CANDIDATES, LABELS, "quality.json", "evaluation.json", FRONTIER, COMPARISON, "report.html")
 _RUN = "python -m rlhf_pipeline"
 
 
-def say(label: str, text: str | None) -> None:
+def print_line(label: str, text: str | None) -> None:
     """Print one line of a summary, unless the text is empty."""
     if text:
-        print(f"{label:<9}{shown(text)}", flush=True)
+        print(f"{label:<9}{printable(text)}", flush=True)
 
 
-def say_done(out: RunDir) -> None:
+def print_done(out: RunDir) -> None:
     """Print a stage's result, time and files. If the stage waits for labels, also print how to label."""
-    say(out.stage, outcome(out))
-    say("time", ", ".join([_time(out.record), *_rates(out)]))
+    print_line(out.stage, outcome(out))
+    print_line("time", ", ".join([_time(out.record), *_rates(out)]))
     made = [f"{name}/" if (out.path / name).is_dir() else name for name in _MADE if (out.path / name).exists()]
-    say("made", f"{out.path}: {', '.join(made)}")
+    print_line("made", f"{out.path}: {', '.join(made)}")
     if out.record.get("status") == "waiting":
         again = f"{command('collect', str(out.runs), name=out.name)} labels="
         sheet = shlex.quote(str(out.path / SHEET))
-        say("next", f"in the browser: make label-studio NAME={shlex.quote(out.name)}, then: {again}pull")
-        say("or", f"in a spreadsheet: fill in {sheet}, then: {again}{sheet}")
+        print_line("next", f"in the browser: make label-studio NAME={shlex.quote(out.name)}, then: {again}pull")
+        print_line("or", f"in a spreadsheet: fill in {sheet}, then: {again}{sheet}")
 
 
-def say_done_before(out: RunDir) -> None:
+def print_done_before(out: RunDir) -> None:
     """Print one line for a stage that was finished before."""
     when = f"{out.record.get('finished')}, in {_time(out.record)}"
-    print(f"{out.path} is done already: {shown(f'{outcome(out)} ({when})')}", flush=True)
+    print(f"{out.path} is done already: {printable(f'{outcome(out)} ({when})')}", flush=True)
 
 
-def say_all_done(every: Sequence[RunDir], folder: Path, seconds: float) -> None:
+def print_all_done(every: Sequence[RunDir], folder: Path, seconds: float) -> None:
     """Print the total time of a pipeline and its pages."""
     whole = sum(out.record.get("seconds", 0.0) for out in every)
     now = f", {lasted(seconds)} of it now" if seconds < 0.9 * whole else ""
     print()
-    say("pipeline", f"all {len(every)} stages are done")
-    say("time", f"{lasted(max(whole, seconds))}{now}")
+    print_line("pipeline", f"all {len(every)} stages are done")
+    print_line("time", f"{lasted(max(whole, seconds))}{now}")
     pages = [folder / "report.html", *(out.path / "report.html" for out in every[-2:])]
-    say("made", f"{folder}: {', '.join(str(page.relative_to(folder)) for page in pages if page.exists())}")
+    print_line("made", f"{folder}: {', '.join(str(page.relative_to(folder)) for page in pages if page.exists())}")
 
 
 def next_command(settings: Settings, order: Sequence[str], overrides: Sequence[str] | None) -> str | None:
@@ -80,7 +80,7 @@ def next_command(settings: Settings, order: Sequence[str], overrides: Sequence[s
 def _has_reward(settings: Settings) -> bool:
     made = RunDir.of(settings).upstream("reward", reward=trained_part(settings.reward))
     with contextlib.suppress(NotFinishedError):
-        check_made(settings.reward, made)
+        check_has_model(settings.reward, made)
         return True
     return False
 
@@ -88,7 +88,7 @@ def _has_reward(settings: Settings) -> bool:
 def command(stage: str, runs: str, **said: str | None) -> str:
     """Return a stage's command line with settings that are paths or names. Values of None are left out."""
     said |= {"runs": runs} if runs != "runs" else {}
-    words = (typed(key, value) for key, value in said.items() if value)
+    words = (setting_word(key, value) for key, value in said.items() if value)
     return shlex.join([*_RUN.split(), f"stage={stage}", *words])
 
 
@@ -97,7 +97,7 @@ def _for_others(settings: Settings, overrides: Sequence[str]) -> list[str]:
     stage = settings.stage
     own = ("stage=", "labels=", "overwrite=", "hub.", "trainer.", f"stages.{stage}.", "policy.lora", "policy.quantize")
     made = {"sft": "policy.path", "reward": "reward.path"}.get(stage, "")
-    said = [word for o in overrides if not (word := as_typed(o)).startswith(own)]
+    said = [word for o in overrides if not (word := as_user_types(o)).startswith(own)]
     if "~experiment" in said:  # it was added for the user's own policy, reward or data, or typed by the user
         chosen = any(o.startswith(("policy=", "reward=", "data=")) for o in said)
         said = [o for o in said if o != "~experiment"] + ([] if chosen else ["experiment=null"])
@@ -119,7 +119,7 @@ def outcome(out: RunDir) -> str:
 
 
 def _collected(out: RunDir, results: dict[str, Any]) -> str:
-    figures = [how_far(results)]
+    figures = [labelling_progress(results)]
     if results.get("agreement") is not None:
         figures.append(f"{results['annotators']} annotators agree on {results['agreement']:.1%} of pairs")
     if results["rejected"]:
@@ -134,7 +134,7 @@ def _improved(out: RunDir, results: dict[str, Any]) -> str:
 
 
 def _evaluated(out: RunDir, results: dict[str, Any]) -> str:
-    evaluation = only(out.path / "evaluation.json")
+    evaluation = read_object(out.path / "evaluation.json")
     names = [name for name in evaluation["metrics"] if not name.startswith("best of ")]
     kl = "" if results["kl"] is None else f" at KL {results['kl']:.2f}"
     gain = ", {gain:+.3f} [{gain_low:+.3f}, {gain_high:+.3f}] over {}" if "gain" in results else ""
@@ -145,7 +145,7 @@ def _evaluated(out: RunDir, results: dict[str, Any]) -> str:
 _OUTCOMES = {"collect": _collected, "ppo": _improved, "evaluate": _evaluated}
 
 
-def how_far(results: dict[str, Any]) -> str:
+def labelling_progress(results: dict[str, Any]) -> str:
     """Return how many tasks people have finished."""
     skipped = f" ({results['skipped']} skipped)" if results["skipped"] else ""
     return f"{results['labelled'] + results['skipped']} of {results['prompts']} labelled{skipped}"

@@ -7,15 +7,15 @@ from urllib.parse import quote
 
 from rlhf_pipeline.report.charts import sweep_chart
 from rlhf_pipeline.report.figures import sweep_figures
-from rlhf_pipeline.report.files import as_number, items, members
+from rlhf_pipeline.report.files import as_dict, as_number, dicts_in
 from rlhf_pipeline.report.page import write_page
 from rlhf_pipeline.report.words import Words
 
 
 def sweep_page(target: Path, found: Mapping[str, Any], words: Words) -> Path:
     """Write the page of a sweep; `found` is the content of sweep.json. Returns `target`."""
-    rows, jobs = items(found.get("rows")), items(found.get("jobs"))
-    names = [", ".join(f"{k}={v}" for k, v in members(row.get("settings")).items()) or "all" for row in rows]
+    rows, jobs = dicts_in(found.get("rows")), dicts_in(found.get("jobs"))
+    names = [", ".join(f"{k}={v}" for k, v in as_dict(row.get("settings")).items()) or "all" for row in rows]
     failed = sum(job.get("status") == "failed" for job in jobs)
     notes = [words("{} of {} jobs failed.", failed, len(jobs))] if failed else []
     if rows and as_number(rows[0].get("over_budget")):

@@ -7,9 +7,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_pipeline.report.charts import short
+from rlhf_pipeline.report.charts import settings_text
 from rlhf_pipeline.report.figures import (
-    OVER,
+    OVER_BUDGET,
     Rows,
     comparison_tables,
     evaluation_tables,
@@ -18,7 +18,7 @@ from rlhf_pipeline.report.figures import (
 )
 from rlhf_pipeline.report.files import columns
 from rlhf_pipeline.report.words import Words
-from rlhf_pipeline.texts import shown
+from rlhf_pipeline.texts import printable
 
 _ABREAST = 4  # the most policies whose answers are shown side by side
 _FORMS = {"positive": ".1%", "win_rate": ".1%", "kl": ".2f", "perplexity": ".2f", "held_out_perplexity": ".2f",
@@ -36,7 +36,7 @@ def _console() -> Console:
 
 
 def _say(text: str, style: str = "") -> None:
-    _console().print(Text(shown(text), style=style))
+    _console().print(Text(printable(text), style=style))
 
 
 def _figures(title: str, rows: Rows) -> None:
@@ -50,18 +50,18 @@ def _figures(title: str, rows: Rows) -> None:
     wide = console.measure(figures, options=console.options.update(max_width=10_000)).maximum > console.width
     if wide and len(rows) < len(keys):
         turned = {head: [own[at] for own in cells.values()] for at, head in enumerate(heads)}
-        table = _grid(title, list(map(shown, cells)), turned)
+        table = _grid(title, list(map(printable, cells)), turned)
     console.print(table)
 
 
 def _grid(title: str, heads: Sequence[str], rows: Mapping[str, Sequence[str]]) -> Table:
     """Return a table of figures. Long names are wrapped, figures are not."""
-    table = Table(title=Text(shown(title)), title_justify="left")
+    table = Table(title=Text(printable(title)), title_justify="left")
     table.add_column("", overflow="fold")
     for head in heads:
         table.add_column(Text(head), justify="right", no_wrap=True)
     for name, row in rows.items():
-        table.add_row(Text(shown(name)), *map(Text, row))
+        table.add_row(Text(printable(name)), *map(Text, row))
     return table
 
 
@@ -95,7 +95,7 @@ def _answers(title: str, rows: Sequence[dict[str, Any]] | None, policies: Sequen
         names = [name for name in policies if name in rows[0]["responses"]]
         cells = [[row["prompt"], *(f"{row['responses'][name].rstrip()} ({row['rewards'][name]:.2f})" for name in names)]
                  for row in rows]  # fmt: skip
-        _texts(["prompt", *names], cells, title=Text(shown(title)), title_justify="left", show_lines=True)
+        _texts(["prompt", *names], cells, title=Text(printable(title)), title_justify="left", show_lines=True)
 
 
 def side_by_side(answers: Sequence[tuple[str, str, float | None]]) -> None:
@@ -109,9 +109,9 @@ def _texts(heads: Sequence[str], rows: Sequence[Sequence[str]], **style: Any) ->
     """Print texts literally: no markup, and escape sequences have no effect."""
     table = Table(**style)
     for head in heads:
-        table.add_column(Text(shown(head)), ratio=1 if style.get("expand") else None, overflow="fold")
+        table.add_column(Text(printable(head)), ratio=1 if style.get("expand") else None, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(shown(cell)) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     _console().print(table)
 
 
@@ -135,10 +135,10 @@ def comparison_table(comparison: dict[str, Any]) -> None:
 
 def sweep_table(found: dict[str, Any], own: Collection[str]) -> None:
     """Print a sweep's settings by row, the best objective first; then the failed jobs among `own`, this command's."""
-    rows = {short(row): sweep_figures(row) for row in found["rows"]}
+    rows = {settings_text(row): sweep_figures(row) for row in found["rows"]}
     validated = any("validation_kl" in row for row in rows.values())  # else the figures of training
     judged = ("validation_reward", "validation_kl") if validated else ("scores", "kl")
-    keys = ("objective", "± s.e.", *judged, OVER, "seeds", "failed", "left", "time")
+    keys = ("objective", "± s.e.", *judged, OVER_BUDGET, "seeds", "failed", "left", "time")
     about = f"; objective: {found['objective']}" if found["objective"] else ""
     about += f" (KL <= {found['kl_budget']:g})" if found["kl_budget"] is not None else ""
     title = f"{found['sweep']} ({found['stage']}){about}"

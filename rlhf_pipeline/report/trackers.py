@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.registry import suggest
-from rlhf_pipeline.report.files import only
-from rlhf_pipeline.report.page import plain
-from rlhf_pipeline.texts import shown
+from rlhf_pipeline.registry import did_you_mean
+from rlhf_pipeline.report.files import read_object
+from rlhf_pipeline.report.page import display
+from rlhf_pipeline.texts import printable
 
 # The fields of `trainer` that set the tracking. Every stage but chat takes them. They do not affect its work.
 FIELDS = ("report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
-PROJECT = "rlhf_pipeline"
+DEFAULT_PROJECT = "rlhf_pipeline"
 _STEP = "train/global_step"  # transformers' name for the step in trackers that count rows themselves
 # Special characters of Markdown and HTML, line ends, and the spaces that HTML drops.
 _MARKS = re.compile(r"\n|(?:(?<=\s)|^) |[^\w ]|_")
@@ -27,18 +27,18 @@ _REFERENCES = {"\n": "<br>", " ": "&#160;"}
 Cells = Sequence[Sequence[Any]]
 
 
-def chosen(report_to: Any) -> list[str]:
+def chosen_trackers(report_to: Any) -> list[str]:
     """Return the trackers that `report_to` names; [] for null and `none`."""
     words = report_to if isinstance(report_to, list) else [report_to]
     return [word for word in dict.fromkeys(str(word) for word in words if word is not None) if word != "none"]
 
 
-def check(report_to: Any) -> None:
+def check_trackers(report_to: Any) -> None:
     """Refuse a tracker that is unknown or not installed."""
-    for word in chosen(report_to):
+    for word in chosen_trackers(report_to):
         if word not in KINDS:
             takes = f"It takes none, {', '.join(KINDS)}, or a list: trainer.report_to=[{','.join(KINDS)}]."
-            raise UserError(f"trainer.report_to={word} is not a supported tracker. {suggest(word, KINDS)}{takes}")
+            raise UserError(f"trainer.report_to={word} is not a supported tracker. {did_you_mean(word, KINDS)}{takes}")
         found = importlib.util.find_spec(word)
         if found is None or found.origin is None:  # only a folder of that name, not a package
             raise UserError(
@@ -47,10 +47,10 @@ def check(report_to: Any) -> None:
             )
 
 
-def ready(report_to: Any) -> None:
+def check_logins(report_to: Any) -> None:
     """Refuse Weights & Biases and SwanLab without a login: they would prompt for a key, and a script would hang."""
     for tracker, logged_in in (("wandb", _wandb_logged_in), ("swanlab", _swanlab_logged_in)):
-        if tracker in chosen(report_to) and not logged_in():
+        if tracker in chosen_trackers(report_to) and not logged_in():
             raise UserError(
                 f"trainer.report_to={tracker}: nobody is logged in. Run '{tracker} login' or set "
                 f"{tracker.upper()}_API_KEY; {tracker.upper()}_MODE=offline keeps the run on this machine, for "
@@ -80,7 +80,7 @@ def naming(config: Mapping[str, Any], tracker: str = "trackio") -> dict[str, str
     asked = config["trainer"]
     return {
         "run_name": asked.get("run_name") or f"{config['name']}/{config['stage']}",
-        "project": asked.get("project") or os.environ.get(f"{tracker.upper()}_PROJECT") or PROJECT,
+        "project": asked.get("project") or os.environ.get(f"{tracker.upper()}_PROJECT") or DEFAULT_PROJECT,
     }
 
 
@@ -107,7 +107,11 @@ def _tensorboard(config: dict[str, Any], folder: Path, step: int) -> Run:
             writer.add_scalar(name, value, step)
 
     def table(name: str, heads: Sequence[str], cells: Cells, step: int) -> None:
-        rows = [list(map(literal, heads)), ["---"] * len(heads), *(list(map(literal, row)) for row in cells)]
+        rows = [
+            list(map(markdown_cell, heads)),
+            ["---"] * len(heads),
+            *(list(map(markdown_cell, row)) for row in cells),
+        ]
         writer.add_text(name, "\n".join(f"| {' | '.join(row)} |" for row in rows), step)
         writer.flush()
 
@@ -173,7 +177,7 @@ def _swanlab(config: dict[str, Any], folder: Path, step: int) -> Run:
 
 def _key(folder: Path, named: Mapping[str, str]) -> str:
     """Return the id of the tracker's run: the same for a resumed stage, a new one for a stage that starts over."""
-    began = only(folder / "run.json").get("started", "")
+    began = read_object(folder / "run.json").get("started", "")
     return hashlib.sha256(json.dumps([began, *named.values()]).encode()).hexdigest()[:12]
 
 
@@ -189,6 +193,6 @@ def _in_rows(api: Any, close: Callable[[bool], None], **more: bool) -> Run:
 KINDS = {"tensorboard": _tensorboard, "trackio": _trackio, "wandb": _wandb, "swanlab": _swanlab}
 
 
-def literal(value: Any) -> str:
+def markdown_cell(value: Any) -> str:
     """Escape a value for a cell of a Markdown table, because generated text may contain markup."""
-    return _MARKS.sub(lambda mark: _REFERENCES.get(mark[0]) or f"&#{ord(mark[0])};", shown(plain(value)))
+    return _MARKS.sub(lambda mark: _REFERENCES.get(mark[0]) or f"&#{ord(mark[0])};", printable(display(value)))

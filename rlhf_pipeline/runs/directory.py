@@ -14,7 +14,7 @@ from typing import Any
 
 from rlhf_pipeline import files
 from rlhf_pipeline.errors import DiskError, UserError
-from rlhf_pipeline.processes import by_rank_0, checkpoints_of, processes, rank, rows_a_step
+from rlhf_pipeline.processes import by_rank_0, checkpoints_of, processes, rank, rows_per_step
 from rlhf_pipeline.runs import same_work
 from rlhf_pipeline.runs.checkpoints import SEAL, newest_whole, replacing
 from rlhf_pipeline.runs.lineage import file_hash, git, hardware, parent, versions
@@ -184,7 +184,7 @@ class RunDir:
 
     def labels(self) -> list[Path]:
         """Return the label files of stage=collect, for every round up to this one; the newest last."""
-        own = self.beside("collect")
+        own = self.sibling("collect")
         rounds = [own.in_round(number) for number in range(1, self.round + 1)] if self.round else [own]
         return [path for collect in rounds if (path := collect.path / LABELS).exists()]
 
@@ -202,14 +202,14 @@ class RunDir:
             return found
         raise UserError(f"{self.path / 'config.yaml'} is gone; restore it, or move {self.path} away.")
 
-    def beside(self, stage: str) -> "RunDir":
+    def sibling(self, stage: str) -> "RunDir":
         """Return another stage of the same run."""
         return RunDir(self.runs, self.name, stage, self.experiment)
 
     # -- one run of the stage
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Lock this directory against other launches until the block ends. A killed process also frees the lock.
 
         Work that was moved aside is put back if the new work was refused or ended without a result. Rank 0 holds the
@@ -220,7 +220,7 @@ class RunDir:
             return
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(files.held(self.path.parent / f".{self.stage}.lock", self.path))
+                stack.enter_context(files.lock_folder(self.path.parent / f".{self.stage}.lock", self.path))
             except OSError as error:  # a finished stage can be looked at on a read-only disk
                 if error.errno not in (errno.EACCES, errno.EROFS, errno.EPERM) or self.record.get("status") != "done":
                     raise
@@ -251,8 +251,8 @@ class RunDir:
             same_work.check_resumed(self, before, found, fingerprint)
         meant_for = processes()  # the process count that fits the settings; a resumed run keeps its rows per step
         if before and settings.trainer:
-            rows = rows_a_step(self.config()["trainer"], before.get("processes", 1))
-            meant_for = rows // rows_a_step(settings.trainer, 1)
+            rows = rows_per_step(self.config()["trainer"], before.get("processes", 1))
+            meant_for = rows // rows_per_step(settings.trainer, 1)
         logging = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}, "_self_"]
         config = {"defaults": logging, "hydra": {"run": {"dir": "."}, "output_subdir": None}, **settings.to_dict()}
         once = {"overwrite": False, "hub": {}}  # for this launch only, not for a repeated run

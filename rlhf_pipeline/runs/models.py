@@ -17,7 +17,7 @@ from rlhf_pipeline.stages import FOLDERS, POLICIES, STAGES
 _TRAINING = ("path", "lora", "quantize")
 
 
-def models(run: RunDir, policy: dict[str, Any] | None = None) -> dict[str, str]:
+def policies_of(run: RunDir, policy: dict[str, Any] | None = None) -> dict[str, str]:
     """Return a run's policies by stage, the oldest first. A round's PPO policy has the round's name, such as round2."""
     found = {stage: run.upstream(stage, policy=policy) for stage in POLICIES}
     for each in reversed(run.rounds()):
@@ -34,9 +34,9 @@ def newest_policy(run: RunDir, policy: dict[str, Any] | None = None) -> str | No
     return str(newest) if newest else None
 
 
-def find(word: str, run: RunDir) -> str:
+def find_policy(word: str, run: RunDir) -> str:
     """Return a policy's folder or hub id. `word` is a stage or round of `run`, a run's name, a folder or a hub id."""
-    own = models(run)
+    own = policies_of(run)
     if word in own:
         return own[word]
     if word in STAGES or re.fullmatch(r"round\d+", word):
@@ -45,14 +45,14 @@ def find(word: str, run: RunDir) -> str:
             "folder or a hub id."
         )
     folder = run.runs / word
-    return locate(str(folder) if folder.is_dir() else word)
+    return locate_model(str(folder) if folder.is_dir() else word)
 
 
 def ppo_settings(run: RunDir | None) -> dict[str, Any]:
     """Return the trainer settings of a run's newest PPO, finished or not; empty if it has no PPO."""
     if run is None:
         return {}
-    made = [path for name, path in models(run).items() if name not in ("pretrain", "sft")]
+    made = [path for name, path in policies_of(run).items() if name not in ("pretrain", "sft")]
     ppo = run_of(made[-1]) if made else RunDir(run.runs, run.name, "ppo")
     return dict(ppo.config().get("trainer", {})) if ppo else {}
 
@@ -62,11 +62,11 @@ def recover(runs: Path) -> None:
     every = [old for depth in ("*", "*/*", "*/*/*") for old in runs.glob(f"{depth}/.*.old")]
     for old in every if rank() == 0 else ():
         if (stage := old.name[1:-4]) in FOLDERS:
-            with contextlib.suppress(UserError), RunDir(runs, str(old.parent.relative_to(runs)), stage).held():
+            with contextlib.suppress(UserError), RunDir(runs, str(old.parent.relative_to(runs)), stage).locked():
                 pass
 
 
-def locate(path: str) -> str:
+def locate_model(path: str) -> str:
     """Return a model's folder or hub id. A run's folder gives its newest policy, a stage's folder its model."""
     folder = Path(path).expanduser()
     if any((folder / stage / "run.json").exists() for stage in POLICIES):
@@ -99,7 +99,9 @@ def ppo_jobs(folder: Path) -> list[RunDir]:
     return [job for job in found if job]
 
 
-def sweep(runs: Path, said: str, name: str | None, afresh: bool = False) -> tuple[str, str, dict[str, dict[str, Any]]]:
+def sweep_choices(
+    runs: Path, said: str, name: str | None, afresh: bool = False
+) -> tuple[str, str, dict[str, dict[str, Any]]]:
     """Return a sweep's name (or `name`), its folder, and the policy, reward, data and labeler to judge with.
 
     They are those of the sweep's last evaluation. With `afresh`, or without one, they are those of its first job.
@@ -121,14 +123,14 @@ def sweep(runs: Path, said: str, name: str | None, afresh: bool = False) -> tupl
     return name, str(folder), {kind: config[kind] for kind in kinds if config.get(kind)}
 
 
-def choices(run: RunDir, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def recorded_choices(run: RunDir, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the settings of policy, reward and data that a run was made with; empty for a policy that no run made.
 
     `asked` are the policy fields that the user set. Its `path` can be in another run. Raises UserError if a value does
     not fit the newest policy (for example, another size).
     """
     path = asked.get("path")
-    where = locate(path) if path else newest_policy(run)
+    where = locate_model(path) if path else newest_policy(run)
     home = run_of(where) if where else None
     found: dict[str, dict[str, Any]] = {}
     if home is not None:
@@ -139,6 +141,6 @@ def choices(run: RunDir, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
         found = {"policy": {**own, "path": where}, "data": config["data"], "reward": config["reward"]}
     # PPO's reward, else the trained reward model; the reward in sft's settings is only a default.
     for stage in ("ppo", "reward"):
-        if config := (home or run).beside(stage).config():
+        if config := (home or run).sibling(stage).config():
             return {**found, "reward": config["reward"]}
     return found

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.processes import CUT, checkpoints_of, processes, rows_a_step, same_step
-from rlhf_pipeline.report.files import flat
+from rlhf_pipeline.processes import BATCH_FIELDS, checkpoints_of, processes, rows_per_step, same_step
+from rlhf_pipeline.report.files import flatten
 from rlhf_pipeline.report.trackers import FIELDS
 from rlhf_pipeline.runs.lineage import parent
 from rlhf_pipeline.settings import Settings
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
 
 # Settings that may change between sessions, because they do not affect the result.
 MAY_DIFFER = ("collect.enough", "collect.annotators", "collect.batch_size")
-_FREE = {*MAY_DIFFER, *(f"trainer.{name}" for name in (*FIELDS, *CUT))}
+_FREE = {*MAY_DIFFER, *(f"trainer.{name}" for name in (*FIELDS, *BATCH_FIELDS))}
 
 
 def differences(out: "RunDir", settings: Settings) -> list[str]:
     """Return the differences between the requested work and the directory's: settings, parents, earlier stages."""
     record, stage = out.record, FOLDERS[out.stage]
-    before, after = dict(flat(out.config())), dict(flat(settings.to_dict()))
+    before, after = dict(flatten(out.config())), dict(flatten(settings.to_dict()))
     changed = [
         f"{key} is {before.get(key)!r} there and {after.get(key)!r} here"
         for key in sorted({*before, *after} - _FREE)
         if key.split(".")[0] in stage.work and before.get(key) != after.get(key)
     ]
     if "trainer" in stage.work and batch_of(out, settings) is None:
-        rows = rows_a_step(out.config()["trainer"], record.get("processes", 1))
-        asked = rows_a_step(settings.trainer, processes())
-        sizes = " x ".join(f"trainer.{name}" for name in CUT)
+        rows = rows_per_step(out.config()["trainer"], record.get("processes", 1))
+        asked = rows_per_step(settings.trainer, processes())
+        sizes = " x ".join(f"trainer.{name}" for name in BATCH_FIELDS)
         changed.append(f"a step takes {rows} rows there and {asked} here ({sizes} x processes)")
     parents = record.get("parents", {})
     for role, before_it in parents.items():
@@ -54,7 +54,7 @@ def differences(out: "RunDir", settings: Settings) -> list[str]:
 def could_take(out: "RunDir") -> Iterator[tuple["RunDir", str]]:
     """Yield the finished stages whose models this stage could use, with stage names. evaluate uses all rounds."""
     for stage in FOLDERS[out.stage].takes:
-        own = out.beside(stage)
+        own = out.sibling(stage)
         for other in (own, *(own.rounds() if out.stage == "evaluate" else [])):
             if other.record.get("status") == "done":
                 yield other, stage
@@ -65,7 +65,7 @@ def batch_of(out: "RunDir", settings: Settings) -> dict[str, int] | None:
     record = out.record
     before = out.config().get("trainer") if record else None
     if before is None:
-        return {name: settings.trainer[name] for name in CUT if name in settings.trainer}
+        return {name: settings.trainer[name] for name in BATCH_FIELDS if name in settings.trainer}
     return same_step(before, record.get("processes", 1), settings.trainer)
 
 

@@ -15,30 +15,30 @@ from transformers import TextStreamer
 
 from rlhf_pipeline import data
 from rlhf_pipeline.data.records import Code, Dialogue, Labelled, Text, Turn
-from rlhf_pipeline.data.templates import written
+from rlhf_pipeline.data.templates import format_prompt
 from rlhf_pipeline.data.tokenization import conversational, encode
 from rlhf_pipeline.errors import NotFinishedError, UserError
 from rlhf_pipeline.evaluation.lineup import Sampler, open_all
 from rlhf_pipeline.models.policies import Policy, registry
 from rlhf_pipeline.models.rewards import Reward, load_reward, trained_part
 from rlhf_pipeline.models.sampling import room_for_prompts, sample
-from rlhf_pipeline.registry import suggest
+from rlhf_pipeline.registry import did_you_mean
 from rlhf_pipeline.report.tables import side_by_side
 from rlhf_pipeline.runs.directory import RunDir
-from rlhf_pipeline.runs.models import find, locate, run_of
+from rlhf_pipeline.runs.models import find_policy, locate_model, run_of
 from rlhf_pipeline.settings import Settings
-from rlhf_pipeline.texts import shown
-from rlhf_pipeline.training.setup import quiet, say_taken
+from rlhf_pipeline.texts import printable
+from rlhf_pipeline.training.setup import print_input, quiet
 
 HELP = {"/reset": "begin a new conversation", "/help": "show this list", "/quit": "leave (or Ctrl-D, Ctrl-C)"}
 
 
-class Growing(TextStreamer):
+class AnswerStreamer(TextStreamer):
     """Prints an answer in the terminal while it is sampled."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Print the new text. Control characters become escapes, because a model wrote them."""
-        print(shown(text), end="\n" if stream_end else "", flush=True)
+        print(printable(text), end="\n" if stream_end else "", flush=True)
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Talk:
         uniforms, limits = torch.rand(self.length, 1, generator=self.generator), torch.tensor([self.length])
         said = []
         for who, ids in zip(self.policies, asked, strict=True):
-            growing = Growing(who.policy.tokenizer, skip_special_tokens=True) if grows else None
+            growing = AnswerStreamer(who.policy.tokenizer, skip_special_tokens=True) if grows else None
             batch = sample(who.policy.model, [ids], limits, who.sampling, uniforms, growing and growing.put)
             if growing:
                 growing.end()
@@ -79,7 +79,7 @@ class Talk:
         room, turns = room_for_prompts(policy.model, self.length), self.turns.get(place, ())
         for dropped in range(0, len(turns) + 1, 2):  # a question with its answer: templates begin with the user
             prompt = (*turns[dropped:], Turn("user", text)) if self.converses else text
-            ids = encode(policy.tokenizer, [written(policy.tokenizer, prompt)])[0]
+            ids = encode(policy.tokenizer, [format_prompt(policy.tokenizer, prompt)])[0]
             if len(ids) <= room:
                 break
         if not 1 <= len(ids) <= room:
@@ -88,7 +88,7 @@ class Talk:
                 f"{self.length}; use fewer words, or lower chat.response_length."
             )
         if dropped:
-            note(f"{name}: the conversation no longer fits, so its oldest turns are dropped")
+            print_remark(f"{name}: the conversation no longer fits, so its oldest turns are dropped")
         self.turns[place] = turns[dropped:]
         return ids
 
@@ -104,7 +104,7 @@ def run(settings: Settings, out: RunDir) -> None:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers alone
             talk = open_talk(settings, out)
         if terminal:
-            note("/help lists the commands")
+            print_remark("/help lists the commands")
         for text in settings.chat.prompt or prompts(talk, terminal):
             try:
                 grows = terminal and len(talk.policies) == 1
@@ -112,7 +112,7 @@ def run(settings: Settings, out: RunDir) -> None:
             except UserError as error:
                 if not terminal:
                     raise
-                note(f"error: {error}")
+                print_remark(f"error: {error}")
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)
@@ -122,22 +122,22 @@ def run(settings: Settings, out: RunDir) -> None:
 
 def prompts(talk: Talk, terminal: bool) -> Iterator[str]:
     """Yield the lines that are neither empty nor commands, and run the commands."""
-    for line in typed() if terminal else sys.stdin:
+    for line in typed_lines() if terminal else sys.stdin:
         word = line.strip()
         if word == "/quit":
             return
         if word == "/reset":
             talk.turns.clear()
-            note("a new conversation")
+            print_remark("a new conversation")
         elif word == "/help":
-            note("\n".join(f"{name:<8}{what}" for name, what in HELP.items()))
+            print_remark("\n".join(f"{name:<8}{what}" for name, what in HELP.items()))
         elif terminal and word[:1] == "/" and word[1:].isalpha():
-            note(f"there is no command {word}. {suggest(word, HELP)}Known: {', '.join(HELP)}.")
+            print_remark(f"there is no command {word}. {did_you_mean(word, HELP)}Known: {', '.join(HELP)}.")
         elif word:
             yield line.rstrip("\r\n")
 
 
-def typed() -> Iterator[str]:
+def typed_lines() -> Iterator[str]:
     """Yield lines from the terminal, with history and editing if the standard library has readline."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (input() uses it)
@@ -152,16 +152,16 @@ def show(answers: list[tuple[str, str, float | None]], terminal: bool, printed: 
     if terminal and len(answers) > 1:
         return side_by_side(answers)
     for name, answer, reward in answers:
-        label = f"{shown(name)}: " if len(answers) > 1 else ""
+        label = f"{printable(name)}: " if len(answers) > 1 else ""
         if not printed:
-            print(f"{label}{shown(answer)}", flush=True)
+            print(f"{label}{printable(answer)}", flush=True)
         if reward is not None:
-            note(f"{label}reward {reward:.3f}")
+            print_remark(f"{label}reward {reward:.3f}")
 
 
-def note(text: str) -> None:
+def print_remark(text: str) -> None:
     """Print a remark on stderr: stdout is for answers alone."""
-    print(shown(text), file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def open_talk(settings: Settings, out: RunDir) -> Talk:
@@ -172,14 +172,14 @@ def open_talk(settings: Settings, out: RunDir) -> Talk:
             f"{out.runs / out.name} has no policy to talk to; 'make sft NAME={out.name}' makes one, or give name= or "
             "policy.path=."
         )
-    place = locate(first)
+    place = locate_model(first)
     made_by = run_of(place)
     home = made_by or out
     places = [(made_by.stage if made_by else place, place)]
     if settings.against:
-        places.append((settings.against, find(settings.against, home)))
+        places.append((settings.against, find_policy(settings.against, home)))
     for _, path in places:
-        say_taken("policy", shown(path))
+        print_input("policy", printable(path))
     chat, seed = settings.chat, settings.seed
     how = {"temperature": chat.temperature, "response_length": chat.response_length}
     policies = open_all(places, home, settings.policy, **how)
@@ -192,7 +192,7 @@ def _converses(run: RunDir | None, policy: Policy, seed: int) -> bool:
     """Return whether a policy was trained on conversations. Its run's data decides, or else its tokenizer."""
     if run is not None:
         choice = run.config()["data"]
-        if (kind := data.kind(choice["name"])) in (Text, Code, Labelled, Dialogue):
+        if (kind := data.row_type(choice["name"])) in (Text, Code, Labelled, Dialogue):
             return kind is Dialogue
         with contextlib.suppress(UserError):  # the data may have been moved
             return conversational(data.load_data(choice, seed).test)
@@ -210,7 +210,7 @@ def _judge(settings: Settings, home: RunDir) -> Reward | None:
         if settings.chat.reward:
             raise
         if not isinstance(error, NotFinishedError):  # a run without a reward needs no note
-            note(f"no reward is shown: {error}")
+            print_remark(f"no reward is shown: {error}")
         return None
-    say_taken("reward", shown(where))
+    print_input("reward", printable(where))
     return reward

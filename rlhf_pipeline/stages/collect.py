@@ -10,20 +10,20 @@ from typing import Any
 from rlhf_pipeline.data import fingerprint
 from rlhf_pipeline.data.tokenization import Question, columns_of, questions
 from rlhf_pipeline.errors import NotFinishedError, UserError
-from rlhf_pipeline.evaluation.lineup import policy_at, sampler, with_room
+from rlhf_pipeline.evaluation.lineup import make_sampler, policy_at, with_room
 from rlhf_pipeline.feedback.candidates import Asker
-from rlhf_pipeline.feedback.labelling import bring_pulled, note_progress, offer, rank
+from rlhf_pipeline.feedback.labelling import note_progress, pull_labels, rank_by_reward, write_label_files
 from rlhf_pipeline.files import read_jsonl, write_jsonl
 from rlhf_pipeline.hub import model_folder
 from rlhf_pipeline.models.policies import registry
 from rlhf_pipeline.models.rewards import Reward, load_reward, trained_part
 from rlhf_pipeline.processes import agree
 from rlhf_pipeline.progress import progress
-from rlhf_pipeline.registry import said_as
+from rlhf_pipeline.registry import rename_in_errors
 from rlhf_pipeline.runs.directory import CANDIDATES, CANDIDATES_SO_FAR, LABELS, PROJECT, RunDir
-from rlhf_pipeline.runs.models import find
+from rlhf_pipeline.runs.models import find_policy
 from rlhf_pipeline.settings import SAMPLING, Settings
-from rlhf_pipeline.training.setup import quiet, say_taken, take_data
+from rlhf_pipeline.training.setup import print_input, quiet, read_data
 
 
 def run(settings: Settings, out: RunDir) -> None:
@@ -38,13 +38,13 @@ def run(settings: Settings, out: RunDir) -> None:
         return
     if reward is not None:
         noise, seed = (settings.labeler or {}).get("noise", 0.0), f"{settings.seed} {out.round}"
-        found, agreement = rank(read_jsonl(out.path / CANDIDATES), reward, noise, seed)
+        found, agreement = rank_by_reward(read_jsonl(out.path / CANDIDATES), reward, noise, seed)
         people = [row for row in read_jsonl(out.path / LABELS) if row.get("source")]
         write_jsonl(out.path / LABELS, found + people)
         print(f"{judge} ranked the answers; {agreement:.1%} of the pairs are in the order without noise", flush=True)
     elif (out.path / PROJECT).exists():
         try:
-            bring_pulled(out)
+            pull_labels(out)
         except UserError as error:  # the server may not be running
             print(f"note: no new labels from Label Studio: {error}", flush=True)
     note_progress(settings.collect, out)
@@ -55,16 +55,16 @@ def _labeler(settings: Settings, out: RunDir) -> tuple[Reward | None, str]:
     choice = settings.labelling_reward
     if choice is None:
         return None, ""
-    with said_as("labeler", "reward"):
+    with rename_in_errors("labeler", "reward"):
         return load_reward(choice, out.upstream("reward", reward=trained_part(choice)))
 
 
 def _collect(settings: Settings, out: RunDir, reward: Reward | None, judge: dict[str, str]) -> None:
     """Sample the candidates. Batches of prompts that an earlier run finished are kept."""
-    collect, number, rows = settings.collect, out.round or 1, take_data(settings.data, settings.seed)
+    collect, number, rows = settings.collect, out.round or 1, read_data(settings.data, settings.seed)
     places = _policies(settings, out)
     for where in places:
-        say_taken("policy", where)
+        print_input("policy", where)
     policies = {where: policy_at(settings.policy, where) for where in places}
     opened = list(policies.values())
     every = questions(rows.train, opened[0].tokenizer, settings.data, settings.seed)
@@ -74,7 +74,7 @@ def _collect(settings: Settings, out: RunDir, reward: Reward | None, judge: dict
     parents = {f"policy[{n}]" if n else "policy": where for n, where in enumerate(places)}
     out.begin(settings, {**parents, **judge}, fingerprint(settings.data, rows))
     as_ppo = {key: getattr(collect, key) for key in SAMPLING}
-    sampling = {where: sampler(where, policy, as_ppo).sampling for where, policy in policies.items()}
+    sampling = {where: make_sampler(where, policy, as_ppo).sampling for where, policy in policies.items()}
     asker = Asker(policies, sampling, collect, f"{settings.seed} {number}")
     asked = choose(every, collect.prompts, number)
     kept, begun = agree(lambda: _finished(out, collect.batch_size))
@@ -95,7 +95,7 @@ def _collect(settings: Settings, out: RunDir, reward: Reward | None, judge: dict
     for count, lack in ((len(asked) - len(kept), "no two"), (few, f"fewer than {collect.answers}")):
         if count:
             print(f"{count} of {len(asked)} prompts got {lack} different answers", flush=True)
-    offer(out, kept, settings.report.lang)
+    write_label_files(out, kept, settings.report.lang)
     os.replace(out.path / CANDIDATES_SO_FAR, out.path / CANDIDATES)
 
 
@@ -107,7 +107,7 @@ def _policies(settings: Settings, out: RunDir) -> list[str]:
         print("note: collect.policies names ppo, which exists from round 2 on", flush=True)
     if names or later:
         before = out.in_round(out.round - 1) if out.round and later else out
-        return [find(name, before if name == "ppo" else out) for name in names or ["ppo"]]
+        return [find_policy(name, before if name == "ppo" else out) for name in names or ["ppo"]]
     upstream = None if settings.policy.get("path") else out.upstream("sft", "pretrain", policy=settings.policy)
     if where := upstream or registry.build(settings.policy).path:
         return [model_folder(str(where))]

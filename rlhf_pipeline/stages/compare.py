@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from rlhf_pipeline.composition import settings_of
 from rlhf_pipeline.errors import NotFinishedError, UserError
-from rlhf_pipeline.evaluation.algorithms import over_seeds
-from rlhf_pipeline.evaluation.frontier import Point, places_of, start_of
+from rlhf_pipeline.evaluation.algorithms import means_over_seeds
+from rlhf_pipeline.evaluation.frontier import Point, policies_by_step, start_key
 from rlhf_pipeline.files import read_json, read_jsonl, read_log, write_json
 from rlhf_pipeline.hub import model_folder
 from rlhf_pipeline.ppo.config import PPOConfig
@@ -23,8 +23,8 @@ from rlhf_pipeline.runs.lineage import parent
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.stages.evaluate import asked_sampling, load_rewards, measure_points
 from rlhf_pipeline.sweeps.jobs import job_name, read_job, run_job
-from rlhf_pipeline.training.setup import quiet, say_taken
-from rlhf_pipeline.words import read, typed
+from rlhf_pipeline.training.setup import print_input, quiet
+from rlhf_pipeline.words import read_command_line, setting_word
 
 
 class Trial(NamedTuple):
@@ -54,7 +54,7 @@ class Trial(NamedTuple):
     def cost(self) -> dict[str, float]:
         """The tokens that it sampled to learn from, and its time in seconds."""
         seconds = sum(out.record["seconds"] for out in self.folders)
-        return {"sampled_tokens": sum(map(sampled, self.folders)), "seconds": seconds}
+        return {"sampled_tokens": sum(map(sampled_tokens, self.folders)), "seconds": seconds}
 
 
 def run(settings: Settings, out: RunDir) -> None:
@@ -64,17 +64,17 @@ def run(settings: Settings, out: RunDir) -> None:
     if not (found := settings.policy.get("path") or upstream):
         raise NotFinishedError("there is no policy to start from yet; run stage=sft first, or give policy.path=.")
     start = model_folder(str(found))
-    trials = plan(settings, start)
-    say_taken("policy", start)
+    trials = plan_trials(settings, start)
+    print_input("policy", start)
     rewards, judged_by = load_rewards(settings, out)
-    run_all(trials, settings)
+    run_trials(trials, settings)
     sampling = next((stage.trainer for trial in trials for stage in trial.stages if stage.stage == "ppo"), {})
-    key = start_of(parent(start), settings.seed, sampling, asked_sampling(settings))
+    key = start_key(parent(start), settings.seed, sampling, asked_sampling(settings))
     done = [trial for trial in trials if trial.done]
     points = [
         Point(trial.run, step, job.record["started"], key, place, job)
         for trial, job in ((trial, trial.folders[-1]) for trial in done)
-        for step, place in places_of(job).items()
+        for step, place in policies_by_step(job).items()
     ]
     failed = [trial.name for trial in trials if not trial.done]
     errors = "; ".join(f"{name}: {read_job(out.runs / name).get('error')}" for name in failed)
@@ -84,7 +84,7 @@ def run(settings: Settings, out: RunDir) -> None:
     whole, news = measure_points(settings, out, points, rewards, parents, out.path.parent)
     names = dict.fromkeys(trial.algorithm for trial in done)
     costs = {name: {trial.run: trial.cost for trial in done if trial.algorithm == name} for name in names}
-    means = over_seeds(whole["starts"][0], whole["points"], costs, settings.evaluate.bootstrap, settings.seed)
+    means = means_over_seeds(whole["starts"][0], whole["points"], costs, settings.evaluate.bootstrap, settings.seed)
     comparison = {"reward": whole["reward"], "failed": failed, **means}
     if news or comparison != read_json(out.path / COMPARISON):
         if not news:
@@ -99,7 +99,7 @@ def run(settings: Settings, out: RunDir) -> None:
         raise UserError(f"{len(failed)} of {len(trials)} runs failed; run the same command to retry them. {errors}")
 
 
-def plan(settings: Settings, start: str) -> list[Trial]:
+def plan_trials(settings: Settings, start: str) -> list[Trial]:
     """Return the trials of all algorithms and seeds, from one policy. Raises UserError if one of them cannot be run."""
     asked, found = settings.comparison, list[Trial]()
     algorithms = {name: said for name, said in asked.algorithms.items() if said}
@@ -111,13 +111,13 @@ def plan(settings: Settings, start: str) -> list[Trial]:
     for seed in dict.fromkeys(asked.seeds):
         for algorithm, said in algorithms.items():
             name = f"{settings.name}/{job_name([algorithm, f'seed={seed}'])}"
-            about = [typed("name", name), typed("runs", settings.runs), f"seed={seed}"]
-            about += [f"experiment={settings.experiment or 'null'}", typed("policy.path", start)]
+            about = [setting_word("name", name), setting_word("runs", settings.runs), f"seed={seed}"]
+            about += [f"experiment={settings.experiment or 'null'}", setting_word("policy.path", start)]
             about += ["overwrite=true"] * settings.overwrite
             every = [said] if isinstance(said, str) else said
             try:
                 commands = [_overrides(command, about, asked.typed) for command in every]
-                stages = [settings_of(read(command)[0]) for command in commands]
+                stages = [settings_of(read_command_line(command)[0]) for command in commands]
                 for stage in stages:
                     RunDir.of(stage).finished(stage, look=True)  # refuses a folder with different work
             except UserError as error:
@@ -134,7 +134,7 @@ def _overrides(command: str, about: Sequence[str], rest: Sequence[str]) -> list[
     return [*own, *(word for word, key in said.items() if not {key, key.partition(".")[0]} & keys)]
 
 
-def run_all(trials: Sequence[Trial], settings: Settings) -> None:
+def run_trials(trials: Sequence[Trial], settings: Settings) -> None:
     """Run the commands that are not done, each in a process of its own. If one fails, the other runs continue."""
     count = settings.comparison.at_once
     if count > 1:  # otherwise the threads of several runs wait for each other
@@ -155,7 +155,7 @@ def run_all(trials: Sequence[Trial], settings: Settings) -> None:
             raise
 
 
-def sampled(out: RunDir) -> int:
+def sampled_tokens(out: RunDir) -> int:
     """Return how many tokens a stage has sampled to learn from."""
     rows = [row for row in read_log(out.path / "metrics.jsonl") if "val/response_length" in row]
     before = [0, *(row["episode"] for row in rows)]

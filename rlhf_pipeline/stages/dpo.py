@@ -14,27 +14,27 @@ from trl import DPOConfig, DPOTrainer
 
 from rlhf_pipeline.data import fingerprint, texts
 from rlhf_pipeline.data.records import Preference, Ranking
-from rlhf_pipeline.data.templates import written
+from rlhf_pipeline.data.templates import format_prompt
 from rlhf_pipeline.data.tokenization import lesson
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.models.policies import Policy, load_policy, lora_config, without_adapter
 from rlhf_pipeline.progress import parts
 from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.settings import Settings
-from rlhf_pipeline.training.batching import Ordered
-from rlhf_pipeline.training.preferences import compare, preferences_of
-from rlhf_pipeline.training.setup import building, fit_length, say_taken, take_data, trainer_args, watch
+from rlhf_pipeline.training.batching import ResumableTrainer
+from rlhf_pipeline.training.preferences import comparisons_of, preferences_of
+from rlhf_pipeline.training.setup import attach_log, building, limit_length, print_input, read_data, trainer_args
 
 
 def run(settings: Settings, out: RunDir) -> None:
     """Train the policy to prefer the better answers, but to stay near its start, the reference."""
     args = trainer_args(DPOConfig, settings, out)
     source = preferences_of(out, settings.data)
-    rows = take_data(source, settings.seed)
+    rows = read_data(source, settings.seed)
     upstream = out.upstream("sft", "pretrain", policy=settings.policy)
     policy, where = load_policy(settings.policy, upstream, texts(rows.train), settings.seed)
-    say_taken("policy", where)
-    fit_length(args, policy.model)
+    print_input("policy", where)
+    limit_length(args, policy.model)
     train, test = (pairs(split, policy) for split in (rows.train, rows.test))
     out.begin(settings, {"policy": where}, fingerprint(source, rows))
     adapter = lora_config(settings.policy)
@@ -48,7 +48,7 @@ def run(settings: Settings, out: RunDir) -> None:
             processing_class=policy.tokenizer,
             peft_config=adapter,
         )
-    trainer.train(resume_from_checkpoint=watch(trainer, out))
+    trainer.train(resume_from_checkpoint=attach_log(trainer, out))
     trainer.evaluate()
     found = trainer.state.log_history[-1]
     if not out.leads:
@@ -59,7 +59,7 @@ def run(settings: Settings, out: RunDir) -> None:
     out.finish(results, objective=results["accuracy"])
 
 
-class PairTrainer(Ordered, DPOTrainer):
+class PairTrainer(ResumableTrainer, DPOTrainer):
     """TRL's DPOTrainer on rows of token ids, in an order that a resumed run repeats."""
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
@@ -72,8 +72,8 @@ class PairTrainer(Ordered, DPOTrainer):
 def pairs(rows: Sequence[Preference | Ranking], policy: Policy) -> Dataset:
     """Return token ids of prompts with their better and worse answers. Each answer ends with EOS."""
     columns: dict[str, list[Any]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "length": []}
-    for row in itertools.chain.from_iterable(parts(compare(rows), 100, "tokenize", "prompt")):
-        prompt = written(policy.tokenizer, row.prompt)
+    for row in itertools.chain.from_iterable(parts(comparisons_of(rows), 100, "tokenize", "prompt")):
+        prompt = format_prompt(policy.tokenizer, row.prompt)
         answers = [lesson(policy.tokenizer, [(prompt, False), (answer, True)]) for answer in row.answers]
         split = [len(ids) - sum(learnt) for ids, learnt in answers]
         ends = [[*ids[at:], policy.tokenizer.eos_token_id] for (ids, _), at in zip(answers, split, strict=True)]

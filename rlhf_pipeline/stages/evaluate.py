@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from rlhf_pipeline.data import Splits, begun_by, fingerprint, load_data, texts
+from rlhf_pipeline.data import Splits, count_known_prompts, fingerprint, load_data, texts
 from rlhf_pipeline.data.records import Demonstration, Row, Turn
 from rlhf_pipeline.data.tokenization import columns_of, conversational, questions
 from rlhf_pipeline.errors import NotFinishedError, UserError
@@ -28,7 +28,7 @@ from rlhf_pipeline.report.tables import evaluation_table, frontier_table
 from rlhf_pipeline.runs.directory import FRONTIER, RunDir
 from rlhf_pipeline.runs.models import run_of
 from rlhf_pipeline.settings import Settings
-from rlhf_pipeline.training.setup import check_languages, judges, quiet, say_taken, take_data
+from rlhf_pipeline.training.setup import check_languages, print_input, quiet, read_data, reward_origins
 
 _BEST_OF = 16  # answers per prompt to estimate a sweep's best of n, unless evaluate.best_of is set
 
@@ -42,10 +42,10 @@ def run(settings: Settings, out: RunDir) -> None:
     asked = settings.evaluate
     paths, reference = lineup.lineup(out, asked.policies, settings.policy)
     rewards, judged_by = load_rewards(settings, out)
-    rows = take_data(settings.data, settings.seed)
+    rows = read_data(settings.data, settings.seed)
     policies = lineup.open_all([*paths.items()], out, settings.policy, **asked_sampling(settings))
     for name, path in paths.items():
-        say_taken(name, path)
+        print_input(name, path)
     out.begin(settings, {**paths, **judged_by}, fingerprint(settings.data, rows))
 
     start = next(each for each in policies if each.name == reference)
@@ -63,12 +63,12 @@ def run(settings: Settings, out: RunDir) -> None:
     with progress(drawn, "evaluate", "prompt") as bar:
         task = dataclasses.replace(task, tick=bar.update)
         for each in policies:
-            answers[each.name] = comparison.measure(each, task)
+            answers[each.name] = comparison.measure_policy(each, task)
             if n and each is start:
-                tries = [comparison.draw(each, task, number) for number in range(1, n + 1)]
-                answers[f"best of {n}"] = comparison.measure(each, task, tries)
+                tries = [comparison.sample_answers(each, task, number) for number in range(1, n + 1)]
+                answers[f"best of {n}"] = comparison.measure_policy(each, task, tries)
             if asked.show:
-                shown[each.name] = comparison.draw(each, own)
+                shown[each.name] = comparison.sample_answers(each, own)
     if not out.leads:
         return
     seconds = time.monotonic() - begun
@@ -77,11 +77,11 @@ def run(settings: Settings, out: RunDir) -> None:
     last, trained = policies[-1].name, learnt_from([*paths.values()], rewards)
     evaluation = {
         "prompts": len(task.questions),
-        "prompts_in_training": begun_by([question.prompt for question in task.questions], rows.train),
+        "prompts_in_training": count_known_prompts([question.prompt for question in task.questions], rows.train),
         "reward": next(iter(rewards.values())).name,
         "reference": reference,
         "sampling": dataclasses.asdict(policies[0].sampling),
-        **comparison.compare(answers, last, reference, rewards, trained, task.prompts,
+        **comparison.evaluation_figures(answers, last, reference, rewards, trained, task.prompts,
                   examples=asked.examples, bootstrap=asked.bootstrap, seed=settings.seed),
         "shown": comparison.sample_rows(own.prompts, shown, next(iter(rewards))),
     }  # fmt: skip
@@ -106,7 +106,7 @@ def measure_sweep(settings: Settings, out: RunDir, folder: Path) -> None:
     jobs = list({point.job.path: point.job for point in points}.values())
     frontier.check_jobs(jobs, settings.labelling_reward or settings.reward, settings.data)
     rewards, judged_by = load_rewards(settings, jobs[0])
-    say_taken("sweep", f"{folder}: {len(points)} policies of {len(jobs)} runs")
+    print_input("sweep", f"{folder}: {len(points)} policies of {len(jobs)} runs")
     whole, news = measure_points(settings, out, points, rewards, judged_by, folder)
     if not news:
         return frontier_table(whole)
@@ -131,11 +131,11 @@ def measure_points(
 
     def found() -> dict[str, Any]:
         reward = next(iter(rewards.values())).name
-        return {"sweep": str(folder), "reward": reward, **frontier.laid_out(known, points)}
+        return {"sweep": str(folder), "reward": reward, **frontier.frontier_content(known, points)}
 
     if out.record.get("status") == "done" and not left and before == found():
         return before, False
-    out.begin(settings, parents, fingerprint(settings.data, take_data(settings.data, settings.seed)))
+    out.begin(settings, parents, fingerprint(settings.data, read_data(settings.data, settings.seed)))
     for row in frontier_rows(settings, left, known, rewards):
         known.append(row)
         write_json(place, found())
@@ -153,16 +153,16 @@ def frontier_rows(
     for start in dict.fromkeys(point.start for point in left):
         points, about = [point for point in left if point.start == start], json.loads(start)
         policy = lineup.policy_at(points[0].job.config()["policy"], about["path"])
-        who = lineup.sampler("start", policy, about["sampling"])
+        who = lineup.make_sampler("start", policy, about["sampling"])
         of_start = dataclasses.replace(settings, seed=about["seed"])
         rows = load_data(settings.data, about["seed"])
         task = make_task(of_start, [who], who, rows, rewards)
         new = all(row.get("key") != start for row in known)
         with progress((1 + len(points) + most * new) * len(task.questions), "frontier", "prompt") as bar:
             task = dataclasses.replace(task, tick=bar.update)
-            own = comparison.measure(who, task)
+            own = comparison.measure_policy(who, task)
             if new:
-                known_before = begun_by([question.prompt for question in task.questions], rows.train)
+                known_before = count_known_prompts([question.prompt for question in task.questions], rows.train)
                 counts = {"prompts": len(task.questions), "prompts_in_training": known_before}
                 yield frontier.start_row(start, own, task, most, settings.evaluate.bootstrap) | counts
             for point in points:
@@ -193,8 +193,8 @@ def load_rewards(settings: Settings, out: RunDir) -> tuple[dict[str, Reward], di
             found[name], where = load_reward(choice, next(filter(None, made), None))
         except UserError as error:
             raise type(error)(f"{role}: {error}" if number else str(error)) from error
-        say_taken(name if number else role, where)
-        lineage |= judges(found[name], where, role)
+        print_input(name if number else role, where)
+        lineage |= reward_origins(found[name], where, role)
     return found, lineage
 
 

@@ -23,7 +23,15 @@ from rlhf_pipeline.ppo.config import check_config
 from rlhf_pipeline.processes import processes
 from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.settings import Settings
-from rlhf_pipeline.training.setup import building, check_languages, judges, say_taken, take_data, trainer_args, watch
+from rlhf_pipeline.training.setup import (
+    attach_log,
+    building,
+    check_languages,
+    print_input,
+    read_data,
+    reward_origins,
+    trainer_args,
+)
 
 
 def run(settings: Settings, out: RunDir) -> None:
@@ -37,17 +45,17 @@ def run(settings: Settings, out: RunDir) -> None:
             "reference; leave it at its default."
         )
     reward, judge = load_reward(settings.reward, out.upstream("reward", reward=trained_part(settings.reward)))
-    rows = take_data(settings.data, settings.seed)
+    rows = read_data(settings.data, settings.seed)
     policy, where = load_policy(
         settings.policy,
         out.upstream("sft", "pretrain", policy=settings.policy),
         texts(rows.train),
         settings.seed,
     )
-    say_taken("policy", where)
+    print_input("policy", where)
     if where.endswith(", untrained"):
         print("warning: the policy is untrained; run stage=pretrain or stage=sft first, or give policy.path=")
-    say_taken("reward", judge)
+    print_input("reward", judge)
     check_languages(reward, policy.tokenizer, texts(rows.train))
     print(f"computing in {args.precision_choice}", flush=True)
     asked = questions(rows.train, policy.tokenizer, settings.data, settings.seed)
@@ -60,7 +68,7 @@ def run(settings: Settings, out: RunDir) -> None:
             raise UserError(f"trainer.eval_strategy needs some: {why}; lower trainer.per_device_train_batch_size.")
         print(f"warning: {why}; the run's result is its reward in training", flush=True)
     known = fingerprint(settings.data, rows)
-    parents = {"policy": where, **judges(reward, judge)}
+    parents = {"policy": where, **reward_origins(reward, judge)}
     pretraining = rows
     if args.ptx_coef and settings.ptx:
         pretraining = load_data(settings.ptx, settings.seed)
@@ -81,7 +89,7 @@ def run(settings: Settings, out: RunDir) -> None:
         )
     trainer.add_callback(SampleLog(trainer, out))
     trainer.on_warning = out.warn
-    trainer.train(watch(trainer, out))
+    trainer.train(attach_log(trainer, out))
     # Save first, so that a later error does not lose the training.
     out.save_model(lambda folder: trainer.save_model(str(folder), merge=True))
     last = [row for row in read_jsonl(out.path / "metrics.jsonl") if "objective/scores" in row][-10:]

@@ -15,16 +15,16 @@ from rlhf_pipeline.models.policies import make_policy
 from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.training.batching import OrderedSFTTrainer
-from rlhf_pipeline.training.setup import building, fit_length, sharded_weights, take_data, trainer_args, watch
+from rlhf_pipeline.training.setup import attach_log, building, limit_length, read_data, sharded_weights, trainer_args
 
 
 def run(settings: Settings, out: RunDir) -> None:
     """Train the policy on all of each text, packed into blocks."""
     args = trainer_args(SFTConfig, settings, out)
-    rows = take_data(settings.data, settings.seed, answers=True)
+    rows = read_data(settings.data, settings.seed, answers=True)
     out.begin(settings, {}, fingerprint(settings.data, rows))
     policy = make_policy(settings.policy, texts(rows.train), settings.seed)
-    fit_length(args, policy.model)
+    limit_length(args, policy.model)
     parameters = policy.model.num_parameters() / 1e6
     print(
         f"a GPT-2 of {parameters:.2f} M parameters, {len(policy.tokenizer)} tokens, {len(rows.train)} texts", flush=True
@@ -42,7 +42,7 @@ def run(settings: Settings, out: RunDir) -> None:
             eval_dataset=Dataset.from_dict({"input_ids": test}),
             processing_class=policy.tokenizer,
         )
-    trainer.train(resume_from_checkpoint=watch(trainer, out))
+    trainer.train(resume_from_checkpoint=attach_log(trainer, out))
     loss = trainer.evaluate()["eval_loss"]
     weights = sharded_weights(trainer)
     if not out.leads:

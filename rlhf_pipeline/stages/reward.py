@@ -17,7 +17,7 @@ from transformers import (
 )
 from trl import RewardConfig
 
-from rlhf_pipeline.data import Splits, fingerprint, kind, load_data, texts
+from rlhf_pipeline.data import Splits, fingerprint, load_data, row_type, texts
 from rlhf_pipeline.data.agreement import Labels
 from rlhf_pipeline.data.records import Labelled
 from rlhf_pipeline.data.templates import TEMPLATES
@@ -29,22 +29,22 @@ from rlhf_pipeline.models.classifiers import Scorer, open_classifier, settle_pad
 from rlhf_pipeline.models.precision import fuse_gelu
 from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.settings import Settings
-from rlhf_pipeline.training.classifier import ClassifierTrainer, check_language_model, tokenized
-from rlhf_pipeline.training.preferences import ComparisonTrainer, compare, preferences_of, shown
+from rlhf_pipeline.training.classifier import ClassifierTrainer, check_language_model, tokenize_labelled
+from rlhf_pipeline.training.preferences import ComparisonTrainer, as_demonstration, comparisons_of, preferences_of
 from rlhf_pipeline.training.quality import example_rows, is_near_chance, labelled_quality, preference_quality, scores
 from rlhf_pipeline.training.setup import (
+    attach_log,
     building,
-    fit_length,
-    say_taken,
+    limit_length,
+    print_input,
+    read_data,
     sharded_weights,
-    take_data,
     trainer_args,
-    watch,
 )
 
 # layers, width, heads of an encoder from scratch
 ENCODERS = {"tiny": (2, 128, 4), "mini": (4, 256, 4), "small": (6, 512, 8)}
-LABELS = {0: "negative", 1: "positive"}
+CLASS_NAMES = {0: "negative", 1: "positive"}
 _DEMONSTRATIONS = 1000  # enough for a mean
 
 
@@ -52,18 +52,18 @@ def run(settings: Settings, out: RunDir) -> None:
     """Train on the labelled texts or preferences, then measure on the held-out split."""
     args, choice = trainer_args(RewardConfig, settings, out), settings.reward
     source = preferences_of(out, settings.data) if choice["name"] == "preference_model" else settings.data
-    labelled = kind(source["name"]) is Labelled
+    labelled = row_type(source["name"]) is Labelled
     _check(choice, source["name"], labelled)
-    rows = take_data(source, settings.seed)
+    rows = read_data(source, settings.seed)
     model, tokenizer, where = _start(settings, out, texts(rows.train), 2 if labelled else 1)
     if choice.get("lm_coef"):
         check_language_model(model)
-    say_taken("start", where)
+    print_input("start", where)
     paths = source["path"] if isinstance(source.get("path"), list) else []
     for path in paths:
-        say_taken("labels", path)
+        print_input("labels", path)
     lineage = {f"labels[{number}]" if number else "labels": path for number, path in enumerate(reversed(paths))}
-    longest = fit_length(args, model)
+    longest = limit_length(args, model)
     model.config.trained_cut = {"max_length": longest, "truncation_side": choice.get("truncation_side")}
     known = fingerprint(source, rows)
     fuse_gelu(model)
@@ -79,11 +79,11 @@ def run(settings: Settings, out: RunDir) -> None:
             lineage |= {"demonstrations": chosen["path"]} if chosen.get("path") else {}
         draw = random.Random(f"demonstrations {settings.seed}")
         some = draw.sample(shows, min(len(shows), _DEMONSTRATIONS))
-        demonstrations = [shown(row, tokenizer) for row in some]
+        demonstrations = [as_demonstration(row, tokenizer) for row in some]
     out.begin(settings, {"start": where, **lineage}, known)
     if rows.labels and out.leads:
         _say_labels(rows.labels, out)
-    trainer.train(resume_from_checkpoint=watch(trainer, out))
+    trainer.train(resume_from_checkpoint=attach_log(trainer, out))
     weights = sharded_weights(trainer)
     if not out.leads:
         return
@@ -145,13 +145,13 @@ def _check(choice: dict[str, Any], data: str, labelled: bool) -> None:
 
 def _trainer(model: Any, tokenizer: Any, args: RewardConfig, rows: Splits[Any], choice: dict[str, Any]) -> Any:
     if choice["name"] == "preference_model":
-        compared = [compare(split, choice.get("margin", 0.0)) for split in (rows.train, rows.test)]
+        compared = [comparisons_of(split, choice.get("margin", 0.0)) for split in (rows.train, rows.test)]
         if not all(compared):
             raise UserError(
                 "training and held-out data each need a prompt with two different answers; add preferences."
             )
         return ComparisonTrainer(model, args, tokenizer, *compared)
-    train, test = (tokenized(split, tokenizer, args.max_length) for split in (rows.train, rows.test))
+    train, test = (tokenize_labelled(split, tokenizer, args.max_length) for split in (rows.train, rows.test))
     collator = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=args.pad_to_multiple_of)
     more = {"processing_class": tokenizer, "lm_coef": choice.get("lm_coef", 0.0)}
     return ClassifierTrainer(model, args, collator, train, test, **more)
@@ -161,7 +161,7 @@ def _start(settings: Settings, out: RunDir, strings: Sequence[str], labels: int)
     """Return the model to train: `reward.path`, a new encoder, or this run's language model with a new head."""
     names: dict[str, Any] = {"num_labels": labels}
     if labels == 2:
-        names |= {"id2label": LABELS, "label2id": {name: index for index, name in LABELS.items()}}
+        names |= {"id2label": CLASS_NAMES, "label2id": {name: index for index, name in CLASS_NAMES.items()}}
     choice, policy, seed = settings.reward, settings.policy, settings.seed
     path, upstream = choice.get("path"), out.upstream("sft", "pretrain", policy=policy)
     if path is None and choice.get("base") == "encoder":

@@ -11,7 +11,7 @@ from datasets import Dataset
 from peft import get_peft_model
 from trl import SFTConfig
 
-from rlhf_pipeline.data import fingerprint, kind, texts
+from rlhf_pipeline.data import fingerprint, row_type, texts
 from rlhf_pipeline.data.records import Demonstration, Dialogue, Preference, Ranking
 from rlhf_pipeline.data.templates import template_of
 from rlhf_pipeline.data.tokenization import conversational, demonstrations, shortened
@@ -23,29 +23,29 @@ from rlhf_pipeline.settings import Settings
 from rlhf_pipeline.training.batching import OrderedSFTTrainer
 from rlhf_pipeline.training.preferences import preferences_of
 from rlhf_pipeline.training.setup import (
+    attach_log,
     building,
-    fit_length,
-    say_taken,
+    limit_length,
+    print_input,
+    read_data,
     sharded_weights,
-    take_data,
     trainer_args,
-    watch,
 )
 
 
 def run(settings: Settings, out: RunDir) -> None:
     """Train on the completions alone, unless `trainer.completion_only_loss=false`."""
     args = trainer_args(SFTConfig, settings, out)
-    compared = kind(settings.data["name"]) == Preference | Ranking
+    compared = row_type(settings.data["name"]) == Preference | Ranking
     source = preferences_of(out, settings.data) if compared else settings.data
-    rows = take_data(source, settings.seed, answers=True)
+    rows = read_data(source, settings.seed, answers=True)
     # Rejection sampling trains the policy that gave the answers.
     upstream = out.upstream(*(["sft"] if compared else []), "pretrain", policy=settings.policy)
     policy, where = load_policy(settings.policy, upstream, texts(rows.train), settings.seed)
-    say_taken("policy", where)
+    print_input("policy", where)
     if conversational(rows.train):
         policy.tokenizer.chat_template = template_of(policy.tokenizer)  # saved with the model, for all who use it
-    fit_length(args, policy.model)
+    limit_length(args, policy.model)
     fuse_gelu(policy.model)
     lessons = [
         demonstrations(split, policy.tokenizer, settings.data, settings.seed + number)
@@ -73,7 +73,7 @@ def run(settings: Settings, out: RunDir) -> None:
             processing_class=policy.tokenizer,
             peft_config=adapter,
         )
-    checkpoint = watch(trainer, out)
+    checkpoint = attach_log(trainer, out)
     logged = [row for row in read_log(out.path / "metrics.jsonl") if row["step"] == 0]
     args.eval_on_start = not logged  # not evaluate(): accelerate would then treat the model as prepared for training
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -18,7 +18,7 @@ from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.files import read_json, write_json
 from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.settings import LONGEST_NAME
-from rlhf_pipeline.words import as_typed
+from rlhf_pipeline.words import as_user_types
 
 JOB = "job.json"
 _ENVIRONMENT = "RLHF_PIPELINE_JOB"  # tells a job's process its folder
@@ -35,9 +35,9 @@ def job_name(swept: Sequence[str]) -> str:
     return (label or "job0") if len(label.encode()) <= LONGEST_NAME else f"job-{mark}"
 
 
-def settings_of(command: Sequence[str]) -> dict[str, str]:
+def result_settings(command: Sequence[str]) -> dict[str, str]:
     """Return the settings that determine a command's result; jobs that share them differ only in the seed."""
-    typed = ("experiment=null" if word == "~experiment" else as_typed(word) for word in command)
+    typed = ("experiment=null" if word == "~experiment" else as_user_types(word) for word in command)
     settings = dict(word.lstrip("+").partition("=")[::2] for word in typed)
     return {key: value for key, value in settings.items() if not _NOT_WORK.fullmatch(key)}
 
@@ -54,16 +54,16 @@ def read_job(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def note(folder: Path, **values: Any) -> None:
+def update_job(folder: Path, **values: Any) -> None:
     """Add values to the job.json of a job."""
     write_json(folder / JOB, {**read_job(folder), **values})
 
 
-def note_error(message: str) -> None:
+def record_error(message: str) -> None:
     """Add the message to job.json, if this process is a job's."""
     if folder := os.environ.get(_ENVIRONMENT):
         with contextlib.suppress(OSError):  # as when the disk is full
-            note(Path(folder), error=message)
+            update_job(Path(folder), error=message)
 
 
 def run_job(runs: Path, name: str, stage: str, command: Sequence[str]) -> float | None:
@@ -73,7 +73,7 @@ def run_job(runs: Path, name: str, stage: str, command: Sequence[str]) -> float 
     """
     folder = runs / name
     print(f"\n== {name}", flush=True)
-    note(folder, error=None)
+    update_job(folder, error=None)
     words = [sys.executable, "-m", "rlhf_pipeline", *command]
     with subprocess.Popen(words, env={**os.environ, _ENVIRONMENT: str(folder)}) as process:
         try:
@@ -82,15 +82,15 @@ def run_job(runs: Path, name: str, stage: str, command: Sequence[str]) -> float 
             process.wait()
             code = 130
     if code in (130, -2):
-        note(folder, status="interrupted")
+        update_job(folder, status="interrupted")
         raise KeyboardInterrupt
     out = RunDir(runs, name, stage).newest_round()
     objective = out.objective()
     if code == 0 and is_number(objective):
-        note(folder, status="done", exit=0)
+        update_job(folder, status="done", exit=0)
         return objective
     error = read_job(folder).get("error") or out.record.get("error") or f"exit status {code}"
     if code <= 0:
         error = f"killed by signal {-code}" if code else f"the objective is {objective}; overwrite=true runs it again"
-    note(folder, status="failed", exit=code or 1, error=error)
+    update_job(folder, status="failed", exit=code or 1, error=error)
     return None

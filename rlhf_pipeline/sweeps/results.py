@@ -7,8 +7,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 from rlhf_pipeline.files import read_json, write_json
-from rlhf_pipeline.report.files import config, members
-from rlhf_pipeline.report.summary import command, say
+from rlhf_pipeline.report.files import as_dict, read_config
+from rlhf_pipeline.report.summary import command, print_line
 from rlhf_pipeline.report.sweep import sweep_page
 from rlhf_pipeline.report.tables import sweep_table
 from rlhf_pipeline.report.words import Words
@@ -33,7 +33,7 @@ def report_sweep(folder: Path, stage: str, jobs: Collection[str], kl_budget: flo
     sweep_table(found, jobs)
     print(f"{page} shows the sweep", flush=True)
     if ppo_jobs(folder):
-        say("next", command("evaluate", str(folder.parent), sweep=folder.name))
+        print_line("next", command("evaluate", str(folder.parent), sweep=folder.name))
 
 
 def write_sweep(folder: Path, lang: str | None = None) -> Path:
@@ -45,8 +45,8 @@ def write_sweep(folder: Path, lang: str | None = None) -> Path:
     noted = [read_job(path.parent) for path in sorted(folder.glob(f"*/{JOB}"))]
     stage = before.get("stage") or next((job["stage"] for job in noted if "stage" in job), "")
     found = summarise(folder, stage, before.get("kl_budget"))
-    own = config(folder / found["jobs"][0]["job"] / stage) if found["jobs"] else {}
-    return sweep_page(folder / "report.html", found, Words(lang or members(own.get("report")).get("lang")))
+    own = read_config(folder / found["jobs"][0]["job"] / stage) if found["jobs"] else {}
+    return sweep_page(folder / "report.html", found, Words(lang or as_dict(own.get("report")).get("lang")))
 
 
 def summarise(folder: Path, stage: str, kl_budget: float | None = None) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class EpochSampler(Sampler[int]):
         return iter([row for rows in batches for row in rows] + order[len(alike) :])
 
 
-class Shares(BatchSampler):
+class RankBatchSampler(BatchSampler):
     """One process's rows of each batch of all processes. Every row goes to exactly one process.
 
     The last batch may be smaller, so a process may get no rows of it.
@@ -77,7 +77,7 @@ def row_lengths(rows: Dataset) -> list[int]:
     return found
 
 
-class Ordered(Trainer):
+class ResumableTrainer(Trainer):
     """A trainer that after a resume, in any epoch, continues as if it had not stopped.
 
     A step's loss is the mean over all rows or all tokens of the step. The held-out loss is the mean over all held-out
@@ -125,7 +125,7 @@ class Ordered(Trainer):
 
         return DataLoader(
             rows,
-            batch_sampler=Shares(order, size * world, drop_last, args.process_index, world),
+            batch_sampler=RankBatchSampler(order, size * world, drop_last, args.process_index, world),
             collate_fn=collate,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
@@ -177,7 +177,7 @@ class Ordered(Trainer):
         self.accelerator.wait_for_everyone()  # each process adds its random state; only then is the folder complete
 
 
-class Counted(Ordered):
+class SumLossTrainer(ResumableTrainer):
     """A trainer whose loss is a sum over rows, divided by all rows of the step. Its metrics are computed likewise."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -216,7 +216,7 @@ class Counted(Ordered):
         super().log(logs, start_time)
 
 
-class OrderedSFTTrainer(Ordered, SFTTrainer):
+class OrderedSFTTrainer(ResumableTrainer, SFTTrainer):
     """TRL's SFTTrainer in this order. Its loss is the mean over the predicted tokens.
 
     The head is applied to these tokens alone, and their logits are not kept. TRL 1.16 does this on a GPU only.

@@ -13,10 +13,10 @@ from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.models.likelihood import summed_losses
 from rlhf_pipeline.models.networks import looks_ahead
 from rlhf_pipeline.progress import parts
-from rlhf_pipeline.training.batching import Counted
+from rlhf_pipeline.training.batching import SumLossTrainer
 
 
-def tokenized(rows: Sequence[Labelled], tokenizer: Any, longest: int) -> Dataset:
+def tokenize_labelled(rows: Sequence[Labelled], tokenizer: Any, longest: int) -> Dataset:
     """Return the token ids (at most `longest`) and the class of each row."""
     ids: list[list[int]] = []
     for part in parts([row.text for row in rows], 200, "tokenize", "text"):
@@ -24,7 +24,7 @@ def tokenized(rows: Sequence[Labelled], tokenizer: Any, longest: int) -> Dataset
     return Dataset.from_dict({"input_ids": ids, "labels": [row.label for row in rows]})
 
 
-class ClassifierTrainer(Counted):
+class ClassifierTrainer(SumLossTrainer):
     """Trains a classifier and logs its accuracy, as TRL's RewardTrainer does.
 
     With `lm_coef` λ its trunk also learns language (Radford et al. 2018, section 3.2, L3 = L2 + λ L1). L1 is the mean
@@ -37,7 +37,7 @@ class ClassifierTrainer(Counted):
 
     def _counts(self, batch: dict[str, Any]) -> Tensor:
         counted = batch["labels"].ne(-100)
-        return torch.stack([counted.sum(), told(batch["attention_mask"][counted]).sum()])
+        return torch.stack([counted.sum(), predicted_tokens(batch["attention_mask"][counted]).sum()])
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
@@ -53,7 +53,7 @@ class ClassifierTrainer(Counted):
         figures = {"accuracy": ((outputs.logits.argmax(-1) == labels).sum(), own_rows)}
         if self.lm_coef:
             head = self.accelerator.unwrap_model(model).get_input_embeddings().weight
-            counted = told(inputs["attention_mask"] * labels.ne(-100)[:, None])
+            counted = predicted_tokens(inputs["attention_mask"] * labels.ne(-100)[:, None])
             states, targets = outputs.hidden_states[-1][:, :-1][counted], inputs["input_ids"][:, 1:][counted]
             language = summed_losses(states, head, None, targets).loss
             figures |= {"classification_loss": (loss * rows, own_rows), "lm_loss": (language, own_tokens)}
@@ -62,7 +62,7 @@ class ClassifierTrainer(Counted):
         return (loss, outputs) if return_outputs else loss
 
 
-def told(mask: Tensor) -> Tensor:
+def predicted_tokens(mask: Tensor) -> Tensor:
     """Return which tokens are predicted from the token before: (batch, time) to (batch, time - 1)."""
     return mask[:, 1:].bool() & mask[:, :-1].bool()
 

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.utils import pad
 
-from rlhf_pipeline.data import check_kind, kind
-from rlhf_pipeline.data.records import Demonstration, Dialogue, Preference, Prompt, Ranking, Row, answers, whole
-from rlhf_pipeline.data.sets import joined
-from rlhf_pipeline.data.templates import visible
+from rlhf_pipeline.data import check_kind, row_type
+from rlhf_pipeline.data.records import Demonstration, Dialogue, Preference, Prompt, Ranking, Row, answers, whole_text
+from rlhf_pipeline.data.sets import group_by_shared_answers
+from rlhf_pipeline.data.templates import visible_prompt
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.progress import parts
 from rlhf_pipeline.runs.directory import RunDir
-from rlhf_pipeline.training.batching import Counted
+from rlhf_pipeline.training.batching import SumLossTrainer
 
 _COLUMNS = ("texts", "better", "worse", "margin", "length")
 _PART = 200  # rows tokenized at once
@@ -44,7 +44,7 @@ class Comparison:
 
     def texts(self, tokenizer: Any) -> list[str]:
         """The prompt as rewards see it, with each answer."""
-        prompt = visible(tokenizer, self.prompt)
+        prompt = visible_prompt(tokenizer, self.prompt)
         return [prompt + answer for answer in self.answers]
 
 
@@ -53,7 +53,7 @@ def preferences_of(out: RunDir, choice: dict[str, Any]) -> dict[str, Any]:
 
     In rounds of human feedback, these are the labels of all rounds so far.
     """
-    if kind(choice["name"]) == Preference | Ranking and choice.get("path"):
+    if row_type(choice["name"]) == Preference | Ranking and choice.get("path"):
         return choice
     if paths := out.labels():
         said = choice if choice["name"] == "preferences" else {"name": "preferences"}
@@ -62,14 +62,14 @@ def preferences_of(out: RunDir, choice: dict[str, Any]) -> dict[str, Any]:
     return choice
 
 
-def compare(rows: Sequence[Preference | Ranking], margin: float = 0.0) -> list[Comparison]:
+def comparisons_of(rows: Sequence[Preference | Ranking], margin: float = 0.0) -> list[Comparison]:
     """Make one example of all C(K, 2) pairs of a ranking, and one of all pairs that share answers to a prompt.
 
     Ties make no pair. Pairs without shared answers become separate examples, even with the same prompt. So do pairs
     that share answers but have more than 16 answers in total: the batch would be too large, and each pair's weight too
     small. The margin is the pair's own, or else `margin` for every rank between the two.
     """
-    heads = joined([row.prompt for row in rows], rows)
+    heads = group_by_shared_answers([row.prompt for row in rows], rows)
     together: dict[tuple[str, int], list[tuple[str, str, float]]] = {}
     for number, row in enumerate(rows):
         if isinstance(row, Ranking):
@@ -94,19 +94,19 @@ def _comparison(prompt: Prompt, found: Sequence[tuple[str, str, float]]) -> Comp
     return Comparison(prompt, answers, tuple((place[better], place[worse], by) for better, worse, by in found))
 
 
-def shown(row: Row | Comparison, tokenizer: Any) -> str:
+def as_demonstration(row: Row | Comparison, tokenizer: Any) -> str:
     """Return a row as a demonstration: its prompt and its best answer, or its plain text."""
     match row:
         case Comparison():
-            return visible(tokenizer, row.prompt) + row.best
+            return visible_prompt(tokenizer, row.prompt) + row.best
         case Preference() | Ranking() | Demonstration():
-            return visible(tokenizer, row.prompt) + answers(row)[0]
+            return visible_prompt(tokenizer, row.prompt) + answers(row)[0]
         case Dialogue(turns=turns):
-            return visible(tokenizer, turns[:-1]) + turns[-1].text
-    return whole(row)
+            return visible_prompt(tokenizer, turns[:-1]) + turns[-1].text
+    return whole_text(row)
 
 
-def encode(texts: Sequence[str], tokenizer: Any, longest: int) -> list[list[int]]:
+def encode_with_eos(texts: Sequence[str], tokenizer: Any, longest: int) -> list[list[int]]:
     """Return the token ids of each text and EOS, at most `longest`, cut on the tokenizer's `truncation_side`.
 
     The stage sets it to left by default: a long prompt loses its beginning, and the answer stays. A tokenizer without
@@ -117,7 +117,7 @@ def encode(texts: Sequence[str], tokenizer: Any, longest: int) -> list[list[int]
     return [row + end for row in ids]
 
 
-def tokenized(
+def tokenize_comparisons(
     rows: Sequence[Comparison], tokenizer: Any, longest: int, name: str = "train"
 ) -> tuple[Dataset, list[Comparison], int]:
     """Return rows for `Collator`, their comparisons, and the number of pairs that are left out.
@@ -127,7 +127,7 @@ def tokenized(
     """
     kept, made, count = list[Comparison](), list[Dataset](), sum(len(row.pairs) for row in rows)
     for part in parts(rows, _PART, "tokenize", "prompt"):
-        ids = iter(encode([text for row in part for text in row.texts(tokenizer)], tokenizer, longest))
+        ids = iter(encode_with_eos([text for row in part for text in row.texts(tokenizer)], tokenizer, longest))
         values = []
         for row in part:
             of = dict(zip(row.answers, ids, strict=False))
@@ -175,7 +175,7 @@ class Collator:
         }
 
 
-class ComparisonTrainer(Counted, RewardTrainer):
+class ComparisonTrainer(SumLossTrainer, RewardTrainer):
     """TRL's RewardTrainer for any number of answers per prompt (Ouyang et al. 2022, section 3.5).
 
     Each answer goes through the model once. All pairs of a row come from its scores, in one batch, as one example. As
@@ -194,7 +194,9 @@ class ComparisonTrainer(Counted, RewardTrainer):
 
     def _prepare_dataset(self, dataset: Dataset, tokenizer: Any, args: RewardConfig, name: str) -> Dataset:
         """Tokenize the split `name`, after TRL has set up the tokenizer. TRL would drop rows that are too long."""
-        found, self.rows[name], self.left_out[name] = tokenized(self.rows[name], tokenizer, args.max_length, name)
+        found, self.rows[name], self.left_out[name] = tokenize_comparisons(
+            self.rows[name], tokenizer, args.max_length, name
+        )
         return found
 
     def _set_signature_columns_if_needed(self) -> None:

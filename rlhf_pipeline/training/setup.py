@@ -105,7 +105,7 @@ def use_threads(out: RunDir) -> None:
         print(f"computing on {threads} threads, as before", flush=True)
 
 
-def fit_length(args: Any, model: Any) -> int:
+def limit_length(args: Any, model: Any) -> int:
     """Limit `max_length`, in tokens, to the model's positions."""
     places = positions(model)
     args.max_length = min(args.max_length or (512 if places == sys.maxsize else places), places)
@@ -122,7 +122,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", module=f"({chatty})")
 
 
-def watch(trainer: transformers.Trainer, out: RunDir) -> str | None:
+def attach_log(trainer: transformers.Trainer, out: RunDir) -> str | None:
     """Log a trainer's rows to the run directory, show a bar, and return the checkpoint to resume from."""
     if out.stage != "ppo":  # PPO has no loader
         with building():
@@ -236,7 +236,7 @@ class Bar(TrainerCallback):
         self.bar.close()
 
 
-def judges(reward: Reward, where: str, role: str = "reward") -> dict[str, str]:
+def reward_origins(reward: Reward, where: str, role: str = "reward") -> dict[str, str]:
     """Return the origin of a reward and of each of its parts, for a run's lineage."""
     return {role: where, **{f"{role}.parts[{number}]": part for number, part in enumerate(reward.parts)}}
 
@@ -248,13 +248,13 @@ def check_languages(reward: Reward, tokenizer: Any, strings: Sequence[str]) -> N
             print(f"warning: {what}: {reason}", flush=True)
 
 
-def take_data(choice: dict[str, Any], seed: int, answers: bool = False) -> Splits[Any]:
+def read_data(choice: dict[str, Any], seed: int, answers: bool = False) -> Splits[Any]:
     """Print a line and read the chosen data. The line comes first, because large files take time."""
     path = choice.get("path") or ""
-    say_taken("data", f"{choice['name']} {path if isinstance(path, str) else ', '.join(path)}".rstrip())
+    print_input("data", f"{choice['name']} {path if isinstance(path, str) else ', '.join(path)}".rstrip())
     return load_data(choice, seed, answers)
 
 
-def say_taken(role: str, where: str) -> None:
+def print_input(role: str, where: str) -> None:
     """Print one line for an input of the stage."""
     print(f"{role:<7} {where}", flush=True)

@@ -35,7 +35,7 @@ from rlhf_pipeline.processes import end_at_once
 from rlhf_pipeline.settings import SECTIONS, STAGES, trainer_fields
 from rlhf_pipeline.stages import evaluate, ppo, reward, sft  # noqa: F401 (loaded for the children)
 from rlhf_pipeline.terminal import MESSAGE
-from rlhf_pipeline.texts import shown
+from rlhf_pipeline.texts import printable
 
 LIMIT = 60  # seconds; a longer input counts as hanging
 MEMORY = 6 << 30  # bytes of address space that an input may add
@@ -244,7 +244,7 @@ def fault_of(asked: Input, folder: Path, log: Path) -> str | None:
         return "no message"
     if code == 2 and len(last) > MESSAGE:
         return f"a message of {len(last)} characters"
-    if shown(text, keep="\n\t\r") != text:
+    if printable(text, keep="\n\t\r") != text:
         return "control characters on the screen"
     if (folder / "executed").exists():
         return "ran code of the input"
@@ -306,7 +306,7 @@ def fuzz(made: Path, count: int, seed: int, kinds: Sequence[str], keep: Path) ->
                 keep.mkdir(parents=True, exist_ok=True)
                 shutil.copy(log, keep / f"{number}.log") if log.exists() else None
                 (keep / f"{number}.json").write_text(json.dumps({"words": asked.words, "fault": fault}))
-                print(shown(failures[-1]), flush=True)
+                print(printable(failures[-1]), flush=True)
     return tried, failures
 
 

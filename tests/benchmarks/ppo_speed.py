@@ -183,7 +183,7 @@ def clock_ours(trainer: Any, stopwatch: Stopwatch) -> None:
     from rlhf_pipeline.ppo import lifecycle
 
     stopwatch.clock(lifecycle, "sample", "rollout")
-    stopwatch.clock(trainer, "judge", "reward")
+    stopwatch.clock(trainer, "batch_reward", "reward")
     stopwatch.clock(trainer.reference, "log_probs", "reference")
     stopwatch.clock(trainer.model, "forward", "forward")  # in the rollout and in each epoch
     begin = trainer.begin

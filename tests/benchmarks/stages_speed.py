@@ -39,7 +39,7 @@ from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from rlhf_pipeline.models.policies import train_tokenizer
 from rlhf_pipeline.models.precision import choose_bf16, fuse_gelu, native_bf16
-from rlhf_pipeline.training.batching import Ordered, OrderedSFTTrainer
+from rlhf_pipeline.training.batching import OrderedSFTTrainer, ResumableTrainer
 
 ROOT = Path(__file__).parents[2]
 LONGEST, VOCABULARY, BATCH = 512, 8192, 8
@@ -199,7 +199,7 @@ def trl_reward(rows: Rows, folder: str, quick: bool) -> Trainer:
     return RewardTrainer(scorer, args, train_dataset=preferences(rows), processing_class=rows.tokenizer)
 
 
-class OrderedRewardTrainer(Ordered, RewardTrainer):
+class OrderedRewardTrainer(ResumableTrainer, RewardTrainer):
     """TRL's, on batches of pairs of like length."""
 
 

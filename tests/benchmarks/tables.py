@@ -21,7 +21,7 @@ from typing import Any
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.files import read_json, read_jsonl, write_atomic, write_json, write_jsonl
-from rlhf_pipeline.report.cards import as_markdown, table
+from rlhf_pipeline.report.cards import as_markdown, markdown_table
 from rlhf_pipeline.report.charts import curves
 from rlhf_pipeline.report.figures import Table, comparison_tables, evaluation_tables, frontier_tables, name_of
 from rlhf_pipeline.report.files import columns
@@ -109,7 +109,7 @@ def quality(kept: Sequence[Kept], words: Words) -> str:
     keys = ("accuracy", "rows", "pairs", "length_correlation")
     rows = [[as_markdown(name), *(figure(key, own.get(key)) for key in keys)] for name, own in found.items()]
     about = dict.fromkeys(measured(one, words) for one in kept)
-    return f"{table(['', *map(words.name, keys)], rows)}\n\n{_wrapped(list(about), words)}"
+    return f"{markdown_table(['', *map(words.name, keys)], rows)}\n\n{_wrapped(list(about), words)}"
 
 
 def real(kept: Sequence[Kept], words: Words) -> str:
@@ -168,7 +168,7 @@ def measured(kept: Kept, words: Words) -> str:
 def _figures(found: Table, words: Words) -> str:
     keys = columns(found.rows.values())
     rows = [[name, *(figure(key, row.get(key)) for key in keys)] for name, row in found.rows.items()]
-    return str(table(["", *map(words.name, keys)], rows))
+    return str(markdown_table(["", *map(words.name, keys)], rows))
 
 
 def _evaluated(kept: Kept, words: Words) -> list[str]:

@@ -46,7 +46,7 @@ def chat(miniature: Path, command_line: CommandLine, capsys: pytest.CaptureFixtu
 
 def test_one_prompt_is_answered_by_the_newest_policy_and_nothing_else_is_on_stdout(chat: Chat, miniature: Path) -> None:
     before = content_hash(miniature)
-    with RunDir(miniature.parent, "demo", "ppo").held():  # a stage that is running is no hindrance
+    with RunDir(miniature.parent, "demo", "ppo").locked():  # a stage that is running is no hindrance
         out, err = chat("--prompt", "I saw this")
     assert out.count("\n") >= 1
     assert "policy" not in out

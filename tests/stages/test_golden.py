@@ -57,7 +57,7 @@ def settings_of(words: str, call: Callable[..., int], patch: pytest.MonkeyPatch)
         seen.append(settings.to_dict())
         raise UserError("seen")
 
-    patch.setattr("rlhf_pipeline.cli.work", run)
+    patch.setattr("rlhf_pipeline.cli.run_module", run)
     assert call(*words.split()) == 2
     assert len(seen) == 1, words
     return json.loads(json.dumps(seen[0]))  # type: ignore[no-any-return]

@@ -13,7 +13,7 @@ from conftest import MINIATURE, CommandLine
 from huggingface_hub import ModelCard
 
 from rlhf_pipeline import cli
-from rlhf_pipeline.report.cards import named
+from rlhf_pipeline.report.cards import with_model_id
 from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.runs.lineage import content_hash
 from rlhf_pipeline.settings import Hub
@@ -101,7 +101,7 @@ def test_the_hub_gives_a_model_back(miniature: Path, hub: dict[str, str]) -> Non
     """Its files, in a repository of the stand-in, open by the card's own code, with the id for a folder."""
     root = Path(hub["REQUESTS_LOG"]).parent
     shutil.copytree(miniature / "ppo" / "model", root / "models" / "me" / "tiny")
-    command = [sys.executable, "-c", code(named(card(miniature, "ppo"), "me/tiny"), "python")]
+    command = [sys.executable, "-c", code(with_model_id(card(miniature, "ppo"), "me/tiny"), "python")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False, env=hub, cwd=root)
     assert done.returncode == 0, done.stderr
     assert done.stdout

@@ -10,7 +10,7 @@ from conftest import MINIATURE, CommandLine
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from rlhf_pipeline.data import begun_by, load_data
+from rlhf_pipeline.data import count_known_prompts, load_data
 from rlhf_pipeline.data.tokenization import Question
 from rlhf_pipeline.files import read_jsonl
 from rlhf_pipeline.ppo import PPOTrainer
@@ -115,7 +115,7 @@ def test_policies_are_chosen_by_prompts_that_neither_ppo_nor_evaluate_uses(
     assert not learnt & validation
     rows = load_data({"name": "toy_reviews", "limit": 300}, seed=0)
     texts = [trainer.processing_class.decode(ids) for ids in validation]
-    assert begun_by(texts, rows.train) == len(texts)  # cut from the training split
+    assert count_known_prompts(texts, rows.train) == len(texts)  # cut from the training split
     record = json.loads((folder / "run.json").read_text())
     results = record["results"]
     assert record["objective"] == results["validation_score"]

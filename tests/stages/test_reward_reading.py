@@ -24,7 +24,7 @@ from rlhf_pipeline.models.classifiers import Scorer
 from rlhf_pipeline.models.policies import train_tokenizer
 from rlhf_pipeline.models.rewards import load_reward
 from rlhf_pipeline.stages import reward as stage
-from rlhf_pipeline.training.preferences import compare
+from rlhf_pipeline.training.preferences import comparisons_of
 
 POLICIES = ("gpt2", "gpt2, EOS pads", "llama, EOS pads")
 PAIRS = [{"prompt": f"Film {i}?", "chosen": " very good" * (1 + i % 4), "rejected": " no"} for i in range(60)]
@@ -119,7 +119,7 @@ def test_a_reward_model_reads_the_eos_at_the_end_of_each_text(
     model = AutoModelForSequenceClassification.from_pretrained("runs/r/reward/model")
     assert not type(model).__module__.startswith("rlhf_pipeline"), "the plain class, which opens anywhere"
     alone -= model.config.score_offset
-    rows = compare(load_data({"name": "preferences", "path": path, "test_share": 0.2}, 0).train)
+    rows = comparisons_of(load_data({"name": "preferences", "path": path, "test_share": 0.2}, 0).train)
     found, _ = load_reward({"name": "preference_model"}, Path("runs/r/reward"))
     scored = found([row.prompt for row in rows for _ in row.answers], [a for row in rows for a in row.answers])
     torch.testing.assert_close(padded - model.config.score_offset, alone, atol=1e-5, rtol=1e-5)

@@ -30,7 +30,14 @@ from rlhf_pipeline.files import read_jsonl
 from rlhf_pipeline.models.classifiers import Scorer
 from rlhf_pipeline.models.policies import train_tokenizer
 from rlhf_pipeline.models.rewards import load_reward
-from rlhf_pipeline.training.preferences import Comparison, ComparisonTrainer, compare, encode, shown, tokenized
+from rlhf_pipeline.training.preferences import (
+    Comparison,
+    ComparisonTrainer,
+    as_demonstration,
+    comparisons_of,
+    encode_with_eos,
+    tokenize_comparisons,
+)
 from rlhf_pipeline.training.quality import is_near_chance, preference_quality
 
 RANKING = Ranking("Which film?", (" the good one", " any one", " the bad one", " no"))
@@ -54,7 +61,7 @@ def comparison_trainer(
     folder: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None,
     rows: Sequence[Preference | Ranking] = ROWS, margin: float = 0.0, **options: Any,
 ) -> ComparisonTrainer:  # fmt: skip
-    found = compare(rows, margin)
+    found = comparisons_of(rows, margin)
     return ComparisonTrainer(model or tiny_model(), reward_args(folder, **options), tokenizer, found, found)
 
 
@@ -63,7 +70,7 @@ def comparison_trainer(
 
 def test_all_pairs_of_a_prompt_but_those_of_equal_answers() -> None:
     def pairs(row: Preference | Ranking, margin: float = 0.0) -> list[tuple[int, int, float]]:
-        return [pair for found in compare([row], margin) for pair in found.pairs]
+        return [pair for found in comparisons_of([row], margin) for pair in found.pairs]
 
     assert [p[:2] for p in pairs(RANKING)] == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
     assert [p[2] for p in pairs(RANKING, margin=0.5)] == [0.5, 1.0, 1.5, 0.5, 1.0, 0.5]
@@ -76,22 +83,22 @@ def test_all_pairs_of_a_prompt_but_those_of_equal_answers() -> None:
 def test_pairs_that_share_answers_to_a_prompt_are_put_together() -> None:
     rows = [Preference("p", "a", "b"), Preference("p", "a", "c"), Preference("p", "c", "b")]
     others = [Preference(f"q {i}", "a", "b") for i in range(4)]
-    first, *rest = compare([*rows, *others])
+    first, *rest = comparisons_of([*rows, *others])
     assert first == Comparison("p", ("a", "b", "c"), ((0, 1, 0.0), (0, 2, 0.0), (2, 1, 0.0)))
     assert first.best == "a"
     assert len(rest) == 4
-    assert compare(rows) == [first]
+    assert comparisons_of(rows) == [first]
     apart = [Preference("p", f"a {i}", f"b {i}") for i in range(300)]
-    assert [row.answers for row in compare(apart)] == [(f"a {i}", f"b {i}") for i in range(300)]
-    assert [row.pairs for row in compare(apart)] == [((0, 1, 0.0),)] * 300
+    assert [row.answers for row in comparisons_of(apart)] == [(f"a {i}", f"b {i}") for i in range(300)]
+    assert [row.pairs for row in comparisons_of(apart)] == [((0, 1, 0.0),)] * 300
 
 
 def test_pairs_that_share_one_answer_with_everything_are_not_put_together() -> None:
     everything = [Preference("p", f"a {i}", "I cannot say.") for i in range(40)]
-    assert [len(row.pairs) for row in compare(everything)] == [1] * 40
-    assert [len(row.pairs) for row in compare(everything[:9])] == [9]
+    assert [len(row.pairs) for row in comparisons_of(everything)] == [1] * 40
+    assert [len(row.pairs) for row in comparisons_of(everything[:9])] == [9]
     ranking = Ranking("p", tuple(f"r {i}" for i in range(20)))
-    assert [len(row.pairs) for row in compare([*everything, ranking])] == [1] * 40 + [190]
+    assert [len(row.pairs) for row in comparisons_of([*everything, ranking])] == [1] * 40 + [190]
 
 
 def test_labels_of_few_prompts_weigh_alike_and_make_small_batches(
@@ -114,31 +121,31 @@ def test_pairs_that_are_the_same_once_cut_are_left_out(tokenizer: PreTrainedToke
     long = "which film was good? " * 20
     rows = [Preference("q", "yes " + long, "no " + long), Preference("q", "yes", "no"),
             Ranking("r", ("the " + long, "one " + long, "short"))]  # fmt: skip
-    found, kept, same = tokenized(compare(rows), tokenizer, 24)
+    found, kept, same = tokenize_comparisons(comparisons_of(rows), tokenizer, 24)
     assert (same, len(found)) == (2, 2)
     assert [row.answers for row in kept] == [("yes", "no"), ("the " + long, "short", "one " + long)]
     assert kept[1].pairs == ((0, 1, 0.0), (2, 1, 0.0))
-    assert tokenized(compare(rows), tokenizer, 999)[1:] == (compare(rows), 0)
+    assert tokenize_comparisons(comparisons_of(rows), tokenizer, 999)[1:] == (comparisons_of(rows), 0)
 
 
 def test_a_row_as_a_demonstration(tokenizer: PreTrainedTokenizerBase) -> None:
     turns = (Turn("user", "good?"), Turn("assistant", "yes"))
-    assert shown(RANKING, tokenizer) == "Which film? the good one"
-    assert shown(Demonstration("good? ", "yes"), tokenizer) == "good? yes"
-    assert shown(Dialogue(turns), tokenizer) == shown(Demonstration(turns[:1], "yes"), tokenizer)
-    assert "good?" in shown(Preference(turns[:1], "yes", "no"), tokenizer)
+    assert as_demonstration(RANKING, tokenizer) == "Which film? the good one"
+    assert as_demonstration(Demonstration("good? ", "yes"), tokenizer) == "good? yes"
+    assert as_demonstration(Dialogue(turns), tokenizer) == as_demonstration(Demonstration(turns[:1], "yes"), tokenizer)
+    assert "good?" in as_demonstration(Preference(turns[:1], "yes", "no"), tokenizer)
 
 
 def test_a_long_text_loses_its_beginning_and_ends_with_eos(tokenizer: PreTrainedTokenizerBase) -> None:
     whole = tokenizer("which film was good?" * 9 + " the answer")["input_ids"]
-    (cut,) = encode(["which film was good?" * 9 + " the answer"], tokenizer, 20)
+    (cut,) = encode_with_eos(["which film was good?" * 9 + " the answer"], tokenizer, 20)
     assert cut == [*whole[-19:], tokenizer.eos_token_id]
 
 
 def test_training_and_scoring_read_the_same_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     model, texts = tiny_model().eval(), ["yes", "which film was good? " * 9 + "the bad one"]
     scorer = Scorer(model, tokenizer, 8, 24, truncation_side="left", append_eos=True)
-    direct = [model(torch.tensor([ids])).logits[0] for ids in encode(texts, tokenizer, 24)]
+    direct = [model(torch.tensor([ids])).logits[0] for ids in encode_with_eos(texts, tokenizer, 24)]
     torch.testing.assert_close(scorer.logits(texts), torch.stack(direct).detach(), atol=1e-6, rtol=1e-5)
 
 
@@ -149,9 +156,9 @@ def test_the_loss_is_the_mean_over_prompts_of_the_mean_over_pairs(
     found, gradient = loss_and_gradient(trainer)
     trainer.model.zero_grad()
     prompts = []
-    for row in compare(ROWS, 0.3):
+    for row in comparisons_of(ROWS, 0.3):
         texts = row.texts(tokenizer)
-        r = [trainer.model(torch.tensor([ids])).logits[0, 0] for ids in encode(texts, tokenizer, 32)]
+        r = [trainer.model(torch.tensor([ids])).logits[0, 0] for ids in encode_with_eos(texts, tokenizer, 32)]
         each = [-torch.sigmoid(r[i] - r[j] - m).log() + 0.1 * (r[i] + r[j]) ** 2 for i, j, m in row.pairs]
         prompts.append(torch.stack(each).mean())
     expected = torch.stack(prompts).mean()
@@ -191,14 +198,14 @@ def test_quality_of_rankings(tokenizer: PreTrainedTokenizerBase) -> None:
     scorer: Any = Short()
     scorer.tokenizer = tokenizer
     rows = [Ranking("", ("a", "bbb", "cc", "dd")), Preference("", "long", "no")]
-    quality = preference_quality(compare(rows), scorer)
+    quality = preference_quality(comparisons_of(rows), scorer)
     assert (quality["prompts"], quality["pairs"], quality["rows"]) == (2, 7, 2)
     assert quality["accuracy"] == pytest.approx(3 / 7)  # the first before all others; cc and dd tie, which is wrong
     assert quality["prompt_accuracy"] == pytest.approx((3 / 6 + 0) / 2)
     assert quality["score_mean"] == pytest.approx(-(1 + 3 + 2 + 2 + 4 + 2) / 6)
     assert quality["length_correlation"] == pytest.approx(-1)
     pairs = [Preference("one", f"a{i}", f"bb{i}") for i in range(3)] + [Preference("two", "long", "no")]
-    quality = preference_quality(compare(pairs), scorer)
+    quality = preference_quality(comparisons_of(pairs), scorer)
     assert (quality["prompts"], quality["pairs"], quality["prompt_accuracy"]) == (2, 4, 0.5)
 
 

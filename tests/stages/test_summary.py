@@ -12,7 +12,7 @@ from terminal import at_a_terminal, left_standing
 
 from rlhf_pipeline import composition
 from rlhf_pipeline.files import read_jsonl
-from rlhf_pipeline.report.summary import command, lasted, next_command, say_done
+from rlhf_pipeline.report.summary import command, lasted, next_command, print_done
 from rlhf_pipeline.runs.directory import RunDir
 
 STAGES = ("pretrain", "sft", "reward", "ppo", "evaluate")
@@ -20,7 +20,7 @@ STAGES = ("pretrain", "sft", "reward", "ppo", "evaluate")
 
 def test_a_summary_says_what_the_files_hold(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for stage in STAGES:
-        say_done(RunDir(Path("runs"), "demo", stage))
+        print_done(RunDir(Path("runs"), "demo", stage))
         result, took, made = capsys.readouterr().out.splitlines()
         record = json.loads((run / stage / "run.json").read_text())
         found = record["results"]

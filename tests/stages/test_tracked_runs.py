@@ -12,7 +12,7 @@ import pytest
 from conftest import MINIATURE, CommandLine
 
 from rlhf_pipeline.files import read_jsonl
-from rlhf_pipeline.report.trackers import literal
+from rlhf_pipeline.report.trackers import markdown_cell
 from rlhf_pipeline.runs.lineage import content_hash
 
 NOT_A_TOKEN = "hf_" + "NotARealToken" * 2
@@ -94,7 +94,7 @@ def test_tensorboard_has_the_samples(tracked: Path) -> None:
     rows = read_jsonl(tracked / "ppo" / "samples.jsonl")
     assert Counter(row["step"] for row in rows) == {step: table.count("\n") - 1 for step, table in shown.items()}
     for row in rows:
-        assert f"| {literal(row['prompt'])} | {literal(row['response'])} | " in shown[row["step"]]
+        assert f"| {markdown_cell(row['prompt'])} | {markdown_cell(row['response'])} | " in shown[row["step"]]
 
 
 def test_tensorboard_has_the_table_of_before_and_after(tracked: Path) -> None:
@@ -102,10 +102,10 @@ def test_tensorboard_has_the_table_of_before_and_after(tracked: Path) -> None:
     table = text(found, "evaluate/Before and after")[0]
     for policy, row in evaluation["metrics"].items():
         assert found.Scalars(f"evaluate/{policy}/reward_mean")[0].value == pytest.approx(row["reward_mean"])
-        assert f"| {policy} | {literal(row['reward_mean'])} | {literal(row['reward_stderr'])} |" in table
+        assert f"| {policy} | {markdown_cell(row['reward_mean'])} | {markdown_cell(row['reward_stderr'])} |" in table
     gains = text(found, "evaluate/Paired gain")[0]
     for pair, gain in evaluation["paired_gain"].items():
-        assert f"| {literal(pair)} | {literal(gain['mean'])} |" in gains
+        assert f"| {markdown_cell(pair)} | {markdown_cell(gain['mean'])} |" in gains
 
 
 def test_the_settings_are_shown_and_no_token_is(tracked: Path) -> None:

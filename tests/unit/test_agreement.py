@@ -2,9 +2,9 @@
 
 import pytest
 
-from rlhf_pipeline.data.agreement import settle
+from rlhf_pipeline.data.agreement import combine_judgements
 from rlhf_pipeline.data.records import Judgement, Preference, Ranking
-from rlhf_pipeline.training.preferences import Comparison, compare
+from rlhf_pipeline.training.preferences import Comparison, comparisons_of
 
 
 def said(order: str, by: str | None = None, prompt: str = "p", task: str | None = None) -> Judgement:
@@ -15,7 +15,7 @@ def said(order: str, by: str | None = None, prompt: str = "p", task: str | None 
 
 
 def test_rows_stand_in_the_order_of_the_judgements_and_are_counted() -> None:
-    rows, summary = settle(
+    rows, summary = combine_judgements(
         [
             Judgement("p", ("c", "r"), (1, 2), margin=0.5),
             Judgement("q", ("x", "y", "z"), (3, 1, 2)),
@@ -35,12 +35,12 @@ def test_rows_stand_in_the_order_of_the_judgements_and_are_counted() -> None:
 
 
 def test_judgements_of_the_same_answers_are_one_row_by_their_mean_ranks() -> None:
-    rows, summary = settle([said("a b c", "x"), said("b a c", "y"), said("c ab", "z", prompt="q")])
+    rows, summary = combine_judgements([said("a b c", "x"), said("b a c", "y"), said("c ab", "z", prompt="q")])
     assert rows == [Ranking("p", ("a", "b", "c"), (1.5, 1.5, 3)), Ranking("q", ("c", "a", "b"), (1, 2.5, 2.5))]
     assert (summary["pairs"], summary["ties"], summary["contradictions"], summary["annotators"]) == (4, 2, 1, 3)
     two, one = said("a b", "x"), said("b a", "y")
-    assert settle([two, said("a b", "z"), one])[0] == [Preference("p", "a", "b")], "two against one"
-    rows, summary = settle([two, one])
+    assert combine_judgements([two, said("a b", "z"), one])[0] == [Preference("p", "a", "b")], "two against one"
+    rows, summary = combine_judgements([two, one])
     assert rows == []
     assert (summary["pairs"], summary["ties"], summary["dropped"], summary["contradictions"]) == (0, 1, 2, 1)
 
@@ -48,20 +48,22 @@ def test_judgements_of_the_same_answers_are_one_row_by_their_mean_ranks() -> Non
 def test_a_margin_outlives_agreement_alone() -> None:
     for_a = [Judgement("p", ("a", "b"), (1, 2), "t", by, margin) for by, margin in (("x", 1.0), ("y", 2.0))]
     against = Judgement("p", ("a", "b"), (2, 1), "t", "z", 5.0)
-    assert settle(for_a)[0] == [Preference("p", "a", "b", 1.5)]
-    assert settle([*for_a, against])[0] == [Preference("p", "a", "b")]
+    assert combine_judgements(for_a)[0] == [Preference("p", "a", "b", 1.5)]
+    assert combine_judgements([*for_a, against])[0] == [Preference("p", "a", "b")]
 
 
 def test_the_task_plays_no_part_and_other_answers_are_another_question() -> None:
-    rows, _ = settle([said("a b", task="1"), said("b a", task="2"), said("b a"), said("a b", prompt="q")])
+    rows, _ = combine_judgements([said("a b", task="1"), said("b a", task="2"), said("b a"), said("a b", prompt="q")])
     assert rows == [Preference("p", "b", "a"), Preference("q", "a", "b")], "another prompt is another question"
-    rows, summary = settle([said("a b c", "x"), said("b a", "y"), said("b a", "z")])
+    rows, summary = combine_judgements([said("a b c", "x"), said("b a", "y"), said("b a", "z")])
     assert rows == [Ranking("p", ("a", "b", "c")), Preference("p", "b", "a")]
     assert (summary["contradictions"], summary["pairs"]) == (1, 3)
 
 
 def test_equal_texts_say_nothing_of_each_other() -> None:
-    rows, summary = settle([Judgement("p", ("a", "a"), (1, 2)), Judgement("q", ("a", "b", "a", "c"), (1, 2, 3, 4))])
+    rows, summary = combine_judgements(
+        [Judgement("p", ("a", "a"), (1, 2)), Judgement("q", ("a", "b", "a", "c"), (1, 2, 3, 4))]
+    )
     assert rows == [Ranking("q", ("a", "b", "c"), (1.5, 1.5, 3))], "a before b and after it: a tie"
     assert (summary["dropped"], summary["pairs"], summary["ties"]) == (1, 2, 1)
 
@@ -85,20 +87,20 @@ def test_agreement_and_alpha(
         said(order, by, prompt=str(n)) for n, pair in enumerate(verdicts) for order, by in zip(pair, "xy", strict=True)
     ]
     alone = [said("b a", "x", prompt="alone"), said("b a", None, prompt="0"), said("a b", None, prompt="0")]
-    summary = settle([*given, *alone])[1]  # who judges alone, or has no name, agrees with nobody
+    summary = combine_judgements([*given, *alone])[1]  # who judges alone, or has no name, agrees with nobody
     assert summary["agreement"] == (None if agreement is None else pytest.approx(agreement))
     assert summary["alpha"] == (None if alpha is None else pytest.approx(alpha))
 
 
 def test_agreement_of_three_is_over_all_pairs_of_people() -> None:
-    summary = settle([said("a b c", "x"), said("a b c", "y"), said("c a b", "z")])[1]
+    summary = combine_judgements([said("a b c", "x"), said("a b c", "y"), said("c a b", "z")])[1]
     # ab: 3 of 3 pairs of people agree; ac and bc: 1 of 3 each
     assert summary["agreement"] == pytest.approx(5 / 9)
     assert summary["contradictions"] == 2
 
 
 def test_ties_of_a_ranking_make_no_pairs_and_ranks_their_margins() -> None:
-    (found,) = compare([Ranking("p", ("a", "b", "c", "d"), (1, 2.5, 2.5, 4))], margin=2.0)
+    (found,) = comparisons_of([Ranking("p", ("a", "b", "c", "d"), (1, 2.5, 2.5, 4))], margin=2.0)
     places = ((0, 1, 3.0), (0, 2, 3.0), (0, 3, 6.0), (1, 3, 3.0), (2, 3, 3.0))
     assert found == Comparison("p", ("a", "b", "c", "d"), places)
-    assert compare([Ranking("p", ("a", "b"), (1, 1))]) == []
+    assert comparisons_of([Ranking("p", ("a", "b"), (1, 1))]) == []

@@ -17,7 +17,7 @@ from rlhf_pipeline.data.sheets import FORMULA, label_studio_tasks, sheet
 from rlhf_pipeline.data.tokenization import Question, encode
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.feedback.candidates import Asker, alike
-from rlhf_pipeline.feedback.labelling import label_row, rank
+from rlhf_pipeline.feedback.labelling import label_row, rank_by_reward
 from rlhf_pipeline.models.policies import Policy
 from rlhf_pipeline.models.rewards import Reward
 from rlhf_pipeline.models.sampling import Sampling, sample
@@ -152,19 +152,19 @@ LENGTH = Reward(lambda prompts, answers: [float(len(answer)) for answer in answe
 
 
 def test_a_reward_ranks_by_its_scores_and_equal_scores_tie() -> None:
-    (label,), as_without = rank([{**row("aa", "a", "aaaa", "bb"), "shown_prompt": "p"}], LENGTH, 0.0, "0")
+    (label,), as_without = rank_by_reward([{**row("aa", "a", "aaaa", "bb"), "shown_prompt": "p"}], LENGTH, 0.0, "0")
     assert label["ranks"] == [2, 4, 1, 2]
     assert label["scores"] == [2, 1, 4, 2]
     assert as_without == 1
     assert (label["task"], label["annotator"], label["responses"]) == ("t1", "length", ["aa", "a", "aaaa", "bb"])
     with pytest.raises(UserError, match="labeler=length gives all answers to each prompt the same score"):
-        rank([{**row("a", "b"), "shown_prompt": "p"}], LENGTH, 0.0, "0")
+        rank_by_reward([{**row("a", "b"), "shown_prompt": "p"}], LENGTH, 0.0, "0")
 
 
 def test_noise_confuses_close_answers_as_bradley_and_terry_say() -> None:
     """Scores 1, 2 and 6 have a standard deviation of 2.16: with half of that as noise, 2 beats 1 by sigmoid(1/1.08)."""
     asked = [{**row("a", "aa", "aaaaaa"), "shown_prompt": "p"}] * 4000
-    found, as_without = rank(asked, LENGTH, 0.5, "0")
+    found, as_without = rank_by_reward(asked, LENGTH, 0.5, "0")
     scale = 0.5 * math.sqrt(14 / 3)
     rates = {}
     for better, worse in itertools.combinations((2, 1, 0), 2):
@@ -173,5 +173,7 @@ def test_noise_confuses_close_answers_as_bradley_and_terry_say() -> None:
         assert rates[better, worse] == pytest.approx(1 / (1 + math.exp(-gap / scale)), abs=0.025)  # over 3 s.e.
     assert as_without == pytest.approx(sum(rates.values()) / 3)
     assert (
-        rank(asked[:20], LENGTH, 1.0, "0") == rank(asked[:20], LENGTH, 1.0, "0") != rank(asked[:20], LENGTH, 1.0, "1")
+        rank_by_reward(asked[:20], LENGTH, 1.0, "0")
+        == rank_by_reward(asked[:20], LENGTH, 1.0, "0")
+        != rank_by_reward(asked[:20], LENGTH, 1.0, "1")
     )

@@ -18,11 +18,11 @@ from tiny import tiny_policy, tiny_tokenizer
 from transformers import GPT2Config
 
 from rlhf_pipeline.data.records import Turn
-from rlhf_pipeline.data.templates import TEMPLATES, written
+from rlhf_pipeline.data.templates import TEMPLATES, format_prompt
 from rlhf_pipeline.models.classifiers import RewardModel, RewardModelConfig, Scorer
 from rlhf_pipeline.models.policies import Policy
 from rlhf_pipeline.ppo.watch import CollapseWatch
-from rlhf_pipeline.report.cards import card, named, write_cards
+from rlhf_pipeline.report.cards import model_card, with_model_id, write_cards
 
 SHA = "ab" * 32
 DATA = {"name": "imdb", "path": None, "train": 25_000, "test": 100, "sha256": SHA}
@@ -110,7 +110,7 @@ def test_the_fields_of_a_policys_card(workplace: Path) -> None:
     signs = {"scores": 0.5, "collapse_watch": ["kl", "repeated"]}
     folder = made(runs, parents=parents, results=signs)
     judge(runs)
-    text = card(folder)
+    text = model_card(folder)
     (folder / "model" / "README.md").write_text(text)
     assert ModelCard.load(folder / "model" / "README.md").data.to_dict() == {
         "library_name": "transformers", "pipeline_tag": "text-generation",
@@ -140,7 +140,7 @@ def test_the_fields_of_a_rewards_card(workplace: Path) -> None:
     folder = made(Path("runs"), "reward", results=quality, data=data, parents=start)
     (folder / "quality.json").write_text('{"calibration": [{"predicted": 0.6, "observed": 0.5, "count": 40}]}')
     judge(Path("runs"), parents={"reward": {"path": "runs/demo/reward/model"}})
-    text = card(folder)
+    text = model_card(folder)
     head = ModelCard(text).data
     assert (head.pipeline_tag, head.base_model) == ("text-classification", "distilbert-base-uncased")
     assert head.datasets is None
@@ -158,17 +158,17 @@ def test_the_fields_of_a_rewards_card(workplace: Path) -> None:
 def test_an_evaluation_is_of_the_model_that_it_judged(workplace: Path) -> None:
     runs = Path("runs")
     folder = made(runs)
-    assert "It was not compared with the other policies" in card(folder)
-    assert ModelCard(card(folder)).data.eval_results is None
+    assert "It was not compared with the other policies" in model_card(folder)
+    assert ModelCard(model_card(folder)).data.eval_results is None
     judge(runs)
-    assert "## Evaluation" in card(folder)
+    assert "## Evaluation" in model_card(folder)
     for unfit in (
         {"status": "running"},
         {"started": "2026-01-01T10:59:59+00:00"},  # the model was made after it
         {"parents": {"base": {"path": "runs/other/ppo/model"}}},
     ):
         judge(runs, **unfit)
-        assert "## Evaluation" not in card(folder), unfit
+        assert "## Evaluation" not in model_card(folder), unfit
 
 
 def test_an_evaluation_rewrites_the_cards_of_its_own_policies_alone(workplace: Path) -> None:
@@ -191,7 +191,7 @@ def test_every_sign_of_a_collapse_has_its_words(workplace: Path) -> None:
         said = ["one two three four", "five six seven eight"] if update < 2 else ["no no no no no", "no no no no no"]
         watch.update(said, 20.0 if update < 2 else 1.0, 20.0 * update, 0.0)
     folder = made(Path("runs"), results={"collapse_watch": sorted(watch.warned)})
-    assert card(folder).count("- During training, ") == len(watch.warned) == 5
+    assert model_card(folder).count("- During training, ") == len(watch.warned) == 5
 
 
 def shape(text: str) -> list[tuple[str, str]]:
@@ -226,7 +226,7 @@ def test_nothing_in_a_file_breaks_out(workplace: Path) -> None:
         evaluation["metrics"] = {word: {}, "ppo": evaluation["metrics"]["ppo"]}
         evaluation |= {"prompts": word, "reward": word, "reference": word, "paired_gain": {word: {}}}
         (folder.parent / "evaluate" / "evaluation.json").write_text(json.dumps(evaluation))
-        return card(folder)
+        return model_card(folder)
 
     harmless, hostile = text("runs", "a word"), text("other", HOSTILE)
     assert shape(hostile) == shape(harmless)
@@ -240,13 +240,13 @@ def test_nothing_in_a_file_breaks_out(workplace: Path) -> None:
 
 def test_a_hostile_name_of_the_run_stays_a_string_in_the_code(workplace: Path) -> None:
     folder = made(Path("runs"), name='a"b\n```\n# c')
-    text = card(folder)
+    text = model_card(folder)
     line = next(line for line in block("python", text).split("\n") if line.startswith("model_id"))
     scope: dict[str, Any] = {}
     exec(line, scope)
     assert scope["model_id"] == str(folder / "model")
-    assert 'model_id = "me/x"\n' in named(text, "me/x")
-    assert named(text, "me/x").count("model_id = ") == 1
+    assert 'model_id = "me/x"\n' in with_model_id(text, "me/x")
+    assert with_model_id(text, "me/x").count("model_id = ") == 1
 
 
 JUNK = [None, 3, "text", [], ["a", 1], {}, {"a": {"b": []}}, float("inf"), True]
@@ -260,7 +260,7 @@ def test_what_files_should_not_hold_stops_no_run(junk: Any, workplace: Path) -> 
     folder = made(Path("runs"), model=model, config=config, **run)
     judge(Path("runs"))
     (folder.parent / "evaluate" / "evaluation.json").write_text(json.dumps({"metrics": junk, "examples": junk}))
-    assert ModelCard(card(folder)).data.library_name == "transformers"
+    assert ModelCard(model_card(folder)).data.library_name == "transformers"
 
 
 def test_the_home_folder_is_not_told(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,7 +268,7 @@ def test_the_home_folder_is_not_told(workplace: Path, monkeypatch: pytest.Monkey
     path = "/home/somebody/secret/x.jsonl"
     config = {"stage": "sft", "data": {"name": "text", "path": path}}
     folder = made(Path("runs"), "sft", config=config, data={**DATA, "name": "text", "path": path})
-    text = card(folder)
+    text = model_card(folder)
     assert "somebody" not in text
     assert "~/secret/x.jsonl" in text.replace("&#126;", "~")
 
@@ -280,8 +280,8 @@ def test_a_policys_code_asks_it_as_it_was_taught(template: str | None, workplace
     tokenizer.chat_template = TEMPLATES[template] if template else None
     Policy(tiny_policy(tokenizer), tokenizer).save(folder / "model")
     names: dict[str, Any] = {}
-    exec(block("python", card(folder)), names)
-    assert names["prompt"] == written(tokenizer, (Turn("user", "Hello."),) if template else "I saw this film")
+    exec(block("python", model_card(folder)), names)
+    assert names["prompt"] == format_prompt(tokenizer, (Turn("user", "Hello."),) if template else "I saw this film")
     assert names["answer"].shape[1] > names["ids"].shape[1]
 
 
@@ -305,7 +305,7 @@ def test_a_reward_models_code_opens_it_and_scores_as_the_stages_do(
         model = GPT2ForSequenceClassification(trunk)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    text = card(folder)
+    text = model_card(folder)
     assert ModelCard(text).data.library_name == ("rlhf_pipeline" if own_class else "transformers")
     assert ("`register()`" in text) == own_class
     assert f"| Parameters | {model.num_parameters():,} |" in text

@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.settings import STAGES, Settings, trainer_fields
 from rlhf_pipeline.usage import CONF, asks_for_help
-from rlhf_pipeline.words import as_typed
+from rlhf_pipeline.words import as_user_types
 
 REFUSED = {
     "stage=sfd": ["no stage is called 'sfd'", "Did you mean 'sft'", "pretrain"],
@@ -217,7 +217,7 @@ def test_values_may_be_of_any_language() -> None:
 
 @pytest.mark.parametrize("typed", ["data.labels={正面: 1, 负面: 0}", "data.labels={it's good: 1, so-so (bad): 0}"])
 def test_labels_of_other_letters_are_shown_as_they_were_typed(typed: str) -> None:
-    assert [as_typed(word) for word in read_words("stage=reward", typed)][-1] == typed
+    assert [as_user_types(word) for word in read_words("stage=reward", typed)][-1] == typed
 
 
 def test_settings_may_stand_behind_options() -> None:

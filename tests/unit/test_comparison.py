@@ -16,14 +16,14 @@ from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.evaluation.comparison import (
     Answers,
     Task,
-    compare,
-    draw,
+    evaluation_figures,
+    hacking_warnings,
     held_out_texts,
-    measure,
+    measure_policy,
     perplexity,
-    traded,
+    sample_answers,
 )
-from rlhf_pipeline.evaluation.lineup import Sampler, asked_of, open_all, sampler, with_room
+from rlhf_pipeline.evaluation.lineup import Sampler, make_sampler, open_all, prompt_ids_for, with_room
 from rlhf_pipeline.models.policies import Policy, make_policy, train_tokenizer
 from rlhf_pipeline.models.rewards import Reward
 from rlhf_pipeline.models.sampling import Sampling
@@ -47,12 +47,12 @@ def task_of(first: Policy) -> Task:
 
 def test_of_the_reference_itself_the_kl_is_0_and_the_perplexity_that_of_its_samples() -> None:
     task = task_of(policy())
-    own = measure(task.reference, task)
+    own = measure_policy(task.reference, task)
     assert own.figures["kl"] == pytest.approx(0, abs=1e-5)
     assert own.rewards["letters"] == [answer.count("o") for answer in own.responses]
     assert 1 <= own.figures["length"] <= 12
     other = Sampler("ppo", policy(seed=1), SAMPLING)
-    found = measure(other, task).figures
+    found = measure_policy(other, task).figures
     assert found["kl"] > 0.1
     assert found["perplexity"] > own.figures["perplexity"]
 
@@ -60,8 +60,8 @@ def test_of_the_reference_itself_the_kl_is_0_and_the_perplexity_that_of_its_samp
 def test_the_best_of_several_is_worth_the_most_and_costs_what_the_bound_says() -> None:
     ticks: list[int] = []
     task = replace(task_of(policy()), tick=ticks.append)
-    tries = [draw(task.reference, task, number) for number in range(1, 9)]
-    found = measure(task.reference, task, tries)
+    tries = [sample_answers(task.reference, task, number) for number in range(1, 9)]
+    found = measure_policy(task.reference, task, tries)
     assert sum(ticks) == 8 * 4
     assert found.rewards["letters"] == [
         max(row) for row in zip(*(one.rewards["letters"] for one in tries), strict=True)
@@ -74,10 +74,10 @@ def test_the_best_of_several_is_worth_the_most_and_costs_what_the_bound_says() -
 def test_another_vocabulary_is_asked_in_its_own_tokens_and_has_no_kl() -> None:
     task = task_of(policy())
     foreign = Sampler("other", policy(280, seed=1), SAMPLING)
-    asked = asked_of(foreign.policy, task.first, task.questions)
+    asked = prompt_ids_for(foreign.policy, task.first, task.questions)
     assert [foreign.policy.tokenizer.decode(ids) for ids in asked] == task.prompts
     assert asked != [question.ids for question in task.questions]
-    found = measure(foreign, task).figures
+    found = measure_policy(foreign, task).figures
     assert found["kl"] is found["perplexity"] is None
     assert found["length"] > 0
 
@@ -111,11 +111,11 @@ def test_all_that_ppo_said_of_sampling_is_taken() -> None:
     chinese = make_policy(choice, ["你好吗", "我很好，谢谢你", "今天天气真好"] * 10, 0)
     trained = {"response_length": 9, "min_response_length": 4, "temperature": 0.5, "min_new_tokens": 2, "kl_coef": 1.0,
                "stop_tokens": ["气"], "suppress_tokens": ["[UNK]"]}  # fmt: skip
-    found = sampler("own", chinese, trained, temperature=0.7, response_length=None)
+    found = make_sampler("own", chinese, trained, temperature=0.7, response_length=None)
     number = chinese.tokenizer.convert_tokens_to_ids
     assert found.sampling == Sampling(0.7, tuple(sorted((number("[SEP]"), number("气")))), 2, (number("[UNK]"),))
     assert (found.longest, found.shortest) == (9, 4)
-    assert sampler("own", chinese, {}).longest == 16  # half of the positions
+    assert make_sampler("own", chinese, {}).longest == 16  # half of the positions
 
 
 def test_tokens_of_another_vocabulary_are_those_that_its_own_ppo_names(tmp_path: Path) -> None:
@@ -147,7 +147,9 @@ def compared(reference: str = "sft", **rewards: list[float]) -> dict:
     answers = {name: Answers([name] * len(own), {"letters": own}, {"kl": 0.5}) for name, own in rewards.items()}
     judge = {"letters": Reward(lambda _, texts: [0.0] * len(texts), "letters", neutral=2)}
     prompts = [str(number) for number in range(len(next(iter(rewards.values()))))]
-    return compare(answers, [*answers][-1], reference, judge, "letters", prompts, examples=2, bootstrap=10, seed=0)
+    return evaluation_figures(
+        answers, [*answers][-1], reference, judge, "letters", prompts, examples=2, bootstrap=10, seed=0
+    )
 
 
 def test_everyone_is_held_against_the_first_and_the_reference() -> None:
@@ -200,7 +202,7 @@ def test_a_reward_that_rose_while_another_fell_is_warned_of(
         "classifier": {"paired_gain": rose, "moved": {"base": -1.0, "sft": 0.0, "ppo": 2.0}},
         "length": {"paired_gain": fell, "moved": {"base": 1.0, "sft": 0.0, "ppo": None}},
     }
-    lines = traded(judged, "classifier", "sft")
+    lines = hacking_warnings(judged, "classifier", "sft")
     assert len(lines) == warned
     for part in ("ppo", "classifier rose by 2.00 s.d. of sft's answers", "length fell by 0.4") if warned else ():
         assert part in lines[0]

@@ -10,7 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from rlhf_pipeline import data
-from rlhf_pipeline.data import begun_by, tokenization
+from rlhf_pipeline.data import count_known_prompts, tokenization
 from rlhf_pipeline.data.records import Labelled, Preference, Ranking
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.models.policies import train_tokenizer
@@ -54,9 +54,11 @@ def test_a_training_text_that_is_held_out_too_is_dropped_and_counted(
 
 def test_prompts_that_also_begin_training_texts_are_counted() -> None:
     rows = [Labelled("the film was good", 1), Labelled("a plot", 0), Labelled("the cast", 1)]
-    assert begun_by(["the", "the film was good", "the film was bad", "a", "b", "zzz"], rows) == 3
-    assert begun_by(["why?", "how?"], [Preference("why?", "so", "no"), Preference("what?", "how?", "no")]) == 1
-    assert begun_by(["the"], []) == 0
+    assert count_known_prompts(["the", "the film was good", "the film was bad", "a", "b", "zzz"], rows) == 3
+    assert (
+        count_known_prompts(["why?", "how?"], [Preference("why?", "so", "no"), Preference("what?", "how?", "no")]) == 1
+    )
+    assert count_known_prompts(["the"], []) == 0
 
 
 @pytest.mark.parametrize("experiment", ["demo", "human_feedback"])
@@ -70,7 +72,7 @@ def test_the_demos_held_out_prompts_begin_no_training_review(experiment: str) ->
         rows.test, tokenizer, {"name": "", "prompt_tokens": [*cfg.data.prompt_tokens]}, seed=0
     )
     assert len(asked) == 2_000
-    assert begun_by([question.prompt for question in asked], rows.train) == 0
+    assert count_known_prompts([question.prompt for question in asked], rows.train) == 0
 
 
 def test_prompts_are_the_first_tokens_and_demonstrations_lose_nothing() -> None:

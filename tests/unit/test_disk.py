@@ -14,8 +14,8 @@ from huggingface_hub import constants
 from launched import run
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.files import append_jsonl, disk_error, held, read_json, read_jsonl, read_yaml, write_json
-from rlhf_pipeline.hub import explained
+from rlhf_pipeline.files import append_jsonl, disk_error, lock_folder, read_json, read_jsonl, read_yaml, write_json
+from rlhf_pipeline.hub import explain_failures
 
 PLACE = Path("runs/demo/sft")
 FULL = "no space left for runs/demo/sft: make room, then run the same command again."
@@ -95,7 +95,7 @@ def test_links_are_not_followed_and_a_pipe_is_not_waited_for(tmp_path: Path) -> 
     write_json(path, {"a": 1})
     assert read_json(path) == {"a": 1}
     (tmp_path / ".lock").symlink_to(other)
-    with pytest.raises(UserError, match=r"\.lock is a link"), held(tmp_path / ".lock", tmp_path):
+    with pytest.raises(UserError, match=r"\.lock is a link"), lock_folder(tmp_path / ".lock", tmp_path):
         pass
     assert other.read_text() == "mine"
     os.mkfifo(tmp_path / "pipe")
@@ -104,7 +104,7 @@ def test_links_are_not_followed_and_a_pipe_is_not_waited_for(tmp_path: Path) -> 
 
 
 def test_a_full_cache_is_not_a_model_that_cannot_be_opened(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"no space left for {constants.HF_HOME}"), explained(str(tmp_path), "x"):
+    with pytest.raises(UserError, match=f"no space left for {constants.HF_HOME}"), explain_failures(str(tmp_path), "x"):
         raise of_number(errno.ENOSPC)
 
 

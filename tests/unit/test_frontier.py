@@ -7,8 +7,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from rlhf_pipeline.evaluation.algorithms import over_seeds
-from rlhf_pipeline.evaluation.frontier import best_of_n, compare_points, fits
+from rlhf_pipeline.evaluation.algorithms import means_over_seeds
+from rlhf_pipeline.evaluation.frontier import best_of_n, compare_points, fit_curves
 
 
 def test_the_best_of_n_is_the_mean_over_all_choices_of_n() -> None:
@@ -69,7 +69,7 @@ def test_the_forms_of_gao_are_found_again() -> None:
     start = {"key": "s", "reward_mean": 0.2, "rewards": {"gold": {"reward_mean": 0.1}}, "best_of": best}
     points = way("rl", [0.4, 1.0, 1.9, 2.5], lambda d: d * (0.5 - 0.1 * math.log(d)))
     points += way("few", [0.4, 1.0, 1.9], lambda d: d)
-    found = {(fit["way"], fit["reward"]): fit for fit in fits([start], points)}
+    found = {(fit["way"], fit["reward"]): fit for fit in fit_curves([start], points)}
     assert set(found) == {(name, reward) for name in ("best of n", "rl") for reward in ("", "gold")}
     expected = {"best of n": (0.6, 0.2, 1.3), "rl": (0.5, 0.1, 2.5)}
     for (name, reward), fit in found.items():
@@ -95,7 +95,7 @@ def test_an_algorithm_is_the_mean_of_its_seeds_at_each_step() -> None:
                          "drawn": row("", 0, [1.0, 1.0, 0.0, 1.0])}]  # fmt: skip
     points = [row("a1", 1, [0.5] * 4), row("a1", 2, [1.0] * 4), row("a2", 1, [0.7] * 4), row("a2", 2, [2.0] * 4)]
     costs = {"a1": {"sampled_tokens": 10, "seconds": 4.0}, "a2": {"sampled_tokens": 20, "seconds": 6.0}}
-    found = over_seeds(start, points, {"a": costs}, draws=200, seed=0)
+    found = means_over_seeds(start, points, {"a": costs}, draws=200, seed=0)
     assert list(found["algorithms"]) == ["SFT", "best of 2", "a"]
     mine = found["algorithms"]["a"]
     assert (mine["seeds"], mine["sampled_tokens"], mine["seconds"]) == (2, 15, 5.0)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.hub import explained
+from rlhf_pipeline.hub import explain_failures
 
 DEAD = "http://127.0.0.1:9"
 # Loads nothing heavy: the client alone, as transformers calls it.
@@ -216,13 +216,13 @@ def test_a_path_is_not_asked_of_the_hub(workplace: Path, monkeypatch: pytest.Mon
         "~/no-such-folder-here": "",
         "~no-such-user/model": "",
     }.items():
-        with pytest.raises(UserError) as caught, explained(path, "policy.path"):
+        with pytest.raises(UserError) as caught, explain_failures(path, "policy.path"):
             pytest.fail("the block must not be entered")
         assert str(caught.value) == f"there is no folder {path}{near}; give another, or a hub id."
 
 
 def test_what_a_local_folder_lacks_is_said_without_the_hub(workplace: Path) -> None:
     (workplace / "mine").mkdir()
-    with pytest.raises(UserError) as caught, explained("mine", "policy.path"):
+    with pytest.raises(UserError) as caught, explain_failures("mine", "policy.path"):
         raise OSError("no config\nand a second line")
     assert str(caught.value).startswith("policy.path=mine could not be opened (no config and a second line); ")

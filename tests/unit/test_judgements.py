@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_pipeline.data.agreement import settle
+from rlhf_pipeline.data.agreement import combine_judgements
 from rlhf_pipeline.data.judgements import Judged, read_judgements
 from rlhf_pipeline.data.records import Judgement, Preference, Ranking, Turn
 from rlhf_pipeline.errors import UserError
@@ -75,7 +75,7 @@ SAID = (Turn("system", "Be brief."), Turn("user", "Why?"))
     ],
 )  # fmt: skip
 def test_every_form_of_a_pair_and_a_ranking(tmp_path: Path, row: dict[str, Any], expected: object) -> None:
-    assert settle(read(tmp_path, row).judgements)[0] == [expected]
+    assert combine_judgements(read(tmp_path, row).judgements)[0] == [expected]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_a_row_that_cannot_be_used_is_set_aside_with_the_reason(tmp_path: Path, 
 def test_columns_go_by_the_users_names(tmp_path: Path) -> None:
     row = {"q": "Why?", "good": "So.", "bad": "No.", "prompt": "an id"}
     found = read(tmp_path, row, columns={"prompt": "q", "chosen": "good", "rejected": "bad"})
-    assert settle(found.judgements)[0] == [Preference("Why?", "So.", "No.")]
+    assert combine_judgements(found.judgements)[0] == [Preference("Why?", "So.", "No.")]
 
 
 # --- Label Studio, JSON
@@ -526,7 +526,7 @@ def check_never_breaks(path: Path, rows: Any, rng: random.Random) -> bool:
     except UserError:
         return False
     json.dumps(found.rejected, ensure_ascii=False, allow_nan=False).encode()
-    settled, summary = settle(found.judgements)
+    settled, summary = combine_judgements(found.judgements)
     json.dumps([repr(settled), summary], ensure_ascii=False, allow_nan=False).encode()
     return True
 
@@ -550,7 +550,7 @@ def test_real_pairwise_export(shared: Path) -> None:
     found = read_judgements(real(shared, "pairwise_export.json"))
     assert Counter(judgement.ranks for judgement in found.judgements) == {(1, 2): 18, (2, 1): 14}
     assert ({judgement.annotator for judgement in found.judgements}, found.rejected) == ({"2"}, [])
-    rows, summary = settle(found.judgements)
+    rows, summary = combine_judgements(found.judgements)
     assert (len(rows), summary["pairs"], summary["tasks"]) == (32, 32, 32)
     raw = json.loads(real(shared, "pairwise_export.json").read_text(encoding="utf-8"))[0]["data"]
     assert rows[0] == Preference(raw["prompt"], raw["answer1"], raw["answer2"])
@@ -574,7 +574,7 @@ def test_real_exports_of_label_studio(shared: Path) -> None:
     assert ranked.counts["skipped"] == 1
     buckets = read_judgements(real(shared, "ls_export_ranker_buckets.json"))
     assert [(j.task, j.ranks) for j in buckets.judgements] == [("5", (1, 3, 2, 3)), ("6", (1, 2, 2, 2))]
-    assert settle(buckets.judgements)[1]["pairs"] == 5 + 3
+    assert combine_judgements(buckets.judgements)[1]["pairs"] == 5 + 3
 
 
 def test_the_documented_forms_of_a_ranker(shared: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from rlhf_pipeline.data.acl_imdb import read_acl_imdb
-from rlhf_pipeline.data.agreement import settle
+from rlhf_pipeline.data.agreement import combine_judgements
 from rlhf_pipeline.data.judgements import read_judgements
 from rlhf_pipeline.data.plain_rows import RowError, read_rows
 from rlhf_pipeline.data.readers import read_demonstrations, read_dialogues, read_labelled, read_texts
@@ -42,7 +42,7 @@ def sheet(path: Path, *rows: dict[str, Any]) -> Path:
 
 
 def read_preferences(path: Path, columns: dict[str, str] | None = None) -> list[Preference | Ranking]:
-    return settle(read_judgements(path, columns).judgements)[0]
+    return combine_judgements(read_judgements(path, columns).judgements)[0]
 
 
 # --- aclImdb

@@ -73,7 +73,7 @@ def swept(argument: str) -> bool:
 @pytest.mark.parametrize("readme", ALL)
 def test_every_command_of_the_program_resolves(readme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Of a sweep there is none here.
-    monkeypatch.setattr(composition, "sweep", lambda runs, said, name, afresh: (name or said, said, {}))
+    monkeypatch.setattr(composition, "sweep_choices", lambda runs, said, name, afresh: (name or said, said, {}))
     asked = [c for c in commands(readme) if "-m rlhf_pipeline" in c and "<" not in c]  # by a launcher, too
     assert len(asked) >= (12 if readme in READMES else 1)
     for command in asked:

@@ -16,7 +16,7 @@ from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.report import rounds
 from rlhf_pipeline.report import words as page_words
 from rlhf_pipeline.report.__main__ import main
-from rlhf_pipeline.report.compare import compare
+from rlhf_pipeline.report.compare import write_comparison
 from rlhf_pipeline.report.stage import write_report
 
 NASTY = (
@@ -293,7 +293,7 @@ def test_the_language_is_the_runs_own_or_the_one_asked_for(tmp_path: Path) -> No
 
 
 def test_every_phrase_of_the_page_is_translated() -> None:
-    measures, chinese = page_words.table("measures"), page_words.table("zh")
+    measures, chinese = page_words.load_yaml("measures"), page_words.load_yaml("zh")
     said = {phrase for named in measures["drawn"].values() for phrase in (*named.values(), *measures["drawn"])}
     said |= {*measures["names"].values(), page_words.OTHER, *rounds._CHARTS.values()}
     package = Path(page_words.__file__).parent
@@ -330,7 +330,7 @@ def two_runs(folder: Path) -> tuple[Path, Path]:
 
 
 def test_several_runs_on_one_page(tmp_path: Path) -> None:
-    target = compare(two_runs(tmp_path), tmp_path / "out" / "compare.html")
+    target = write_comparison(two_runs(tmp_path), tmp_path / "out" / "compare.html")
     source = target.read_text(encoding="utf-8")
     page = Page(source)
     for said in ("mild · base", "strict · ppo", "strict · ppo - base", "0.625", "0.375", "0.5", "0.25", "I am mild"):
@@ -351,10 +351,10 @@ def test_several_runs_on_one_page(tmp_path: Path) -> None:
 def test_a_comparison_needs_runs_that_are_there(tmp_path: Path) -> None:
     mild, _ = two_runs(tmp_path)
     with pytest.raises(UserError, match="2 to 8 different runs"):
-        compare([mild, mild], tmp_path / "compare.html")
+        write_comparison([mild, mild], tmp_path / "compare.html")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no stage that has run"):
-        compare([mild, tmp_path / "empty"], tmp_path / "compare.html")
+        write_comparison([mild, tmp_path / "empty"], tmp_path / "compare.html")
     assert not (tmp_path / "compare.html").exists()
 
 

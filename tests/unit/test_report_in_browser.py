@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from test_report import build
 
-from rlhf_pipeline.report.compare import compare
+from rlhf_pipeline.report.compare import write_comparison
 from rlhf_pipeline.report.stage import write_report
 
 CHROMIUM = shutil.which("chromium")
@@ -118,7 +118,10 @@ def test_without_a_script_the_tables_are_whole(attacked: Path, browser: Any) -> 
 def test_a_phone_shows_it_without_scrolling_sideways(tmp_path: Path, browser: Any, lang: str, scheme: str) -> None:
     folder = build(tmp_path / "one", "a-word-that-is-rather-long-for-a-phone" * 3)
     build(tmp_path / "two")
-    pages = [write_report(folder, lang), compare([tmp_path / "one", tmp_path / "two"], tmp_path / "compare.html", lang)]
+    pages = [
+        write_report(folder, lang),
+        write_comparison([tmp_path / "one", tmp_path / "two"], tmp_path / "compare.html", lang),
+    ]
     for page in pages:
         window, _ = opened(browser, page, viewport={"width": 380, "height": 800}, color_scheme=scheme)
         assert window.evaluate("document.documentElement.scrollWidth") <= 380

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, CommandLine
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.files import held, read_jsonl
+from rlhf_pipeline.files import lock_folder, read_jsonl
 from rlhf_pipeline.hub import model_folder
 from rlhf_pipeline.report.observers import Observers
 from rlhf_pipeline.runs.checkpoints import seal
@@ -77,7 +77,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def overwrite(asked: Settings, mistake: BaseException, steps: int | None = None) -> None:
     """Work that ends by a mistake: before it has begun, or after it has logged `steps`."""
     out = RunDir.of(asked)
-    with out.held():
+    with out.locked():
         assert not out.finished(asked)
         assert (out.path.parent / ".sft.old" / "model").exists()
         if steps is not None:
@@ -112,11 +112,11 @@ def test_what_a_killed_process_had_moved_aside_is_found_by_the_next_command(
     assert not killed.finished(asked)
     if begun:
         killed.begin(asked, {}, None)
-    with killed.held():
+    with killed.locked():
         pass
     assert files(killed.path) == before
     assert not killed.finished(asked)
-    with held(killed.path.parent / ".sft.lock", killed.path):
+    with lock_folder(killed.path.parent / ".sft.lock", killed.path):
         recover(Path("runs"))
         assert not killed.path.exists(), "it is another process's, which is at it"
     assert command_line("stage=evaluate", "name=other", "compare=[demo,demo]") == 2
@@ -247,9 +247,9 @@ def test_a_stage_is_stale_once_something_newer_could_be_taken(workplace: Path) -
 
 def test_a_directory_in_use_is_left_alone(workplace: Path) -> None:
     out = RunDir.of(settings())
-    with out.held(), pytest.raises(UserError, match="is in use by another process"), RunDir.of(settings()).held():
+    with out.locked(), pytest.raises(UserError, match="is in use by another process"), RunDir.of(settings()).locked():
         pass
-    with out.held():
+    with out.locked():
         pass
 
 
@@ -328,10 +328,10 @@ def test_finished_work_can_be_looked_at_where_nothing_can_be_written(
         raise PermissionError(errno.EACCES, "Permission denied", str(lock))
 
     out = finish(settings())
-    monkeypatch.setattr("rlhf_pipeline.files.held", refused)
-    with out.held():
+    monkeypatch.setattr("rlhf_pipeline.files.lock_folder", refused)
+    with out.locked():
         assert out.finished(settings())
-    with pytest.raises(PermissionError), RunDir.of(settings(name="new")).held():
+    with pytest.raises(PermissionError), RunDir.of(settings(name="new")).locked():
         pass
 
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Model, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, masking_utils
 
 from rlhf_pipeline.models import sampling
-from rlhf_pipeline.models.sampling import Batch, Sampling, join, sample, uniform_draws
+from rlhf_pipeline.models.sampling import Batch, Sampling, join_batches, sample, uniform_draws
 from rlhf_pipeline.ppo.actor_critic import ActorCritic
 from rlhf_pipeline.ppo.objective import policy_loss, value_loss
 
@@ -54,7 +54,7 @@ def test_another_family_draws_the_same_tokens_row_by_row(attention: str) -> None
     policy, how, limits = LlamaForCausalLM(config).eval(), Sampling(0.8, (5, 6)), torch.tensor([12] * 16)
     prompts, draws = PROMPTS * 4, uniform_draws(limits, torch.Generator().manual_seed(0))
     rows = [sample(policy, prompts[i : i + 1], limits[i : i + 1], how, draws[:, i : i + 1]) for i in range(16)]
-    assert alike(sample(policy, prompts, limits, how, draws), join(rows))
+    assert alike(sample(policy, prompts, limits, how, draws), join_batches(rows))
 
 
 def test_looking_less_often_draws_the_same_tokens(
@@ -62,7 +62,7 @@ def test_looking_less_often_draws_the_same_tokens(
 ) -> None:
     policy, limits = tiny_policy(tokenizer), [17, 3, 9, 1] * 6
     often = answers(policy, PROMPTS * 6, limits, ODD)
-    monkeypatch.setattr(sampling, "tokens_between_looks", lambda device, tell: 8)
+    monkeypatch.setattr(sampling, "steps_between_checks", lambda device, tell: 8)
     assert alike(often, answers(policy, PROMPTS * 6, limits, ODD))
 
 

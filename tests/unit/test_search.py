@@ -9,7 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.files import held
+from rlhf_pipeline.files import lock_folder
 
 optuna = pytest.importorskip("optuna", reason="the extra optuna is not installed")
 from hydra_plugins.rlhf_pipeline_sweepers import Optuna  # noqa: E402
@@ -110,5 +110,5 @@ def test_a_search_is_kept_in_its_folder_whatever_that_is_called(tmp_path: Path) 
 
 
 def test_two_processes_do_not_search_in_one_place(tmp_path: Path) -> None:
-    with held(tmp_path / ".optuna.lock", tmp_path), pytest.raises(UserError, match="in use by another process"):
+    with lock_folder(tmp_path / ".optuna.lock", tmp_path), pytest.raises(UserError, match="in use by another process"):
         search(tmp_path, SPACE, worth, 1)

@@ -17,14 +17,14 @@ from two_trainers import KINDS, results
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.processes import check_launch, checkpoints_of, same_step
-from rlhf_pipeline.training.batching import Shares
+from rlhf_pipeline.training.batching import RankBatchSampler
 
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 31])
 @pytest.mark.parametrize("processes", [2, 3, 5])
 def test_each_row_goes_to_one_process(rows: int, processes: int) -> None:
     """In as many steps as one process takes, whose rows they are."""
-    shares = [Shares(SequentialSampler(range(rows)), 8, False, rank, processes) for rank in range(processes)]
+    shares = [RankBatchSampler(SequentialSampler(range(rows)), 8, False, rank, processes) for rank in range(processes)]
     steps = list(zip(*shares, strict=True))
     assert len(steps) == len(shares[0]) == -(-rows // 8)
     for number, step in enumerate(steps):

@@ -28,7 +28,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
 
     def run_job(runs: Path, name: str, stage: str, command: list[str]) -> float:
         found.append((name, stage, command))
-        jobs.note(runs / name, status="done")
+        jobs.update_job(runs / name, status="done")
         return 0.0
 
     monkeypatch.setattr(cli, "run_job", run_job)
@@ -190,7 +190,7 @@ def test_a_job_that_did_not_say_how_it_ended_was_killed_and_one_that_was_interru
     command_line: CommandLine, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ends = iter(("done", "waiting", "interrupted"))
-    monkeypatch.setattr(cli, "run_job", lambda runs, name, *_: jobs.note(runs / name, status=next(ends)))
+    monkeypatch.setattr(cli, "run_job", lambda runs, name, *_: jobs.update_job(runs / name, status=next(ends)))
     assert command_line("-m", "stage=sft", "seed=1,2,3") == 1
     assert "failed: seed=2: never started, or was killed from outside" in " ".join(capsys.readouterr().out.split())
     (row,) = json.loads((workplace / "runs" / "demo" / "sweep.json").read_text())["rows"]
@@ -209,7 +209,7 @@ def test_jobs_are_of_one_work_whoever_runs_them_and_whatever_their_seed() -> Non
     work = {"stage": "ppo", "data.limit": "9", "experiment": "null", "labeler": "length"}
     command = ["stage=ppo", "++data.limit=3", "++data.limit=9", "~experiment", "reward@labeler=length"]
     more = ["seed=3", "name='a/seed=3'", "overwrite=true", "hydra/launcher=submitit_local", "++report.lang=zh"]
-    assert jobs.settings_of(command) == jobs.settings_of([*command, *more]) == work
+    assert jobs.result_settings(command) == jobs.result_settings([*command, *more]) == work
 
 
 # -- what a sweep comes to
@@ -220,7 +220,7 @@ def add(sweep: Path, settings: dict[str, str], objective: float | None, status: 
     folder = sweep / ",".join(f"{key}={value}" for key, value in settings.items()).replace("/", "_")
     told = {key: value for key, value in settings.items() if key != "seed"}
     known = {"stage": "ppo", "settings": told, "seed": int(settings.get("seed", 0)), "status": status, "error": None}
-    jobs.note(folder, **{**known, **more})
+    jobs.update_job(folder, **{**known, **more})
     if objective is not None:
         results = {"kl": 2 * objective, "validation_reward": objective + 1, "validation_kl": 20.0}
         done(folder, objective, "ppo", results).with_name("report.html").write_text("")
@@ -368,9 +368,9 @@ def test_optuna_searches_for_what_the_table_orders_by(
     optuna = pytest.importorskip("optuna", reason="the extra optuna is not installed")
 
     def run_job(runs: Path, name: str, stage: str, command: list[str]) -> None:
-        reward, kl = POLICIES[jobs.settings_of(command)["trainer.kl_coef"]]
+        reward, kl = POLICIES[jobs.result_settings(command)["trainer.kl_coef"]]
         done(runs / name, reward - 0.05 * kl, stage, {"validation_reward": reward, "validation_kl": kl})
-        jobs.note(runs / name, status="done")
+        jobs.update_job(runs / name, status="done")
 
     monkeypatch.setattr(cli, "run_job", run_job)
     monkeypatch.setattr("rlhf_pipeline.runs.directory.RunDir.finished", lambda *_, **__: False)

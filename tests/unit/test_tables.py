@@ -4,11 +4,11 @@ import random
 
 import pytest
 
-from rlhf_pipeline.evaluation.comparison import Answers, compare
+from rlhf_pipeline.evaluation.comparison import Answers, evaluation_figures
 from rlhf_pipeline.evaluation.metrics import variety
 from rlhf_pipeline.models.rewards import Reward
 from rlhf_pipeline.report.tables import evaluation_table, rounds_table
-from rlhf_pipeline.terminal import guarded
+from rlhf_pipeline.terminal import safe_output
 
 PROMPTS = [f"prompt {number}" for number in range(8)]
 
@@ -24,7 +24,9 @@ def evaluation(names: list[str], said: str = "an answer") -> dict:
         answers[name] = Answers(texts, rewards, dict(figures))
     about = {"classifier": ("runs/demo/reward/model", 0.0), "length": ("length", -0.5)}
     rewards = {key: Reward(lambda _, texts: [0.0] * len(texts), *about[key]) for key in about}
-    found = compare(answers, names[-1], names[1], rewards, "classifier", PROMPTS, examples=3, bootstrap=50, seed=0)
+    found = evaluation_figures(
+        answers, names[-1], names[1], rewards, "classifier", PROMPTS, examples=3, bootstrap=50, seed=0
+    )
     return {"prompts": 8, "prompts_in_training": 3, "reward": "runs/demo/reward/model", "reference": names[1], **found}
 
 
@@ -76,7 +78,7 @@ def test_an_evaluation_from_before_there_were_more_rewards_is_shown(capsys: pyte
 def test_at_a_terminal_a_table_has_no_codes(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes the output for a terminal
     monkeypatch.setenv("COLUMNS", "150")
-    with guarded():
+    with safe_output():
         evaluation_table(evaluation(["base", "sft", "ppo"]))
     said = capfd.readouterr().out
     assert "reward" in said

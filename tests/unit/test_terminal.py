@@ -23,7 +23,7 @@ COMMAND = [sys.executable, "-m", "rlhf_pipeline"]
     ],
 )
 def test_what_a_terminal_obeys_is_shown(text: str, shown: str) -> None:
-    assert texts.shown(text) == shown
+    assert texts.printable(text) == shown
 
 
 def test_a_message_is_one_short_line() -> None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_pipeline import data
 from rlhf_pipeline.data import tokenization
 from rlhf_pipeline.data.records import Code, Demonstration, Dialogue, Preference, Ranking, Row, Text, Turn
-from rlhf_pipeline.data.templates import TEMPLATES, visible, written
+from rlhf_pipeline.data.templates import TEMPLATES, format_prompt, visible_prompt
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.models.policies import open_policy, train_tokenizer
 from rlhf_pipeline.models.sampling import make_batch
@@ -114,7 +114,7 @@ def test_replies_are_learnt_as_the_tokenizers_own_template_writes_them(
     assert tokenizer.decode(lesson.ids) == f"{text}<|endoftext|>"
     assert learnt(lesson, tokenizer) == f"{taught}<|endoftext|>"
     (ids,) = asked([Dialogue(CHAT)], tokenizer, {"prompt_turns": 2}, seed=0)
-    assert tokenizer.decode(ids) == written(tokenizer, CHAT[:2]) == prompt
+    assert tokenizer.decode(ids) == format_prompt(tokenizer, CHAT[:2]) == prompt
 
 
 def test_a_template_that_announces_replies_loses_no_turn() -> None:
@@ -129,8 +129,8 @@ def test_a_template_that_announces_replies_loses_no_turn() -> None:
 
 
 def test_what_a_reward_sees_of_a_prompt_has_no_special_tokens() -> None:
-    assert visible(chinese(), (Turn("user", "你好，再见"),)) == "你好，再见"
-    assert visible(tiny_tokenizer(), "as it is") == "as it is"
+    assert visible_prompt(chinese(), (Turn("user", "你好，再见"),)) == "你好，再见"
+    assert visible_prompt(tiny_tokenizer(), "as it is") == "as it is"
     assert set(TEMPLATES) == {"dialogue", "instruction"}
 
 

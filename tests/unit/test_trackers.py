@@ -48,9 +48,9 @@ def test_a_tracker_that_is_not_installed_is_refused_with_the_way_to_it(
 
 def test_none_in_all_its_spellings() -> None:
     for nothing in (None, "none", [], ["none"], [None]):
-        assert trackers.chosen(nothing) == []
-        trackers.check(nothing)
-    assert trackers.chosen(["wandb", "none", "wandb", "trackio"]) == ["wandb", "trackio"]
+        assert trackers.chosen_trackers(nothing) == []
+        trackers.check_trackers(nothing)
+    assert trackers.chosen_trackers(["wandb", "none", "wandb", "trackio"]) == ["wandb", "trackio"]
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "swanlab"])
@@ -68,9 +68,9 @@ def test_a_tracker_is_asked_for_its_key_before_anything_else(
     monkeypatch.setitem(sys.modules, tracker, own)
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     if mode == "offline" or key:
-        return trackers.ready(["tensorboard", tracker])
+        return trackers.check_logins(["tensorboard", tracker])
     with pytest.raises(UserError, match=rf"{tracker} login.*{tracker.upper()}_MODE=offline"):
-        trackers.ready(["tensorboard", tracker])
+        trackers.check_logins(["tensorboard", tracker])
 
 
 def test_a_run_is_named_after_its_stage_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +95,7 @@ SAID = [
 
 @pytest.mark.parametrize("text", SAID)
 def test_what_a_model_wrote_marks_up_nothing(text: str) -> None:
-    cell = trackers.literal(text)
+    cell = trackers.markdown_cell(text)
     assert not set(cell.replace("<br>", "")) & set("<>|`*_[]()!\n\\\u202e\x02")
     util = pytest.importorskip("tensorboard.plugin_util", reason="tensorboard is not installed")
     page = util.markdown_to_safe_html(f"| p |\n| --- |\n| {cell} |")

@@ -22,10 +22,10 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict, read_write
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.files import held
+from rlhf_pipeline.files import lock_folder
 from rlhf_pipeline.stages import TRAINED
-from rlhf_pipeline.sweeps.jobs import job_name, note, read_job, settings_of
-from rlhf_pipeline.words import as_typed, quoted
+from rlhf_pipeline.sweeps.jobs import job_name, read_job, result_settings, update_job
+from rlhf_pipeline.words import as_user_types, quoted
 
 _OVER_BUDGET = 1e9
 
@@ -79,7 +79,7 @@ class Grid(Sweeper):
         left = {folder: command for folder, command, about in jobs if about["status"] != "done"}
         first = len(self.jobs)
         for folder, _, about in jobs:
-            note(folder, **about)
+            update_job(folder, **about)
             self.jobs[folder.name] = about["stage"]
         if left:
             with _waiting_for_all(self.cfg.hydra.launcher._target_, len(left), self.folder):
@@ -87,21 +87,23 @@ class Grid(Sweeper):
         for folder in left:
             if read_job(folder).get("status") == "waiting":
                 lost = "never started, or was killed from outside (time limit, memory, cancelled)"
-                note(folder, status="failed", exit=1, error=f"{lost}; its output is in {self.folder / '.submitit'}")
+                update_job(
+                    folder, status="failed", exit=1, error=f"{lost}; its output is in {self.folder / '.submitit'}"
+                )
         return [job_result(folder, self.kl_budget) for folder, _, _ in jobs]
 
     def job(self, fixed: list[str], own: Sequence[str]) -> tuple[Path, list[str], dict[str, Any]]:
         """Return a job's folder, its command and its first job.json. Raises UserError if the job cannot run."""
         from rlhf_pipeline.cli import check_job
 
-        name = job_name([as_typed(setting) for setting in own])
+        name = job_name([as_user_types(setting) for setting in own])
         command = [*fixed, *own, f"name={quoted(f'{self.name}/{name}')}"]
         stage, seed, done = check_job(command)
         if self.kl_budget is not None and stage != "ppo":
             raise UserError(f"sweep.kl_budget= needs jobs of stage=ppo; these have the objective of stage={stage}.")
         if self.searches and stage not in TRAINED:  # evaluate's prompts never choose a run
             raise UserError(f"stage={stage} has no objective to search by; Optuna takes one of: {', '.join(TRAINED)}.")
-        about = {"stage": stage, "settings": settings_of(command), "seed": seed}
+        about = {"stage": stage, "settings": result_settings(command), "seed": seed}
         return self.folder / name, command, {**about, "status": "done" if done else "waiting", "exit": 0, "error": None}
 
 
@@ -131,7 +133,7 @@ class Optuna(Grid):
         at_once, left = _count("n_jobs", self.n_jobs), _count("n_trials", self.n_trials)
         judged = "by score" if self.kl_budget is None else f"kl_budget={self.kl_budget:g}"
         said = [*fixed, *(swept[key].input_line or "" for key in space), judged]
-        with held(self.folder / ".optuna.lock", self.folder):  # two sessions would run each other's trials
+        with lock_folder(self.folder / ".optuna.lock", self.folder):  # two sessions would run each other's trials
             study, done = self.study(" ".join(sorted(said)))
             left -= len(done)
             if left <= 0:  # the table is shown anyway
@@ -200,7 +202,7 @@ def _distribution(key: str, override: Override) -> Any:
     try:
         return kind(low, high, log="log" in value.tags)
     except ValueError as error:
-        raise UserError(f"{as_typed(key)}=interval({low},{high}) is not a valid interval: {error}") from None
+        raise UserError(f"{as_user_types(key)}=interval({low},{high}) is not a valid interval: {error}") from None
 
 
 @contextlib.contextmanager
