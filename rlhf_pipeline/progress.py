@@ -1,14 +1,17 @@
 """Progress on stderr: a bar with rate and time left on a terminal, a line every 10 seconds in a log file."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from rlhf_pipeline.processes import rank
 
 S = TypeVar("S", bound=Sequence[Any])
 
+JOB = "RLHF_PIPELINE_JOB"  # in the environment of a sweep's job: its folder
 _LINE = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 
@@ -55,11 +58,12 @@ def _stderr() -> Any:
 def progress(total: int, title: str, unit: str, initial: int = 0, delay: float = 0.0, leave: bool = True) -> Any:
     """Return a bar of `total` units, shown on rank 0. The rate excludes the first `initial`, which were done before.
 
-    The bar is not shown if all is done within `delay` seconds.
+    The bar is not shown if all is done within `delay` seconds. A job's bar has its name, because several jobs may run
+    at once.
     """
-    terminal = at_terminal()
+    terminal, job = at_terminal(), Path(os.environ.get(JOB, "")).name
     return _tqdm()(
-        total=total, initial=initial, desc=title, unit=unit, delay=delay, leave=leave, smoothing=0.1,
+        total=total, initial=initial, desc=f"{job} {title}".strip(), unit=unit, delay=delay, leave=leave, smoothing=0.1,
         mininterval=0.2 if terminal else 10.0, disable=rank() > 0, dynamic_ncols=terminal,
         bar_format=None if terminal else _LINE, file=_stderr() if terminal else _Lines(_stderr()),
     )  # fmt: skip

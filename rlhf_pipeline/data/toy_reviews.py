@@ -35,18 +35,23 @@ _PHRASES = "|".join(sorted((re.escape(phrase) for phrase in ROLES if phrase[0].i
 _PATTERN = re.compile(rf"\b(?:{_PHRASES})\b|[.,;!?]")
 
 
+@functools.cache
+def _parsed(template: str) -> tuple[str, list[tuple[str, str, str]]]:
+    """Return a template's first words, and each slot after them: relative sign, symbol, the words that follow."""
+    first, *rest = re.split(r"<([+-]?)(\w+)>", template)
+    return first, list(zip(rest[::3], rest[1::3], rest[2::3], strict=True))
+
+
 def _expand(template: str, sign: int, rng: random.Random, used: set[str]) -> str:
     """Fill in a template. No phrase is repeated if there is another choice."""
-
-    def draw(match: re.Match[str]) -> str:
-        relative, symbol = match.groups()
+    text, slots = _parsed(template)
+    for relative, symbol, following in slots:
         own = -sign if relative == "-" else sign
         options = SIGNED[symbol][own > 0] if symbol in SIGNED else RULES[symbol]
         choice = rng.choice([option for option in options if option not in used] or options)
         used.add(choice)
-        return _expand(choice, own, rng, used)
-
-    return re.sub(r"<([+-]?)(\w+)>", draw, template)
+        text += _expand(choice, own, rng, used) + following
+    return text
 
 
 def _is_held_out(opening: str) -> bool:

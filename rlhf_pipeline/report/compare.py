@@ -60,7 +60,7 @@ def write_comparison(folders: Sequence[Path], target: Path, lang: str = "en") ->
 
 def _result(run: Row, words: Words) -> Row:
     numbers = {key: value for key, value in as_dict(run.get("results")).items() if as_number(value) is not None}
-    return {"status": words(str(run.get("status"))), **numbers, "time": lasted(run.get("seconds"))}
+    return {"status": words(str(run.get("status"))), **numbers, "time": lasted(run.get("seconds"), words)}
 
 
 def _answers(judged: Mapping[str, Row]) -> list[Row]:

@@ -20,7 +20,7 @@ _HERE = Path(__file__).parent
 def display(value: object, words: Words = ENGLISH) -> str:
     """Return a JSON value as text: integers in full, floats to four digits, a dash for null."""
     if isinstance(value, dict):
-        return " · ".join(f"{key} {display(inner, words)}" for key, inner in value.items()) or "–"
+        return " · ".join(f"{words(str(key))} {display(inner, words)}" for key, inner in value.items()) or "–"
     if isinstance(value, list):
         return ", ".join(display(inner, words) for inner in value) or "–"
     if isinstance(value, float):
@@ -31,14 +31,14 @@ def display(value: object, words: Words = ENGLISH) -> str:
     return "–" if value is None else str(value)
 
 
-def lasted(seconds: object) -> str | None:
+def lasted(seconds: object, words: Words = ENGLISH) -> str | None:
     """Return a time in its two largest units; None if it is not a finite number."""
     if (time := finite(seconds)) is None:
         return None
     minutes, rest = divmod(round(time), 60)
     if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes} min {rest} s" if minutes else f"{time:.3g} s"
+        return words("{} h {} min", minutes // 60, minutes % 60)
+    return words("{} min {} s", minutes, rest) if minutes else words("{} s", f"{time:.3g}")
 
 
 def environment(show: Callable[[Any], str]) -> Any:

@@ -33,7 +33,7 @@ def write_report(folder: Path, lang: str | None = None) -> Path:
         title=" · ".join(str(run[key]) for key in ("name", "stage") if run.get(key)) or folder.resolve().name,
         status=display(run.get("status") or ""), notes=notes, run=run, evaluation=evaluation, frontier=frontier,
         warned=list(filter(None, warned)), tree=list(lineage(folder.resolve(), run, {})),
-        time=lasted(run.get("seconds")), last_step=metrics[-1].get("step") if metrics else None,
+        time=lasted(run.get("seconds"), words), last_step=metrics[-1].get("step") if metrics else None,
         data={key: value for key, value in as_dict(run.get("data")).items() if value is not None and key != "sha256"},
         tiles=tiles, others={key: value for key, value in results.items() if key not in tiles},
         evaluation_tables=evaluation_tables(evaluation),

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_pipeline import progress
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.files import read_json, write_json
 from rlhf_pipeline.runs.directory import RunDir
@@ -21,7 +22,6 @@ from rlhf_pipeline.settings import LONGEST_NAME
 from rlhf_pipeline.words import as_user_types
 
 JOB = "job.json"
-_ENVIRONMENT = "RLHF_PIPELINE_JOB"  # tells a job's process its folder
 # Settings that do not change a job's result, and the seed, over which results are averaged.
 _NOT_WORK = re.compile(r"name|runs|seed|overwrite|hydra[./].*|report[.].*")
 
@@ -61,7 +61,7 @@ def update_job(folder: Path, **values: Any) -> None:
 
 def record_error(message: str) -> None:
     """Add the message to job.json, if this process is a job's."""
-    if folder := os.environ.get(_ENVIRONMENT):
+    if folder := os.environ.get(progress.JOB):
         with contextlib.suppress(OSError):  # as when the disk is full
             update_job(Path(folder), error=message)
 
@@ -75,7 +75,7 @@ def run_job(runs: Path, name: str, stage: str, command: Sequence[str]) -> float 
     print(f"\n== {name}", flush=True)
     update_job(folder, error=None)
     words = [sys.executable, "-m", "rlhf_pipeline", *command]
-    with subprocess.Popen(words, env={**os.environ, _ENVIRONMENT: str(folder)}) as process:
+    with subprocess.Popen(words, env={**os.environ, progress.JOB: str(folder)}) as process:
         try:
             code = process.wait()
         except KeyboardInterrupt:  # the job's process gets it too
