@@ -77,4 +77,5 @@ def test_a_critic_starts_at_the_shifted_scores(tmp_path: Path) -> None:
         judge = Reward(good_share, "r", scorer=Scorer(model, tokenizer, 8, append_eos=True), readout=(1.0,))
         ppo = trainer(tokenizer, tmp_path, given={"reward_model": judge}, critic="separate", critic_init="reward")
         values = ppo.value_model.eval()(input_ids=ids).logits
+        assert not any(mine is other for mine in ppo.value_model.parameters() for other in model.parameters())
         torch.testing.assert_close(values, model.eval()(input_ids=ids).logits - 1.7)

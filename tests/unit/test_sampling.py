@@ -57,6 +57,27 @@ def test_another_family_draws_the_same_tokens_row_by_row(attention: str) -> None
     assert alike(sample(policy, prompts, limits, how, draws), join_batches(rows))
 
 
+def test_sampled_tokens_obey_the_distribution(tokenizer: PreTrainedTokenizerBase) -> None:
+    batch = answers(tiny_policy(tokenizer), PROMPTS * 50, [9] * 200, ODD)
+    said = batch.responses[batch.response_mask]
+    assert not torch.isin(said, torch.tensor(ODD.suppressed_ids)).any()
+    stops = torch.isin(batch.responses, torch.tensor(ODD.stop_ids)) & batch.response_mask
+    assert not stops[:, : ODD.min_length].any()
+    last = torch.arange(batch.responses.shape[1]) == (batch.response_lengths - 1)[:, None]
+    assert (stops <= last).all(), "a response goes on after its stop"
+    assert ((batch.response_lengths == 9) | stops.any(1)).all(), "a response ends before limit and stop"
+
+
+def test_frequencies_of_drawn_tokens_are_the_models_probabilities(tokenizer: PreTrainedTokenizerBase) -> None:
+    policy = tiny_policy(tokenizer)
+    batch = answers(policy, [PROMPTS[0]] * 4000, [1] * 4000, Sampling(1.0))
+    counts = torch.bincount(batch.responses[:, 0], minlength=len(tokenizer)) / 4000
+    with torch.no_grad():
+        expected = policy(torch.tensor([PROMPTS[0]])).logits[0, -1].softmax(-1)
+    assert (counts - expected).abs().max() < 0.015
+    assert expected.max() > 0.03
+
+
 def test_looking_less_often_draws_the_same_tokens(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
