@@ -95,6 +95,13 @@ def test_the_critic_starts_as_the_reward_model_of_the_run(miniature: Path, begun
     torch.testing.assert_close(critic[trunk], reward[trunk], rtol=0, atol=1e-6)
 
 
+def test_what_the_trainer_refuses_is_said_in_its_own_words(begun: Begun, capsys: Any) -> None:
+    assert begun("refused", 'trainer.suppress_tokens=["[UNK]"]') == 2
+    told = capsys.readouterr().err
+    assert "trainer.suppress_tokens has '[UNK]'" in told
+    assert "cannot be built" not in told
+
+
 def test_policies_are_chosen_by_prompts_that_neither_ppo_nor_evaluate_uses(
     begun: Begun, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -68,7 +68,7 @@ def test_a_policy_of_any_family_goes_through_ppo(family: str, tmp_path: Path) ->
     assert found == where
     ppo = trainer(
         policy.tokenizer, tmp_path / "out", given={"model": policy.model}, total_episodes=320,
-        per_device_train_batch_size=32, learning_rate=2e-3, kl_coef=0.0,
+        per_device_train_batch_size=32, num_ppo_epochs=4, learning_rate=2e-3, temperature=0.7, kl_coef=0.0,
     )  # fmt: skip
     ppo.train()
     assert ppo.state.log_history[-1]["objective/scores"] > ppo.state.log_history[0]["objective/scores"]

@@ -324,6 +324,7 @@ def test_an_evaluation_gives_the_same_numbers_each_time_however_it_is_cut(tmp_pa
         )  # fmt: skip
         ppo.train()
         rows += [row for row in ppo.state.log_history if "eval_reward" in row]
+        assert len({(row["eval_reward"], row["eval_length"], row["eval_distinct_2"]) for row in rows[-4:]}) == 1
     assert [row["step"] for row in rows] == [2, 4, 6, 8] * 3
     for name in ("reward", "reward_stderr", "length", "distinct_2", "kl"):
         values = [row[f"eval_{name}"] for row in rows]
@@ -509,7 +510,10 @@ def test_a_checkpoint_of_another_set_up_is_refused(tmp_path: Path) -> None:
 def test_completions_are_printed_without_their_control_codes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ppo = trainer(tmp_path, given={"eval_dataset": PROMPTS})
+    options = {"total_episodes": 16, "num_sample_generations": 2, "per_device_eval_batch_size": 2}
+    ppo = trainer(tmp_path, given={"eval_dataset": PROMPTS}, **options)
+    ppo.train()
+    assert capsys.readouterr().out.count("model response") == 2
     said = SimpleNamespace(prompts=["the film was"], responses=["\x1b[2Jgone"], scores=torch.zeros(1))
     ppo._answers = lambda *_: [said]
     ppo.generate_completions()

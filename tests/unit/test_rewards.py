@@ -94,14 +94,8 @@ REFUSED: dict[str, dict[str, Any]] = {
 REFUSED_PARTS: dict[str, list[dict[str, Any]]] = {
     r"^reward\.parts is empty": [],
     r"^reward\.parts\[1\]: no reward is called 'lenght'\. Did you mean 'length'": [LENGTH, {"name": "lenght"}],
-    r"^reward\.parts\[1\]: reward=length: there is no setting 'reward\.traget'\. Did you": [
-        LENGTH,
-        {**LENGTH, "traget": 3},
-    ],
-    r"^reward\.parts\[0\]: reward=length: reward\.target is 'x'": [{**LENGTH, "target": "x"}],
     r"^reward\.parts\[0\]: weight is 'much'; it takes a number": [{**LENGTH, "weight": "much"}],
     r"^reward\.parts\[0\]: weight is inf; it takes a number": [{**LENGTH, "weight": math.inf}],
-    r"^reward\.parts\[1\]: reward=keywords: it needs reward\.words": [LENGTH, {"name": "keywords"}],
     r"^reward\.parts\[0\]: reward\.parts\[1\]: no reward is": [{"name": "ensemble", "parts": [LENGTH, {"name": "x"}]}],
 }
 REFUSED |= {message: {"name": "sum", "parts": parts} for message, parts in REFUSED_PARTS.items()}
@@ -328,13 +322,6 @@ def test_a_sum_weighs_its_parts() -> None:
     assert nested([""], ["great great"]) == [10 * 1.5 - 0.5]
 
 
-def test_the_command_line_takes_the_parts_of_a_sum() -> None:
-    parts = "[{name: keywords, words: [great], weight: 1.0}, {name: length, target: 12, weight: 0.5}]"
-    choice = settings_of("stage=ppo", "reward=sum", f"reward.parts={parts}").reward
-    assert rewards.load_reward(choice, None)[0](["It was"], [" great"]) == [pytest.approx(1 - 0.5 * 11 / 12)]
-    assert rewards.trained_part(settings_of("stage=ppo", "reward=sum").reward)["name"] == "classifier"
-
-
 def test_a_part_that_cannot_be_loaded_is_named() -> None:
     for error, message, parts in (
         (UserError, r"^reward\.parts\[1\]: reward=regex gave 0 for all", [LENGTH, {"name": "regex", "pattern": "zzz"}]),
@@ -364,6 +351,7 @@ def test_an_ensemble_trusts_no_part_alone(mode: str, expected: list[float], fold
 def test_whose_model_a_sum_waits_for() -> None:
     hub, mine = {"name": "imdb_sentiment"}, {"name": "classifier"}
     assert rewards.trained_part(hub) is hub
+    assert rewards.trained_part(settings_of("stage=ppo", "reward=sum").reward)["name"] == "classifier"
     for parts, waits in (
         ([LENGTH, hub, mine], mine),
         ([{**mine, "path": "x"}, hub], hub),
