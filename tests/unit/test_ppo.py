@@ -136,10 +136,14 @@ def test_a_policy_trained_without_a_stop_token_keeps_its_end(tmp_path: Path) -> 
 
 ONE_MODEL = tiny_scorer(TOKENIZER)
 OTHER_WEIGHTS = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
-# Settings of transformers that PPO never reads; test_every_field_has_an_effect_or_is_refused keeps their list whole.
+# Settings that PPO never reads but the rest of transformers does: test_every_field_has_an_effect_or_is_refused would not
+# notice if they were no longer refused.
 NO_EFFECT: dict[str, Any] = {
-    "average_tokens_across_devices": False, "dataloader_num_workers": 2, "include_num_input_tokens_seen": "all",
-    "label_smoothing_factor": 0.1, "neftune_noise_alpha": 5.0, "resume_from_checkpoint": "somewhere",
+    "auto_find_batch_size": True, "data_seed": 7, "dataloader_drop_last": True, "dataloader_num_workers": 2,
+    "ddp_find_unused_parameters": True, "include_num_input_tokens_seen": "all", "label_smoothing_factor": 0.1,
+    "neftune_noise_alpha": 5.0, "resume_from_checkpoint": "somewhere", "save_only_model": True,
+    "skip_memory_metrics": False, "torch_compile": True, "train_sampling_strategy": "group_by_length",
+    "use_liger_kernel": True,
 }  # fmt: skip
 REFUSED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [  # message, settings, constructor arguments
     ("min_response_length is 9", {"min_response_length": 9}, {}),

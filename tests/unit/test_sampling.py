@@ -44,14 +44,20 @@ class Asked(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_another_family_draws_the_same_tokens_row_by_row(attention: str) -> None:
+def llama(attention: str) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.5, attn_implementation=attention,
     )  # fmt: skip
-    policy, how, limits = LlamaForCausalLM(config).eval(), Sampling(0.8, (5, 6)), torch.tensor([12] * 16)
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("family", ["GPT-2", "Llama, sdpa", "Llama, eager"])
+def test_a_batch_draws_the_same_tokens_as_its_rows_alone(family: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """GPT-2 has a vector for each position, Llama rotates by their distances."""
+    policy = tiny_policy(tokenizer) if family == "GPT-2" else llama(family.split()[-1])
+    how, limits = Sampling(0.8, (5, 6)), torch.tensor([12] * 16)
     prompts, draws = PROMPTS * 4, uniform_draws(limits, torch.Generator().manual_seed(0))
     rows = [sample(policy, prompts[i : i + 1], limits[i : i + 1], how, draws[:, i : i + 1]) for i in range(16)]
     assert alike(sample(policy, prompts, limits, how, draws), join_batches(rows))
