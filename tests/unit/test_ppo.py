@@ -136,8 +136,8 @@ def test_a_policy_trained_without_a_stop_token_keeps_its_end(tmp_path: Path) -> 
 
 ONE_MODEL = tiny_scorer(TOKENIZER)
 OTHER_WEIGHTS = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
-# Settings that PPO never reads but the rest of transformers does: test_every_field_has_an_effect_or_is_refused would not
-# notice if they were no longer refused.
+# Settings that PPO never reads but transformers does. test_every_field_has_an_effect_or_is_refused would not notice if
+# they were no longer refused.
 NO_EFFECT: dict[str, Any] = {
     "auto_find_batch_size": True, "data_seed": 7, "dataloader_drop_last": True, "dataloader_num_workers": 2,
     "ddp_find_unused_parameters": True, "include_num_input_tokens_seen": "all", "label_smoothing_factor": 0.1,
