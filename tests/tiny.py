@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
+from peft import LoraConfig
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from rlhf_pipeline.models.policies import train_tokenizer
 from rlhf_pipeline.models.sampling import Batch, Sampling, sample, uniform_draws
 from rlhf_pipeline.ppo import PPOConfig, PPOTrainer
+from rlhf_pipeline.ppo.trainer import Experience
 
 TEXTS = ["the film was good and the cast was fine", "the plot was bad and nobody liked it"] * 20
 
@@ -28,6 +30,20 @@ def tiny_policy(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> GPT2LMHead
         bos_token_id=0, eos_token_id=0, pad_token_id=1,
     )  # fmt: skip
     return GPT2LMHeadModel(config).eval()
+
+
+def tiny_scorer(tokenizer: PreTrainedTokenizerBase, seed: int = 1) -> GPT2ForSequenceClassification:
+    """A classifier over the policy's tokens with one score: what TRL takes as a reward or value model."""
+    config = tiny_policy(tokenizer).config
+    config.num_labels = 1
+    torch.manual_seed(seed)
+    return GPT2ForSequenceClassification(config).eval()
+
+
+def lora(**options: Any) -> LoraConfig:
+    """An adapter on the attention's matrices, always with the same first weights."""
+    torch.manual_seed(5)
+    return LoraConfig(r=4, target_modules=["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True, **options)
 
 
 def tiny_gguf(path: Path) -> dict[str, np.ndarray[Any, Any]]:
@@ -89,21 +105,29 @@ def trainer(
     given: dict[str, Any] | None = None,
     **options: object,
 ) -> PPOTrainer:
-    """Make a trainer of a tiny policy with the reward `good_share`; `given` are more constructor arguments."""
+    """Make a trainer of a tiny policy with the reward `good_share`; `given` are other constructor arguments."""
     values: dict[str, object] = {
         "total_episodes": 64, "per_device_train_batch_size": 8, "num_ppo_epochs": 2, "learning_rate": 1e-3,
         "response_length": 6, "temperature": 1.0, "stop_token": "eos", "disable_tqdm": True, "report_to": "none",
         "save_steps": 100, "num_sample_generations": 0, "bf16": False,
     }  # fmt: skip
     args = PPOConfig(output_dir=str(folder), **{**values, **options})
-    more = {"reward_model": good_share, "train_dataset": PROMPTS * 8, **(given or {})}
-    return PPOTrainer(args, tokenizer, tiny_policy(tokenizer).to(dtype), None, **more)
+    more = {
+        "model": tiny_policy(tokenizer).to(dtype), "ref_model": None, "reward_model": good_share,
+        "train_dataset": PROMPTS * 8, **(given or {}),
+    }  # fmt: skip
+    return PPOTrainer(args, tokenizer, **more)
+
+
+def first_experience(ppo: PPOTrainer) -> Experience:
+    """Sample and estimate the first update, before any step."""
+    ppo.begin(None)
+    return ppo._estimate(ppo._roll_out(0))
 
 
 def stats_of_first_update(ppo: PPOTrainer) -> dict[str, float]:
     """Do one update as `train` does; returns its statistics."""
-    ppo.begin(None)
-    experience = ppo._estimate(ppo._roll_out(0))
+    experience = first_experience(ppo)
     return {**ppo._describe(experience), **ppo._optimise(experience, 0)}
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from tiny import tiny_tokenizer, trainer
+from tiny import lora, tiny_tokenizer, trainer
 
 from rlhf_pipeline.processes import agree, connect, end_at_once
 
@@ -20,8 +19,7 @@ def main() -> None:
     folder = Path(asked["folder"])
     given: dict[str, Any] = {}
     if asked.get("lora"):
-        torch.manual_seed(5)
-        given["peft_config"] = LoraConfig(r=4, target_modules=["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True)
+        given["peft_config"] = lora()
     if asked.get("ptx"):
         given["ptx_dataset"] = [[i, i + 1, i + 2, i + 3][: 2 + i % 3] for i in range(2, 40)]
     if asked.get("evaluate"):

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from peft import LoraConfig, get_peft_model
+from tiny_rewards import tiny_config
+from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from trl import SFTConfig
 from two_trainers import make
 
@@ -69,6 +70,19 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return train_tokenizer(["a film of a few words"], 260, 64)
 
 
+def gpt2() -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(tiny_config(initializer_range=0.3, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+
+
+def sft_trainer(
+    folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase, rows: dict[str, Any], **options: Any
+) -> OrderedSFTTrainer:
+    settings = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True} | options
+    args = SFTConfig(output_dir=str(folder), gradient_checkpointing=False, **settings)
+    data = Dataset.from_dict(rows)
+    return OrderedSFTTrainer(model, args, train_dataset=data, eval_dataset=data, processing_class=tokenizer)
+
+
 @pytest.mark.parametrize("strategy", ["group_by_length", "random"])
 @pytest.mark.parametrize("kind", ["sft", "language", "comparisons"])
 def test_a_run_cut_off_in_any_epoch_ends_as_one_never_cut_off(kind: str, strategy: str, tmp_path: Path) -> None:
@@ -99,14 +113,10 @@ def test_a_language_models_loss_is_a_mean_over_the_tokens_that_are_predicted(
     """By hand: the sum of -log p of every token but a row's first, divided by their number."""
     torch.manual_seed(0)
     if family == "GPT-2":
-        model: Any = GPT2LMHeadModel(GPT2Config(vocab_size=260, n_positions=64, n_embd=16, n_layer=1, n_head=2))
+        model: Any = gpt2()
     else:
         sizes = {"vocab_size": 260, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-        config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64)
-        model = LlamaForCausalLM(config)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+        model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
     ids = [[5, 9, 11], [7, 8], [20, 21, 22, 23, 24, 25, 26, 27]]
     total, count = 0.0, 0
     for row in ids:
@@ -114,13 +124,10 @@ def test_a_language_models_loss_is_a_mean_over_the_tokens_that_are_predicted(
             log_p = model(torch.tensor([row])).logits[0, :-1].log_softmax(-1)
         total -= float(log_p.gather(-1, torch.tensor(row[1:])[:, None]).sum())
         count += len(row) - 1
-    args = SFTConfig(
-        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, max_steps=1,
-        per_device_train_batch_size=1, gradient_accumulation_steps=3, per_device_eval_batch_size=2, logging_steps=1,
-        gradient_checkpointing=False, learning_rate=1e-9,
+    trainer = sft_trainer(
+        tmp_path, model, tokenizer, {"input_ids": ids}, max_steps=1, per_device_train_batch_size=1,
+        gradient_accumulation_steps=3, per_device_eval_batch_size=2, logging_steps=1, learning_rate=1e-9,
     )  # fmt: skip
-    rows = Dataset.from_dict({"input_ids": ids})
-    trainer = OrderedSFTTrainer(model, args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(total / count, rel=1e-5)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(total / count, rel=1e-4)
@@ -131,18 +138,11 @@ def test_a_language_models_loss_gradient_and_figures_are_trls(
     adapted: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=300, n_positions=64, n_embd=16, n_layer=1, n_head=2, initializer_range=0.3, resid_pdrop=0,
-        embd_pdrop=0, attn_pdrop=0,
-    )  # fmt: skip
-    adapter = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, fan_in_fan_out=True) if adapted else None
-    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False)
-    rows = Dataset.from_dict({
-        "input_ids": [[5, 9, 11], [20, 21, 22, 23, 24, 25]], "completion_mask": [[0, 1, 1], [0, 0, 0, 1, 1, 1]],
-    })  # fmt: skip
-    trainer = OrderedSFTTrainer(
-        GPT2LMHeadModel(config), args, train_dataset=rows, processing_class=tokenizer, peft_config=adapter
-    )
+    model: Any = gpt2()
+    if adapted:
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, fan_in_fan_out=True))
+    rows = {"input_ids": [[5, 9, 11], [20, 21, 22, 23, 24, 25]], "completion_mask": [[0, 1, 1], [0, 0, 0, 1, 1, 1]]}
+    trainer = sft_trainer(tmp_path, model, tokenizer, rows)
     found = []
     for fused in (True, False):
         trainer.fused = fused
@@ -165,12 +165,9 @@ def test_a_language_models_loss_gradient_and_figures_are_trls(
 def test_other_losses_of_trls_are_still_its_own(
     option: dict[str, Any], tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    config = GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=1, n_head=2)
-    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", **option)
-    rows = Dataset.from_dict({"input_ids": [[5, 9, 11]]})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # TRL 1.16 gives label smoothing up
-        trainer = OrderedSFTTrainer(GPT2LMHeadModel(config), args, train_dataset=rows, processing_class=tokenizer)
+        trainer = sft_trainer(tmp_path, gpt2(), tokenizer, {"input_ids": [[5, 9, 11]]}, **option)
         assert not trainer.fused
         batch = trainer.data_collator([trainer.train_dataset[0]])
         assert torch.isfinite(trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(2)))

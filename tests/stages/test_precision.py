@@ -53,7 +53,7 @@ def test_every_stage_computes_in_bf16_where_it_is_native(stage: str, runs: Path)
 def test_an_adapter_on_frozen_weights_in_bf16_learns_as_on_whole_ones(
     runs: Path, command_line: CommandLine, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And SFT merges it into all their digits."""
+    """And SFT merges it into all their digits: its model stands alone, and nothing else has changed."""
     base = runs / "fp32" / "pretrain" / "model"
     asked = [
         "stage=sft", "experiment=demo", f"policy.path={base}", "data.limit=20", "data.test_limit=4",
@@ -73,7 +73,11 @@ def test_an_adapter_on_frozen_weights_in_bf16_learns_as_on_whole_ones(
     assert command_line(*asked, "name=whole") == 0
     half, whole = (load_file(f"runs/{name}/sft/model/model.safetensors") for name in ("half", "whole"))
     before = load_file(base / "model.safetensors")
-    assert any(not torch.equal(half[name], before[name]) for name in before)
+    assert half.keys() == before.keys()
+    changed = {name for name in half if not torch.equal(half[name], before[name])}
+    assert changed == {name for name in half if "attn.c_attn.weight" in name}
+    results = json.loads(Path("runs/half/sft/run.json").read_text())["results"]
+    assert results["eval_loss"] < results["eval_loss_before"]
     for name, tensor in half.items():
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, whole[name]), name

@@ -1,6 +1,7 @@
 """Answers that can be checked: a row's columns reach the reward that names them, in every stage that judges."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +34,17 @@ def test_no_question_of_the_test_is_learnt_from() -> None:
 
 
 @pytest.fixture(scope="module")
-def sums(tmp_path_factory: pytest.TempPathFactory, command_line: CommandLine) -> Path:
-    """A folder with a policy that has seen some sums."""
+def sums(tmp_path_factory: pytest.TempPathFactory, command_line: CommandLine) -> Iterator[Path]:
+    """The current folder of this module's tests, with a policy that has seen some sums."""
     folder = tmp_path_factory.mktemp("sums")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert command_line("stage=sft", *SUMS, "trainer.num_train_epochs=30", "trainer.learning_rate=3e-3") == 0
-    return folder
+        yield folder
 
 
-def test_the_policy_is_paid_for_exact_answers(
-    sums: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(sums)
+@pytest.mark.usefixtures("sums")
+def test_the_policy_is_paid_for_exact_answers(command_line: CommandLine) -> None:
     assert command_line("stage=ppo", *SUMS, "reward=exact", *PPO) == 0
     samples = read_jsonl(Path("runs/sums/ppo/samples.jsonl"))
     assert len(samples) == 32
@@ -61,10 +60,8 @@ def test_the_policy_is_paid_for_exact_answers(
         assert row["rewards"] == {who: float(said.strip() == right) for who, said in row["responses"].items()}
 
 
-def test_a_function_of_ones_own_gets_columns_of_the_file(
-    sums: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    monkeypatch.chdir(sums)
+@pytest.mark.usefixtures("sums")
+def test_a_function_of_ones_own_gets_columns_of_the_file(command_line: CommandLine, capsys: Any) -> None:
     Path("mine.py").write_text(OWN)
     rows = [{"prompt": f"{n} + 1 =", "completion": str(n + 1), "answer": str(n + 1), "id": n} for n in range(90)]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -84,12 +81,9 @@ def test_a_function_of_ones_own_gets_columns_of_the_file(
     for row in json.loads(Path("runs/own/evaluate/evaluation.json").read_text())["samples"]:
         assert row["rewards"] == {who: paid(row["prompt"], said) for who, said in row["responses"].items()}
     labeler = [
-        "labeler=python",
-        "labeler.path=mine.py:f",
-        "collect.prompts=8",
-        "collect.answers=2",
+        "labeler=python", "labeler.path=mine.py:f", "collect.prompts=8", "collect.answers=2",
         "collect.temperatures=[3.0]",
-    ]
+    ]  # fmt: skip
     assert command_line("stage=collect", *given, *labeler, "collect.response_length=4") == 0
     for row in read_jsonl(Path("runs/own/collect/labels.jsonl")):
         assert row["scores"] == [paid(row["prompt"], said) for said in row["responses"]]
@@ -99,19 +93,14 @@ def test_a_function_of_ones_own_gets_columns_of_the_file(
     assert "needs the column answer; besides prompts and completions a chat has none" in capsys.readouterr().err
 
 
-def test_data_without_the_column_is_refused_at_once(
-    sums: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    monkeypatch.chdir(sums)
+@pytest.mark.usefixtures("sums")
+def test_data_without_the_column_is_refused_at_once(command_line: CommandLine, capsys: Any) -> None:
     given = [*POLICY, "name=none", "policy.path=runs/sums/sft", "reward=exact"]
-    assert command_line("stage=ppo", *given, "data=toy_reviews", "data.limit=99", *PPO) == 2
-    assert (
-        "reward=exact needs the column answer; besides prompts and completions the data has none."
-        in capsys.readouterr().err
-    )
-    assert command_line("stage=ppo", *given, "data=toy_arithmetic", "reward.column=key", *PPO) == 2
-    assert (
-        "reward=exact needs the column key; besides prompts and completions the data has answer."
-        in capsys.readouterr().err
-    )
+    for data, missing, has in (
+        (["data=toy_reviews", "data.limit=99"], "answer", "none"),
+        (["data=toy_arithmetic", "reward.column=key"], "key", "answer"),
+    ):
+        assert command_line("stage=ppo", *given, *data, *PPO) == 2
+        said = f"reward=exact needs the column {missing}; besides prompts and completions the data has {has}."
+        assert said in capsys.readouterr().err
     assert not list(Path("runs/none").rglob("run.json"))

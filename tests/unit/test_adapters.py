@@ -4,16 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from tiny import PROMPTS, tiny_policy, tiny_tokenizer, trainer
+from peft import get_peft_model
+from tiny import PROMPTS, lora, tiny_policy, tiny_tokenizer, trainer
 
 from rlhf_pipeline.models.policies import Policy, merged, open_policy
 from rlhf_pipeline.models.precision import store_in_bf16
 from rlhf_pipeline.ppo import PPOTrainer
-
-
-def lora() -> LoraConfig:
-    return LoraConfig(r=4, target_modules=["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True)
 
 
 def in_bf16(model: torch.nn.Module) -> list[str]:

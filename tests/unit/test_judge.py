@@ -103,6 +103,9 @@ def test_a_server_that_is_busy_is_asked_again(server: FakeJudge, choice: dict[st
     with pytest.raises(UserError, match=r"v1 answers 503: 'busy'\. Its replies so far are kept"):
         built(choice, tries=3)(["a"], ["c"])
     assert len(server.asked) == 8
+    server.wrong = [None, None]
+    with pytest.raises(UserError, match=r"v1 does not answer \(ConnectionError\)\. Its"):
+        built(choice, tries=2)(["a"], ["c"])
 
 
 def test_what_was_answered_is_kept(server: FakeJudge, choice: dict[str, Any]) -> None:
@@ -154,12 +157,6 @@ def test_an_odd_answer_is_one_line_without_the_key(
     assert len(server.asked) == 1, "asking again would change nothing"
     assert not any(KEY.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert built(choice)(["a"], ["b"]) == [3.0]
-
-
-def test_a_server_that_is_not_there_is_one_line(choice: dict[str, Any], server: FakeJudge) -> None:
-    server.wrong = [None, None]
-    with pytest.raises(UserError, match=r"v1 does not answer \(ConnectionError\)\. Its"):
-        built(choice, tries=2)(["a"], ["b"])
 
 
 def test_a_key_may_be_missing_or_none(

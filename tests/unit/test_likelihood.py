@@ -42,7 +42,9 @@ def test_values_and_gradients_are_those_of_the_definition(sampling: Sampling, mo
     spread = torch.zeros(3, 3, dtype=torch.float64)
     for row in range(3):
         start, count = int(BATCH.prompt_lengths[row]), int(BATCH.response_lengths[row])
-        logits = policy(BATCH.tokens[row : row + 1, : start + count]).logits[0, start - 1 : -1].clone()
+        alone = BATCH.rows(torch.tensor([row])).tokens
+        assert alone.shape == (1, start + count), "a part of a batch is no wider than its longest row"
+        logits = policy(alone).logits[0, start - 1 : -1].clone()
         every = defined(logits, sampling)
         plain[row, :count] = every.gather(1, BATCH.responses[row, :count, None])[:, 0]
         spread[row, :count] = -(every.exp() * every.clamp(min=-1e20)).sum(-1)

@@ -79,17 +79,6 @@ def test_the_policy_losss_gradient_is_that_of_the_written_out_loss() -> None:
     torch.testing.assert_close(new.grad, again.grad)
 
 
-def test_micro_batches_add_up_to_the_whole() -> None:
-    old, advantages, mask, _ = example()
-    new, count = old + 0.1, mask.sum()
-    whole = policy_loss(new, old, advantages, mask, 0.2, count, mask / count).loss
-    parts = sum(
-        policy_loss(new[i], old[i], advantages[i], mask[i], 0.2, count, mask[i] / count).loss
-        for i in (slice(0, 1), slice(1, 4))
-    )
-    torch.testing.assert_close(whole, parts)
-
-
 def test_the_value_loss_takes_the_worse_of_clipped_and_plain() -> None:
     values, old, returns = torch.tensor([[2.0]]), torch.tensor([[0.0]]), torch.tensor([[3.0]])
     loss = value_loss(values, old, returns, torch.tensor([[True]]), 0.2, torch.tensor(1))

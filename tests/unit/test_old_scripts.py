@@ -1,10 +1,7 @@
 """Scripts written for each generation of TRL run once their import is changed, as the table in PPO's README says."""
 
-import copy
 import functools
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +10,15 @@ import tiny
 import torch
 from conftest import ROOT
 from huggingface_hub import ModelCard
-from tiny import PROMPTS, tiny_policy, tiny_tokenizer, weights
-from transformers import AutoModelForCausalLM, GPT2ForSequenceClassification
+from tiny import PROMPTS, tiny_policy, tiny_scorer, tiny_tokenizer, weights
+from transformers import AutoModelForCausalLM
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.ppo import PPOConfig, PPOTrainer, trl_0_11
+from rlhf_pipeline.ppo import trl_0_11
 
 TOKENIZER = tiny_tokenizer()
 trainer = functools.partial(tiny.trainer, TOKENIZER)
+NOTHING = {"reward_model": None, "train_dataset": None}  # the loop samples and scores
 
 # The loop of TRL's sentiment notebook, as many articles have it.
 SENTIMENT = """
@@ -66,36 +64,6 @@ for epoch in range(15):
 model.save_pretrained("trained")
 tokenizer.save_pretrained("trained")
 """
-
-# The Chinese dialogue articles, by their models' hub ids.
-DIALOGUE = """
-import torch
-from transformers import AutoTokenizer, BertTokenizerFast, pipeline
-from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, create_reference_model
-
-config = PPOConfig(
-    model_name="shibing624/gpt2-dialogbot-base-chinese", learning_rate=1.41e-5, batch_size=8, mini_batch_size=4
-)
-tokenizer = BertTokenizerFast.from_pretrained(config.model_name)
-model = AutoModelForCausalLMWithValueHead.from_pretrained(config.model_name)
-ppo_trainer = PPOTrainer(config, model, create_reference_model(model), tokenizer)
-sentiment = pipeline("sentiment-analysis", "liam168/c2-roberta-base-finetuned-dianping-chinese", top_k=None)
-prompts = ["我每天都想吃肉", "你喜欢什么电影", "今天天气真好", "晚上一起吃饭吧"] * 2
-kwargs = {
-    "max_new_tokens": 30, "top_k": 0, "top_p": 1.0, "do_sample": True, "eos_token_id": tokenizer.sep_token_id,
-    "suppress_tokens": [tokenizer.unk_token_id],
-}
-for step in range(2):
-    queries = [torch.tensor(tokenizer.encode(prompt)) for prompt in prompts]
-    responses = [ppo_trainer.generate(q, return_prompt=False, **kwargs).squeeze(0) for q in queries]
-    texts = [tokenizer.decode(r, skip_special_tokens=True) for r in responses]
-    scores = [{o["label"]: o["score"] for o in found}["positive"] for found in sentiment(texts)]
-    stats = ppo_trainer.step(queries, responses, [torch.tensor(s) for s in scores])
-    print("KL", stats["objective/kl"], "reward", stats["ppo/mean_scores"])
-assert not any((r == tokenizer.unk_token_id).any() for r in responses)
-model.save_pretrained("dialogue")
-"""
-
 
 # TRL's example of 0.12, and that of 0.15 to 1.12.
 TRAINER_0_12 = """
@@ -150,10 +118,8 @@ SCRIPTS = {
 }  # fmt: skip
 
 
-def readmes_imports() -> dict[str, str]:
-    """The import of each row of the table of old scripts."""
-    text = (ROOT / "rlhf_pipeline" / "ppo" / "README.md").read_text(encoding="utf-8")
-    return dict(re.findall(r"^\| ([^|]+) \| `(from rlhf_pipeline[^`]+)` \|", text, re.M))
+README = (ROOT / "rlhf_pipeline" / "ppo" / "README.md").read_text(encoding="utf-8")
+IMPORTS = dict(re.findall(r"^\| ([^|]+) \| `(from rlhf_pipeline[^`]+)` \|", README, re.M))  # of each row of its table
 
 
 def with_import_changed(script: str, new: str) -> str:
@@ -165,25 +131,17 @@ def with_import_changed(script: str, new: str) -> str:
 @pytest.fixture
 def models(workplace: Path) -> Path:
     """A current folder with a policy and a reward model."""
-    policy = tiny_policy(TOKENIZER)
-    policy.save_pretrained("model")
-    config = copy.deepcopy(policy.config)
-    config.num_labels = 1
-    torch.manual_seed(1)
-    GPT2ForSequenceClassification(config).save_pretrained("scorer")
-    for folder in ("model", "scorer"):
+    for folder, model in (("model", tiny_policy(TOKENIZER)), ("scorer", tiny_scorer(TOKENIZER))):
+        model.save_pretrained(folder)
         TOKENIZER.save_pretrained(folder)
     return workplace
 
 
-def test_every_row_of_the_readme_has_its_script() -> None:
-    assert readmes_imports().keys() == SCRIPTS.keys()
-
-
-@pytest.mark.parametrize("generation", SCRIPTS)
+@pytest.mark.parametrize("generation", IMPORTS)
 def test_a_script_of_each_generation_runs_with_its_import_changed(generation: str, models: Path) -> None:
+    assert IMPORTS.keys() == SCRIPTS.keys()
     names: dict[str, Any] = {}
-    exec(with_import_changed(SCRIPTS[generation], readmes_imports()[generation]), names)
+    exec(with_import_changed(SCRIPTS[generation], IMPORTS[generation]), names)
     saved, start = (AutoModelForCausalLM.from_pretrained(folder) for folder in ("trained", "model"))
     assert not torch.equal(saved.transformer.wte.weight, start.transformer.wte.weight)
     if generation == "TRL 0.7 to 0.11":  # it learns
@@ -199,24 +157,13 @@ def test_a_script_of_each_generation_runs_with_its_import_changed(generation: st
         assert "learning_rate: 0.001" in card.text
 
 
-def test_the_chinese_dialogue_loop_by_its_hub_ids(hub: dict[str, str], workplace: Path) -> None:
-    script = with_import_changed(DIALOGUE, readmes_imports()["TRL 0.7 to 0.11"])
-    Path("script.py").write_text(script, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "script.py"], env={**hub, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("reward") == 2
-    assert Path("dialogue/model.safetensors").exists()
-
-
 def test_steps_on_what_train_sampled_are_those_of_train(tmp_path: Path) -> None:
     """`step` computes what `train` does, from token ids and scores alone."""
     whole = trainer(tmp_path / "whole", total_episodes=32)
     rollouts, own = [], whole._roll_out
     whole._roll_out = lambda update: rollouts.append(own(update)) or rollouts[-1]
     whole.train()
-    stepped = trainer(tmp_path / "stepped", total_episodes=32, given={"reward_model": None, "train_dataset": None})
+    stepped = trainer(tmp_path / "stepped", total_episodes=32, given=NOTHING)
     for rollout in rollouts:
         batch = rollout.batch
         rows = zip(batch.tokens, batch.prompt_lengths.tolist(), batch.response_lengths.tolist(), strict=True)
@@ -230,7 +177,7 @@ def test_steps_on_what_train_sampled_are_those_of_train(tmp_path: Path) -> None:
 
 def test_what_generate_draws_is_what_step_takes_it_for(tmp_path: Path) -> None:
     """Probabilities are those of the distribution that was sampled from: temperature, ends, suppressed tokens."""
-    ppo = trainer(tmp_path, stop_token=None, given={"reward_model": None, "train_dataset": None})
+    ppo = trainer(tmp_path, stop_token=None, given=NOTHING)
     torch.manual_seed(0)
     ids = [torch.tensor(row) for row in PROMPTS * 2]
     found = ppo.generate(
@@ -259,14 +206,13 @@ def test_what_generate_draws_is_what_step_takes_it_for(tmp_path: Path) -> None:
     ],
 )
 def test_other_ways_to_sample_are_refused(options: dict[str, Any], said: str, tmp_path: Path) -> None:
-    ppo = trainer(tmp_path, given={"reward_model": None, "train_dataset": None})
+    ppo = trainer(tmp_path, given=NOTHING)
     with pytest.raises(UserError, match=said):
         ppo.generate(torch.tensor([5, 6]), **options)
 
 
 def test_what_step_cannot_learn_from_is_refused(tmp_path: Path) -> None:
-    none = {"reward_model": None, "train_dataset": None}
-    ppo = trainer(tmp_path, given=none)
+    ppo = trainer(tmp_path, given=NOTHING)
     rows, scores = [[5, 6]] * 8, [0.0] * 8
     with pytest.raises(UserError, match="7 queries, 8 responses and 8 scores; it takes 8"):
         ppo.step(rows[1:], rows, scores)
@@ -278,12 +224,8 @@ def test_what_step_cannot_learn_from_is_refused(tmp_path: Path) -> None:
         ppo.step(rows, [[5] * 70, *rows[1:]], scores)
     with pytest.raises(UserError, match=r"train\(\) needs a reward_model and a train_dataset"):
         ppo.train()
-    endless = PPOTrainer(
-        PPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=8, report_to="none"), TOKENIZER,
-        tiny_policy(TOKENIZER), None,
-    )  # fmt: skip
     with pytest.raises(UserError, match="total_episodes= or max_steps="):
-        endless.step(rows, rows, scores)
+        trainer(tmp_path, given=NOTHING, total_episodes=None).step(rows, rows, scores)
 
 
 def test_old_settings_become_todays() -> None:

@@ -1,4 +1,4 @@
-"""RLOO, GRPO and Dr. GRPO: against a naive second implementation, TRL's own losses, and what holds for PPO."""
+"""RLOO, GRPO and Dr. GRPO: against a naive second implementation and TRL's own losses."""
 
 import copy
 import functools
@@ -12,7 +12,6 @@ import torch
 from tiny import PROMPTS, stats_of_first_update, tiny_tokenizer, weights
 from torch import Tensor
 
-from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.ppo import PPOTrainer
 
 TOKENIZER = tiny_tokenizer()
@@ -22,10 +21,12 @@ COEFFICIENT, CLIP, LONGEST = 0.3, 0.1, 6
 
 
 def group_trainer(folder: Path, kind: str, **options: Any) -> PPOTrainer:
-    """In float64, with responses of unequal lengths, two to each prompt unless told otherwise."""
-    given = {"samples_per_prompt": 2, "min_response_length": 2, "kl_coef": COEFFICIENT, "cliprange": CLIP}
+    """In float64, with four responses of unequal lengths to each prompt."""
     data = {"train_dataset": options.pop("prompts", PROMPTS * 8)}
-    return trainer(folder, torch.float64, data, advantage=kind, max_grad_norm=0, **{**given, **options})
+    return trainer(
+        folder, torch.float64, data, advantage=kind, max_grad_norm=0, samples_per_prompt=4, min_response_length=2,
+        kl_coef=COEFFICIENT, cliprange=CLIP, **options,
+    )  # fmt: skip
 
 
 def experienced(ppo: PPOTrainer) -> Any:
@@ -59,7 +60,7 @@ def log_p(policy: Any, prompt: list[int], answer: list[int]) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_gradient_is_the_papers(kind: str, kl_in: str, tmp_path: Path) -> None:
     """Row by row, with plain numbers for advantages, by autograd through the whole model."""
-    ppo = group_trainer(tmp_path, kind, kl_in=kl_in, samples_per_prompt=4)
+    ppo = group_trainer(tmp_path, kind, kl_in=kl_in)
     experience = experienced(ppo)
     rollout, batch = experience.rollout, experience.rollout.batch
     rows = [
@@ -118,7 +119,7 @@ def trl_trainer(kind: str, policy: Any, folder: Path) -> Any:
 @pytest.mark.parametrize("kind", KINDS)
 def test_on_the_same_rollouts_the_gradient_is_that_of_trls_trainer(kind: str, tmp_path: Path) -> None:
     # Of one length: TRL gives padded prompts to GPT-2 without their positions.
-    ppo = group_trainer(tmp_path, kind, samples_per_prompt=4, prompts=[[5, 9, 11], [7, 20, 21], [30, 8, 6]] * 8)
+    ppo = group_trainer(tmp_path, kind, prompts=[[5, 9, 11], [7, 20, 21], [30, 8, 6]] * 8)
     experience = experienced(ppo)
     rollout, batch, mask = experience.rollout, experience.rollout.batch, experience.rollout.batch.response_mask
     prompts = batch.tokens[:, :3]
@@ -142,37 +143,12 @@ def test_on_the_same_rollouts_the_gradient_is_that_of_trls_trainer(kind: str, tm
     assert float((found - expected).norm() / expected.norm()) < 1e-6
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_reward_rises_and_a_resumed_run_ends_with_the_same_weights(kind: str, tmp_path: Path) -> None:
-    options = {"total_episodes": 8 * 30, "learning_rate": 3e-3, "kl_coef": 0.01, "save_steps": 20}
-    whole = trainer(tmp_path / "whole", advantage=kind, **options)
-    whole.train()
-    scores = [row["objective/scores"] for row in whole.state.log_history if "objective/scores" in row]
-    assert sum(scores[-5:]) / 5 > sum(scores[:5]) / 5 + 0.1
-    assert "val/explained_variance" not in whole.state.log_history[0]
-    again = trainer(tmp_path / "again", advantage=kind, **options)
-    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-20"))
-    assert torch.equal(weights(again), weights(whole))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_at_first_the_ratio_is_one_whatever_the_sampling(kind: str, tmp_path: Path) -> None:
-    word = TOKENIZER.convert_ids_to_tokens(40)
-    options = {"learning_rate": 0.0, "suppress_tokens": [word], "min_new_tokens": 3, "temperature": 0.6}
-    stats = stats_of_first_update(trainer(tmp_path, advantage=kind, **options))
-    assert stats["val/ratio"] == pytest.approx(1, abs=1e-6)
-    assert stats["objective/kl"] == 0
-
-
 def test_a_prompt_whose_responses_are_equally_good_teaches_nothing(tmp_path: Path) -> None:
-    ppo = trainer(tmp_path, advantage="grpo", given={"reward_model": lambda prompts, texts: [0.5] * len(texts)})
+    given = {"reward_model": lambda prompts, texts: [0.5] * len(texts)}
+    ppo = trainer(tmp_path, advantage="grpo", kl_coef=0.0, weight_decay=0.0, given=given)
     start = weights(ppo)
-    stats = stats_of_first_update(ppo)
-    assert stats["frac_reward_zero_std"] == 1
-    ppo_without_kl = trainer(tmp_path, advantage="grpo", kl_coef=0.0, weight_decay=0.0,
-                             given={"reward_model": lambda prompts, texts: [0.5] * len(texts)})  # fmt: skip
-    stats_of_first_update(ppo_without_kl)
-    assert torch.equal(weights(ppo_without_kl), start)
+    assert stats_of_first_update(ppo)["frac_reward_zero_std"] == 1
+    assert torch.equal(weights(ppo), start)
 
 
 def test_ppo_takes_several_responses_to_a_prompt(tmp_path: Path) -> None:
@@ -186,20 +162,3 @@ def test_ppo_takes_several_responses_to_a_prompt(tmp_path: Path) -> None:
     epochs = trainer(tmp_path, samples_per_prompt=4, total_episodes=None, num_train_epochs=1)
     epochs.begin(None)
     assert epochs.state.max_steps == len(PROMPTS) * 8 * 4 / 8
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"advantage": "rloo", "samples_per_prompt": 1}, "samples_per_prompt takes 2 or more"),
-        ({"advantage": "grpo", "samples_per_prompt": 3}, "a batch of 8 responses does not divide"),
-        ({"advantage": "grpo", "critic": "separate"}, "trainer.advantage=grpo has no critic, so trainer.critic has no"),
-        ({"advantage": "rloo", "lam": 0.9}, "trainer.lam has no effect"),
-        ({"advantage": "ppo"}, "trainer.advantage is 'ppo'; it takes gae or rloo or grpo or dr_grpo"),
-        ({"kl_in": "both"}, "trainer.kl_in is 'both'"),
-        ({"samples_per_prompt": 0}, "trainer.samples_per_prompt is 0"),
-    ],
-)
-def test_settings_that_mean_nothing_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=message):
-        trainer(tmp_path, **options)

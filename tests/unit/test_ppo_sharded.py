@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_ppo_invariance import launch
+from test_ppo_invariance import HALF, OPTIONS, launch
 from torch import Tensor
 
 pytestmark = [
@@ -17,15 +17,8 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
 ]
 
-OPTIONS: dict[str, Any] = {
-    "total_episodes": 24, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "num_mini_batches": 2,
-    "min_response_length": 2, "ptx_coef": 0.2, "kl_target": 1.0, "eval_steps": 1, "save_steps": 2,
-    "use_score_scaling": True, "max_grad_norm": 0.5,
-}  # fmt: skip
-HALF = {**OPTIONS, "gradient_accumulation_steps": 1}
 
-
-def environment(stage: int) -> dict[str, str]:
+def variables(stage: int) -> dict[str, str]:
     """What accelerate launch sets for ZeRO."""
     names = {"USE_DEEPSPEED": "true", "DEEPSPEED_ZERO_STAGE": str(stage), "DEEPSPEED_ZERO3_INIT": "false"}
     return {"DS_ACCELERATOR": "cpu", **{f"ACCELERATE_{name}": value for name, value in names.items()}}
@@ -43,7 +36,7 @@ def close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 def test_shards_are_as_good_as_one_process(stage: int, lora: bool, tmp_path: Path) -> None:
     """The same metrics and weights; a checkpoint goes on in as many processes, in one, and from one of theirs."""
     asked: dict[str, Any] = {"ptx": True, "evaluate": True, "lora": lora, "dtype": "float32"}
-    zero = {**asked, "options": HALF, "environment": environment(stage)}
+    zero = {**asked, "options": HALF, "variables": variables(stage)}
     one, log_of_one = launch(tmp_path / "one", 1, options=OPTIONS, **asked)
     sharded, log = launch(tmp_path / "sharded", 2, **zero)
     close(one, sharded)
@@ -66,5 +59,5 @@ def test_the_best_weights_come_back_into_shards(tmp_path: Path) -> None:
     one, log = launch(tmp_path / "one", 1, options={**OPTIONS, **best}, **asked)
     scores = [row["eval_score"] for row in log if "eval_score" in row]
     assert scores.index(max(scores)) < len(scores) - 1  # or the last would do
-    sharded, _ = launch(tmp_path / "sharded", 2, options={**HALF, **best}, environment=environment(3), **asked)
+    sharded, _ = launch(tmp_path / "sharded", 2, options={**HALF, **best}, variables=variables(3), **asked)
     close(one, sharded)

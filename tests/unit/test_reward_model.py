@@ -72,9 +72,10 @@ def test_a_shift_moves_all_scores_alike_and_outlives_saving(make: Any, head: Any
 @torch.no_grad()
 def test_a_critic_starts_at_the_shifted_scores(tmp_path: Path) -> None:
     ids, tokenizer = torch.tensor([[5, 6, 7]]), tiny_tokenizer()
-    for model in (tiny_model(), with_head(tiny_model(), "mlp", "last")):
-        shift_scores(model, -1.7)
+    for model, shift in ((tiny_model(), -1.7), (with_head(tiny_model(), "mlp", "last"), -1.7), (tiny_model(), 0.0)):
+        shift_scores(model, shift)
         judge = Reward(good_share, "r", scorer=Scorer(model, tokenizer, 8, append_eos=True), readout=(1.0,))
         ppo = trainer(tokenizer, tmp_path, given={"reward_model": judge}, critic="separate", critic_init="reward")
         values = ppo.value_model.eval()(input_ids=ids).logits
-        torch.testing.assert_close(values, model.eval()(input_ids=ids).logits - 1.7)
+        assert not any(mine is other for mine in ppo.value_model.parameters() for other in model.parameters())
+        torch.testing.assert_close(values, model.eval()(input_ids=ids).logits + shift)

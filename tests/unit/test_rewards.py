@@ -27,8 +27,11 @@ def own(folder: Path, source: str, **options: object) -> rewards.Reward:
     return built("python", path=f"{folder}/mine.py:f", **options)
 
 
-def save_classifier(folder: Path, labels: dict[int, str] | None = None) -> Path:
-    """A tiny GPT-2 with a random head, so that every text gets a number of its own."""
+SENTIMENT = {0: "NEGATIVE", 1: "POSITIVE"}
+
+
+def save_classifier(folder: Path, labels: dict[int, str] | None = SENTIMENT, **odd: Any) -> Path:
+    """A tiny GPT-2 with a random head, so that every text gets a number of its own; `odd` changes its config.json."""
     import torch
     from transformers import GPT2Config, GPT2ForSequenceClassification
 
@@ -39,13 +42,15 @@ def save_classifier(folder: Path, labels: dict[int, str] | None = None) -> Path:
     ids = {"pad_token_id": 1, "eos_token_id": 0}
     GPT2ForSequenceClassification(GPT2Config(**shape, **ids, initializer_range=0.2)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **odd}))
     return folder
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A classifier of two classes, and a model of one score."""
-    classes = {"classifier": {0: "NEGATIVE", 1: "POSITIVE"}, "preference_model": None}
+    classes = {"classifier": SENTIMENT, "preference_model": None}
     return {name: str(save_classifier(tmp_path_factory.mktemp(name), labels)) for name, labels in classes.items()}
 
 
@@ -89,14 +94,8 @@ REFUSED: dict[str, dict[str, Any]] = {
 REFUSED_PARTS: dict[str, list[dict[str, Any]]] = {
     r"^reward\.parts is empty": [],
     r"^reward\.parts\[1\]: no reward is called 'lenght'\. Did you mean 'length'": [LENGTH, {"name": "lenght"}],
-    r"^reward\.parts\[1\]: reward=length: there is no setting 'reward\.traget'\. Did you": [
-        LENGTH,
-        {**LENGTH, "traget": 3},
-    ],
-    r"^reward\.parts\[0\]: reward=length: reward\.target is 'x'": [{**LENGTH, "target": "x"}],
     r"^reward\.parts\[0\]: weight is 'much'; it takes a number": [{**LENGTH, "weight": "much"}],
     r"^reward\.parts\[0\]: weight is inf; it takes a number": [{**LENGTH, "weight": math.inf}],
-    r"^reward\.parts\[1\]: reward=keywords: it needs reward\.words": [LENGTH, {"name": "keywords"}],
     r"^reward\.parts\[0\]: reward\.parts\[1\]: no reward is": [{"name": "ensemble", "parts": [LENGTH, {"name": "x"}]}],
 }
 REFUSED |= {message: {"name": "sum", "parts": parts} for message, parts in REFUSED_PARTS.items()}
@@ -251,7 +250,10 @@ def test_columns_may_have_any_name(tmp_path: Path) -> None:
     source = "def f(p, c, answers, **more):\n    return [a + len(more) + len(x) for a, x in zip(answers, c)]\n"
     part = {"name": "python", "path": f"{tmp_path}/mine.py:f"}
     assert own(tmp_path, source)([""], ["abc"], **columns) == [1 + 5 + 3]
-    assert built("sum", parts=[part, {"name": "length", "target": 1}])([""], ["a"], **columns) == [1 + 5 + 1]
+    mixed = built("sum", parts=[{**part, "weight": 2}, {"name": "length", "target": 1}])
+    assert mixed([""], ["a"], **columns) == [2 * (1 + 5 + 1)]
+    with pytest.raises(UserError, match="needs the column answers;"):
+        mixed([""], ["a"])
     assert built("exact", column="answers")([""], ["1"], **columns) == [1]
 
 
@@ -320,13 +322,6 @@ def test_a_sum_weighs_its_parts() -> None:
     assert nested([""], ["great great"]) == [10 * 1.5 - 0.5]
 
 
-def test_the_command_line_takes_the_parts_of_a_sum() -> None:
-    parts = "[{name: keywords, words: [great], weight: 1.0}, {name: length, target: 12, weight: 0.5}]"
-    choice = settings_of("stage=ppo", "reward=sum", f"reward.parts={parts}").reward
-    assert rewards.load_reward(choice, None)[0](["It was"], [" great"]) == [pytest.approx(1 - 0.5 * 11 / 12)]
-    assert rewards.trained_part(settings_of("stage=ppo", "reward=sum").reward)["name"] == "classifier"
-
-
 def test_a_part_that_cannot_be_loaded_is_named() -> None:
     for error, message, parts in (
         (UserError, r"^reward\.parts\[1\]: reward=regex gave 0 for all", [LENGTH, {"name": "regex", "pattern": "zzz"}]),
@@ -353,25 +348,10 @@ def test_an_ensemble_trusts_no_part_alone(mode: str, expected: list[float], fold
     assert trained.parts == [folders["preference_model"], "keywords"]
 
 
-def test_parts_get_the_columns_that_they_need(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("def f(p, c, n):\n    return n\n")
-    part = {"name": "python", "path": f"{tmp_path}/mine.py:f"}
-    reward = built("sum", parts=[{**part, "weight": 2}, {"name": "length", "target": 1}])
-    assert reward([""], ["a"], n=[3], other=[1]) == [6.0]
-    with pytest.raises(UserError, match="needs the column n;"):
-        reward([""], ["a"])
-
-
-def test_a_sum_uses_the_runs_trained_reward(folders: dict[str, str]) -> None:
-    parts = [{"name": "classifier", "weight": 0.5}, {"name": "length", "target": 3}]
-    reward, _ = rewards.load_reward({"name": "sum", "parts": parts}, Path(folders["classifier"]))
-    alone = built("classifier", path=folders["classifier"])
-    assert reward([""], ["a good film"]) == [pytest.approx(0.5 * alone([""], ["a good film"])[0])]
-
-
 def test_whose_model_a_sum_waits_for() -> None:
     hub, mine = {"name": "imdb_sentiment"}, {"name": "classifier"}
     assert rewards.trained_part(hub) is hub
+    assert rewards.trained_part(settings_of("stage=ppo", "reward=sum").reward)["name"] == "classifier"
     for parts, waits in (
         ([LENGTH, hub, mine], mine),
         ([{**mine, "path": "x"}, hub], hub),
@@ -440,9 +420,7 @@ def test_scores_do_not_depend_on_the_batch_size(folders: dict[str, str], name: s
 
 
 def test_a_model_that_names_no_pad_token_judges_a_batch(tmp_path: Path, folders: dict[str, str]) -> None:
-    save_classifier(tmp_path, {0: "NEGATIVE", 1: "POSITIVE"})
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "pad_token_id": None}))
+    save_classifier(tmp_path, pad_token_id=None)
     found, expected = (
         built("classifier", path=str(path))([""] * 4, TEXTS) for path in (tmp_path, folders["classifier"])
     )
@@ -460,9 +438,7 @@ def test_a_model_that_names_no_pad_token_judges_a_batch(tmp_path: Path, folders:
     ],
 )
 def test_odd_fields_of_a_classifiers_configuration_are_one_line(odd: dict[str, Any], said: str, tmp_path: Path) -> None:
-    save_classifier(tmp_path, {0: "NEGATIVE", 1: "POSITIVE"})
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, **odd}))
+    save_classifier(tmp_path, **odd)
     with pytest.raises(UserError, match=said):
         built("classifier", path=str(tmp_path))
 
@@ -473,7 +449,7 @@ def test_odd_fields_of_a_classifiers_configuration_are_one_line(odd: dict[str, A
 def test_a_classifier_of_no_opinion_is_refused(tmp_path: Path, weight: float, said: str) -> None:
     from safetensors.torch import load_file, save_file
 
-    weights = load_file(save_classifier(tmp_path, {0: "NEGATIVE", 1: "POSITIVE"}) / "model.safetensors")
+    weights = load_file(save_classifier(tmp_path) / "model.safetensors")
     weights["score.weight"].fill_(weight)
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=said):

@@ -44,17 +44,44 @@ class Asked(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_another_family_draws_the_same_tokens_row_by_row(attention: str) -> None:
+def llama(attention: str) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.5, attn_implementation=attention,
     )  # fmt: skip
-    policy, how, limits = LlamaForCausalLM(config).eval(), Sampling(0.8, (5, 6)), torch.tensor([12] * 16)
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("family", ["GPT-2", "Llama, sdpa", "Llama, eager"])
+def test_a_batch_draws_the_same_tokens_as_its_rows_alone(family: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """GPT-2 has a vector for each position, Llama rotates by their distances."""
+    policy = tiny_policy(tokenizer) if family == "GPT-2" else llama(family.split()[-1])
+    how, limits = Sampling(0.8, (5, 6)), torch.tensor([12] * 16)
     prompts, draws = PROMPTS * 4, uniform_draws(limits, torch.Generator().manual_seed(0))
     rows = [sample(policy, prompts[i : i + 1], limits[i : i + 1], how, draws[:, i : i + 1]) for i in range(16)]
     assert alike(sample(policy, prompts, limits, how, draws), join_batches(rows))
+
+
+def test_sampled_tokens_obey_the_distribution(tokenizer: PreTrainedTokenizerBase) -> None:
+    batch = answers(tiny_policy(tokenizer), PROMPTS * 50, [9] * 200, ODD)
+    said = batch.responses[batch.response_mask]
+    assert not torch.isin(said, torch.tensor(ODD.suppressed_ids)).any()
+    stops = torch.isin(batch.responses, torch.tensor(ODD.stop_ids)) & batch.response_mask
+    assert not stops[:, : ODD.min_length].any()
+    last = torch.arange(batch.responses.shape[1]) == (batch.response_lengths - 1)[:, None]
+    assert (stops <= last).all(), "a response goes on after its stop"
+    assert ((batch.response_lengths == 9) | stops.any(1)).all(), "a response ends before limit and stop"
+
+
+def test_frequencies_of_drawn_tokens_are_the_models_probabilities(tokenizer: PreTrainedTokenizerBase) -> None:
+    policy = tiny_policy(tokenizer)
+    batch = answers(policy, [PROMPTS[0]] * 4000, [1] * 4000, Sampling(1.0))
+    counts = torch.bincount(batch.responses[:, 0], minlength=len(tokenizer)) / 4000
+    with torch.no_grad():
+        expected = policy(torch.tensor([PROMPTS[0]])).logits[0, -1].softmax(-1)
+    assert (counts - expected).abs().max() < 0.015
+    assert expected.max() > 0.03
 
 
 def test_looking_less_often_draws_the_same_tokens(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import ROOT, CommandLine
+from conftest import ROOT, Refused
 from launched import environment, run, torchrun
 from tiny import tiny_tokenizer, trainer
 from torch.utils.data import SequentialSampler
@@ -140,14 +140,12 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
 def test_several_gpus_in_one_process_are_refused(
-    stage: str, command_line: CommandLine, workplace: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    stage: str, refused: Refused, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As on Kaggle, with its two T4."""
     monkeypatch.setattr("transformers.TrainingArguments.n_gpu", 2)
-    reward = ["reward=toy_sentiment"] if stage == "ppo" else []  # one that needs no model
-    assert command_line(f"stage={stage}", "experiment=demo", *reward) == 2
-    told = capsys.readouterr().err
+    reward = "reward=toy_sentiment" if stage == "ppo" else ""  # one that needs no model
+    told = refused(f"stage={stage} experiment=demo {reward}")
     assert f"2 GPUs are visible, and one process trains on one GPU. Start a process for each: make {stage}" in told
     assert f"make {stage} LAUNCH=ddp PROCS=2" in told
     assert "CUDA_VISIBLE_DEVICES=0" in told
@@ -160,26 +158,22 @@ def test_several_gpus_in_a_script_are_refused(tmp_path: Path, monkeypatch: pytes
         trainer(tiny_tokenizer(), tmp_path)
 
 
-def test_tokens_weigh_the_same_in_every_process(
-    command_line: CommandLine, workplace: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tokens_weigh_the_same_in_every_process(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a mean of each process's own, one without rows would have none."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlhf_pipeline.training.setup.processes", lambda: 2)
-        assert command_line("stage=sft", "experiment=demo", "trainer.average_tokens_across_devices=false") == 2
-    assert "would weigh tokens differently on each process" in capsys.readouterr().err
+    monkeypatch.setattr("rlhf_pipeline.training.setup.processes", lambda: 2)
+    told = refused("stage=sft experiment=demo trainer.average_tokens_across_devices=false")
+    assert "would weigh tokens differently on each process" in told
 
 
 def test_a_pipeline_that_cannot_be_sharded_does_not_begin(
-    command_line: CommandLine, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    refused: Refused, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     found = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: name))
     monkeypatch.setattr("rlhf_pipeline.processes.importlib", found)  # as if DeepSpeed were there
-    assert command_line("stage=pipeline", "experiment=demo") == 2
-    assert "stage=reward does not run under zero3" in capsys.readouterr().err
+    assert "stage=reward does not run under zero3" in refused("stage=pipeline experiment=demo")
     assert not list(workplace.iterdir())
 
 
