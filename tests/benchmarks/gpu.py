@@ -21,13 +21,11 @@ import argparse
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -47,7 +45,7 @@ from rlhf_pipeline.models.precision import autocast, fuse_gelu, native_bf16
 from rlhf_pipeline.models.sampling import Sampling, sample
 from rlhf_pipeline.training.batching import OrderedSFTTrainer
 
-LIMITS = {"ppo": 900, "sft": 300, "rollout": 420, "shard": 480, "imdb": 1100}  # seconds per part
+LIMITS = {"ppo": 900, "sft": 300, "rollout": 420, "shard": 480, "imdb": 1100}  # seconds per part, more than its runs'
 # bf16 TFLOP/s without sparsity, from the data sheets; the first key that is in the GPU's name counts.
 PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "RTX 4090": 165, "L4": 121}
 SHAPES = {"small": GPT2_SMALL, "medium": {"layers": 24, "width": 1024, "heads": 16, "vocabulary": 50257}}
@@ -74,20 +72,11 @@ def reason(error: Exception) -> str:
     return text.splitlines()[0][:200]
 
 
-def call(command: Sequence[str], limit: float, log: Any = None) -> str:
+def call(command: Sequence[str], limit: int, log: Any = None) -> str:
     """Run a command and its children for at most `limit` seconds; returns how it ended."""
-    process = subprocess.Popen(command, stdout=log, stderr=log and subprocess.STDOUT, start_new_session=True)
-    try:
-        return "done" if process.wait(limit) == 0 else f"ended with exit status {process.returncode}"
-    except subprocess.TimeoutExpired:
-        return f"cut off after {limit:.0f} s"
-    finally:
-        process.terminate()  # a part then ends its children
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(5)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # children that a failed part left behind
-        process.wait()
+    limited = ["timeout", "--kill-after=5", str(limit), *command]
+    status = subprocess.run(limited, stdout=log, stderr=log and subprocess.STDOUT, check=False).returncode
+    return {0: "done", 124: f"cut off after {limit} s"}.get(status, f"ended with exit status {status}")
 
 
 def ppo(quick: bool, out: Path) -> Iterator[Row]:
@@ -196,7 +185,7 @@ def compare_samplers(model: Any, ids: torch.Tensor, response: int, rounds: int) 
         yield {"sampler": key, "tokens/s": rate, "times generate": faster, "seconds": seconds[key]}
 
 
-def run_stage(out: Path, limit: float, *settings: str, launch: Sequence[str] = ()) -> str:
+def run_stage(out: Path, limit: int, *settings: str, launch: Sequence[str] = ()) -> str:
     """Run a command of the pipeline, which prints to the part's log; returns how it ended."""
     command = [sys.executable, *launch, "-m", "rlhf_pipeline", f"runs={out.resolve()}", *settings]
     print("$", *command, flush=True)
@@ -275,7 +264,6 @@ def main() -> None:
     asked = parser.parse_args()
     results = asked.out / "results.jsonl"
     if asked.part:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `call` also ends this part's children
         with results.open("a") as file:
             for row in PARTS[asked.part](asked.quick, asked.out):
                 print(json.dumps(row), file=file, flush=True)

@@ -13,7 +13,6 @@ driver, so only one side computes at a time. The sides take turns.
 
 import argparse
 import copy
-import dataclasses
 import gc
 import json
 import os
@@ -23,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -477,7 +476,7 @@ def main() -> None:
 
     def measured(name: str, algorithm: str, sides: dict[str, Side], more: str = "") -> Row:
         """Measure and keep one configuration; a later one may run out of memory."""
-        work, title = dataclasses.replace(works[name], algorithm=algorithm), f"{name} {algorithm}{more}"
+        work, title = replace(works[name], algorithm=algorithm), f"{name} {algorithm}{more}"
         found = measure(title, work, sides, pairs, warm_up)
         return kept.add(title, {"n": pairs, "work": asdict(work), **found})
 

@@ -166,14 +166,12 @@ def main() -> None:
     parser.add_argument("--test", type=Path, help="the test reviews, if --data is a file (default: a tenth of it)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: only checks that it works")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "real", help="default: runs/real")
     asked = parser.parse_args()
     if not asked.data or not asked.data.exists():
         parser.error(f"--data={asked.data} is not there; it takes aclImdb (a folder or archive) or a file of reviews.")
     sizes = QUICK if asked.quick else FULL
-    data, test, top = asked.data.resolve(), asked.test and asked.test.resolve(), asked.out.resolve()
+    data, test, top = asked.data.resolve(), asked.test and asked.test.resolve(), Path("runs", "real")
     os.chdir(ROOT)
-    top = top.relative_to(ROOT) if top.is_relative_to(ROOT) else top  # so that the kept paths are runs/real/...
     out = top / ("quick" if asked.quick else f"seed{asked.seed}")
     try:
         packages = fetch(top / "packages")

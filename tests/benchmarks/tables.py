@@ -39,32 +39,19 @@ ANSWERS = ("samples", "examples", "extremes", "shown", "starts", "points", "cali
 OF_ANSWERS = ("answers", "values")  # not kept of a frontier's policies
 WIDTH = 120  # columns of a line of English text
 MARKED = re.compile(r"^(<!-- table: (\w+) (.+?) -->\n)(?:.*?\n)??(<!-- end -->)$", re.DOTALL | re.MULTILINE)
-SENTENCES = {
-    "en": {
-        "prompts": "{} held-out prompts.",
-        "known": "{} of them begin training texts.",
-        "gain": "Paired gain of {} over {}: {}, 95 % interval [{}, {}].",
-        "measured": "Commit {}, {}, seed {}, {} (cores: {}, threads: {}).",
-        "took": "All stages took {}.",
-        "unknown": "unknown",
-        "gap": " ",
-    },
-    "zh": {
-        "prompts": "{} 条留出提示词。",
-        "known": "其中 {} 条同时是训练文本的开头。",
-        "gain": "{} 相对 {} 的配对提升：{}，95 % 区间 [{}, {}]。",
-        "measured": "commit {}，{}，随机种子 {}，{}（{} 核，{} 线程）。",
-        "took": "全部阶段用时 {}。",
-        "unknown": "未知",
-        "gap": "",
-        "real": {
-            "policy": "策略模型",
-            "reward (logit)": "奖励（logit）",
-            "judge, P(positive)": "另一分类器 P(正面)",
-            "perplexity": "困惑度",
-            "length": "长度",
-        },
-    },
+# Chinese for the sentences and heads below the names of zh.yaml.
+CHINESE = {
+    "{} held-out prompts.": "{} 条留出提示词。",
+    "{} of them begin training texts.": "其中 {} 条同时是训练文本的开头。",
+    "Paired gain of {} over {}: {}, 95 % interval [{}, {}].": "{} 相对 {} 的配对提升：{}，95 % 区间 [{}, {}]。",
+    "Commit {}, {}, seed {}, {} (cores: {}, threads: {}).": "commit {}，{}，随机种子 {}，{}（{} 核，{} 线程）。",
+    "All stages took {}.": "全部阶段用时 {}。",
+    "unknown": "未知",
+    "policy": "策略模型",
+    "reward (logit)": "奖励（logit）",
+    "judge, P(positive)": "另一分类器 P(正面)",
+    "perplexity": "困惑度",
+    "length": "长度",
 }
 Kept = Mapping[str, Any]
 
@@ -100,8 +87,7 @@ def real(kept: Kept, words: Words) -> str:
     from real import table as policies  # it imports this file
 
     header, rest = policies(kept["evaluation"]).split("\n", 1)
-    for name, said in SENTENCES[str(words.lang)].get("real", {}).items():
-        header = header.replace(f"| {name} ", f"| {said} ")
+    header = re.sub(r"(?<=\| )[^|]+(?= \|)", lambda head: _said(head[0], words), header)
     return f"{header}\n{rest}\n\n{_wrapped(words, measured(kept, words), _took(kept, words))}"
 
 
@@ -148,10 +134,14 @@ KINDS: dict[str, Callable[[Sequence[Kept], Words], str]] = {
 
 def measured(kept: Kept, words: Words) -> str:
     """A sentence with the commit, date and machine of a measurement, from `measured` in a file of results/."""
-    about, said = kept["measured"], SENTENCES[str(words.lang)]
+    about = kept["measured"]
     keys = ("commit", "date", "seed", "machine", "cores", "threads")
-    values = (said["unknown"] if about.get(key) is None else as_markdown(about[key]) for key in keys)
-    return said["measured"].format(*values)
+    values = (_said("unknown", words) if about.get(key) is None else as_markdown(about[key]) for key in keys)
+    return _said("Commit {}, {}, seed {}, {} (cores: {}, threads: {}).", words, *values)
+
+
+def _said(phrase: str, words: Words, *values: object) -> str:
+    return str(CHINESE.get(phrase, phrase) if words.lang == "zh" else phrase).format(*values)
 
 
 def _figures(found: Table, words: Words) -> str:
@@ -165,25 +155,24 @@ def _titled(every: Sequence[Table], words: Words) -> list[str]:
 
 
 def _prose(kept: Kept, words: Words) -> str:
-    found, said = kept["evaluation"], SENTENCES[str(words.lang)]
+    found = kept["evaluation"]
     last, reference = list(found["metrics"])[-1], found["reference"]
     parts = []
     if gain := found["paired_gain"].get(f"{last} - {reference}"):
-        figures = (f"{gain[key]:+.3f}" for key in ("mean", "low", "high"))
-        parts.append(said["gain"].format(as_markdown(last), as_markdown(reference), *figures))
-    parts.append(said["prompts"].format(found["prompts"]))
+        values = (as_markdown(last), as_markdown(reference), *(f"{gain[key]:+.3f}" for key in ("mean", "low", "high")))
+        parts.append(_said("Paired gain of {} over {}: {}, 95 % interval [{}, {}].", words, *values))
+    parts.append(_said("{} held-out prompts.", words, found["prompts"]))
     if found.get("prompts_in_training") is not None:
-        parts.append(said["known"].format(found["prompts_in_training"]))
+        parts.append(_said("{} of them begin training texts.", words, found["prompts_in_training"]))
     return _wrapped(words, *parts, measured(kept, words), _took(kept, words))
 
 
 def _took(kept: Kept, words: Words) -> str:
-    return str(SENTENCES[str(words.lang)]["took"]).format(lasted(kept["seconds"]))
+    return _said("All stages took {}.", words, lasted(kept["seconds"]))
 
 
 def _wrapped(words: Words, *sentences: str) -> str:
-    text = str(SENTENCES[str(words.lang)]["gap"]).join(sentences)
-    return textwrap.fill(text, WIDTH) if words.lang == "en" else text
+    return textwrap.fill(" ".join(sentences), WIDTH) if words.lang == "en" else "".join(sentences)
 
 
 def gather(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -25,11 +25,11 @@ DOWNLOAD = """
 import json, os, time
 from huggingface_hub import hf_hub_download
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.hub import explained, hub_silence
+from rlhf_pipeline.hub import explain_failures, hub_silence
 started, said = time.monotonic(), []
 for name in ("some/model", "other/model"):
     try:
-        with explained(name, "policy.path"):
+        with explain_failures(name, "policy.path"):
             hf_hub_download(name, "config.json")
     except UserError as error:
         said.append(str(error))
@@ -41,14 +41,14 @@ OPEN = """
 import datasets
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.hub import explained, open_pretrained
+from rlhf_pipeline.hub import explain_failures, open_pretrained
 
 def tokenizer(where):
-    with explained(where, "policy.path"):
+    with explain_failures(where, "policy.path"):
         return AutoTokenizer.from_pretrained(where)
 
 def data(where):
-    with explained(where, "data.path"):
+    with explain_failures(where, "data.path"):
         return datasets.load_dataset(where)["train"]
 
 def model(where):

@@ -79,9 +79,9 @@ def test_of_several_processes_the_first_shows_its_bar(
 
 
 CUT_OFF = """
-from rlhf_pipeline.progress import progress, screen
+from rlhf_pipeline.progress import print_above_bars, progress
 try:
-    with screen():
+    with print_above_bars():
         outer = progress(4, "outer", "step")
         outer.update()
         inner = progress(3, "inner", "batch")
