@@ -20,16 +20,16 @@ class FakeHub(ThreadingHTTPServer):
         self.files: dict[str, dict[str, bytes]] = {}  # by repository
         self.commits: list[str] = []  # their summaries
         self.large: dict[str, bytes] = {}  # by SHA-256
-        self.read_only = False
-        self.metadata_fault: str | None = None
+        self.faults: dict[str, tuple[int, Any]] = {}  # the status and the JSON by path, for what goes wrong
 
     def answer(self, method: str, path: str, body: bytes) -> tuple[int, Any]:
         """The status and the JSON for one request with the right token."""
+        if path in self.faults:
+            return self.faults[path]
         if path == "/api/repos/create":
             return self._create(json.loads(body))
         if path == "/api/validate-yaml":
-            fault = [{"message": self.metadata_fault}] if self.metadata_fault else []
-            return 400 if fault else 200, {"errors": fault, "warnings": []}
+            return 200, {"errors": [], "warnings": []}
         if path.startswith("/large/"):
             self.large[path.removeprefix("/large/")] = body
             return 200, {}
@@ -53,8 +53,6 @@ class FakeHub(ThreadingHTTPServer):
 
     def _create(self, asked: dict[str, Any]) -> tuple[int, Any]:
         repository = f"{asked['organization']}/{asked['name']}"
-        if self.read_only:
-            return 403, {"error": f"You don't have the rights to create a model under {asked['organization']}"}
         known = repository in self.private
         self.private.setdefault(repository, asked.get("visibility") == "private" or bool(asked.get("private")))
         return 409 if known else 200, {"url": f"{self.url}/{repository}", "error": "exists" if known else None}

@@ -1,6 +1,6 @@
 """Runs the demo's stages alone and next to a busy process: they get slower, but their metrics must stay the same.
 
-    python tests/benchmarks/busy.py [--run runs/demo] [--quick] [--rounds 3] [--cores 2] [--results FOLDER]
+    python tests/benchmarks/busy.py [--run runs/demo] [--quick] [--rounds 3] [--results FOLDER]
 
 `--run` is a finished run of `make demo`. Start this script in the folder where the run was made, because a run stores
 the paths of its models. In each round every stage (ppo, sft and evaluate, with few updates, steps and prompts) runs
@@ -70,12 +70,8 @@ def run_stage(stage: str, settings: Sequence[str], run: Path) -> tuple[float, An
         return float(read_json(out / "run.json")["seconds"]), [rows, found.get("metrics"), found.get("paired_gain")]
 
 
+@by_machine
 def busy_table(rows: Sequence[Row]) -> str:
-    """One table of the kept figures per machine."""
-    return by_machine(rows, stages_table)
-
-
-def stages_table(rows: Sequence[Row]) -> str:
     """One row per stage."""
     lines = []
     for row in rows:
@@ -90,11 +86,10 @@ def main() -> None:
     add_options(parser)
     parser.add_argument("--run", type=Path, default=ROOT / "runs" / "demo", help="default: runs/demo")
     parser.add_argument("--rounds", type=int, help="default: 3; with --quick 1")
-    parser.add_argument("--cores", type=int, default=2, help="cores that both processes share (default: 2)")
     asked = parser.parse_args()
     if not (asked.run / "ppo" / "model").is_dir():
         parser.error(f"{asked.run} has no finished run of the demo; make one: make demo")
-    cores = set(sorted(os.sched_getaffinity(0))[: asked.cores])
+    cores = set(sorted(os.sched_getaffinity(0))[:2])  # both processes share them
     os.sched_setaffinity(0, cores)  # child processes inherit it
     kept, rounds, rows = Kept("busy", asked), asked.rounds or (1 if asked.quick else 3), []
     for stage, settings in (QUICK if asked.quick else STAGES).items():

@@ -7,7 +7,6 @@ folder with a copy of a small finished run. At the end the script prints counts 
 """
 
 import argparse
-import atexit
 import contextlib
 import gzip
 import hashlib
@@ -25,15 +24,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import MINIATURE  # sets the environment, so it comes before the libraries
+from forked import MINIATURE, fork
 
-from rlhf_pipeline import cli
-from rlhf_pipeline.processes import end_at_once
 from rlhf_pipeline.settings import SECTIONS, STAGES, trainer_fields
-from rlhf_pipeline.stages import evaluate, ppo, reward, sft  # noqa: F401 (loaded for the children)
 from rlhf_pipeline.terminal import MESSAGE
 from rlhf_pipeline.texts import printable
 
@@ -60,12 +55,7 @@ ODD = (
 )  # fmt: skip
 
 
-class Input(NamedTuple):
-    """A command line, for a folder that one of KINDS has prepared."""
-
-    kind: str
-    words: list[str]
-    what: str
+Input = tuple[list[str], str]  # a command line, for a folder that one of KINDS has prepared, and what is odd about it
 
 
 def command(draw: random.Random, folder: Path) -> Input:
@@ -82,7 +72,7 @@ def command(draw: random.Random, folder: Path) -> Input:
     words += draw.choice([[], [], [], ["--cfg", "job"], ["-m"], ["--prompt", draw.choice(EDGES)], ["--nothing"]])
     if not any(word.startswith(("trainer", "--cfg")) for word in words):
         words.append("--cfg=job" if draw.random() < 0.7 else "trainer.max_steps=1")
-    return Input("command", words, " ".join(words))
+    return words, " ".join(words)
 
 
 def value(draw: random.Random, folder: Path) -> Input:
@@ -98,7 +88,7 @@ def value(draw: random.Random, folder: Path) -> Input:
         (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         words += ["data=preferences", "data.path=pairs.jsonl"]
     words.append(f"trainer.{field}={draw.choice(EDGES)}")
-    return Input("value", words, words[-1])
+    return words, words[-1]
 
 
 def _mutated(draw: random.Random, content: bytes) -> bytes:
@@ -170,7 +160,7 @@ def data(draw: random.Random, folder: Path) -> Input:
         path.write_bytes(content)
     words = [f"stage={stage}", *QUICK, f"data={entry}", f"data.path={path}"]
     words += ["reward=classifier"] if stage == "reward" else []
-    return Input("data", words, f"{entry}: {path.name} (form {form})")
+    return words, f"{entry}: {path.name} (form {form})"
 
 
 def model(draw: random.Random, folder: Path) -> Input:
@@ -189,7 +179,7 @@ def model(draw: random.Random, folder: Path) -> Input:
     stage = draw.choice(["chat", "chat", "sft"])
     more = ["--prompt", "hello", "chat.response_length=4"] if stage == "chat" else [*QUICK, "data=toy_reviews"]
     own = [word for word in more if not word.startswith(("policy", "data="))]
-    return Input("model", [f"stage={stage}", "policy=causal_lm", "policy.path=strange", *own], path.name)
+    return [f"stage={stage}", "policy=causal_lm", "policy.path=strange", *own], path.name
 
 
 def run(draw: random.Random, folder: Path) -> Input:
@@ -209,7 +199,7 @@ def run(draw: random.Random, folder: Path) -> Input:
         ["stage=sft", "name=odd", "data.limit=20"],
         ["--config-path", str(path.parent), "--config-name", "config", "name=again"],
     ])  # fmt: skip
-    return Input("run", words, f"{path.relative_to(place)}: {words[0]}")
+    return words, f"{path.relative_to(place)}: {words[0]}"
 
 
 KINDS: dict[str, Callable[[random.Random, Path], Input]] = {
@@ -217,11 +207,9 @@ KINDS: dict[str, Callable[[random.Random, Path], Input]] = {
 }  # fmt: skip
 
 
-def fault_of(asked: Input, folder: Path, log: Path) -> str | None:
+def fault_of(words: Sequence[str], folder: Path, log: Path) -> str | None:
     """Run an input in a forked process; returns what went wrong, or None."""
-    child = os.fork()
-    if child == 0:
-        _child(asked, folder, log)
+    child = fork(words, folder, log, _limit_memory)
     began, status = time.monotonic(), None
     while status is None and time.monotonic() - began < LIMIT:
         done, status_now = os.waitpid(child, os.WNOHANG)
@@ -251,20 +239,9 @@ def fault_of(asked: Input, folder: Path, log: Path) -> str | None:
     return None
 
 
-def _child(asked: Input, folder: Path, log: Path) -> None:
-    os.setpgid(0, 0)
-    os.chdir(folder)
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for stream in (1, 2):
-        os.dup2(file, stream)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+def _limit_memory() -> None:
     size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
-    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
-    sys.__stderr__ = sys.stderr  # type: ignore[misc]
-    sys.argv = ["rlhf_pipeline", *asked.words]
-    atexit._clear()  # the handlers belong to the parent and would delete its folders
-    end_at_once(cli.main)
 
 
 def content(folder: Path) -> str:
@@ -290,22 +267,22 @@ def fuzz(made: Path, count: int, seed: int, kinds: Sequence[str], keep: Path) ->
     failures = []
     before = content(made)
     for number in range(count):
-        draw = random.Random(f"{seed} {number}")
+        draw, kind = random.Random(f"{seed} {number}"), kinds[number % len(kinds)]
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place) / "work"
             shutil.copytree(made.parent, folder / "runs")
-            asked = KINDS[kinds[number % len(kinds)]](draw, folder)
+            words, what = KINDS[kind](draw, folder)
             log = Path(place) / "log"
-            fault = fault_of(asked, folder, log)
+            fault = fault_of(words, folder, log)
             demo = folder / "runs" / "demo"
-            if fault is None and (not demo.is_dir() or content(demo) != before) and "overwrite" not in asked.what:
+            if fault is None and (not demo.is_dir() or content(demo) != before) and "overwrite" not in what:
                 fault = "finished work changed"
-            tried[asked.kind] += 1
+            tried[kind] += 1
             if fault:
-                failures.append(f"{number} {asked.kind}: {fault} <- {asked.what[:200]!r}")
+                failures.append(f"{number} {kind}: {fault} <- {what[:200]!r}")
                 keep.mkdir(parents=True, exist_ok=True)
                 shutil.copy(log, keep / f"{number}.log") if log.exists() else None
-                (keep / f"{number}.json").write_text(json.dumps({"words": asked.words, "fault": fault}))
+                (keep / f"{number}.json").write_text(json.dumps({"words": words, "fault": fault}))
                 print(printable(failures[-1]), flush=True)
     return tried, failures
 

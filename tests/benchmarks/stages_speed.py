@@ -1,6 +1,6 @@
 """Speed of SFT, pretraining and the reward stage against TRL's defaults, in real tokens (no padding) per second.
 
-    python tests/benchmarks/stages_speed.py [--quick] [--rounds 5] [--cores 2] [--results FOLDER]
+    python tests/benchmarks/stages_speed.py [--quick] [--rounds 5] [--results FOLDER]
 
 In each round all sides take turns, each in a process on the same cores. They train for one epoch on the same rows, from
 the same untrained GPT-2 of 6 layers, 256 wide, without dropout. The rows are texts of IMDB and pairs of hh-rlhf if
@@ -23,7 +23,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ os.environ.update(TOKENIZERS_PARALLELISM="false", TRL_EXPERIMENTAL_SILENCE="1")
 import datasets
 import torch
 import yaml
-from kept import Kept, Row, add_options, by_machine, say, spread, table
+from kept import ROOT, Kept, Row, add_options, by_machine, say, spread, table
+from networks import QUICK, SMALL, gpt2_config
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerBase, Trainer
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
@@ -41,8 +42,7 @@ from rlhf_pipeline.models.policies import train_tokenizer
 from rlhf_pipeline.models.precision import choose_bf16, fuse_gelu, native_bf16
 from rlhf_pipeline.training.batching import OrderedSFTTrainer, ResumableTrainer
 
-ROOT = Path(__file__).parents[2]
-LONGEST, VOCABULARY, BATCH = 512, 8192, 8
+LONGEST, VOCABULARY, BATCH = 512, SMALL["vocabulary"], 8
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,6 @@ class Rows:
     tokenizer: PreTrainedTokenizerBase
     texts: list[list[int]]
     pairs: list[tuple[list[int], list[int]]]
-
-
-@dataclass(frozen=True)
-class Measure:
-    """One side in one round: real tokens per second, tokens with padding per real token, peak memory in MB."""
-
-    speed: float
-    padding: float
-    memory: float
 
 
 def random_words(count: int) -> str:
@@ -109,24 +100,8 @@ def read_rows(texts: int, pairs: int) -> Rows:
 
 def model(kind: Callable[[GPT2Config], Any], quick: bool) -> Any:
     """Make an untrained GPT-2 with gelu_new, as GPT-2 on the hub has, and without dropout."""
-    layers, width = (2, 64) if quick else (6, 256)
     torch.manual_seed(0)
-    return kind(
-        GPT2Config(
-            vocab_size=VOCABULARY,
-            n_positions=2 * LONGEST,
-            n_layer=layers,
-            n_embd=width,
-            n_head=4,
-            resid_pdrop=0,
-            embd_pdrop=0,
-            attn_pdrop=0,
-            bos_token_id=0,
-            eos_token_id=0,
-            pad_token_id=1,
-            num_labels=1,
-        )
-    )
+    return kind(gpt2_config(**{**(QUICK if quick else SMALL), "vocabulary": VOCABULARY}))
 
 
 def common(folder: str) -> dict[str, Any]:
@@ -222,10 +197,9 @@ COMPARISONS: list[tuple[str, Side, Side, str]] = [
 ]
 
 
-def once(side: Side, rows: Rows, cores: set[int], quick: bool, answer: Any) -> None:
-    """Run in a new process: train one epoch, and send the measurement."""
-    os.sched_setaffinity(0, cores)
-    torch.set_num_threads(len(cores))
+def once(side: Side, rows: Rows, quick: bool) -> Row:
+    """Train one epoch: real tokens per second, tokens with padding per real token, peak memory in MB."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
         trainer = side(rows, folder, quick)
@@ -242,30 +216,18 @@ def once(side: Side, rows: Rows, cores: set[int], quick: bool, answer: Any) -> N
         trainer.train()
         seconds = time.perf_counter() - start
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    answer.send(Measure(counts[0] / seconds, counts[1] / counts[0], memory))
+    return {"speed": counts[0] / seconds, "padding": counts[1] / counts[0], "memory": memory}
 
 
-def measure(side: Side, rows: Rows, cores: set[int], quick: bool) -> Measure:
+def measure(side: Side, rows: Rows, quick: bool) -> Row:
     """Run one side in a fork of this process. It must not compute before, because threads do not survive a fork."""
-    here, there = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=once, args=(side, rows, cores, quick, there))
-    process.start()
-    there.close()
-    try:
-        found: Measure = here.recv()
-    except EOFError:
-        raise SystemExit(f"{side.__name__} failed") from None
-    process.join()
-    return found
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(once, (side, rows, quick))
 
 
+@by_machine
 def stages_table(rows: Sequence[Row]) -> str:
-    """One table of the kept figures per machine: tokens per second, padding and memory of each comparison."""
-    return by_machine(rows, comparisons_table)
-
-
-def comparisons_table(rows: Sequence[Row]) -> str:
-    """One row per comparison."""
+    """One row per comparison: tokens per second, padding and memory."""
 
     def medians(row: Row, what: str, digits: int) -> list[str]:
         return [f"{statistics.median(m[what] for m in row[side]):,.{digits}f}" for side in ("trl", "ours")]
@@ -283,21 +245,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cores", type=int, default=2, help="cores per side (default: 2)")
     asked = parser.parse_args()
     datasets.disable_progress_bars()
     kept = Kept("stages", asked)
     texts = read_rows(16, 16) if asked.quick else read_rows(48, 24)
-    cores = set(sorted(os.sched_getaffinity(0))[: asked.cores])
+    os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:2]))  # each side inherits them
     sides = dict.fromkeys(side for _, trl, ours, _ in COMPARISONS for side in (trl, ours))
     found: dict[Side, list[Row]] = {side: [] for side in sides}
     for round_ in range(asked.rounds):
         for side in sides:
-            found[side].append(asdict(measure(side, texts, cores, asked.quick)))
+            found[side].append(measure(side, texts, asked.quick))
             say(f"round {round_ + 1}  {side.__name__:<14}{found[side][-1]['speed']:8.0f} tokens/s")
-    how = {"n": asked.rounds, "cores_used": asked.cores}
     print(stages_table([
-        kept.add(name, {**how, "trl": found[trl], "ours": found[ours], "levers": levers})
+        kept.add(name, {"n": asked.rounds, "trl": found[trl], "ours": found[ours], "levers": levers})
         for name, trl, ours, levers in COMPARISONS
     ]))  # fmt: skip
 

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kept import ROOT, rows_of
+
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.files import read_json, read_jsonl, write_atomic, write_json, write_jsonl
 from rlhf_pipeline.report.cards import as_markdown, markdown_table
@@ -29,8 +31,6 @@ from rlhf_pipeline.report.page import lasted, picture
 from rlhf_pipeline.report.tables import figure
 from rlhf_pipeline.report.words import Words
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(Path(__file__).parent))  # the benchmarks, which import each other
 RESULTS, PICTURES = Path("tests", "benchmarks", "results"), Path(".github")
 DRAWN = {"objective/scores": "reward", "objective/kl": "kl"}  # columns of PPO's log to keep; names in measures.yaml
 # Stages and their files of results. The first stage that a run has counts.
@@ -39,130 +39,109 @@ ANSWERS = ("samples", "examples", "extremes", "shown", "starts", "points", "cali
 OF_ANSWERS = ("answers", "values")  # not kept of a frontier's policies
 WIDTH = 120  # columns of a line of English text
 MARKED = re.compile(r"^(<!-- table: (\w+) (.+?) -->\n)(?:.*?\n)??(<!-- end -->)$", re.DOTALL | re.MULTILINE)
-SENTENCES = {
-    "en": {
-        "prompts": "{} held-out prompts.",
-        "known": "{} of them begin training texts.",
-        "gain": "Paired gain of {} over {}: {}, 95 % interval [{}, {}].",
-        "measured": "Commit {}, {}, seed {}, {} (cores: {}, threads: {}).",
-        "took": "All stages took {}.",
-        "unknown": "unknown",
-        "gap": " ",
-    },
-    "zh": {
-        "prompts": "{} 条留出提示词。",
-        "known": "其中 {} 条同时是训练文本的开头。",
-        "gain": "{} 相对 {} 的配对提升：{}，95 % 区间 [{}, {}]。",
-        "measured": "commit {}，{}，随机种子 {}，{}（{} 核，{} 线程）。",
-        "took": "全部阶段用时 {}。",
-        "unknown": "未知",
-        "gap": "",
-        "real": {
-            "policy": "策略模型",
-            "reward (logit)": "奖励（logit）",
-            "judge, P(positive)": "另一分类器 P(正面)",
-            "perplexity": "困惑度",
-            "length": "长度",
-        },
-    },
+# Chinese for the sentences and heads below the names of zh.yaml.
+CHINESE = {
+    "{} held-out prompts.": "{} 条留出提示词。",
+    "{} of them begin training texts.": "其中 {} 条同时是训练文本的开头。",
+    "Paired gain of {} over {}: {}, 95 % interval [{}, {}].": "{} 相对 {} 的配对提升：{}，95 % 区间 [{}, {}]。",
+    "Commit {}, {}, seed {}, {} (cores: {}, threads: {}).": "commit {}，{}，随机种子 {}，{}（{} 核，{} 线程）。",
+    "All stages took {}.": "全部阶段用时 {}。",
+    "unknown": "未知",
+    "policy": "策略模型",
+    "reward (logit)": "奖励（logit）",
+    "judge, P(positive)": "另一分类器 P(正面)",
+    "perplexity": "困惑度",
+    "length": "长度",
 }
 Kept = Mapping[str, Any]
 
 
-def evaluation(kept: Sequence[Kept], words: Words) -> str:
+def evaluation(kept: Kept, words: Words) -> str:
     """The policies of an evaluation before and after training, the gain of the last one, and how it was measured."""
-    return "\n\n".join(part for one in kept for part in _evaluated(one, words)[:2])
+    first, *_ = evaluation_tables(kept["evaluation"])
+    return f"{_figures(first, words)}\n\n{_prose(kept, words)}"
 
 
-def whole_evaluation(kept: Sequence[Kept], words: Words) -> str:
+def whole_evaluation(kept: Kept, words: Words) -> str:
     """All tables of an evaluation, as the terminal and its page show them, and how it was measured."""
-    return "\n\n".join(part for one in kept for part in _evaluated(one, words))
+    _, *rest = evaluation_tables(kept["evaluation"])
+    return "\n\n".join([evaluation(kept, words), *_titled(rest, words)])
 
 
-def comparison(kept: Sequence[Kept], words: Words) -> str:
+def comparison(kept: Kept, words: Words) -> str:
     """All tables of `stage=compare`, and how it was measured."""
-    parts = []
-    for one in kept:
-        for found in comparison_tables(one["comparison"]):
-            parts += [f"{words(found.title)}:", _figures(found, words)]
-        parts += [_wrapped([measured(one, words)], words)]
-    return "\n\n".join(parts)
+    return "\n\n".join([*_titled(comparison_tables(kept["comparison"]), words), _wrapped(words, measured(kept, words))])
 
 
-def frontier(kept: Sequence[Kept], words: Words) -> str:
+def frontier(kept: Kept, words: Words) -> str:
     """The last policy of each run of a sweep, next to the best of n, and how it was measured."""
-    parts = []
-    for one in kept:
-        policies, *rest = frontier_tables(one["frontier"])
-        points = sorted(one["frontier"]["points"], key=lambda point: point["step"] or math.inf)  # None: the result
-        last = {point["run"]: policies.rows[name_of(point)] for point in points}
-        rows = dict(sorted(last.items()))
-        for found in (policies._replace(rows=rows), *rest):
-            parts += [f"{words(found.title)}:", _figures(found, words)]
-        parts += [_wrapped([measured(one, words)], words)]
-    return "\n\n".join(parts)
+    policies, *rest = frontier_tables(kept["frontier"])
+    points = sorted(kept["frontier"]["points"], key=lambda point: point["step"] or math.inf)  # None: the result
+    last = {point["run"]: policies.rows[name_of(point)] for point in points}
+    found = [policies._replace(rows=dict(sorted(last.items()))), *rest]
+    return "\n\n".join([*_titled(found, words), _wrapped(words, measured(kept, words))])
 
 
-def quality(kept: Sequence[Kept], words: Words) -> str:
-    """Reward models by their training data, and how each was measured."""
-    found = {one["data"]: one["quality"] for one in kept}
-    keys = ("accuracy", "rows", "pairs", "length_correlation")
-    rows = [[as_markdown(name), *(figure(key, own.get(key)) for key in keys)] for name, own in found.items()]
-    about = dict.fromkeys(measured(one, words) for one in kept)
-    return f"{markdown_table(['', *map(words.name, keys)], rows)}\n\n{_wrapped(list(about), words)}"
-
-
-def real(kept: Sequence[Kept], words: Words) -> str:
+def real(kept: Kept, words: Words) -> str:
     """Each judge's scores of real.py's policies, and how they were measured."""
-    from real import table as policies  # beside this file
+    from real import table as policies  # it imports this file
 
-    parts = []
-    for one in kept:
-        header, rest = policies(one["evaluation"]).split("\n", 1)
-        for name, said in SENTENCES[str(words.lang)].get("real", {}).items():
-            header = header.replace(f"| {name} ", f"| {said} ")
-        parts += [f"{header}\n{rest}", _wrapped([measured(one, words), _took(one, words)], words)]
-    return "\n\n".join(parts)
+    header, rest = policies(kept["evaluation"]).split("\n", 1)
+    header = re.sub(r"(?<=\| )[^|]+(?= \|)", lambda head: _said(head[0], words), header)
+    return f"{header}\n{rest}\n\n{_wrapped(words, measured(kept, words), _took(kept, words))}"
 
 
-def speed(kept: Sequence[Kept], words: Words) -> str:
-    """PPO against TRL's, and the time of each part of our update."""
-    from kept import rows_of  # beside this file
-    from ppo_speed import parts_table, ppo_table
+def quality(every: Sequence[Kept], words: Words) -> str:
+    """Reward models by their training data, and how each was measured."""
+    keys = ("accuracy", "rows", "pairs", "length_correlation")
+    rows = {one["data"]: {key: one["quality"].get(key) for key in keys} for one in every}
+    about = dict.fromkeys(measured(one, words) for one in every)
+    return f"{_figures(Table('', '', rows), words)}\n\n{_wrapped(words, *about)}"
 
-    rows = rows_of(kept)
+
+def speed(every: Sequence[Kept], words: Words) -> str:
+    """PPO, RLOO and GRPO against TRL's, and the time of each part of our update."""
+    from ppo_speed import parts_table, ppo_table  # it takes seconds to import
+
+    rows = [row for row in rows_of(every) if "TRL" in row["sides"]]
     return f"{ppo_table(rows)}\n\n{parts_table(rows)}"
 
 
-def stages(kept: Sequence[Kept], words: Words) -> str:
+def stages(every: Sequence[Kept], words: Words) -> str:
     """SFT, pretraining and the reward stage against TRL's."""
-    from kept import rows_of
     from stages_speed import stages_table
 
-    return stages_table(rows_of(kept))
+    return stages_table(rows_of(every))
 
 
-def busy(kept: Sequence[Kept], words: Words) -> str:
+def busy(every: Sequence[Kept], words: Words) -> str:
     """The demo's stages alone and next to a busy process."""
     from busy import busy_table
-    from kept import rows_of
 
-    return busy_table(rows_of(kept))
+    return busy_table(rows_of(every))
+
+
+def _each(made: Callable[[Kept, Words], str]) -> Callable[[Sequence[Kept], Words], str]:
+    return lambda every, words: "\n\n".join(made(one, words) for one in every)
 
 
 # The kinds of tables in READMEs: functions that make Markdown from the kept results, in the README's language.
 KINDS: dict[str, Callable[[Sequence[Kept], Words], str]] = {
-    made.__name__: made
-    for made in (evaluation, whole_evaluation, comparison, frontier, quality, real, speed, stages, busy)
+    **{made.__name__: _each(made) for made in (evaluation, whole_evaluation, comparison, frontier, real)},
+    **{made.__name__: made for made in (quality, speed, stages, busy)},
 }
 
 
 def measured(kept: Kept, words: Words) -> str:
     """A sentence with the commit, date and machine of a measurement, from `measured` in a file of results/."""
-    about, said = kept["measured"], SENTENCES[str(words.lang)]
+    about = kept["measured"]
     keys = ("commit", "date", "seed", "machine", "cores", "threads")
-    values = (said["unknown"] if about.get(key) is None else as_markdown(about[key]) for key in keys)
-    return said["measured"].format(*values)
+    values = (_said("unknown", words) if about.get(key) is None else as_markdown(about[key]) for key in keys)
+    return _said("Commit {}, {}, seed {}, {} (cores: {}, threads: {}).", words, *values)
+
+
+def _said(phrase: str, words: Words, *values: object) -> str:
+    return str(CHINESE.get(phrase, phrase) if words.lang == "zh" else phrase).format(*values)
 
 
 def _figures(found: Table, words: Words) -> str:
@@ -171,39 +150,33 @@ def _figures(found: Table, words: Words) -> str:
     return str(markdown_table(["", *map(words.name, keys)], rows))
 
 
-def _evaluated(kept: Kept, words: Words) -> list[str]:
-    first, *rest = evaluation_tables(kept["evaluation"])
-    others = [f"{words(found.title)}:\n\n{_figures(found, words)}" for found in rest]
-    return [_figures(first, words), _prose(kept, words), *others]
+def _titled(every: Sequence[Table], words: Words) -> list[str]:
+    return [f"{words(found.title)}:\n\n{_figures(found, words)}" for found in every]
 
 
 def _prose(kept: Kept, words: Words) -> str:
-    found, said = kept["evaluation"], SENTENCES[str(words.lang)]
+    found = kept["evaluation"]
     last, reference = list(found["metrics"])[-1], found["reference"]
     parts = []
     if gain := found["paired_gain"].get(f"{last} - {reference}"):
-        figures = (f"{gain[key]:+.3f}" for key in ("mean", "low", "high"))
-        parts.append(said["gain"].format(as_markdown(last), as_markdown(reference), *figures))
-    parts.append(said["prompts"].format(found["prompts"]))
+        values = (as_markdown(last), as_markdown(reference), *(f"{gain[key]:+.3f}" for key in ("mean", "low", "high")))
+        parts.append(_said("Paired gain of {} over {}: {}, 95 % interval [{}, {}].", words, *values))
+    parts.append(_said("{} held-out prompts.", words, found["prompts"]))
     if found.get("prompts_in_training") is not None:
-        parts.append(said["known"].format(found["prompts_in_training"]))
-    return _wrapped([*parts, measured(kept, words), _took(kept, words)], words)
+        parts.append(_said("{} of them begin training texts.", words, found["prompts_in_training"]))
+    return _wrapped(words, *parts, measured(kept, words), _took(kept, words))
 
 
 def _took(kept: Kept, words: Words) -> str:
-    return str(SENTENCES[str(words.lang)]["took"]).format(lasted(kept["seconds"]))
+    return _said("All stages took {}.", words, lasted(kept["seconds"]))
 
 
-def _wrapped(sentences: Sequence[str], words: Words) -> str:
-    text = str(SENTENCES[str(words.lang)]["gap"]).join(sentences)
-    return textwrap.fill(text, WIDTH) if words.lang == "en" else text
+def _wrapped(words: Words, *sentences: str) -> str:
+    return textwrap.fill(" ".join(sentences), WIDTH) if words.lang == "en" else "".join(sentences)
 
 
-def gather(run: Path, commit: str | None = None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return a finished run's figures, without the answers, how they were measured, and PPO's curves.
-
-    `commit` is for a run that was made from a copy without git, and therefore recorded no commit.
-    """
+def gather(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return a finished run's figures, without the answers, how they were measured, and PPO's curves."""
     stage = next((stage for stage in MEASURED if (run / stage).is_dir()), "evaluate")
     what = MEASURED[stage]
     found, record = read_json(run / stage / f"{what}.json"), read_json(run / stage / "run.json")
@@ -211,9 +184,7 @@ def gather(run: Path, commit: str | None = None) -> tuple[dict[str, Any], list[d
         raise UserError(f"{run} has no finished evaluation; run stage=evaluate on it first, or name a folder such as "
                         "runs/demo.")  # fmt: skip
     hardware, versions, git = record["hardware"], record["versions"], record.get("git") or {}
-    if commit is not None and git:
-        raise UserError(f"{run} has recorded its commit ({git['commit']}); leave out --commit.")
-    own = f"{git['commit'][:7]}{' with changes' if git['dirty'] else ''}" if git else commit
+    own = f"{git['commit'][:7]}{' with changes' if git['dirty'] else ''}" if git else None
     stages = [read_json(path) for path in sorted(run.glob("*/run.json"))]
     kept = {
         "measured": {
@@ -293,25 +264,22 @@ def main(arguments: Sequence[str], root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, help="folders of finished runs, such as runs/demo")
     parser.add_argument("--keep", metavar="NAME", help="keep the run's figures as results/NAME.json")
-    parser.add_argument("--commit", help="the commit of a run that was made from a copy without git")
     parser.add_argument("--lang", choices=("en", "zh"), default="en", help="language of the printed tables")
     args = parser.parse_args(arguments)
     try:
-        found = [gather(run, args.commit) for run in args.runs]
+        found = [gather(run) for run in args.runs]
         if args.keep and len(found) != 1:
             raise UserError("--keep takes one run: tables.py runs/demo --keep demo.")
-        if found and not args.keep:
-            for kept, _ in found:
-                kind = next(
-                    (kind for kind in ("comparison", "frontier", "quality") if kind in kept), "whole_evaluation"
-                )
-                print(KINDS[kind]([kept], Words(args.lang)))
-            return 0
         for kept, log in found:
-            write_json(root / RESULTS / f"{args.keep}.json", kept)
-            if log:
-                write_jsonl(root / RESULTS / f"{args.keep}.jsonl", log)
-        write_readmes(root)
+            if args.keep:
+                write_json(root / RESULTS / f"{args.keep}.json", kept)
+                if log:
+                    write_jsonl(root / RESULTS / f"{args.keep}.jsonl", log)
+            else:
+                (what,) = set(MEASURED.values()) & kept.keys()
+                print(KINDS["whole_evaluation" if what == "evaluation" else what]([kept], Words(args.lang)))
+        if args.keep or not found:
+            write_readmes(root)
     except UserError as error:
         print(f"{error.kind}{error}", file=sys.stderr)
         return 2

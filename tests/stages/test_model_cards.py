@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import MINIATURE, CommandLine
-from huggingface_hub import ModelCard
 
 from rlhf_pipeline import cli
-from rlhf_pipeline.report.cards import with_model_id
+from rlhf_pipeline.report.cards import model_card, with_model_id
 from rlhf_pipeline.runs.directory import RunDir
 from rlhf_pipeline.runs.lineage import content_hash
 from rlhf_pipeline.settings import Hub
@@ -32,50 +31,27 @@ def code(text: str, language: str) -> str:
     return found[1]
 
 
-def test_every_model_has_a_card_with_its_figures(miniature: Path) -> None:
-    evaluation = json.loads((miniature / "evaluate" / "evaluation.json").read_text())
-    roles = {"pretrain": "base", "sft": "sft", "ppo": "ppo"}
-    for stage in STAGES:
+def test_every_model_has_a_card_that_is_up_to_date(miniature: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(miniature.parents[1])
+    for stage, role in {"pretrain": "base", "sft": "sft", "reward": None, "ppo": "ppo"}.items():
         text, record = card(miniature, stage), json.loads((miniature / stage / "run.json").read_text())
-        head = ModelCard.load(miniature / stage / "model" / "README.md").data
-        figures = {(r.metric_type, r.metric_name): r.metric_value for r in head.eval_results or []}
-        assert (head.library_name, head.base_model, head.datasets) == ("transformers", None, None)
+        assert text == model_card(Path("runs", "demo", stage))
         assert record["data"]["sha256"] in text
         for parent in record["parents"].values():
             assert f"| {parent['path']} | {parent['sha256']} |" in text
-        if stage in roles:
-            row = evaluation["metrics"][roles[stage]]
-            assert figures["mean_reward", "reward"] == pytest.approx(row["reward_mean"], rel=1e-5)
-            assert f"This model is {roles[stage]}." in text
-        else:
-            assert figures["accuracy", "accuracy"] == pytest.approx(record["results"]["accuracy"], rel=1e-5)
-            assert "## Evaluation" not in text
-
-
-def test_the_code_of_a_classifiers_card_runs_where_the_run_is(
-    miniature: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(miniature.parents[1])
-    exec(code(card(miniature, "reward"), "python"), {})
-    probabilities = eval(capsys.readouterr().out)
-    assert set(probabilities) == {"negative", "positive"}
-    assert sum(probabilities.values()) == pytest.approx(1)
+        assert ("## Evaluation" in text) == (f"This model is {role}." in text) == bool(role)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_settings_of_a_card_are_the_same_work(
     stage: str, miniature: Path, workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(miniature, workplace / "runs" / "demo")
-    before = content_hash(workplace / "runs")
+    folder = Path(shutil.copytree(miniature, workplace / "runs" / "demo")) / stage
+    before = content_hash(folder)
     (workplace / "config.yaml").write_text(code(card(miniature, stage), "yaml"))
     assert command_line("--config-path", ".", "--config-name", "config") == 0
     assert f"runs/demo/{stage} is done already" in capsys.readouterr().out
-    for lock in (workplace / "runs").rglob(".*.lock"):
-        lock.unlink()
-    for lock in miniature.glob(".*.lock"):
-        shutil.copy(lock, workplace / "runs" / "demo")
-    assert content_hash(workplace / "runs") == before
+    assert content_hash(folder) == before
 
 
 def test_a_pipeline_pushes_the_policy_that_it_trained_last_once_it_is_judged(

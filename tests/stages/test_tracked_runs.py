@@ -1,7 +1,6 @@
 """Trackers by the real command: TensorBoard's files say what metrics.jsonl says, and nothing of the work changes."""
 
 import json
-import os
 import shutil
 import sqlite3
 from collections import Counter
@@ -35,16 +34,13 @@ def cut_off(folder: Path) -> None:
 def tracked(miniature: Path, tmp_path_factory: pytest.TempPathFactory, command_line: CommandLine) -> Path:
     """The miniature run, some stages of it made again by a pipeline with TensorBoard, the others done already."""
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
-    folder, before = tmp_path_factory.mktemp("tracked"), Path.cwd()
+    folder = tmp_path_factory.mktemp("tracked")
     run = folder / "runs" / "demo"
     shutil.copytree(miniature, run, ignore=shutil.ignore_patterns("sft", "ppo", "evaluate"))
-    os.chdir(folder)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("HF_TOKEN", NOT_A_TOKEN)
-            assert command_line("stage=pipeline", *MINIATURE, "trainer.report_to=tensorboard") == 0
-    finally:
-        os.chdir(before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("HF_TOKEN", NOT_A_TOKEN)
+        assert command_line("stage=pipeline", *MINIATURE, "trainer.report_to=tensorboard") == 0
     return run
 
 
@@ -56,14 +52,6 @@ def events(stage: Path) -> Any:
 
 def text(found: Any, tag: str) -> dict[int, str]:
     return {event.step: event.tensor_proto.string_val[0].decode() for event in found.Tensors(f"{tag}/text_summary")}
-
-
-def steps_of_samples(stage: Path) -> list[int]:
-    """As TensorBoard's page takes them; the reader of `events` hides no texts that were logged twice."""
-    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
-
-    found = EventAccumulator(str(stage / "tensorboard"), size_guidance={"tensors": 0}).Reload()
-    return [event.step for event in found.Tensors("samples/text_summary")]
 
 
 def check_figures(stage: Path) -> None:
@@ -84,12 +72,9 @@ def test_the_work_is_the_same_with_a_tracker(tracked: Path, miniature: Path) -> 
         assert not (tracked / stage / "tensorboard").exists(), "it was done already"
 
 
-def test_tensorboard_has_the_figures(tracked: Path) -> None:
+def test_tensorboard_has_the_figures_and_the_samples(tracked: Path) -> None:
     for stage in ("sft", "ppo"):
         check_figures(tracked / stage)
-
-
-def test_tensorboard_has_the_samples(tracked: Path) -> None:
     shown = text(events(tracked / "ppo"), "samples")
     rows = read_jsonl(tracked / "ppo" / "samples.jsonl")
     assert Counter(row["step"] for row in rows) == {step: table.count("\n") - 1 for step, table in shown.items()}
@@ -128,6 +113,8 @@ def test_another_tracker_is_no_other_work(
 
 
 def test_a_resumed_run_shows_no_step_twice(tracked: Path, workplace: Path, command_line: CommandLine) -> None:
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+
     run = workplace / "runs" / "demo"
     shutil.copytree(tracked, run)
     expected = without_time(run / "ppo" / "metrics.jsonl")
@@ -135,7 +122,24 @@ def test_a_resumed_run_shows_no_step_twice(tracked: Path, workplace: Path, comma
     assert command_line("stage=ppo", *MINIATURE, "trainer.report_to=tensorboard") == 0
     assert without_time(run / "ppo" / "metrics.jsonl") == expected
     check_figures(run / "ppo")
-    assert steps_of_samples(run / "ppo") == [row["step"] for row in read_jsonl(run / "ppo" / "samples.jsonl")][::4]
+    # As TensorBoard's page takes them; the reader of `events` hides no texts that were logged twice.
+    page = EventAccumulator(str(run / "ppo" / "tensorboard"), size_guidance={"tensors": 0}).Reload()
+    steps = [event.step for event in page.Tensors("samples/text_summary")]
+    assert steps == [row["step"] for row in read_jsonl(run / "ppo" / "samples.jsonl")][::4]
+
+
+def tables_of(tracker: str, run: Path) -> list[dict[str, Any]]:
+    """The rows of all tables that a tracker has of a run."""
+    if tracker == "trackio":
+        with sqlite3.connect(run.parents[1] / "trackio" / "rlhf_pipeline.db") as database:
+            found = [json.loads(values) for (values,) in database.execute("SELECT metrics FROM metrics")]
+        tables = [value["_value"] for row in found for value in row.values() if isinstance(value, dict)]
+        return [row for table in tables for row in table]
+    files = {"swanlab": "media/echarts/*.json", "wandb": "*.table.json"}[tracker]
+    read = [json.loads(path.read_text()) for path in run.rglob(files)]
+    if tracker == "swanlab":
+        return [row for table in read for row in table["rowData"]]
+    return [dict(zip(table["columns"], row, strict=True)) for table in read for row in table["data"]]
 
 
 @pytest.mark.parametrize("tracker", ["trackio", "wandb", "swanlab"])
@@ -157,38 +161,20 @@ def test_the_others_for_real(
     assert command_line("stage=ppo", *args) == 0
     assert command_line("stage=evaluate", *args) == 0
     assert without_time(run / "ppo" / "metrics.jsonl") == without_time(miniature / "ppo" / "metrics.jsonl")
+    tables = tables_of(tracker, run)
+    shown = {(row["prompt"], row["response"], row["reward"]) for row in tables if "response" in row}
     samples = read_jsonl(run / "ppo" / "samples.jsonl")
-    evaluation = json.loads((run / "evaluate" / "evaluation.json").read_text())
+    assert shown == {(row["prompt"], row["response"], row["reward"]) for row in samples}
+    compared = {row["Policy"]: row["reward_mean"] for row in tables if "reward_mean" in row}
+    metrics = json.loads((run / "evaluate" / "evaluation.json").read_text())["metrics"]
+    assert compared == {name: row["reward_mean"] for name, row in metrics.items()}
     if tracker == "trackio":
         with sqlite3.connect(workplace / "trackio" / "rlhf_pipeline.db") as database:
-            found = database.execute("SELECT run_name, metrics FROM metrics ORDER BY id").fetchall()
-        rows = [(name, json.loads(values)) for name, values in found]
-        assert {name for name, _ in rows} == {"demo/ppo", "demo/evaluate"}
-        steps = [row["train/global_step"] for _, row in rows if "train/objective/scores" in row]
-        tables = [row["samples"]["_value"] for _, row in rows if "samples" in row]
-        assert set(steps) == {1, 2, 3, 4, 5, 6}  # those after the checkpoint are there twice
-        shown = {(row["prompt"], row["response"], row["reward"]) for table in tables for row in table}
-        assert shown == {(row["prompt"], row["response"], row["reward"]) for row in samples}
-        compared = next(row[key]["_value"] for _, row in rows for key in row if key == "evaluate/Before and after")
-        assert {row["Policy"]: row["reward_mean"] for row in compared} == {
-            name: row["reward_mean"] for name, row in evaluation["metrics"].items()
-        }
-    elif tracker == "swanlab":
-        ids = {path.name.rpartition("-")[2] for path in (run / "ppo" / "swanlab").glob("run-*")}
-        assert len(ids) == 1  # that of both sessions
-        tables = [json.loads(path.read_text()) for path in run.rglob("media/echarts/*.json")]
-        shown = [row for table in tables for row in table["rowData"]]
-        assert {(row["prompt"], row["response"], row["reward"]) for row in shown if "response" in row} == {
-            (row["prompt"], row["response"], row["reward"]) for row in samples
-        }
-        compared = {row["Policy"]: row["reward_mean"] for row in shown if "reward_mean" in row}
-        assert compared == {name: row["reward_mean"] for name, row in evaluation["metrics"].items()}
+            found = database.execute("SELECT run_name, metrics FROM metrics").fetchall()
+        assert {name for name, _ in found} == {"demo/ppo", "demo/evaluate"}
+        rows = [json.loads(values) for _, values in found]
+        steps = {row["train/global_step"] for row in rows if "train/objective/scores" in row}
+        assert steps == {1, 2, 3, 4, 5, 6}  # those after the checkpoint are there twice
     else:
-        ids = {path.name.rpartition("-")[2] for path in (run / "ppo" / "wandb").glob("offline-run-*")}
+        ids = {path.name.rpartition("-")[2] for path in (run / "ppo" / tracker).glob("*run-*")}
         assert len(ids) == 1  # that of both sessions
-        files = [json.loads(path.read_text()) for path in (run / "ppo" / "wandb").rglob("samples_*.json")]
-        assert {tuple(row) for table in files for row in table["data"]} == {
-            (row["prompt"], row["response"], row["reward"]) for row in samples
-        }
-        (table,) = (run / "evaluate" / "wandb").rglob("Before and after_*.json")
-        assert [row[0] for row in json.loads(table.read_text())["data"]] == list(evaluation["metrics"])

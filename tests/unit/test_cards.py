@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +16,11 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from safetensors.numpy import save_file
 from tiny import tiny_policy, tiny_tokenizer
-from transformers import GPT2Config
+from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from rlhf_pipeline.data.records import Turn
 from rlhf_pipeline.data.templates import TEMPLATES, format_prompt
+from rlhf_pipeline.files import write_json
 from rlhf_pipeline.models.classifiers import RewardModel, RewardModelConfig, Scorer
 from rlhf_pipeline.models.policies import Policy
 from rlhf_pipeline.ppo.watch import CollapseWatch
@@ -57,25 +59,21 @@ def made(
     return folder
 
 
-def judge(runs: Path, *, responses: Any = None, **run: Any) -> dict[str, Any]:
-    """A stage=evaluate of the demo that compared pretrain and ppo; gives its run.json."""
-    folder = runs / "demo" / "evaluate"
-    folder.mkdir(parents=True, exist_ok=True)
+def judge(runs: Path, *, changed: Any = None, **run: Any) -> None:
+    """A stage=evaluate of the demo that compared pretrain and ppo, with changed keys in its evaluation.json."""
     parents = {"base": {"path": "runs/demo/pretrain/model"}, "ppo": {"path": "runs/demo/ppo/model"}}
     record = {"stage": "evaluate", "name": "demo", "status": "done", "started": "2026-01-01T12:00:00+00:00",
               "data": {**DATA, "test": 50}, "parents": parents, **run}  # fmt: skip
     row = {"reward_mean": 0.25, "reward_stderr": 0.01, "reward_median": 0.2, "positive": 0.5, "kl": 1.5,
            "perplexity": 20.0, "distinct_2": 0.75, "length": 9.0}  # fmt: skip
-    responses = responses or {"base": "bad", "ppo": "good"}
     evaluation = {
         "prompts": 24, "reward": "runs/demo/reward/model", "reference": "base",
         "metrics": {"base": {**row, "reward_mean": 0.125}, "ppo": row},
         "paired_gain": {"ppo - base": {"mean": 0.125, "low": 0.1, "high": 0.15, "win_rate": 0.7}},
-        "examples": [{"prompt": "This film", "responses": responses, "rewards": {}}],
+        "examples": [{"prompt": "This film", "responses": {"base": "bad", "ppo": "good"}, "rewards": {}}],
     }  # fmt: skip
-    (folder / "run.json").write_text(json.dumps(record))
-    (folder / "evaluation.json").write_text(json.dumps(evaluation))
-    return record
+    write_json(runs / "demo" / "evaluate" / "run.json", record)
+    write_json(runs / "demo" / "evaluate" / "evaluation.json", {**evaluation, **(changed or {})})
 
 
 # The value head beside a policy is none of its parameters.
@@ -173,14 +171,13 @@ def test_an_evaluation_is_of_the_model_that_it_judged(workplace: Path) -> None:
 
 def test_an_evaluation_rewrites_the_cards_of_its_own_policies_alone(workplace: Path) -> None:
     runs = Path("runs")
-    folders = {stage: made(runs, stage) for stage in ("pretrain", "sft", "ppo", "reward")}
-    for folder in folders.values():
-        write_cards(folder)
-    cards = {stage: (folder / "model" / "README.md").read_text() for stage, folder in folders.items()}
+    stages = ("pretrain", "sft", "ppo", "reward")
+    for stage in stages:
+        write_cards(made(runs, stage))
     judge(runs)
     write_cards(runs / "demo" / "evaluate")
-    after = {stage: (folder / "model" / "README.md").read_text() for stage, folder in folders.items()}
-    assert {stage for stage in after if after[stage] != cards[stage]} == {"pretrain", "ppo"}
+    after = {stage: (runs / "demo" / stage / "model" / "README.md").read_text() for stage in stages}
+    assert {stage for stage in stages if "This model is" in after[stage]} == {"pretrain", "ppo"}
     assert "This model is base." in after["pretrain"]
     assert not list(runs.rglob(".card*"))
 
@@ -221,11 +218,10 @@ def test_nothing_in_a_file_breaks_out(workplace: Path) -> None:
                "results": {word: 1.0, "eval_loss": 2.0}}  # fmt: skip
         model = {**MODEL, "architectures": [word], "vocab_size": word}
         folder = made(Path(runs), config=config, model=model, **run, hardware={"cpu": word}, git={"commit": word})
-        judge(Path(runs), responses={word: word, "ppo": word})
-        evaluation = json.loads((folder.parent / "evaluate" / "evaluation.json").read_text())
-        evaluation["metrics"] = {word: {}, "ppo": evaluation["metrics"]["ppo"]}
-        evaluation |= {"prompts": word, "reward": word, "reference": word, "paired_gain": {word: {}}}
-        (folder.parent / "evaluate" / "evaluation.json").write_text(json.dumps(evaluation))
+        changed = dict.fromkeys(("prompts", "reward", "reference"), word) | {"paired_gain": {word: {}}}
+        changed["metrics"] = {word: {}, "ppo": {"reward_mean": 0.25, "kl": 1.5}}
+        changed["examples"] = [{"prompt": word, "responses": {word: word, "ppo": word}, "rewards": {}}]
+        judge(Path(runs), changed=changed)
         return model_card(folder)
 
     harmless, hostile = text("runs", "a word"), text("other", HOSTILE)
@@ -258,8 +254,7 @@ def test_what_files_should_not_hold_stops_no_run(junk: Any, workplace: Path) -> 
     keys = ("architectures", "vocab_size", "n_layer", "trunk")
     model, config = {**MODEL, **dict.fromkeys(keys, junk)}, {"trainer": junk, "reward": junk}
     folder = made(Path("runs"), model=model, config=config, **run)
-    judge(Path("runs"))
-    (folder.parent / "evaluate" / "evaluation.json").write_text(json.dumps({"metrics": junk, "examples": junk}))
+    judge(Path("runs"), changed={"metrics": junk, "examples": junk, "paired_gain": junk})
     assert ModelCard(model_card(folder)).data.library_name == "transformers"
 
 
@@ -285,37 +280,31 @@ def test_a_policys_code_asks_it_as_it_was_taught(template: str | None, workplace
     assert names["answer"].shape[1] > names["ids"].shape[1]
 
 
-@pytest.mark.parametrize("own_class", [True, False])
-def test_a_reward_models_code_opens_it_and_scores_as_the_stages_do(
-    own_class: bool, workplace: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tokenizer = tiny_tokenizer()
-    torch.manual_seed(0)
+@pytest.mark.parametrize("kind", ["own class", "score", "classes"])
+def test_a_reward_models_code_opens_it_and_scores_as_the_stages_do(kind: str, workplace: Path) -> None:
+    tokenizer, own_class, scalar = tiny_tokenizer(), kind == "own class", kind != "classes"
+    labels = {0: "score"} if scalar else {0: "negative", 1: "positive"}
     trunk = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_layer=1, n_embd=8, n_head=1, pad_token_id=1,
-                       num_labels=1)  # fmt: skip
-    config = {"stage": "reward", "reward": {"name": "preference_model"}}
+                       id2label=labels)  # fmt: skip
+    config = {"stage": "reward", "reward": {"name": "preference_model" if scalar else "classifier"}}
     folder = made(Path("runs"), "reward", config=config)
-    for path in (folder / "model").iterdir():
-        path.unlink()
+    shutil.rmtree(folder / "model")
+    torch.manual_seed(0)
+    model: Any = GPT2ForSequenceClassification(trunk)
     if own_class:
-        model: Any = RewardModel(RewardModelConfig(trunk, "mlp", "mean", pad_token_id=1))
-    else:
-        from transformers import GPT2ForSequenceClassification
-
-        model = GPT2ForSequenceClassification(trunk)
+        model = RewardModel(RewardModelConfig(trunk, "mlp", "mean", pad_token_id=1))
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     text = model_card(folder)
     assert ModelCard(text).data.library_name == ("rlhf_pipeline" if own_class else "transformers")
     assert ("`register()`" in text) == own_class
     assert f"| Parameters | {model.num_parameters():,} |" in text
-    if own_class:  # where nothing has called register() before
-        command = [sys.executable, "-c", block("python", text)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-        assert done.returncode == 0, done.stderr
-        printed = done.stdout
+    command = [sys.executable, "-c", block("python", text)]  # where nothing has called register() before
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    scorer = Scorer.open(str(folder / "model"), 1, 64, append_eos=scalar)
+    if scalar:
+        assert float(done.stdout) == pytest.approx(float(scorer.logits(["I saw this film and liked it."])), abs=1e-5)
     else:
-        exec(block("python", text), {})
-        printed = capsys.readouterr().out
-    scorer = Scorer.open(str(folder / "model"), 1, 64, append_eos=True)
-    assert float(printed) == pytest.approx(float(scorer.logits(["I saw this film and liked it."])[0, 0]), abs=1e-5)
+        expected = scorer.logits(["A film that I liked."])[0].softmax(-1).tolist()
+        assert eval(done.stdout) == {labels[place]: pytest.approx(p, abs=1e-5) for place, p in enumerate(expected)}

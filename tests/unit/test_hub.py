@@ -8,13 +8,13 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from loopback import answering
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.hub import explain_failures
@@ -95,10 +95,8 @@ def server(status: int, **headers: str) -> Iterator[str]:
 
         def log_message(self, *_: object) -> None: ...
 
-    with HTTPServer(("127.0.0.1", 0), Handler) as http:
-        threading.Thread(target=http.serve_forever, daemon=True).start()
+    with answering(HTTPServer(("127.0.0.1", 0), Handler)) as http:
         yield f"http://127.0.0.1:{http.server_port}"
-        http.shutdown()
 
 
 @contextmanager
@@ -219,9 +217,6 @@ def test_a_path_is_not_asked_of_the_hub(workplace: Path, monkeypatch: pytest.Mon
         with pytest.raises(UserError) as caught, explain_failures(path, "policy.path"):
             pytest.fail("the block must not be entered")
         assert str(caught.value) == f"there is no folder {path}{near}; give another, or a hub id."
-
-
-def test_what_a_local_folder_lacks_is_said_without_the_hub(workplace: Path) -> None:
     (workplace / "mine").mkdir()
     with pytest.raises(UserError) as caught, explain_failures("mine", "policy.path"):
         raise OSError("no config\nand a second line")

@@ -60,18 +60,6 @@ def test_of_three_seeds_the_variance_of_the_mean_is_unbiased_and_the_interval_re
     assert np.var(spread) == pytest.approx(np.var([0, 1, 5], ddof=1) / 3, rel=0.1)
 
 
-def test_the_interval_holds_the_truth_where_one_over_prompts_alone_does_not() -> None:
-    rng = np.random.default_rng(1)
-    held = {"both": 0, "prompts": 0}
-    for number in range(150):  # trainings whose results differ, of a truth of 0
-        after = 0.3 * rng.normal(size=(6, 1)) + rng.normal(size=(6, 60))
-        for name, own in (("both", after), ("prompts", after.mean(0))):
-            gain = metrics.paired_gain(np.zeros(60), own, draws=200, seed=number)
-            held[name] += gain["low"] <= 0 <= gain["high"]
-    assert held["both"] / 150 > 0.85
-    assert held["prompts"] / 150 < 0.7
-
-
 def test_repeated_answers_are_those_that_another_prompt_got_as_well() -> None:
     assert metrics.repeated(["yes", " yes", "no", "well"]) == 0.5
     assert metrics.repeated(["a", "b"]) == metrics.repeated([]) == 0
@@ -91,9 +79,6 @@ def test_self_bleu_is_the_mean_bleu_of_each_text_against_the_others() -> None:
     assert metrics.self_bleu(["a b", "a c", "d b"], most=3) == pytest.approx(
         ((1 * 0.1) ** 0.5 + 2 * (1 / 2 * 0.1) ** 0.5) / 3
     )
-
-
-def test_self_bleu_is_bounded_and_knows_what_it_cannot_say() -> None:
     assert metrics.self_bleu(["a b", "a b", "c d"], most=2) == pytest.approx(1)
     assert metrics.self_bleu(["", " ", "one"]) is None
     assert metrics.self_bleu(["好吃", "好吃"]) == pytest.approx(1)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -121,26 +122,29 @@ def check_plain(done: subprocess.CompletedProcess[str], sft: RunDir, reason: str
     return again
 
 
-def test_the_command_that_a_failure_names_tries_again(sft: RunDir, hub: FakeHub) -> None:
-    lost = f"the hub at {hub.url} needs a token; set HF_TOKEN"
-    again = check_plain(run(f"{REPEAT} hub.push=me/tiny hub.private=false", hub.url, token=""), sft, lost)
-    assert hub.private == {}
-    assert run(again, hub.url).returncode == 0
-    assert hub.private == {"me/tiny": False}
+def metadata_fault(message: str) -> dict[str, tuple[int, Any]]:
+    return {"/api/validate-yaml": (400, {"errors": [{"message": message}], "warnings": []})}
 
 
-def test_failures_are_plain(sft: RunDir, hub: FakeHub) -> None:
+def test_failures_are_plain_and_name_the_command_that_tries_again(sft: RunDir, hub: FakeHub) -> None:
     push = f"{REPEAT} hub.push=me/tiny"
     check_plain(run(push, hub.url, token="hf_another"), sft, "the hub rejects the token; set HF_TOKEN to a valid one")
-    hub.read_only = True
+    hub.faults = {"/api/repos/create": (403, {"error": "You don't have the rights to create a model under me"})}
     check_plain(run(push, hub.url), sft, "the token has no write access to me/tiny; use a token that has")
-    hub.read_only, hub.metadata_fault = False, '"tags" must be an array'
+    hub.faults = metadata_fault('"tags" must be an array')
     check_plain(run(push, hub.url), sft, 'Invalid metadata in README.md. - "tags" must be an array')
     assert hub.files == {}
+    hub.faults.clear()
     check_plain(run(push, hub.url, token=f"{TOKEN}\x0bx"), sft, "")  # which no header takes
     dead = "http://127.0.0.1:9"
     check_plain(run(push, dead), sft, f"the hub at {dead} cannot be reached (")
     check_plain(run(push, dead, HF_HUB_OFFLINE="1"), sft, "HF_HUB_OFFLINE is set, so the hub is not used")
+    hub.private.clear()
+    lost = f"the hub at {hub.url} needs a token; set HF_TOKEN"
+    again = check_plain(run(f"{push} hub.private=false", hub.url, token=""), sft, lost)
+    assert hub.private == {}
+    assert run(again, hub.url).returncode == 0
+    assert hub.private == {"me/tiny": False}
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "README.md", "extra/more", "."])
@@ -161,7 +165,7 @@ def test_secrets_are_not_quoted(sft: RunDir, hub: FakeHub, workplace: Path) -> N
     mirror = hub.url.replace("://", "://me:s3cret%40@")
     done = run(f"{REPEAT} hub.push=me/tiny", mirror)  # whose login stands where the token would
     check_plain(done, sft, "the hub rejects the token")
-    hub.metadata_fault = f"Bearer {TOKEN} of {TOKEN}, and s3cret@"
+    hub.faults = metadata_fault(f"Bearer {TOKEN} of {TOKEN}, and s3cret@")
     check_plain(run(f"{REPEAT} hub.push=me/tiny", hub.url), sft, "Invalid metadata in README.md. - Bearer *** of ***")
     dead = run(f"{REPEAT} hub.push=me/tiny", "http://me:s3cret%40@127.0.0.1:9")
     check_plain(dead, sft, "the hub at http://127.0.0.1:9 cannot be reached (")

@@ -1,6 +1,5 @@
 """The report is a plain page of the numbers in the files, and text in the files never becomes markup."""
 
-import ast
 import base64
 import hashlib
 import json
@@ -95,42 +94,39 @@ def made(folder: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def test_numbers_of_the_files_appear(tmp_path: Path) -> None:
-    page = Page(made(build(tmp_path)))
+def chart(source: str, name: str) -> str:
+    """The figure of one measure."""
+    return source[source.index(f"<b>{name}</b>") :].partition("</figure>")[0]
+
+
+def test_the_page_shows_what_the_files_hold(tmp_path: Path) -> None:
+    source = made(build(tmp_path))
+    shown = Page(source).text
     wanted = (
         "fell to 0.07|12.3 s|ab12cd|f00d|1.12.0|0.9137|250000|kl 0.0421|0.1234|0.5678|0.4444|0.9612|0.3125|31|0.8125"
         "|0.2468|1.432|fell by 0.7531|0.7771|2.125|0.3331|0.6661|0.1919|plain · plain|-0.0625|the worst plain|-7.5"
+        "|python -m x plain|rank 17, 17|rank 1.25, 1.25|(60 of 60)|(25 of 25)|(30 of 30)"
     )
-    for number in [*wanted.split("|"), "python -m x plain", "rank 17, 17", "rank 1.25, 1.25"]:
-        assert number in page.text, number
-
-
-def test_train_and_eval_share_a_chart_and_constants_are_left_out(tmp_path: Path) -> None:
-    source = made(build(tmp_path))
+    for text in wanted.split("|"):
+        assert text in shown, text
+    assert source.count("(empty)") == 25
+    # Training and held-out data share a chart; what does not change has none.
     assert source.count("<svg") == source.count("<figure") == 5  # with the calibration, and a sweep's two rewards
-    assert "train 2.429" in source
-    assert "eval 2.625" in source
     assert re.search(r"Not drawn[^<]*: flat\.", source)
-    loss = source[source.index("<b>loss</b>") :]
-    loss = loss[: loss.index("</figure>")]
-    assert ">3</text>" in loss
-    assert ">2.429</text>" in loss
-    assert ">40</text>" in loss
-
-
-def test_samples_are_the_latest_and_bounded(tmp_path: Path) -> None:
-    source = made(build(tmp_path))
+    for text in ("train 2.429", "eval 2.625", ">3</text>", ">2.429</text>", ">40</text>"):
+        assert text in chart(source, "loss"), text
     found = [int(n) for n in re.findall(r"answer(\d+);", source)]
     assert sorted(found) == list(range(60))  # each once: the start beside the newest
     assert found[:4] == [0, 59, 1, 58]
-    for count in ("(60 of 60)", "(25 of 25)", "(30 of 30)"):
-        assert count in source
-    assert source.count("(empty)") == 25
+
+
+def test_of_many_samples_the_first_and_the_latest_are_shown(tmp_path: Path) -> None:
     many = [{"step": i, "prompt": f"p{i}", "response": f"answer{i};", "reward": 0} for i in range(3000)]
     (tmp_path / "samples.jsonl").write_text(lines(*many))
     source = made(tmp_path)
     assert "(200 of 3000)" in source
-    assert len(re.findall(r"answer(\d+);", source)) == 200
+    shown = {int(n) for n in re.findall(r"answer(\d+);", source)}
+    assert shown == {*range(100), *range(2900, 3000)}
 
 
 @pytest.mark.parametrize("word", [NASTY, "\ud800", "</title><h1 onclick='x'>", "-->]]>&lt;&#x202e;"])
@@ -177,36 +173,28 @@ def test_empty_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "samples.jsonl", "evaluation.json", "quality.json",
                                   "candidates.jsonl", "labels.jsonl", "warnings.jsonl"])  # fmt: skip
-@pytest.mark.parametrize("cut", [0, 9, 50])
+@pytest.mark.parametrize("cut", [0, 9, 50, -3])
 def test_any_file_may_be_cut_short(tmp_path: Path, name: str, cut: int) -> None:
     path = build(tmp_path) / name
     path.write_bytes(path.read_bytes()[:cut])
-    assert (f"{name}: 1 of" in made(tmp_path)) == bool(cut)
-
-
-def test_truncated_last_line_keeps_the_rest(tmp_path: Path) -> None:
-    rows = lines({"step": 1, "loss": 3.25}, {"step": 2, "loss": 2.75})
-    (tmp_path / "metrics.jsonl").write_text(rows + '{"step": 3, "lo')
     source = made(tmp_path)
-    assert "train 2.75" in source
-    assert "metrics.jsonl: 1 of 3 JSON objects could not be read." in source
+    assert (f"{name}: 1 of" in source) == bool(cut)
+    assert ("train 2.429" in source) == (name != "metrics.jsonl" or cut == -3), "the lines before are lost"
 
 
 @pytest.mark.parametrize("value", [[], [1], "x", 3, 0, None, {"a": "x"}, {"a": [1, None]}, [{"a": {}}]])
 def test_any_shape_of_value(tmp_path: Path, value: Any) -> None:
+    keys = (
+        "name status seconds parents data git hardware versions results command metrics paired_gain samples calibration"
+        " rewards moved warnings extremes shown key start run step kl reward_mean answers asked way reward alpha beta"
+        " to gain seeds"
+    )
+    row = dict.fromkeys(keys.split(), value)
+    content = {
+        **row, "starts": [{**row, "best_of": value}], "points": [row, value], "fits": [{**row, "reward": ""}, value],
+        "algorithms": {"a": row, "b": {"rewards": {"c": row}}, "c": value},
+    }  # fmt: skip
     for name in ("run", "evaluation", "quality", "frontier", "comparison"):
-        keys = "name status seconds parents data git hardware versions results command metrics paired_gain samples"
-        keys += " calibration rewards moved warnings extremes shown starts points"
-        content = dict.fromkeys(keys.split(), value)
-        spot = dict.fromkeys(("key", "start", "run", "step", "kl", "reward_mean", "rewards", "answers", "asked"), value)
-        spot |= dict.fromkeys(("way", "reward", "alpha", "beta", "to", "gain", "seeds"), value)
-        if name in ("frontier", "comparison"):
-            content |= {
-                "starts": [{**spot, "best_of": value}],
-                "points": [spot, value],
-                "fits": [{**spot, "reward": ""}, value],
-            }
-            content["algorithms"] = {"a": spot, "b": {"rewards": {"c": spot}}, "c": value}
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     (tmp_path / "metrics.jsonl").write_text(lines({"step": value, "loss": value}, value))
     (tmp_path / "samples.jsonl").write_text(lines({"step": value, "prompt": value, "response": value}))
@@ -297,16 +285,13 @@ def test_every_phrase_of_the_page_is_translated() -> None:
     said = {phrase for named in measures["drawn"].values() for phrase in (*named.values(), *measures["drawn"])}
     said |= {*measures["names"].values(), page_words.OTHER, *rounds._CHARTS.values()}
     package = Path(page_words.__file__).parent
-    for path in package.glob("templates/*.html"):
-        template = path.read_text(encoding="utf-8")
-        said |= set(re.findall(r'\b(?:_|named|answers|judged|figures)\("(.*?)"', template))
-        said |= set(re.findall(r'"([^"]*)": \w', template))  # of facts and sections
-        said |= set(re.findall(r'figures\("[^"]*", "(.*?)"', template))
-    for path in package.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("words", "Table"):
-                texts = node.args[:1] if node.func.id == "words" else node.args[:2]
-                said |= {arg.value for arg in texts if isinstance(arg, ast.Constant) and arg.value}
+    patterns = {"*.py": (r"\bwords\(\s*[\"'](.*?)[\"']", r'\bTable\(\s*"(.*?)"', r'\bTable\(\s*"[^"]*", "(.*?)"')}
+    patterns["templates/*.html"] = (
+        r'\b(?:_|named|answers|judged|figures)\("(.*?)"', r'"([^"]*)": \w', r'figures\("[^"]*", "(.*?)"'
+    )  # fmt: skip
+    for files, phrases in patterns.items():
+        source = "".join(path.read_text(encoding="utf-8") for path in package.glob(files))
+        said |= {phrase for pattern in phrases for phrase in re.findall(pattern, source)}
     said.discard("")
     assert len(said) > 150
     assert {phrase for phrase in said if phrase not in chinese} == set()
@@ -338,8 +323,7 @@ def test_several_runs_on_one_page(tmp_path: Path) -> None:
     assert re.search(r"trainer.kl_coef</th><td>0.1</td><td>0.4</td>", source)
     for same in ("trainer.batch", "seed</th>"):
         assert same not in source
-    loss = source[source.index("<b>loss</b>") :]
-    loss = loss[: loss.index("</figure>")]
+    loss = chart(source, "loss")
     assert re.findall(r'<polyline class="([^"]*)"', loss) == ["c0", "c0 dashed", "c1", "c1 dashed"]
     assert "mild train 2.429" in loss
     assert "strict eval 2.625" in loss
