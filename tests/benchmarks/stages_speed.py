@@ -23,6 +23,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,10 @@ from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from rlhf_pipeline.models.policies import train_tokenizer
 from rlhf_pipeline.models.precision import choose_bf16, fuse_gelu, native_bf16
-from rlhf_pipeline.training.batching import OrderedSFTTrainer, ResumableTrainer
+from rlhf_pipeline.training.batching import OrderedSFTTrainer
+from rlhf_pipeline.training.preferences import Comparison, ComparisonTrainer
 
+TEXTS = ("input_ids", "chosen_ids", "rejected_ids")  # the columns of token ids in TRL's rows
 LONGEST, VOCABULARY, BATCH = 512, SMALL["vocabulary"], 8
 
 
@@ -174,16 +177,14 @@ def trl_reward(rows: Rows, folder: str, quick: bool) -> Trainer:
     return RewardTrainer(scorer, args, train_dataset=preferences(rows), processing_class=rows.tokenizer)
 
 
-class OrderedRewardTrainer(ResumableTrainer, RewardTrainer):
-    """TRL's, on batches of pairs of like length."""
-
-
 def our_reward(rows: Rows, folder: str, quick: bool) -> Trainer:
     """stage=reward"""
     scorer = model(GPT2ForSequenceClassification, quick)
     fuse_gelu(scorer)
     args = RewardConfig(**of_stage("reward", folder))
-    return OrderedRewardTrainer(scorer, args, train_dataset=preferences(rows), processing_class=rows.tokenizer)
+    decode = rows.tokenizer.decode
+    pairs = [Comparison("", (decode(better), decode(worse)), ((0, 1, 0.0),)) for better, worse in rows.pairs]
+    return ComparisonTrainer(scorer, args, rows.tokenizer, pairs, pairs[:1])
 
 
 Side = Callable[[Rows, str, bool], Trainer]
@@ -206,7 +207,8 @@ def once(side: Side, rows: Rows, quick: bool) -> Row:
         collate, counts = trainer.data_collator, [0, 0]
 
         def counting(examples: list[dict[str, Any]]) -> dict[str, Any]:
-            counts[0] += sum(len(e[k]) for e in examples for k in ("input_ids", "chosen_ids", "rejected_ids") if k in e)
+            every = (texts for e in examples for texts in e.get("texts") or map(e.get, TEXTS) if texts)
+            counts[0] += sum(map(len, every))
             batch: dict[str, Any] = collate(examples)
             counts[1] += batch["input_ids"].numel()
             return batch
@@ -221,8 +223,8 @@ def once(side: Side, rows: Rows, quick: bool) -> Row:
 
 def measure(side: Side, rows: Rows, quick: bool) -> Row:
     """Run one side in a fork of this process. It must not compute before, because threads do not survive a fork."""
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        return pool.apply(once, (side, rows, quick))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        return pool.submit(once, side, rows, quick).result()
 
 
 @by_machine
@@ -248,7 +250,7 @@ def main() -> None:
     asked = parser.parse_args()
     datasets.disable_progress_bars()
     kept = Kept("stages", asked)
-    texts = read_rows(16, 16) if asked.quick else read_rows(48, 24)
+    texts = read_rows(16, 16) if asked.quick else read_rows(48, 96)
     os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:2]))  # each side inherits them
     sides = dict.fromkeys(side for _, trl, ours, _ in COMPARISONS for side in (trl, ours))
     found: dict[Side, list[Row]] = {side: [] for side in sides}
