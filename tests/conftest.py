@@ -1,6 +1,7 @@
 """Shared by the tests: the command line as a function, a miniature run, and real data if there is some."""
 
 import importlib
+import json
 import os
 import shutil
 import socket
@@ -31,6 +32,12 @@ def benchmark(name: str) -> ModuleType:
     if (folder := str(ROOT / "tests" / "benchmarks")) not in sys.path:
         sys.path.append(folder)
     return importlib.import_module(name)
+
+
+def jsonl(path: Path, *rows: object) -> Path:
+    """Write JSON lines, of any values."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 def read_words(*typed: str) -> list[str]:
