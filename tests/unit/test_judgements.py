@@ -54,6 +54,8 @@ SAID = (Turn("system", "Be brief."), Turn("user", "Why?"))
         ({"instruction": "i", "input": "x", "output": "c", "chosen": "c", "rejected": "r"},
          Preference((Turn("user", "i\n\nx"),), "c", "r")),
         ({"conversations": TALK, "chosen": "c", "rejected": "r"}, Preference(SAID, "c", "r")),
+        ({"instruction": "Why?", "system": "Be brief.", "history": [["a?", "b"]], "chosen": "c", "rejected": "r"},
+         Preference((SAID[0], Turn("user", "a?"), Turn("assistant", "b"), SAID[1]), "c", "r")),
         ({"messages": TALK[1:], "system": "Be brief.", "chosen": "c", "rejected": "r"}, Preference(SAID, "c", "r")),
         *(({"conversations": TALK, "chosen": wrap({who: "gpt", text: "c"}), "rejected": wrap({who: "gpt", text: "r"})},
            Preference(SAID, "c", "r"))
@@ -428,23 +430,15 @@ def test_a_broken_line_stops_none_of_the_others(tmp_path: Path) -> None:
     for row, (reason, held) in zip(found.rejected, broken.values(), strict=True):
         assert row["why"].startswith(reason)
         assert row["row"] == held
-    path.write_text("{\n")
-    with pytest.raises(UserError, match=r"a\.jsonl holds no usable label: .*1 rejected; line 1: not JSON"):
+    path.write_text("{\n" * 3)
+    with pytest.raises(
+        UserError, match=r"a\.jsonl holds no usable label: 3 tasks, .* 3 rejected; line 1: .*3 such rows"
+    ):
         read_judgements(path)
     for content in (b"[1\n", good.encode() + b"\n\xff\n", b"[]"):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"a\.jsonl(, line \d: not (JSON|UTF-8)| holds no rows)"):
             read_judgements(path)
-
-
-def test_a_file_with_nothing_usable_says_why_and_how_often(tmp_path: Path) -> None:
-    rows = [task(annotation(by=n), number=n, data={**DATA, "task": str(n)}) for n in range(1, 4)]
-    with pytest.raises(UserError) as caught:
-        read(tmp_path, *rows, task(annotation(LEFT, was_cancelled=True), number=9))
-    assert str(caught.value) == (
-        f"{tmp_path / 'labels.json'} holds no usable label: 4 tasks, 0 judgements, 1 skipped, 0 unlabelled, "
-        "0 superseded, 3 rejected; row 1: nothing selected by the tag Pairwise or Ranker (3 such rows)."
-    )
 
 
 @pytest.mark.parametrize("depth", [200, 950, 990, 100_000])

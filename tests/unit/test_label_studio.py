@@ -20,7 +20,7 @@ from fake_label_studio import ACCESS, TOKEN, FakeStudio
 from loopback import answering
 
 from rlhf_pipeline.errors import NotFinishedError, UserError
-from rlhf_pipeline.feedback.label_studio import LabelStudio, labeling_config, pull, running
+from rlhf_pipeline.feedback.label_studio import LabelStudio, labeling_config, pull, push, running
 from rlhf_pipeline.files import read_jsonl, write_jsonl
 
 PERSONAL = "eyJhbGciOiJIUzI1NiJ9.eyJ1c2VyX2lkIjoiMSJ9.signature"
@@ -116,7 +116,9 @@ def test_an_address_or_a_token_that_is_none_is_refused(url: str, token: str, mes
     assert "word" not in str(refusal.value)
 
 
-def test_a_project_is_made_once_and_follows_its_config(fake: FakeStudio, studio: LabelStudio) -> None:
+def test_a_project_is_made_once_and_follows_its_config_and_no_task_is_imported_twice(
+    fake: FakeStudio, studio: LabelStudio, collected: Path
+) -> None:
     fake.projects += [{"id": n, "description": "somebody's", "label_config": ""} for n in range(1, 251)]
     for _ in range(2):
         assert studio.project("demo", "ours", "<View/>") == 251
@@ -125,16 +127,15 @@ def test_a_project_is_made_once_and_follows_its_config(fake: FakeStudio, studio:
     assert fake.projects[250]["label_config"] == "<View></View>"
     assert fake.projects[250]["maximum_annotations"] == 2
     assert fake.projects[250]["enable_empty_annotation"] is False
-
-
-def test_tasks_are_never_imported_twice(fake: FakeStudio, studio: LabelStudio) -> None:
     tasks = [{"data": {"task": f"task{number}"}} for number in range(1210)]
-    project = studio.project("demo", "ours", "<View/>")
-    assert studio.add(project, tasks[:1203]) == 1203
+    assert studio.add(251, tasks[:1203]) == 1203
     assert fake.imports == [500, 500, 203]
-    assert studio.add(project, tasks[:1203]) == 0
-    assert studio.add(project, tasks) == 7
+    assert studio.add(251, tasks[:1203]) == 0
+    assert studio.add(251, tasks) == 7
     assert len({task["data"]["task"] for task in fake.tasks}) == len(fake.tasks) == 1210
+    push(studio, collected, "n" * 60)
+    assert len(fake.projects[251]["title"]) == 50, "Label Studio takes no longer one"
+    assert "n" * 60 in fake.projects[251]["description"]
 
 
 def test_a_personal_access_token_is_exchanged_never_outlives_its_minutes_and_is_not_shown(
@@ -234,15 +235,6 @@ def test_labels_are_pulled_from_where_the_tasks_are_and_from_no_other_project(
     monkeypatch.delenv("LABEL_STUDIO_URL")
     with pytest.raises(UserError, match=r"are at http://127.0.0.1:\d+; set LABEL_STUDIO_URL"):
         pull(collected, Path("runs"))
-
-
-def test_a_title_is_not_longer_than_label_studio_takes(
-    fake: FakeStudio, collected: Path, command_line: CommandLine
-) -> None:
-    collected.parent.rename(collected.parents[1] / ("n" * 60))
-    assert command_line("stage=collect", f"name={'n' * 60}", "labels=push") == 0
-    assert len(fake.projects[0]["title"]) == 50
-    assert "n" * 60 in fake.projects[0]["description"]
 
 
 def test_labels_of_our_own_server_are_the_same_at_another_port(

@@ -399,6 +399,9 @@ def test_a_row_that_a_reader_cannot_use_is_named_with_its_fault(
 # --- demonstrations and dialogues
 
 
+NEXT = {"instruction": "And now?", "input": "Say it.", "output": "Now too.", "system": "Be brief."}
+PAST = [[turn.text for turn in TURNS]]
+BRIEF, NOW = Turn("system", "Be brief."), Turn("assistant", "Now too.")
 NULLS = {"from": None, "value": None, "tool_calls": None, "reasoning_content": None}
 
 
@@ -415,6 +418,13 @@ NULLS = {"from": None, "value": None, "tool_calls": None, "reasoning_content": N
         ({"conversations": [{"from": "human", "value": "你好"}, {"from": "gpt", "value": "好"}]},
          Dialogue((Turn("user", "你好"), Turn("assistant", "好")))),
         ({"conversation": [{"utterance": "alone"}]}, Dialogue((Turn("user", "alone"),), both=True)),
+        # What was said before an instruction, and the system's words.
+        ({**NEXT, "history": PAST}, Dialogue((BRIEF, *TURNS, Turn("user", "And now?\n\nSay it."), NOW))),
+        (NEXT, Dialogue((BRIEF, Turn("user", "And now?\n\nSay it."), NOW))),
+        ({**NEXT, "history": None, "system": ""}, Demonstration((Turn("user", "And now?\n\nSay it."),), "Now too.")),
+        ({"history": CHAT, "prompt": "c", "completion": "d"},
+         Dialogue((*TURNS, Turn("user", "c"), Turn("assistant", "d")))),
+        ({"conversations": CHAT, "system": "Be brief."}, Dialogue((BRIEF, *TURNS))),
         # Files that were merged leave the other's columns null.
         ({"messages": [{**ASKED, **NULLS}, {"from": "gpt", "value": "Yes.", "role": None}], "prompt": None},
          Dialogue((TURNS[0], Turn("assistant", "Yes.")))),
@@ -447,6 +457,8 @@ def test_messages_written_in_a_cell_are_read_as_messages(tmp_path: Path, write: 
     assert read_preferences(path) == [Preference((TURNS[0],), TURNS[1].text, "No.")]
     path = put(tmp_path / name, {"prompt": write(CHAT[:1]), "completion": write(CHAT[1:])})
     assert read_demonstrations(path) == [Demonstration((TURNS[0],), TURNS[1].text)]
+    path = put(tmp_path / name, {**NEXT, "input": "", "history": write(PAST)})
+    assert read_demonstrations(path) == [Dialogue((BRIEF, *TURNS, Turn("user", "And now?"), NOW))]
     path = put(tmp_path / name, {"messages": write(CHAT)})
     assert read_demonstrations(path) == read_dialogues(path) == [Dialogue(TURNS)]
     path = put(tmp_path / name, {"conversation": write([{"utterance": "one"}, {"utterance": "two"}])})
@@ -483,30 +495,6 @@ def test_a_cell_of_messages_that_cannot_be_read_is_no_text(
     path = sheet(tmp_path / "a.csv", {"prompt": "p", "completion": deep})
     with pytest.raises(UserError, match="line 2: nested too deeply"):
         read_demonstrations(path)
-
-
-def test_alpacas_history_and_system_stand_before_the_instruction(tmp_path: Path) -> None:
-    row: dict[str, Any] = {"instruction": "And now?", "input": "Say it.", "output": "Now too.", "system": "Be brief."}
-    pairs = [["Is it?", "Yes."], ["Why?", "So."]]
-    asked, answer, system = (
-        Turn("user", "And now?\n\nSay it."),
-        Turn("assistant", "Now too."),
-        Turn("system", "Be brief."),
-    )
-    past = [Turn(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]
-    whole = Dialogue((system, *past, asked, answer))
-    path = jsonl(tmp_path / "a.jsonl", {**row, "history": pairs}, row, {**row, "history": None, "system": ""})
-    assert read_demonstrations(path) == [
-        whole, Dialogue((system, asked, answer)), Demonstration((asked,), "Now too."),
-    ]  # fmt: skip
-    for write in (json.dumps, str):
-        assert read_demonstrations(sheet(tmp_path / "a.csv", {**row, "history": write(pairs)})) == [whole]
-    path = jsonl(tmp_path / "b.jsonl", {"history": CHAT, "prompt": "c", "completion": "d"},
-                 {"conversations": CHAT, "system": "Be brief."})  # fmt: skip
-    talk = Dialogue((*TURNS, Turn("user", "c"), Turn("assistant", "d")))
-    assert read_demonstrations(path) == [talk, Dialogue((system, *TURNS))]
-    pair = {**row, "history": pairs, "chosen": "c", "rejected": "r"}
-    assert read_preferences(jsonl(tmp_path / "c.jsonl", pair)) == [Preference((system, *past, asked), "c", "r")]
 
 
 def test_what_is_not_read_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
