@@ -27,12 +27,6 @@ GOOD = {"prompt": "good", "chosen": "c", "rejected": "r"}
 NOTHING = "nothing selected by the tag Pairwise or Ranker"
 
 
-def why(folder: Path, row: Any, **options: Any) -> str:
-    """Why a row is set aside, a good one beside it."""
-    (aside,) = read(folder, row, GOOD, **options).rejected
-    return str(aside["why"])
-
-
 # --- pairs and ranked lists
 
 CHAT = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]
@@ -42,73 +36,43 @@ TALK = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Wh
 SAID = (Turn("system", "Be brief."), Turn("user", "Why?"))
 
 
-@pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        ({"prompt": "p", "chosen": "c", "rejected": "r"}, Preference("p", "c", "r")),
-        ({"prompt": None, "chosen": "c", "rejected": "r"}, Preference("", "c", "r")),
-        ({"prompt": "p", "selected": "c", "rejected": "r"}, Preference("p", "c", "r")),
-        ({"prompt": "p", "chosen": "c", "rejected": "r", "margin": 0.5}, Preference("p", "c", "r", 0.5)),
-        ({"chosen": f"{DIALOG} Sure: knock.", "rejected": f"{DIALOG} Sure, no."},
-         Preference(DIALOG, " Sure: knock.", " Sure, no.")),
-        ({"instruction": "i", "input": "x", "output": "c", "chosen": "c", "rejected": "r"},
-         Preference((Turn("user", "i\n\nx"),), "c", "r")),
-        ({"conversations": TALK, "chosen": "c", "rejected": "r"}, Preference(SAID, "c", "r")),
-        ({"instruction": "Why?", "system": "Be brief.", "history": [["a?", "b"]], "chosen": "c", "rejected": "r"},
-         Preference((SAID[0], Turn("user", "a?"), Turn("assistant", "b"), SAID[1]), "c", "r")),
-        ({"messages": TALK[1:], "system": "Be brief.", "chosen": "c", "rejected": "r"}, Preference(SAID, "c", "r")),
-        *(({"conversations": TALK, "chosen": wrap({who: "gpt", text: "c"}), "rejected": wrap({who: "gpt", text: "r"})},
-           Preference(SAID, "c", "r"))
-          for who, text in (("from", "value"), ("role", "content")) for wrap in (dict, lambda message: [message])),
-        ({"messages": [*TALK, {"from": "gpt", "value": "c"}], "rejected_response": "r"}, Preference(SAID, "c", "r")),
-        ({"id": "q7", "winner": "ppo", "task": "t", "sft": "r", "ppo": "c"}, Preference("", "c", "r")),
-        ({"prompt": "p", "winner": "sft", "sft": "", "ppo": "r"}, Preference("p", "", "r")),
-        ({"chosen": CHAT, "rejected": WORSE}, Preference((Turn("user", "a?"),), "b", "r")),
-        ({"prompt": "a?", "chosen": CHAT, "rejected": WORSE}, Preference((Turn("user", "a?"),), "b", "r")),
-        ({"chosen": [{"role": "system", "content": ""}, CHAT[1]], "rejected": "r"}, Preference("", "b", "r")),
-        *(({"prompt": "p", "responses": ["a", "b", "c"], "ranks": empty}, Ranking("p", ("a", "b", "c")))
-          for empty in (None, float("nan"), " ", [], "[]")),
-        ({"prompt": "p", "responses": ["a", "b", "c"], "ranks": [2, None, 1]}, Preference("p", "c", "a")),
-        ({"prompt": "p", "responses": '["x", "[1]"]', "ranks": "[2, 1]"}, Preference("p", "[1]", "x")),
-        ({"context": [], "prompt": "p", "responses": ["a", "b"]}, Preference((Turn("user", "p"),), "a", "b")),
-        ({"context": [{"role": "prompter", "text": "q"}], "prompt": "p", "responses": ["a", "b"]},
-         Preference((Turn("user", "q"), Turn("user", "p")), "a", "b")),
-        ({"ranked": ["x", "y", ""]}, Ranking("", ("x", "y", ""))),
-    ],
-)  # fmt: skip
+FORMS: list[tuple[dict[str, Any], Any]] = [
+    ({"prompt": "p", "chosen": "c", "rejected": "r"}, Preference("p", "c", "r")),
+    ({"prompt": None, "chosen": "c", "rejected": "r"}, Preference("", "c", "r")),
+    ({"prompt": "p", "selected": "c", "rejected": "r"}, Preference("p", "c", "r")),
+    ({"prompt": "p", "chosen": "c", "rejected": "r", "margin": 0.5}, Preference("p", "c", "r", 0.5)),
+    ({"chosen": f"{DIALOG} Sure: knock.", "rejected": f"{DIALOG} Sure, no."},
+     Preference(DIALOG, " Sure: knock.", " Sure, no.")),
+    ({"instruction": "i", "input": "x", "output": "c", "chosen": "c", "rejected": "r"},
+     Preference((Turn("user", "i\n\nx"),), "c", "r")),
+    ({"conversations": TALK, "chosen": "c", "rejected": "r"}, Preference(SAID, "c", "r")),
+    ({"instruction": "Why?", "system": "Be brief.", "history": [["a?", "b"]], "chosen": "c", "rejected": "r"},
+     Preference((SAID[0], Turn("user", "a?"), Turn("assistant", "b"), SAID[1]), "c", "r")),
+    ({"messages": TALK[1:], "system": "Be brief.", "chosen": "c", "rejected": "r"}, Preference(SAID, "c", "r")),
+    *(({"conversations": TALK, "chosen": wrap({who: "gpt", text: "c"}), "rejected": wrap({who: "gpt", text: "r"})},
+       Preference(SAID, "c", "r"))
+      for who, text in (("from", "value"), ("role", "content")) for wrap in (dict, lambda message: [message])),
+    ({"messages": [*TALK, {"from": "gpt", "value": "c"}], "rejected_response": "r"}, Preference(SAID, "c", "r")),
+    ({"id": "q7", "winner": "ppo", "task": "t", "sft": "r", "ppo": "c"}, Preference("", "c", "r")),
+    ({"prompt": "p", "winner": "sft", "sft": "", "ppo": "r"}, Preference("p", "", "r")),
+    ({"chosen": CHAT, "rejected": WORSE}, Preference((Turn("user", "a?"),), "b", "r")),
+    ({"prompt": "a?", "chosen": CHAT, "rejected": WORSE}, Preference((Turn("user", "a?"),), "b", "r")),
+    ({"chosen": [{"role": "system", "content": ""}, CHAT[1]], "rejected": "r"}, Preference("", "b", "r")),
+    *(({"prompt": "p", "responses": ["a", "b", "c"], "ranks": empty}, Ranking("p", ("a", "b", "c")))
+      for empty in (None, float("nan"), " ", [], "[]")),
+    ({"prompt": "p", "responses": ["a", "b", "c"], "ranks": [2, None, 1]}, Preference("p", "c", "a")),
+    ({"prompt": "p", "responses": '["x", "[1]"]', "ranks": "[2, 1]"}, Preference("p", "[1]", "x")),
+    ({"context": [], "prompt": "p", "responses": ["a", "b"]}, Preference((Turn("user", "p"),), "a", "b")),
+    ({"context": [{"role": "prompter", "text": "q"}], "prompt": "p", "responses": ["a", "b"]},
+     Preference((Turn("user", "q"), Turn("user", "p")), "a", "b")),
+    ({"ranked": ["x", "y", ""]}, Ranking("", ("x", "y", ""))),
+    ({"prompt": "p", "answer1": "a", "answer2": "b", "rank1": "2", "rank2": "1"}, Preference("p", "b", "a")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "expected"), FORMS)
 def test_every_form_of_a_pair_and_a_ranking(tmp_path: Path, row: dict[str, Any], expected: object) -> None:
     assert combine_judgements(read(tmp_path, row).judgements)[0] == [expected]
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"prompt": "p", "rejected": "r"}, "'chosen' is missing; a preference row needs prompt, chosen, rejected"),
-        *(({"prompt": "p", "chosen": empty, "rejected": "r"}, "'chosen' is blank; a preference row")
-          for empty in (None, "  ", float("nan"), [], [{"role": "system", "content": ""}])),
-        ({"messages": [{"role": "system", "content": ""}], "rejected_response": "r"}, "'messages' is blank"),
-        ({"prompt": "p", "chosen": json.dumps(CHAT)[:-5], "rejected": "r"}, "'chosen' begins like a list of messages"),
-        ({"winner": "x", "x": "c", "y": "r", "source": "s"}, "winner 'x' needs one other answer column; there are y, "),
-        ({"winner": "x", "x": "c"}, "winner 'x' needs one other answer column; there are none"),
-        ({"winner": "x", "x": None, "y": "r"}, "'x' is nothing, not text"),
-        ({"winner": "x", "x": 3, "y": "r"}, "'x' is a number, not text"),
-        ({"winner": None, "x": "c", "y": "r"}, "'winner' is blank"),
-        ({"Prompt": "p", "Rank1": 1}, "no label among the columns Prompt, Rank1; allowed are prompt, chosen,"),
-        ({"chosen": "c", "rejected": "r"}, "'prompt' is missing, and chosen and rejected are not dialogues"),
-        ({"conversations": [{"from": "human"}], "chosen": "c", "rejected": "r"}, "'conversations' is not a list"),
-        ({"prompt": "p", "responses": ["x", "y"], "ranks": [1]}, "'ranks' is not a list of 2 numbers, one to each"),
-        ({"prompt": "p", "responses": ["x", "y"], "ranks": [1, float("inf")]}, "'ranks' is 'inf', not a number"),
-        ({"prompt": "p", "responses": ["x", "y"], "ranks": [1, 10**400]}, f"'ranks' is {'1' + '0' * 39!r}, not a"),
-        ({"ranked": "xy"}, "'ranked' is not a list of 2 or more texts"),
-        ("text", "text where an object is needed"),
-    ],
-)  # fmt: skip
-def test_a_row_that_cannot_be_used_is_set_aside_with_the_reason(tmp_path: Path, row: Any, message: str) -> None:
-    assert why(tmp_path, row).startswith(message)
-    (aside,) = read(tmp_path, GOOD, row).rejected
-    assert (aside["file"], aside["where"]) == (str(tmp_path / "labels.json"), "row 2")
-    if isinstance(row, dict):
-        assert aside["row"].keys() == row.keys()
 
 
 # --- Label Studio, JSON
@@ -205,8 +169,26 @@ def test_items_are_looked_up_by_id_then_body_then_title_then_in_the_data(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("row", "reason"),
+    ("row", "message"),
     [
+        ({"prompt": "p", "rejected": "r"}, "'chosen' is missing; a preference row needs prompt, chosen, rejected"),
+        *(({"prompt": "p", "chosen": empty, "rejected": "r"}, "'chosen' is blank; a preference row")
+          for empty in (None, "  ", float("nan"), [], [{"role": "system", "content": ""}])),
+        ({"messages": [{"role": "system", "content": ""}], "rejected_response": "r"}, "'messages' is blank"),
+        ({"prompt": "p", "chosen": json.dumps(CHAT)[:-5], "rejected": "r"}, "'chosen' begins like a list of messages"),
+        ({"winner": "x", "x": "c", "y": "r", "source": "s"}, "winner 'x' needs one other answer column; there are y, "),
+        ({"winner": "x", "x": "c"}, "winner 'x' needs one other answer column; there are none"),
+        ({"winner": "x", "x": None, "y": "r"}, "'x' is nothing, not text"),
+        ({"winner": "x", "x": 3, "y": "r"}, "'x' is a number, not text"),
+        ({"winner": None, "x": "c", "y": "r"}, "'winner' is blank"),
+        ({"Prompt": "p", "Rank1": 1}, "no label among the columns Prompt, Rank1; allowed are prompt, chosen,"),
+        ({"chosen": "c", "rejected": "r"}, "'prompt' is missing, and chosen and rejected are not dialogues"),
+        ({"conversations": [{"from": "human"}], "chosen": "c", "rejected": "r"}, "'conversations' is not a list"),
+        ({"prompt": "p", "responses": ["x", "y"], "ranks": [1]}, "'ranks' is not a list of 2 numbers, one to each"),
+        ({"prompt": "p", "responses": ["x", "y"], "ranks": [1, float("inf")]}, "'ranks' is 'inf', not a number"),
+        ({"prompt": "p", "responses": ["x", "y"], "ranks": [1, 10**400]}, f"'ranks' is {'1' + '0' * 39!r}, not a"),
+        ({"ranked": "xy"}, "'ranked' is not a list of 2 or more texts"),
+        ("text", "text where an object is needed"),
         (task(annotation()), "nothing selected"),
         (task(annotation(control({"choices": ["x"]}), control({"rating": 4}))), "nothing selected by the tag Pairwise"),
         (task(annotation(ranker({"better": [], "_": ["answer1", "answer2"]}))), "nothing selected: all answers"),
@@ -228,8 +210,12 @@ def test_items_are_looked_up_by_id_then_body_then_title_then_in_the_data(tmp_pat
         (task(annotation(ranker(["x", "y"])), data={"list": [{"id": "x"}, {"id": "x"}]}), "an id occurs twice in 'li"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_believed_is_set_aside_with_a_plain_reason(tmp_path: Path, row: Any, reason: str) -> None:
-    assert why(tmp_path, row).startswith(reason)
+def test_a_row_that_cannot_be_used_is_set_aside_with_the_reason(tmp_path: Path, row: Any, message: str) -> None:
+    (aside,) = read(tmp_path, GOOD, row).rejected
+    assert aside["why"].startswith(message)
+    assert (aside["file"], aside["where"]) == (str(tmp_path / "labels.json"), "row 2")
+    if isinstance(row, dict):
+        assert aside["row"].keys() == row.keys()
 
 
 def test_a_row_set_aside_can_be_mended_and_read_again(tmp_path: Path) -> None:
@@ -304,12 +290,10 @@ def test_what_was_submitted_at_once_as_it_was_shown_is_no_label(
     tmp_path: Path, result: Any, seconds: float | None, kept: bool
 ) -> None:
     row = task(annotation(result, lead_time=seconds))
-    if kept:
-        assert read(tmp_path, row).rejected == []
-    else:
-        what = "the order as shown" if "ranker" in result["value"] else "the prediction unchanged"
-        assert why(tmp_path, row) == f"untouched: submitted with {what} after 1.9 s"
-        assert read(tmp_path, row, untouched_seconds=1.5).rejected == []
+    what = "the order as shown" if "ranker" in result["value"] else "the prediction unchanged"
+    whys = [] if kept else [f"untouched: submitted with {what} after 1.9 s"]
+    assert [aside["why"] for aside in read(tmp_path, row, GOOD).rejected] == whys
+    assert read(tmp_path, row, untouched_seconds=1.5).rejected == []
 
 
 # --- Label Studio, an annotation a row
@@ -484,34 +468,22 @@ def mutate(rows: Any, rng: random.Random) -> Any:
     return rows
 
 
-PLAIN = [
-    {**GOOD, "margin": 1},
-    {"prompt": CHAT[:1], "responses": ["a", "b"], "ranks": [1, 2], "task": "t", "annotator": "x"},
-    {"task": "t", "prompt": "p", "answer1": "a", "answer2": "b", "rank1": "1", "rank2": "2"},
-    {"winner": "x", "x": "1", "y": "2"},
-    {"context": [{"role": "user", "text": "x"}], "prompt": "p", "responses": ["a", "b"]},
-    {"conversations": [{"from": "human", "value": "x"}], "chosen": "c", "rejected": "d"},
-]
-
-
-def check_never_breaks(path: Path, rows: Any, rng: random.Random) -> bool:
-    """Whether mutated rows were read; whatever comes of them can be settled and written down."""
-    path.write_text(json.dumps(mutate(rows, rng)))
-    buckets = rng.choice([None, ["better", "worse"], ["_", "better", "worse"]])
-    try:
-        found = read_judgements(path, rng.choice([None, {"prompt": "prompt"}, {"label": "choice"}]), buckets)
-    except UserError:
-        return False
-    json.dumps(found.rejected, ensure_ascii=False, allow_nan=False).encode()
-    settled, summary = combine_judgements(found.judgements)
-    json.dumps([repr(settled), summary], ensure_ascii=False, allow_nan=False).encode()
-    return True
-
-
 def test_whatever_stands_in_a_file_only_user_errors_come_of_it(tmp_path: Path) -> None:
-    rng = random.Random("odd")
+    """What is read of mutated rows can be settled and written down."""
+    rng, path, outcomes = random.Random("odd"), tmp_path / "odd.json", Counter[bool]()
     minified = [found for row in EXPORT for found in flat(row)]
-    outcomes = Counter(check_never_breaks(tmp_path / "odd.json", r, rng) for r in [EXPORT, minified, PLAIN] * 120)
+    for rows in [EXPORT, minified, [row for row, _ in FORMS]] * 120:
+        path.write_text(json.dumps(mutate(rows, rng)))
+        buckets = rng.choice([None, ["better", "worse"], ["_", "better", "worse"]])
+        try:
+            found = read_judgements(path, rng.choice([None, {"prompt": "prompt"}, {"label": "choice"}]), buckets)
+        except UserError:
+            outcomes[False] += 1
+            continue
+        outcomes[True] += 1
+        json.dumps(found.rejected, ensure_ascii=False, allow_nan=False).encode()
+        settled, summary = combine_judgements(found.judgements)
+        json.dumps([repr(settled), summary], ensure_ascii=False, allow_nan=False).encode()
     assert outcomes[True] > 100, "some are still read"
     assert outcomes[False] > 10
 
