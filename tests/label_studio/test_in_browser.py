@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from rlhf_pipeline.feedback.label_studio import labeling_config
-from rlhf_pipeline.files import read_jsonl
+from rlhf_pipeline.files import read_jsonl, write_jsonl
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="there is no playwright; make test-label-studio has it")
 
@@ -61,18 +61,15 @@ def shown(task: int, answers: int) -> list[str]:
 def make_runs(runs: Path) -> None:
     """Runs as stage=collect leaves them, as far as Label Studio is concerned."""
     for name, answers in RUNS.items():
-        tasks, rows = [], []
-        for number, prompt in enumerate(PROMPTS):
-            texts = {f"answer{n}": text for n, text in enumerate(shown(number, answers), 1)}
-            items = [{"id": key, "title": key[6:], "body": text} for key, text in texts.items()]
-            tasks.append({"data": {"task": f"{name}{number}", "prompt": prompt, "items": items, **texts}})
-            said = [{"id": key, "text": text} for key, text in texts.items()]
-            rows.append({"task": f"{name}{number}", "prompt": prompt, "shown_prompt": prompt, "answers": said})
+        rows = [
+            {"task": f"{name}{number}", "prompt": prompt, "shown_prompt": prompt,
+             "answers": [{"id": f"answer{n}", "text": text} for n, text in enumerate(shown(number, answers), 1)]}
+            for number, prompt in enumerate(PROMPTS)
+        ]  # fmt: skip
         folder = runs / name / "collect"
         folder.mkdir(parents=True)
-        (folder / "tasks.json").write_text(json.dumps(tasks))
+        write_jsonl(folder / "candidates.jsonl", rows)
         (folder / "labeling_config.xml").write_text(labeling_config(answers))
-        (folder / "candidates.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / "run.json").write_text(json.dumps({"stage": "collect", "name": name, "status": "waiting"}))
 
 

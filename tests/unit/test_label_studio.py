@@ -188,8 +188,12 @@ def test_what_goes_wrong_is_shown_without_the_token(
 # -- a run's tasks, there and back
 
 
-def test_tasks_go_to_a_server_of_ones_own_and_labels_come_back(
-    fake: FakeStudio, collected: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+def test_tasks_go_to_label_studio_and_labels_come_back(
+    fake: FakeStudio,
+    collected: Path,
+    command_line: CommandLine,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert command_line(*LABEL, "labels=pull") == 2
     assert "has not been given to Label Studio yet" in capsys.readouterr().err
@@ -203,16 +207,27 @@ def test_tasks_go_to_a_server_of_ones_own_and_labels_come_back(
 
     by_hand = {"task": "t1", "prompt": "p", "responses": ["a", "b"], "ranks": [1, 2], "annotator": "ann"}
     write_jsonl(collected / "labels.jsonl", [{**by_hand, "source": "sheet.csv"}])
-    for notes, labels, skips in (
-        ([note("right")], [("ann", [1, 2]), ("1", [2, 1])], 0),
-        ([note(None)], [("ann", [1, 2])], 1),
-        ([note("right")], [("ann", [1, 2]), ("1", [2, 1])], 0),
-        ([], [("ann", [1, 2])], 0),  # it was taken back
-    ):
+
+    def pull_labels(*notes: dict[str, Any]) -> tuple[list[Any], int]:
         fake.tasks[0]["annotations"] = notes
         assert command_line(*LABEL, "labels=pull") == 0
-        assert [(row["annotator"], row["ranks"]) for row in read_jsonl(collected / "labels.jsonl")] == labels
-        assert len(read_jsonl(collected / "skipped.jsonl")) == skips
+        labels = [(row["annotator"], row["ranks"]) for row in read_jsonl(collected / "labels.jsonl")]
+        return labels, len(read_jsonl(collected / "skipped.jsonl"))
+
+    kept, left, right = ("ann", [1, 2]), ("1", [1, 2]), ("1", [2, 1])
+    assert pull_labels(note("right")) == ([kept, right], 0)
+    assert pull_labels(note(None)) == ([kept], 1)
+    assert pull_labels(note("right")) == ([kept, right], 0)
+    assert pull_labels() == ([kept], 0), "it was taken back"
+
+    # Our own server may be at another port the next time.
+    known = json.loads((collected / "project.json").read_text())
+    monkeypatch.delenv("LABEL_STUDIO_URL")
+    monkeypatch.setattr("rlhf_pipeline.feedback.label_studio.running", lambda runs: LabelStudio(fake.url, TOKEN))
+    for port, notes, labels in ((8080, [note("left")], [left]), (8081, [note("right")], [right]), (8082, [], [])):
+        own = {**known, "url": f"http://127.0.0.1:{port}", "local": True}
+        (collected / "project.json").write_text(json.dumps(own))
+        assert pull_labels(*notes) == ([kept, *labels], 0)
 
 
 def test_labels_are_pulled_from_where_the_tasks_are_and_from_no_other_project(
@@ -235,21 +250,6 @@ def test_labels_are_pulled_from_where_the_tasks_are_and_from_no_other_project(
     monkeypatch.delenv("LABEL_STUDIO_URL")
     with pytest.raises(UserError, match=r"are at http://127.0.0.1:\d+; set LABEL_STUDIO_URL"):
         pull(collected, Path("runs"))
-
-
-def test_labels_of_our_own_server_are_the_same_at_another_port(
-    fake: FakeStudio, collected: Path, monkeypatch: pytest.MonkeyPatch, command_line: CommandLine
-) -> None:
-    assert command_line(*LABEL, "labels=push") == 0
-    known = json.loads((collected / "project.json").read_text())
-    monkeypatch.delenv("LABEL_STUDIO_URL")
-    monkeypatch.setattr("rlhf_pipeline.feedback.label_studio.running", lambda runs: LabelStudio(fake.url, TOKEN))
-    for port, notes, count in ((8080, [note("left")], 1), (8081, [note("right")], 1), (8082, [], 0)):
-        url = f"http://127.0.0.1:{port}"
-        (collected / "project.json").write_text(json.dumps({**known, "url": url, "local": True}))
-        fake.tasks[0]["annotations"] = notes
-        assert command_line(*LABEL, "labels=pull") == 0
-        assert len(read_jsonl(collected / "labels.jsonl")) == count
 
 
 def test_fetching_labels_needs_no_torch() -> None:

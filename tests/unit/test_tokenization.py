@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_pipeline import data
 from rlhf_pipeline.data import tokenization
 from rlhf_pipeline.data.records import Code, Demonstration, Dialogue, Preference, Ranking, Row, Text, Turn
-from rlhf_pipeline.data.templates import format_prompt, visible_prompt
+from rlhf_pipeline.data.templates import visible_prompt
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.models.policies import open_policy, train_tokenizer
 from rlhf_pipeline.models.sampling import make_batch
@@ -42,31 +42,6 @@ def learnt(lesson: tokenization.Lesson, tokenizer: PreTrainedTokenizerBase) -> s
     return "|".join(tokenizer.decode(part) for part in parts)
 
 
-@pytest.mark.parametrize(
-    ("prompt", "answer", "text"),
-    [
-        ((Turn("user", "Name a colour."),), "Blue.", "### Instruction:\nName a colour.\n\n### Response:\nBlue."),
-        ("Say hi:", " Hi.", "Say hi: Hi."),  # a text is taken as it stands
-    ],
-)
-def test_a_prompt_is_asked_and_its_answer_learnt_with_an_end(prompt: Any, answer: str, text: str) -> None:
-    tokenizer, rows = tiny_tokenizer(), [Demonstration(prompt, answer)]
-    (lesson,) = tokenization.demonstrations(rows, tokenizer, {}, seed=0)
-    assert tokenizer.decode(lesson.ids) == f"{text}<|endoftext|>"
-    assert learnt(lesson, tokenizer) == f"{answer}<|endoftext|>"
-    assert asked(rows, tokenizer, {}, 0) == [lesson.ids[: lesson.learnt.index(1)]]
-
-
-def test_of_a_chat_every_reply_is_learnt_and_nothing_else() -> None:
-    tokenizer = tiny_tokenizer()
-    (lesson,) = tokenization.demonstrations([Dialogue(CHAT)], tokenizer, {}, seed=0)
-    assert learnt(lesson, tokenizer) == "It was.<|endoftext|>|The cast was fine.<|endoftext|>"
-    assert tokenizer.decode(lesson.ids).startswith("Be kind.\n\n### Instruction:\nWas it good?")
-    (prompt,) = asked([Dialogue(CHAT)], tokenizer, {}, seed=0)
-    assert tokenizer.decode(prompt).endswith("### Instruction:\nWhy?\n\n### Response:\n")
-    assert lesson.ids[: len(prompt)] == prompt
-
-
 def test_of_two_peoples_talk_every_turn_but_the_first_is_learnt() -> None:
     tokenizer = chinese()
     (lesson,) = tokenization.demonstrations([TALK], tokenizer, {}, seed=0)
@@ -80,42 +55,67 @@ def test_of_two_peoples_talk_every_turn_but_the_first_is_learnt() -> None:
     assert both == lesson.ids[:8]
 
 
+def instruction(text: str) -> str:
+    """A user's turn as our own template asks it."""
+    return f"### Instruction:\n{text}\n\n### Response:\n"
+
+
+WAS_IT, COLOUR, A = f"Be kind.\n\n{instruction('Was it good?')}", instruction("Name a colour."), instruction("a?")
+ASKED = Turn("user", "a?")
 ANNOUNCING = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+REWRITING = (  # an earlier reply is written otherwise
+    "{% for m in messages %}{{ m['role'] }}: {% if m['role'] == 'assistant' and loop.last %}(thought) {% endif %}"
+    "{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+THINKING = (  # as Gemma 4's: something stands only before a reply to come
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>(no thought) {% endif %}"
+)
 
 
 @pytest.mark.parametrize(
-    ("template", "text", "taught", "prompt"),
+    ("template", "row", "turns", "prompt", "text", "taught"),
     [
-        (ANNOUNCING,
-         "<system>Be kind.\n<user>Was it good?\n<assistant>It was.\n<user>Why?\n<assistant>The cast was fine.\n",
-         "It was.\n|The cast was fine.\n", "<system>Be kind.\n<user>Was it good?\n<assistant>"),
-        # One that writes an earlier reply otherwise teaches the last one.
-        ("{% for m in messages %}{{ m['role'] }}: {% if m['role'] == 'assistant' and loop.last %}(thought) {% endif %}"
-         "{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
+        (None, Demonstration((Turn("user", "Name a colour."),), "Blue."), None,
+         COLOUR, f"{COLOUR}Blue.<end>", "Blue.<end>"),
+        (None, Demonstration("Say hi:", " Hi."), None, "Say hi:", "Say hi: Hi.<end>", " Hi.<end>"),
+        (None, Dialogue(CHAT), None, f"{WAS_IT}It was.<end>{instruction('Why?')}",
+         f"{WAS_IT}It was.<end>{instruction('Why?')}The cast was fine.<end>",
+         "It was.<end>|The cast was fine.<end>"),
+        (None, Dialogue((ASKED, Turn("assistant", " "), Turn("user", "c?"), Turn("assistant", "d"))), 1,
+         A, f"{A} <end>{instruction('c?')}d<end>", "d<end>"),
+        (None, Dialogue((*CHAT[:3], CHAT[1])), 2, WAS_IT, f"{WAS_IT}It was.<end>", "It was.<end>"),
+        (ANNOUNCING, Dialogue(CHAT), 2, "<system>Be kind.\n<user>Was it good?\n<assistant>",
+         "<system>Be kind.\n<user>Was it good?\n<assistant>It was.\n<user>Why?\n<assistant>The cast was fine.\n<end>",
+         "It was.\n|The cast was fine.\n<end>"),
+        (ANNOUNCING, Dialogue((ASKED, Turn("assistant", "b"), Turn("user", "c")), both=True), 2,
+         "<user>a?\n<assistant>b\n", "<user>a?\n<assistant>b\n<user>c\n<end>", "b\n<user>c\n<end>"),
+        (REWRITING, Dialogue(CHAT), 2, "system: Be kind.\nuser: Was it good?\nassistant: ",
          "system: Be kind.\nuser: Was it good?\nassistant: It was.\nuser: Why?\n"
-         "assistant: (thought) The cast was fine.\n",
-         "(thought) The cast was fine.\n", "system: Be kind.\nuser: Was it good?\nassistant: "),
-        # As Gemma 4's: what it writes only before a reply to come is not learnt, nor is any reply lost for it.
-        ("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
-         "{% if add_generation_prompt %}<assistant>(no thought) {% endif %}",
-         "<system>Be kind.</><user>Was it good?</><assistant>It was.</><user>Why?</><assistant>The cast was fine.</>",
-         "It was.</>|The cast was fine.</>", "<system>Be kind.</><user>Was it good?</><assistant>(no thought) "),
+         "assistant: (thought) The cast was fine.\n<end>",
+         "(thought) The cast was fine.\n<end>"),
+        (THINKING, Dialogue(CHAT), 2, "<system>Be kind.</><user>Was it good?</><assistant>(no thought) ",
+         "<system>Be kind.</><user>Was it good?</><assistant>It was.</><user>Why?</>"
+         "<assistant>The cast was fine.</><end>",
+         "It was.</>|The cast was fine.</><end>"),
     ],
-    ids=["announcing", "rewriting", "thinking"],
+    ids=["instruction", "text", "chat", "blank reply", "user last", "announcing", "announcing two people", "rewriting",
+         "thinking"],
 )  # fmt: skip
-def test_replies_are_learnt_as_the_tokenizers_own_template_writes_them(
-    template: str, text: str, taught: str, prompt: str
+def test_a_prompt_is_asked_and_every_reply_learnt_as_the_template_writes_them(
+    template: str | None, row: Any, turns: int | None, prompt: str, text: str, taught: str
 ) -> None:
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = template
-    (lesson,) = tokenization.demonstrations([Dialogue(CHAT)], tokenizer, {}, seed=0)
-    assert tokenizer.decode(lesson.ids) == f"{text}<|endoftext|>"
-    assert learnt(lesson, tokenizer) == f"{taught}<|endoftext|>"
-    (ids,) = asked([Dialogue(CHAT)], tokenizer, {"prompt_turns": 2}, seed=0)
-    assert tokenizer.decode(ids) == format_prompt(tokenizer, CHAT[:2]) == prompt
+    tokenizer.chat_template = template or tokenizer.chat_template
+    (lesson,) = tokenization.demonstrations([row], tokenizer, {}, seed=0)
+    (ids,) = asked([row], tokenizer, {"prompt_turns": turns}, seed=0)
+    found = (tokenizer.decode(ids), tokenizer.decode(lesson.ids), learnt(lesson, tokenizer))
+    assert found == tuple(words.replace("<end>", "<|endoftext|>") for words in (prompt, text, taught))
+    if not template:
+        assert lesson.ids[: len(ids)] == ids, "SFT and PPO read the same prompt"
 
 
 def test_of_a_preference_the_prompt_is_asked_and_the_better_answer_learnt_as_language() -> None:
@@ -188,15 +188,6 @@ def test_a_prompt_alone_is_asked_as_it_stands_and_nothing_ends_after_it() -> Non
     assert [tokenizer.decode(ids) for ids in tokenization.documents(rows, tokenizer)] == shown, "no end to learn"
     (alone,) = asked([Dialogue((Turn("user", "你好"),), both=True)], chinese(), {}, 0)
     assert chinese().convert_ids_to_tokens(alone) == ["[CLS]", *"你好", "[SEP]"]
-
-
-def test_a_blank_reply_is_not_learnt() -> None:
-    tokenizer = tiny_tokenizer()
-    row = Dialogue((Turn("user", "a?"), Turn("assistant", " "), Turn("user", "c?"), Turn("assistant", "d")))
-    (lesson,) = tokenization.demonstrations([row], tokenizer, {}, seed=0)
-    assert learnt(lesson, tokenizer) == "d<|endoftext|>"
-    (lesson,) = tokenization.demonstrations([Dialogue((*CHAT[:3], CHAT[1]))], tokenizer, {}, seed=0)
-    assert learnt(lesson, tokenizer) == "It was.<|endoftext|>", "what the user says last is not learnt either"
 
 
 def lesson_of(prompt: int, answer: int, first: int = 100) -> tokenization.Lesson:
