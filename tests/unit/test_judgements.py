@@ -1,7 +1,6 @@
 """Files of labels: pairs, ranked lists, sheets, Label Studio's exports; what is set aside; nothing odd breaks it."""
 
 import copy
-import csv
 import json
 import random
 from collections import Counter
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import sheet
 
 from rlhf_pipeline.data.agreement import combine_judgements
 from rlhf_pipeline.data.judgements import Judged, read_judgements
@@ -249,7 +249,7 @@ def test_the_latest_label_of_a_person_counts_within_a_task_and_across_files(tmp_
         found = read_judgements(files)
         assert {(j.annotator, j.ranks) for j in found.judgements} == {("1", (2, 1)), ("2", (1, 2)), ("3", (1, 2))}
         assert (found.counts["superseded"], found.counts["tasks"]) == (1, 1)
-    friday = write_csv(tmp_path / "friday.csv", flat(later))
+    friday = sheet(tmp_path / "friday.csv", *flat(later))
     assert read_judgements([monday, friday]).counts["superseded"] == 1, "another form of the same"
 
 
@@ -315,19 +315,6 @@ def flat(row: dict[str, Any]) -> list[dict[str, Any]]:
     ] or [{**row["data"], "id": row["id"], "annotator": None, "annotation_id": None, **dict.fromkeys(about)}]
 
 
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """Rows as Label Studio's converter writes them: sorted columns, all text quoted, lists and objects as JSON."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        names = sorted({key for row in rows for key in row})
-        mark = "\t" if path.suffix == ".tsv" else ","
-        writer = csv.DictWriter(file, names, quoting=csv.QUOTE_NONNUMERIC, delimiter=mark)
-        writer.writeheader()
-        for row in rows:
-            cells = {k: json.dumps(v, ensure_ascii=False) if isinstance(v, list | dict) else v for k, v in row.items()}
-            writer.writerow(cells)
-    return path
-
-
 UNSORTED = ranker({"_": ["answer3", "answer1", "answer2"]}, name="rank")
 AS_SHOWN = ranker(["answer1", "answer2", "answer3"], name="rank")
 EXPORT = [
@@ -353,8 +340,8 @@ def test_the_flat_exports_say_what_the_whole_one_does(tmp_path: Path) -> None:
     rows = [found for row in EXPORT for found in flat(row)]
     for found in (
         read(tmp_path, *rows),
-        read_judgements(write_csv(tmp_path / "a.csv", rows)),
-        read_judgements(write_csv(tmp_path / "a.tsv", rows)),
+        read_judgements(sheet(tmp_path / "a.csv", *rows)),
+        read_judgements(sheet(tmp_path / "a.tsv", *rows)),
     ):
         assert (found.judgements, found.counts) == (whole.judgements, whole.counts)
         assert [row["why"] for row in found.rejected] == [row["why"] for row in whole.rejected]
@@ -434,7 +421,8 @@ def test_lists_in_lists_are_set_aside_or_refused(tmp_path: Path, depth: int) -> 
     found = read_judgements(path)
     assert len(found.judgements) == len(found.rejected) == 1
     json.dumps(found.rejected)
-    path = write_csv(tmp_path / "a.csv", [row | {"note": nested[:50_000]} for row in flat(EXPORT[0])] + flat(EXPORT[1]))
+    rows = [row | {"note": nested[:50_000]} for row in flat(EXPORT[0])]
+    path = sheet(tmp_path / "a.csv", *rows, *flat(EXPORT[1]))
     assert {j.task for j in read_judgements(path).judgements} >= {"b"}, "a cell of JSON is set aside with its row"
 
 

@@ -1,6 +1,5 @@
 """Files to records: every format, the forms that users bring, and faults that name their place; the real files too."""
 
-import csv
 import gzip
 import io
 import json
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import jsonl
+from conftest import jsonl, sheet
 
 from rlhf_pipeline.data import load_data
 from rlhf_pipeline.data.acl_imdb import read_acl_imdb
@@ -28,14 +27,6 @@ ASKED = {"role": "user", "content": "Is it?"}
 CHAT = [ASKED, {"role": "assistant", "content": 'It "is", isn\'t it?'}]
 WORSE = [ASKED, {"role": "assistant", "content": "No."}]
 TURNS = (Turn("user", "Is it?"), Turn("assistant", 'It "is", isn\'t it?'))
-
-
-def sheet(path: Path, *rows: dict[str, Any]) -> Path:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0], delimiter="\t" if path.suffix == ".tsv" else ",")
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
 
 
 Reader = Callable[..., list[Any]]
