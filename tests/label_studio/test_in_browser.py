@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import psutil
 import pytest
+from fake_label_studio import serving
 
 from rlhf_pipeline.feedback.label_studio import labeling_config
 from rlhf_pipeline.files import read_jsonl, write_jsonl
@@ -38,11 +39,11 @@ COLLECT = [sys.executable, "-m", "rlhf_pipeline", "stage=collect"]
 
 @dataclass
 class Served:
-    """A server that runs, its folder of runs, and what it has printed."""
+    """A server that runs, its folder of runs, and what was printed of it."""
 
-    process: subprocess.Popen[bytes]
+    process: "subprocess.Popen[str]"
     runs: Path
-    output: Path
+    printed: str
 
     @property
     def home(self) -> Path:
@@ -73,23 +74,6 @@ def make_runs(runs: Path) -> None:
         (folder / "run.json").write_text(json.dumps({"stage": "collect", "name": name, "status": "waiting"}))
 
 
-def start(folder: Path, name: str, output: Path) -> subprocess.Popen[bytes]:
-    """The server, as people start it."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("LABEL_STUDIO_")}
-    with output.open("wb") as file:
-        command = [*COLLECT, f"name={name}", "labels=serve"]
-        return subprocess.Popen(command, cwd=folder, stdout=file, stderr=subprocess.STDOUT, env=environment)
-
-
-def await_text(process: subprocess.Popen[bytes], output: Path, text: str, seconds: float) -> None:
-    """Wait until the process has printed this."""
-    end = time.monotonic() + seconds
-    while text not in output.read_text():
-        assert process.poll() is None, output.read_text()
-        assert time.monotonic() < end, output.read_text()
-        time.sleep(0.2)
-
-
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The server with the tasks of two runs, both brought there by `serve`."""
@@ -97,16 +81,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         pytest.skip("LABEL_STUDIO names no label-studio command; make test-label-studio sets it")
     folder = tmp_path_factory.mktemp("served")
     make_runs(folder / "runs")
-    process = start(folder, "ranks", folder / "first.txt")
-    try:
-        await_text(process, folder / "first.txt", "Ctrl-C stops the server", 300)
-        second = start(folder, "pairs", folder / "second.txt")
-        assert second.wait(120) == 0, (folder / "second.txt").read_text()
-        assert "already running" in (folder / "second.txt").read_text()
-        yield Served(process, folder / "runs", folder / "first.txt")
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(30)
+    with serving(folder, "ranks") as (process, first):
+        command = [*COLLECT, "name=pairs", "labels=serve"]
+        second = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=120)
+        assert second.returncode == 0, second.stderr
+        assert "already running" in second.stdout
+        yield Served(process, folder / "runs", first + second.stdout + second.stderr)
 
 
 class Annotator:
@@ -258,28 +238,23 @@ def test_only_this_machine_is_listened_to(served: Served) -> None:
 
 
 def test_token_and_password_are_in_their_file_alone(served: Served) -> None:
-    secrets = [served.login["token"], served.login["password"]]
     commands = subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True, check=True).stdout
-    printed = [path.read_text() for path in (*served.runs.parent.glob("*.txt"), served.home / "server.log")]
-    kept = [path.read_text() for path in served.runs.glob("*/collect/project.json")]
-    for text in (commands, *printed, *kept, (served.home / "server.json").read_text()):
-        assert not any(secret in text for secret in secrets)
+    kept = [path.read_text() for path in (*served.runs.glob("*/collect/project.json"), *served.home.glob("server.*"))]
+    for text in (commands, served.printed, *kept):
+        assert not any(served.login[secret] in text for secret in ("token", "password"))
 
 
 def test_labels_and_login_survive_a_restart(served: Served, annotator: Annotator) -> None:
     before, login = labels(served, "ranks"), served.login
     pid = json.loads((served.home / "server.json").read_text())["pid"]
     served.process.send_signal(signal.SIGINT)
-    served.process.wait(30)
+    served.process.communicate(timeout=30)
     assert not Path(f"/proc/{pid}").exists()
     assert not (served.home / "server.json").exists()
-    served.process = start(served.runs.parent, "ranks", served.output)
-    try:
-        await_text(served.process, served.output, "Ctrl-C stops the server", 300)
-        assert "0 tasks added, 5 were there" in served.output.read_text()
+    with serving(served.runs.parent, "ranks") as (process, printed):
+        assert "0 tasks added, 5 were there" in printed
         assert served.login == login
         assert labels(served, "ranks") == before
-    finally:
-        served.process.terminate()  # as `kill` does
-        served.process.wait(30)
+        process.terminate()  # as `kill` does
+        process.communicate(timeout=30)
     assert not (served.home / "server.json").exists()

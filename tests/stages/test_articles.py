@@ -2,12 +2,14 @@
 
 import ast
 import json
+import math
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-import yaml
 from conftest import CommandLine, jsonl
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -24,6 +26,61 @@ def by_the_hub(hub: dict[str, str], *args: str) -> str:
     return done.stdout
 
 
+def test_everything_from_the_reviews_in_miniature(shared: Path, workplace: Path, command_line: CommandLine) -> None:
+    small = shared / "data" / "imdb" / "aclImdb_small.tar.gz"
+    args = ["stage=pipeline", "experiment=imdb_from_scratch", f"data.path={small}", "data.limit=64"]
+    args += ["evaluate.prompts=32", "policy.vocabulary=600"]
+    args += ["stages.pretrain.trainer.num_train_epochs=1", "stages.reward.trainer.num_train_epochs=1"]
+    args += ["stages.ppo.trainer.total_episodes=32", "stages.ppo.trainer.per_device_train_batch_size=16"]
+    assert command_line(*args) == 0
+    run = workplace / "runs" / "imdb_from_scratch"
+    evaluation = json.loads((run / "evaluate" / "evaluation.json").read_text())
+    assert list(evaluation["metrics"]) == ["base", "ppo"]
+    assert evaluation["reference"] == "base"
+    assert json.loads((run / "reward" / "quality.json").read_text())["rows"] == 64
+    lengths = [row["val/response_length"] for row in read_jsonl(run / "ppo" / "metrics.jsonl")]
+    assert all(length <= 24 for length in lengths)
+
+
+def test_the_classic_demo_by_its_hub_ids(hub: dict[str, str], workplace: Path) -> None:
+    small = ["data.limit=100", "stages.ppo.trainer.total_episodes=16", "evaluate.prompts=16"]
+    small += ["stages.ppo.trainer.per_device_train_batch_size=4"]
+    by_the_hub(hub, "stage=pipeline", "experiment=imdb_sentiment", *small)
+    asked = Path(hub["REQUESTS_LOG"]).read_text()
+    for name in ("lvwerra/gpt2-imdb", "lvwerra/distilbert-imdb", "datasets/stanfordnlp/imdb"):
+        assert name in asked
+    run = workplace / "runs" / "imdb_sentiment"
+    rows = read_jsonl(run / "ppo" / "metrics.jsonl")
+    assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
+    assert rows[0]["objective/kl_coef"] == 0.2
+    assert rows[1]["objective/kl_coef"] == pytest.approx(0.2 * (1 - 0.2 * 8 / 10_000))
+    assert all(sample["prompt"] for sample in read_jsonl(run / "ppo" / "samples.jsonl"))
+    evaluation = json.loads((run / "evaluate" / "evaluation.json").read_text())
+    assert list(evaluation["metrics"]) == ["base", "best of 4", "ppo"]
+    rewards = [row["rewards"] for row in evaluation["samples"]]
+    better = sum(row["best of 4"] > row["base"] for row in rewards)
+    assert better > len(rewards) / 2, "the best of four is better than one, more often than not"
+    assert evaluation["metrics"]["best of 4"]["kl"] == pytest.approx(math.log(4) - 3 / 4)
+    assert 4 <= evaluation["metrics"]["base"]["length"] <= 15
+
+
+def test_a_hub_that_cannot_be_reached_is_said_in_one_line(workplace: Path) -> None:
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(workplace / "home")}
+    environment.pop("HF_HUB_OFFLINE", None)
+    command = [sys.executable, "-m", "rlhf_pipeline", "stage=ppo", "experiment=imdb_sentiment"]
+    started = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=240)
+    assert done.returncode == 2
+    assert time.monotonic() - started < 45  # the imports; the client's own five attempts a file took a minute more
+    assert "the hub at http://127.0.0.1:9 cannot be reached" in done.stdout
+    loading, error = done.stderr.strip().split("\n", 1)
+    assert loading == "loading PyTorch and TRL"
+    assert error.startswith("error: reward.path=lvwerra/distilbert-imdb is not in the cache")
+    for said in ("http://127.0.0.1:9", "HF_ENDPOINT", "a local path", "make demo"):
+        assert said in error
+    assert len(error.splitlines()) == 1
+
+
 def test_a_code_gpt_from_scratch(workplace: Path, command_line: CommandLine) -> None:
     small = ["policy.size=tiny", "data.limit=12", "policy.vocabulary=600"]
     small += [
@@ -32,9 +89,6 @@ def test_a_code_gpt_from_scratch(workplace: Path, command_line: CommandLine) -> 
     args = ("stage=pipeline", "experiment=code_gpt", *small, "evaluate.prompts=16", "evaluate.response_length=48")
     assert command_line(*args) == 0
     run = workplace / "runs" / "code_gpt"
-    config = yaml.safe_load((run / "pretrain" / "config.yaml").read_text())
-    assert config["trainer"]["lr_scheduler_type"] == "cosine"
-    assert config["trainer"]["warmup_steps"] > 0
     evaluation = json.loads((run / "evaluate" / "evaluation.json").read_text())
     hello, split = (row["prompt"] for row in evaluation["shown"])
     assert hello.startswith('def print_hello_world():\n    """')
@@ -73,9 +127,6 @@ def test_the_imdb_reward_from_distilbert(hub: dict[str, str], workplace: Path) -
     assert "I like you,I love you" in said
     assert "distilbert-base-uncased" in Path(hub["REQUESTS_LOG"]).read_text()
     run = workplace / "runs" / "imdb_reward" / "reward"
-    trainer = yaml.safe_load((run / "config.yaml").read_text())["trainer"]
-    assert (trainer["learning_rate"], trainer["optim"]) == (5e-5, "adamw_torch")
-    assert trainer["per_device_train_batch_size"] >= 10
     (example,) = json.loads((run / "quality.json").read_text())["examples"]
     assert example["text"] == "I like you,I love you"
     assert sum(example["probabilities"].values()) == pytest.approx(1)
@@ -92,9 +143,6 @@ def test_the_chinese_dialogue_by_its_hub_ids(hub: dict[str, str], shared: Path, 
     for name in ("shibing624/gpt2-dialogbot-base-chinese", "liam168/c2-roberta-base-finetuned-dianping-chinese"):
         assert name in asked
     run = workplace / "runs" / "chinese_dialog"
-    trainer = yaml.safe_load((run / "ppo" / "config.yaml").read_text())["trainer"]
-    assert (trainer["learning_rate"], trainer["response_length"]) == (1.41e-5, 30)
-    assert trainer["per_device_train_batch_size"] == 16
     tokenizer = AutoTokenizer.from_pretrained(run / "ppo" / "model")
     model = AutoModelForCausalLM.from_pretrained(run / "ppo" / "model")
     assert (model.config.eos_token_id, model.config.pad_token_id, model.config.n_positions) == (102, 0, 300)

@@ -9,14 +9,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 from conftest import ROOT, CommandLine
-from fake_label_studio import ACCESS, TOKEN, FakeStudio
+from fake_label_studio import ACCESS, TOKEN, FakeStudio, serving
 from loopback import answering
 
 from rlhf_pipeline.errors import NotFinishedError, UserError
@@ -271,28 +271,6 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LABEL_STUDIO", str(path))
 
 
-@contextmanager
-def serving(collected: Path) -> Iterator[tuple["subprocess.Popen[str]", int, str]]:
-    """`labels=serve` in a process of its own, the number of the server's, and what was printed when all was ready."""
-    call = [sys.executable, "-m", "rlhf_pipeline", *LABEL, "labels=serve"]
-    runs = collected.parents[1]
-    with subprocess.Popen(
-        call, cwd=runs.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
-    ) as process:  # fmt: skip
-        assert process.stdout is not None
-        printed = ""
-        while "Ctrl-C" not in printed and (line := process.stdout.readline()):
-            printed += line
-        server = json.loads((runs / ".label_studio" / "server.json").read_text())["pid"]
-        try:
-            yield process, server, printed
-        finally:
-            process.kill()
-            with suppress(ProcessLookupError):
-                os.kill(server, signal.SIGKILL)
-
-
 def test_serve_brings_the_tasks_keeps_its_secrets_and_ends_with_us(
     command: None, collected: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,7 +285,8 @@ def test_serve_brings_the_tasks_keeps_its_secrets_and_ends_with_us(
             if logins:
                 with suppress(OSError):  # something else has it
                     taken.enter_context(FakeStudio(8080))
-            process, server, printed = taken.enter_context(serving(collected))
+            process, printed = taken.enter_context(serving(runs.parent, "demo"))
+            server = json.loads((home / "server.json").read_text())["pid"]
             assert not logins or ":8080/" not in printed
             running(runs).check()
             logins.append(json.loads((home / "login.json").read_text()))
