@@ -59,11 +59,11 @@ def collected(workplace: Path) -> Path:
     return folder
 
 
-def note(selected: str | None, number: int = 1) -> dict[str, Any]:
+def note(selected: str | None) -> dict[str, Any]:
     """An annotation: a click on one side, or a skip."""
     value = {"type": "pairwise", "from_name": "preference", "value": {"selected": selected}}
     result = [value] if selected else []
-    return {"id": number, "completed_by": 1, "lead_time": 9.0, "was_cancelled": not selected, "result": result}
+    return {"id": 1, "completed_by": 1, "lead_time": 9.0, "was_cancelled": not selected, "result": result}
 
 
 # -- the page
