@@ -224,3 +224,11 @@ def test_each_part_of_a_sum_is_a_parent_and_a_changed_function_is_noticed(
     (workplace / "mine.py").write_text("def f(prompts, completions):\n    return [-len(c) for c in completions]\n")
     assert command_line(*given) == 2
     assert "mine.py:f has changed since" in capsys.readouterr().err
+
+
+def test_evaluate_takes_the_policy_that_is_named(miniature: Path, workplace: Path, command_line: CommandLine) -> None:
+    given = ("policy=causal_lm", f"policy.path={miniature / 'sft'}", "reward=length", "data=toy_reviews")
+    small = ("data.limit=60", "evaluate.prompts=8", "evaluate.response_length=8")
+    assert command_line("stage=evaluate", "name=one", *given, *small) == 0
+    record = json.loads((workplace / "runs/one/evaluate/run.json").read_text())
+    assert record["parents"]["base"]["path"] == str(miniature / "sft" / "model")

@@ -253,25 +253,21 @@ def test_the_latest_label_of_a_person_counts_within_a_task_and_across_files(tmp_
     assert read_judgements([monday, friday]).counts["superseded"] == 1, "another form of the same"
 
 
-def test_two_servers_count_their_tasks_and_people_from_one(tmp_path: Path) -> None:
+def test_a_number_a_category_and_an_annotator_that_others_share_are_no_repeats(tmp_path: Path) -> None:
     tasks = [task(annotation(LEFT), data={"prompt": prompt, "answer1": "a", "answer2": "b"}) for prompt in "pq"]
-    assert [j.prompt for j in read(tmp_path, *tasks).judgements] == ["p", "q"], "exports put together"
-    assert [j.prompt for j in read(tmp_path, *(found for row in tasks for found in flat(row))).judgements] == ["p", "q"]
+    for rows in (tasks, [found for row in tasks for found in flat(row)]):
+        assert [j.prompt for j in read(tmp_path, *rows).judgements] == ["p", "q"], "every server counts from one"
     assert read(tmp_path, *tasks, tasks[0]).counts["superseded"] == 1
-
-
-def test_a_category_and_one_annotator_for_all_are_no_repeats(tmp_path: Path) -> None:
     tasks = [task(annotation(LEFT), number=n, data={**DATA, "task": "qa", "prompt": str(n)}) for n in range(3)]
     assert len(read(tmp_path, *tasks).judgements) == 3
-    rows = [{"prompt": f"{n}", "chosen": "c", "rejected": "r", "task": "qa", "annotator": "human"} for n in range(3)]
-    assert len(read(tmp_path, *rows).judgements) == 3
+    pairs = [{"prompt": f"{n}", "chosen": "c", "rejected": "r", "task": "qa", "annotator": "human"} for n in range(3)]
+    assert len(read(tmp_path, *pairs).judgements) == 3
     again = {"prompt": "0", "responses": ["c", "r"], "ranks": [2, 1], "task": "qa", "annotator": "human"}
-    found = read(tmp_path, *rows, again)
+    found = read(tmp_path, *pairs, again)
     assert (len(found.judgements), found.judgements[-1].ranks, found.counts["superseded"]) == (3, (2, 1), 1)
-    (numbered,) = read(
-        tmp_path, {**again, "task": 7.0, "annotator": 2}, {**again, "task": 7, "annotator": 2.0}
-    ).judgements
-    assert (numbered.task, numbered.annotator) == ("7", "2"), "whole numbers beside nulls, by way of pandas"
+    by_way_of_pandas = {**again, "task": 7.0, "annotator": 2}, {**again, "task": 7, "annotator": 2.0}
+    (numbered,) = read(tmp_path, *by_way_of_pandas).judgements
+    assert (numbered.task, numbered.annotator) == ("7", "2"), "whole numbers beside nulls"
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,8 @@ from rlhf_pipeline import texts as scripts
 from rlhf_pipeline.data.readers import read_labelled, read_texts
 
 
-def test_an_ideograph_is_a_word() -> None:
+def test_the_words_and_the_script_of_texts() -> None:
     assert scripts.words_of("我 看了 a good film，很好") == [*"我看了", "a", "good", "film，", *"很好"]
-
-
-def test_the_script_of_texts() -> None:
     assert scripts.script_of(["It was a good film, c'est déjà vu."]) == "Latin"
     assert scripts.script_of(["这家酒店的房间很大，服务也很好，WiFi 很快，下次来还住这里。"]) == "Chinese"
     assert scripts.script_of(["Это был очень хороший фильм, мне понравилось."]) is None
