@@ -191,6 +191,8 @@ def test_what_does_not_fit_together_is_said_in_one_line(
     assert len(said) == 2
     assert said[0].startswith("warning: policy: the texts are Chinese")
     assert said[1].startswith("warning: reward: the texts are Chinese")
+    assert command_line(*short, *own, *small, "name=odder", 'trainer.suppress_tokens=["[UNK]"]') == 2
+    assert "error: trainer.suppress_tokens has '[UNK]', which is no token" in capsys.readouterr().err
 
 
 def test_a_pipeline_leaves_out_what_a_rule_does_not_need(

@@ -120,6 +120,8 @@ def test_a_pairwise_annotation_is_a_judgement_of_the_first_two_answers(tmp_path:
     ):
         (only,) = read(tmp_path, task(annotation(RIGHT), data={"messages": chat, first: "a", second: "b"})).judgements
         assert only == Judgement((Turn("user", "Hi?"),), ("a", "b"), (2, 1), "1", "1")
+    (only,) = read(tmp_path, task(annotation(LEFT), data={"answer1": "a", "answer2": "b"})).judgements
+    assert only == Judgement("", ("a", "b"), (1, 2), "1", "1"), "there need not be a prompt"
 
 
 @pytest.mark.parametrize(
