@@ -1,6 +1,8 @@
 """Shared by the tests: the command line as a function, a miniature run, and real data if there is some."""
 
+import csv
 import importlib
+import json
 import os
 import shutil
 import socket
@@ -31,6 +33,25 @@ def benchmark(name: str) -> ModuleType:
     if (folder := str(ROOT / "tests" / "benchmarks")) not in sys.path:
         sys.path.append(folder)
     return importlib.import_module(name)
+
+
+def jsonl(path: Path, *rows: object) -> Path:
+    """Write JSON lines, of any values."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def sheet(path: Path, *rows: dict[str, Any]) -> Path:
+    """Write CSV or TSV as Label Studio does: sorted columns, all text quoted, lists and objects as JSON."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        names = sorted({key for row in rows for key in row})
+        mark = "\t" if path.suffix == ".tsv" else ","
+        writer = csv.DictWriter(file, names, quoting=csv.QUOTE_NONNUMERIC, delimiter=mark)
+        writer.writeheader()
+        for row in rows:
+            cells = {k: json.dumps(v, ensure_ascii=False) if isinstance(v, list | dict) else v for k, v in row.items()}
+            writer.writerow(cells)
+    return path
 
 
 def read_words(*typed: str) -> list[str]:

@@ -1,8 +1,12 @@
-"""A stand-in for Label Studio's REST API, in memory: inside a test, or as a `label-studio` command."""
+"""A stand-in for Label Studio's REST API, in memory: inside a test, or as a `label-studio` command; and `serving`."""
 
 import json
 import os
+import signal
+import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -93,6 +97,29 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Print nothing: the tests read the output."""
+
+
+@contextmanager
+def serving(folder: Path, name: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+    """Run `labels=serve` for a run in a process of its own; yields it and what it has printed when all is ready."""
+    home = folder / "runs" / ".label_studio"
+    with subprocess.Popen(
+        [sys.executable, "-m", "rlhf_pipeline", "stage=collect", f"name={name}", "labels=serve"], cwd=folder,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={key: value for key, value in os.environ.items() if not key.startswith("LABEL_STUDIO_")},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        printed = ""
+        while "Ctrl-C" not in printed and (line := process.stdout.readline()):
+            printed += line
+        server = json.loads((home / "server.json").read_text())["pid"]
+        try:
+            yield process, printed
+        finally:
+            process.kill()
+            with suppress(ProcessLookupError):
+                os.kill(server, signal.SIGKILL)
 
 
 def main() -> None:

@@ -2,13 +2,15 @@
 
 import ast
 import json
+import math
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-import yaml
-from conftest import CommandLine
+from conftest import CommandLine, jsonl
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_pipeline.data.records import Code
@@ -24,6 +26,61 @@ def by_the_hub(hub: dict[str, str], *args: str) -> str:
     return done.stdout
 
 
+def test_everything_from_the_reviews_in_miniature(shared: Path, workplace: Path, command_line: CommandLine) -> None:
+    small = shared / "data" / "imdb" / "aclImdb_small.tar.gz"
+    args = ["stage=pipeline", "experiment=imdb_from_scratch", f"data.path={small}", "data.limit=64"]
+    args += ["evaluate.prompts=32", "policy.vocabulary=600"]
+    args += ["stages.pretrain.trainer.num_train_epochs=1", "stages.reward.trainer.num_train_epochs=1"]
+    args += ["stages.ppo.trainer.total_episodes=32", "stages.ppo.trainer.per_device_train_batch_size=16"]
+    assert command_line(*args) == 0
+    run = workplace / "runs" / "imdb_from_scratch"
+    evaluation = json.loads((run / "evaluate" / "evaluation.json").read_text())
+    assert list(evaluation["metrics"]) == ["base", "ppo"]
+    assert evaluation["reference"] == "base"
+    assert json.loads((run / "reward" / "quality.json").read_text())["rows"] == 64
+    lengths = [row["val/response_length"] for row in read_jsonl(run / "ppo" / "metrics.jsonl")]
+    assert all(length <= 24 for length in lengths)
+
+
+def test_the_classic_demo_by_its_hub_ids(hub: dict[str, str], workplace: Path) -> None:
+    small = ["data.limit=100", "stages.ppo.trainer.total_episodes=16", "evaluate.prompts=16"]
+    small += ["stages.ppo.trainer.per_device_train_batch_size=4"]
+    by_the_hub(hub, "stage=pipeline", "experiment=imdb_sentiment", *small)
+    asked = Path(hub["REQUESTS_LOG"]).read_text()
+    for name in ("lvwerra/gpt2-imdb", "lvwerra/distilbert-imdb", "datasets/stanfordnlp/imdb"):
+        assert name in asked
+    run = workplace / "runs" / "imdb_sentiment"
+    rows = read_jsonl(run / "ppo" / "metrics.jsonl")
+    assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
+    assert rows[0]["objective/kl_coef"] == 0.2
+    assert rows[1]["objective/kl_coef"] == pytest.approx(0.2 * (1 - 0.2 * 8 / 10_000))
+    assert all(sample["prompt"] for sample in read_jsonl(run / "ppo" / "samples.jsonl"))
+    evaluation = json.loads((run / "evaluate" / "evaluation.json").read_text())
+    assert list(evaluation["metrics"]) == ["base", "best of 4", "ppo"]
+    rewards = [row["rewards"] for row in evaluation["samples"]]
+    better = sum(row["best of 4"] > row["base"] for row in rewards)
+    assert better > len(rewards) / 2, "the best of four is better than one, more often than not"
+    assert evaluation["metrics"]["best of 4"]["kl"] == pytest.approx(math.log(4) - 3 / 4)
+    assert 4 <= evaluation["metrics"]["base"]["length"] <= 15
+
+
+def test_a_hub_that_cannot_be_reached_is_said_in_one_line(workplace: Path) -> None:
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(workplace / "home")}
+    environment.pop("HF_HUB_OFFLINE", None)
+    command = [sys.executable, "-m", "rlhf_pipeline", "stage=ppo", "experiment=imdb_sentiment"]
+    started = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=240)
+    assert done.returncode == 2
+    assert time.monotonic() - started < 45  # the imports; the client's own five attempts a file took a minute more
+    assert "the hub at http://127.0.0.1:9 cannot be reached" in done.stdout
+    loading, error = done.stderr.strip().split("\n", 1)
+    assert loading == "loading PyTorch and TRL"
+    assert error.startswith("error: reward.path=lvwerra/distilbert-imdb is not in the cache")
+    for said in ("http://127.0.0.1:9", "HF_ENDPOINT", "a local path", "make demo"):
+        assert said in error
+    assert len(error.splitlines()) == 1
+
+
 def test_a_code_gpt_from_scratch(workplace: Path, command_line: CommandLine) -> None:
     small = ["policy.size=tiny", "data.limit=12", "policy.vocabulary=600"]
     small += [
@@ -32,9 +89,6 @@ def test_a_code_gpt_from_scratch(workplace: Path, command_line: CommandLine) -> 
     args = ("stage=pipeline", "experiment=code_gpt", *small, "evaluate.prompts=16", "evaluate.response_length=48")
     assert command_line(*args) == 0
     run = workplace / "runs" / "code_gpt"
-    config = yaml.safe_load((run / "pretrain" / "config.yaml").read_text())
-    assert config["trainer"]["lr_scheduler_type"] == "cosine"
-    assert config["trainer"]["warmup_steps"] > 0
     evaluation = json.loads((run / "evaluate" / "evaluation.json").read_text())
     hello, split = (row["prompt"] for row in evaluation["shown"])
     assert hello.startswith('def print_hello_world():\n    """')
@@ -67,25 +121,12 @@ def test_code_of_the_hub_is_read_as_it_comes(hub: dict[str, str], workplace: Pat
     assert data["train"] + data["test"] == 40
 
 
-def test_a_folder_of_ones_own_sources(workplace: Path, command_line: CommandLine) -> None:
-    for number in range(12):
-        (workplace / "src").mkdir(exist_ok=True)
-        (workplace / "src" / f"m{number}.py").write_text(f"def f{number}(a, b):\n    return a + b * {number}\n" * 9)
-    given = ("data=python_code", "data.path=src", "data.test_share=0.3", "policy=gpt2_scratch", "policy.vocabulary=400")
-    more = ("trainer.max_steps=5", "trainer.max_length=64", "trainer.per_device_train_batch_size=4")
-    assert command_line("stage=sft", "name=code", *given, *more) == 0
-    assert (workplace / "runs/code/sft/model/model.safetensors").exists()
-
-
 def test_the_imdb_reward_from_distilbert(hub: dict[str, str], workplace: Path) -> None:
     small = ("data.limit=60", "stages.reward.trainer.num_train_epochs=1", "stages.reward.trainer.max_length=64")
     said = by_the_hub(hub, "stage=pipeline", "experiment=imdb_reward", *small)
     assert "I like you,I love you" in said
     assert "distilbert-base-uncased" in Path(hub["REQUESTS_LOG"]).read_text()
     run = workplace / "runs" / "imdb_reward" / "reward"
-    trainer = yaml.safe_load((run / "config.yaml").read_text())["trainer"]
-    assert (trainer["learning_rate"], trainer["optim"]) == (5e-5, "adamw_torch")
-    assert trainer["per_device_train_batch_size"] >= 10
     (example,) = json.loads((run / "quality.json").read_text())["examples"]
     assert example["text"] == "I like you,I love you"
     assert sum(example["probabilities"].values()) == pytest.approx(1)
@@ -102,9 +143,6 @@ def test_the_chinese_dialogue_by_its_hub_ids(hub: dict[str, str], shared: Path, 
     for name in ("shibing624/gpt2-dialogbot-base-chinese", "liam168/c2-roberta-base-finetuned-dianping-chinese"):
         assert name in asked
     run = workplace / "runs" / "chinese_dialog"
-    trainer = yaml.safe_load((run / "ppo" / "config.yaml").read_text())["trainer"]
-    assert (trainer["learning_rate"], trainer["response_length"]) == (1.41e-5, 30)
-    assert trainer["per_device_train_batch_size"] == 16
     tokenizer = AutoTokenizer.from_pretrained(run / "ppo" / "model")
     model = AutoModelForCausalLM.from_pretrained(run / "ppo" / "model")
     assert (model.config.eos_token_id, model.config.pad_token_id, model.config.n_positions) == (102, 0, 300)
@@ -147,17 +185,14 @@ def test_what_does_not_fit_together_is_said_in_one_line(
     assert command_line(*asked, *small[:2], "trainer.response_length=64") == 2
     assert "a response takes up to 64 tokens, and the policy has 64 positions" in capsys.readouterr().err
     rows = [{"conversation": [{"utterance": f"你好啊{i}"}, {"utterance": "再见"}]} for i in range(90)]
-    (workplace / "short.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    short = ("stage=ppo", "data=dialogue", "data.path=short.jsonl", "data.limit=40", *own, *small)
-    assert command_line(*short, "name=odd") == 0
+    short = ("stage=ppo", "data=dialogue", f"data.path={jsonl(workplace / 'short.jsonl', *rows)}", "data.limit=40")
+    assert command_line(*short, *own, *small, "name=odd") == 0
     said = [line for line in capsys.readouterr().out.split("\n") if line.startswith("warning: ")]
     assert len(said) == 2
     assert said[0].startswith("warning: policy: the texts are Chinese")
     assert said[1].startswith("warning: reward: the texts are Chinese")
-    assert command_line(*short, "name=odder", 'trainer.suppress_tokens=["[UNK]"]') == 2
-    assert (
-        "trainer.suppress_tokens has '[UNK]', which is no token of the policy's vocabulary" in capsys.readouterr().err
-    )
+    assert command_line(*short, *own, *small, "name=odder", 'trainer.suppress_tokens=["[UNK]"]') == 2
+    assert "error: trainer.suppress_tokens has '[UNK]', which is no token" in capsys.readouterr().err
 
 
 def test_a_pipeline_leaves_out_what_a_rule_does_not_need(
@@ -172,53 +207,30 @@ def test_a_pipeline_leaves_out_what_a_rule_does_not_need(
     assert (workplace / "runs/demo/evaluate/evaluation.json").exists()
 
 
-def test_of_a_sum_stage_reward_trains_the_part_that_has_no_model(workplace: Path, command_line: CommandLine) -> None:
-    parts = "reward.parts=[{name: length, target: 9}, {name: classifier, base: encoder, weight: 2.0}]"
-    given = ("data=toy_reviews", "data.limit=60", "policy=gpt2_scratch", "policy.vocabulary=400", "name=s")
-    assert command_line("stage=reward", *given, "reward=sum", parts, "trainer.max_steps=2") == 0
-    config = yaml.safe_load((workplace / "runs/s/reward/config.yaml").read_text())
-    assert config["reward"] == {"name": "classifier", "base": "encoder"}
-
-
-def test_an_own_reward_that_was_changed_is_noticed(
-    miniature: Path, workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+def test_each_part_of_a_sum_is_a_parent_and_a_changed_function_is_noticed(
+    run: Path, workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (workplace / "mine.py").write_text("def f(prompts, completions):\n    return [len(c) for c in completions]\n")
-    given = ("stage=ppo", "name=own", "policy=causal_lm", f"policy.path={miniature / 'sft'}", "data=toy_reviews")
-    given += ("reward=python", "reward.path=mine.py:f", "data.limit=60", "trainer.total_episodes=32")
-    given += ("trainer.per_device_train_batch_size=8", "trainer.response_length=4", "trainer.save_steps=1")
-    assert command_line(*given) == 0
-    record = workplace / "runs/own/ppo/run.json"
+    parts = "reward.parts=[{name: classifier, scale: probability}, {name: python, path: 'mine.py:f', weight: 0.5}]"
+    given = ("stage=ppo", "experiment=demo", "policy.vocabulary=400", "data.limit=60", "reward=sum", parts)
+    given += ("trainer.total_episodes=32", "trainer.per_device_train_batch_size=8", "trainer.response_length=4")
+    given += ("trainer.save_steps=1",)
+    assert command_line(*given, "overwrite=true") == 0
+    record = run / "ppo" / "run.json"
     before = json.loads(record.read_text())
-    assert before["parents"]["reward"]["path"] == "mine.py:f"
-    assert len(before["parents"]["reward"]["sha256"]) == 64
+    own, mine = (before["parents"][f"reward.parts[{number}]"] for number in (0, 1))
+    assert own["path"].endswith("demo/reward/model")
+    assert mine["path"] == "mine.py:f"
+    assert len(own["sha256"]) == len(mine["sha256"]) == 64
     record.write_text(json.dumps({**before, "status": "running"}))  # as after a kill
     (workplace / "mine.py").write_text("def f(prompts, completions):\n    return [-len(c) for c in completions]\n")
     assert command_line(*given) == 2
-    assert "its reward mine.py:f has changed since" in capsys.readouterr().err
+    assert "mine.py:f has changed since" in capsys.readouterr().err
 
 
 def test_evaluate_takes_the_policy_that_is_named(miniature: Path, workplace: Path, command_line: CommandLine) -> None:
-    given = (
-        "policy=causal_lm",
-        f"policy.path={miniature / 'sft'}",
-        "reward=length",
-        "data=toy_reviews",
-        "data.limit=60",
-    )
-    assert command_line("stage=evaluate", "name=one", *given, "evaluate.prompts=8", "evaluate.response_length=8") == 0
+    given = ("policy=causal_lm", f"policy.path={miniature / 'sft'}", "reward=length", "data=toy_reviews")
+    small = ("data.limit=60", "evaluate.prompts=8", "evaluate.response_length=8")
+    assert command_line("stage=evaluate", "name=one", *given, *small) == 0
     record = json.loads((workplace / "runs/one/evaluate/run.json").read_text())
     assert record["parents"]["base"]["path"] == str(miniature / "sft" / "model")
-
-
-def test_a_sum_of_rewards_takes_the_runs_own(miniature: Path, workplace: Path, command_line: CommandLine) -> None:
-    import shutil
-
-    shutil.copytree(miniature, workplace / "runs" / "demo")
-    parts = "reward.parts=[{name: classifier, scale: probability}, {name: length, target: 9, weight: 0.5}]"
-    small = ("trainer.total_episodes=16", "trainer.per_device_train_batch_size=8", "trainer.response_length=4")
-    given = ("experiment=demo", "policy.vocabulary=400", "data.limit=60", "overwrite=true")
-    assert command_line("stage=ppo", *given, "reward=sum", parts, *small) == 0
-    parents = json.loads((workplace / "runs/demo/ppo/run.json").read_text())["parents"]
-    assert parents["reward.parts[0]"]["path"].endswith("demo/reward/model")
-    assert parents["reward.parts[0]"]["sha256"]

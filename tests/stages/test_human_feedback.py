@@ -8,12 +8,12 @@ import json
 import os
 import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import yaml
-from conftest import CommandLine
+from conftest import CommandLine, Refused, jsonl
 
 from rlhf_pipeline.data import load_data
 from rlhf_pipeline.data.records import Turn
@@ -37,19 +37,13 @@ SMALL = (
     "++stages.ppo.trainer.gradient_accumulation_steps=1",
     "++stages.ppo.trainer.response_length=8",
 )
+SOURCES = ("collect.policies=[pretrain,sft]", "collect.temperatures=[0.7,1]")
 LABELER = ("labeler=length", "labeler.target=5", "labeler.noise=0.5")
 
 
-class Grown(NamedTuple):
-    """A run of one round with a labeler, and then of two: its folder, the first round before, and what was printed."""
-
-    run: Path
-    first: str  # the hash of its content
-    said: str
-
-
 @pytest.fixture(scope="module")
-def grown(tmp_path_factory: pytest.TempPathFactory, command_line: CommandLine) -> Grown:
+def two_rounds(tmp_path_factory: pytest.TempPathFactory, command_line: CommandLine) -> Path:
+    """The folder of a finished run of two rounds with a labeler, the second added later. Tests read it, or copy it."""
     folder = tmp_path_factory.mktemp("two_rounds")
     run = folder / "runs" / "human_feedback"
     with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as said:
@@ -57,13 +51,10 @@ def grown(tmp_path_factory: pytest.TempPathFactory, command_line: CommandLine) -
         first = content_hash(run / "round1")
         said.truncate(0)
         assert command_line("stage=pipeline", *SMALL, "rounds=2", *LABELER) == 0
-    return Grown(run, first, said.getvalue())
-
-
-@pytest.fixture(scope="module")
-def two_rounds(grown: Grown) -> Path:
-    """The folder of a finished run of two rounds with a labeler. Tests read it, or copy it."""
-    return grown.run
+    assert content_hash(run / "round1") == first
+    assert "round2: ppo" in said.getvalue()
+    assert said.getvalue().count("by round; reward: length") == 1, "nothing is new of the first"
+    return run
 
 
 @pytest.fixture
@@ -82,7 +73,7 @@ def collection(two_rounds: Path, tmp_path_factory: pytest.TempPathFactory, comma
     for stage in ("pretrain", "sft"):
         shutil.copytree(two_rounds / stage, folder / "runs" / "human_feedback" / stage)
     with contextlib.chdir(folder):
-        assert command_line("stage=collect", *SMALL) == 0
+        assert command_line("stage=collect", *SMALL, *SOURCES) == 0
     return folder / "runs" / "human_feedback"
 
 
@@ -92,8 +83,18 @@ def asked(collection: Path, workplace: Path) -> Path:
     return Path(shutil.copytree(collection, workplace / "runs" / "human_feedback")) / "collect"
 
 
+@pytest.fixture
+def label(command_line: CommandLine) -> Callable[..., int]:
+    """Bring a file of labels in."""
+    return lambda file, *more: command_line("stage=collect", "name=human_feedback", f"labels={file}", *more)
+
+
 def record(folder: Path) -> dict:
     return json.loads((folder / "run.json").read_text())
+
+
+def evaluated(folder: Path) -> dict:
+    return json.loads((folder / "evaluate" / "evaluation.json").read_text())
 
 
 def test_each_round_is_a_folder_made_from_the_one_before(two_rounds: Path) -> None:
@@ -112,31 +113,23 @@ def test_each_round_is_a_folder_made_from_the_one_before(two_rounds: Path) -> No
     }
     counts = [json.loads((r / "reward" / "labels.json").read_text())["judgements"] for r in (first, second)]
     assert counts == [12, 24]
-
-
-def test_each_round_asks_other_prompts_of_the_rows_to_learn_from(two_rounds: Path) -> None:
     rows = load_data({"name": "toy_reviews", "limit": 300}, 0).train
-    asked = [{row["prompt"] for row in read_jsonl(two_rounds / f"round{n}/collect/candidates.jsonl")} for n in (1, 2)]
+    asked = [{row["prompt"] for row in read_jsonl(r / "collect" / "candidates.jsonl")} for r in (first, second)]
     assert len(asked[0]) == len(asked[1]) == 12
-    assert not asked[0] & asked[1]
+    assert not asked[0] & asked[1], "each round asks other prompts"
     assert all(any(row.text.startswith(prompt) for row in rows) for prompt in asked[0] | asked[1])
+    assert evaluated(second)["reward"] == "length", "what labels also judges the policies"
+    assert list(evaluated(second)["metrics"]) == ["base", "sft", "ppo"]
 
 
 def test_a_labelers_ranks_follow_its_scores_but_for_its_noise(two_rounds: Path) -> None:
-    rows = read_jsonl(two_rounds / "round1" / "collect" / "labels.jsonl")
     right = []
-    for row in rows:
+    for row in read_jsonl(two_rounds / "round1" / "collect" / "labels.jsonl"):
         assert row["annotator"] == "length"
         assert row["scores"] == [-abs(len(words_of(response)) - 5) / 5 for response in row["responses"]]
         both = list(zip(row["ranks"], row["scores"], strict=True))
         right += [a[1] > b[1] for a in both for b in both if a[0] < b[0] and a[1] != b[1]]
     assert 0.55 < sum(right) / len(right) < 1
-
-
-def test_what_labels_also_judges_the_policies(two_rounds: Path) -> None:
-    evaluation = json.loads((two_rounds / "round2" / "evaluate" / "evaluation.json").read_text())
-    assert evaluation["reward"] == "length"
-    assert list(evaluation["metrics"]) == ["base", "sft", "ppo"]
 
 
 def test_the_run_that_has_rounds_compares_what_each_made(
@@ -147,13 +140,12 @@ def test_the_run_that_has_rounds_compares_what_each_made(
     assert command_line("stage=evaluate", *small, "evaluate.rewards=[{name: preference_model}]") == 2  # judged by it
     more = (*small, *LABELER, "evaluate.rewards=[{name: preference_model}]")
     assert command_line("stage=evaluate", *more) == 0
-    evaluation = json.loads((run / "evaluate" / "evaluation.json").read_text())
+    evaluation = evaluated(run)
     assert list(evaluation["metrics"]) == ["base", "sft", "round1", "round2"]
     assert evaluation["reference"] == "sft"
     assert evaluation["reward"] == "length"
     assert evaluation["rewards"]["preference_model"]["reward"] == "runs/human_feedback/round2/reward/model"
-    within = json.loads((run / "round2" / "evaluate" / "evaluation.json").read_text())
-    assert evaluation["metrics"]["round2"] == within["metrics"]["ppo"]
+    assert evaluation["metrics"]["round2"] == evaluated(run / "round2")["metrics"]["ppo"]
 
     assert command_line("stage=evaluate", *more) == 0
     assert "is done already" in capsys.readouterr().out
@@ -169,12 +161,11 @@ def test_the_report_shows_reward_model_and_policy_by_round(two_rounds: Path) -> 
     assert [row["round"] for row in rows] == [0, 1, 2]
     for row in rows[1:]:
         folder = two_rounds / f"round{row['round']}"
-        evaluation = json.loads((folder / "evaluate" / "evaluation.json").read_text())
-        assert row["reward_mean"] == evaluation["metrics"]["ppo"]["reward_mean"]
+        assert row["reward_mean"] == evaluated(folder)["metrics"]["ppo"]["reward_mean"]
         assert row["reward_accuracy"] == record(folder / "reward")["results"]["accuracy"]
         assert row["labelled"] == 12
         assert row["reward_pairs"] == record(folder / "reward")["results"]["pairs"]  # an accuracy of how many
-    assert rows[0]["reward_mean"] == evaluation["metrics"]["sft"]["reward_mean"]
+    assert rows[0]["reward_mean"] == evaluated(two_rounds / "round2")["metrics"]["sft"]["reward_mean"]
     page = (two_rounds / "report.html").read_text()
     assert f"{rows[2]['reward_mean']:.4g}" in page
     assert "Reward: length, on the same held-out prompts." in page
@@ -202,9 +193,9 @@ def test_where_each_round_has_its_own_judge_one_can_judge_all(
 ) -> None:
     run = Path(shutil.copytree(two_rounds, workplace / "runs" / "human_feedback"))
     for number in (1, 2):
-        path = run / f"round{number}" / "evaluate" / "evaluation.json"
         judge = f"runs/human_feedback/round{number}/reward/model"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "reward": judge}))
+        own = json.dumps({**evaluated(run / f"round{number}"), "reward": judge})
+        (run / f"round{number}" / "evaluate" / "evaluation.json").write_text(own)
     page = html.unescape(write_rounds(Path("runs"), "human_feedback").read_text())
     assert "compare rewards only within a round" in page
     words = page.partition("To judge all rounds with the newest reward model: ")[2].partition("</p>")[0]
@@ -212,7 +203,7 @@ def test_where_each_round_has_its_own_judge_one_can_judge_all(
     assert "policy: reward on held-out prompts" not in page
     assert command_line(*shlex.split(words)[3:], *small) == 0
     page = html.unescape((run / "report.html").read_text())
-    evaluation = json.loads((run / "evaluate" / "evaluation.json").read_text())
+    evaluation = evaluated(run)
     assert "Common judge: runs/human_feedback/round2/reward/model." in page
     assert "policy: reward on held-out prompts" in page
     for name in ("sft", "round1", "round2"):
@@ -220,13 +211,6 @@ def test_where_each_round_has_its_own_judge_one_can_judge_all(
     chinese = write_rounds(workplace / "runs", "human_feedback", "zh").read_text()
     assert "每一轮由该轮的奖励模型评判" in chinese
     assert "held-out prompts" not in chinese
-
-
-def test_more_rounds_go_on_from_those_that_are_done(grown: Grown) -> None:
-    assert content_hash(grown.run / "round1") == grown.first
-    assert len(json.loads((grown.run / "rounds.json").read_text())) == 3
-    assert "round2: ppo" in grown.said
-    assert grown.said.count("by round; reward: length") == 1  # nothing is new of the first
 
 
 def fill_in(sheet: Path, ranks: list[str], first: int = 1, end: int | None = None) -> Path:
@@ -242,7 +226,7 @@ def fill_in(sheet: Path, ranks: list[str], first: int = 1, end: int | None = Non
 
 
 def test_a_pipeline_waits_for_people_and_goes_on_from_there(
-    with_people: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+    with_people: Path, command_line: CommandLine, label: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command_line("stage=pipeline", *SMALL, "collect.enough=0.75") == 2
     said = capsys.readouterr()
@@ -270,17 +254,12 @@ def test_a_pipeline_waits_for_people_and_goes_on_from_there(
     assert "has been filled in" not in said.out
 
     fill_in(collect / "sheet.csv", ["2", "1", "3", "3"], end=10)
-    assert label(command_line, collect / "sheet.csv") == 0
+    assert label(collect / "sheet.csv") == 0
     assert command_line("stage=pipeline", *SMALL, "collect.enough=0.75") == 0
     assert (collect / "candidates.jsonl").read_bytes() == candidates
     learnt = json.loads((with_people / "round1" / "reward" / "labels.json").read_text())
     assert (learnt["judgements"], learnt["pairs"]) == (9, 45)  # of six pairs a prompt, one is a tie
     assert record(with_people / "round1" / "evaluate")["status"] == "done"
-
-
-def label(command_line: CommandLine, file: Path | str, *more: str) -> int:
-    """Bring a file of labels in."""
-    return command_line("stage=collect", "name=human_feedback", f"labels={file}", *more)
 
 
 def label_some(collect: Path, sheet: Path, ranks: str, first: int = 1, end: int | None = None) -> Path:
@@ -290,9 +269,9 @@ def label_some(collect: Path, sheet: Path, ranks: str, first: int = 1, end: int 
 
 
 def test_a_label_means_the_answer_that_was_sampled_and_is_never_overwritten(
-    asked: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+    asked: Path, command_line: CommandLine, label: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert label(command_line, fill_in(asked / "sheet.csv", ["4", "1", "2", "3"])) == 0
+    assert label(fill_in(asked / "sheet.csv", ["4", "1", "2", "3"])) == 0
     candidates = {row["task"]: row for row in read_jsonl(asked / "candidates.jsonl")}
     labels = read_jsonl(asked / "labels.jsonl")
     assert len(labels) == 12
@@ -308,34 +287,27 @@ def test_a_label_means_the_answer_that_was_sampled_and_is_never_overwritten(
     assert read_jsonl(asked / "labels.jsonl") == labels
 
 
-def test_two_sheets_are_two_annotators_and_one_sheet_twice_is_one(
-    asked: Path, workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+def test_sheets_of_one_name_are_two_annotators_and_one_sheet_twice_is_one(
+    asked: Path, workplace: Path, label: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, ranks in (("anna", "1234"), ("bo", "1243"), ("anna", "1234")):
+    for who, ranks, first, end in (("anna", "1234", 1, 8), ("bo", "1243", 5, 13), ("anna", "1234", 1, 7)):
         capsys.readouterr()
-        assert label(command_line, label_some(asked, workplace / f"{name}.csv", ranks)) == 0
-    assert len(read_jsonl(asked / "labels.jsonl")) == 24
-    assert "2 annotators agree on 83.3% of pairs" in capsys.readouterr().out  # all but one pair of six
-    assert record(asked)["results"]["contradictions"] == 12
-
-
-def test_sheets_of_one_name_do_not_take_each_others_place(
-    asked: Path, workplace: Path, command_line: CommandLine
-) -> None:
-    for who, first, end in (("anna", 1, 8), ("bo", 5, 13), ("anna", 1, 7)):  # she takes one back
-        assert label(command_line, label_some(asked, workplace / who / "sheet.csv", "1234", first, end)) == 0
+        assert label(label_some(asked, workplace / who / "sheet.csv", ranks, first, end)) == 0
     people = [(row["annotator"], Path(row["source"]).parent.name) for row in read_jsonl(asked / "labels.jsonl")]
-    assert people.count(("sheet", "anna")) == 6
+    assert people.count(("sheet", "anna")) == 6, "she has taken one back"
     assert people.count(("bo/sheet", "bo")) == 8
-    assert record(asked)["results"]["labelled"] == 12
+    assert "2 annotators agree on 83.3% of pairs" in capsys.readouterr().out  # all but one pair of six
+    assert (record(asked)["results"]["labelled"], record(asked)["results"]["contradictions"]) == (12, 2)
 
 
-def test_a_labeler_leaves_peoples_labels_alone(with_people: Path, command_line: CommandLine) -> None:
+def test_a_labeler_leaves_peoples_labels_alone(
+    with_people: Path, command_line: CommandLine, label: Callable[..., int]
+) -> None:
     assert command_line("stage=collect", *SMALL, *LABELER) == 0
     collect, home = with_people / "collect", with_people.parent.parent
-    assert label(command_line, label_some(collect, home / "mine.csv", "1234")) == 0
+    assert label(label_some(collect, home / "mine.csv", "1234")) == 0
     before = (collect / "labels.jsonl").read_bytes()
-    assert label(command_line, "typo.csv") == 2
+    assert label("typo.csv") == 2
     assert record(collect)["status"] == "done"  # a wrong file spoils nothing
     (collect / "run.json").write_text(json.dumps({**record(collect), "status": "waiting"}))
     assert command_line("stage=collect", *SMALL, *LABELER) == 0
@@ -352,13 +324,15 @@ def test_a_sheet_that_was_begun_is_not_overwritten(
     assert "sheet.csv has been filled in" in capsys.readouterr().err
 
 
-def test_overwriting_a_pipeline_keeps_what_people_labelled(with_people: Path, command_line: CommandLine) -> None:
+def test_overwriting_a_pipeline_keeps_what_people_labelled(
+    with_people: Path, command_line: CommandLine, label: Callable[..., int]
+) -> None:
     assert command_line("stage=collect", *SMALL, "name=human_feedback/round1") == 0
     collect = with_people / "round1" / "collect"
-    assert label(command_line, fill_in(collect / "sheet.csv", ["1", "2", "3", "4"])) == 0
+    assert label(fill_in(collect / "sheet.csv", ["1", "2", "3", "4"])) == 0
     before = content_hash(collect)
     assert command_line("stage=reward", *SMALL, "name=human_feedback/round1") == 0
-    assert label(command_line, label_some(collect, with_people / "second.csv", "1234", 1, 3)) == 0
+    assert label(label_some(collect, with_people / "second.csv", "1234", 1, 3)) == 0
     assert content_hash(collect) != before
     assert command_line("stage=reward", *SMALL, "name=human_feedback/round1") == 2  # its labels have changed
     after = content_hash(collect)
@@ -383,33 +357,30 @@ def test_a_policy_of_ones_own_is_asked_first_and_what_it_became_after(
     assert asked == [str(own / "sft" / "model"), "runs/human_feedback/round1/ppo/model"]
 
 
-def test_in_the_first_round_sft_answers_in_the_place_of_ppo(
+def test_in_the_first_round_sft_answers_in_the_place_of_ppo_and_another_runs_policy_never(
     with_people: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for name, message in (
+        ("mine/round1", "no policy to answer yet"),
+        ("human_feedback/round2", "round1 has made no policy ppo"),
+    ):
+        assert command_line("stage=collect", *SMALL, f"name={name}") == 2
+        assert message in capsys.readouterr().err
     assert command_line("stage=collect", *SMALL, "name=human_feedback/round1", "collect.policies=[ppo]") == 0
     assert "from round 2 on" in capsys.readouterr().out
     parents = record(with_people / "round1" / "collect")["parents"]
     assert parents["policy"]["path"] == "runs/human_feedback/sft/model"
 
 
-def test_another_runs_policy_is_never_taken_for_a_rounds(
-    with_people: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert command_line("stage=collect", *SMALL, "name=mine/round1") == 2
-    assert "no policy to answer yet" in capsys.readouterr().err
-    assert command_line("stage=collect", *SMALL, "name=human_feedback/round2") == 2
-    assert "round1 has made no policy ppo" in capsys.readouterr().err
-
-
 def test_a_task_is_through_when_all_annotators_have_labelled_or_skipped_it(
-    asked: Path, workplace: Path, command_line: CommandLine
+    asked: Path, workplace: Path, label: Callable[..., int]
 ) -> None:
-    assert label(command_line, label_some(asked, workplace / "anna.csv", "1234"), "collect.annotators=2") == 0
+    assert label(label_some(asked, workplace / "anna.csv", "1234"), "collect.annotators=2") == 0
     assert record(asked)["results"]["labelled"] == 0
     tasks = [row["task"] for row in read_jsonl(asked / "candidates.jsonl")]
     skips = [{"task": task, "annotator": "bo", "source": "there"} for task in tasks[:2]]
-    (asked / "skipped.jsonl").write_text("".join(json.dumps(row) + "\n" for row in skips))
-    assert label(command_line, label_some(asked, workplace / "bo.csv", "2134", 3, 6)) == 0
+    jsonl(asked / "skipped.jsonl", *skips)
+    assert label(label_some(asked, workplace / "bo.csv", "2134", 3, 6)) == 0
     results = record(asked)["results"]
     assert (results["labelled"], results["skipped"], record(asked)["status"]) == (5, 0, "waiting")
 
@@ -430,22 +401,20 @@ def test_a_collection_of_nothing_is_refused(
 
 
 def test_labels_of_other_candidates_are_set_aside(
-    asked: Path, workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+    asked: Path, workplace: Path, label: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"task": row["task"], "prompt": row["prompt"], "responses": [a["text"] for a in row["answers"]],
              "ranks": [1, 2, 3, 4]} for row in read_jsonl(asked / "candidates.jsonl")]  # fmt: skip
     rows[3]["task"] = "t0"
     rows[4]["responses"] = ["another", "task's", "answers", "these"]
-    (workplace / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert label(command_line, "mine.jsonl") == 0
+    assert label(jsonl(workplace / "mine.jsonl", *rows)) == 0
     assert "10 of 12 labelled" in capsys.readouterr().out
     whys = {row["task"]: row["why"] for row in read_jsonl(asked / "rejected.jsonl")}
     assert whys == {
         "t0": "no candidate of this run has that task",
         rows[4]["task"]: "its answers are not those of the task",
     }
-    (workplace / "none.jsonl").write_text(json.dumps({**rows[0], "task": "t1"}) + "\n")
-    assert label(command_line, "none.jsonl") == 2
+    assert label(jsonl(workplace / "none.jsonl", {**rows[0], "task": "t1"})) == 2
     assert "labels none of the tasks" in capsys.readouterr().err
     assert len(read_jsonl(asked / "labels.jsonl")) == 10
 
@@ -464,61 +433,49 @@ def test_a_collection_that_was_cut_off_goes_on_to_the_same_candidates(
         return draw(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(candidates.Asker, "_draw", die_later)
-    assert command_line("stage=collect", *SMALL) == 130
+    assert command_line("stage=collect", *SMALL, *SOURCES) == 130
     assert 0 < len(read_jsonl(collect / "candidates.part.jsonl")) < 12
     monkeypatch.undo()
     os.chdir(with_people.parent.parent)
-    assert command_line("stage=collect", *SMALL) == 0
+    assert command_line("stage=collect", *SMALL, *SOURCES) == 0
     assert (collect / "candidates.jsonl").read_bytes() == (collection / "collect" / "candidates.jsonl").read_bytes()
     assert not (collect / "candidates.part.jsonl").exists()
-
-
-def test_candidates_come_from_several_policies_and_temperatures(with_people: Path, command_line: CommandLine) -> None:
-    assert command_line("stage=collect", *SMALL, "collect.policies=[pretrain,sft]", "collect.temperatures=[0.7,1]") == 0
-    answers = [a for row in read_jsonl(with_people / "collect" / "candidates.jsonl") for a in row["answers"]]
+    answers = [answer for row in read_jsonl(collect / "candidates.jsonl") for answer in row["answers"]]
     sources = {(Path(answer["policy"]).parent.name, answer["temperature"]) for answer in answers}
     assert sources == {("pretrain", 0.7), ("sft", 0.7), ("pretrain", 1), ("sft", 1)}
-    config = yaml.safe_load((with_people / "collect" / "config.yaml").read_text())
+    config = yaml.safe_load((collect / "config.yaml").read_text())
     assert config["collect"]["response_length"] == 8  # as this experiment's PPO will
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("asked", "message"),
     [
-        (("stage=pipeline", "experiment=demo", "rounds=2"), "but this experiment has no collect"),
-        (("stage=collect", "labels=pull"), "run stage=collect without labels= first"),
-        (("stage=sft", "labels=pull"), "labels=pull is only for stage=collect"),
-        (("stage=collect",), "there is no policy to answer yet"),
-        (("stage=collect", "collect.policies=[reward]"), "has made no policy reward"),
-        (("stage=collect", "labeler.noise=1"), "labeler has fields but no name; add labeler=<reward>."),
-        (("stage=collect", "labeler=classifier"), "labeler=classifier has no model yet"),
-        (("stage=collect", "collect.policies=[ppo]"), "has made no policy ppo"),
-        (("stage=collect", "collect.answers=1"), "collect.answers is 1; it takes a whole number of at least 2"),
-        (("stage=collect", "collect.temperatures=[0]"), "above 0"),
-        (("stage=collect", "labeler=toy_sentiment", "labeler.noise=-1"), "labeler.noise is -1"),
-        (("stage=collect", "labeler=keyword"), "Did you mean 'keywords'"),
-        (
-            ("stage=collect", "labeler=toy_sentiment", "labeler.words=[a]"),
-            "labeler=toy_sentiment: there is no setting 'labeler.words'",
-        ),
-        (("stage=reward", "reward=preference_model"), "preference_model does not learn from them"),
-        (
-            ("stage=reward", "reward=preference_model", "data=preferences"),
-            "the labels of this run's stage=collect",
-        ),
+        ("stage=pipeline experiment=demo rounds=2", "but this experiment has no collect"),
+        ("stage=collect labels=pull", "run stage=collect without labels= first"),
+        ("stage=sft labels=pull", "labels=pull is only for stage=collect"),
+        ("stage=collect", "there is no policy to answer yet"),
+        ("stage=collect collect.policies=[reward]", "has made no policy reward"),
+        ("stage=collect labeler.noise=1", "labeler has fields but no name; add labeler=<reward>."),
+        ("stage=collect labeler=classifier", "labeler=classifier has no model yet"),
+        ("stage=collect collect.policies=[ppo]", "has made no policy ppo"),
+        ("stage=collect collect.answers=1", "collect.answers is 1; it takes a whole number of at least 2"),
+        ("stage=collect collect.temperatures=[0]", "above 0"),
+        ("stage=collect labeler=toy_sentiment labeler.noise=-1", "labeler.noise is -1"),
+        ("stage=collect labeler=keyword", "Did you mean 'keywords'"),
+        ("stage=collect labeler=toy_sentiment labeler.words=[a]",
+         "labeler=toy_sentiment: there is no setting 'labeler.words'"),
+        ("stage=reward reward=preference_model", "preference_model does not learn from them"),
+        ("stage=reward reward=preference_model data=preferences", "the labels of this run's stage=collect"),
     ],
-)
-def test_what_cannot_be_is_refused(
-    workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str], arguments: tuple, message: str
-) -> None:
-    assert command_line(*arguments) == 2
-    assert message in capsys.readouterr().err
+)  # fmt: skip
+def test_what_cannot_be_is_refused(refused: Refused, asked: str, message: str) -> None:
+    assert message in refused(asked)
 
 
 def test_conversations_stay_turns_from_prompt_to_reward_model(workplace: Path, command_line: CommandLine) -> None:
     rows = [{"instruction": f"Name {n} things that are {w}.", "output": f"{w} sky, {w} sea."}
             for n in range(2, 12) for w in ("blue", "red", "old", "new")]  # fmt: skip
-    (workplace / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    jsonl(workplace / "asked.jsonl", *rows)
     own = ("name=talk", "experiment=null", "policy.size=tiny", "policy.vocabulary=300", "policy.positions=96",
            "data=instructions", "data.path=asked.jsonl", "reward=preference_model")  # fmt: skip
     assert command_line("stage=sft", *own, "trainer.per_device_train_batch_size=4") == 0

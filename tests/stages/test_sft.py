@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
-from conftest import CommandLine
+from conftest import CommandLine, jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_pipeline.data.readers import read_demonstrations, read_dialogues
@@ -23,22 +23,25 @@ def results(run: Path) -> dict[str, float]:
     return found
 
 
-def jsonl(path: Path, rows: list[dict[str, object]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Are you there?"}]
+PAIRS = [{"prompt": f"{i} and {i + 1} are", "completion": f" {i} {i + 1}."} for i in range(160)]
+# One prompt for all: it is no question that keeps rows together.
+TALKS = [{"messages": [*CHAT, {"role": "assistant", "content": f"Yes, {i} times."}]} for i in range(60)]
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("rows", "options"),
     [
-        ("trainer.packing=true", "trainer.packing_strategy=wrapped", "trainer.num_train_epochs=20"),
-        ("policy.lora.r=4", "trainer.learning_rate=2e-2"),
+        (PAIRS, ("trainer.packing=true", "trainer.packing_strategy=wrapped", "trainer.num_train_epochs=20")),
+        (PAIRS, ("policy.lora.r=4", "trainer.learning_rate=2e-2")),
+        (TALKS, ("data.test_share=0.2",)),
     ],
-    ids=["packed", "lora"],
+    ids=["packed", "lora", "chat"],
 )
-def test_prompt_and_completion(options: tuple[str, ...], workplace: Path, command_line: CommandLine) -> None:
-    rows = [{"prompt": f"{i} and {i + 1} are", "completion": f" {i} {i + 1}."} for i in range(160)]
-    data = jsonl(workplace / "a.jsonl", rows)  # type: ignore[arg-type]
+def test_rows_of_ones_own(
+    rows: list[object], options: tuple[str, ...], workplace: Path, command_line: CommandLine
+) -> None:
+    data = jsonl(workplace / "a.jsonl", *rows)
     given = [word for word in SMALL if word.split("=")[0] not in {option.split("=")[0] for option in options}]
     assert command_line(*given, "data=instructions", f"data.path={data}", "name=a", *options) == 0
     found = results(workplace / "runs" / "a")
@@ -55,7 +58,7 @@ def test_a_setting_whose_package_is_missing_says_so_in_one_line(
 ) -> None:
     if importlib.util.find_spec(package):
         pytest.skip(f"{package} is installed")
-    data = jsonl(workplace / "a.jsonl", [{"prompt": f"{i} and", "completion": f" {i + 1}."} for i in range(40)])
+    data = jsonl(workplace / "a.jsonl", *PAIRS[:40])
     assert command_line(*SMALL, "data=instructions", f"data.path={data}", "name=a", f"trainer.{setting}") == 2
     told = capsys.readouterr().err
     assert "Traceback" not in told
@@ -67,7 +70,7 @@ def test_completion_only_loss_is_what_is_measured(workplace: Path, command_line:
     """With prompts that cannot be guessed and completions that can, the two losses part."""
     draw = random.Random(0)
     rows = [{"prompt": f"{draw.randrange(10**9)}:", "completion": " yes"} for _ in range(160)]
-    data = jsonl(workplace / "a.jsonl", rows)  # type: ignore[arg-type]
+    data = jsonl(workplace / "a.jsonl", *rows)
     every = ("data=instructions", f"data.path={data}", "trainer.num_train_epochs=2")
     assert command_line(*SMALL, *every, "name=part") == 0
     assert command_line(*SMALL, *every, "name=all", "trainer.completion_only_loss=false") == 0
@@ -105,21 +108,10 @@ def test_dialogues_of_many_turns(name: str, shared: Path, workplace: Path, comma
     assert lesson.learnt == [0] * (ends[0] + 1) + [1] * (len(lesson.ids) - ends[0] - 1)
 
 
-def test_chat_messages(workplace: Path, command_line: CommandLine) -> None:
-    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Are you there?"}]
-    rows = [{"messages": [*chat, {"role": "assistant", "content": f"Yes, {i} times."}]} for i in range(60)]
-    # One prompt for all: it is no question that keeps rows together.
-    data = jsonl(workplace / "a.jsonl", rows)  # type: ignore[arg-type]
-    assert command_line(*SMALL, "data=instructions", f"data.path={data}", "data.test_share=0.2", "name=a") == 0
-    assert results(workplace / "runs" / "a")["eval_loss"] < 6
-
-
 def test_quantized_weights_under_an_adapter(
     workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [{"prompt": f"{i} and {i + 1} are", "completion": f" {i} {i + 1}."} for i in range(40)]
-    data = jsonl(workplace / "a.jsonl", rows)  # type: ignore[arg-type]
-    given = ("data=instructions", f"data.path={data}")
+    given = ("data=instructions", f"data.path={jsonl(workplace / 'a.jsonl', *PAIRS[:40])}")
     assert command_line(*SMALL, *given, "name=base") == 0
     base = ("policy.path=runs/base/sft", "policy.quantize=4bit")
     assert command_line(*SMALL, *given, "name=q", *base) == 2

@@ -38,18 +38,18 @@ def test_judgements_of_the_same_answers_are_one_row_by_their_mean_ranks() -> Non
     rows, summary = combine_judgements([said("a b c", "x"), said("b a c", "y"), said("c ab", "z", prompt="q")])
     assert rows == [Ranking("p", ("a", "b", "c"), (1.5, 1.5, 3)), Ranking("q", ("c", "a", "b"), (1, 2.5, 2.5))]
     assert (summary["pairs"], summary["ties"], summary["contradictions"], summary["annotators"]) == (4, 2, 1, 3)
+    # ab: 3 of 3 pairs of people agree; ac and bc: 1 of 3 each
+    summary = combine_judgements([said("a b c", "x"), said("a b c", "y"), said("c a b", "z")])[1]
+    assert (summary["agreement"], summary["contradictions"]) == (pytest.approx(5 / 9), 2)
     two, one = said("a b", "x"), said("b a", "y")
     assert combine_judgements([two, said("a b", "z"), one])[0] == [Preference("p", "a", "b")], "two against one"
     rows, summary = combine_judgements([two, one])
     assert rows == []
     assert (summary["pairs"], summary["ties"], summary["dropped"], summary["contradictions"]) == (0, 1, 2, 1)
-
-
-def test_a_margin_outlives_agreement_alone() -> None:
-    for_a = [Judgement("p", ("a", "b"), (1, 2), "t", by, margin) for by, margin in (("x", 1.0), ("y", 2.0))]
-    against = Judgement("p", ("a", "b"), (2, 1), "t", "z", 5.0)
-    assert combine_judgements(for_a)[0] == [Preference("p", "a", "b", 1.5)]
-    assert combine_judgements([*for_a, against])[0] == [Preference("p", "a", "b")]
+    margins = [Judgement("p", ("a", "b"), (1, 2), "t", by, margin) for by, margin in (("x", 1.0), ("y", 2.0))]
+    assert combine_judgements(margins)[0] == [Preference("p", "a", "b", 1.5)]
+    margins.append(Judgement("p", ("a", "b"), (2, 1), "t", "z", 5.0))
+    assert combine_judgements(margins)[0] == [Preference("p", "a", "b")], "a margin outlives agreement alone"
 
 
 def test_the_task_plays_no_part_and_other_answers_are_another_question() -> None:
@@ -90,13 +90,6 @@ def test_agreement_and_alpha(
     summary = combine_judgements([*given, *alone])[1]  # who judges alone, or has no name, agrees with nobody
     assert summary["agreement"] == (None if agreement is None else pytest.approx(agreement))
     assert summary["alpha"] == (None if alpha is None else pytest.approx(alpha))
-
-
-def test_agreement_of_three_is_over_all_pairs_of_people() -> None:
-    summary = combine_judgements([said("a b c", "x"), said("a b c", "y"), said("c a b", "z")])[1]
-    # ab: 3 of 3 pairs of people agree; ac and bc: 1 of 3 each
-    assert summary["agreement"] == pytest.approx(5 / 9)
-    assert summary["contradictions"] == 2
 
 
 def test_ties_of_a_ranking_make_no_pairs_and_ranks_their_margins() -> None:

@@ -40,12 +40,17 @@ def questions(asker: Asker) -> list[Question]:
     return [Question(prompt, ids) for prompt, ids in zip(PROMPTS, encode(tokenizer, PROMPTS), strict=True)]
 
 
+@pytest.fixture(scope="module")
+def found(asker: Asker) -> list[dict]:
+    """The rows of all prompts."""
+    return rows(asker)
+
+
 def rows(asker: Asker, first: int = 0) -> list[dict]:
     return list(itertools.chain.from_iterable(asker.rows(questions(asker), first)))
 
 
-def test_every_prompt_has_answers_that_differ_from_policies_and_temperatures_in_turn(asker: Asker) -> None:
-    found = rows(asker)
+def test_every_prompt_has_answers_that_differ_from_policies_and_temperatures_in_turn(found: list[dict]) -> None:
     assert [row["prompt"] for row in found] == PROMPTS
     for row in found:
         assert [answer["id"] for answer in row["answers"]] == ["answer1", "answer2", "answer3", "answer4"]
@@ -58,8 +63,8 @@ def test_every_prompt_has_answers_that_differ_from_policies_and_temperatures_in_
     assert len(shown_first) > 1  # the place of an answer does not tell its source
 
 
-def test_an_answer_can_be_drawn_again_from_what_is_written_of_it(asker: Asker) -> None:
-    for question, row in zip(questions(asker), rows(asker), strict=True):
+def test_an_answer_can_be_drawn_again_from_what_is_written_of_it(asker: Asker, found: list[dict]) -> None:
+    for question, row in zip(questions(asker), found, strict=True):
         for answer in row["answers"]:
             policy = asker.policies[answer["policy"]]
             sampling = replace(asker.sampling[answer["policy"]], temperature=answer["temperature"])
@@ -68,18 +73,14 @@ def test_an_answer_can_be_drawn_again_from_what_is_written_of_it(asker: Asker) -
             assert batch.texts(policy.tokenizer)[1] == [answer["text"]]
 
 
-def test_the_seed_alone_makes_the_candidates_not_the_batches_nor_a_cut(asker: Asker) -> None:
-    whole = rows(asker)
-    assert rows(replace(asker, collect=replace(COLLECT, batch_size=2))) == whole
-    assert rows(asker, first=4) == whole[4:]
-    both = (whole, rows(replace(asker, seed="x")))
-    texts, others = ({answer["text"] for row in found for answer in row["answers"]} for found in both)
+def test_the_seed_alone_makes_the_candidates_not_the_batches_nor_a_cut(asker: Asker, found: list[dict]) -> None:
+    assert rows(replace(asker, collect=replace(COLLECT, batch_size=2))) == found
+    assert rows(asker, first=4) == found[4:]
+    both = (found, rows(replace(asker, seed="x")))
+    texts, others = ({answer["text"] for row in drawn for answer in row["answers"]} for drawn in both)
     assert len(texts & others) < len(texts) / 2
-
-
-def test_a_policy_that_says_one_thing_only_gives_no_row(asker: Asker) -> None:
     sure = replace(asker, collect=replace(COLLECT, temperatures=[1e-4]), policies={"one": asker.policies["one"]})
-    assert rows(sure) == []
+    assert rows(sure) == [], "a policy that says one thing only gives no row"
 
 
 @pytest.mark.parametrize(

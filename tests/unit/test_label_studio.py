@@ -9,18 +9,18 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 from conftest import ROOT, CommandLine
-from fake_label_studio import ACCESS, TOKEN, FakeStudio
+from fake_label_studio import ACCESS, TOKEN, FakeStudio, serving
 from loopback import answering
 
 from rlhf_pipeline.errors import NotFinishedError, UserError
-from rlhf_pipeline.feedback.label_studio import LabelStudio, labeling_config, pull, running
+from rlhf_pipeline.feedback.label_studio import LabelStudio, labeling_config, pull, push, running
 from rlhf_pipeline.files import read_jsonl, write_jsonl
 
 PERSONAL = "eyJhbGciOiJIUzI1NiJ9.eyJ1c2VyX2lkIjoiMSJ9.signature"
@@ -59,11 +59,11 @@ def collected(workplace: Path) -> Path:
     return folder
 
 
-def note(selected: str | None, number: int = 1) -> dict[str, Any]:
+def note(selected: str | None) -> dict[str, Any]:
     """An annotation: a click on one side, or a skip."""
     value = {"type": "pairwise", "from_name": "preference", "value": {"selected": selected}}
     result = [value] if selected else []
-    return {"id": number, "completed_by": 1, "lead_time": 9.0, "was_cancelled": not selected, "result": result}
+    return {"id": 1, "completed_by": 1, "lead_time": 9.0, "was_cancelled": not selected, "result": result}
 
 
 # -- the page
@@ -116,7 +116,9 @@ def test_an_address_or_a_token_that_is_none_is_refused(url: str, token: str, mes
     assert "word" not in str(refusal.value)
 
 
-def test_a_project_is_made_once_and_follows_its_config(fake: FakeStudio, studio: LabelStudio) -> None:
+def test_a_project_is_made_once_and_follows_its_config_and_no_task_is_imported_twice(
+    fake: FakeStudio, studio: LabelStudio, collected: Path
+) -> None:
     fake.projects += [{"id": n, "description": "somebody's", "label_config": ""} for n in range(1, 251)]
     for _ in range(2):
         assert studio.project("demo", "ours", "<View/>") == 251
@@ -125,16 +127,15 @@ def test_a_project_is_made_once_and_follows_its_config(fake: FakeStudio, studio:
     assert fake.projects[250]["label_config"] == "<View></View>"
     assert fake.projects[250]["maximum_annotations"] == 2
     assert fake.projects[250]["enable_empty_annotation"] is False
-
-
-def test_tasks_are_never_imported_twice(fake: FakeStudio, studio: LabelStudio) -> None:
     tasks = [{"data": {"task": f"task{number}"}} for number in range(1210)]
-    project = studio.project("demo", "ours", "<View/>")
-    assert studio.add(project, tasks[:1203]) == 1203
+    assert studio.add(251, tasks[:1203]) == 1203
     assert fake.imports == [500, 500, 203]
-    assert studio.add(project, tasks[:1203]) == 0
-    assert studio.add(project, tasks) == 7
+    assert studio.add(251, tasks[:1203]) == 0
+    assert studio.add(251, tasks) == 7
     assert len({task["data"]["task"] for task in fake.tasks}) == len(fake.tasks) == 1210
+    push(studio, collected, "n" * 60)
+    assert len(fake.projects[251]["title"]) == 50, "Label Studio takes no longer one"
+    assert "n" * 60 in fake.projects[251]["description"]
 
 
 def test_a_personal_access_token_is_exchanged_never_outlives_its_minutes_and_is_not_shown(
@@ -187,8 +188,12 @@ def test_what_goes_wrong_is_shown_without_the_token(
 # -- a run's tasks, there and back
 
 
-def test_tasks_go_to_a_server_of_ones_own_and_labels_come_back(
-    fake: FakeStudio, collected: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+def test_tasks_go_to_label_studio_and_labels_come_back(
+    fake: FakeStudio,
+    collected: Path,
+    command_line: CommandLine,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert command_line(*LABEL, "labels=pull") == 2
     assert "has not been given to Label Studio yet" in capsys.readouterr().err
@@ -202,16 +207,27 @@ def test_tasks_go_to_a_server_of_ones_own_and_labels_come_back(
 
     by_hand = {"task": "t1", "prompt": "p", "responses": ["a", "b"], "ranks": [1, 2], "annotator": "ann"}
     write_jsonl(collected / "labels.jsonl", [{**by_hand, "source": "sheet.csv"}])
-    for notes, labels, skips in (
-        ([note("right")], [("ann", [1, 2]), ("1", [2, 1])], 0),
-        ([note(None)], [("ann", [1, 2])], 1),
-        ([note("right")], [("ann", [1, 2]), ("1", [2, 1])], 0),
-        ([], [("ann", [1, 2])], 0),  # it was taken back
-    ):
+
+    def pull_labels(*notes: dict[str, Any]) -> tuple[list[Any], int]:
         fake.tasks[0]["annotations"] = notes
         assert command_line(*LABEL, "labels=pull") == 0
-        assert [(row["annotator"], row["ranks"]) for row in read_jsonl(collected / "labels.jsonl")] == labels
-        assert len(read_jsonl(collected / "skipped.jsonl")) == skips
+        labels = [(row["annotator"], row["ranks"]) for row in read_jsonl(collected / "labels.jsonl")]
+        return labels, len(read_jsonl(collected / "skipped.jsonl"))
+
+    kept, left, right = ("ann", [1, 2]), ("1", [1, 2]), ("1", [2, 1])
+    assert pull_labels(note("right")) == ([kept, right], 0)
+    assert pull_labels(note(None)) == ([kept], 1)
+    assert pull_labels(note("right")) == ([kept, right], 0)
+    assert pull_labels() == ([kept], 0), "it was taken back"
+
+    # Our own server may be at another port the next time.
+    known = json.loads((collected / "project.json").read_text())
+    monkeypatch.delenv("LABEL_STUDIO_URL")
+    monkeypatch.setattr("rlhf_pipeline.feedback.label_studio.running", lambda runs: LabelStudio(fake.url, TOKEN))
+    for port, notes, labels in ((8080, [note("left")], [left]), (8081, [note("right")], [right]), (8082, [], [])):
+        own = {**known, "url": f"http://127.0.0.1:{port}", "local": True}
+        (collected / "project.json").write_text(json.dumps(own))
+        assert pull_labels(*notes) == ([kept, *labels], 0)
 
 
 def test_labels_are_pulled_from_where_the_tasks_are_and_from_no_other_project(
@@ -236,30 +252,6 @@ def test_labels_are_pulled_from_where_the_tasks_are_and_from_no_other_project(
         pull(collected, Path("runs"))
 
 
-def test_a_title_is_not_longer_than_label_studio_takes(
-    fake: FakeStudio, collected: Path, command_line: CommandLine
-) -> None:
-    collected.parent.rename(collected.parents[1] / ("n" * 60))
-    assert command_line("stage=collect", f"name={'n' * 60}", "labels=push") == 0
-    assert len(fake.projects[0]["title"]) == 50
-    assert "n" * 60 in fake.projects[0]["description"]
-
-
-def test_labels_of_our_own_server_are_the_same_at_another_port(
-    fake: FakeStudio, collected: Path, monkeypatch: pytest.MonkeyPatch, command_line: CommandLine
-) -> None:
-    assert command_line(*LABEL, "labels=push") == 0
-    known = json.loads((collected / "project.json").read_text())
-    monkeypatch.delenv("LABEL_STUDIO_URL")
-    monkeypatch.setattr("rlhf_pipeline.feedback.label_studio.running", lambda runs: LabelStudio(fake.url, TOKEN))
-    for port, notes, count in ((8080, [note("left")], 1), (8081, [note("right")], 1), (8082, [], 0)):
-        url = f"http://127.0.0.1:{port}"
-        (collected / "project.json").write_text(json.dumps({**known, "url": url, "local": True}))
-        fake.tasks[0]["annotations"] = notes
-        assert command_line(*LABEL, "labels=pull") == 0
-        assert len(read_jsonl(collected / "labels.jsonl")) == count
-
-
 def test_fetching_labels_needs_no_torch() -> None:
     code = "import sys; import rlhf_pipeline.cli, rlhf_pipeline.feedback.labelling; "
     code += "sys.exit(', '.join({'torch', 'transformers', 'trl', 'datasets'} & {*sys.modules}))"
@@ -279,28 +271,6 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LABEL_STUDIO", str(path))
 
 
-@contextmanager
-def serving(collected: Path) -> Iterator[tuple["subprocess.Popen[str]", int, str]]:
-    """`labels=serve` in a process of its own, the number of the server's, and what was printed when all was ready."""
-    call = [sys.executable, "-m", "rlhf_pipeline", *LABEL, "labels=serve"]
-    runs = collected.parents[1]
-    with subprocess.Popen(
-        call, cwd=runs.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
-    ) as process:  # fmt: skip
-        assert process.stdout is not None
-        printed = ""
-        while "Ctrl-C" not in printed and (line := process.stdout.readline()):
-            printed += line
-        server = json.loads((runs / ".label_studio" / "server.json").read_text())["pid"]
-        try:
-            yield process, server, printed
-        finally:
-            process.kill()
-            with suppress(ProcessLookupError):
-                os.kill(server, signal.SIGKILL)
-
-
 def test_serve_brings_the_tasks_keeps_its_secrets_and_ends_with_us(
     command: None, collected: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -315,7 +285,8 @@ def test_serve_brings_the_tasks_keeps_its_secrets_and_ends_with_us(
             if logins:
                 with suppress(OSError):  # something else has it
                     taken.enter_context(FakeStudio(8080))
-            process, server, printed = taken.enter_context(serving(collected))
+            process, printed = taken.enter_context(serving(runs.parent, "demo"))
+            server = json.loads((home / "server.json").read_text())["pid"]
             assert not logins or ":8080/" not in printed
             running(runs).check()
             logins.append(json.loads((home / "login.json").read_text()))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_pipeline.data import load_data
 from rlhf_pipeline.data.python_code import functions, goes_on, parses, source_files
 from rlhf_pipeline.errors import UserError
 
@@ -149,6 +150,8 @@ def test_a_folder_of_ones_own(tmp_path: Path) -> None:
     found = list(source_files(folder))
     assert [name for name, _ in found] == ["a/c.py", "b.py", "i.py", "tests/d.py"]
     assert found[2][1] == "# coding: latin-1\ni = 'ü'\n"
+    splits = load_data({"name": "python_code", "path": str(folder)}, seed=0)
+    assert {row.text for row in (*splits.train, *splits.test)} == {text for _, text in found}
 
 
 def test_what_cannot_be_read_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -164,13 +167,7 @@ def test_what_cannot_be_read_is_counted(tmp_path: Path, caplog: pytest.LogCaptur
     assert [name for name, _ in source_files(tmp_path)] == ["d.py"]
     assert "8 files cannot be read and are skipped, such as a.py" in caplog.text
     (tmp_path / "d.py").unlink()
-    with pytest.raises(UserError, match="no Python source that can be read"):
-        list(source_files(tmp_path))
-
-
-def test_a_folder_without_source_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("a")
-    for path in (tmp_path, tmp_path / "a.txt", tmp_path / "gone"):
+    for path in (tmp_path, tmp_path / "a.py", tmp_path / "gone"):
         with pytest.raises(UserError, match=r"no Python source that can be read; give a folder of .py files"):
             source_files(path)
 

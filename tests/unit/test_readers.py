@@ -1,6 +1,5 @@
 """Files to records: every format, the forms that users bring, and faults that name their place; the real files too."""
 
-import csv
 import gzip
 import io
 import json
@@ -13,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import jsonl, sheet
 
+from rlhf_pipeline.data import load_data
 from rlhf_pipeline.data.acl_imdb import read_acl_imdb
 from rlhf_pipeline.data.agreement import combine_judgements
 from rlhf_pipeline.data.judgements import read_judgements
-from rlhf_pipeline.data.plain_rows import RowError, read_rows
+from rlhf_pipeline.data.plain_rows import read_rows
 from rlhf_pipeline.data.readers import read_demonstrations, read_dialogues, read_labelled, read_texts
 from rlhf_pipeline.data.records import Demonstration, Dialogue, Labelled, Preference, Ranking, Text, Turn
 from rlhf_pipeline.errors import UserError
@@ -28,21 +29,15 @@ WORSE = [ASKED, {"role": "assistant", "content": "No."}]
 TURNS = (Turn("user", "Is it?"), Turn("assistant", 'It "is", isn\'t it?'))
 
 
-def jsonl(path: Path, *rows: object) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def sheet(path: Path, *rows: dict[str, Any]) -> Path:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0], delimiter="\t" if path.suffix == ".tsv" else ",")
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
+Reader = Callable[..., list[Any]]
 
 
 def read_preferences(path: Path, columns: dict[str, str] | None = None) -> list[Preference | Ranking]:
     return combine_judgements(read_judgements(path, columns).judgements)[0]
+
+
+def read_reviews(path: Path) -> list[Labelled]:
+    return [review for reviews in read_acl_imdb(path).values() for review in reviews]
 
 
 # --- aclImdb
@@ -88,6 +83,8 @@ def test_acl_imdb_is_the_same_from_folder_and_archive(tmp_path: Path) -> None:
         "test": [Labelled("Nice costumes, no plot.", 0), Labelled("Flawless; the score alone is worth it.", 1)],
     }
     assert read_acl_imdb(tmp_path / "data") == read
+    splits = load_data({"name": "imdb", "path": str(inner)}, seed=0)
+    assert [set(splits.train), set(splits.test)] == [set(rows) for rows in read.values()]
     for name, prefix in (("a.tar.gz", "aclImdb/"), ("a.tgz", ""), ("a.tar", "./aclImdb/")):
         assert read_acl_imdb(write_archive(tmp_path / name, REVIEWS, prefix=prefix)) == read
 
@@ -112,27 +109,24 @@ def test_acl_imdb_names_a_file_that_does_not_fit(
         read_acl_imdb(path)
 
 
-def test_acl_imdb_takes_nothing_from_hostile_members(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_acl_imdb_follows_no_link_and_takes_no_hostile_member(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = write_folder(tmp_path / "a", REVIEWS)
+    read = read_acl_imdb(root)
     hostile = [tarfile.TarInfo(name) for name in ("../1_9.txt", "/train/pos/1_9.txt")]
     for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
         link = tarfile.TarInfo("aclImdb/train/pos/7_7.txt")
         link.type, link.linkname = kind, "../../../etc/passwd"
         hostile.append(link)
-    read = read_acl_imdb(write_folder(tmp_path / "a", REVIEWS))
-    assert read_acl_imdb(write_archive(tmp_path / "a.tar.gz", REVIEWS, *hostile)) == read
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.tar.gz"]
-    assert "a.tar.gz: 4 links and other entries that are not files are skipped" in caplog.text
-
-
-def test_acl_imdb_follows_no_link_out_of_its_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    root = write_folder(tmp_path / "a", REVIEWS)
-    read = read_acl_imdb(root)
-    (tmp_path / "secret.txt").write_text("A secret.")
-    for number, target in enumerate([tmp_path / "secret.txt", Path("/dev/zero"), Path("nowhere")], start=70):
+    archive = write_archive(tmp_path / "a.tar.gz", REVIEWS, *hostile)
+    secret = tmp_path / "secret.txt"
+    secret.write_text("A secret.")
+    for number, target in enumerate([secret, Path("/dev/zero"), Path("nowhere")], start=70):
         (root / f"train/pos/{number}_9.txt").symlink_to(target)
     os.mkfifo(root / "train/pos/80_9.txt")
-    assert read_acl_imdb(root) == read
-    assert "a: 4 links and other entries that are not files are skipped" in caplog.text
+    for path in (archive, root):
+        assert read_acl_imdb(path) == read
+        assert f"{path}: 4 links and other entries that are not files are skipped" in caplog.text
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "a.tar.gz", "secret.txt"}
     (root / "train/pos").rename(tmp_path / "elsewhere")
     (root / "train/pos").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="no reviews in train/pos"):
@@ -159,24 +153,16 @@ MANY = REVIEWS | {
 }
 
 
-@pytest.mark.parametrize("name", ["a.tar.gz", "a.tar"])
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.8])
-def test_acl_imdb_truncated_archive(tmp_path: Path, name: str, share: float) -> None:
+@pytest.mark.parametrize(("name", "place"), [("a.tar", 1024 * 60), ("a.tar.gz", -6)])  # a header; gzip's CRC
+def test_acl_imdb_that_is_cut_short_or_damaged(tmp_path: Path, name: str, place: int) -> None:
     path = write_archive(tmp_path / name, MANY)
     whole = path.read_bytes()
-    path.write_bytes(whole[: int(len(whole) * share)])
-    with pytest.raises(UserError, match=f"{name} .*cut short"):
-        read_acl_imdb(path)
-
-
-@pytest.mark.parametrize(("name", "place"), [("a.tar", 1024 * 60), ("b.tar.gz", -6)])  # a header; gzip's CRC
-def test_acl_imdb_damage_is_not_taken_for_the_end(tmp_path: Path, name: str, place: int) -> None:
-    path = write_archive(tmp_path / name, MANY)
-    data = bytearray(path.read_bytes())
-    data[place] ^= 0xFF
-    path.write_bytes(data)
-    with pytest.raises(UserError, match="damaged"):
-        read_acl_imdb(path)
+    damaged = bytearray(whole)
+    damaged[place] ^= 0xFF
+    for data in (damaged, *(whole[: int(len(whole) * share)] for share in (0.0, 0.1, 0.5, 0.8))):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=f"{name} .*cut short, damaged"):
+            read_acl_imdb(path)
 
 
 def test_acl_imdb_missing_parts(tmp_path: Path) -> None:
@@ -242,16 +228,10 @@ def test_encodings_used_in_china(tmp_path: Path, encoding: str, caplog: pytest.L
         (tmp_path / name).write_bytes(text.encode(encoding))
         assert [held for _, held in read_rows(tmp_path / name)] == [row]
         assert (f"{name} is not UTF-8; read as" in caplog.text) == (not encoding.startswith("utf-8"))
-
-
-def test_a_few_chinese_words_among_english_ones_are_read(tmp_path: Path) -> None:
-    rows = [f"A film that nobody needs to see twice, number {number}" for number in range(30)]
-    rows[7] += "，张伟说"
-    (tmp_path / "a.txt").write_bytes("\n".join(rows).encode("gbk"))
-    assert read_texts(tmp_path / "a.txt") == [Text(row) for row in rows]
-    (tmp_path / "a.txt").write_bytes("\n".join(rows).replace("，张伟说", " na\u00efve caf\u00e9").encode("latin-1"))
-    with pytest.raises(UserError, match=r"a\.txt, line 8: not UTF-8"):
-        read_texts(tmp_path / "a.txt")
+    few = [f"A film that nobody needs to see twice, number {number}" for number in range(30)]
+    few[7] += "，张伟说"
+    (tmp_path / "a.txt").write_bytes("\n".join(few).encode(encoding))
+    assert read_texts(tmp_path / "a.txt") == [Text(row) for row in few], "a few Chinese words among English ones"
 
 
 @pytest.mark.parametrize(
@@ -260,6 +240,7 @@ def test_a_few_chinese_words_among_english_ones_are_read(tmp_path: Path) -> None
         ("euc-kr", "하늘은 왜 파란가요? 모르겠어요"),
         ("cp1251", "Мы на море"),
         ("latin-1", "na\u00efve"),
+        ("latin-1", f"{'as few as those are ' * 9}na\u00efve"),
         ("big5", "為什麼天是藍的？"),
     ],
 )
@@ -341,7 +322,7 @@ def test_a_file_that_would_fill_the_memory(
         read_texts(tmp_path / name)
 
 
-def test_pipes_sockets_and_devices_are_refused_without_waiting(tmp_path: Path) -> None:
+def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with socket.socket(socket.AF_UNIX) as opened:
         opened.bind(str(tmp_path / "socket"))
@@ -350,22 +331,11 @@ def test_pipes_sockets_and_devices_are_refused_without_waiting(tmp_path: Path) -
             (path := tmp_path / f"{target.name}.{suffix}").symlink_to(target)
             with pytest.raises(UserError, match="is a pipe, a socket or a device; give a file"):
                 read(path)
-
-
-def test_what_looks_like_a_path_or_a_formula_stays_text(tmp_path: Path) -> None:
-    texts = ["../../etc/passwd", "file:///etc/passwd", '=HYPERLINK("http://x")', "${oc.env:HOME}", "{{ 7 * 7 }}", "'=1"]
-    rows = [{"text": text} for text in texts]
-    for path in (jsonl(tmp_path / "a.jsonl", *rows), sheet(tmp_path / "a.csv", *rows)):
-        assert read_texts(path) == [Text(text) for text in texts]
-
-
-def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
-    jsonl(tmp_path / "reviews.jsonl", {"text": "a"})
-    with pytest.raises(UserError, match=r"no file at .*review\.jsonl; near it: reviews\.jsonl"):
-        read_texts(tmp_path / "review.jsonl")
-    for path in (tmp_path, tmp_path / "no" / "such.csv"):
-        with pytest.raises(UserError, match="no file at"):
-            read_texts(path)
+    (tmp_path / "reviews.jsonl").touch()
+    for missing, said in (("review.jsonl", "; near it: reviews.jsonl"), ("", "."), ("no/such.csv", ".")):
+        with pytest.raises(UserError) as caught:
+            read_texts(tmp_path / missing)
+        assert str(caught.value).startswith(f"no file at {tmp_path / missing}{said}")
 
 
 # --- texts and labels
@@ -384,30 +354,46 @@ def test_labelled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert read_labelled(jsonl(tmp_path / "c.jsonl", *rows), labels={"正面": 1, "负面": 0, 5: 1}) == found
 
 
+SYSTEM = {"role": "system", "content": "Be kind."}
+BODY = {"body": "b", "y": 1}
+NO_CHAT = "not a list of messages with role and content or from and value"
+
+
 @pytest.mark.parametrize(
-    ("row", "options", "message"),
+    ("read", "row", "options", "message"),
     [
-        ({"body": "b", "y": 1}, {}, r"'text\|review\|sentence\|content' is missing; the columns are body, y"),
-        ({"body": "b", "y": 1}, {"columns": {"text": "body", "label": "star"}},
+        (read_labelled, BODY, {}, r"'text\|review\|sentence\|content' is missing; the columns are body, y"),
+        (read_labelled, BODY, {"columns": {"text": "body", "label": "star"}},
          r"data\.columns\.label=star names no column here; there are bo"),
-        ({"text": "b", "label": 5}, {}, r"'label' is 5; allowed are 0, 1, neg.*data\.labels=\{good"),
-        ({"text": "b", "label": " 负面 "}, {"labels": {"正面": 1}},
+        (read_labelled, {"text": "b", "label": 5}, {}, r"'label' is 5; allowed are 0, 1, neg.*data\.labels=\{good"),
+        (read_labelled, {"text": "b", "label": " 负面 "}, {"labels": {"正面": 1}},
          r"'label' is ' 负面 '; allowed are 正面 \(data\.labels\)"),
         # No message names a type of Python.
-        *(({"text": value, "label": 1}, {}, f"'text' is {said}, not text") for value, said in (
+        *((read_labelled, {"text": value, "label": 1}, {}, f"'text' is {said}, not text") for value, said in (
             ({"a": 1}, "an object"), (["a"], "a list"), (3, "a number"), (0.5, "a number"), (True, "true or false"))),
+        *((read_demonstrations, {"messages": messages}, {}, message) for messages, message in (
+            ([{"role": "judge", "content": "a?"}], "'messages' has a message from 'judge'; allowed are system, user"),
+            ([{"role": "user", "content": 3}], f"'messages' is {NO_CHAT}"),
+            ([{"role": None, "content": "a?"}], f"'messages' is {NO_CHAT}"),
+            ("a?", "'messages' is not a list of messages"))),
+        *((read_dialogues, {"conversation": value}, {}, "'conversation' is not a list of .*; a dialogue row needs")
+          for value in ([{"utterance": 3}], [{"words": "a"}], "a")),
     ],
 )  # fmt: skip
-def test_faults_of_labelled_rows(tmp_path: Path, row: dict[str, Any], options: dict[str, Any], message: str) -> None:
+def test_a_row_that_a_reader_cannot_use_is_named_with_its_fault(
+    tmp_path: Path, read: Reader, row: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError, match=rf"a\.jsonl, line 1: {message}"):
-        read_labelled(jsonl(tmp_path / "a.jsonl", row), **options)
+        read(jsonl(tmp_path / "a.jsonl", row), **options)
 
 
 # --- demonstrations and dialogues
 
 
+NEXT = {"instruction": "And now?", "input": "Say it.", "output": "Now too.", "system": "Be brief."}
+PAST = [[turn.text for turn in TURNS]]
+BRIEF, NOW = Turn("system", "Be brief."), Turn("assistant", "Now too.")
 NULLS = {"from": None, "value": None, "tool_calls": None, "reasoning_content": None}
-SYSTEM = {"role": "system", "content": "Be kind."}
 
 
 @pytest.mark.parametrize(
@@ -422,6 +408,14 @@ SYSTEM = {"role": "system", "content": "Be kind."}
         ({"messages": [SYSTEM, *CHAT]}, Dialogue((Turn("system", "Be kind."), *TURNS))),
         ({"conversations": [{"from": "human", "value": "你好"}, {"from": "gpt", "value": "好"}]},
          Dialogue((Turn("user", "你好"), Turn("assistant", "好")))),
+        ({"conversation": [{"utterance": "alone"}]}, Dialogue((Turn("user", "alone"),), both=True)),
+        # What was said before an instruction, and the system's words.
+        ({**NEXT, "history": PAST}, Dialogue((BRIEF, *TURNS, Turn("user", "And now?\n\nSay it."), NOW))),
+        (NEXT, Dialogue((BRIEF, Turn("user", "And now?\n\nSay it."), NOW))),
+        ({**NEXT, "history": None, "system": ""}, Demonstration((Turn("user", "And now?\n\nSay it."),), "Now too.")),
+        ({"history": CHAT, "prompt": "c", "completion": "d"},
+         Dialogue((*TURNS, Turn("user", "c"), Turn("assistant", "d")))),
+        ({"conversations": CHAT, "system": "Be brief."}, Dialogue((BRIEF, *TURNS))),
         # Files that were merged leave the other's columns null.
         ({"messages": [{**ASKED, **NULLS}, {"from": "gpt", "value": "Yes.", "role": None}], "prompt": None},
          Dialogue((TURNS[0], Turn("assistant", "Yes.")))),
@@ -446,21 +440,6 @@ def test_every_form_of_a_demonstration(tmp_path: Path, row: dict[str, Any], expe
         assert found.replies == [place for place, turn in enumerate(found.turns) if turn.role == "assistant"]
 
 
-@pytest.mark.parametrize(
-    ("messages", "message"),
-    [
-        ([{"role": "judge", "content": "a?"}], "message from 'judge'; allowed are system, user"),
-        ([{"role": "user", "content": 3}], "not a list of messages with role and content or from and value"),
-        ([{"role": None, "content": "a?"}], "not a list of messages with role and content or from and value"),
-        ("a?", "not a list of messages"),
-    ],
-)
-def test_chat_faults(tmp_path: Path, messages: object, message: str) -> None:
-    path = jsonl(tmp_path / "a.jsonl", {"messages": CHAT}, {"messages": messages})
-    with pytest.raises(UserError, match=rf"a\.jsonl, line 2: .*{message}"):
-        read_demonstrations(path)
-
-
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl"])
 @pytest.mark.parametrize("write", [json.dumps, str], ids=["json", "python"])
 def test_messages_written_in_a_cell_are_read_as_messages(tmp_path: Path, write: Any, name: str) -> None:
@@ -469,6 +448,8 @@ def test_messages_written_in_a_cell_are_read_as_messages(tmp_path: Path, write: 
     assert read_preferences(path) == [Preference((TURNS[0],), TURNS[1].text, "No.")]
     path = put(tmp_path / name, {"prompt": write(CHAT[:1]), "completion": write(CHAT[1:])})
     assert read_demonstrations(path) == [Demonstration((TURNS[0],), TURNS[1].text)]
+    path = put(tmp_path / name, {**NEXT, "input": "", "history": write(PAST)})
+    assert read_demonstrations(path) == [Dialogue((BRIEF, *TURNS, Turn("user", "And now?"), NOW))]
     path = put(tmp_path / name, {"messages": write(CHAT)})
     assert read_demonstrations(path) == read_dialogues(path) == [Dialogue(TURNS)]
     path = put(tmp_path / name, {"conversation": write([{"utterance": "one"}, {"utterance": "two"}])})
@@ -477,65 +458,34 @@ def test_messages_written_in_a_cell_are_read_as_messages(tmp_path: Path, write: 
     assert read_preferences(path) == [Ranking("p", ("b", "it's a", "c"))]
 
 
-def test_answers_of_json_and_code_stay_text(tmp_path: Path) -> None:
-    texts = ['{"a": 1}', '[{"name": "x", "role": "admin"}]', "[1, 2]", "{not json", "['a', 'b']", "[see above] yes"]
-    path = sheet(tmp_path / "a.csv", *({"prompt": text, "completion": text} for text in texts))
+@pytest.mark.parametrize("put", [jsonl, sheet])
+def test_what_looks_like_json_code_a_path_or_a_formula_stays_text(tmp_path: Path, put: Any) -> None:
+    texts = [
+        '{"a": 1}', '[{"name": "x", "role": "admin"}]', "[1, 2]", "{not json", "['a', 'b']", "[see above] yes",
+        '{"a": 1, "a": 2}', r'["\ud83d"]',
+        "../../etc/passwd", "file:///etc/passwd", '=HYPERLINK("http://x")', "${oc.env:HOME}", "{{ 7 * 7 }}", "'=1",
+    ]  # fmt: skip
+    path = put(tmp_path / f"a.{'jsonl' if put is jsonl else 'csv'}", *({"prompt": t, "completion": t} for t in texts))
     assert read_demonstrations(path) == [Demonstration(text, text) for text in texts]
+    assert read_texts(path, "prompt") == [Text(text) for text in texts]
 
 
-def test_a_cell_of_messages_that_was_cut_off_is_no_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    cut = json.dumps(CHAT)[:-5]
-    path = sheet(tmp_path / "a.csv", {"prompt": "p", "completion": "c"}, {"prompt": "q", "completion": cut})
+@pytest.mark.parametrize(
+    "cell",
+    [json.dumps(CHAT)[:-5],
+     '[{"role": "user", "content": "a", "content": "b"}]', "[{'role': 'user', 'content': 'a', 'role': 'x'}]"],
+    ids=["cut off", "key twice", "key twice in Python"],
+)  # fmt: skip
+def test_a_cell_of_messages_that_cannot_be_read_is_no_text(
+    tmp_path: Path, cell: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = sheet(tmp_path / "a.csv", {"prompt": "p", "completion": "c"}, {"prompt": "q", "completion": cell})
     assert read_demonstrations(path) == [Demonstration("p", "c")]
     assert "1 of 2 rows skipped ('completion' begins like a list of messages, and cannot be read as one)" in caplog.text
     deep = f'[{{"role": "user", "content": {"[" * 100_000}'
     path = sheet(tmp_path / "a.csv", {"prompt": "p", "completion": deep})
     with pytest.raises(UserError, match="line 2: nested too deeply"):
         read_demonstrations(path)
-
-
-def test_of_a_key_that_occurs_twice_neither_value_is_taken(tmp_path: Path) -> None:
-    rows = ['{"prompt": "p", "chosen": "a", "rejected": "b", "chosen": "c"}', r'{"chosen": "\ud83d", "rejected": "b"}']
-    path = tmp_path / "a.jsonl"
-    path.write_text("\n".join([*rows, '{"prompt": "p", "chosen": "a", "rejected": "b"}']))
-    found = read_judgements(path)
-    assert [(row["where"], row["why"][:16]) for row in found.rejected] == [
-        ("line 1", "a key occurs twi"), ("line 2", "half a character"),
-    ]  # fmt: skip
-    assert len(found.judgements) == 1
-    for cell in (
-        '[{"role": "user", "content": "a", "content": "b"}]',
-        "[{'role': 'user', 'content': 'a', 'role': 'x'}]",
-    ):
-        path = sheet(tmp_path / "a.csv", {"messages": cell})
-        with pytest.raises(UserError, match="begins like a list of messages, and cannot be read as one"):
-            read_demonstrations(path)
-    path = sheet(tmp_path / "a.csv", {"prompt": '{"a": 1, "a": 2}', "completion": r'["\ud83d"]'})
-    assert read_demonstrations(path) == [Demonstration('{"a": 1, "a": 2}', r'["\ud83d"]')]
-
-
-def test_alpacas_history_and_system_stand_before_the_instruction(tmp_path: Path) -> None:
-    row: dict[str, Any] = {"instruction": "And now?", "input": "Say it.", "output": "Now too.", "system": "Be brief."}
-    pairs = [["Is it?", "Yes."], ["Why?", "So."]]
-    asked, answer, system = (
-        Turn("user", "And now?\n\nSay it."),
-        Turn("assistant", "Now too."),
-        Turn("system", "Be brief."),
-    )
-    past = [Turn(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]
-    whole = Dialogue((system, *past, asked, answer))
-    path = jsonl(tmp_path / "a.jsonl", {**row, "history": pairs}, row, {**row, "history": None, "system": ""})
-    assert read_demonstrations(path) == [
-        whole, Dialogue((system, asked, answer)), Demonstration((asked,), "Now too."),
-    ]  # fmt: skip
-    for write in (json.dumps, str):
-        assert read_demonstrations(sheet(tmp_path / "a.csv", {**row, "history": write(pairs)})) == [whole]
-    path = jsonl(tmp_path / "b.jsonl", {"history": CHAT, "prompt": "c", "completion": "d"},
-                 {"conversations": CHAT, "system": "Be brief."})  # fmt: skip
-    talk = Dialogue((*TURNS, Turn("user", "c"), Turn("assistant", "d")))
-    assert read_demonstrations(path) == [talk, Dialogue((system, *TURNS))]
-    pair = {**row, "history": pairs, "chosen": "c", "rejected": "r"}
-    assert read_preferences(jsonl(tmp_path / "c.jsonl", pair)) == [Preference((system, *past, asked), "c", "r")]
 
 
 def test_what_is_not_read_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -596,75 +546,39 @@ def test_a_null_is_a_blank(tmp_path: Path, empty: Any, caplog: pytest.LogCapture
         )
 
 
-def test_dialogues(tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "b.jsonl", {"conversation": [{"utterance": "哪个区？"}, {"utterance": "艾欧尼亚"}]},
-                 {"conversation": [{"utterance": "alone"}]})  # fmt: skip
-    two = Dialogue((Turn("user", "哪个区？"), Turn("assistant", "艾欧尼亚")), both=True)
-    assert read_dialogues(path) == [two, Dialogue((Turn("user", "alone"),), both=True)]
-    for value in ([{"utterance": 3}], [{"words": "a"}], "a"):
-        path = jsonl(tmp_path / "d.jsonl", {"conversation": value})
-        with pytest.raises(UserError, match=r"line 1: 'conversation' is not a list of .*; a dialogue row needs"):
-            read_dialogues(path)
-
-
 # --- the real files
 
-Reader = Callable[[Path], list[Any]]
-
-
-def test_real_acl_imdb_folder_and_archive(shared: Path, tmp_path: Path) -> None:
-    archive = shared / "data/imdb/aclImdb_small.tar.gz"
-    read = read_acl_imdb(archive)
-    for split in ("train", "test"):
-        assert Counter(row.label for row in read[split]) == {0: 1000, 1: 1000}
-    assert not any("<br" in row.text or "  " in row.text for rows in read.values() for row in rows)
-    with tarfile.open(archive) as opened:
-        opened.extractall(tmp_path, filter="data")
-    assert read_acl_imdb(tmp_path) == read
-
 
 @pytest.mark.parametrize(
-    ("name", "counts"),
+    ("reader", "name", "labels"),
     [
-        ("ChnSentiCorp_htl_all.csv.gz", {1: 5322, 0: 2443}),  # 2,444 less the one empty review
-        ("waimai_10k.csv.gz", {1: 4000, 0: 7987}),
-        ("dianping_asap_sample.jsonl.gz", {1: 230, 0: 26}),
+        (read_reviews, "imdb/aclImdb_small.tar.gz", {1: 2000, 0: 2000}),
+        (read_labelled, "chinese_sentiment/ChnSentiCorp_htl_all.csv.gz", {1: 5322, 0: 2443}),  # less one empty review
+        (read_labelled, "chinese_sentiment/waimai_10k.csv.gz", {1: 4000, 0: 7987}),
+        (read_labelled, "chinese_sentiment/dianping_asap_sample.jsonl.gz", {1: 230, 0: 26}),
+        (read_labelled, "chinese_sentiment/online_shopping_10_cats.csv.gz", {1: 31_727, 0: 31_046}),
+        *((read, name, {None: count}) for read, name, count in (
+            (read_texts, "imdb/unsup_20k.jsonl.gz", 20_000),
+            (read_preferences, "preferences/hh_harmless_base_test.jsonl.gz", 2312),
+            (read_preferences, "preferences/zh_sentiment_comment_pairs_train.jsonl.gz", 1000),
+            (read_preferences, "preferences/medicalgpt_dpo_zh_500.jsonl.gz", 500),
+            (read_preferences, "preferences/llms_from_scratch_preference_1100.jsonl.gz", 1094),
+            (read_preferences, "preferences/minchatgpt_chatgpt_preferences.json.gz", 458),
+            (read_preferences, "preferences/minchatgpt_ranked3.jsonl.gz", 149),
+            (read_preferences, "preferences/oasst_en_ranked.jsonl.gz", 212),
+            (read_preferences, "preferences/zh_review_ranklists4.jsonl.gz", 3082),
+            (read_demonstrations, "sft/alpaca_en_5k.jsonl.gz", 5000),
+            (read_demonstrations, "sft/alpaca_zh_2k.jsonl.gz", 2000),
+            (read_demonstrations, "sft/llms_from_scratch_instruct_1100.jsonl.gz", 1100),
+            (read_dialogues, "chinese_dialog/train.jsonl.gz", 10_000),
+            (read_dialogues, "chinese_dialog/kdconv_dev_test.jsonl.gz", 900),
+        )),
     ],
-)
-def test_real_chinese_sentiment(shared: Path, name: str, counts: dict[int, int]) -> None:
-    assert Counter(row.label for row in read_labelled(shared / "data/chinese_sentiment" / name)) == counts
-
-
-@pytest.mark.parametrize(
-    ("reader", "name", "count"),
-    [
-        (read_texts, "imdb/unsup_20k.jsonl.gz", 20_000),
-        (read_labelled, "chinese_sentiment/online_shopping_10_cats.csv.gz", 62_773),
-        (read_preferences, "preferences/hh_harmless_base_test.jsonl.gz", 2312),
-        (read_preferences, "preferences/zh_sentiment_comment_pairs_train.jsonl.gz", 1000),
-        (read_preferences, "preferences/medicalgpt_dpo_zh_500.jsonl.gz", 500),
-        (read_preferences, "preferences/llms_from_scratch_preference_1100.jsonl.gz", 1094),
-        (read_preferences, "preferences/minchatgpt_chatgpt_preferences.json.gz", 458),
-        (read_preferences, "preferences/minchatgpt_ranked3.jsonl.gz", 149),
-        (read_preferences, "preferences/oasst_en_ranked.jsonl.gz", 212),
-        (read_preferences, "preferences/zh_review_ranklists4.jsonl.gz", 3082),
-        (read_demonstrations, "sft/alpaca_en_5k.jsonl.gz", 5000),
-        (read_demonstrations, "sft/alpaca_zh_2k.jsonl.gz", 2000),
-        (read_demonstrations, "sft/llms_from_scratch_instruct_1100.jsonl.gz", 1100),
-        (read_dialogues, "chinese_dialog/train.jsonl.gz", 10_000),
-        (read_dialogues, "chinese_dialog/kdconv_dev_test.jsonl.gz", 900),
-    ],
-)
-def test_real_counts(shared: Path, reader: Reader, name: str, count: int) -> None:
-    assert len(reader(shared / "data" / name)) == count
-
-
-def test_real_hh_prompt_and_answer_make_up_the_dialog(shared: Path) -> None:
-    path = shared / "data/preferences/hh_harmless_base_test.jsonl.gz"
-    raw = [row for _, row in read_rows(path) if not isinstance(row, RowError)]
-    read = [row for row in read_preferences(path) if isinstance(row, Preference) and isinstance(row.prompt, str)]
-    assert [(p.prompt + p.chosen, p.prompt + p.rejected) for p in read] == [(r["chosen"], r["rejected"]) for r in raw]
-    assert all(str(p.prompt).endswith("\n\nAssistant:") for p in read)
+)  # fmt: skip
+def test_real_files_have_so_many_rows_of_each_label(
+    shared: Path, reader: Reader, name: str, labels: dict[int | None, int]
+) -> None:
+    assert Counter(getattr(row, "label", None) for row in reader(shared / "data" / name)) == labels
 
 
 @pytest.mark.parametrize("name", ["chinese_dialog/train.jsonl.gz", "preferences/medicalgpt_dpo_zh_500.jsonl.gz"])

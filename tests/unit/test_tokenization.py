@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_pipeline import data
 from rlhf_pipeline.data import tokenization
 from rlhf_pipeline.data.records import Code, Demonstration, Dialogue, Preference, Ranking, Row, Text, Turn
-from rlhf_pipeline.data.templates import TEMPLATES, format_prompt, visible_prompt
+from rlhf_pipeline.data.templates import visible_prompt
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.models.policies import open_policy, train_tokenizer
 from rlhf_pipeline.models.sampling import make_batch
@@ -42,31 +42,6 @@ def learnt(lesson: tokenization.Lesson, tokenizer: PreTrainedTokenizerBase) -> s
     return "|".join(tokenizer.decode(part) for part in parts)
 
 
-@pytest.mark.parametrize(
-    ("prompt", "answer", "text"),
-    [
-        ((Turn("user", "Name a colour."),), "Blue.", "### Instruction:\nName a colour.\n\n### Response:\nBlue."),
-        ("Say hi:", " Hi.", "Say hi: Hi."),  # a text is taken as it stands
-    ],
-)
-def test_a_prompt_is_asked_and_its_answer_learnt_with_an_end(prompt: Any, answer: str, text: str) -> None:
-    tokenizer, rows = tiny_tokenizer(), [Demonstration(prompt, answer)]
-    (lesson,) = tokenization.demonstrations(rows, tokenizer, {}, seed=0)
-    assert tokenizer.decode(lesson.ids) == f"{text}<|endoftext|>"
-    assert learnt(lesson, tokenizer) == f"{answer}<|endoftext|>"
-    assert asked(rows, tokenizer, {}, 0) == [lesson.ids[: lesson.learnt.index(1)]]
-
-
-def test_of_a_chat_every_reply_is_learnt_and_nothing_else() -> None:
-    tokenizer = tiny_tokenizer()
-    (lesson,) = tokenization.demonstrations([Dialogue(CHAT)], tokenizer, {}, seed=0)
-    assert learnt(lesson, tokenizer) == "It was.<|endoftext|>|The cast was fine.<|endoftext|>"
-    assert tokenizer.decode(lesson.ids).startswith("Be kind.\n\n### Instruction:\nWas it good?")
-    (prompt,) = asked([Dialogue(CHAT)], tokenizer, {}, seed=0)
-    assert tokenizer.decode(prompt).endswith("### Instruction:\nWhy?\n\n### Response:\n")
-    assert lesson.ids[: len(prompt)] == prompt
-
-
 def test_of_two_peoples_talk_every_turn_but_the_first_is_learnt() -> None:
     tokenizer = chinese()
     (lesson,) = tokenization.demonstrations([TALK], tokenizer, {}, seed=0)
@@ -74,75 +49,84 @@ def test_of_two_peoples_talk_every_turn_but_the_first_is_learnt() -> None:
     assert tokenizer.convert_ids_to_tokens(lesson.ids) == tokens
     assert lesson.learnt == [0] * 4 + [1] * 7
     assert tokenization.documents([TALK], tokenizer) == [lesson.ids], "no second end"
+    assert visible_prompt(tokenizer, TALK.turns[:1]) == "你好", "a reward sees no special tokens"
     first, both = (asked([TALK], tokenizer, {"prompt_turns": n}, 0)[0] for n in (None, 2))
     assert tokenizer.convert_ids_to_tokens(first) == ["[CLS]", *"你好", "[SEP]"]
     assert both == lesson.ids[:8]
 
 
+def instruction(text: str) -> str:
+    """A user's turn as our own template asks it."""
+    return f"### Instruction:\n{text}\n\n### Response:\n"
+
+
+WAS_IT, COLOUR, A = f"Be kind.\n\n{instruction('Was it good?')}", instruction("Name a colour."), instruction("a?")
+ASKED = Turn("user", "a?")
 ANNOUNCING = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+REWRITING = (  # an earlier reply is written otherwise
+    "{% for m in messages %}{{ m['role'] }}: {% if m['role'] == 'assistant' and loop.last %}(thought) {% endif %}"
+    "{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+THINKING = (  # as Gemma 4's: something stands only before a reply to come
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>(no thought) {% endif %}"
+)
 
 
 @pytest.mark.parametrize(
-    ("template", "text", "taught", "prompt"),
+    ("template", "row", "turns", "prompt", "text", "taught"),
     [
-        (ANNOUNCING,
-         "<system>Be kind.\n<user>Was it good?\n<assistant>It was.\n<user>Why?\n<assistant>The cast was fine.\n",
-         "It was.\n|The cast was fine.\n", "<system>Be kind.\n<user>Was it good?\n<assistant>"),
-        # One that writes an earlier reply otherwise teaches the last one.
-        ("{% for m in messages %}{{ m['role'] }}: {% if m['role'] == 'assistant' and loop.last %}(thought) {% endif %}"
-         "{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
+        (None, Demonstration((Turn("user", "Name a colour."),), "Blue."), None,
+         COLOUR, f"{COLOUR}Blue.<end>", "Blue.<end>"),
+        (None, Demonstration("Say hi:", " Hi."), None, "Say hi:", "Say hi: Hi.<end>", " Hi.<end>"),
+        (None, Dialogue(CHAT), None, f"{WAS_IT}It was.<end>{instruction('Why?')}",
+         f"{WAS_IT}It was.<end>{instruction('Why?')}The cast was fine.<end>",
+         "It was.<end>|The cast was fine.<end>"),
+        (None, Dialogue((ASKED, Turn("assistant", " "), Turn("user", "c?"), Turn("assistant", "d"))), 1,
+         A, f"{A} <end>{instruction('c?')}d<end>", "d<end>"),
+        (None, Dialogue((*CHAT[:3], CHAT[1])), 2, WAS_IT, f"{WAS_IT}It was.<end>", "It was.<end>"),
+        (ANNOUNCING, Dialogue(CHAT), 2, "<system>Be kind.\n<user>Was it good?\n<assistant>",
+         "<system>Be kind.\n<user>Was it good?\n<assistant>It was.\n<user>Why?\n<assistant>The cast was fine.\n<end>",
+         "It was.\n|The cast was fine.\n<end>"),
+        (ANNOUNCING, Dialogue((ASKED, Turn("assistant", "b"), Turn("user", "c")), both=True), 2,
+         "<user>a?\n<assistant>b\n", "<user>a?\n<assistant>b\n<user>c\n<end>", "b\n<user>c\n<end>"),
+        (REWRITING, Dialogue(CHAT), 2, "system: Be kind.\nuser: Was it good?\nassistant: ",
          "system: Be kind.\nuser: Was it good?\nassistant: It was.\nuser: Why?\n"
-         "assistant: (thought) The cast was fine.\n",
-         "(thought) The cast was fine.\n", "system: Be kind.\nuser: Was it good?\nassistant: "),
-        # As Gemma 4's: what it writes only before a reply to come is not learnt, nor is any reply lost for it.
-        ("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
-         "{% if add_generation_prompt %}<assistant>(no thought) {% endif %}",
-         "<system>Be kind.</><user>Was it good?</><assistant>It was.</><user>Why?</><assistant>The cast was fine.</>",
-         "It was.</>|The cast was fine.</>", "<system>Be kind.</><user>Was it good?</><assistant>(no thought) "),
+         "assistant: (thought) The cast was fine.\n<end>",
+         "(thought) The cast was fine.\n<end>"),
+        (THINKING, Dialogue(CHAT), 2, "<system>Be kind.</><user>Was it good?</><assistant>(no thought) ",
+         "<system>Be kind.</><user>Was it good?</><assistant>It was.</><user>Why?</>"
+         "<assistant>The cast was fine.</><end>",
+         "It was.</>|The cast was fine.</><end>"),
     ],
-    ids=["announcing", "rewriting", "thinking"],
+    ids=["instruction", "text", "chat", "blank reply", "user last", "announcing", "announcing two people", "rewriting",
+         "thinking"],
 )  # fmt: skip
-def test_replies_are_learnt_as_the_tokenizers_own_template_writes_them(
-    template: str, text: str, taught: str, prompt: str
+def test_a_prompt_is_asked_and_every_reply_learnt_as_the_template_writes_them(
+    template: str | None, row: Any, turns: int | None, prompt: str, text: str, taught: str
 ) -> None:
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = template
-    (lesson,) = tokenization.demonstrations([Dialogue(CHAT)], tokenizer, {}, seed=0)
-    assert tokenizer.decode(lesson.ids) == f"{text}<|endoftext|>"
-    assert learnt(lesson, tokenizer) == f"{taught}<|endoftext|>"
-    (ids,) = asked([Dialogue(CHAT)], tokenizer, {"prompt_turns": 2}, seed=0)
-    assert tokenizer.decode(ids) == format_prompt(tokenizer, CHAT[:2]) == prompt
-
-
-def test_a_template_that_announces_replies_loses_no_turn() -> None:
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = ANNOUNCING
-    row = Dialogue((Turn("user", "a?"), Turn("assistant", "b"), Turn("user", "c")), both=True)
+    tokenizer.chat_template = template or tokenizer.chat_template
     (lesson,) = tokenization.demonstrations([row], tokenizer, {}, seed=0)
-    (prompt,) = asked([row], tokenizer, {"prompt_turns": 2}, seed=0)
-    assert tokenizer.decode(prompt) == "<user>a?\n<assistant>b\n", "a user's turn follows, which is not announced"
-    assert tokenizer.decode(lesson.ids) == "<user>a?\n<assistant>b\n<user>c\n<|endoftext|>"
-    assert learnt(lesson, tokenizer) == "b\n<user>c\n<|endoftext|>"
+    (ids,) = asked([row], tokenizer, {"prompt_turns": turns}, seed=0)
+    found = (tokenizer.decode(ids), tokenizer.decode(lesson.ids), learnt(lesson, tokenizer))
+    assert found == tuple(words.replace("<end>", "<|endoftext|>") for words in (prompt, text, taught))
+    if not template:
+        assert lesson.ids[: len(ids)] == ids, "SFT and PPO read the same prompt"
 
 
-def test_what_a_reward_sees_of_a_prompt_has_no_special_tokens() -> None:
-    assert visible_prompt(chinese(), (Turn("user", "你好，再见"),)) == "你好，再见"
-    assert visible_prompt(tiny_tokenizer(), "as it is") == "as it is"
-    assert set(TEMPLATES) == {"dialogue", "instruction"}
-
-
-def test_prompts_of_preferences_and_rankings() -> None:
+def test_of_a_preference_the_prompt_is_asked_and_the_better_answer_learnt_as_language() -> None:
     tokenizer = tiny_tokenizer()
     rows: list[Row] = [
-        Preference("Is it?", "Yes.", "No."),
-        Ranking((Turn("user", "a?"),), ("b", "c")),
-        Ranking("", ("x",)),
-    ]
+        Preference("Is it?", " Yes.", " No."), Ranking((Turn("user", "a?"),), ("b", "c")), Ranking("", ("x", "y")),
+    ]  # fmt: skip
     shown = [tokenizer.decode(ids) for ids in asked(rows, tokenizer, {}, 0)]
     assert shown == ["Is it?", "### Instruction:\na?\n\n### Response:\n"], "one without a prompt gives none"
+    learnt_texts = [tokenizer.decode(ids[:-1]) for ids in tokenization.documents(rows, tokenizer)]
+    assert learnt_texts == ["Is it? Yes.", f"{shown[1]}b", "x"]
 
 
 def test_code_gives_its_functions_heads_and_bodies() -> None:
@@ -154,20 +138,12 @@ def test_code_gives_its_functions_heads_and_bodies() -> None:
     (lesson,) = tokenization.demonstrations(rows, tokenizer, choice, seed=0)
     assert tokenizer.decode(lesson.ids) == "def first(a):\n    return a\n<|endoftext|>"
     assert learnt(lesson, tokenizer) == "\n    return a\n<|endoftext|>"
-    in_a_file = tokenization.documents([Code(source)], tokenizer)[0]
+    (in_a_file,) = tokenization.documents(rows, tokenizer)
+    assert tokenizer.decode(in_a_file) == source + "<|endoftext|>"
     head = lesson.ids[: lesson.learnt.index(1)]
     start = next(i for i in range(len(in_a_file)) if in_a_file[i : i + len(head)] == head)
-    assert in_a_file[start : start + len(lesson.ids) - 2] == lesson.ids[:-2], (
-        "cut apart, the tokens are those of the file"
-    )
-    assert asked(rows, tokenizer, choice, 0) == [lesson.ids[: lesson.learnt.index(1)]]
-    assert tokenizer.decode(tokenization.documents(rows, tokenizer)[0]) == source + "<|endoftext|>"
-
-
-def test_of_preferences_only_the_better_answer_is_learnt_as_language() -> None:
-    tokenizer = tiny_tokenizer()
-    rows: list[Row] = [Preference("Is it?", " Yes.", " No."), Ranking("So?", (" a", " b"))]
-    assert [tokenizer.decode(ids[:-1]) for ids in tokenization.documents(rows, tokenizer)] == ["Is it? Yes.", "So? a"]
+    assert in_a_file[start:][: len(lesson.ids) - 2] == lesson.ids[:-2], "cut apart, the tokens are those of the file"
+    assert asked(rows, tokenizer, choice, 0) == [head]
 
 
 def sentencepiece_like() -> PreTrainedTokenizerBase:
@@ -185,7 +161,7 @@ def sentencepiece_like() -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-def test_a_bos_that_a_tokenizer_begins_with_stands_in_every_row_and_no_blank_is_made_up() -> None:
+def test_a_bos_that_a_tokenizer_begins_with_stands_in_every_row_and_no_blank_is_made_up_or_lost() -> None:
     tokenizer = sentencepiece_like()
     row = Demonstration("Say hi:", "hi a")
     (lesson,) = tokenization.demonstrations([row], tokenizer, {}, seed=0)
@@ -193,16 +169,12 @@ def test_a_bos_that_a_tokenizer_begins_with_stands_in_every_row_and_no_blank_is_
     assert lesson.learnt == [0, 0, 0, 0, 1, 1, 1]
     assert asked([row], tokenizer, {}, 0) == [lesson.ids[:4]], "SFT and PPO read the same prompt"
     assert tokenization.documents([Text("Say hi")], tokenizer) == [[0, 4, 5, 1]]
-
-
-def test_a_response_keeps_the_blank_it_begins_with() -> None:
-    tokenizer = sentencepiece_like()
-    batch = make_batch([[0, 4]], [[5, 8]])
-    assert batch.texts(tokenizer) == (["Say"], [" hi a"])
+    long = tokenization.Lesson([0, *range(100, 130), 200, 1], [0] * 31 + [1, 1])
+    assert tokenization.shortened([[long]], tokenizer, 6) == [[([0, 127, 128, 129, 200, 1], [0] * 4 + [1, 1])]]
+    assert make_batch([[0, 4]], [[5, 8]]).texts(tokenizer) == (["Say"], [" hi a"])
     words = train_tokenizer(["this movie is great"] * 9, 200, 64, characters=True)
     ids = tokenization.encode(words, ["this movie is great"])[0]
-    prompts, answers = make_batch([ids[:2]], [ids[2:]]).texts(words)
-    assert prompts[0] + answers[0] == "this movie is great"
+    assert make_batch([ids[:2]], [ids[2:]]).texts(words) == (["this movie"], [" is great"])
 
 
 def test_a_prompt_alone_is_asked_as_it_stands_and_nothing_ends_after_it() -> None:
@@ -218,54 +190,40 @@ def test_a_prompt_alone_is_asked_as_it_stands_and_nothing_ends_after_it() -> Non
     assert chinese().convert_ids_to_tokens(alone) == ["[CLS]", *"你好", "[SEP]"]
 
 
-def test_a_blank_reply_is_not_learnt() -> None:
-    tokenizer = tiny_tokenizer()
-    row = Dialogue((Turn("user", "a?"), Turn("assistant", " "), Turn("user", "c?"), Turn("assistant", "d")))
-    (lesson,) = tokenization.demonstrations([row], tokenizer, {}, seed=0)
-    assert learnt(lesson, tokenizer) == "d<|endoftext|>"
-    (lesson,) = tokenization.demonstrations([Dialogue((*CHAT[:3], CHAT[1]))], tokenizer, {}, seed=0)
-    assert learnt(lesson, tokenizer) == "It was.<|endoftext|>", "what the user says last is not learnt either"
-
-
 def lesson_of(prompt: int, answer: int, first: int = 100) -> tokenization.Lesson:
     return tokenization.Lesson([*range(first, first + prompt), *range(200, 200 + answer)], [0] * prompt + [1] * answer)
 
 
-def test_a_prompt_loses_its_beginning_before_an_answer_loses_its_end(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("apart", "rows", "said"),
+    [
+        (True, {
+            "fits": (lesson_of(4, 6), lesson_of(4, 6)),
+            "the answer stays whole": (lesson_of(30, 6), lesson_of(4, 6, first=126)),
+            "what does not fit by itself loses its end, and the prompt stays": (lesson_of(3, 30), lesson_of(3, 7)),
+            "neither fits": (lesson_of(30, 30), lesson_of(5, 5, first=125)),
+            "the answer fits exactly": (lesson_of(30, 10), lesson_of(5, 5, first=125)),
+        }, "4 of 5 rows are longer than 10 tokens (trainer.max_length, at most the policy's positions): "
+           "3 prompts lose their beginning, 3 answers lose their end"),
+        (False, {
+            "fits": (lesson_of(4, 6), lesson_of(4, 6)),
+            "its end": (lesson_of(4, 8), lesson_of(4, 6)),
+            "a prompt above half": (lesson_of(9, 6), lesson_of(5, 5, first=104)),
+        }, "2 of 3 rows are longer than 10 tokens (trainer.max_length, at most the policy's positions): "
+           "1 prompts lose their beginning, 2 answers lose their end"),
+    ],
+    ids=["prompt and answer", "one text"],
+)  # fmt: skip
+def test_a_prompt_loses_its_beginning_before_an_answer_loses_its_end(
+    capsys: pytest.CaptureFixture[str], apart: bool, rows: dict[str, tuple[Any, Any]], said: str
+) -> None:
     tokenizer = tiny_tokenizer()
-    lessons = [lesson_of(4, 6), lesson_of(30, 6), lesson_of(3, 30), lesson_of(30, 30), lesson_of(30, 10)]
-    ((fits, prompt, answer, both, whole), ()) = tokenization.shortened([lessons, []], tokenizer, 10)
-    assert fits == lesson_of(4, 6)
-    assert prompt == lesson_of(4, 6, first=126), "the answer stays whole"
-    assert answer == lesson_of(3, 7), "what does not fit by itself loses its end, and the prompt stays"
-    assert both == lesson_of(5, 5, first=125)
-    assert whole == lesson_of(5, 5, first=125)
-    line = capsys.readouterr().out
-    assert line == (
-        "warning: 4 of 5 rows are longer than 10 tokens (trainer.max_length, at most the policy's positions): "
-        "3 prompts lose their beginning, 3 answers lose their end\n"
-    )
-    assert tokenization.shortened([lessons[:1]], tokenizer, 10) == [lessons[:1]]
-    assert capsys.readouterr().out == ""
-
-
-def test_a_text_that_is_prompt_and_answer_at_once_loses_its_end(capsys: pytest.CaptureFixture[str]) -> None:
-    lessons = [lesson_of(4, 6), lesson_of(4, 8), lesson_of(9, 6)]
-    ((fits, text, prompt),) = tokenization.shortened([lessons], tiny_tokenizer(), 10, apart=False)
-    assert (fits, text, prompt) == (lesson_of(4, 6), lesson_of(4, 6), lesson_of(5, 5, first=104))
-    assert "2 of 3 rows are longer" in (line := capsys.readouterr().out)
-    assert line.endswith("1 prompts lose their beginning, 2 answers lose their end\n")
-
-
-def test_of_a_prompt_that_is_cut_the_bos_stays() -> None:
-    tokenizer = sentencepiece_like()
-    lesson = tokenization.Lesson([0, *range(100, 130), 200, 1], [0] * 31 + [1, 1])
-    assert tokenization.shortened([[lesson]], tokenizer, 6) == [[([0, 127, 128, 129, 200, 1], [0] * 4 + [1, 1])]]
-
-
-def test_where_nothing_of_any_answer_is_left_the_data_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    cut, empty = tokenization.shortened([[long for long, _ in rows.values()], []], tokenizer, 10, apart)
+    assert dict(zip(rows, cut, strict=True)) == {name: short for name, (_, short) in rows.items()}
+    assert (empty, capsys.readouterr().out) == ([], f"warning: {said}\n")
+    assert tokenization.shortened([[lesson_of(4, 6)]], tokenizer, 10) == [[lesson_of(4, 6)]]
     with pytest.raises(UserError, match=r"2 of 2 rows are longer than 1 tokens .* 2 rows are left out, so that"):
-        tokenization.shortened([[lesson_of(3, 3)], [lesson_of(1, 1)]], tiny_tokenizer(), 1)
+        tokenization.shortened([[lesson_of(3, 3)], [lesson_of(1, 1)]], tokenizer, 1)
     assert capsys.readouterr().out == ""
 
 
@@ -297,8 +255,6 @@ def test_the_real_chinese_dialogues_lose_next_to_nothing(shared: Path, hub: dict
     root = Path(hub["REQUESTS_LOG"]).parent
     policy = open_policy(str(root / "models" / "shibing624" / "gpt2-dialogbot-base-chinese"))
     tokenizer = policy.tokenizer
-    assert (tokenizer.eos_token, tokenizer.pad_token) == ("[SEP]", "[PAD]")
-    assert policy.model.config.eos_token_id == 102
     assert policy.model.config.bos_token_id is None
     rows = data.load_data({"name": "dialogue", "path": str(shared / "data/chinese_dialog/test.jsonl.gz")}, seed=0).train
     lessons = tokenization.demonstrations(rows, tokenizer, {}, seed=0)

@@ -31,14 +31,10 @@ def test_same_seed_same_reviews_and_a_longer_draw_begins_with_the_shorter() -> N
     assert toy_reviews(0, seed=3) == ()
 
 
-def test_varied_and_balanced(reviews: list[Labelled]) -> None:
+def test_reviews_are_varied_balanced_and_well_formed(reviews: list[Labelled]) -> None:
     assert len({review.text for review in reviews}) >= 15_000
-    assert {review.label for review in reviews} == {0, 1}
     assert 0.48 < sum(review.label for review in reviews) / len(reviews) < 0.52
     assert len({" ".join(review.text.split()[:4]) for review in reviews}) > 100  # prompts
-
-
-def test_form(reviews: list[Labelled]) -> None:
     for review in reviews:
         assert MIN_WORDS <= len(review.text.split()) <= MAX_WORDS
         assert "<" not in review.text
