@@ -51,7 +51,7 @@ def building() -> Iterator[None]:
     try:
         yield
     except (ImportError, ValueError, TypeError, AttributeError, KeyError, OSError) as error:
-        if isinstance(error, UserError) or disk_error(error):
+        if disk_error(error):
             raise
         raise UserError(f"the trainer cannot be built with these settings: {' '.join(str(error).split())}") from error
 

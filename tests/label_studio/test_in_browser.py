@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -16,12 +17,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import psutil
 import pytest
-from fake_label_studio import serving
 
-from rlhf_pipeline.feedback.label_studio import labeling_config
-from rlhf_pipeline.files import read_jsonl, write_jsonl
+from rlhf_pipeline.data.judgements import read_judgements
+from rlhf_pipeline.feedback.label_studio import connect, labeling_config, pull, push
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="there is no playwright; make test-label-studio has it")
 
@@ -39,11 +38,11 @@ COLLECT = [sys.executable, "-m", "rlhf_pipeline", "stage=collect"]
 
 @dataclass
 class Served:
-    """A server that runs, its folder of runs, and what was printed of it."""
+    """A server that runs, its folder of runs, and what it has printed."""
 
-    process: "subprocess.Popen[str]"
+    process: subprocess.Popen[bytes]
     runs: Path
-    printed: str
+    output: Path
 
     @property
     def home(self) -> Path:
@@ -62,16 +61,36 @@ def shown(task: int, answers: int) -> list[str]:
 def make_runs(runs: Path) -> None:
     """Runs as stage=collect leaves them, as far as Label Studio is concerned."""
     for name, answers in RUNS.items():
-        rows = [
-            {"task": f"{name}{number}", "prompt": prompt, "shown_prompt": prompt,
-             "answers": [{"id": f"answer{n}", "text": text} for n, text in enumerate(shown(number, answers), 1)]}
-            for number, prompt in enumerate(PROMPTS)
-        ]  # fmt: skip
+        tasks, rows = [], []
+        for number, prompt in enumerate(PROMPTS):
+            texts = {f"answer{n}": text for n, text in enumerate(shown(number, answers), 1)}
+            items = [{"id": key, "title": key[6:], "body": text} for key, text in texts.items()]
+            tasks.append({"data": {"task": f"{name}{number}", "prompt": prompt, "items": items, **texts}})
+            said = [{"id": key, "text": text} for key, text in texts.items()]
+            rows.append({"task": f"{name}{number}", "prompt": prompt, "shown_prompt": prompt, "answers": said})
         folder = runs / name / "collect"
         folder.mkdir(parents=True)
-        write_jsonl(folder / "candidates.jsonl", rows)
+        (folder / "tasks.json").write_text(json.dumps(tasks))
         (folder / "labeling_config.xml").write_text(labeling_config(answers))
+        (folder / "candidates.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / "run.json").write_text(json.dumps({"stage": "collect", "name": name, "status": "waiting"}))
+
+
+def start(folder: Path, name: str, output: Path) -> subprocess.Popen[bytes]:
+    """The server, as people start it."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("LABEL_STUDIO_")}
+    with output.open("wb") as file:
+        command = [*COLLECT, f"name={name}", "labels=serve"]
+        return subprocess.Popen(command, cwd=folder, stdout=file, stderr=subprocess.STDOUT, env=environment)
+
+
+def await_text(process: subprocess.Popen[bytes], output: Path, text: str, seconds: float) -> None:
+    """Wait until the process has printed this."""
+    end = time.monotonic() + seconds
+    while text not in output.read_text():
+        assert process.poll() is None, output.read_text()
+        assert time.monotonic() < end, output.read_text()
+        time.sleep(0.2)
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +100,16 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         pytest.skip("LABEL_STUDIO names no label-studio command; make test-label-studio sets it")
     folder = tmp_path_factory.mktemp("served")
     make_runs(folder / "runs")
-    with serving(folder, "ranks") as (process, first):
-        command = [*COLLECT, "name=pairs", "labels=serve"]
-        second = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=120)
-        assert second.returncode == 0, second.stderr
-        assert "already running" in second.stdout
-        yield Served(process, folder / "runs", first + second.stdout + second.stderr)
+    process = start(folder, "ranks", folder / "first.txt")
+    try:
+        await_text(process, folder / "first.txt", "Ctrl-C stops the server", 300)
+        second = start(folder, "pairs", folder / "second.txt")
+        assert second.wait(120) == 0, (folder / "second.txt").read_text()
+        assert "already running" in (folder / "second.txt").read_text()
+        yield Served(process, folder / "runs", folder / "first.txt")
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(30)
 
 
 class Annotator:
@@ -160,13 +183,23 @@ def annotator(served: Served) -> Iterator[Annotator]:
         browser.close()
 
 
-def labels(served: Served, name: str) -> dict[str, dict[str, float]]:
-    """By task, the place of each answer, 1 for the best, in the labels that `labels=pull` brings."""
-    command = [*COLLECT, f"name={name}", "labels=pull"]
-    pulled = subprocess.run(command, cwd=served.runs.parent, capture_output=True, text=True, check=False)
-    assert pulled.returncode == 0, pulled.stderr
-    rows = read_jsonl(served.runs / name / "collect" / "labels.jsonl")
-    return {row["task"]: dict(zip(row["responses"], row["ranks"], strict=True)) for row in rows}
+def take_shot(annotator: Annotator, name: str) -> None:
+    """A picture of the page, wide and narrow, for those who want to look: SCREENSHOTS names a folder."""
+    if folder := os.environ.get("SCREENSHOTS"):
+        for width in (1280, 600):
+            annotator.page.set_viewport_size({"width": width, "height": 1000})
+            time.sleep(0.5)
+            annotator.page.screenshot(path=f"{folder}/{name}_{width}.png")
+        annotator.page.set_viewport_size({"width": 1280, "height": 1000})
+        time.sleep(0.5)
+
+
+def judged(served: Served, name: str, tmp_path: Path) -> dict[str, tuple[list[str], list[float]]]:
+    """By task, what the readers make of what `pull` brings."""
+    tasks = pull(served.runs / name / "collect", served.runs)
+    (tmp_path / "export.json").write_text(json.dumps(tasks))
+    read = read_judgements(tmp_path / "export.json")
+    return {str(one.task): (list(one.answers), list(one.ranks)) for one in read.judgements}
 
 
 def ranking(task: int, order: list[int]) -> dict[str, int]:
@@ -175,8 +208,9 @@ def ranking(task: int, order: list[int]) -> dict[str, int]:
     return {texts[answer - 1]: place for place, answer in enumerate(order, 1)}
 
 
-def test_an_order_made_by_hand_is_what_the_reward_model_will_learn_from(served: Served, annotator: Annotator) -> None:
+def test_an_order_made_by_hand_comes_back_as_it_is(served: Served, annotator: Annotator, tmp_path: Path) -> None:
     annotator.open("ranks")
+    take_shot(annotator, "ranker")
     submit = annotator.page.locator(SUBMIT)
     sync_api.expect(submit).to_be_disabled()  # nobody has looked at the order yet
     annotator.drag(4, onto=1)
@@ -203,27 +237,50 @@ def test_an_order_made_by_hand_is_what_the_reward_model_will_learn_from(served: 
     submit.click()
     annotator.await_task(4)
 
-    assert labels(served, "ranks") == {
+    found = judged(served, "ranks", tmp_path)
+    assert {task: dict(zip(answers, ranks, strict=True)) for task, (answers, ranks) in found.items()} == {
         "ranks0": ranking(0, [4, 2, 3, 1]),
         "ranks1": ranking(1, [2, 1, 3, 4]),
         "ranks3": ranking(3, [1, 2, 3, 4]),
     }
-    assert [row["task"] for row in read_jsonl(served.runs / "ranks" / "collect" / "skipped.jsonl")] == ["ranks2"]
+    tasks = {task["data"]["task"]: task for task in pull(served.runs / "ranks" / "collect", served.runs)}
+    assert set(tasks) == {"ranks0", "ranks1", "ranks2", "ranks3"}
+    assert [note["was_cancelled"] for note in tasks["ranks2"]["annotations"]] == [True]
 
 
-def test_the_better_of_two_is_clicked(served: Served, annotator: Annotator) -> None:
+def test_what_was_clicked_is_what_the_reward_model_will_learn_from(served: Served) -> None:
+    pulled = subprocess.run(
+        [*COLLECT, "name=ranks", "labels=pull"], cwd=served.runs.parent, capture_output=True, text=True, check=False
+    )
+    assert pulled.returncode == 0, pulled.stderr
+    assert "4 of 5 labelled (1 skipped)" in pulled.stdout
+    rows = [json.loads(line) for line in (served.runs / "ranks/collect/labels.jsonl").read_text().splitlines()]
+    found = {row["task"]: dict(zip(row["responses"], row["ranks"], strict=True)) for row in rows}
+    assert found == {
+        "ranks0": ranking(0, [4, 2, 3, 1]),
+        "ranks1": ranking(1, [2, 1, 3, 4]),
+        "ranks3": ranking(3, [1, 2, 3, 4]),
+    }
+
+
+def test_the_better_of_two_is_clicked(served: Served, annotator: Annotator, tmp_path: Path) -> None:
     annotator.open("pairs")
     for number, side in enumerate((1, 0)):
         annotator.await_task(number)
         sync_api.expect(annotator.page.locator(SUBMIT)).to_be_disabled()
         annotator.page.locator(".rlhf-answer").nth(side).click()
+        if number == 0:
+            take_shot(annotator, "pairwise")
         annotator.page.click(SUBMIT)
     annotator.await_task(2)
     annotator.page.keyboard.press("Control+Space")
     annotator.await_task(3)
 
-    better = {task: min(places, key=places.__getitem__) for task, places in labels(served, "pairs").items()}
-    assert better == {"pairs0": shown(0, 2)[1], "pairs1": shown(1, 2)[0]}
+    found = judged(served, "pairs", tmp_path)
+    assert set(found) == {"pairs0", "pairs1"}
+    for number, side in enumerate((1, 0)):
+        answers, ranks = found[f"pairs{number}"]
+        assert min(zip(ranks, answers, strict=True))[1] == shown(number, 2)[side]
 
 
 def test_nothing_left_this_machine_and_no_answer_ran(annotator: Annotator) -> None:
@@ -231,30 +288,47 @@ def test_nothing_left_this_machine_and_no_answer_ran(annotator: Annotator) -> No
     assert annotator.dialogs == []
 
 
+def test_nothing_is_imported_twice(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    push(connect(served.runs), served.runs / "ranks" / "collect", "ranks")
+    assert "0 tasks added, 5 were there" in capsys.readouterr().out
+
+
 def test_only_this_machine_is_listened_to(served: Served) -> None:
-    server = psutil.Process(json.loads((served.home / "server.json").read_text())["pid"])
-    sockets = [each for one in (server, *server.children(recursive=True)) for each in one.net_connections()]
-    assert {each.laddr.ip for each in sockets if each.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
+    ss = shutil.which("ss")
+    if ss is None:
+        pytest.skip("there is no ss on this machine")
+    pid = json.loads((served.home / "server.json").read_text())["pid"]
+    lines = subprocess.run([ss, "-Hltnp"], capture_output=True, text=True, check=True).stdout.split("\n")
+    ours = [line.split()[3] for line in lines if f"pid={pid}," in line]
+    assert ours
+    assert all(address.startswith("127.0.0.1:") for address in ours)
 
 
 def test_token_and_password_are_in_their_file_alone(served: Served) -> None:
+    secrets = [served.login["token"], served.login["password"]]
+    assert stat.S_IMODE(served.home.stat().st_mode) == 0o700
+    assert stat.S_IMODE((served.home / "login.json").stat().st_mode) == 0o600
     commands = subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True, check=True).stdout
-    kept = [path.read_text() for path in (*served.runs.glob("*/collect/project.json"), *served.home.glob("server.*"))]
-    for text in (commands, served.printed, *kept):
-        assert not any(served.login[secret] in text for secret in ("token", "password"))
+    printed = [path.read_text() for path in (*served.runs.parent.glob("*.txt"), served.home / "server.log")]
+    kept = [path.read_text() for path in served.runs.glob("*/collect/project.json")]
+    for text in (commands, *printed, *kept, (served.home / "server.json").read_text()):
+        assert not any(secret in text for secret in secrets)
 
 
-def test_labels_and_login_survive_a_restart(served: Served, annotator: Annotator) -> None:
-    before, login = labels(served, "ranks"), served.login
+def test_labels_and_login_survive_a_restart(served: Served, annotator: Annotator, tmp_path: Path) -> None:
+    before, login = judged(served, "ranks", tmp_path), served.login
     pid = json.loads((served.home / "server.json").read_text())["pid"]
     served.process.send_signal(signal.SIGINT)
-    served.process.communicate(timeout=30)
+    served.process.wait(30)
     assert not Path(f"/proc/{pid}").exists()
     assert not (served.home / "server.json").exists()
-    with serving(served.runs.parent, "ranks") as (process, printed):
-        assert "0 tasks added, 5 were there" in printed
+    served.process = start(served.runs.parent, "ranks", served.output)
+    try:
+        await_text(served.process, served.output, "Ctrl-C stops the server", 300)
+        assert "0 tasks added, 5 were there" in served.output.read_text()
         assert served.login == login
-        assert labels(served, "ranks") == before
-        process.terminate()  # as `kill` does
-        process.communicate(timeout=30)
+        assert judged(served, "ranks", tmp_path) == before
+    finally:
+        served.process.terminate()  # as `kill` does
+        served.process.wait(30)
     assert not (served.home / "server.json").exists()
