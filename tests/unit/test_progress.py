@@ -26,21 +26,24 @@ def trained(bar: Any, first: int, last: int, meanwhile: Any = lambda: None, **lo
 
 
 def test_a_log_file_gets_lines_without_carriage_returns(capsys: pytest.CaptureFixture[str]) -> None:
-    """Also of a bar within a bar, which moves no cursor there."""
+    trained(Bar("ppo", "update"), 0, 500, **{"objective/kl": 1.25, "objective/scores": 0.5, "eval_reward": 0.75})
+    said = capsys.readouterr().err
+    assert "\r" not in said
+    first, last = said.splitlines()
+    assert first == "ppo:   0% 0/500 [00:00<?, ?update/s]"
+    assert last.startswith("ppo: 100% 500/500 [00:0")
+    assert "<00:00, " in last
+    assert last.endswith("update/s, reward=0.500, kl=1.250, held-out=0.750]")
 
+
+def test_a_bar_within_a_bar_moves_no_cursor_in_a_log_file(capsys: pytest.CaptureFixture[str]) -> None:
     def measure() -> None:
         with progress.progress(4, "held-out", "batch", leave=False) as inner:
             inner.update(4)
 
-    figures = {"objective/kl": 1.25, "objective/scores": 0.5, "eval_reward": 0.75}
-    trained(Bar("ppo", "update"), 0, 500, measure, **figures)
-    said = capsys.readouterr().err
-    assert "\r" not in said
-    first, inner, last = said.splitlines()
-    assert first == "ppo:   0% 0/500 [00:00<?, ?update/s]"
-    assert inner.startswith("held-out:   0% 0/4 [")
-    assert last.startswith("ppo: 100% 500/500 [00:0")
-    assert last.endswith("update/s, reward=0.500, kl=1.250, held-out=0.750]")
+    trained(Bar("sft", "step"), 0, 2, measure)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(" [")[0] for line in lines] == ["sft:   0% 0/2", "held-out:   0% 0/4", "sft: 100% 2/2"]
 
 
 def test_a_bar_of_what_is_measured_is_gone_after_the_last_batch() -> None:
