@@ -51,6 +51,11 @@ def settings_of(*typed: str) -> Any:
     return composition.settings_of(read_words(*typed))
 
 
+def once(*words: str) -> list[str]:
+    """Return settings, the last of each key: a command line takes each once."""
+    return [*{word.lstrip("+").partition("=")[0]: word for word in words}.values()]
+
+
 def change(path: Path, **values: object) -> None:
     """Set values of a file of JSON or YAML."""
     path.write_text(json.dumps({**yaml.safe_load(path.read_text()), **values}))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MINIATURE, CommandLine, cut_off, logged
+from conftest import MINIATURE, CommandLine, cut_off, logged, once
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_pipeline.data import load_data
@@ -89,9 +89,8 @@ def test_it_resumes_to_the_bit(run: Path, workplace: Path, command_line: Command
 
 
 def test_an_adapter_is_merged_into_what_it_makes(there: Path, command_line: CommandLine) -> None:
-    words = [word for word in DPO if "learning_rate" not in word]
-    words += ["name=adapter", "policy.path=runs/demo/sft", "policy.lora.r=4"]
-    assert command_line(*words, "trainer.learning_rate=1e-2", "trainer.max_steps=2") == 0
+    given = ("name=adapter", "policy.path=runs/demo/sft", "policy.lora.r=4")
+    assert command_line(*once(*DPO, *given, "trainer.learning_rate=1e-2", "trainer.max_steps=2")) == 0
     model = AutoModelForCausalLM.from_pretrained("runs/adapter/dpo/model")
     assert not any("lora" in name for name, _ in model.named_parameters())
     assert content_hash(Path("runs/adapter/dpo/model")) != content_hash(there / "sft" / "model")

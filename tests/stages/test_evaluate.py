@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from conftest import MINIATURE, CommandLine, Refused
-from rich.cells import cell_len
 from tiny import TEXTS, tiny_policy
 
 from rlhf_pipeline.evaluation.lineup import lineup
@@ -37,14 +36,11 @@ def test_policies_by_hand_and_more_rewards(
     assert found["metrics"]["./foreign"]["kl"] is None
     assert found["metrics"]["other"] == found["metrics"]["runs/demo/ppo"]
     for key in ("perplexity", "held_out_perplexity"):
-        taken = {name: row[key] for name, row in found["metrics"].items()}
-        assert taken.pop("./foreign") is None  # a token of its own is another measure
-        assert min(taken.values()) > 1
+        without = [name for name, row in found["metrics"].items() if row[key] is None]
+        assert without == ["./foreign"]  # a token of its own is another measure
     for name, row in found["metrics"].items():
         assert row["reward_mean"] == pytest.approx(sum(sample["rewards"][name] for sample in found["samples"]) / 24)
         assert 0 <= row["positive"] <= 1
-        assert 0 <= row["self_bleu"] <= 1
-        assert row["distinct_1"] <= row["distinct_2"] <= row["distinct_3"] or row["repeated"] > 0
     length = "length (target=5)"  # names that repeat are told apart by their fields
     assert list(found["rewards"]) == [length, "toy_sentiment", "length (target=9)"]
     for name, row in found["rewards"][length]["metrics"].items():
@@ -60,7 +56,6 @@ def test_policies_by_hand_and_more_rewards(
     best = found["extremes"]["best"][0]["rewards"]["other"]
     assert best == max(sample["rewards"]["other"] for sample in found["samples"])
     assert "By other rewards" in shown
-    assert max(map(cell_len, shown.splitlines())) <= 100
     record = read_json(run / "evaluate" / "run.json")
     assert record["parents"]["evaluate.rewards[1]"]["path"] == "toy_sentiment"
     assert record["results"]["speed"]["tokens_per_second"] > 0

@@ -11,10 +11,11 @@ from conftest import MINIATURE, CommandLine, Refused, change, settings_of
 
 from rlhf_pipeline.evaluation.frontier import Point, open_point, points_of
 from rlhf_pipeline.files import read_json
+from rlhf_pipeline.runs.lineage import content_hash
 from rlhf_pipeline.stages import evaluate
 
 ARGS = [arg for arg in MINIATURE if "stages.ppo" in arg or "stages" not in arg]
-SWEEP = ["stage=evaluate", "sweep=coefs", "evaluate.prompts=24", "evaluate.best_of=4"]
+SWEEP = ["stage=evaluate", "sweep=coefs", "evaluate.prompts=24"]
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +43,9 @@ def found_in(sweep: Path) -> dict[str, Any]:
 
 
 def test_every_checkpoint_of_every_job_is_measured(
-    sweep: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    sweep: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command_line(*SWEEP, "evaluate.rewards=[{name: length, target: 5}]") == 0
+    assert command_line(*SWEEP, "evaluate.best_of=4", "evaluate.rewards=[{name: length, target: 5}]") == 0
     shown = capsys.readouterr().out
     found = found_in(sweep)
     rows = {(row["run"], row["step"]): row for row in found["points"]}
@@ -71,11 +72,6 @@ def test_every_checkpoint_of_every_job_is_measured(
     page = (sweep / "frontier" / "report.html").read_text()
     assert page.count('<figure class="wide">') == 2
     assert "Best of n, without training" in page
-
-    # Again, nothing is measured; after one more job, that job alone.
-    monkeypatch.setattr(evaluate, "make_task", lambda *_: pytest.fail("measured again"))
-    assert command_line(*SWEEP, "evaluate.rewards=[{name: length, target: 5}]") == 0
-    assert found_in(sweep) == found
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # as the stages do
@@ -110,7 +106,7 @@ def two(miniature: Path, workplace: Path) -> Path:
     return workplace / "runs" / "coefs"
 
 
-QUICK = ["stage=evaluate", "sweep=coefs", "evaluate.prompts=24", "evaluate.best_of=2"]
+QUICK = [*SWEEP, "evaluate.best_of=2"]
 
 
 def test_jobs_that_learnt_from_different_rewards_need_a_judge(
@@ -174,9 +170,12 @@ def test_a_measuring_that_was_cut_off_goes_on_and_a_sweep_may_grow(
     assert ("c", 6) in after
     assert "deleted" not in capsys.readouterr().out
 
-    record = read_json(two / "frontier" / "run.json")
-    assert command_line(*QUICK) == 0  # nothing is new, so nothing is begun
-    assert read_json(two / "frontier" / "run.json") == record
+    # Once more nothing is new, so nothing is begun.
+    measured.clear()
+    before = content_hash(two / "frontier")
+    assert command_line(*QUICK) == 0
+    assert content_hash(two / "frontier") == before
+    assert not measured
     said = refused("stage=evaluate sweep=coefs evaluate.prompts=20 evaluate.best_of=2")
     assert "evaluate.prompts is 24 there and 20 here" in said
 

@@ -46,9 +46,8 @@ def test_a_recorded_function_runs_only_if_the_command_names_it(
     hint, recorded = "to run it, add reward.path=evil.py:score", "--config-path runs/demo/ppo --config-name config"
     assert command_line("stage=chat", "--prompt", "It was") == 0
     assert hint in capsys.readouterr().out
-    for asked in ("stage=evaluate sweep=demo name=other", f"{recorded} name=other"):
-        assert hint in refused(asked)
-    refused(f"{recorded} name=x ++reward.scale=1")
+    for asked in ("stage=evaluate sweep=demo", recorded, f"{recorded} ++reward.scale=1"):
+        assert hint in refused(f"{asked} name=other")
     refused("stage=chat name=demo --prompt 'It was' reward=python")
     assert not Path("executed").exists()
     named = ("reward=python", "reward.path=evil.py:score")

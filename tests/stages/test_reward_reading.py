@@ -1,13 +1,12 @@
 """What a reward reads of a text: the same tokens at the same positions in training, in scoring and once saved."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import CommandLine, Refused
+from conftest import CommandLine, Refused, change, once
 from tiny_rewards import tiny_config, write
 from transformers import (
     AutoModelForSequenceClassification,
@@ -52,8 +51,7 @@ def save_policy(folder: Path, kind: str) -> Path:
         )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "padding_side": "left"}))
+    change(folder / "tokenizer_config.json", padding_side="left")
     assert AutoTokenizer.from_pretrained(folder).padding_side == "left"
     return folder
 
@@ -68,9 +66,8 @@ def trainers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def options(policy: Path, data: str, path: str, *more: str) -> list[str]:
-    words = ["stage=reward", "name=r", f"data={data}", f"data.path={path}", "data.test_share=0.2", "policy=causal_lm",
-             f"policy.path={policy}", "trainer.learning_rate=1e-2", "trainer.max_steps=6", *more]  # fmt: skip
-    return [*{word.partition("=")[0]: word for word in words}.values()]  # a setting is given once, the last
+    given = f"name=r data={data} data.path={path} data.test_share=0.2 policy=causal_lm policy.path={policy}"
+    return once("stage=reward", *given.split(), "trainer.learning_rate=1e-2", "trainer.max_steps=6", *more)
 
 
 def by_a_stranger(texts: Sequence[str], end: str) -> torch.Tensor:
@@ -113,7 +110,8 @@ def test_a_text_is_read_alike_wherever_it_stands(
         assert scored.std(0).min() > 0.01
     else:
         compared, end = comparisons_of(train), "eos_token"
-        prompts, answers = zip(*((row.prompt, answer) for row in compared for answer in row.answers), strict=True)
+        prompts = [row.prompt for row in compared for _ in row.answers]
+        answers = [answer for row in compared for answer in row.answers]
         texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
         offset = AutoModelForSequenceClassification.from_pretrained(MODEL).config.score_offset
         found, _ = load_reward({"name": reward}, RUN)

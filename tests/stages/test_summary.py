@@ -18,30 +18,26 @@ STAGES = ("pretrain", "sft", "reward", "ppo", "evaluate")
 
 
 def test_a_summary_says_what_the_files_hold(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for stage in STAGES:
+    first = read_jsonl(run / "ppo" / "metrics.jsonl")[0]["objective/scores"]
+    for stage, figures, rate in (
+        ("pretrain", "{eval_perplexity:.1f}", "steps,"),
+        ("sft", "{eval_loss:.3f} {eval_loss_before:.3f}", "steps,"),
+        ("reward", "{accuracy:.2%} 300", "steps,"),
+        ("ppo", f"{{scores:.3f}} {{kl:.2f}} {first:.3f}", "6 updates, {updates:.0f}/min"),
+        (
+            "evaluate",
+            "{reward_mean:.3f} {kl:.2f} {gain_low:+.3f} {gain_high:+.3f} 24",
+            "{speed[prompts_per_second]:.1f}",
+        ),
+    ):
         print_done(RunDir(Path("runs"), "demo", stage))
         result, took, made = capsys.readouterr().out.splitlines()
         record = read_json(run / stage / "run.json")
-        found = record["results"]
-        if stage == "ppo":
-            rows = read_jsonl(run / "ppo" / "metrics.jsonl")
-            figures = [found["scores"], found["kl"], rows[0]["objective/scores"]]
-            assert result == "ppo      reward {:.3f} at KL {:.2f}, from {:.3f} (last 6 logged updates)".format(*figures)
-            assert f"6 updates, {360 / record['seconds']:.0f}/min" in took
-        elif stage == "evaluate":
-            assert result.startswith(f"evaluate ppo has reward {found['reward_mean']:.3f} at KL {found['kl']:.2f}, ")
-            assert result.endswith(
-                f"[{found['gain_low']:+.3f}, {found['gain_high']:+.3f}] over base; 24 held-out prompts"
-            )
-            assert f"{found['speed']['prompts_per_second']:.1f} prompts/s" in took
-        else:
-            expected = {
-                "pretrain": f"perplexity {found.get('eval_perplexity', 0):.1f} a token on held-out texts",
-                "sft": f"held-out loss {found.get('eval_loss', 0):.3f}, from {found.get('eval_loss_before', 0):.3f}",
-                "reward": f"held-out accuracy {found.get('accuracy', 0):.2%} of 300",
-            }
-            assert result == f"{stage:<9}{expected[stage]}"
+        assert result.startswith(f"{stage:<9}")
+        for figure in figures.format(**record["results"]).split():
+            assert figure in result
         assert took.startswith(f"time     {lasted(record['seconds'])}, ")
+        assert rate.format(updates=360 / record["seconds"], **record["results"]) in took
         own = {"evaluate": "evaluation.json", "reward": "model/, quality.json"}.get(stage, "model/")
         assert made == f"made     runs/demo/{stage}: {own}, report.html"
 

@@ -244,14 +244,6 @@ def test_a_stage_is_stale_once_something_newer_could_be_taken(workplace: Path) -
             out.finished(asked)
 
 
-def test_a_directory_in_use_is_left_alone(workplace: Path) -> None:
-    out = RunDir.of(settings())
-    with out.locked(), pytest.raises(UserError, match="is in use by another process"), RunDir.of(settings()).locked():
-        pass
-    with out.locked():
-        pass
-
-
 def test_a_recorded_configuration_runs_again_whatever_signs_its_paths_hold(
     workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
