@@ -211,7 +211,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("asked", REFUSED)
+@pytest.mark.parametrize("asked", REFUSED, ids=lambda asked: asked[:30])
 def test_what_cannot_be_is_said(asked: str, chat: Chat) -> None:
     out, err = chat("--prompt", "I saw this", asked, status=2)
     assert not out

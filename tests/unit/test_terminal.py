@@ -49,6 +49,7 @@ def test_a_stream_that_is_closed_full_or_left_makes_no_traceback(redirect: str) 
     [({"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}, "no data is called '\\u597d'"),
      ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x in the environment is not a whole number"),
      ({"RANK": "-1"}, "RANK=-1 in the environment is not a whole number")],
+    ids=["ascii", "WORLD_SIZE", "RANK"],
 )  # fmt: skip
 def test_an_ascii_terminal_and_an_environment_that_is_no_launchers(environment: dict[str, str], said: str) -> None:
     done = subprocess.run([*COMMAND, "stage=sft", "data=好"], capture_output=True, text=True, check=False,
