@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MINIATURE, CommandLine, cut_off, logged, once
+from conftest import MINIATURE, CommandLine, Refused, cut_off, logged, once
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_pipeline.data import load_data
@@ -94,3 +94,7 @@ def test_an_adapter_is_merged_into_what_it_makes(there: Path, command_line: Comm
     model = AutoModelForCausalLM.from_pretrained("runs/adapter/dpo/model")
     assert not any("lora" in name for name, _ in model.named_parameters())
     assert content_hash(Path("runs/adapter/dpo/model")) != content_hash(there / "sft" / "model")
+
+
+def test_data_without_preferences_is_refused(refused: Refused) -> None:
+    assert "toy_reviews" in refused("stage=dpo")

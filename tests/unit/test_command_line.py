@@ -94,7 +94,6 @@ REFUSED = {
     "stage=sft stages=[a]": ["stages is a section of settings, so stages=[a] is not valid"],
     "": ["choose a stage: stage=<pretrain|"],
     "stage=pipeline policy=gpt2": ["choose an experiment, as in experiment=demo"],
-    "stage=dpo": ["toy_reviews"],
     "stage=sft --prompt x": ["--prompt is only for stage=chat"],
     "stage=sft against=ppo": ["against=ppo is only for stage=chat"],
     "stage=chat --prompt": ["--prompt takes a text"],
