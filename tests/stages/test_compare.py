@@ -156,7 +156,7 @@ def test_labels_of_a_run_are_for_sft_only_where_its_data_are_preferences(
         seen.append(choice)
         raise UserError("seen")
 
-    monkeypatch.setattr("rlhf_pipeline.stages.sft.take_data", load)
+    monkeypatch.setattr("rlhf_pipeline.stages.sft.read_data", load)
     for data in ("data=toy_reviews", "data=preferences"):
         assert command_line("stage=sft", "experiment=demo", "name=demo/again", *MINIATURE[1:2], data) == 2
     assert [choice["name"] for choice in seen] == ["toy_reviews", "preferences"]
