@@ -207,17 +207,20 @@ REFUSED = {
     "policy.size=small": ["has policy.size=tiny, but here it is small"],
     "trainer.temperature=2": ["stage=chat has no trainer"],
     "-m": ["stage=chat is for one run"],
-    f"--prompt={'quite wonderful ' * 40}": ["tokens, and ppo has room for 1 to 56"],
 }
 
 
-@pytest.mark.parametrize("asked", REFUSED, ids=lambda asked: asked[:30])
+@pytest.mark.parametrize("asked", REFUSED)
 def test_what_cannot_be_is_said(asked: str, chat: Chat) -> None:
     out, err = chat("--prompt", "I saw this", asked, status=2)
     assert not out
     for part in REFUSED[asked]:
         assert part in err
     assert "Traceback" not in err
+
+
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(chat: Chat) -> None:
+    assert "tokens, and ppo has room for 1 to 56" in chat("--prompt", "quite wonderful " * 40, status=2)[1]
 
 
 @pytest.mark.parametrize(("against", "key", "status"), [("null", b"\x04", 0), ("sft", b"\x03", 130)])
