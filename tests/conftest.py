@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import yaml
 
 # The command line sets the same. This must come before the libraries are imported.
 os.environ.update(
@@ -67,6 +69,30 @@ def settings_of(*typed: str) -> Any:
     from rlhf_pipeline import composition
 
     return composition.settings_of(read_words(*typed))
+
+
+def once(*words: str) -> list[str]:
+    """Return settings, the last of each key: a command line takes each once."""
+    return [*{word.lstrip("+").partition("=")[0]: word for word in words}.values()]
+
+
+def change(path: Path, **values: object) -> None:
+    """Set values of a file of JSON or YAML."""
+    path.write_text(json.dumps({**yaml.safe_load(path.read_text()), **values}))
+
+
+def cut_off(folder: Path) -> None:
+    """Leave a finished stage as a kill would: no model, its newest checkpoint half-written, rows beyond it logged."""
+    shutil.rmtree(folder / "model")
+    newest = max(folder.glob("checkpoints/checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    (newest / "complete").unlink()
+    change(folder / "run.json", status="running")
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """Return what a stage has logged, without the clock."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
 # The demo at a size that takes seconds.
@@ -124,8 +150,10 @@ def refused(command_line: CommandLine, workplace: Path, capsys: pytest.CaptureFi
     """Run a command that must be refused, in an empty folder; returns its error message."""
 
     def call(asked: str) -> str:
-        assert command_line(*asked.split()) == 2
-        return str(capsys.readouterr().err)
+        assert command_line(*shlex.split(asked)) == 2
+        said = str(capsys.readouterr().err)
+        assert "Traceback" not in said
+        return said
 
     return call
 

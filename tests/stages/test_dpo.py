@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MINIATURE, CommandLine
+from conftest import MINIATURE, CommandLine, Refused, cut_off, logged, once
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_pipeline.data import load_data
-from rlhf_pipeline.files import read_jsonl
+from rlhf_pipeline.files import read_json
 from rlhf_pipeline.runs.lineage import content_hash
 
 GOOD, BAD = (" a great film.", " wonderful, see it."), (" an awful film.", " boring, skip it.")
@@ -48,19 +48,13 @@ def there(run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return run
 
 
-def figures(folder: Path) -> list[dict[str, float]]:
-    """What was logged, without the clock."""
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_jsonl(folder / "metrics.jsonl")]
-
-
 def test_it_learns_what_is_preferred(there: Path) -> None:
     folder = there / "dpo"
-    record = json.loads((folder / "run.json").read_text())
-    assert record["status"] == "done"
+    record = read_json(folder / "run.json")
     assert record["results"]["accuracy"] > 0.9
     assert record["results"]["eval_loss"] < math.log(2) - 0.1
     assert record["parents"]["policy"]["path"] == "runs/demo/sft/model"
-    assert figures(folder)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5), "at first the policy is the reference"
+    assert logged(folder)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5), "at first the policy is the reference"
     assert "pipeline_tag: text-generation" in (folder / "model" / "README.md").read_text()
     assert "rewards/margins" in (folder / "report.html").read_text()
 
@@ -82,34 +76,25 @@ def test_its_loss_is_the_papers(there: Path) -> None:
             log_p(model, row.prompt, row.chosen) - log_p(model, row.prompt, row.rejected) for model in models
         )
         losses.append(math.log1p(math.exp(-0.3 * (policy - reference))))
-    assert figures(there / "dpo")[-1]["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    assert logged(there / "dpo")[-1]["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
 def test_it_resumes_to_the_bit(run: Path, workplace: Path, command_line: CommandLine) -> None:
-    """As a kill leaves it: between two checkpoints, the newest of them half-written."""
     shutil.copytree(run.parents[1], workplace, dirs_exist_ok=True)
     folder = Path("runs/demo/dpo")
-    shutil.rmtree(folder / "model")
-    checkpoints = sorted(folder.glob("checkpoints/checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    (checkpoints[-1] / "complete").unlink()
-    record = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    cut_off(folder)
     assert command_line(*DPO) == 0
-    assert figures(folder) == figures(run / "dpo")
+    assert logged(folder) == logged(run / "dpo")
     assert content_hash(folder / "model") == content_hash(run / "dpo" / "model")
 
 
 def test_an_adapter_is_merged_into_what_it_makes(there: Path, command_line: CommandLine) -> None:
-    words = [word for word in DPO if "learning_rate" not in word]
-    words += ["name=adapter", "policy.path=runs/demo/sft", "policy.lora.r=4"]
-    assert command_line(*words, "trainer.learning_rate=1e-2", "trainer.max_steps=2") == 0
+    given = ("name=adapter", "policy.path=runs/demo/sft", "policy.lora.r=4")
+    assert command_line(*once(*DPO, *given, "trainer.learning_rate=1e-2", "trainer.max_steps=2")) == 0
     model = AutoModelForCausalLM.from_pretrained("runs/adapter/dpo/model")
     assert not any("lora" in name for name, _ in model.named_parameters())
     assert content_hash(Path("runs/adapter/dpo/model")) != content_hash(there / "sft" / "model")
 
 
-def test_data_without_preferences_is_refused(
-    there: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert command_line("stage=dpo") == 2
-    assert "toy_reviews" in capsys.readouterr().err
+def test_data_without_preferences_is_refused(refused: Refused) -> None:
+    assert "toy_reviews" in refused("stage=dpo")

@@ -1,20 +1,19 @@
 """Stages in two processes on one run: the result of one, a process that is killed, and going on with two or one."""
 
-import json
+import shlex
 import shutil
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import torch
-from conftest import MINIATURE, ROOT, CommandLine
+from conftest import MINIATURE, ROOT, CommandLine, Refused, cut_off, logged
 from launched import accelerate, environment, run, torchrun
 from safetensors.torch import load_file
 
-from rlhf_pipeline.files import read_jsonl
+from rlhf_pipeline.files import read_json
 
 HALVES = (
     *(f"++stages.{stage}.trainer.per_device_train_batch_size=16" for stage in ("pretrain", "sft", "reward")),
@@ -22,8 +21,12 @@ HALVES = (
 )
 
 
-def on_two(*asked: str) -> subprocess.CompletedProcess[str]:
-    return run(torchrun(2, "-m", "rlhf_pipeline", *asked))
+def on_two(*asked: str, launch: str | None = None) -> str:
+    """Run a command in two processes, which has to succeed; returns its output."""
+    sharded = launch and accelerate(launch, 2, str(ROOT / "tests" / "sharded.py"), *asked)
+    done = run(sharded or torchrun(2, "-m", "rlhf_pipeline", *asked))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout + done.stderr
 
 
 def difference(one: Path, two: Path) -> float:
@@ -33,17 +36,18 @@ def difference(one: Path, two: Path) -> float:
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
-def interrupt(folder: Path, checkpoint: int) -> None:
-    """As if the run had been killed before this checkpoint."""
-    shutil.rmtree(folder / "model")
-    shutil.rmtree(folder / "checkpoints" / f"checkpoint-{checkpoint}")
-    record = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps({**record, "status": "running"}))
+def figures(folder: Path) -> dict[str, float]:
+    results = read_json(folder / "run.json")["results"]
+    return {name: value for name, value in results.items() if isinstance(value, float)}
 
 
-def figures(folder: Path) -> dict[str, Any]:
-    record = json.loads((folder / "run.json").read_text())
-    return {name: value for name, value in record["results"].items() if isinstance(value, float)}
+def check_logs(one: Path, other: Path, *names: str, **tolerance: float) -> None:
+    """Two runs logged these figures, where they have them, at the same steps."""
+    logs = logged(one), logged(other)
+    assert [row["step"] for row in logs[0]] == [row["step"] for row in logs[1]]
+    for a, b in zip(*logs, strict=True):
+        for name in a.keys() & {*names}:
+            assert b[name] == pytest.approx(a[name], **tolerance), (other, name)
 
 
 def test_a_pipeline_in_two_processes_ends_as_in_one(
@@ -58,24 +62,20 @@ def test_a_pipeline_in_two_processes_ends_as_in_one(
     with monkeypatch.context() as there:
         there.chdir(workplace / "alone")
         assert command_line("stage=pipeline", *steady) == 0
-    done = on_two("stage=pipeline", *steady, *HALVES)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    said = on_two("stage=pipeline", *steady, *HALVES)
     two = Path("runs/demo")
     for stage in ("pretrain", "sft", "reward", "ppo"):
         assert difference(alone / stage, two / stage) < 1e-5, stage
-        rows = [read_jsonl(folder / stage / "metrics.jsonl") for folder in (alone, two)]
-        assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
-        for one, other in zip(*rows, strict=True):
-            for name in one.keys() & {"loss", "grad_norm", "eval_loss", "objective/scores"}:
-                assert other[name] == pytest.approx(one[name], abs=1e-5, rel=1e-4), (stage, name)
-            # Of 64 rows one may have two classes that are equally likely up to rounding.
-            assert other.get("accuracy", 0) == pytest.approx(one.get("accuracy", 0), abs=1 / 64), stage
-        assert json.loads((two / stage / "run.json").read_text())["processes"] == 2
-        assert done.stderr.count(f"{stage}:   0%") == 1  # of one process alone; the end may be drawn twice
+        compared = ("loss", "grad_norm", "eval_loss", "objective/scores")
+        check_logs(alone / stage, two / stage, *compared, abs=1e-5, rel=1e-4)
+        # Of 64 rows one may have two classes that are equally likely up to rounding.
+        check_logs(alone / stage, two / stage, "accuracy", abs=1 / 64)
+        assert read_json(two / stage / "run.json")["processes"] == 2
+        assert said.count(f"{stage}:   0%") == 1  # of one process alone; the end may be drawn twice
     for stage in ("pretrain", "sft", "reward"):
         # fp32 holds a perplexity of 155 to 1.5e-5.
         assert figures(two / stage) == pytest.approx(figures(alone / stage), abs=1e-5, rel=1e-6), stage
-    assert done.stdout.count("training a tokenizer") == 1
+    assert said.count("training a tokenizer") == 1
     assert "training a tokenizer" in (two / "pretrain" / "rank1.log").read_text()
     log = two / "evaluate" / "rank1.log"
     assert not log.exists() or "0/24" not in log.read_text(), "a bar of its own"
@@ -97,9 +97,7 @@ def test_an_evaluation_and_a_collection_are_shared_out(
     monkeypatch.chdir(workplace / "one")
     assert command_line(*asked) == 0
     monkeypatch.chdir(workplace / "two")
-    done = on_two(*asked, *HALVES)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert done.stdout.count("is done already") == 4
+    assert on_two(*asked, *HALVES).count("is done already") == 4
     for name in ("evaluate/evaluation.json", "collect/candidates.jsonl", "collect/labels.jsonl"):
         one, two = ((folder / name).read_text() for folder in runs)
         assert len(one.splitlines()) > 3
@@ -134,24 +132,19 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(
     assert not list(folder.glob(".model.*"))
     assert not (folder / "model").exists()
     shutil.copytree(Path("runs/killed"), Path("runs/alone"))
-    done = on_two(*half)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "resuming from" in done.stdout
+    assert "resuming from" in on_two(*half)
     assert command_line(*half[:-1], "name=alone") == 0
     whole = Path("runs/whole") / stage
     for name in ("killed", "alone"):
         assert difference(whole, Path("runs") / name / stage) < 1e-5, name
-        logs = [read_jsonl(run / "metrics.jsonl") for run in (whole, Path("runs") / name / stage)]
-        assert [row["step"] for row in logs[0]] == [row["step"] for row in logs[1]]
-        for one, other in zip(*logs, strict=True):
-            for figure in one.keys() & {"loss", "objective/scores", "objective/kl", "loss/policy_avg"}:
-                assert other[figure] == pytest.approx(one[figure], abs=1e-5), figure
+        compared = ("loss", "objective/scores", "objective/kl", "loss/policy_avg")
+        check_logs(whole, Path("runs") / name / stage, *compared, abs=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launch", ["fsdp", "zero2", "zero3"])
 def test_a_sharded_model_learns_the_same(
-    launch: str, miniature: Path, command_line: CommandLine, workplace: Path, capsys: pytest.CaptureFixture[str]
+    launch: str, miniature: Path, command_line: CommandLine, refused: Refused
 ) -> None:
     """As accelerate is configured for it; resumed under the same launch alone."""
     if launch != "fsdp":
@@ -163,18 +156,13 @@ def test_a_sharded_model_learns_the_same(
     assert command_line(*asked, "name=one") == 0
     asked += ["trainer.use_cpu=false", "trainer.per_device_train_batch_size=16", "name=two"]
     one, two = Path("runs/one/sft"), Path("runs/two/sft")
-    command = accelerate(launch, 2, str(ROOT / "tests" / "sharded.py"), *asked)
-    done = run(command)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    on_two(*asked, launch=launch)
     assert difference(one, two) < 1e-5
-    interrupt(two, 7)
-    assert command_line(*asked) == 2
-    assert f"runs/two/sft was checkpointed under {launch}" in capsys.readouterr().err
-    done = run(command)
-    assert "resuming from" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]
+    cut_off(two)
+    assert f"runs/two/sft was checkpointed under {launch}" in refused(shlex.join(asked))
+    assert "resuming from" in on_two(*asked, launch=launch)
     assert difference(one, two) < 1e-5
-    logs = [read_jsonl(folder / "metrics.jsonl") for folder in (one, two)]
-    assert [row.get("loss") for row in logs[1]] == pytest.approx([row.get("loss") for row in logs[0]], abs=1e-5)
+    check_logs(one, two, "loss", abs=1e-5)
 
 
 @pytest.mark.slow
@@ -184,31 +172,21 @@ def test_ppo_in_shards_learns_the_same_and_goes_on_without(launch: str, miniatur
     pytest.importorskip("deepspeed")
     asked = ["stage=ppo", "experiment=demo", f"policy.path={miniature / 'sft'}", f"reward.path={miniature / 'reward'}"]
     asked += [*(m for m in MINIATURE if "ppo" in m or "data" in m), HALVES[-1], "++stages.ppo.trainer.save_steps=3"]
-    plain = on_two(*asked, "name=plain")
-    assert plain.returncode == 0, plain.stderr[-3000:]
-    done = run(
-        accelerate(launch, 2, str(ROOT / "tests" / "sharded.py"), *asked, "trainer.use_cpu=false", "name=shards")
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    on_two(*asked, "name=plain")
+    asked += ["trainer.use_cpu=false", "name=shards"]
+    on_two(*asked, launch=launch)
     one, two = Path("runs/plain/ppo"), Path("runs/shards/ppo")
-
-    def compare() -> None:
-        logs = [read_jsonl(folder / "metrics.jsonl") for folder in (one, two)]
-        assert len(logs[0]) == len(logs[1]) == 6
-        for a, b in zip(*logs, strict=True):
-            for figure in ("objective/scores", "objective/kl", "loss/policy_avg", "grad_norm"):
-                assert b[figure] == pytest.approx(a[figure], rel=1e-3, abs=1e-4), figure
-
-    compare()
-    interrupt(two, 6)
-    again = on_two(*asked, "trainer.use_cpu=false", "name=shards")
-    assert "resuming from" in again.stdout, again.stdout[-2000:] + again.stderr[-3000:]
-    compare()
+    assert len(logged(one)) == 6
+    compared = ("objective/scores", "objective/kl", "loss/policy_avg", "grad_norm")
+    check_logs(one, two, *compared, rel=1e-3, abs=1e-4)
+    cut_off(two)
+    assert "resuming from" in on_two(*asked)
+    check_logs(one, two, *compared, rel=1e-3, abs=1e-4)
 
 
 def test_what_the_user_can_mend_is_said_once(workplace: Path) -> None:
     """All processes find the same fault; the launcher, which has a report of its own, ends with it."""
-    done = on_two("stage=sft", "experiment=demo", "trainer.learning_rat=1")
+    done = run(torchrun(2, "-m", "rlhf_pipeline", "stage=sft", "experiment=demo", "trainer.learning_rat=1"))
     assert done.returncode == 1, "the launcher's"
     message = "error: trainer.learning_rat is not a field of SFTConfig"
     assert done.stderr.startswith(message)

@@ -2,12 +2,13 @@
 
 import contextlib
 import json
+import shlex
 from pathlib import Path
 
 import pytest
-from conftest import CommandLine
+from conftest import CommandLine, Refused
 
-from rlhf_pipeline.files import read_jsonl
+from rlhf_pipeline.files import read_json, read_jsonl
 
 TINY = (
     "policy=gpt2_scratch", "policy.size=tiny", "policy.positions=64", "trainer.max_steps=2",
@@ -38,7 +39,7 @@ def base(policy: str, workplace: Path) -> str:
 
 @pytest.mark.parametrize("form", PROMPTS, ids=["text", "chat"])
 def test_prompts_alone_serve_ppo_and_are_nothing_for_sft(
-    form: dict[str, str], base: str, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+    form: dict[str, str], base: str, command_line: CommandLine, refused: Refused, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write("p.jsonl", *(json.loads(json.dumps(form).replace("{}", str(n))) for n in range(8)))
     given = (base, "name=p", "data=instructions", path)
@@ -54,8 +55,7 @@ def test_prompts_alone_serve_ppo_and_are_nothing_for_sft(
         shown = {row["prompt"] for row in read_jsonl(Path("runs/p/collect/candidates.jsonl"))}
         assert shown <= asked
     capsys.readouterr()
-    assert command_line("stage=sft", *given) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
+    (line,) = refused(shlex.join(["stage=sft", *given])).strip().splitlines()
     assert "none of 8 rows has an answer to learn" in line
     assert not Path("runs/p/sft").exists()
 
@@ -71,7 +71,7 @@ def test_long_prompts_lose_their_beginning_and_answers_are_learnt(
     assert "4 prompts lose their beginning\n" in said
     assert command_line(*sft, write("all.jsonl", *rows[8:]), "overwrite=true") == 0
     assert "4 of 4 rows are longer than 64 tokens" in capsys.readouterr().out
-    record = json.loads(Path("runs/long/sft/run.json").read_text())
+    record = read_json(Path("runs/long/sft/run.json"))
     assert 0 < record["results"]["eval_loss"] < 20, "a number, of answers that are there"
     long = write("answers.jsonl", *({"prompt": f"{n}:", "completion": f"{n} " * 100} for n in range(4)))
     wrapped = ("trainer.packing=true", "trainer.packing_strategy=wrapped")
@@ -90,18 +90,10 @@ def test_texts_that_pretraining_cuts_are_counted(
     assert "lose" not in capsys.readouterr().out, "wrapped packing loses nothing"
 
 
-def test_prompts_with_no_room_for_an_answer_are_refused(
-    base: str, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rows_that_do_not_fit_are_refused(base: str, refused: Refused) -> None:
     path = write("p.jsonl", *({"prompt": "it is " * 200 + str(n)} for n in range(8)))
-    ppo = ("stage=ppo", base, "name=p", "data=instructions", path, "reward=length", "reward.target=5")
-    assert command_line(*ppo, "trainer.response_length=8") == 2
-    assert "no prompt leaves room for an answer" in capsys.readouterr().err
-
-
-def test_labels_of_other_names_from_the_command_line(
-    workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
-) -> None:
+    ppo = f"stage=ppo {base} data=instructions {path} reward=length reward.target=5 trainer.response_length=8"
+    assert "no prompt leaves room for an answer" in refused(ppo)
     path = write("r.jsonl", {"text": "good", "label": "正面"}, {"text": "bad", "label": "负面"})
-    assert command_line("stage=pretrain", "data=sentiment", path, "data.labels={正面: 1}") == 2
-    assert "r.jsonl, line 2: 'label' is '负面'; allowed are 正面 (data.labels)" in capsys.readouterr().err
+    said = refused(f"stage=pretrain data=sentiment {path} 'data.labels={{正面: 1}}'")
+    assert "r.jsonl, line 2: 'label' is '负面'; allowed are 正面 (data.labels)" in said

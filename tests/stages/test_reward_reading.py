@@ -1,13 +1,12 @@
 """What a reward reads of a text: the same tokens at the same positions in training, in scoring and once saved."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import CommandLine
+from conftest import CommandLine, Refused, change, once
 from tiny_rewards import tiny_config, write
 from transformers import (
     AutoModelForSequenceClassification,
@@ -20,15 +19,17 @@ from transformers import (
 )
 
 from rlhf_pipeline.data import load_data
+from rlhf_pipeline.files import read_json
 from rlhf_pipeline.models.classifiers import Scorer
 from rlhf_pipeline.models.policies import train_tokenizer
 from rlhf_pipeline.models.rewards import load_reward
 from rlhf_pipeline.stages import reward as stage
 from rlhf_pipeline.training.preferences import comparisons_of
 
-POLICIES = ("gpt2", "gpt2, EOS pads", "llama, EOS pads")
 PAIRS = [{"prompt": f"Film {i}?", "chosen": " very good" * (1 + i % 4), "rejected": " no"} for i in range(60)]
 LABELLED = [{"text": f"film {i} was {('bad', 'good')[i % 2]}" + " it was" * (i % 5), "label": i % 2} for i in range(60)]
+ROWS = {"classifier": ("sentiment", LABELLED), "preference_model": ("preferences", PAIRS)}
+RUN, MODEL = Path("runs/r/reward"), "runs/r/reward/model"
 
 
 def make_tokenizer(eos_pads: bool) -> PreTrainedTokenizerBase:
@@ -50,8 +51,7 @@ def save_policy(folder: Path, kind: str) -> Path:
         )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "padding_side": "left"}))
+    change(folder / "tokenizer_config.json", padding_side="left")
     assert AutoTokenizer.from_pretrained(folder).padding_side == "left"
     return folder
 
@@ -66,20 +66,19 @@ def trainers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def options(policy: Path, data: str, path: str, *more: str) -> list[str]:
-    words = ["stage=reward", "name=r", f"data={data}", f"data.path={path}", "data.test_share=0.2", "policy=causal_lm",
-             f"policy.path={policy}", "trainer.learning_rate=1e-2", "trainer.max_steps=6", *more]  # fmt: skip
-    return [*{word.partition("=")[0]: word for word in words}.values()]  # a setting is given once, the last
+    given = f"name=r data={data} data.path={path} data.test_share=0.2 policy=causal_lm policy.path={policy}"
+    return once("stage=reward", *given.split(), "trainer.learning_rate=1e-2", "trainer.max_steps=6", *more)
 
 
 def by_a_stranger(texts: Sequence[str], end: str) -> torch.Tensor:
     """Scores by a process that has transformers alone, in the batch that the saved tokenizer pads."""
-    model = AutoModelForSequenceClassification.from_pretrained("runs/r/reward/model").eval()
-    tokenizer = AutoTokenizer.from_pretrained("runs/r/reward/model")
+    model = AutoModelForSequenceClassification.from_pretrained(MODEL).eval()
+    assert not type(model).__module__.startswith("rlhf_pipeline"), "the plain class, which opens anywhere"
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
     ending = getattr(tokenizer, end) if end else ""
     batch = tokenizer([text + ending for text in texts], padding=True, return_tensors="pt")
     with torch.no_grad():
-        found: torch.Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return found - getattr(model.config, "score_offset", 0.0)
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 
 
 def in_a_batch_and_alone(trainer: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,43 +90,35 @@ def in_a_batch_and_alone(trainer: Any, batch: dict[str, torch.Tensor]) -> tuple[
         return padded, torch.cat([model(input_ids=ids[mask.bool()][None]).logits for ids, mask in rows])
 
 
-@pytest.mark.parametrize("kind", POLICIES[1:])
-def test_a_classifier_reads_a_text_alike_wherever_it_stands(
-    kind: str, workplace: Path, command_line: CommandLine, trainers: list[Any]
+@pytest.mark.parametrize(
+    ("reward", "kind"),
+    [("classifier", "gpt2, EOS pads"), ("classifier", "llama, EOS pads"), ("preference_model", "gpt2"),
+     ("preference_model", "gpt2, EOS pads"), ("preference_model", "llama, EOS pads")],
+)  # fmt: skip
+def test_a_text_is_read_alike_wherever_it_stands(
+    reward: str, kind: str, workplace: Path, command_line: CommandLine, trainers: list[Any]
 ) -> None:
-    path = write(workplace / "labelled.jsonl", LABELLED)
-    policy = save_policy(workplace / "policy", kind)
-    assert command_line(*options(policy, "sentiment", path, "reward=classifier")) == 0
-    batch = trainers[0].data_collator(list(trainers[0].train_dataset))
-    padded, alone = in_a_batch_and_alone(trainers[0], batch)
-    texts = [row.text for row in load_data({"name": "sentiment", "path": path, "test_share": 0.2}, 0).train]
-    scored = Scorer.open("runs/r/reward/model", 7, 64).logits(texts)
-    assert scored.std(0).min() > 0.01
-    torch.testing.assert_close(padded, alone, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(scored, alone, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(by_a_stranger(texts, ""), alone, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("kind", POLICIES)
-def test_a_reward_model_reads_the_eos_at_the_end_of_each_text(
-    kind: str, workplace: Path, command_line: CommandLine, trainers: list[Any]
-) -> None:
-    path = write(workplace / "pairs.jsonl", PAIRS)
-    policy = save_policy(workplace / "policy", kind)
-    assert command_line(*options(policy, "preferences", path, "reward=preference_model")) == 0
+    """In a batch and alone, in training, in scoring and once saved; by a reward model with the EOS at its end."""
+    data, rows = ROWS[reward]
+    path = write(workplace / "rows.jsonl", rows)
+    assert command_line(*options(save_policy(workplace / "policy", kind), data, path, f"reward={reward}")) == 0
     padded, alone = in_a_batch_and_alone(trainers[0], trainers[0].data_collator(list(trainers[0].train_dataset)))
-    model = AutoModelForSequenceClassification.from_pretrained("runs/r/reward/model")
-    assert not type(model).__module__.startswith("rlhf_pipeline"), "the plain class, which opens anywhere"
-    alone -= model.config.score_offset
-    rows = comparisons_of(load_data({"name": "preferences", "path": path, "test_share": 0.2}, 0).train)
-    found, _ = load_reward({"name": "preference_model"}, Path("runs/r/reward"))
-    scored = found([row.prompt for row in rows for _ in row.answers], [a for row in rows for a in row.answers])
-    torch.testing.assert_close(padded - model.config.score_offset, alone, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(torch.tensor(scored)[:, None], alone, atol=1e-5, rtol=1e-5)
-    texts = [row.prompt + answer for row in rows for answer in row.answers]
-    without = Scorer.open("runs/r/reward/model", 7, 64).logits(texts)
-    assert (without - alone).abs().mean() > 0.01
-    torch.testing.assert_close(by_a_stranger(texts, "eos_token"), alone, atol=1e-5, rtol=1e-5)
+    train = load_data({"name": data, "path": path, "test_share": 0.2}, 0).train
+    if reward == "classifier":
+        texts, end, offset = [row.text for row in train], "", 0.0
+        scored = Scorer.open(MODEL, 7, 64).logits(texts)
+        assert scored.std(0).min() > 0.01
+    else:
+        compared, end = comparisons_of(train), "eos_token"
+        prompts = [row.prompt for row in compared for _ in row.answers]
+        answers = [answer for row in compared for answer in row.answers]
+        texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+        offset = AutoModelForSequenceClassification.from_pretrained(MODEL).config.score_offset
+        found, _ = load_reward({"name": reward}, RUN)
+        scored = torch.tensor(found(prompts, answers))[:, None] + offset
+        assert (Scorer.open(MODEL, 7, 64).logits(texts) + offset - alone).abs().mean() > 0.01, "without EOS"
+    for read in (padded, scored, by_a_stranger(texts, end)):
+        torch.testing.assert_close(read, alone, atol=1e-5, rtol=1e-5)
 
 
 def test_a_strangers_reward_model_whose_eos_pads_reads_eos_too() -> None:
@@ -144,37 +135,24 @@ def test_a_strangers_reward_model_whose_eos_pads_reads_eos_too() -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("side", [None, "right"])
+@pytest.mark.parametrize(
+    ("reward", "side"), [("preference_model", None), ("preference_model", "right"), ("classifier", None)]
+)
 def test_a_long_text_is_scored_as_it_was_cut_in_training(
-    side: str | None, workplace: Path, command_line: CommandLine
+    reward: str, side: str | None, workplace: Path, command_line: CommandLine
 ) -> None:
-    rows = [{**row, "prompt": f"{row['prompt']} " + "the other film " * (i % 3)} for i, row in enumerate(PAIRS)]
-    path = write(workplace / "pairs.jsonl", rows)
+    data, rows = ROWS[reward]
+    more = [f"reward={reward}", "trainer.max_length=16", *([f"reward.truncation_side={side}"] if side else [])]
     policy = save_policy(workplace / "policy", "gpt2")
-    more = ["reward=preference_model", "trainer.max_length=16", *([f"reward.truncation_side={side}"] if side else [])]
-    assert command_line(*options(policy, "preferences", path, *more)) == 0
-    texts = ["which film was very good " * 4 + "the bad one"]
+    assert command_line(*options(policy, data, write(workplace / "rows.jsonl", rows), *more)) == 0
 
     def scores(**how: Any) -> list[float]:
-        return load_reward({"name": "preference_model", **how}, Path("runs/r/reward"))[0]([""], texts)
+        found, _ = load_reward({"name": reward, **how}, RUN)
+        return found(["which film was very good " * 4], ["the bad one"])
 
     assert scores() == scores(max_length=16, truncation_side=side or "left")
     assert scores() != scores(max_length=32)
     assert scores() != scores(truncation_side="left" if side else "right")
-
-
-def test_a_classifier_is_scored_at_the_length_it_was_trained_at(workplace: Path, command_line: CommandLine) -> None:
-    path = write(workplace / "labelled.jsonl", LABELLED)
-    policy = save_policy(workplace / "policy", "gpt2")
-    assert command_line(*options(policy, "sentiment", path, "reward=classifier", "trainer.max_length=16")) == 0
-    start, end = ["which film was bad " * 4], [" very good it was"]
-
-    def scores(**how: Any) -> list[float]:
-        return load_reward({"name": "classifier", **how}, Path("runs/r/reward"))[0](start, end)
-
-    assert scores() == scores(max_length=16, truncation_side="left")
-    assert scores() != scores(max_length=32)
-    assert scores() != scores(truncation_side="right"), "which never reads the response"
 
 
 @pytest.mark.parametrize("names", [("NEGATIVE", "POSITIVE"), ("Positive (4-5 stars)", "Negative (1-3)")])
@@ -190,11 +168,9 @@ def test_a_starting_classifier_keeps_the_meaning_of_its_head(
     path = write(workplace / "labelled.jsonl", LABELLED)
     more = ["reward=classifier", f"reward.path={workplace / 'start'}", "trainer.learning_rate=0"]
     assert command_line(*options(workplace / "start", "sentiment", path, *more)) == 0
-    texts = [row["text"] for row in LABELLED[:8]]
-    before = load_reward({"name": "classifier", "path": str(workplace / "start"), "label": names[1]}, None)[0]
-    if names[1].lower().startswith("neg"):
-        before = load_reward({"name": "classifier", "path": str(workplace / "start"), "label": names[0]}, None)[0]
-    after = load_reward({"name": "classifier", "path": "runs/r/reward", "label": "positive"}, None)[0]
+    texts, positive = [row["text"] for row in LABELLED[:8]], max(names, key=str.lower)
+    before, _ = load_reward({"name": "classifier", "path": str(workplace / "start"), "label": positive}, None)
+    after, _ = load_reward({"name": "classifier", "path": str(RUN), "label": "positive"}, None)
     assert after([""] * 8, texts) == pytest.approx(before([""] * 8, texts), abs=1e-6)
 
 
@@ -207,14 +183,18 @@ def cut_pairs(count: int) -> list[dict[str, str]]:
 
 
 def test_pairs_that_are_the_same_once_cut_are_counted_and_left_out(
-    workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str], trainers: list[Any]
-) -> None:
+    workplace: Path, command_line: CommandLine, refused: Refused, capsys: pytest.CaptureFixture[str],
+    trainers: list[Any],
+) -> None:  # fmt: skip
     policy = save_policy(workplace / "policy", "gpt2")
-    rows = PAIRS + [{**row, "prompt": f"A {row['prompt']}"} for row in cut_pairs(40)]
-    args = options(policy, "preferences", write(workplace / "pairs.jsonl", rows), "reward=preference_model")
-    assert command_line(*args, "trainer.max_length=20") == 0
+
+    def asked(rows: list[dict[str, str]], *more: str) -> list[str]:
+        path = write(workplace / "pairs.jsonl", rows)
+        return options(policy, "preferences", path, "reward=preference_model", "trainer.max_length=20", *more)
+
+    assert command_line(*asked(PAIRS + [{**row, "prompt": f"A {row['prompt']}"} for row in cut_pairs(40)])) == 0
     said = capsys.readouterr().out
-    quality = json.loads(Path("runs/r/reward/quality.json").read_text())
+    quality = read_json(RUN / "quality.json")
     learnt = len(trainers[0].train_dataset)
     assert learnt + quality["pairs"] == 60
     assert 0 < quality["same_once_cut"] < 40
@@ -222,32 +202,22 @@ def test_pairs_that_are_the_same_once_cut_are_counted_and_left_out(
         ("training", 40 - quality["same_once_cut"], learnt),
         ("held-out", quality["same_once_cut"], quality["pairs"]),
     ):
-        assert (
-            f"{same} of {same + kept} {what} pairs have identical answers once cut to 20 tokens (trainer.max_length"
-            in said
-        )
+        many = f"{same} of {same + kept} {what} pairs have identical answers once cut to 20 tokens (trainer.max_length"
+        assert many in said
 
-
-def test_where_all_pairs_are_the_same_once_cut_nothing_is_trained(
-    workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
-) -> None:
-    policy = save_policy(workplace / "policy", "gpt2")
-    args = options(policy, "preferences", write(workplace / "pairs.jsonl", cut_pairs(40)), "reward=preference_model")
-    assert command_line(*args, "trainer.max_length=20") == 2
-    error = capsys.readouterr().err.strip().split("\n")[-1]
-    assert "training pairs have identical answers once cut to 20 tokens" in error
-    assert "trainer.max_length" in error
-    assert "reward.truncation_side=right" in error
-    assert not Path("runs/r/reward/run.json").exists()
-    assert command_line(*args, "trainer.max_length=20", "reward.truncation_side=right") == 0
+    # Where they are all the same, nothing is trained.
+    alike = asked(cut_pairs(40), "name=alike")
+    error = refused(" ".join(alike)).strip().split("\n")[-1]
+    for part in ("pairs have identical answers once cut", "trainer.max_length", "reward.truncation_side=right"):
+        assert part in error
+    assert not Path("runs/alike/reward/run.json").exists()
+    assert command_line(*alike, "reward.truncation_side=right") == 0
 
 
 # -- demonstrations
 
 
-def test_other_demonstrations_are_other_work(
-    workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_demonstrations_are_other_work(workplace: Path, command_line: CommandLine, refused: Refused) -> None:
     policy = save_policy(workplace / "policy", "gpt2")
     shows = [{"prompt": f"Film {i}?", "completion": " good"} for i in range(40)]
     path = write(workplace / "shows.jsonl", shows)
@@ -255,18 +225,10 @@ def test_other_demonstrations_are_other_work(
                    "reward.demonstrations.name=instructions", f"reward.demonstrations.path={path}",
                    "trainer.save_steps=2", "trainer.max_steps=4")  # fmt: skip
     assert command_line(*args) == 0
-    record = json.loads(Path("runs/r/reward/run.json").read_text())
-    before = record["data"]["demonstrations"]
+    before = read_json(RUN / "run.json")["data"]["demonstrations"]
     assert (before["name"], before["train"] + before["test"], len(before["sha256"])) == ("instructions", 40, 64)
     assert command_line(*args) == 0
     write(workplace / "shows.jsonl", [{**row, "completion": " bad"} for row in shows])
-    capsys.readouterr()
-    assert command_line(*args) == 2
-    assert f"its demonstrations {path} has changed since" in capsys.readouterr().err
-    # As if it had been cut off.
-    Path("runs/r/reward/run.json").write_text(json.dumps({**record, "status": "failed"}))
-    assert command_line(*args) == 2
-    assert "has changed since" in capsys.readouterr().err
+    assert f"its demonstrations {path} has changed since" in refused(" ".join(args))
     assert command_line(*args, "overwrite=true") == 0
-    after = json.loads(Path("runs/r/reward/run.json").read_text())["data"]["demonstrations"]
-    assert after["sha256"] != before["sha256"]
+    assert read_json(RUN / "run.json")["data"]["demonstrations"]["sha256"] != before["sha256"]

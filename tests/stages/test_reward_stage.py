@@ -1,7 +1,6 @@
 """Step 2: classifiers with GPT-1's second loss, reward models from pairs and rankings, and how both are left."""
 
 import itertools
-import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CommandLine
+from conftest import CommandLine, Refused
 from datasets import Dataset
 from safetensors.torch import load_file
 from tiny_rewards import loss_and_gradient, reward_args, tiny_config, tiny_model, write
@@ -26,8 +25,7 @@ from trl import RewardTrainer
 
 from rlhf_pipeline.data import load_data
 from rlhf_pipeline.data.records import Demonstration, Dialogue, Preference, Ranking, Turn
-from rlhf_pipeline.files import read_jsonl
-from rlhf_pipeline.models.classifiers import Scorer
+from rlhf_pipeline.files import read_json, read_jsonl
 from rlhf_pipeline.models.policies import train_tokenizer
 from rlhf_pipeline.models.rewards import load_reward
 from rlhf_pipeline.training.preferences import (
@@ -142,13 +140,6 @@ def test_a_long_text_loses_its_beginning_and_ends_with_eos(tokenizer: PreTrained
     assert cut == [*whole[-19:], tokenizer.eos_token_id]
 
 
-def test_training_and_scoring_read_the_same_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
-    model, texts = tiny_model().eval(), ["yes", "which film was good? " * 9 + "the bad one"]
-    scorer = Scorer(model, tokenizer, 8, 24, truncation_side="left", append_eos=True)
-    direct = [model(torch.tensor([ids])).logits[0] for ids in encode_with_eos(texts, tokenizer, 24)]
-    torch.testing.assert_close(scorer.logits(texts), torch.stack(direct).detach(), atol=1e-6, rtol=1e-5)
-
-
 def test_the_loss_is_the_mean_over_prompts_of_the_mean_over_pairs(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -259,7 +250,7 @@ def test_a_classifier_with_lm_coef_goes_on_telling_words(
         measured["eval_classification_loss"] + 0.5 * measured["eval_lm_loss"], rel=1e-3
     )
     assert type(AutoModelForSequenceClassification.from_pretrained(beside / "model")) is GPT2ForSequenceClassification
-    quality = json.loads((beside / "quality.json").read_text())
+    quality = read_json(beside / "quality.json")
     assert quality["accuracy"] == 1.0
     good, bad = quality["examples"]
     assert good["text"] == "film 7 was good, a win it was"
@@ -301,7 +292,7 @@ def test_a_reward_model_from_rankings_scores_demonstrations_0_on_average(
             f"trainer.bf16={bf16}",
             "reward.demonstrations.name=instructions", f"reward.demonstrations.path={demonstrations}"]  # fmt: skip
     assert command_line(*args) == 0
-    quality = json.loads(Path("runs/r/reward/quality.json").read_text())
+    quality = read_json(Path("runs/r/reward/quality.json"))
     assert quality["accuracy"] > 0.9
     assert quality["prompts"] == quality["rows"] < quality["pairs"]
     assert quality["prompt_accuracy"] > 0.9
@@ -322,20 +313,14 @@ def test_a_reward_model_from_rankings_scores_demonstrations_0_on_average(
         assert [float(score) for score in bare] == pytest.approx(found, abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("args", "complaint"),
-    [
-        (["reward=classifier", "reward.base=encoder", "reward.lm_coef=0.5", "data=sentiment"], "an encoder has none"),
-        (["reward=preference_model", "data=sentiment"], "data=sentiment holds labelled texts"),
-        (["reward=classifier", "data=preferences"], "data=preferences holds preferences"),
-    ],
-)
-def test_what_does_not_go_together_is_refused(
-    args: list[str], complaint: str, workplace: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_does_not_go_together_is_refused(workplace: Path, refused: Refused) -> None:
     Path("empty.jsonl").touch()
-    assert command_line("stage=reward", "name=x", "data.path=empty.jsonl", *args) == 2
-    assert complaint in capsys.readouterr().err
+    for asked, complaint in (
+        ("reward=classifier reward.base=encoder reward.lm_coef=0.5 data=sentiment", "an encoder has none"),
+        ("reward=preference_model data=sentiment", "data=sentiment holds labelled texts"),
+        ("reward=classifier data=preferences", "data=preferences holds preferences"),
+    ):
+        assert complaint in refused(f"stage=reward data.path=empty.jsonl {asked}")
 
 
 @pytest.mark.parametrize(
@@ -366,7 +351,7 @@ def test_on_real_preferences(name: str, shared: Path, workplace: Path, command_l
     losses = [row["loss"] for row in read_jsonl(Path("runs/real/reward/metrics.jsonl")) if "loss" in row]
     half = len(losses) // 2
     assert sum(losses[half:]) < sum(losses[:half])
-    quality = json.loads(Path("runs/real/reward/quality.json").read_text())
+    quality = read_json(Path("runs/real/reward/quality.json"))
     assert 0 < quality["accuracy"] < 1
     assert sum(row["count"] for row in quality["calibration"]) == quality["pairs"]
     assert load_file("runs/real/reward/model/model.safetensors")["score.weight"].shape[0] == 1

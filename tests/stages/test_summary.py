@@ -1,17 +1,16 @@
 """How a stage goes and ends: bars with figures, a summary that its files bear out, a next command that runs."""
 
-import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import MINIATURE, ROOT, CommandLine, read_words, settings_of
+from conftest import MINIATURE, ROOT, CommandLine, change, cut_off, read_words, settings_of
 from terminal import at_a_terminal, left_standing
 
 from rlhf_pipeline import composition
-from rlhf_pipeline.files import read_jsonl
+from rlhf_pipeline.files import read_json, read_jsonl
 from rlhf_pipeline.report.summary import command, lasted, next_command, print_done
 from rlhf_pipeline.runs.directory import RunDir
 
@@ -19,30 +18,26 @@ STAGES = ("pretrain", "sft", "reward", "ppo", "evaluate")
 
 
 def test_a_summary_says_what_the_files_hold(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for stage in STAGES:
+    first = read_jsonl(run / "ppo" / "metrics.jsonl")[0]["objective/scores"]
+    for stage, figures, rate in (
+        ("pretrain", "{eval_perplexity:.1f}", "steps,"),
+        ("sft", "{eval_loss:.3f} {eval_loss_before:.3f}", "steps,"),
+        ("reward", "{accuracy:.2%} 300", "steps,"),
+        ("ppo", f"{{scores:.3f}} {{kl:.2f}} {first:.3f}", "6 updates, {updates:.0f}/min"),
+        (
+            "evaluate",
+            "{reward_mean:.3f} {kl:.2f} {gain_low:+.3f} {gain_high:+.3f} 24",
+            "{speed[prompts_per_second]:.1f}",
+        ),
+    ):
         print_done(RunDir(Path("runs"), "demo", stage))
         result, took, made = capsys.readouterr().out.splitlines()
-        record = json.loads((run / stage / "run.json").read_text())
-        found = record["results"]
-        if stage == "ppo":
-            rows = read_jsonl(run / "ppo" / "metrics.jsonl")
-            figures = [found["scores"], found["kl"], rows[0]["objective/scores"]]
-            assert result == "ppo      reward {:.3f} at KL {:.2f}, from {:.3f} (last 6 logged updates)".format(*figures)
-            assert f"6 updates, {360 / record['seconds']:.0f}/min" in took
-        elif stage == "evaluate":
-            assert result.startswith(f"evaluate ppo has reward {found['reward_mean']:.3f} at KL {found['kl']:.2f}, ")
-            assert result.endswith(
-                f"[{found['gain_low']:+.3f}, {found['gain_high']:+.3f}] over base; 24 held-out prompts"
-            )
-            assert f"{found['speed']['prompts_per_second']:.1f} prompts/s" in took
-        else:
-            expected = {
-                "pretrain": f"perplexity {found.get('eval_perplexity', 0):.1f} a token on held-out texts",
-                "sft": f"held-out loss {found.get('eval_loss', 0):.3f}, from {found.get('eval_loss_before', 0):.3f}",
-                "reward": f"held-out accuracy {found.get('accuracy', 0):.2%} of 300",
-            }
-            assert result == f"{stage:<9}{expected[stage]}"
+        record = read_json(run / stage / "run.json")
+        assert result.startswith(f"{stage:<9}")
+        for figure in figures.format(**record["results"]).split():
+            assert figure in result
         assert took.startswith(f"time     {lasted(record['seconds'])}, ")
+        assert rate.format(updates=360 / record["seconds"], **record["results"]) in took
         own = {"evaluate": "evaluation.json", "reward": "model/, quality.json"}.get(stage, "model/")
         assert made == f"made     runs/demo/{stage}: {own}, report.html"
 
@@ -51,10 +46,8 @@ def test_the_next_command_of_each_stage_is_the_next_stages(
     run: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for stage in STAGES[:-1]:
-        assert (
-            json.loads((run / stage / "run.json").read_text())["steps"]
-            >= read_jsonl(run / stage / "metrics.jsonl")[-1]["step"]
-        )
+        logged = read_jsonl(run / stage / "metrics.jsonl")
+        assert read_json(run / stage / "run.json")["steps"] >= logged[-1]["step"]
     for stage, after in zip(STAGES, [*STAGES[1:], "chat"], strict=True):
         assert command_line(f"stage={stage}", *MINIATURE) == 0
         said = capsys.readouterr().out
@@ -105,13 +98,11 @@ def test_a_command_takes_a_name_as_it_is(name: str) -> None:
 def test_a_resumed_run_shows_where_it_begins_and_counts_all_its_time(
     run: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    record = json.loads((run / "ppo" / "run.json").read_text())  # as a kill leaves it
-    killed = {key: value for key, value in record.items() if key not in ("seconds", "finished", "results", "objective")}
-    (run / "ppo" / "run.json").write_text(json.dumps({**killed, "status": "running"}))
-    (run / "ppo" / "checkpoints" / "checkpoint-6" / "complete").unlink()
+    cut_off(run / "ppo")
+    change(run / "ppo" / "run.json", seconds=0.0)  # which a killed session did not record
     before = read_jsonl(run / "ppo" / "metrics.jsonl")[-1]["seconds"]
     assert command_line("stage=ppo", *MINIATURE) == 0
-    said, record = capsys.readouterr(), json.loads((run / "ppo" / "run.json").read_text())
+    said, record = capsys.readouterr(), read_json(run / "ppo" / "run.json")
     bar = [line for line in said.err.splitlines() if line.startswith("ppo: ")]
     assert bar[0] == "ppo:  67% 4/6 [00:00<?, ?update/s]"
     assert re.search(r"100% 6/6 \[.*<00:00, .*update.*, reward=\d\.\d{3}, kl=-?\d\.\d{3}\]$", bar[-1])
@@ -135,8 +126,10 @@ def test_at_a_terminal_bars_show_rate_time_left_reward_and_kl(run: Path, workpla
     assert len(judged) >= 6
     assert all(re.fullmatch(r"judged \d+", line) for line in judged)
     *_, result, took, made, after = (line for line in lines if line)
-    found = json.loads((workplace / "runs/bar/ppo/run.json").read_text())["results"]
+    found = read_json(workplace / "runs/bar/ppo/run.json")["results"]
     assert result.startswith(f"ppo      reward {found['scores']:.3f} at KL {found['kl']:.2f}, from ")
     assert took.startswith("time     ")
     assert made == "made     runs/bar/ppo: model/, report.html"
     assert after.startswith("next     python -m rlhf_pipeline stage=evaluate reward=python")
+    samples = read_jsonl(workplace / "runs/bar/ppo/samples.jsonl")
+    assert all(row["reward"] == len(row["response"]) for row in samples)

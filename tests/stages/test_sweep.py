@@ -1,7 +1,6 @@
 """A multirun for real: each job a process and a run of its own, by each launcher and sweeper; a table at the end."""
 
 import fcntl
-import json
 import os
 import shutil
 import subprocess
@@ -9,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
-from conftest import MINIATURE, CommandLine
+from conftest import MINIATURE, CommandLine, once
+
+from rlhf_pipeline.files import read_json, read_yaml
 
 # A PPO of two updates.
 QUICK = ["stage=ppo", "trainer.total_episodes=16", "trainer.per_device_train_batch_size=8", "trainer.response_length=8",
@@ -18,16 +18,14 @@ QUICK = ["stage=ppo", "trainer.total_episodes=16", "trainer.per_device_train_bat
 
 
 def sweep(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A multirun from the command line; a setting is given once, so of QUICK's those that `words` leave."""
-    said = {word.split("=")[0] for word in words}
-    quick = [word for word in QUICK if word.split("=")[0] not in said]
-    command = [sys.executable, "-m", "rlhf_pipeline", "-m", *quick, *words]
+    """A multirun from the command line."""
+    command = [sys.executable, "-m", "rlhf_pipeline", "-m", *once(*QUICK, *words)]
     return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
 
 
 def found_in(folder: Path) -> tuple[dict[str, str], dict[str, int]]:
     """How each job ended, and of each row how many seeds there are."""
-    found = json.loads((folder / "sweep.json").read_text())
+    found = read_json(folder / "sweep.json")
     return ({job["job"]: job["status"] for job in found["jobs"]},
             {"".join(row["settings"].values()): row["seeds"] for row in found["rows"]})  # fmt: skip
 
@@ -55,8 +53,8 @@ def test_a_failed_job_stops_no_other_and_is_done_when_the_sweep_is_run_again(run
     assert sorted(ended.values()) == ["done", "done", "done", "failed"]
     assert seeds == {"0.02": 2, "0.1": 1}
     for job in ("trainer.kl_coef=0.02,seed=1", "trainer.kl_coef=0.02,seed=2"):
-        config = yaml.safe_load((folder / job / "ppo" / "config.yaml").read_text())
-        record = json.loads((folder / job / "ppo" / "run.json").read_text())
+        config = read_yaml(folder / job / "ppo" / "config.yaml")
+        record = read_json(folder / job / "ppo" / "run.json")
         assert config["name"] == f"coefs/{job}"
         assert config["trainer"]["kl_coef"] == 0.02
         results = record["results"]
@@ -82,9 +80,9 @@ def test_what_has_been_trained_is_kept_where_its_measuring_fails(
         broken.setattr("rlhf_pipeline.ppo.PPOTrainer.measure", measure)
         assert command_line(*QUICK, "name=demo", "overwrite=true") == 2
     assert (runs / "demo" / "ppo" / "model" / "config.json").is_file()
-    assert json.loads((runs / "demo" / "ppo" / "run.json").read_text())["status"] == "failed"
+    assert read_json(runs / "demo" / "ppo" / "run.json")["status"] == "failed"
     assert command_line(*QUICK, "name=demo") == 0
-    record = json.loads((runs / "demo" / "ppo" / "run.json").read_text())
+    record = read_json(runs / "demo" / "ppo" / "run.json")
     assert record["objective"] == record["results"]["validation_score"]
 
 
@@ -106,7 +104,7 @@ def test_submitit_runs_each_job_in_a_process_of_its_own(runs: Path) -> None:
     # A job that submitit kills at once: the time is up as it begins.
     done = sweep(words[0], "trainer.num_mini_batches=1", "name=late", "hydra.launcher.timeout_min=0")
     assert done.returncode == 1, done.stderr
-    assert json.loads((runs / "late" / "job0" / "job.json").read_text())["status"] == "failed"
+    assert read_json(runs / "late" / "job0" / "job.json")["status"] == "failed"
     assert "1 of 1 jobs failed" in done.stdout
 
 

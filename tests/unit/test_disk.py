@@ -84,8 +84,10 @@ def test_a_log_is_read_as_far_as_it_was_written(tmp_path: Path) -> None:
     log = tmp_path / "metrics.jsonl"
     assert read_jsonl(log) == []
     append_jsonl(log, [{"step": 1}, {"step": 2}])
-    log.write_text(log.read_text() + '{"step": 3, "lo')
-    assert read_jsonl(log) == [{"step": 1}, {"step": 2}]
+    whole = log.read_bytes()
+    for torn in (b'{"step": 3, "lo', '{"text": "好'.encode()[:-1]):  # the second within a character
+        log.write_bytes(whole + torn)
+        assert read_jsonl(log) == [{"step": 1}, {"step": 2}]
 
 
 def test_links_are_not_followed_and_a_pipe_is_not_waited_for(tmp_path: Path) -> None:

@@ -3,13 +3,12 @@
 import dataclasses
 import errno
 import importlib.metadata
-import json
 import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, CommandLine
+from conftest import ROOT, CommandLine, change
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.files import lock_folder, read_jsonl
@@ -48,21 +47,28 @@ def finish(asked: Settings, parents: dict[str, str] | None = None) -> RunDir:
     return out
 
 
-def change(out: RunDir, **values: str) -> None:
-    """Set values of a stage's record."""
-    (out.path / "run.json").write_text(json.dumps({**out.record, **values}))
-
-
-@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no checkout")
-def test_a_run_records_the_commit_of_this_checkout(workplace: Path) -> None:
-    asked = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    commit = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    assert begin(settings()).record["git"]["commit"] == commit
+def test_a_record_tells_what_the_work_was_made_from(workplace: Path) -> None:
+    parent = finish(settings("pretrain"))
+    out = begin(settings(), {"policy": str(parent.model), "reward": "some/hub-id"})
+    record = out.record
+    assert record["parents"]["policy"]["sha256"] == content_hash(parent.model)
+    assert record["parents"]["reward"] == {"path": "some/hub-id", "sha256": None}
+    assert record["versions"]["trl"] == importlib.metadata.version("trl")
+    assert record["hardware"]["cores"] >= 1
+    assert record["status"] == "running"
+    assert str(workplace) not in (out.path / "run.json").read_text()
+    if (ROOT / ".git").exists():  # a checkout
+        asked = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+        commit = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+        assert record["git"]["commit"] == commit
 
 
 def test_a_finished_stage_is_done_and_other_work_is_refused(workplace: Path) -> None:
     out = finish(settings())
+    out.failed(BrokenPipeError("whoever read the table has left"))  # what is done stays done
     assert out.finished(settings())
+    chinese = dataclasses.replace(settings(), report=Report("zh"))
+    assert RunDir.of(chinese).finished(chinese), "the language of the page is no work"
     with pytest.raises(UserError, match=r"seed is 0 there and 1 here.*overwrite=true"):
         RunDir.of(settings(seed=1)).finished(settings(seed=1))
     assert out.model.exists()
@@ -124,13 +130,20 @@ def test_what_a_killed_process_had_moved_aside_is_found_by_the_next_command(
 
 
 def test_a_changed_parent_is_noticed_and_another_card_is_no_change(workplace: Path) -> None:
-    parent, asked = finish(settings("pretrain")), settings()
-    child = finish(asked, {"policy": str(parent.model)})
+    """When the work is done, and when it was cut off, which also does not go on from other data."""
+    parent = finish(settings("pretrain"))
+    parents, whole, cut = {"policy": str(parent.model)}, settings(name="whole"), settings(name="cut")
+    done, begun = finish(whole, parents), begin(cut, parents, checkpoints=(1,))
     (parent.model / "README.md").write_text("words of my own")
-    assert child.finished(asked)
+    assert done.finished(whole)
+    assert not begun.finished(cut)
+    with pytest.raises(UserError, match="was started with other data or models"):
+        begun.begin(cut, parents, {"sha256": "y"})
+    begun.begin(cut, parents, None)
     (parent.model / "config.json").write_text('{"other": 1}')
-    with pytest.raises(UserError, match="its policy runs/demo/pretrain/model has changed since"):
-        child.finished(asked)
+    for out, asked in ((done, whole), (begun, cut)):
+        with pytest.raises(UserError, match="its policy runs/demo/pretrain/model has changed since"):
+            out.finished(asked)
 
 
 def test_a_stage_that_came_to_nothing_is_in_nobodys_way(workplace: Path) -> None:
@@ -151,12 +164,6 @@ def test_the_time_of_sessions_that_were_killed_is_kept(workplace: Path) -> None:
     assert 100 <= third.record["seconds"] < 150
 
 
-def test_what_is_done_stays_done_whatever_fails_after_it(workplace: Path) -> None:
-    out = finish(settings())
-    out.failed(BrokenPipeError("whoever read the table has left"))
-    assert out.record["status"] == "done"
-
-
 def test_only_whole_checkpoints_count(workplace: Path) -> None:
     out = begin(settings(), checkpoints=(2, 10))
     (out.checkpoints / "checkpoint-12").mkdir()
@@ -165,14 +172,21 @@ def test_only_whole_checkpoints_count(workplace: Path) -> None:
 
 def test_logs_are_rewound_and_a_torn_line_is_dropped(workplace: Path) -> None:
     out = begin(settings())
+    out.observer = Observers(out.path)
     for step in (1, 2, 3):
         out.log(step, {"loss": 1 / step})
         out.log_samples(step, [{"prompt": "电影", "response": "好", "reward": 1.0}])
+        out.warn(step, f"update {step}: answers shrank")
     with (out.path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
     out.rewind(2)
     assert [row["step"] for row in read_jsonl(out.path / "metrics.jsonl")] == [1, 2]
     assert [row["prompt"] for row in read_jsonl(out.path / "samples.jsonl")] == ["电影", "电影"]
+    assert [row["step"] for row in read_jsonl(out.path / "warnings.jsonl")] == [1, 2]
+    out.finish({})
+    page = (out.path / "report.html").read_text(encoding="utf-8")
+    assert "update 2: answers shrank" in page
+    assert "update 3: answers shrank" not in page
 
 
 def test_a_job_of_a_sweep_takes_from_the_sweep_then_from_the_experiment(workplace: Path) -> None:
@@ -187,6 +201,9 @@ def test_a_job_of_a_sweep_takes_from_the_sweep_then_from_the_experiment(workplac
     with pytest.raises(UserError, match=r"has policy\.size=None, but here it is small"):
         job.upstream("sft", policy={"name": "gpt2_scratch", "size": "small"})
     assert RunDir(Path("runs"), "other", "ppo", "demo").upstream("sft") is None
+    (demo.path / "config.yaml").unlink()
+    with pytest.raises(UserError, match=r"runs/demo/sft/config\.yaml is gone; restore it"):
+        job.upstream("sft", policy={"name": "gpt2_scratch"})
 
 
 def test_a_model_folder_may_be_named_by_its_stage(workplace: Path) -> None:
@@ -213,49 +230,18 @@ def test_content_hash_sees_names_and_bytes_but_no_card(tmp_path: Path) -> None:
     assert content_hash(tmp_path) == found[-1]
 
 
-def test_lineage_is_recorded(workplace: Path) -> None:
-    parent = finish(settings("pretrain"))
-    record = begin(settings(), {"policy": str(parent.model), "reward": "some/hub-id"}).record
-    assert record["parents"]["policy"]["sha256"] == content_hash(parent.model)
-    assert record["parents"]["reward"] == {"path": "some/hub-id", "sha256": None}
-    assert record["versions"]["trl"] == importlib.metadata.version("trl")
-    assert record["hardware"]["cores"] >= 1
-    assert record["status"] == "running"
-
-
-def test_a_run_that_was_cut_off_does_not_go_on_from_other_models_or_data(workplace: Path) -> None:
-    parent, asked = finish(settings("pretrain")), settings()
-    child = begin(asked, {"policy": str(parent.model)}, checkpoints=(1,))
-    assert not child.finished(asked)
-    with pytest.raises(UserError, match="was started with other data or models"):
-        child.begin(asked, {"policy": str(parent.model)}, {"sha256": "y"})
-    child.begin(asked, {"policy": str(parent.model)}, None)
-    (parent.model / "config.json").write_text("[]")
-    with pytest.raises(UserError, match="has changed since"):
-        child.finished(asked)
-
-
 def test_a_stage_is_stale_once_something_newer_could_be_taken(workplace: Path) -> None:
-    finish(settings("pretrain"))
-    asked = settings("evaluate")
-    out = finish(asked, {"base": "runs/demo/pretrain/model"})
-    assert out.finished(asked)
-    change(finish(settings("ppo")), finished="2999-01-01T00:00:00+00:00")
-    with pytest.raises(UserError, match="runs/demo/ppo has been made since"):
-        out.finished(asked)
-
-
-def test_a_directory_in_use_is_left_alone(workplace: Path) -> None:
-    out = RunDir.of(settings())
-    with out.locked(), pytest.raises(UserError, match="is in use by another process"), RunDir.of(settings()).locked():
-        pass
-    with out.locked():
-        pass
-
-
-def test_no_path_of_this_machine_is_in_the_command_that_repeats_it(workplace: Path) -> None:
-    out = finish(settings())
-    assert str(workplace) not in (out.path / "run.json").read_text()
+    """Whatever a clock says that was set back."""
+    pretrained = finish(settings("pretrain"))
+    change(pretrained.path / "run.json", finished="2999-01-01T00:00:00+00:00")
+    done = {asked.stage: (asked, finish(asked)) for asked in (settings("sft"), settings("evaluate"))}
+    assert all(out.finished(asked) for asked, out in done.values())
+    finish(settings("ppo"))
+    change(pretrained.path / "run.json", finished="2000-01-01T00:00:00+00:00")
+    for stage, newer in (("sft", "pretrain"), ("evaluate", "ppo")):
+        asked, out = done[stage]
+        with pytest.raises(UserError, match=f"runs/demo/{newer} has been made since"):
+            out.finished(asked)
 
 
 def test_a_recorded_configuration_runs_again_whatever_signs_its_paths_hold(
@@ -285,23 +271,6 @@ def test_the_page_shows_a_stage_while_it_goes_and_after_it_failed(workplace: Pat
         assert said in shown
 
 
-def test_warnings_are_kept_and_those_of_steps_taken_again_are_not(workplace: Path) -> None:
-    out = begin(settings())
-    out.observer = Observers(out.path)
-    for step in (2, 5):
-        out.warn(step, f"update {step}: answers shrank")
-    out.rewind(4)
-    assert read_jsonl(out.path / "warnings.jsonl") == [{"step": 2, "warning": "update 2: answers shrank"}]
-    out.finish({})
-    assert "update 2: answers shrank" in (out.path / "report.html").read_text(encoding="utf-8")
-
-
-def test_the_language_of_the_page_is_no_work(workplace: Path) -> None:
-    finish(settings())
-    chinese = dataclasses.replace(settings(), report=Report("zh"))
-    assert RunDir.of(chinese).finished(chinese)
-
-
 def test_a_page_that_cannot_be_written_leaves_the_stage_done(workplace: Path) -> None:
     out = begin(settings())
     out.observer = Observers(out.path)
@@ -309,16 +278,6 @@ def test_a_page_that_cannot_be_written_leaves_the_stage_done(workplace: Path) ->
     out.log(1, {"loss": 1.0})
     out.finish({"loss": 1.0})
     assert out.record["status"] == "done"
-
-
-def test_a_clock_that_was_set_back_makes_nothing_look_newer(workplace: Path) -> None:
-    upstream = finish(settings("pretrain"))
-    change(upstream, finished="2999-01-01T00:00:00+00:00")
-    out = finish(settings())
-    assert out.finished(settings())
-    change(upstream, finished="2000-01-01T00:00:00+00:00")
-    with pytest.raises(UserError, match="runs/demo/pretrain has been made since"):
-        out.finished(settings())
 
 
 def test_finished_work_can_be_looked_at_where_nothing_can_be_written(
@@ -343,16 +302,3 @@ def test_a_damaged_record_is_named(workplace: Path, damage: str) -> None:
     (out.path / "run.json").write_text(damage, encoding="utf-8", errors="surrogatepass")
     with pytest.raises(UserError, match=r"runs/demo/sft/run\.json is damaged"):
         out.finished(settings())
-
-
-def test_a_run_without_its_settings_is_named(workplace: Path) -> None:
-    out = finish(settings())
-    (out.path / "config.yaml").unlink()
-    with pytest.raises(UserError, match=r"runs/demo/sft/config\.yaml is gone; restore it"):
-        RunDir(Path("runs"), "demo", "ppo").upstream("sft", policy={"name": "gpt2_scratch"})
-
-
-def test_a_log_that_a_kill_cut_within_a_character_is_read(workplace: Path) -> None:
-    log = workplace / "metrics.jsonl"
-    log.write_bytes('{"step": 1, "text": "好"}\n{"step": 2, "text": "好"}'.encode()[:-3])
-    assert [row["step"] for row in read_jsonl(log)] == [1]

@@ -85,10 +85,12 @@ def test_a_search_that_was_cut_off_goes_on_and_ends_where_one_in_a_piece_would(t
 
 
 def test_what_failed_is_tried_again_and_another_search_in_the_same_place_is_another(tmp_path: Path) -> None:
-    first = search(tmp_path, SPACE, lambda job: None, 2)
+    folder = tmp_path / "what? 100%"  # a database's address would take it otherwise
+    first = search(folder, SPACE, lambda job: None, 2)
     assert len(first) == 2
-    assert search(tmp_path, SPACE, worth, 2) == first
-    assert len(search(tmp_path, SPACE[:1], worth, 2)) == 2
+    assert search(folder, SPACE, worth, 2) == first
+    assert len(search(folder, SPACE[:1], worth, 2)) == 2
+    assert (folder / "optuna.db").is_file()
 
 
 @pytest.mark.parametrize(
@@ -101,12 +103,6 @@ def test_what_failed_is_tried_again_and_another_search_in_the_same_place_is_anot
 def test_what_cannot_be_searched_is_refused(said: list[str], trials: int, error: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=error):
         search(tmp_path, said, worth, trials)
-
-
-def test_a_search_is_kept_in_its_folder_whatever_that_is_called(tmp_path: Path) -> None:
-    folder = tmp_path / "what? 100%"
-    assert len(search(folder, SPACE, worth, 1)) == 1
-    assert (folder / "optuna.db").is_file()
 
 
 def test_two_processes_do_not_search_in_one_place(tmp_path: Path) -> None:

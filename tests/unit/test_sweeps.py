@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CommandLine, Refused, read_words
-from hydra.core.override_parser.overrides_parser import OverridesParser
+from conftest import CommandLine, Refused
 
 from rlhf_pipeline import cli
+from rlhf_pipeline.files import read_json
 from rlhf_pipeline.report.__main__ import rebuild
 from rlhf_pipeline.report.sweep import sweep_page
 from rlhf_pipeline.report.words import Words
 from rlhf_pipeline.sweeps import jobs
 from rlhf_pipeline.sweeps.results import report_sweep, summarise
-from rlhf_pipeline.usage import CONF
 
 Launched = list[tuple[str, str, list[str]]]
 
@@ -74,7 +73,7 @@ def test_a_job_is_a_command_that_can_be_typed(
     known = jobs.read_job(workplace / "runs" / name)
     assert known["settings"] == {"stage": "sft", "policy": "gpt2", "data.limit": "9", "experiment": "null"}
     assert known["seed"] == 1
-    assert json.loads((workplace / "runs" / "it is" / "sweep.json").read_text())["rows"][0]["settings"] == {}
+    assert read_json(workplace / "runs" / "it is" / "sweep.json")["rows"][0]["settings"] == {}
     capsys.readouterr()
     assert command_line(*command, "--cfg", "job") == 0
     shown = capsys.readouterr().out
@@ -86,12 +85,6 @@ def test_of_a_sweep_that_is_shown_a_job_is(command_line: CommandLine, capsys: py
     for said in ("sweep=kl", "-m seed=1,2", "-m trainer.kl_coef=interval(0.1,0.2)", "sweep=null"):
         assert command_line("stage=ppo", *said.split(), "--cfg", "job") == 0
         assert "stage: ppo" in capsys.readouterr().out
-
-
-def test_every_sweep_that_is_shipped_can_be_read() -> None:
-    for path in (CONF / "sweeps").glob("*.yaml"):
-        swept = [a for a in read_words("stage=ppo", f"sweep={path.stem}") if a != "--multirun"]
-        assert any(o.is_sweep_override() for o in OverridesParser.create().parse_overrides(swept)), path
 
 
 REFUSED = {
@@ -116,6 +109,7 @@ REFUSED = {
     "-m stage=sft seed=1,2 hydra/launcher=submitit_no": "pip install 'rlhf_pipeline[slurm]'",
     "stage=sft sweep=kl": "sweep=kl varies trainer.kl_coef, which stage=sft does not have",
     "stage=ppo sweep=k": "no sweep is called 'k'. Did you mean 'kl'?",
+    "stage=ppo sweep=demo": "Only stage=evaluate takes a multirun here",
     "stage=evaluate sweep=kl": "kl holds no run of stage=ppo with a checkpoint",
 }  # fmt: skip
 
@@ -152,16 +146,14 @@ def done(folder: Path, objective: float = 1.0, stage: str = "sft", results: dict
 
 
 def test_what_is_to_be_overwritten_stands_until_its_own_job_begins(
-    workplace: Path, command_line: CommandLine, launched: Launched, capsys: pytest.CaptureFixture[str]
+    workplace: Path, command_line: CommandLine, launched: Launched, refused: Refused
 ) -> None:
-    asked = ("-m", "stage=sft", "name=a", "seed=1,2")
+    asked = "-m stage=sft name=a seed=1,2"
     kept = [done(workplace / "runs" / "a" / f"seed={seed}") for seed in (1, 2)]
-    assert command_line(*asked[:-1], "seed=1,2,xx", "overwrite=true") == 2
-    assert "seed is 'xx'" in capsys.readouterr().err
-    assert command_line(*asked) == 2  # other work: these records tell of none
-    assert "holds other work" in capsys.readouterr().err
+    assert "seed is 'xx'" in refused(f"{asked},xx overwrite=true")
+    assert "holds other work" in refused(asked)  # these records tell of none
     assert launched == []
-    assert command_line(*asked, "overwrite=true") == 0
+    assert command_line(*asked.split(), "overwrite=true") == 0
     assert [name for name, _, _ in launched] == ["a/seed=1", "a/seed=2"]
     assert all(path.exists() for path in kept)  # to be deleted by the jobs, which did not run here
 
@@ -193,16 +185,8 @@ def test_a_job_that_did_not_say_how_it_ended_was_killed_and_one_that_was_interru
     monkeypatch.setattr(cli, "run_job", lambda runs, name, *_: jobs.update_job(runs / name, status=next(ends)))
     assert command_line("-m", "stage=sft", "seed=1,2,3") == 1
     assert "failed: seed=2: never started, or was killed from outside" in " ".join(capsys.readouterr().out.split())
-    (row,) = json.loads((workplace / "runs" / "demo" / "sweep.json").read_text())["rows"]
+    (row,) = read_json(workplace / "runs" / "demo" / "sweep.json")["rows"]
     assert (row["failed"], row["left"]) == (1, 1)
-
-
-def test_why_a_command_was_refused_is_kept_where_it_is_a_jobs(
-    command_line: CommandLine, workplace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RLHF_PIPELINE_JOB", str(workplace / "job"))
-    assert command_line("stage=sfd") == 2
-    assert "no stage is called 'sfd'" in jobs.read_job(workplace / "job")["error"]
 
 
 def test_jobs_are_of_one_work_whoever_runs_them_and_whatever_their_seed() -> None:
@@ -229,19 +213,20 @@ def add(sweep: Path, settings: dict[str, str], objective: float | None, status: 
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
-    """Three coefficients: two seeds done of one, one of two of another, none of the last."""
+    """Three coefficients: two seeds done of one, one of two of another (whatever lies there), none of the last."""
     folder = tmp_path / "runs" / "coefs"
     add(folder, {"trainer.kl_coef": "0.1", "seed": "1"}, 0.5)
     add(folder, {"trainer.kl_coef": "0.1", "seed": "2"}, 0.7)
     add(folder, {"trainer.kl_coef": "0.2", "seed": "1"}, 0.9)
-    add(folder, {"trainer.kl_coef": "0.2", "seed": "2"}, None, "failed", error="out of <memory>")
+    add(folder, {"trainer.kl_coef": "0.2", "seed": "2"}, 0.99, "failed", error="out of <memory>")
     add(folder, {"trainer.kl_coef": "0.3", "seed": "1"}, None, "waiting")
     add(folder, {"seed": "1"}, None, "done", stage="sft")  # of another stage, which does not compare
     return folder
 
 
-def test_jobs_are_grouped_over_seeds_and_the_best_comes_first(sweep: Path) -> None:
-    found = summarise(sweep, "ppo")
+def test_jobs_are_grouped_over_seeds_and_the_best_comes_first(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report_sweep(sweep, "ppo", [folder.name for folder in sweep.iterdir() if folder.is_dir()])
+    found = read_json(sweep / "sweep.json")
     rows = [(row["settings"], row["objective"], row["stderr"], row["seeds"]) for row in found["rows"]]
     assert rows[0] == ({"trainer.kl_coef": "0.2"}, 0.9, None, 1)  # of one seed there is no standard error
     assert rows[1][0] == {"trainer.kl_coef": "0.1"}
@@ -252,47 +237,24 @@ def test_jobs_are_grouped_over_seeds_and_the_best_comes_first(sweep: Path) -> No
     assert found["rows"][1]["results"]["kl"] == pytest.approx(1.2)
     assert found["objective"] == "reward - selection_kl_coef x KL, on validation prompts"
 
-
-def test_the_table_is_sorted_and_says_what_failed_of_its_own_command(
-    sweep: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    report_sweep(sweep, "ppo", [folder.name for folder in sweep.iterdir() if folder.is_dir()])
+    # The table says what failed, of its own command.
     said = capsys.readouterr().out
     assert said.index("kl_coef=0.2") < said.index("kl_coef=0.1") < said.index("kl_coef=0.3")
     assert "failed: trainer.kl_coef=0.2,seed=2: out of <memory>" in said
     assert "1 of 5 jobs failed" in said
-    assert json.loads((sweep / "sweep.json").read_text()) == summarise(sweep, "ppo")
     report_sweep(sweep, "ppo", ["trainer.kl_coef=0.1,seed=1", "trainer.kl_coef=0.1,seed=2"])
     assert not re.search("failed:|jobs failed", capsys.readouterr().out)
 
 
-def rows_of(folder: Path) -> list[tuple[dict[str, str], list[float]]]:
-    """The rows of a sweep's table: what sets each apart, and its seeds' objectives."""
-    return [(row["settings"], sorted(row["values"])) for row in summarise(folder, "ppo")["rows"]]
-
-
-def test_jobs_of_other_commands_are_no_seeds_of_this_one(tmp_path: Path) -> None:
+def test_later_commands_join_in_if_they_are_the_same_work_and_a_seed_counts_once(tmp_path: Path) -> None:
     """By all settings of the commands, also those that no command swept."""
     rate, epochs = {"trainer.learning_rate": "1e-3"}, "trainer.num_train_epochs"
-    add(tmp_path, rate, 0.1)
-    add(tmp_path, {**rate, epochs: "9", "seed": "1"}, 0.8)
-    add(tmp_path, {**rate, epochs: "9", "seed": "2"}, 0.6)
-    assert rows_of(tmp_path) == [({epochs: "9"}, [0.6, 0.8]), ({epochs: "default"}, [0.1])]
-
-
-def test_a_later_commands_seeds_and_values_join_in_and_a_seed_counts_once(tmp_path: Path) -> None:
-    coef = "trainer.kl_coef"
-    add(tmp_path, {coef: "0.1"}, 0.5)  # of the seed that is the default
-    for seed in ("0", "1", "2"):
-        add(tmp_path, {coef: "0.1", "seed": seed}, 0.5 + int(seed))
-    add(tmp_path, {coef: "0.2", "seed": "1"}, None, "failed")
-    assert rows_of(tmp_path) == [({coef: "0.1"}, [0.5, 1.5, 2.5]), ({coef: "0.2"}, [])]
-
-
-def test_a_job_that_failed_is_not_done_whatever_lies_in_its_folder(tmp_path: Path) -> None:
-    add(tmp_path, {"seed": "1"}, 0.9, "failed", error="runs/x holds other work")
-    (job,) = summarise(tmp_path, "ppo")["jobs"]
-    assert (job["status"], job["objective"], job["error"]) == ("failed", None, "runs/x holds other work")
+    add(tmp_path, rate, 0.1)  # of the seed that is the default
+    for seed in ("0", "1"):
+        add(tmp_path, {**rate, "seed": seed}, 0.1 + int(seed))
+    add(tmp_path, {**rate, epochs: "9", "seed": "1"}, 2.5)
+    found = [(row["settings"], sorted(row["values"])) for row in summarise(tmp_path, "ppo")["rows"]]
+    assert found == [({epochs: "9"}, [2.5]), ({epochs: "default"}, [0.1, 1.1])]
 
 
 def test_a_damaged_note_hides_no_other_job(sweep: Path) -> None:
@@ -329,7 +291,6 @@ def order_of(found: dict[str, Any]) -> list[str]:
 
 
 def test_a_hacked_policy_is_not_chosen(hacked: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert order_of(summarise(hacked, "ppo")) == ["0.05", "0.2", "0.01"]
     report_sweep(hacked, "ppo", [])
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if "kl_coef=" in line]
     assert [" ".join(row[1:8:2]) for row in rows] == [
@@ -348,7 +309,7 @@ def test_at_a_kl_budget_the_best_reward_within_it_is_chosen(
     budget: float, order: list[str], over: int, hacked: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report_sweep(hacked, "ppo", [], budget)
-    found = json.loads((hacked / "sweep.json").read_text())
+    found = read_json(hacked / "sweep.json")
     assert order_of(found) == order
     said = capsys.readouterr().out
     assert sum(row["over_budget"] > 0 for row in found["rows"]) == over
@@ -379,7 +340,7 @@ def test_optuna_searches_for_what_the_table_orders_by(
     study = optuna.load_study(study_name=None, storage=f"sqlite:///{workplace}/runs/x/optuna.db")
     assert {trial.params["++trainer.kl_coef"] for trial in study.trials} == {*POLICIES}
     assert study.best_params == {"++trainer.kl_coef": best}
-    assert order_of(json.loads((workplace / "runs" / "x" / "sweep.json").read_text()))[0] == best
+    assert order_of(read_json(workplace / "runs" / "x" / "sweep.json"))[0] == best
 
 
 def test_the_page_links_jobs_and_takes_what_files_hold_as_text(sweep: Path) -> None:
