@@ -25,6 +25,7 @@ from rlhf_pipeline.training.batching import SumLossTrainer
 _COLUMNS = ("texts", "better", "worse", "margin", "length")
 _PART = 200  # rows tokenized at once
 _MOST = 16  # answers in one example of pairs, at most
+_PARTS = 4  # of similar length, in which the texts of a batch are scored
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,8 +214,7 @@ class ComparisonTrainer(SumLossTrainer, RewardTrainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Any:  # fmt: skip
         """Return the mean over rows of the mean over their pairs of -log sigmoid(r_better - r_worse - margin)."""
-        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-        scores = outputs.logits.squeeze(-1).float()
+        scores = self._scores(model, inputs["input_ids"], inputs["attention_mask"])
         better, worse, weight = scores[inputs["better"]], scores[inputs["worse"]], inputs["weight"]
         loss = -(weight * nn.functional.logsigmoid(better - worse - inputs["margin"])).sum()
         if self.args.center_rewards_coefficient is not None:
@@ -222,7 +222,22 @@ class ComparisonTrainer(SumLossTrainer, RewardTrainer):
         with torch.no_grad():
             self._note(scores, inputs, better - worse)
         loss = loss / self._counts_of(inputs, num_items_in_batch)[0]
-        return (loss, outputs) if return_outputs else loss
+        return (loss, {"logits": scores[:, None]}) if return_outputs else loss
+
+    def _scores(self, model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+        """Score all texts, (texts,), in parts of similar length, each cut to its longest text: padding takes time.
+
+        Several processes score all texts at once, because DDP expects one forward pass per step.
+        """
+        whole = self.accelerator.num_processes > 1 or self.args.pad_to_multiple_of is not None
+        lengths = mask.sum(1)
+        order = lengths.argsort()
+        found = []
+        for part in order.chunk(1 if whole else _PARTS):
+            width = ids.shape[1] if whole else int(lengths[part].max())
+            rows = {"input_ids": ids[part, :width], "attention_mask": mask[part, :width]}
+            found.append(model(**rows, use_cache=False).logits.squeeze(-1).float())
+        return torch.cat(found)[order.argsort()]
 
     def _note(self, scores: Tensor, inputs: dict[str, Tensor], difference: Tensor) -> None:
         """Keep TRL's metrics for the next log. A process without rows takes part but adds nothing."""
