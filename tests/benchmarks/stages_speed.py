@@ -194,7 +194,12 @@ COMPARISONS: list[tuple[str, Side, Side, str]] = [
     ("stage=pretrain against SFTTrainer", trl_sft, our_pretrain, "wrapped packing: no padding, no mask; the last two"),
     ("stage=pretrain against SFTTrainer packing=true", trl_packed, our_pretrain, "attention within blocks of 128"),
     ("stage=sft against SFTTrainer packing=true", trl_packed, our_sft, "attention within a text, not in one long row"),
-    ("stage=reward, pairs, against RewardTrainer", trl_reward, our_reward, LEVERS),
+    (
+        "stage=reward, pairs, against RewardTrainer",
+        trl_reward,
+        our_reward,
+        f"{LEVERS}; the texts of a batch in four parts",
+    ),
 ]
 
 
