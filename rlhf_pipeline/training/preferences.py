@@ -214,7 +214,7 @@ class ComparisonTrainer(SumLossTrainer, RewardTrainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Any:  # fmt: skip
         """Return the mean over rows of the mean over their pairs of -log sigmoid(r_better - r_worse - margin)."""
-        scores = self._scores(model, inputs["input_ids"], inputs["attention_mask"])
+        scores = self.score_texts(model, inputs["input_ids"], inputs["attention_mask"])
         better, worse, weight = scores[inputs["better"]], scores[inputs["worse"]], inputs["weight"]
         loss = -(weight * nn.functional.logsigmoid(better - worse - inputs["margin"])).sum()
         if self.args.center_rewards_coefficient is not None:
@@ -224,7 +224,7 @@ class ComparisonTrainer(SumLossTrainer, RewardTrainer):
         loss = loss / self._counts_of(inputs, num_items_in_batch)[0]
         return (loss, {"logits": scores[:, None]}) if return_outputs else loss
 
-    def _scores(self, model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    def score_texts(self, model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
         """Score all texts, (texts,), in parts of similar length, each cut to its longest text: padding takes time.
 
         Several processes score all texts at once, because DDP expects one forward pass per step.
