@@ -48,7 +48,7 @@ $(OLDEST_VENV)/.ready: constraints-trl-1.12.txt
 $(OLDEST_VENV)/.ready: EXTRAS := [dev]
 $(VENV)/.ready $(OLDEST_VENV)/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"Python {v[0]}.{v[1]} is not supported; say PYTHON=python3.11, python3.12 or python3.13")'
-	@echo 'Installing PyTorch, TRL and what they need into $(@D): 2 GB (several more with CUDA), some minutes'
+	@echo 'Installing PyTorch, TRL and what they need into $(@D): 1.5 GB (several more with CUDA), some minutes'
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --disable-pip-version-check --constraint $(filter constraints%,$^) --editable '.$(EXTRAS)'
 	@touch $@

@@ -170,9 +170,8 @@ def run_stage(settings: Settings) -> float | None:
     if settings.compare:  # it only compares finished runs
         runs = Path(settings.runs)
         folders = [folder_of(runs, name) for name in settings.compare]
-        print(
-            f"{write_comparison(folders, runs / settings.name / 'compare.html', settings.report.lang)} shows the runs"
-        )
+        page = write_comparison(folders, runs / settings.name / "compare.html", settings.report.lang)
+        print(f"{page} shows the runs")
     elif settings.stage in ("chat", "plan"):  # they write nothing, so they need no lock
         run_module(settings, out)
     elif settings.labels:

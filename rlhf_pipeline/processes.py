@@ -113,7 +113,7 @@ def rows_per_step(trainer: Mapping[str, Any], count: int) -> int:
 
 
 def same_step(before: Mapping[str, Any], count: int, asked: Mapping[str, Any]) -> dict[str, int] | None:
-    """Return the fields of CUT with which this launch keeps the rows per step of a run of `count` processes, or None.
+    """Return the BATCH_FIELDS with which this launch keeps the rows per step of a run of `count` processes, or None.
 
     If the user changed neither field, the rows per process change.
     """

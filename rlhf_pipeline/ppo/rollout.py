@@ -61,17 +61,17 @@ def make_batch_reward(reward: nn.Module | TextReward, vocabulary: int, rows_at_o
     A text reward gets prompts and completions, and the other columns of the data set that its parameters name.
     """
     if isinstance(reward, nn.Module):
-        return _model_judge(reward, vocabulary, rows_at_once)
+        return _model_reward(reward, vocabulary, rows_at_once)
 
-    def judge(batch: Batch, prompts: list[str], responses: list[str], columns: dict[str, list[Any]]) -> Tensor:
+    def batch_reward(batch: Batch, prompts: list[str], responses: list[str], columns: dict[str, list[Any]]) -> Tensor:
         return torch.tensor(
             [float(score) for score in reward(prompts, responses, **accepted_arguments(reward, columns))]
         )
 
-    return judge
+    return batch_reward
 
 
-def _model_judge(model: nn.Module, vocabulary: int, rows_at_once: int) -> BatchReward:
+def _model_reward(model: nn.Module, vocabulary: int, rows_at_once: int) -> BatchReward:
     """Score as TRL does: by the `score` head at the response's last token. Other classifiers score by their logit."""
     config: Any = getattr(model, "config", None)
     if getattr(config, "vocab_size", vocabulary) < vocabulary:
@@ -98,8 +98,8 @@ def _model_judge(model: nn.Module, vocabulary: int, rows_at_once: int) -> BatchR
         return found[:, 0].to(torch.promote_types(found.dtype, torch.float32))
 
     @torch.no_grad()
-    def judge(batch: Batch, prompts: list[str], responses: list[str], columns: dict[str, list[Any]]) -> Tensor:
+    def batch_reward(batch: Batch, prompts: list[str], responses: list[str], columns: dict[str, list[Any]]) -> Tensor:
         rows = torch.arange(len(prompts), device=batch.tokens.device)
         return torch.cat([score(batch.rows(part)) for part in rows.split(rows_at_once)])
 
-    return judge
+    return batch_reward
